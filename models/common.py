@@ -1,0 +1,217 @@
+"""What every architecture here shares: the call signature, norms, padding, packing, the cache.
+
+Glossary (one letter per axis, used in every shape comment of this package)
+
+    B  batch            L  length of this call         S  keys visible (cached + this call)
+    D  d_model          E  d_inner = expand * d_model  N  d_state
+    H  heads            P  width of one head           V  vocab_size
+
+A model is an embedding, a list of blocks mapping (B, L, D) to (B, L, D), a final norm and a head;
+`LanguageModel` runs that list. An architecture file defines its config, its block, and the names of
+its parameters, which are the names the published checkpoints use.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+LayerCache = dict[str, Tensor]
+
+
+@dataclass
+class Cache:
+    """What the model remembers between calls: one dictionary of tensors per layer.
+
+    SSM layers keep `conv` (B, d_conv-1, E) and `ssm` (B, E, N): constant in the number of tokens.
+    Attention layers keep `k` and `v` (B, H, S, P), which grow with it.
+    """
+
+    layers: list[LayerCache]
+    length: int = 0  # tokens seen so far, padding included
+    mask: Tensor | None = None  # (B, length) bool, True = real token; None = no padding so far
+
+    def num_elements(self) -> int:
+        """Numbers held in memory: the state size, counted rather than derived from a formula."""
+        return sum(t.numel() for layer in self.layers for t in layer.values())
+
+
+@dataclass
+class Context:
+    """What a block must know about the tokens besides their vectors."""
+
+    mask: Tensor | None = None  # (B, L) bool, True = real token of this call
+    key_mask: Tensor | None = None  # (B, S) bool, the same including cached tokens
+    positions: Tensor | None = None  # (L,) or (B, L) int64, index of each token in its sequence
+
+
+class Block(Protocol):
+    def __call__(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor: ...
+
+
+class Config:
+    """Base of the frozen dataclass configs: dictionaries in and out, unknown keys refused."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(cast(Any, self))
+
+    def replace(self, **overrides: Any) -> Any:
+        """A copy with fields changed. Raises ValueError for a field this config does not have."""
+        known = [f.name for f in dataclasses.fields(cast(Any, self))]
+        for key in overrides:
+            if key not in known:
+                raise ValueError(f"{type(self).__name__} has no option {key!r}; it has {', '.join(known)}")
+        return dataclasses.replace(cast(Any, self), **overrides)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError with a one-line message unless the condition holds (configs use this)."""
+    if not condition:
+        raise ValueError(message)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang & Sennrich 2019).
+
+    Computed in float32 at least and returned in the dtype of `weight`, so that a residual stream kept
+    in float32 meets the projections of a bfloat16 model in bfloat16.
+    """
+
+    def __init__(self, d: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(d))
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        y = F.rms_norm(x.to(dtype), x.shape[-1:], eps=self.eps)
+        return y.to(self.weight.dtype) * self.weight
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm that also accepts a float32 residual stream in a model of lower precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
+def make_norm(kind: str, d: int, eps: float) -> nn.Module:
+    """`kind` is "rms" or "layer"."""
+    return {"rms": RMSNorm, "layer": LayerNorm}[kind](d, eps=eps)
+
+
+def unpack(x: Tensor, seq_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Give every sequence of a packed batch a row of its own.
+
+    x: (B, L, D); seq_ids: (B, L) int, neighbours with equal ids belong to one sequence.
+    Returns rows (S, longest, D), right-padded with zeros, and the two (B, L) index tensors `row`,
+    `column` with rows[row, column] == x. Causal models ignore what stands to the right, so running them
+    on these rows is exactly running them on each sequence alone: no state, no convolution window and
+    no attention crosses a boundary, and positions restart, for every architecture by one rule.
+    """
+    B, L = seq_ids.shape
+    starts = torch.ones_like(seq_ids, dtype=torch.bool)
+    starts[:, 1:] = seq_ids[:, 1:] != seq_ids[:, :-1]
+    row = starts.flatten().cumsum(0).view(B, L) - 1
+    index = torch.arange(L, device=x.device).expand(B, L)
+    column = index - torch.where(starts, index, 0).cummax(dim=1).values
+    rows = x.new_zeros(int(row[-1, -1]) + 1, int(column.max()) + 1, x.shape[-1])
+    return rows.index_put((row, column), x), row, column
+
+
+class LanguageModel(nn.Module):
+    """Causal language model: tokens or embeddings in, next-token logits out.
+
+    Subclasses set `config` (with `vocab_size`, `d_model`, `n_layer`) and implement `parts()`.
+    """
+
+    config: Any
+
+    def parts(self) -> tuple[nn.Embedding, list[Block], nn.Module, nn.Linear]:
+        """The embedding, the blocks in order, the final norm, the head."""
+        raise NotImplementedError
+
+    def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """(B, L) int64 -> (B, L, D). Position schemes that add to the embedding override this."""
+        return self.parts()[0](input_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        seq_ids: Tensor | None = None,
+        logits_at: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Next-token logits.
+
+        input_ids: (B, L) int64, or inputs_embeds: (B, L, D) floating; exactly one of them.
+        attention_mask: (B, L), non-zero = real token. Padding may stand on either side; logits at padded
+            positions are meaningless. With a cache pad on the left, so that the last token is real.
+        seq_ids: (B, L) int, several sequences packed into one row (see `unpack`); without cache or mask.
+        logits_at: (A,) int64 sequence indices whose logits are wanted; default all.
+        cache: from `init_cache`; continues from it and updates it in place.
+
+        Returns (B, L or A, V) logits, in the dtype of the head's weights (autocast's dtype under it).
+        Raises ValueError for contradictory arguments.
+        """
+        require((input_ids is None) != (inputs_embeds is None), "give input_ids or inputs_embeds, not both")
+        require(
+            seq_ids is None or (attention_mask is None and cache is None),
+            "seq_ids cannot be combined with attention_mask or cache: pack sequences without padding",
+        )
+        tokens = cast(Tensor, input_ids if inputs_embeds is None else inputs_embeds)
+        _, blocks, norm, head = self.parts()
+        if seq_ids is not None:  # embed rows, so that learned positions restart with each sequence
+            vectors = tokens if inputs_embeds is not None else tokens.unsqueeze(-1)
+            vectors, row, column = unpack(vectors, seq_ids)
+            tokens = vectors if inputs_embeds is not None else vectors.squeeze(-1)
+        context = self._context(tokens, attention_mask, cache)
+        x = tokens if inputs_embeds is not None else self.embed(tokens, cast(Tensor, context.positions))
+        x = x.to(torch.promote_types(x.dtype, torch.float32)) if self.config.residual_in_fp32 else x
+        for i, block in enumerate(blocks):
+            x = block(x, context, None if cache is None else cache.layers[i])
+        if seq_ids is not None:
+            x = x[row, column]
+        if logits_at is not None:
+            x = x[:, logits_at]
+        return head(norm(x))
+
+    def _context(self, tokens: Tensor, mask: Tensor | None, cache: Cache | None) -> Context:
+        B, L = tokens.shape[:2]
+        past = 0 if cache is None else cache.length
+        positions = torch.arange(past, past + L, device=tokens.device)
+        if mask is not None:
+            mask = mask.bool()
+        key_mask = mask
+        if cache is not None:
+            if mask is not None or cache.mask is not None:
+                seen = tokens.new_ones(B, past, dtype=torch.bool) if cache.mask is None else cache.mask
+                mask = tokens.new_ones(B, L, dtype=torch.bool) if mask is None else mask
+                key_mask = cache.mask = torch.cat([seen, mask], dim=1)
+            cache.length = past + L
+        if key_mask is not None:  # positions count real tokens only, so left padding shifts nothing
+            positions = (key_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
+        return Context(mask=mask, key_mask=key_mask, positions=positions)
+
+    def init_cache(self) -> Cache:
+        """An empty cache; its tensors are made by the first call that uses it."""
+        return Cache(layers=[{} for _ in range(self.config.n_layer)])
+
+    def step(self, input_ids: Tensor, cache: Cache) -> Tensor:
+        """One token of recurrent decoding. input_ids: (B,) int64 -> logits (B, V); updates the cache."""
+        return self(input_ids[:, None], cache=cache)[:, -1]
+
+    def num_parameters(self, embeddings: bool = True) -> int:
+        """Number of trainable numbers, tied weights counted once; without the tables on request."""
+        skip = (
+            [] if embeddings else [id(p) for m in (self.parts()[0], self.parts()[3]) for p in m.parameters()]
+        )
+        return sum(p.numel() for p in self.parameters() if id(p) not in skip)

@@ -1,0 +1,190 @@
+"""Mamba: linear-time sequence modelling with selective state spaces (Gu & Dao 2023, arXiv 2312.00752).
+
+One block, per token t (letters as in `models.common`, R = dt_rank):
+
+    x, z   = in_proj(norm(residual_t))                      section 3.4, figure 3
+    u      = silu(conv1d(x))                                causal, depthwise, d_conv taps
+    r,B,C  = x_proj(u)                                      section 3.2: B, C, dt depend on the input
+    dt     = softplus(dt_proj(r))
+    h_t    = exp(dt A) h_{t-1} + dt B u_t                   equation 2a, discretised by equation 4
+    y_t    = C h_t + D u_t                                  equation 2b, with a skip
+    out    = out_proj(y_t * silu(z))
+
+Parameter names are those of state-spaces/mamba; `backbone.embeddings.weight`, the spelling of
+`transformers`, is accepted when loading.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.common import Block, Config, Context, LanguageModel, LayerCache, make_norm, require
+from models.ops.causal_conv1d import causal_conv1d
+from models.ops.selective_scan import selective_scan
+
+
+@dataclass(frozen=True)
+class MambaConfig(Config):
+    """Shape of a Mamba language model; the defaults are state-spaces/mamba-130m."""
+
+    vocab_size: int = 50280
+    d_model: int = 768
+    n_layer: int = 24
+    d_state: int = 16
+    d_conv: int = 4
+    expand: int = 2
+    dt_rank: int = 0  # 0 = ceil(d_model / 16)
+    dt_min: float = 0.001  # range of softplus(dt bias) at initialisation
+    dt_max: float = 0.1
+    norm: str = "rms"  # or "layer", which the Mamba-VL checkpoints need
+    norm_eps: float = 1e-5
+    residual_in_fp32: bool = True
+    tie_word_embeddings: bool = True
+    embedding_std: float = 0.02
+    scan_backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        require(1 <= self.d_state <= 256, f"d_state={self.d_state} is not supported; use 1 to 256")
+        require(self.norm in ("rms", "layer"), f"norm={self.norm!r} is unknown; use 'rms' or 'layer'")
+        for name in ("vocab_size", "d_model", "n_layer", "d_conv", "expand"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+
+    @property
+    def d_inner(self) -> int:
+        return self.expand * self.d_model
+
+    @property
+    def rank(self) -> int:
+        """Rank of the projection to dt."""
+        return self.dt_rank or math.ceil(self.d_model / 16)
+
+
+class MambaMixer(nn.Module):
+    """The selective state space layer: (B, L, D) -> (B, L, D)."""
+
+    def __init__(self, config: MambaConfig):
+        super().__init__()
+        E, N, R = config.d_inner, config.d_state, config.rank
+        self.config = config
+        self.in_proj = nn.Linear(config.d_model, 2 * E, bias=False)
+        self.conv1d = nn.Conv1d(E, E, config.d_conv, groups=E, padding=config.d_conv - 1)
+        self.x_proj = nn.Linear(E, R + 2 * N, bias=False)
+        self.dt_proj = nn.Linear(R, E)
+        self.A_log = nn.Parameter(torch.arange(1.0, N + 1).log().repeat(E, 1))  # S4D-real, section 3.6
+        self.D = nn.Parameter(torch.ones(E))
+        self.out_proj = nn.Linear(E, config.d_model, bias=False)
+        self._init_dt()
+
+    def _init_dt(self) -> None:
+        """softplus(dt bias) log-uniform in [dt_min, dt_max]; inverse softplus: x + log(1 - exp(-x))."""
+        low, high = math.log(self.config.dt_min), math.log(self.config.dt_max)
+        dt = torch.exp(torch.rand(self.config.d_inner) * (high - low) + low).clamp(min=1e-4)
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+        nn.init.uniform_(self.dt_proj.weight, -(self.config.rank**-0.5), self.config.rank**-0.5)
+
+    def forward(self, hidden: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
+        """hidden: (B, L, D); mask: (B, L) bool, True = real token; cache: `conv` and `ssm` states."""
+        config = self.config
+        x, z = self.in_proj(hidden).chunk(2, dim=-1)  # (B, L, E) each
+        if mask is not None:  # before the convolution: padding must not reach later windows ...
+            x = x * mask.unsqueeze(-1)
+        state = {} if cache is None else cache
+        u = causal_conv1d(
+            x,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            activation="silu",
+            initial_state=state.get("conv"),
+            return_last_state=cache is not None,
+        )
+        if cache is not None:
+            u, cache["conv"] = u
+        if mask is not None:  # ... and after it: the bias makes padding non-zero again
+            u = u * mask.unsqueeze(-1)
+        dt, Bt, Ct = self.x_proj(u).split([config.rank, config.d_state, config.d_state], dim=-1)
+        dt = F.linear(dt, self.dt_proj.weight)  # (B, L, E); the scan adds the bias and softplus
+        if mask is not None:  # softplus(-1e4) = 0: a padded step is the identity on the state
+            dt = dt.masked_fill(~mask.unsqueeze(-1), -1e4)
+        y = selective_scan(
+            u,
+            dt,
+            -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))),
+            Bt,
+            Ct,
+            D=self.D,
+            z=z,
+            dt_bias=self.dt_proj.bias,
+            dt_softplus=True,
+            initial_state=state.get("ssm"),
+            return_last_state=cache is not None,
+            backend=config.scan_backend,
+        )
+        if cache is not None:
+            y, cache["ssm"] = y
+        return self.out_proj(y)
+
+
+class MambaBlock(nn.Module):
+    """Norm -> mixer -> add. (state-spaces/mamba fuses this as add -> norm -> mixer; same function.)"""
+
+    def __init__(self, config: Any, mixer: type[nn.Module] = MambaMixer):
+        super().__init__()
+        self.norm = make_norm(config.norm, config.d_model, config.norm_eps)
+        self.mixer = mixer(config)
+
+    def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+        return x + self.mixer(self.norm(x), context.mask, cache)
+
+
+class MambaBackbone(nn.Module):
+    def __init__(self, config: Any, mixer: type[nn.Module]):
+        super().__init__()
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(MambaBlock(config, mixer) for _ in range(config.n_layer))
+        self.norm_f = make_norm(config.norm, config.d_model, config.norm_eps)
+
+
+class MambaForCausalLM(LanguageModel):
+    """Mamba language model with a tied head (state_dict of state-spaces/mamba-*)."""
+
+    mixer: type[nn.Module] = MambaMixer
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.config = config
+        self.backbone = MambaBackbone(config, self.mixer)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        nn.init.normal_(self.backbone.embedding.weight, std=config.embedding_std)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.backbone.embedding.weight
+        for block in self.backbone.layers:
+            rescale_out_proj(block, config.n_layer)
+        self.register_load_state_dict_pre_hook(_accept_hub_spellings)
+
+    def parts(self) -> tuple[nn.Embedding, list[Block], nn.Module, nn.Linear]:
+        backbone = self.backbone
+        return backbone.embedding, cast(list[Block], list(backbone.layers)), backbone.norm_f, self.lm_head
+
+
+def rescale_out_proj(block: nn.Module, n_layer: int) -> None:
+    """Divide out_proj by sqrt(number of residual layers), as GPT-2 and state-spaces/mamba do."""
+    with torch.no_grad():
+        cast(Any, block).mixer.out_proj.weight.div_(math.sqrt(n_layer))
+
+
+def _accept_hub_spellings(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """`transformers` says `embeddings`; both it and the originals may leave a tied head out."""
+    ours = prefix + "backbone.embedding.weight"
+    theirs = prefix + "backbone.embeddings.weight"
+    if theirs in state_dict:
+        state_dict[ours] = state_dict.pop(theirs)
+    head = prefix + "lm_head.weight"
+    if cast(Any, module).config.tie_word_embeddings and ours in state_dict:
+        state_dict.setdefault(head, state_dict[ours])

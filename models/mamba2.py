@@ -1,0 +1,228 @@
+"""Mamba-2: Transformers are SSMs (Dao & Gu 2024, arXiv 2405.21060), in chunked matrix form.
+
+One block, per token t. A is one number per head h, B and C are shared by the heads of a group:
+
+    z, x, B, C, dt = in_proj(norm(residual_t))              one projection, section 7.1
+    x, B, C = silu(conv1d([x, B, C]))
+    dt      = softplus(dt + dt_bias)                        one step size per head
+    h_t     = exp(dt A) h_{t-1} + dt x_t B_t^T              h_t: (P, N) per head
+    y_t     = h_t C_t + D x_t
+    out     = out_proj(rms_norm(y_t * silu(z)))             gated norm
+
+`ssd_reference` is the recurrence as written; `ssd` computes the same by chunks of Q tokens (section 6):
+inside a chunk as masked attention, between chunks by passing on one state.
+Parameter names are those of state-spaces/mamba2-* and `transformers`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.common import Config, LayerCache, require
+from models.mamba import MambaForCausalLM
+from models.ops.causal_conv1d import causal_conv1d
+
+
+@dataclass(frozen=True)
+class Mamba2Config(Config):
+    """Shape of a Mamba-2 language model; the defaults are state-spaces/mamba2-130m."""
+
+    vocab_size: int = 50288
+    d_model: int = 768
+    n_layer: int = 24
+    d_state: int = 128
+    d_conv: int = 4
+    expand: int = 2
+    headdim: int = 64
+    ngroups: int = 1
+    chunk_size: int = 64  # a choice of speed, not of function: the CPU's best, GPUs like 256
+    dt_min: float = 0.001
+    dt_max: float = 0.1
+    norm: str = "rms"
+    norm_eps: float = 1e-5
+    residual_in_fp32: bool = True
+    tie_word_embeddings: bool = True
+    embedding_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        require(1 <= self.d_state <= 256, f"d_state={self.d_state} is not supported; use 1 to 256")
+        require(self.norm in ("rms", "layer"), f"norm={self.norm!r} is unknown; use 'rms' or 'layer'")
+        for name in (
+            "vocab_size",
+            "d_model",
+            "n_layer",
+            "d_conv",
+            "expand",
+            "headdim",
+            "ngroups",
+            "chunk_size",
+        ):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        require(
+            self.d_inner % self.headdim == 0,
+            f"headdim={self.headdim} does not divide d_inner={self.d_inner}; use a divisor",
+        )
+        require(
+            self.n_head % self.ngroups == 0,
+            f"ngroups={self.ngroups} does not divide the {self.n_head} heads; use a divisor",
+        )
+
+    @property
+    def d_inner(self) -> int:
+        return self.expand * self.d_model
+
+    @property
+    def n_head(self) -> int:
+        return self.d_inner // self.headdim
+
+
+def ssd_reference(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The recurrence, one token after the other; shapes and result as `ssd`."""
+    b, L, H, P = x.shape
+    B, C = (t.repeat_interleave(H // t.shape[2], dim=2) for t in (B, C))
+    h = x.new_zeros(b, H, P, B.shape[-1]) if initial_state is None else initial_state
+    ys = []
+    for t in range(L):
+        decay = torch.exp(dt[:, t] * A)[..., None, None]  # (b, H, 1, 1)
+        h = decay * h + (dt[:, t, :, None] * x[:, t]).unsqueeze(-1) * B[:, t].unsqueeze(-2)
+        ys.append((h @ C[:, t].unsqueeze(-1)).squeeze(-1))
+    return torch.stack(ys, dim=1) if ys else torch.zeros_like(x), h
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor | None = None,
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """State space duality by chunks (listing 1 of the paper), with matrix products only.
+
+    x: (b, L, H, P); dt: (b, L, H) positive; A: (H,) negative; B, C: (b, L, G, N), G dividing H;
+    initial_state: (b, H, P, N). Returns y (b, L, H, P) and the last state (b, H, P, N).
+    Decays are exponentials of sums that are masked to -inf before the exponential, so neither the
+    values nor the gradients overflow. Cost: L * chunk_size * (N + P) per head, linear in L.
+    """
+    b, L, H, P = x.shape
+    G, N = B.shape[2:]
+    dtype, last = x.dtype, x.new_zeros(b, H, P, N) if initial_state is None else initial_state
+    if L == 0:
+        return torch.zeros_like(x), last
+    Q = min(chunk_size, L)
+    pad = -L % Q
+    if pad:  # dt = 0 makes the added tokens the identity on the state
+        x, dt, B, C = (F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)) for t in (x, dt, B, C))
+    c = (L + pad) // Q
+
+    x = (x * dt.unsqueeze(-1)).to(dtype).view(b, c, Q, H, P).permute(0, 3, 1, 2, 4)  # (b, H, c, Q, P)
+    B, C = (t.view(b, c, Q, G, N).permute(0, 3, 1, 2, 4) for t in (B, C))  # (b, G, c, Q, N)
+    log_decay = (dt * A).view(b, c, Q, H).permute(0, 3, 1, 2).cumsum(-1)  # (b, H, c, Q)
+
+    # inside a chunk: y_i = sum_{j <= i} (C_i . B_j) decay(j -> i) x_j
+    causal = torch.ones(Q, Q, dtype=torch.bool, device=x.device).tril()
+    between = log_decay.unsqueeze(-1) - log_decay.unsqueeze(-2)  # (b, H, c, Q, Q)
+    decay = between.masked_fill(~causal, -torch.inf).exp()
+    scores = C @ B.transpose(-1, -2)  # (b, G, c, Q, Q)
+    weights = (decay.unflatten(1, (G, H // G)) * scores.unsqueeze(2)).flatten(1, 2)
+    y = weights.to(dtype) @ x
+
+    # what each chunk adds to the state, then the state before each chunk
+    to_end = (log_decay[..., -1:] - log_decay).exp().unsqueeze(-1)  # (b, H, c, Q, 1)
+    Bh, Ch = (t.repeat_interleave(H // G, dim=1) for t in (B, C))
+    added = ((x * to_end).transpose(-1, -2) @ Bh.to(to_end.dtype)).unbind(2)  # c times (b, H, P, N)
+    whole = log_decay[..., -1].exp()[..., None, None].unbind(2)  # c times (b, H, 1, 1)
+    before = []
+    for i in range(c):
+        before.append(last)
+        last = whole[i] * last + added[i]
+    carried = torch.stack(before, dim=2)  # (b, H, c, P, N)
+    from_start = log_decay.exp().unsqueeze(-1)
+    y = y + from_start * (Ch.to(carried.dtype) @ carried.transpose(-1, -2))
+    return y.permute(0, 2, 3, 1, 4).reshape(b, L + pad, H, P)[:, :L].to(dtype), last
+
+
+class GatedRMSNorm(nn.Module):
+    """rms_norm(y * silu(z)) * weight, each of `ngroups` groups of channels normalised by itself."""
+
+    def __init__(self, d: int, ngroups: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d))
+        self.ngroups, self.eps = ngroups, eps
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        dtype = torch.promote_types(y.dtype, torch.float32)
+        gated = (y.to(dtype) * F.silu(z.to(dtype))).unflatten(-1, (self.ngroups, -1))
+        normed = F.rms_norm(gated, gated.shape[-1:], eps=self.eps).flatten(-2)
+        return normed.to(self.weight.dtype) * self.weight
+
+
+class Mamba2Mixer(nn.Module):
+    """The state space dual layer: (B, L, D) -> (B, L, D)."""
+
+    def __init__(self, config: Mamba2Config):
+        super().__init__()
+        self.config = config
+        E, H, GN = config.d_inner, config.n_head, config.ngroups * config.d_state
+        self.in_proj = nn.Linear(config.d_model, 2 * E + 2 * GN + H, bias=False)
+        conv_dim = E + 2 * GN
+        self.conv1d = nn.Conv1d(conv_dim, conv_dim, config.d_conv, groups=conv_dim, padding=config.d_conv - 1)
+        low, high = math.log(config.dt_min), math.log(config.dt_max)
+        dt = torch.exp(torch.rand(H) * (high - low) + low).clamp(min=1e-4)
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
+        self.A_log = nn.Parameter(torch.empty(H).uniform_(1, 16).log())
+        self.D = nn.Parameter(torch.ones(H))
+        self.norm = GatedRMSNorm(E, config.ngroups, config.norm_eps)
+        self.out_proj = nn.Linear(E, config.d_model, bias=False)
+
+    def forward(self, hidden: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
+        """hidden: (B, L, D); mask: (B, L) bool, True = real token; cache: `conv` and `ssm` states."""
+        config = self.config
+        E, H, G, N = config.d_inner, config.n_head, config.ngroups, config.d_state
+        z, xBC, dt = self.in_proj(hidden).split([E, E + 2 * G * N, H], dim=-1)
+        if mask is not None:
+            xBC = xBC * mask.unsqueeze(-1)
+        state = {} if cache is None else cache
+        xBC = causal_conv1d(
+            xBC,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            activation="silu",
+            initial_state=state.get("conv"),
+            return_last_state=cache is not None,
+        )
+        if cache is not None:
+            xBC, cache["conv"] = xBC
+        x, B, C = xBC.split([E, G * N, G * N], dim=-1)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        dt = F.softplus(dt.to(wide) + self.dt_bias)  # (B, L, H)
+        if mask is not None:  # dt = 0: a padded step is the identity on the state
+            dt = dt * mask.unsqueeze(-1)
+        x = x.unflatten(-1, (H, config.headdim))
+        y, last = ssd(
+            x,
+            dt,
+            -torch.exp(self.A_log.to(wide)),
+            B.unflatten(-1, (G, N)),
+            C.unflatten(-1, (G, N)),
+            initial_state=state.get("ssm"),
+            chunk_size=config.chunk_size,
+        )
+        if cache is not None:
+            cache["ssm"] = last
+        y = y + self.D[:, None] * x
+        return self.out_proj(self.norm(y.flatten(-2), z))
+
+
+class Mamba2ForCausalLM(MambaForCausalLM):
+    """Mamba-2 language model with a tied head (state_dict of state-spaces/mamba2-*)."""
+
+    mixer = Mamba2Mixer

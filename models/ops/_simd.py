@@ -1,0 +1,214 @@
+"""Sixteen-lane vectors inside numba functions.
+
+LLVM's auto-vectoriser gives up on the scan (a recurrence in time, many arrays that might alias), so the
+kernels say what they want: `Vec` values of 16 floats, compiled to one AVX-512, two AVX2 or four NEON/SSE
+registers by the LLVM that numba brings along. Only what the kernels use is here.
+
+    load(array, i)  store(array, i, v)  fill(like, x)  total(v)
+    add sub mul div  fma(a, b, c) = a * b + c   exp(v)  log1p01(v), 0 <= v <= 1   vmax(v, w)  vabs(v)
+
+`array` is 1-D, contiguous, float32 or float64, and decides the element type.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core.datamodel import models as data_models
+from numba.core.extending import intrinsic, register_model
+
+LANES = 16
+FLAGS = ("contract", "nsz", "arcp")  # fused multiply-add allowed, no reordering: results stay deterministic
+
+
+class Vec(types.Type):
+    def __init__(self, dtype: types.Float):
+        self.dtype = dtype
+        super().__init__(name=f"Vec{LANES}({dtype})")
+
+
+def _element(dtype: types.Float) -> ir.Type:
+    return ir.FloatType() if dtype == types.float32 else ir.DoubleType()
+
+
+@register_model(Vec)
+class _VecModel(data_models.PrimitiveModel):
+    def __init__(self, manager: Any, vec: Vec):
+        super().__init__(manager, vec, ir.VectorType(_element(vec.dtype), LANES))
+
+
+def _const(vector: ir.Type, value: float) -> ir.Constant:
+    return ir.Constant(vector, [value] * LANES)
+
+
+def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
+    data = context.make_array(array_type)(context, builder, array).data
+    address = builder.gep(data, [index])
+    return builder.bitcast(address, ir.VectorType(_element(array_type.dtype), LANES).as_pointer())
+
+
+def _align(dtype: types.Float) -> int:
+    return 4 if dtype == types.float32 else 8
+
+
+@intrinsic
+def load(typing_context, array, index):  # type: ignore[no-untyped-def]
+    vec = Vec(array.dtype)
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        pointer = _pointer(context, builder, signature.args[0], *args)
+        return builder.load(pointer, align=_align(vec.dtype))
+
+    return vec(array, types.intp), codegen
+
+
+@intrinsic
+def store(typing_context, array, index, value):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        pointer = _pointer(context, builder, signature.args[0], args[0], args[1])
+        builder.store(args[2], pointer, align=_align(signature.args[0].dtype))
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, value), codegen
+
+
+@intrinsic
+def fill(typing_context, like, value):  # type: ignore[no-untyped-def]
+    """All lanes equal to `value`, cast to the element type of the array `like`."""
+    vec = Vec(like.dtype)
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        vector = ir.VectorType(_element(vec.dtype), LANES)
+        first = builder.insert_element(
+            ir.Constant(vector, ir.Undefined), args[1], ir.Constant(ir.IntType(32), 0)
+        )
+        mask = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+        return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), mask)
+
+    return vec(like, vec.dtype), codegen
+
+
+@intrinsic
+def total(typing_context, v):  # type: ignore[no-untyped-def]
+    """Sum of the lanes, as a tree: always the same order."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        x, width = args[0], LANES
+        while width > 1:
+            width //= 2
+            undef = ir.Constant(x.type, ir.Undefined)
+            index = ir.VectorType(ir.IntType(32), width)
+            low = builder.shuffle_vector(x, undef, ir.Constant(index, list(range(width))))
+            high = builder.shuffle_vector(x, undef, ir.Constant(index, list(range(width, 2 * width))))
+            x = builder.fadd(low, high)
+        return builder.extract_element(x, ir.Constant(ir.IntType(32), 0))
+
+    return v.dtype(v), codegen
+
+
+def _binary(method: str) -> Any:
+    @intrinsic
+    def operation(typing_context, a, b):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            return getattr(builder, method)(args[0], args[1], flags=FLAGS)
+
+        return a(a, b), codegen
+
+    return operation
+
+
+add, sub, mul, div = (_binary(m) for m in ("fadd", "fsub", "fmul", "fdiv"))
+
+
+@intrinsic
+def fma(typing_context, a, b, c):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.fadd(builder.fmul(args[0], args[1], flags=FLAGS), args[2], flags=FLAGS)
+
+    return a(a, b, c), codegen
+
+
+@intrinsic
+def vmax(typing_context, a, b):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        greater = builder.fcmp_ordered(">", args[0], args[1])
+        return builder.select(greater, args[0], args[1])
+
+    return a(a, b), codegen
+
+
+@intrinsic
+def vabs(typing_context, a):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        zero = _const(args[0].type, 0.0)
+        negative = builder.fcmp_ordered("<", args[0], zero)
+        return builder.select(negative, builder.fsub(zero, args[0]), args[0])
+
+    return a(a), codegen
+
+
+@dataclass(frozen=True)
+class _ExpConstants:
+    low: float  # arguments are clamped to [low, high], the range of normal results
+    high: float
+    magic: float  # 1.5 * 2^(mantissa bits): adding it rounds to integer, kept in the lowest bits
+    ln2: tuple[float, float]  # in two parts, the first exact in few bits: the remainder keeps precision
+    degree: int
+    bits: int
+    mantissa: int
+
+
+_EXP = {
+    types.float32: _ExpConstants(-87.0, 88.0, 1.5 * 2**23, (0.693359375, -2.12194440e-4), 6, 32, 23),
+    types.float64: _ExpConstants(
+        -708.0, 709.0, 1.5 * 2**52, (0.6931471803691238, 1.9082149292705877e-10), 13, 64, 52
+    ),
+}
+
+
+@intrinsic
+def exp(typing_context, a):  # type: ignore[no-untyped-def]
+    """exp(x) = 2^k * exp(r), x = k ln 2 + r, |r| <= ln(2) / 2, by a polynomial; error about 1 ulp."""
+    constants = _EXP[a.dtype]
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        x, floats = args[0], args[0].type
+        ints = ir.VectorType(ir.IntType(constants.bits), LANES)
+        low, high = _const(floats, constants.low), _const(floats, constants.high)
+        x = builder.select(builder.fcmp_ordered("<", x, low), low, x)
+        x = builder.select(builder.fcmp_ordered(">", x, high), high, x)
+        magic = _const(floats, constants.magic)
+        shifted = builder.fadd(builder.fmul(x, _const(floats, math.log2(math.e))), magic)
+        k, r = builder.fsub(shifted, magic), x
+        for part in constants.ln2:
+            r = builder.fadd(builder.fmul(k, _const(floats, -part), flags=FLAGS), r, flags=FLAGS)
+        p = _const(floats, 1 / math.factorial(constants.degree))
+        for n in reversed(range(constants.degree)):
+            term = _const(floats, 1 / math.factorial(n))
+            p = builder.fadd(builder.fmul(p, r, flags=FLAGS), term, flags=FLAGS)
+        shift = ir.Constant(ints, [constants.mantissa] * LANES)
+        exponent = builder.shl(builder.bitcast(shifted, ints), shift)
+        return builder.bitcast(builder.add(builder.bitcast(p, ints), exponent), floats)
+
+    return a(a), codegen
+
+
+@intrinsic
+def log1p01(typing_context, a):  # type: ignore[no-untyped-def]
+    """log(1 + a) for 0 <= a <= 1: 2 artanh(s), s = a / (2 + a) <= 1/3, by its power series."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        vector = args[0].type
+        terms = 8 if a.dtype == types.float32 else 17
+        s = builder.fdiv(args[0], builder.fadd(args[0], _const(vector, 2.0)))
+        s2 = builder.fmul(s, s)
+        p = _const(vector, 2.0 / (2 * terms + 1))
+        for k in reversed(range(terms)):
+            p = builder.fadd(builder.fmul(p, s2, flags=FLAGS), _const(vector, 2.0 / (2 * k + 1)), flags=FLAGS)
+        return builder.fmul(p, s)
+
+    return a(a), codegen

@@ -1,0 +1,157 @@
+"""Depthwise causal convolution over time, with the activation fused: the short filter before every scan.
+
+    y_t = act(bias + sum_k weight[:, k] * x_{t - K + 1 + k})       K = d_conv taps, x before the start = 0
+
+`reference` is torch's conv1d between two transposes. `cpu` runs the same in the (batch, length, channels)
+layout of the rest of the model with the numba vectors of `_simd.py`; after the scan itself was fast the
+transposes and the separate silu were the largest item in a Mamba block's profile.
+`cuda` is the causal-conv1d package.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from models.ops._threads import run_tasks
+from models.ops.selective_scan import BACKENDS, CUDA_HELP, LANES, _flat, _wide
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,
+    return_last_state: bool = False,
+    backend: str = "auto",
+) -> Any:
+    """Convolve every channel of every sequence with its own causal filter.
+
+    x: (batch, length, channels) floating. weight: (channels, d_conv). bias: (channels,).
+    activation: None or "silu". initial_state: (batch, d_conv - 1, channels), the inputs before x.
+    Returns y like x, and with return_last_state the d_conv - 1 inputs that a continuation needs, as a tuple.
+    Computed in float32 (float64 for float64 x). Raises ValueError for wrong shapes or names.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; use one of {', '.join(BACKENDS)}")
+    if activation not in (None, "silu"):
+        raise ValueError(f"activation={activation!r} is unknown; use None or 'silu'")
+    if x.dim() != 3 or weight.dim() != 2 or weight.shape[0] != x.shape[2]:
+        raise ValueError(
+            f"x must be (batch, length, channels) and weight (channels, d_conv); got {tuple(x.shape)}, "
+            f"{tuple(weight.shape)}"
+        )
+    before = (x.shape[0], weight.shape[1] - 1, x.shape[2])
+    if initial_state is not None and tuple(initial_state.shape) != before:
+        raise ValueError(f"initial_state has shape {tuple(initial_state.shape)}; it must be {before}")
+    if backend == "auto":
+        backend = _choose(x, weight, initial_state)
+    if backend == "cuda":
+        y = _cuda(x, weight, bias, activation, initial_state)
+    elif backend == "cpu" and x.numel() > 0:
+        y = _cpu(x, weight, bias, activation, initial_state)
+    else:
+        y = _reference(x, weight, bias, activation, initial_state)
+    return (y, _last_state(x, initial_state, before[1])) if return_last_state else y
+
+
+def _choose(x: Tensor, weight: Tensor, initial_state: Tensor | None) -> str:
+    if x.device.type == "cpu":
+        return "cpu"
+    able = initial_state is None and weight.shape[1] in (2, 3, 4)
+    installed = importlib.util.find_spec("causal_conv1d") is not None
+    return "cuda" if x.device.type == "cuda" and able and installed else "reference"
+
+
+def _with_history(x: Tensor, initial_state: Tensor | None, length: int) -> Tensor:
+    if initial_state is None:
+        return F.pad(x, (0, 0, length, 0))
+    return torch.cat([initial_state.to(x.dtype), x], dim=1)
+
+
+def _last_state(x: Tensor, initial_state: Tensor | None, length: int) -> Tensor:
+    """The last `length` inputs; only as much of x is copied as is needed."""
+    if x.shape[1] >= length:
+        return x[:, x.shape[1] - length :].clone()
+    return _with_history(x, initial_state, length)[:, x.shape[1] :]
+
+
+def _reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, initial_state: Tensor | None
+) -> Tensor:
+    dtype, wide = x.dtype, _wide(x)
+    history = _with_history(x, initial_state, weight.shape[1] - 1).to(wide).transpose(1, 2)
+    if x.numel() == 0:
+        return x + 0.0 * weight.sum().to(dtype)  # nothing to convolve, still part of the graph
+    filters, shift = weight.to(wide).unsqueeze(1), None if bias is None else bias.to(wide)
+    with torch.autocast(x.device.type, enabled=False):
+        y = F.conv1d(history, filters, shift, groups=weight.shape[0]).transpose(1, 2)
+    return (F.silu(y) if activation == "silu" else y).to(dtype)
+
+
+def _cpu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, initial_state: Tensor | None
+) -> Tensor:
+    dtype, wide, E = x.dtype, _wide(x), x.shape[-1]
+    missing = -E % LANES
+
+    def channels(t: Tensor | None) -> Tensor | None:
+        return None if t is None else F.pad(t.to(wide), (0, missing)).contiguous()
+
+    shift = x.new_zeros(E + missing, dtype=wide) if bias is None else channels(bias)
+    y = _Conv.apply(
+        channels(x), channels(weight.t()), shift, channels(initial_state), activation == "silu"
+    )
+    return (y if missing == 0 else y[..., :E]).to(dtype)
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None, silu: bool
+    ) -> Tensor:
+        from models.ops._conv_kernels import conv_forward  # numba: imported on first use only
+
+        b, L, E = x.shape
+        y, sizes = torch.empty_like(x), (L, E // LANES, weight.shape[0])
+        flat = [_flat(t, x.dtype) for t in (x, weight, bias, before, y)]
+        run_tasks(lambda tasks: conv_forward(tasks, sizes, silu, *flat), b * sizes[1])
+        ctx.save_for_backward(x, weight, bias, before)
+        ctx.silu = silu
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gy: Tensor) -> Any:  # type: ignore[override]
+        from models.ops._conv_kernels import conv_backward
+
+        x, weight, bias, before = ctx.saved_tensors
+        b, L, E = x.shape
+        K = weight.shape[0]
+        dx = torch.zeros_like(x)
+        dweight, dbias = x.new_empty(b, K, E), x.new_empty(b, E)
+        dbefore = None if before is None else torch.zeros_like(before)
+        flat = [_flat(t, x.dtype) for t in (x, weight, bias, before, gy.contiguous())]
+        out = [_flat(t, x.dtype) for t in (dx, dweight, dbias, dbefore)]
+        sizes = (L, E // LANES, K)
+        run_tasks(lambda tasks: conv_backward(tasks, sizes, ctx.silu, *flat, *out), b * sizes[1])
+        return dx, dweight.sum(0), dbias.sum(0), dbefore, None
+
+
+def _cuda(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, initial_state: Tensor | None
+) -> Tensor:
+    if initial_state is not None:
+        raise ValueError("backend='cuda' does not take initial_state in this layout; use backend='auto'")
+    try:
+        from causal_conv1d import causal_conv1d_fn
+    except ImportError as error:
+        raise ImportError(CUDA_HELP) from error
+    shift = None if bias is None else bias.to(x.dtype)
+    y = causal_conv1d_fn(x.transpose(1, 2), weight.to(x.dtype), shift, activation=activation)
+    return y.transpose(1, 2)

@@ -1,0 +1,240 @@
+"""GPT-NeoX / Pythia Transformer (Black et al. 2022, arXiv 2204.06745; Biderman et al. 2023, 2304.01373).
+
+One block (parallel residual: attention and MLP read the same residual stream, each through its norm):
+
+    x = x + attention(norm_1(x)) + mlp(norm_2(x))
+    attention(a) = W_o concat_heads( softmax(q k^T / sqrt(P) + causal) v )
+    mlp(a)       = W_2 gelu(W_1 a)                          exact (erf) GELU
+
+The position scheme is a choice:
+
+    "rope"     q and k rotated by an angle that grows with the position (Su et al. 2021, arXiv 2104.09864),
+               on the first `rotary_pct` of each head's dimensions; Pythia rotates 25 %
+    "learned"  a vector per position added to the embedding (GPT-2)
+    "none"     nothing: the causal mask is the only source of order (NoPE, arXiv 2305.19466)
+
+Parameter names are those of EleutherAI/pythia-*; `gpt_neox.embed_pos` exists only with "learned".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.common import Block, Config, Context, LanguageModel, LayerCache, make_norm, require
+
+POSITIONS = ("rope", "learned", "none")
+
+
+@dataclass(frozen=True)
+class TransformerConfig(Config):
+    """Shape of a GPT-NeoX language model; the defaults are EleutherAI/pythia-160m."""
+
+    vocab_size: int = 50304
+    d_model: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    d_mlp: int = 0  # 0 = 4 * d_model
+    position: str = "rope"
+    rotary_pct: float = 0.25
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 2048
+    parallel_residual: bool = True
+    norm: str = "layer"
+    norm_eps: float = 1e-5
+    residual_in_fp32: bool = False
+    tie_word_embeddings: bool = False
+    embedding_std: float = 0.02
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model", "n_layer", "n_head", "max_position_embeddings"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        require(
+            self.d_model % self.n_head == 0,
+            f"d_model={self.d_model} is not a multiple of n_head={self.n_head}; change one of them",
+        )
+        require(
+            self.position in POSITIONS, f"position={self.position!r} is unknown; use {', '.join(POSITIONS)}"
+        )
+        require(0 <= self.rotary_pct <= 1, f"rotary_pct={self.rotary_pct} must lie in [0, 1]")
+        require(self.norm in ("rms", "layer"), f"norm={self.norm!r} is unknown; use 'rms' or 'layer'")
+
+    @property
+    def mlp_width(self) -> int:
+        return self.d_mlp or 4 * self.d_model
+
+    @property
+    def d_head(self) -> int:
+        return self.d_model // self.n_head
+
+    @property
+    def rotary_dims(self) -> int:
+        """Rotated dimensions per head; rotation works on pairs, so always even."""
+        return 2 * (int(self.d_head * self.rotary_pct) // 2) if self.position == "rope" else 0
+
+
+def rope_tables(positions: Tensor, dims: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * theta^(-2i/dims): (..., L) int -> two float32 (..., L, dims)."""
+    frequency = theta ** (-torch.arange(0, dims, 2, device=positions.device).float() / dims)
+    angle = positions.float().unsqueeze(-1) * frequency
+    angle = torch.cat([angle, angle], dim=-1)  # dimension i is paired with i + dims/2
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first `cos.shape[-1]` dimensions of x (B, H, L, P) by the angles of each position."""
+    dims = cos.shape[-1]
+    rotated, rest = x[..., :dims], x[..., dims:]
+    first, second = rotated.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    rotated = (rotated * cos + turned * sin).to(x.dtype)
+    return rotated if rest.shape[-1] == 0 else torch.cat([rotated, rest], dim=-1)
+
+
+def attention_mask(L: int, key_mask: Tensor | None, S: int, device: torch.device) -> Tensor:
+    """(B or 1, 1, L, S) bool, True = may attend: causal, and real keys only.
+
+    Every query may see itself even on padding, else its softmax would be over nothing (NaN).
+    """
+    causal = torch.ones(L, S, dtype=torch.bool, device=device).tril(S - L)
+    if key_mask is None:
+        return causal[None, None]
+    itself = torch.eye(S, dtype=torch.bool, device=device)[S - L :]
+    return (causal & key_mask[:, None, None, :]) | itself
+
+
+class Attention(nn.Module):
+    """Multi-head causal self-attention: (B, L, D) -> (B, L, D)."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.config = config
+        self.query_key_value = nn.Linear(config.d_model, 3 * config.d_model)  # rows per head: q, k, v
+        self.dense = nn.Linear(config.d_model, config.d_model)
+
+    def forward(self, hidden: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+        config = self.config
+        B, L, _ = hidden.shape
+        qkv = self.query_key_value(hidden).view(B, L, config.n_head, 3 * config.d_head)
+        q, k, v = qkv.transpose(1, 2).chunk(3, dim=-1)  # (B, H, L, P) each
+        if config.rotary_dims > 0:
+            assert context.positions is not None
+            cos, sin = rope_tables(context.positions, config.rotary_dims, config.rope_theta)
+            if cos.dim() == 3:  # one row of positions per sequence: broadcast over heads
+                cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            if "k" in cache:
+                k, v = torch.cat([cache["k"], k], dim=2), torch.cat([cache["v"], v], dim=2)
+            cache["k"], cache["v"] = k, v
+        S = k.shape[2]
+        if context.key_mask is None and (S == L or L == 1):  # nothing cached, or a single new token
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=L > 1)
+        else:
+            mask = attention_mask(L, context.key_mask, S, q.device)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.dense(y.transpose(1, 2).reshape(B, L, config.d_model))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.d_model, config.mlp_width)
+        self.dense_4h_to_h = nn.Linear(config.mlp_width, config.d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x)))
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.parallel_residual = config.parallel_residual
+        self.input_layernorm = make_norm(config.norm, config.d_model, config.norm_eps)
+        self.post_attention_layernorm = make_norm(config.norm, config.d_model, config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+        attended = self.attention(self.input_layernorm(x), context, cache)
+        if self.parallel_residual:
+            return x + attended + self.mlp(self.post_attention_layernorm(x))
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def init_linear(module: nn.Module, std: float) -> None:
+    """Hugging Face initialisation of GPT-NeoX: weights normal(0, std), biases 0."""
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            nn.init.normal_(child.weight, std=std)
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)
+
+
+class TransformerBackbone(nn.Module):
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.embed_in = nn.Embedding(config.vocab_size, config.d_model)
+        if config.position == "learned":
+            self.embed_pos = nn.Embedding(config.max_position_embeddings, config.d_model)
+        self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layer))
+        self.final_layer_norm = make_norm(config.norm, config.d_model, config.norm_eps)
+
+
+class TransformerForCausalLM(LanguageModel):
+    """GPT-NeoX language model (state_dict of EleutherAI/pythia-*)."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.config = config
+        self.gpt_neox = TransformerBackbone(config)
+        self.embed_out = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        init_linear(self, config.init_std)
+        nn.init.normal_(self.gpt_neox.embed_in.weight, std=config.embedding_std)
+        if config.position == "learned":
+            nn.init.normal_(self.gpt_neox.embed_pos.weight, std=config.embedding_std)
+        if config.tie_word_embeddings:
+            self.embed_out.weight = self.gpt_neox.embed_in.weight
+        self.register_load_state_dict_pre_hook(_accept_hub_spellings)
+
+    def parts(self) -> tuple[nn.Embedding, list[Block], nn.Module, nn.Linear]:
+        neox = self.gpt_neox
+        return neox.embed_in, cast(list[Block], list(neox.layers)), neox.final_layer_norm, self.embed_out
+
+    def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        x = self.gpt_neox.embed_in(input_ids)
+        return add_learned_positions(x, positions, self.gpt_neox.embed_pos) if self.learned else x
+
+    @property
+    def learned(self) -> bool:
+        return self.config.position == "learned"
+
+
+def add_learned_positions(x: Tensor, positions: Tensor, table: nn.Embedding) -> Tensor:
+    """x (B, L, D) plus the vector of each position; one clear line when the sequence is too long."""
+    limit = table.num_embeddings
+    longest = int(positions.max()) + 1 if positions.numel() else 0
+    require(
+        longest <= limit,
+        f"sequence of {longest} tokens exceeds max_position_embeddings={limit}; build the model with more",
+    )
+    return x + table(positions)
+
+
+def _accept_hub_spellings(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Drop the constants (causal mask, rotary frequencies) that older checkpoints carry among the weights;
+    accept the head's name in recent `transformers`; let a tied head be absent."""
+    old = ("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq")
+    for key in [k for k in state_dict if k.startswith(prefix) and k.endswith(old)]:
+        del state_dict[key]
+    embedding, head = prefix + "gpt_neox.embed_in.weight", prefix + "embed_out.weight"
+    if prefix + "lm_head.weight" in state_dict:
+        state_dict[head] = state_dict.pop(prefix + "lm_head.weight")
+    if cast(Any, module).config.tie_word_embeddings and embedding in state_dict:
+        state_dict.setdefault(head, state_dict[embedding])

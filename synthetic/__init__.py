@@ -1,0 +1,1 @@
+"""Synthetic in-context retrieval tasks, and the trainer that shows which architecture learns them."""

@@ -1,0 +1,46 @@
+"""The tasks by name: `build("position", seq_len=1024, num_symbols=1024, layout="suffix")`.
+
+A task is one file with one frozen dataclass derived from `Task`; adding it to `TASKS` makes it
+known to the trainer, the command line and the tests that run over every task.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, fields
+from typing import Any
+
+from synthetic.tasks.base import Batch, Task
+from synthetic.tasks.layouts import LAYOUTS
+from synthetic.tasks.position import Position, PositionVarlen
+
+__all__ = ["LAYOUTS", "TASKS", "Batch", "Task", "build", "names", "options"]
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Position, PositionVarlen)}
+
+
+def names() -> list[str]:
+    """Names of all tasks."""
+    return list(TASKS)
+
+
+def options(name: str) -> list[str]:
+    """Names of the options of task `name`. Raises ValueError if there is no such task."""
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}; valid: {', '.join(TASKS)}")
+    return [field.name for field in fields(TASKS[name])]
+
+
+def build(name: str, **chosen: Any) -> Task:
+    """The task `name` with the options `chosen`.
+
+    Raises ValueError, in one line, for unknown names and options (listing the valid ones), for a
+    missing option and for values that the task rejects.
+    """
+    known = options(name)
+    for option in chosen:
+        if option not in known:
+            raise ValueError(f"task {name} has no option {option!r}; valid: {', '.join(known)}")
+    for field in fields(TASKS[name]):
+        if field.name not in chosen and field.default is MISSING:
+            raise ValueError(f"task {name} needs the option {field.name}")
+    return TASKS[name](**chosen)

@@ -1,0 +1,64 @@
+"""How context, queries and answers are put in a row. One function a layout, all of one signature:
+
+    layout(vocabulary, context (B, N), queries (B, K), answers (B, K)) -> input_ids (B, T), answer_at (K,)
+
+All arrays int64 token ids; the logits at answer_at[j] are to predict answers[:, j].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from synthetic.tasks.sampling import IntArray
+from synthetic.vocab import Vocabulary
+
+Layout = Callable[[Vocabulary, IntArray, IntArray, IntArray], tuple[IntArray, IntArray]]
+
+
+def suffix(
+    vocabulary: Vocabulary, context: IntArray, queries: IntArray, answers: IntArray
+) -> tuple[IntArray, IntArray]:
+    """Task-agnostic, query last: `<bos> x1 .. xN <query> q1 .. <query> qK`.
+
+    Answers are not fed back. Under causal processing the first query is therefore seen exactly
+    as in evaluation, and no answer can be had by eliminating the others.
+    """
+    (rows, n), k = context.shape, queries.shape[1]
+    ids = np.empty((rows, 1 + n + 2 * k), dtype=np.int64)
+    ids[:, 0] = vocabulary.bos
+    ids[:, 1 : n + 1] = context
+    ids[:, n + 1 :: 2] = vocabulary.query
+    ids[:, n + 2 :: 2] = queries
+    return ids, n + 2 + 2 * np.arange(k, dtype=np.int64)
+
+
+def prefix(
+    vocabulary: Vocabulary, context: IntArray, queries: IntArray, answers: IntArray
+) -> tuple[IntArray, IntArray]:
+    """Task-aware, query first: `<query> q1 .. <query> qK <bos> x1 .. xN p1 .. p{K-1}`.
+
+    p1 is predicted at xN, p2 at p1, and so on (teacher forcing, in the order of the queries).
+    """
+    (rows, n), k = context.shape, queries.shape[1]
+    ids = np.empty((rows, 2 * k + 1 + n + k - 1), dtype=np.int64)
+    ids[:, 0 : 2 * k : 2] = vocabulary.query
+    ids[:, 1 : 2 * k : 2] = queries
+    ids[:, 2 * k] = vocabulary.bos
+    ids[:, 2 * k + 1 : 2 * k + 1 + n] = context
+    ids[:, 2 * k + 1 + n :] = answers[:, :-1]
+    return ids, 2 * k + n + np.arange(k, dtype=np.int64)
+
+
+def instruction(
+    vocabulary: Vocabulary, context: IntArray, queries: IntArray, answers: IntArray
+) -> tuple[IntArray, IntArray]:
+    """`<task>` and then the suffix layout: the model is told first what kind of question will
+    come, not the question, as in the paper's vision-language experiment."""
+    ids, answer_at = suffix(vocabulary, context, queries, answers)
+    first = np.full((len(ids), 1), vocabulary.task, dtype=np.int64)
+    return np.concatenate([first, ids], axis=1), answer_at + 1
+
+
+LAYOUTS: dict[str, Layout] = {"suffix": suffix, "prefix": prefix, "instruction": instruction}

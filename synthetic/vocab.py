@@ -1,0 +1,90 @@
+"""Token strings and their integer ids, in the order of the original code (gpantaz/retrievit).
+
+| id             | token                  | meaning                                                |
+|----------------|------------------------|--------------------------------------------------------|
+| 0              | <pad>                  | padding                                                |
+| 1              | <bos>                  | starts the context; ends a sequence: no separate token |
+| 2              | <query>                | stands before a queried symbol                         |
+| 3 .. 3+V-1     | <s0> .. <s{V-1}>       | symbols, the things retrieved                          |
+| 3+V .. 3+V+P-1 | <p0> .. <p{P-1}>       | positions, the answers                                 |
+| 3+V+P          | <task>                 | generic instruction; last, so that no id above moves   |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+PAD, BOS, QUERY = "<pad>", "<bos>", "<query>"
+TASK = "<task>"
+UNKNOWN = "<UNK>"
+SPECIAL = (PAD, BOS, QUERY)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """`num_symbols` (V) symbols and `num_positions` (P, may be 0) position tokens.
+
+    Raises ValueError if num_symbols < 1 or num_positions < 0.
+    """
+
+    num_symbols: int
+    num_positions: int
+
+    pad = SPECIAL.index(PAD)
+    bos = SPECIAL.index(BOS)
+    query = SPECIAL.index(QUERY)
+    first_symbol = len(SPECIAL)
+
+    def __post_init__(self) -> None:
+        if self.num_symbols < 1:
+            raise ValueError(f"num_symbols {self.num_symbols} must be at least 1")
+        if self.num_positions < 0:
+            raise ValueError(f"num_positions {self.num_positions} must not be negative")
+
+    @property
+    def first_position(self) -> int:
+        return self.first_symbol + self.num_symbols
+
+    @property
+    def task(self) -> int:
+        return self.first_position + self.num_positions
+
+    def __len__(self) -> int:
+        return self.task + 1
+
+    @cached_property
+    def tokens(self) -> tuple[str, ...]:
+        """All token strings; the index is the id."""
+        symbols = (f"<s{i}>" for i in range(self.num_symbols))
+        positions = (f"<p{k}>" for k in range(self.num_positions))
+        return (*SPECIAL, *symbols, *positions, TASK)
+
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        """Token string -> id."""
+        return {token: i for i, token in enumerate(self.tokens)}
+
+    def encode(self, tokens: Iterable[str] | str) -> list[int]:
+        """Ids of `tokens`, given as strings or as one string with blanks between them.
+
+        Raises ValueError for a token that is not in the vocabulary.
+        """
+        tokens = tokens.split() if isinstance(tokens, str) else list(tokens)
+        for token in tokens:
+            if token not in self.ids:
+                raise ValueError(
+                    f"token {token!r} is not in the vocabulary of {self.num_symbols} symbols "
+                    f"and {self.num_positions} positions"
+                )
+        return [self.ids[token] for token in tokens]
+
+    def decode(self, ids: Iterable[int]) -> list[str]:
+        """Token strings of `ids` (ints, or a 1-D array or tensor of them).
+
+        Ids outside the vocabulary give `<UNK>`: a model whose table was padded to a round number
+        of rows can predict them.
+        """
+        size = len(self)
+        return [self.tokens[i] if 0 <= i < size else UNKNOWN for i in map(int, ids)]

@@ -1,0 +1,501 @@
+"""Task generators against a brute-force solver that reads rendered text, and against closed forms."""
+
+import hashlib
+import inspect
+import itertools
+import math
+import random
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from torch.utils.data import DataLoader, Dataset
+
+from synthetic import tasks
+from synthetic.tasks import sampling
+
+ALL = [(name, layout) for name in tasks.names() for layout in tasks.LAYOUTS]
+MIN_P = 1e-3  # seeds are fixed, so these are not flaky
+unhurried = settings(deadline=None)  # a busy machine is no failure
+
+
+# --- an independent reader of rendered rows ----------------------------------------------------------
+
+
+def read(text):
+    """Context, queries and scored labels of a rendered row, from its token strings alone."""
+    (head, *tokens), (label_head, *labels) = (line.split() for line in text.splitlines())
+    assert (head, label_head) == ("input", "label") and len(tokens) == len(labels)
+    after = tokens[tokens.index("<bos>") + 1 :]
+    context = list(itertools.takewhile(lambda token: token.startswith("<s"), after))
+    queries = [tokens[i + 1] for i, token in enumerate(tokens) if token == "<query>"]
+    return context, queries, [label for label in labels if label != "."]
+
+
+def solve(context, queries):
+    """Answers by search; a query that does not stand exactly once in the context has none."""
+    for query in queries:
+        assert context.count(query) == 1
+    return [f"<p{context.index(query)}>" for query in queries]
+
+
+@st.composite
+def jobs(draw):
+    """A task with its options, and arguments of `batch` it can meet."""
+    name = draw(st.sampled_from(tasks.names()))
+    seq_len = draw(st.integers(1, 12))
+    fewest = seq_len if name == "position" else 2
+    options = dict(seq_len=seq_len, num_symbols=draw(st.integers(fewest, 80)))
+    options["layout"] = draw(st.sampled_from(list(tasks.LAYOUTS)))
+    options["supervise_bos"] = draw(st.booleans())
+    try:
+        task = tasks.build(name, **options)
+        length = draw(st.none() | st.integers(1, seq_len))
+        queries = 1 if task.supervise_bos else draw(st.integers(1, task.max_queries(length)))
+        task.check(length or seq_len, queries)
+    except ValueError as error:
+        assume("too few" not in str(error))
+        raise
+    split = draw(st.sampled_from(sampling.SPLITS))
+    numbers = st.integers(0, 2**64 - 1)
+    arguments = dict(seed=draw(numbers), index=draw(numbers), split=split, queries=queries, length=length)
+    return task, draw(st.integers(1, 5)), arguments
+
+
+@unhurried
+@given(jobs())
+def test_solver_answers_every_label(job):
+    task, rows, arguments = job
+    batch = task.batch(rows, **arguments)
+    assert batch.input_ids.shape[0] == batch.labels.shape[0] == batch.target_index.shape[0] == rows
+    for row in range(rows):
+        context, queries, labels = read(task.render(batch, row))
+        assert len(context) == batch.length == (arguments["length"] or task.seq_len)
+        assert len(set(queries)) == len(queries) == arguments["queries"]
+        assert labels == solve(context, queries) + ["<bos>"] * task.supervise_bos
+        assert [f"<p{k}>" for k in batch.target_index[row].tolist()] == solve(context, queries)
+        if task.name == "position":
+            assert len(set(context)) == len(context)
+    assert batch.chance == 1 / batch.length
+    assert batch.input_ids.max() < task.vocab_size and batch.input_ids.min() >= 1
+
+
+@unhurried
+@given(jobs())
+def test_pure_function_of_its_arguments(job):
+    """Same arguments, same tensors, whatever was drawn before; no global random state is read or moved."""
+    task, rows, arguments = job
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    first = task.batch(rows, **arguments)
+    after = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    assert before[0] == after[0]
+    assert all(np.array_equal(x, y) for x, y in zip(before[1], after[1], strict=True))
+    assert torch.equal(before[2], after[2])
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)  # noqa: NPY002
+    task.batch(3, seed=9, index=9)
+    again = task.batch(rows, **arguments)
+    for name in ("input_ids", "labels", "answer_at", "target_index"):
+        tensor = getattr(first, name)
+        assert tensor.dtype == torch.int64 and torch.equal(tensor, getattr(again, name))
+
+
+@unhurried
+@given(st.integers(0, 2**64 - 2), st.integers(0, 2**64 - 2), st.sampled_from(ALL))
+def test_streams_differ(seed, index, kind):
+    task = tasks.build(kind[0], seq_len=32, layout=kind[1])
+    same = dict(seed=seed, index=index)
+    variants = [same, same | dict(seed=seed + 1), same | dict(index=index + 1), same | dict(split="heldout")]
+    batches = [task.batch(2, **v).input_ids for v in variants]
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(batches, 2))
+
+
+class Stream(Dataset):
+    """A batch an index, as a trainer with data workers would read it."""
+
+    def __init__(self, task):
+        self.task = task
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        return self.task.batch(4, seed=3, index=index, queries=2)
+
+
+@pytest.mark.parametrize("name", tasks.names())
+def test_independent_of_worker_count(name):
+    stream = Stream(tasks.build(name, seq_len=16))
+    direct = [stream[i] for i in range(12)]
+    for workers in (0, 2):
+        loaded = list(DataLoader(stream, batch_size=None, num_workers=workers))
+        for a, b in zip(direct, loaded, strict=True):
+            assert torch.equal(a.input_ids, b.input_ids) and torch.equal(a.labels, b.labels)
+            assert (a.length, a.chance) == (b.length, b.chance)
+
+
+# Values of NumPy 1.26 to 2.4. If a change here is meant, raise `version` of the task.
+STREAMS = {"position": "6f38da4944b7e9a6", "position-varlen": "6a030f9652aa7cc6"}
+
+
+@pytest.mark.parametrize("name", tasks.names())
+def test_streams_stay_the_same_between_versions(name):
+    """Results of two versions of the project are comparable only if they train on the same data."""
+    digest = hashlib.sha256()
+    for options in (dict(seq_len=8, num_symbols=64), dict(seq_len=24, num_symbols=24)):
+        batch = tasks.build(name, **options).batch(16, seed=12345, index=7, queries=3)
+        digest.update(batch.input_ids.numpy().astype("<i8").tobytes())
+    assert digest.hexdigest()[:16] == STREAMS[name]
+
+
+# --- layouts, token by token -------------------------------------------------------------------------
+
+EXPECTED = {
+    ("suffix", 1): (
+        "<bos> <s4> <s0> <s2> <query> <s2>",
+        "  .     .    .    .     .    <p2>",
+    ),
+    ("suffix", 3): (
+        "<bos> <s4> <s0> <s2> <query> <s2> <query> <s4> <query> <s0>",
+        "  .     .    .    .     .    <p2>    .    <p0>    .    <p1>",
+    ),
+    ("instruction", 1): (
+        "<task> <bos> <s4> <s0> <s2> <query> <s2>",
+        "  .      .     .    .    .     .    <p2>",
+    ),
+    ("instruction", 3): (
+        "<task> <bos> <s4> <s0> <s2> <query> <s2> <query> <s4> <query> <s0>",
+        "  .      .     .    .    .     .    <p2>    .    <p0>    .    <p1>",
+    ),
+    ("prefix", 1): (
+        "<query> <s2> <bos> <s4> <s0> <s2>",
+        "  .       .    .     .    .  <p2>",
+    ),
+    ("prefix", 3): (
+        "<query> <s2> <query> <s4> <query> <s0> <bos> <s4> <s0> <s2> <p2> <p0>",
+        "   .      .     .      .     .      .    .     .    .  <p2> <p0> <p1>",
+    ),
+}
+EXPECTED_BOS = {  # facts: `<bos> x1 .. xN <query> q | <p_k> <bos>`; the last <bos> is only predicted
+    "suffix": ("<bos> <s4> <s0> <s2> <query> <s2> <p2>", ". . . . . <p2> <bos>"),
+    "instruction": ("<task> <bos> <s4> <s0> <s2> <query> <s2> <p2>", ". . . . . . <p2> <bos>"),
+    "prefix": ("<query> <s2> <bos> <s4> <s0> <s2> <p2>", ". . . . . <p2> <bos>"),
+}
+
+
+def lines(task, context, target):
+    batch = task.assemble(np.array([context]), np.array([target]))
+    return [line.split()[1:] for line in task.render(batch).splitlines()]
+
+
+@pytest.mark.parametrize("name", tasks.names())
+@pytest.mark.parametrize("layout", tasks.LAYOUTS)
+@pytest.mark.parametrize("queries", [1, 3])
+def test_layout_token_by_token(name, layout, queries):
+    task = tasks.build(name, seq_len=3, num_symbols=5 + 60, layout=layout)
+    rendered = lines(task, [4, 0, 2], [2, 0, 1][:queries])
+    assert rendered == [line.split() for line in EXPECTED[layout, queries]]
+    assert len(rendered[0]) == task.max_length(queries)
+
+
+@pytest.mark.parametrize("layout", tasks.LAYOUTS)
+def test_supervised_bos_token_by_token(layout):
+    task = tasks.build("position", seq_len=3, num_symbols=65, layout=layout, supervise_bos=True)
+    rendered = lines(task, [4, 0, 2], [2])
+    assert rendered == [line.split() for line in EXPECTED_BOS[layout]]
+    assert len(rendered[0]) == task.max_length()
+
+
+@pytest.mark.parametrize(
+    "name, options, context, target",
+    [
+        ("position", dict(seq_len=4, num_symbols=6), [5, 1, 2, 4], [1]),
+        ("position-varlen", dict(seq_len=5, num_symbols=4), [2, 2, 1, 2, 3], [4]),
+    ],
+)
+def test_docstring_example(name, options, context, target):
+    task = tasks.build(name, **options)
+    drawn = task.render(task.assemble(np.array([context]), np.array([target])))
+    assert textwrap.indent(drawn, "    ") in inspect.getdoc(type(task))
+
+
+def test_every_task_draws_an_example():
+    for task in tasks.TASKS.values():
+        assert "input  " in inspect.getdoc(task) and "label  " in inspect.getdoc(task)
+
+
+@unhurried
+@given(jobs())
+def test_max_length_is_the_longest_batch(job):
+    task, rows, arguments = job
+    t = task.batch(rows, **arguments).input_ids.shape[1]
+    assert t <= task.max_length(arguments["queries"])
+    if arguments["length"] in (None, task.seq_len):
+        assert t == task.max_length(arguments["queries"])
+    assert task.max_length(10**6) == task.max_length(task.max_queries(task.seq_len))
+
+
+def test_original_lengths_and_vocabulary():
+    """N + 5 tokens with the final <bos>, which is a label but no input here; 403 ids before <task>."""
+    task = tasks.build("position", seq_len=200, supervise_bos=True)
+    batch = task.batch(2, seed=0, index=0)
+    assert batch.input_ids.shape[1] + 1 == 205 and task.vocab_size == 404
+    assert batch.answer_at.tolist() == [205 - 3, 205 - 2]  # predicts the second-last and the last token
+    assert batch.labels[:, 1].tolist() == [1, 1]
+
+
+def test_first_of_many_queries_is_what_evaluation_sees():
+    """In the suffix layout: the same tokens up to the first answer, and the same distribution of it."""
+    task = tasks.build("position", seq_len=8, num_symbols=64)
+    single, many = (task.batch(20_000, seed=5, index=0, queries=k) for k in (1, 6))
+    assert many.answer_at[0] == single.answer_at[0] == single.input_ids.shape[1] - 1
+    for row in range(100):
+        start = many.input_ids[row, : single.input_ids.shape[1]].tolist()
+        context, queries, labels = read(task.render(many, row))
+        tokens = ["<bos>", *context, "<query>", queries[0]]
+        assert task.vocabulary.decode(start) == tokens and labels[:1] == solve(context, queries[:1])
+    counts = [np.bincount(b.target_index[:, 0].numpy(), minlength=8) for b in (single, many)]
+    assert stats.chi2_contingency(counts).pvalue > MIN_P
+    for column in range(6):
+        assert stats.chisquare(np.bincount(many.target_index[:, column].numpy())).pvalue > MIN_P
+
+
+# --- distributions -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size, num", [(1, 5), (2, 6), (3, 9), (3, 8), (3, 4), (4, 4), (1, 1)])
+def test_distinct_draws_are_uniform_over_all_ordered_draws(size, num):
+    """Both methods: redrawing duplicates (3 size <= num) and permuting."""
+    rng = np.random.default_rng(2)
+    draws = sampling.sample_distinct(rng, 60_000, size, num)
+    assert draws.dtype == np.int64 and draws.shape == (60_000, size)
+    _, counts = np.unique(draws, axis=0, return_counts=True)
+    assert len(counts) == math.perm(num, size)
+    assert len(counts) == 1 or stats.chisquare(counts).pvalue > MIN_P
+
+
+@pytest.mark.parametrize("name", tasks.names())
+@pytest.mark.parametrize("split", sampling.SPLITS)
+def test_targets_and_symbols_are_uniform(name, split):
+    task = tasks.build(name, seq_len=10, num_symbols=40)
+    batch = task.batch(30_000, seed=11, index=4, split=split)
+    assert stats.chisquare(np.bincount(batch.target_index[:, 0].numpy(), minlength=10)).pvalue > MIN_P
+    context = batch.input_ids[:, 1:11].numpy() - task.vocabulary.first_symbol
+    for place in (0, 9):
+        assert stats.chisquare(np.bincount(context[:, place], minlength=40)).pvalue > MIN_P
+    queried = context[np.arange(30_000), batch.target_index[:, 0]]
+    assert stats.chisquare(np.bincount(queried, minlength=40)).pvalue > MIN_P
+
+
+def test_varlen_distractors_are_uniform_over_the_other_symbols():
+    task = tasks.build("position-varlen", seq_len=6, num_symbols=20)
+    for queries in (1, 3):
+        batch = task.batch(20_000, seed=1, index=1, queries=queries)
+        context = batch.input_ids[:, 1:7].numpy() - task.vocabulary.first_symbol
+        target = batch.target_index.numpy()
+        queried = np.take_along_axis(context, target, axis=1)
+        occurrences = (context[:, :, None] == queried[:, None, :]).sum(axis=1)
+        assert (occurrences == 1).all()
+        is_target = np.zeros_like(context, dtype=bool)
+        np.put_along_axis(is_target, target, True, axis=1)
+        # distances from the first query, without those that other queries occupy
+        distance = ((context - queried[:, :1]) % 20)[~is_target]
+        counts = np.bincount(distance, minlength=20)
+        assert counts[0] == 0 and stats.chisquare(counts[1:]).pvalue > MIN_P
+
+
+def test_varlen_repeats_symbols_and_may_have_fewer_than_places():
+    task = tasks.build("position-varlen", seq_len=50, num_symbols=7)
+    context, queries, labels = read(task.render(task.batch(1, seed=0, index=0)))
+    assert len(set(context)) <= 7 < len(context) == 50
+    assert labels == solve(context, queries)
+
+
+def test_varlen_random_length_counts_distractors():
+    """Distractors uniform on min_seq_len .. seq_len - 1, so contexts of one more; one length a batch."""
+    task = tasks.build("position-varlen", seq_len=9, num_symbols=30, min_seq_len=5)
+    lengths = []
+    for index in range(400):
+        batch = task.batch(2, seed=0, index=index)
+        assert batch.input_ids.shape[1] == batch.length + 3 and batch.chance == 1 / batch.length
+        lengths.append(batch.length)
+    assert sorted(set(lengths)) == [6, 7, 8, 9]
+    assert stats.chisquare(np.bincount(lengths)[6:]).pvalue > MIN_P
+    assert task.batch(2, seed=0, index=0, length=3).length == 3
+    assert task.max_queries() == 6 and task.max_queries(9) == 9
+    with pytest.raises(ValueError, match="queries 7"):
+        task.batch(2, seed=0, index=0, queries=7)
+
+
+# --- the train / held-out split ----------------------------------------------------------------------
+
+
+def contexts_of(task, batch):
+    start = batch.input_ids[0].tolist().index(task.vocabulary.bos) + 1
+    rows = batch.input_ids[:, start : start + batch.length] - task.vocabulary.first_symbol
+    return {tuple(row) for row in rows.tolist()}
+
+
+def heldout_reference(context):
+    """The hash by Python integers: splitmix64 constants, linear form, splitmix64 finaliser, top bits."""
+    mask = 2**64 - 1
+
+    def mix(x):
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+        return x ^ (x >> 31)
+
+    constants = [mix(i * 0x9E3779B97F4A7C15 & mask) for i in range(1, len(context) + 2)]
+    total = sum(c * x for c, x in zip(constants, context, strict=False)) + constants[-1]
+    return mix(total & mask) < 2**61
+
+
+@unhurried
+@given(st.lists(st.lists(st.integers(0, 5000), min_size=6, max_size=6), min_size=1, max_size=20))
+def test_split_equals_reference_hash(contexts):
+    expected = [heldout_reference(context) for context in contexts]
+    assert sampling.is_heldout(np.array(contexts)).tolist() == expected
+
+
+def test_split_is_exhaustive_and_disjoint_in_a_small_space():
+    """All 120 contexts of 4 out of 5 symbols, from different seeds, queries and layouts."""
+    seen = {"train": set(), "heldout": set()}
+    for layout, (split, found) in itertools.product(("suffix", "instruction"), seen.items()):
+        task = tasks.build("position", seq_len=4, num_symbols=5, layout=layout)
+        for seed in range(3):
+            found |= contexts_of(task, task.batch(2000, seed=seed, index=0, split=split, queries=2))
+    space = set(itertools.permutations(range(5), 4))
+    assert seen["train"] & seen["heldout"] == set()
+    assert seen["train"] | seen["heldout"] == space
+    assert seen["heldout"] == {context for context in space if heldout_reference(context)}
+
+
+def test_rows_are_uniform_within_their_side_of_the_split():
+    task = tasks.build("position", seq_len=4, num_symbols=5)
+    for split, share in (("heldout", 1 / 8), ("train", 7 / 8)):
+        batch = task.batch(20_000, seed=0, index=0, split=split)
+        _, counts = np.unique(batch.input_ids[:, 1:5].numpy(), axis=0, return_counts=True)
+        assert abs(len(counts) / 120 - share) < 0.1
+        assert stats.chisquare(counts).pvalue > MIN_P
+
+
+@pytest.mark.parametrize("name, layout", ALL)
+@pytest.mark.parametrize("length", [3, 64])
+def test_split_is_disjoint_in_a_large_space(name, layout, length):
+    task = tasks.build(name, seq_len=64, num_symbols=100, layout=layout)
+    sides = [
+        set().union(*(contexts_of(task, task.batch(2000, seed=0, index=i, split=s, length=length))
+                      for i in range(3)))
+        for s in sampling.SPLITS
+    ]  # fmt: skip
+    assert not sides[0] & sides[1] and all(len(side) > 4000 for side in sides)
+
+
+def test_one_eighth_is_held_out():
+    contexts = np.random.default_rng(0).integers(0, 1024, (100_000, 20))
+    share = sampling.is_heldout(contexts).mean()
+    assert stats.binomtest(round(share * 100_000), 100_000, 1 / 8).pvalue > MIN_P
+
+
+def test_both_sides_of_every_small_space_have_contexts():
+    """Spaces of at least MIN_CONTEXTS contexts pass `check`; their split, counted exhaustively."""
+    for num_symbols, length in itertools.product(range(1, 120), range(1, 6)):
+        if sampling.MIN_CONTEXTS <= math.perm(num_symbols, length) <= 5000:
+            tasks.build("position", seq_len=length, num_symbols=num_symbols)
+            space = np.array(list(itertools.permutations(range(num_symbols), length)))
+            assert 0.02 < sampling.is_heldout(space).mean() < 0.3
+        elif length <= num_symbols and math.perm(num_symbols, length) < sampling.MIN_CONTEXTS:
+            with pytest.raises(ValueError, match="too few"):
+                tasks.build("position", seq_len=length, num_symbols=num_symbols)
+
+
+@unhurried
+@given(st.integers(1, 6), st.integers(2, 4))
+def test_varlen_context_count_is_a_lower_bound(length, num_symbols):
+    space = itertools.product(range(num_symbols), repeat=length)
+    exact = sum(any(context.count(x) == 1 for x in context) for context in space)
+    task = tasks.build("position-varlen", seq_len=200, num_symbols=num_symbols)
+    assert math.exp(task._log_contexts(length)) <= exact * (1 + 1e-9)
+
+
+def test_many_rows_are_drawn_in_rounds():
+    """Memory is bounded by drawing in rounds; the rows are as many and as different as asked for."""
+    task = tasks.build("position", seq_len=16, num_symbols=70_000)
+    batch = task.batch(300, seed=0, index=0, split="heldout")
+    assert batch.input_ids.shape == (300, 19) and len(contexts_of(task, batch)) == 300
+
+
+# --- options and errors ------------------------------------------------------------------------------
+
+BAD_OPTIONS = [
+    ("nothing", dict(seq_len=8), "unknown task 'nothing'; valid: position, position-varlen"),
+    ("position", dict(seq_len=8, layout="infix"), "unknown layout 'infix'; valid: suffix, prefix, instr"),
+    ("position", dict(seq_len=8, seqlen=8), "no option 'seqlen'; valid: seq_len, num_symbols, layout"),
+    ("position", dict(seq_len=8, min_seq_len=8), "task position has no option 'min_seq_len'"),
+    ("position", dict(num_symbols=8), "task position needs the option seq_len"),
+    ("position", dict(seq_len=0), "seq_len 0 must be at least 1"),
+    ("position-varlen", dict(seq_len=0), "seq_len 0 must be at least 1"),
+    ("position", dict(seq_len=16, num_symbols=8), "num_symbols 8 is less than seq_len 16.* >= 16"),
+    ("position", dict(seq_len=16, num_symbols=0), "num_symbols 0 must be at least 1"),
+    ("position", dict(seq_len=4), "num_symbols 4 .*24 contexts of length 4, too few"),
+    ("position-varlen", dict(seq_len=16, num_symbols=1), "num_symbols 1 .* at least 2"),
+    ("position-varlen", dict(seq_len=16, min_seq_len=16), r"min_seq_len 16 .* 1 \.\. seq_len - 1 = 15"),
+    ("position-varlen", dict(seq_len=16, min_seq_len=0), "min_seq_len 0"),
+]
+
+
+@pytest.mark.parametrize("name, options, message", BAD_OPTIONS)
+def test_bad_options_give_one_line(name, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        tasks.build(name, **options)
+    assert "\n" not in str(error.value)
+
+
+BAD_ARGUMENTS = [
+    (dict(batch_size=0), "batch_size 0"),
+    (dict(length=0), r"length 0 must be in 1 \.\. seq_len 16"),
+    (dict(length=17), r"length 17 must be in 1 \.\. seq_len 16"),
+    (dict(queries=0), "queries 0"),
+    (dict(queries=17), r"queries 17 must be in 1 \.\. 16"),
+    (dict(queries=5, length=4), r"queries 5 must be in 1 \.\. 4 for task position, length 4"),
+    (dict(length=1), "too few"),
+    (dict(split="test"), "unknown split 'test'; valid: train, heldout"),
+    (dict(seed=-1), "seed -1"),
+    (dict(index=2**64), "index 18446744073709551616"),
+]
+
+
+@pytest.mark.parametrize("change, message", BAD_ARGUMENTS)
+def test_bad_arguments_give_one_line(change, message):
+    task = tasks.build("position", seq_len=16)
+    arguments = dict(batch_size=2, seed=0, index=0) | change
+    with pytest.raises(ValueError, match=message) as error:
+        task.batch(**arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_one_query_limit_of_supervised_bos_and_of_few_symbols():
+    with pytest.raises(ValueError, match="supervise_bos"):
+        tasks.build("position", seq_len=16, supervise_bos=True).batch(1, seed=0, index=0, queries=2)
+    with pytest.raises(ValueError, match=r"queries 3 must be in 1 \.\. 2"):
+        tasks.build("position-varlen", seq_len=16, num_symbols=3).batch(1, seed=0, index=0, queries=3)
+
+
+def test_registry_and_default_symbols():
+    assert tasks.names() == ["position", "position-varlen"]
+    assert tasks.options("position") == ["seq_len", "num_symbols", "layout", "supervise_bos"]
+    task = tasks.build("position", seq_len=12)
+    assert task.num_symbols == 12 and task == tasks.build("position", seq_len=12, num_symbols=12)
+    context, _, _ = read(task.render(task.batch(1, seed=0, index=0)))
+    assert sorted(context) == sorted(f"<s{i}>" for i in range(12))
+
+
+def test_batch_moves_between_devices():
+    batch = tasks.build("position", seq_len=8).batch(2, seed=0, index=0)
+    moved = batch.to("meta")
+    assert moved.input_ids.device.type == moved.labels.device.type == "meta"
+    assert moved.answer_at.device.type == moved.target_index.device.type == "meta"
+    assert (moved.length, moved.chance) == (8, 1 / 8) and batch.input_ids.device.type == "cpu"
