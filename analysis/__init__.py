@@ -1,0 +1,1 @@
+"""Statistics, curves and figures from the tables that runs leave behind."""

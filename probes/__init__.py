@@ -1,0 +1,1 @@
+"""Probes of hidden states, step sizes, attention and causal paths (in preparation)."""

@@ -1,0 +1,261 @@
+"""What a run is: `RunConfig` is what the user says, `Plan` what one model's training needs, nothing left open.
+
+Defaults stand here and nowhere else; the command line and its help are generated from `RunConfig`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+FAMILIES = ("transformer", "mamba", "mamba2", "hybrid")
+
+# Best settings found per family at the tiny preset (docs/learnability.md): learning rate and the length at
+# which the curriculum starts. The learning rate falls with sqrt(width) for wider models.
+FAMILY_LR = {"transformer": 2e-3, "mamba": 2e-3, "mamba2": 2e-3, "hybrid": 2e-3}
+FAMILY_CURRICULUM = {"transformer": 16, "mamba": 4, "mamba2": 4, "hybrid": 8}
+DEFAULT_STEPS = 2000
+PAPER_EXAMPLES = 20_000_000  # training budget, batch and learning rate of Retrievit's position scripts
+PAPER_BATCH = 128
+PAPER_LR = 5e-5
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Train models on an in-context retrieval task and compare how fast they learn it.
+
+    A context of --seq-len symbols is followed (or preceded) by one of them; the model must answer at which
+    position it stood. By default a Transformer and a Mamba of equal size are trained one after the other on
+    the same data, and runs/<id>/ receives configuration, metrics, checkpoints and the learning curve.
+    The same command resumes an interrupted run and reprints a finished one.
+    """
+
+    seq_len: int = 1024
+    """Number of context symbols N. The goal of the run: held-out accuracy at this length."""
+    model: tuple[Literal["transformer", "mamba", "mamba2", "hybrid"], ...] = ("transformer", "mamba")
+    """Architectures to train, one after the other, on the same batches."""
+    preset: str = "tiny"
+    """Model size: tiny (about 0.5 M), 14m, 31m, 70m, 130m/160m, 370m/410m, 790m/1b, 1.4b, 2.8b."""
+    task: Literal["position", "position-varlen"] = "position"
+    """position: all context symbols differ. position-varlen: only the queried one is unique."""
+    layout: Literal["suffix", "prefix", "instruction"] = "suffix"
+    """suffix: query last (task-agnostic). prefix: query first (task-aware). instruction: a generic task
+    token first, query last."""
+    num_symbols: int | None = None
+    """Number of different symbols V; default: as many as --seq-len."""
+    position: Literal["learned", "rope", "none"] = "learned"
+    """How attention learns about order (Transformer and hybrid)."""
+    rotary_pct: float = 0.25
+    """Share of each head's dimensions that RoPE rotates (with --position rope)."""
+    d_state: int | None = None
+    """State size per channel of Mamba and Mamba-2, 1 to 256; default: the preset's."""
+    protocol: Literal["default", "paper"] = "default"
+    """paper: one query per sequence, fixed length, small learning rate, the papers' loss and budget. Little is
+    learned that way in an hour on a CPU. default: dense queries, a length curriculum and larger steps."""
+    queries: int | None = None
+    """Queries per training sequence K (dense supervision); evaluation always uses one. Default 64."""
+    curriculum: int | None = None
+    """Context length at which training starts; doubled whenever training accuracy passes 0.95. 0 trains at
+    --seq-len only. Default: 16 for the Transformer, 4 for Mamba, 8 for hybrids."""
+    lr: float | None = None
+    """Peak learning rate of AdamW. Default: the best one found for each family."""
+    steps: int | None = None
+    """Optimiser steps at most. Default 2000."""
+    budget: int | None = None
+    """Training sequences at most, instead of --steps (the papers count this way)."""
+    stop_at: float = 0.98
+    """Stop as soon as this held-out accuracy at --seq-len is reached; 1.01 never stops early."""
+    batch_tokens: int = 8192
+    """Tokens per batch; the number of sequences follows from their length."""
+    weight_decay: float = 0.0
+    """AdamW weight decay of the matrices (never of norms, biases, embeddings or SSM parameters)."""
+    warmup: int = 50
+    """Steps over which the learning rate rises to its peak."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Course of the learning rate after the warm-up, over the whole budget."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient; 0 = no clipping."""
+    eval_every: int = 50
+    """Steps between evaluations."""
+    eval_examples: int = 128
+    """Held-out sequences per evaluation."""
+    final_eval_examples: int = 1024
+    """Held-out sequences of the last evaluation, which is also reported by position."""
+    seed: int = 0
+    """Fixes initial weights and data. Held-out sequences are the same for every seed."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto takes a GPU if there is one."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """bfloat16 = autocast with float32 weights; auto takes it where the hardware multiplies it natively."""
+    threads: int = 0
+    """CPU threads; 0 = torch's default. Recorded, but not part of the run's identity."""
+    out: str = "runs"
+    """Folder that receives runs/<id>/."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One model's training, every value settled. Its hash names the run."""
+
+    family: str
+    model: str  # registry name
+    model_overrides: dict[str, Any]
+    task: str
+    task_options: dict[str, Any]
+    seq_len: int
+    queries: int
+    curriculum: int
+    lr: float
+    steps: int | None
+    budget: int | None
+    stop_at: float
+    batch_tokens: int
+    batch_size: int | None
+    weight_decay: float
+    warmup: int
+    schedule: str
+    grad_clip: float
+    eval_every: int
+    eval_examples: int
+    final_eval_examples: int
+    seed: int
+    device: str
+    precision: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def plan(config: RunConfig, family: str) -> Plan:
+    """Settle every open value for one family. Raises ValueError with one line for impossible wishes."""
+    import models
+    from synthetic import tasks
+
+    paper = config.protocol == "paper"
+    _check(config, paper)
+    options = dict(
+        seq_len=config.seq_len,
+        num_symbols=config.num_symbols,
+        layout=config.layout,
+        supervise_bos=paper,
+    )
+    task = tasks.build(config.task, **options)
+    queries = 1 if paper else min(config.queries or 64, task.max_queries())
+    overrides: dict[str, Any] = {"vocab_size": task.vocab_size}
+    if family in ("transformer", "hybrid"):
+        # the longest evaluation and training sequence, whichever layout
+        overrides |= {
+            "max_position_embeddings": task.max_length(queries) + 1,
+            "position": config.position,
+            "rotary_pct": config.rotary_pct,
+        }
+    if config.d_state is not None and family != "transformer":
+        overrides["d_state"] = config.d_state
+    name = f"{family}-{config.preset}"
+    width = models.config(name, **overrides).d_model
+    overrides["embedding_std"] = 0.1
+    if family in ("transformer", "hybrid"):  # as wide as torch's default, which the SSM blocks have
+        overrides["init_std"] = round((3 * width) ** -0.5, 6)
+    curriculum = 0 if paper else FAMILY_CURRICULUM[family] if config.curriculum is None else config.curriculum
+    steps, budget = config.steps, config.budget
+    if steps is None and budget is None:
+        steps, budget = (None, PAPER_EXAMPLES) if paper else (DEFAULT_STEPS, None)
+    device = resolve_device(config.device)
+    default_lr = PAPER_LR if paper else FAMILY_LR[family] * (128 / width) ** 0.5
+    return Plan(
+        family=family,
+        model=name,
+        model_overrides=overrides,
+        task=config.task,
+        task_options=options,
+        seq_len=config.seq_len,
+        queries=queries,
+        curriculum=min(curriculum, config.seq_len),
+        lr=default_lr if config.lr is None else config.lr,
+        steps=steps,
+        budget=budget,
+        stop_at=config.stop_at,
+        batch_tokens=config.batch_tokens,
+        batch_size=PAPER_BATCH if paper else None,
+        weight_decay=config.weight_decay,
+        warmup=config.warmup,
+        schedule="cosine" if paper else config.schedule,
+        grad_clip=config.grad_clip,
+        eval_every=config.eval_every,
+        eval_examples=config.eval_examples,
+        final_eval_examples=config.final_eval_examples,
+        seed=config.seed,
+        device=device,
+        precision=resolve_precision(config.precision, device),
+    )
+
+
+def _check(config: RunConfig, paper: bool) -> None:
+    for name in ("seq_len", "batch_tokens", "eval_every", "eval_examples", "final_eval_examples"):
+        value = getattr(config, name)
+        check(value >= 1, f"--{name.replace('_', '-')} {value} must be at least 1")
+    for name in ("queries", "steps", "budget"):
+        value = getattr(config, name)
+        check(value is None or value >= 1, f"--{name} {value} must be at least 1")
+    for name in ("seed", "warmup", "threads", "grad_clip", "weight_decay"):
+        value = getattr(config, name)
+        check(value >= 0, f"--{name.replace('_', '-')} {value} must not be negative")
+    check(config.curriculum is None or config.curriculum >= 0, f"--curriculum {config.curriculum} is negative")
+    check(config.lr is None or config.lr > 0, f"--lr {config.lr} must be positive")
+    check(len(config.model) > 0, "--model needs at least one of " + ", ".join(FAMILIES))
+    check(len(set(config.model)) == len(config.model), f"--model {' '.join(config.model)} names one twice")
+    check(
+        config.steps is None or config.budget is None,
+        f"--steps {config.steps} and --budget {config.budget} exclude each other; give one of them",
+    )
+    check(
+        not paper or config.queries in (None, 1),
+        f"--queries {config.queries} contradicts --protocol paper, which has 1; leave one of them out",
+    )
+    check(
+        not paper or config.curriculum in (None, 0),
+        f"--curriculum {config.curriculum} contradicts --protocol paper, which has none; leave one out",
+    )
+
+
+def resolve_device(device: str) -> str:
+    """auto -> cuda, mps or cpu. Raises ValueError if the device asked for is not there."""
+    import torch
+
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        return "cuda" if present["cuda"] else "mps" if present["mps"] else "cpu"
+    check(present[device], f"--device {device} is not available here; use --device cpu")
+    return device
+
+
+def resolve_precision(precision: str, device: str) -> str:
+    """auto -> bfloat16 where matrix products in it are native, else float32."""
+    import torch
+
+    if precision != "auto":
+        return precision
+    if device == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    native = device == "cpu" and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
+    return "bfloat16" if native else "float32"
+
+
+def run_id(plans: list[Plan]) -> str:
+    """Readable name plus a hash over everything that decides the numbers."""
+    text = json.dumps([p.to_dict() for p in plans], sort_keys=True)
+    first = plans[0]
+    families = "+".join(p.family for p in plans)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    layout = first.task_options["layout"]
+    return f"{first.task}-{layout}-L{first.seq_len}-{families}-s{first.seed}-{digest}"

@@ -1,0 +1,100 @@
+"""What a run shows: a live progress bar, a table, a curve in the terminal."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from analysis.curves import NAMES
+from synthetic.config import Plan
+
+
+class Display:
+    """Listens to `synthetic.train.train`. A live bar on a terminal, a line per evaluation elsewhere."""
+
+    def __init__(self, plan: Plan, console: Console):
+        self.plan, self.console, self.latest = plan, console, "-"
+        self.bar = Progress(
+            TextColumn("[bold]{task.description:<11}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TextColumn("left at most"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.id = self.bar.add_task(NAMES[plan.family], total=plan.steps or plan.budget, numbers="starting")
+
+    def __enter__(self) -> Display:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def __call__(self, event: str, row: dict[str, Any]) -> None:
+        if event == "step":
+            self.bar.update(
+                self.id,
+                completed=row["step"] if self.plan.steps is not None else row["examples"],
+                numbers=f"loss {row['loss']:.3f}  training at {row['length']:>4}: {row['accuracy']:.2f}  "
+                f"held-out at {self.plan.seq_len}: {self.latest}",
+            )
+        elif row["length"] == self.plan.seq_len:
+            self.latest = f"{row['accuracy']:.3f}"
+            if not self.console.is_terminal:
+                self.console.print(
+                    f"{NAMES[row['model']]:<12} step {row['step']:>6}  {row['seconds']:>7.1f} s  "
+                    f"trained at length {row['train_length']:>5}  loss {row['train_loss']:.3f}  "
+                    f"held-out accuracy at {row['length']}: {row['accuracy']:.3f}",
+                    highlight=False,
+                )
+
+
+def summary(results: list[dict[str, Any]]) -> Table:
+    """One line per model: size, cost, accuracy with its 95 % interval, longest length that was learned."""
+    length, count = results[0]["length"], results[0]["count"]
+    table = Table(title=f"Held-out single-query accuracy at length {length} ({count} sequences)")
+    for name in ("model", "parameters", "steps", "sequences", "tokens", "seconds"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    for name in ("accuracy [95 % CI]", "chance", "learned up to length"):
+        table.add_column(name, justify="right")
+    for r in results:
+        table.add_row(
+            NAMES[r["model"]],
+            f"{r['parameters']:,}",
+            f"{r['step']:,}",
+            f"{r['examples']:,}",
+            f"{r['tokens'] / 1e6:.1f} M",
+            f"{r['seconds']:.0f}",
+            f"{r['accuracy']:.3f} [{r['ci_low']:.3f}, {r['ci_high']:.3f}]",
+            f"{r['chance']:.4f}",
+            str(r["longest_length"] or "-"),
+        )
+    return table
+
+
+def terminal_curve(metrics: pd.DataFrame, width: int = 80, height: int = 16) -> str:
+    """Accuracy at the full length against tokens, as text."""
+    import plotext
+
+    full = metrics[metrics["length"] == metrics["length"].max()]
+    plotext.clear_figure()
+    plotext.theme("clear")
+    plotext.plotsize(width, height)
+    for (family, rows), marker in zip(full.groupby("model", sort=False), "TMSH", strict=False):
+        rows = rows.sort_values("tokens")
+        x, y = (rows["tokens"] / 1e6).tolist(), rows["accuracy"].tolist()
+        plotext.plot(x, y, label=NAMES[str(family)], marker={"transformer": "T", "mamba": "M"}.get(str(family), marker))
+    plotext.ylim(0, 1)
+    plotext.title(f"held-out accuracy at length {int(full['length'].iloc[0])}")
+    plotext.xlabel("training tokens (millions)")
+    return str(plotext.build())

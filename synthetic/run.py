@@ -1,0 +1,144 @@
+"""`python -m synthetic.run`: train models on a retrieval task, compare them, resume what was interrupted."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from synthetic.config import Plan, RunConfig
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status. Bad input gives one line and status 2."""
+    import tyro
+
+    config = tyro.cli(RunConfig, args=argv, prog="python -m synthetic.run")
+    try:
+        return run(config)
+    except ValueError as error:
+        return _fail(str(error))
+    except ImportError as error:
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(_explain(error, config.out))
+
+
+def _fail(message: str) -> int:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return BAD_INPUT
+
+
+def _explain(error: OSError, out: str) -> str:
+    if error.errno == errno.ENOSPC:
+        return f"--out {out}: the disk is full; free some space and run the same command to resume"
+    if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+        return f"--out {out} cannot be written ({error.strerror}); choose another folder"
+    return f"--out {out}: {error.strerror or error}; choose another folder or mend the cause"
+
+
+def run(config: RunConfig) -> int:
+    """Train every model of the config in runs/<id>/ and show the comparison."""
+    import json
+
+    import torch
+    from filelock import FileLock, Timeout
+
+    from models.ops.memory import keep_freed_memory
+    from synthetic import store
+    from synthetic.config import plan, run_id
+
+    keep_freed_memory()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    plans = [plan(config, family) for family in config.model]
+    folder = Path(config.out) / run_id(plans)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            if not (folder / "config.json").exists():
+                asked = json.loads(json.dumps(vars(config)))
+                store.write_json(folder / "config.json", {"run": asked, "plans": [p.to_dict() for p in plans]})
+            store.write_json(folder / "environment.json", store.environment(torch.get_num_threads()))
+            return _train_all(plans, folder)
+    except Timeout:
+        return _fail(f"--out {config.out}: another process is working in {folder}; wait for it or stop it")
+
+
+def _train_all(plans: list[Plan], folder: Path) -> int:
+    from rich.console import Console
+
+    from synthetic.display import Display
+    from synthetic.train import Interrupted, train
+
+    console = Console()
+    console.print(f"[bold]{folder}[/]", highlight=False)
+    stop = _StopSignals()
+    results = []
+    for p in plans:
+        if (folder / p.family / "result.json").exists():
+            console.print(f"{p.family}: finished before; its numbers are taken from {folder / p.family}")
+        with Display(p, console) as display, stop:
+            try:
+                results.append(train(p, folder, display, stop.asked))
+            except Interrupted as reason:
+                console.print(f"{p.family} {reason}; nothing is lost: the same command resumes", highlight=False)
+                return INTERRUPTED
+    _report(results, folder, console)
+    return 0
+
+
+def _report(results: list[dict], folder: Path, console: object) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import io
+
+    import matplotlib.pyplot as plt
+    import pandas as pd
+    from rich.console import Console
+
+    from analysis.curves import learning_curve
+    from synthetic import store
+    from synthetic.display import summary, terminal_curve
+
+    assert isinstance(console, Console)
+    metrics = pd.DataFrame(store.read_rows(folder / "metrics.jsonl"))
+    figure, picture = learning_curve(metrics), io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    plt.close(figure)
+    store.write_bytes(folder / "learning_curve.png", picture.getvalue())
+    print(terminal_curve(metrics, width=min(100, console.width)))
+    console.print(summary(results))
+    console.print(f"curve: {folder / 'learning_curve.png'}", highlight=False, soft_wrap=True)
+
+
+class _StopSignals:
+    """While active, Ctrl-C and SIGTERM ask for a stop after the current step; a second one is immediate."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def asked(self) -> bool:
+        return self.requested
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def __enter__(self) -> None:
+        self.before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""What a run leaves on disk, written so that a crash at any moment loses at most a few seconds of work.
+
+    runs/<id>/config.json           what was asked and what was settled
+              environment.json      versions, hardware, commit
+              metrics.jsonl         tidy: one line per evaluation of every model
+              by_position.jsonl     tidy: the final accuracy by target position
+              learning_curve.png
+              <family>/checkpoint.safetensors   weights, optimiser, progress: what resuming needs
+              <family>/model.safetensors        final weights
+              <family>/config.json              {"name": ..., "config": ...}: rebuilds the model
+              <family>/result.json              the final numbers; its presence means finished
+
+Whole files are written under a temporary name, flushed to the disk and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+Row = dict[str, Any]
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file as a whole or not at all. Raises OSError and leaves the old file if that fails."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def append_row(path: Path, row: Row) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a JSON Lines file; a last line that a crash cut short is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def drop_rows_after(path: Path, family: str, step: int) -> None:
+    """Forget a family's evaluations after `step`: a resumed run will make them again."""
+    rows = read_rows(path)
+    write_rows(path, [row for row in rows if row["model"] != family or row["step"] <= step])
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], header: Row) -> None:
+    """One safetensors file whose header carries JSON values beside the tensors."""
+    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    write_bytes(path, save(plain, metadata={"state": json.dumps(header)}))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], Row]:
+    with safe_open(path, framework="pt") as file:
+        header = json.loads((file.metadata() or {})["state"])
+        return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
+
+
+def checkpoint_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Weights as `model.*` and AdamW's moments as `exp_avg.*`, `exp_avg_sq.*`; tied weights once."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        tensors[f"model.{name}"] = parameter
+        for moment in ("exp_avg", "exp_avg_sq"):
+            tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
+    return tensors
+
+
+@torch.no_grad()
+def restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], step: int) -> None:
+    """Copy a checkpoint into a model and an optimiser made for it."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(tensors[f"model.{name}"])
+        state: dict[str, Tensor] = {"step": torch.tensor(float(step))}
+        for moment in ("exp_avg", "exp_avg_sq"):
+            state[moment] = torch.empty_like(parameter).copy_(tensors[f"{moment}.{name}"])
+        optimizer.state[parameter] = state
+
+
+def load_model(folder: str | Path) -> Any:
+    """The trained model in runs/<id>/<family>/, ready for inference or probing."""
+    import models
+
+    folder = Path(folder)
+    if not (folder / "model.safetensors").exists():
+        raise ValueError(f"{folder} has no model.safetensors; give the folder of one finished model")
+    saved = read_json(folder / "config.json")
+    model = models.build(saved["name"], **saved["config"])
+    tensors, _ = load_tensors(folder / "model.safetensors")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[name])
+    return model.eval()
+
+
+def environment(threads: int) -> Row:
+    """Versions and hardware that a reader of the numbers may want to know."""
+    packages = ("torch", "numba", "numpy", "safetensors", "mamba-ssm", "causal-conv1d")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "threads": threads,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "packages": versions,
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """The project's git commit, with "+" if the working tree differs from it."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=here, capture_output=True, text=True, check=True, timeout=10,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+" if changed else "")

@@ -1,0 +1,284 @@
+"""Train one model on one task: `train(plan, folder)`; nothing global, so sweeps call it too.
+
+The whole state of a run is (weights, AdamW moments, `Progress`): batches are functions of the step number, so
+saving those three and restarting gives bit for bit the numbers of an uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import models
+from models import LanguageModel
+from synthetic import store, tasks
+from synthetic.config import Plan
+from synthetic.evaluate import Evaluation, autocast, evaluate, wilson
+from synthetic.tasks import Batch, Task
+
+EMA = 0.9  # of the training accuracy that drives the curriculum
+PASS = 0.95  # training accuracy at which the context length doubles
+CHECKPOINT_SECONDS = 10.0
+CHECKPOINT_SHARE = 0.05  # of the time, at most, goes into writing checkpoints
+
+
+@dataclass
+class Progress:
+    """Where training stands; saved in the checkpoint's header."""
+
+    step: int = 0
+    examples: int = 0  # training sequences seen
+    tokens: int = 0
+    seconds: float = 0.0  # over all sessions
+    length: int = 0  # context length that is being trained
+    accuracy: float = 0.0  # running training accuracy at this length
+    heldout: float = 0.0  # latest held-out accuracy at seq_len
+    stopped: bool = False  # stop_at was reached
+
+
+class Interrupted(Exception):
+    """Raised after a checkpoint was written because `should_stop` said so."""
+
+
+Listener = Callable[[str, dict[str, Any]], None]
+
+
+def train(
+    plan: Plan,
+    folder: Path,
+    listener: Listener = lambda event, row: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+) -> dict[str, Any]:
+    """Train plan.family in folder/<family>, resuming what is there; returns the result row.
+
+    listener(event, row) hears of every "step" and "evaluation". Evaluations go to folder/metrics.jsonl, the
+    final accuracy by position to folder/by_position.jsonl.
+    Raises Interrupted when should_stop() turned true, and OSError when the disk is full; either way the
+    next call continues from the last checkpoint.
+    """
+    own = folder / plan.family
+    own.mkdir(parents=True, exist_ok=True)
+    finished = own / "result.json"
+    if finished.exists():
+        return store.read_json(finished)
+    session = Session(plan, folder, listener, checkpoint_seconds)
+    while not session.done():
+        session.step()
+        if should_stop():
+            session.checkpoint()
+            raise Interrupted(f"stopped at step {session.progress.step}")
+    return session.finish()
+
+
+class Session:
+    """One sitting of a training run."""
+
+    def __init__(self, plan: Plan, folder: Path, listener: Listener, checkpoint_seconds: float):
+        self.plan, self.folder, self.listener = plan, folder, listener
+        self.own = folder / plan.family
+        self.metrics = folder / "metrics.jsonl"
+        self.task = tasks.build(plan.task, **plan.task_options)
+        self.model = models.build(plan.model, seed=plan.seed, device=plan.device, **plan.model_overrides)
+        self.optimizer = make_optimizer(self.model, plan)
+        self.progress = Progress(length=plan.curriculum or plan.seq_len)
+        self.checkpoint_seconds = checkpoint_seconds
+        path = self.own / "checkpoint.safetensors"
+        if path.exists():
+            tensors, header = store.load_tensors(path)
+            self.progress = Progress(**header)
+            store.restore(self.model, self.optimizer, tensors, self.progress.step)
+        store.drop_rows_after(self.metrics, plan.family, self.progress.step)
+        self.started = time.monotonic() - self.progress.seconds
+        self.saved = time.monotonic()
+
+    def done(self) -> bool:
+        plan, now = self.plan, self.progress
+        over = now.step >= plan.steps if plan.steps is not None else now.examples >= (plan.budget or 0)
+        return now.stopped or over
+
+    def step(self) -> None:
+        """One optimiser step, and the evaluation and the checkpoint if they are due."""
+        plan, now = self.plan, self.progress
+        for group in self.optimizer.param_groups:
+            group["lr"] = plan.lr * learning_rate(plan, now)
+        batch = next_batch(self.task, plan, now).to(plan.device)
+        loss, accuracy = update(self.model, self.optimizer, batch, plan)
+        now.step += 1
+        now.examples += batch.input_ids.shape[0]
+        now.tokens += batch.input_ids.numel()
+        now.accuracy = EMA * now.accuracy + (1 - EMA) * accuracy
+        now.seconds = time.monotonic() - self.started
+        self.listener("step", {**dataclasses.asdict(now), "loss": loss, "model": plan.family})
+        advance(plan, now)
+        if now.step % plan.eval_every == 0 or self.done():
+            self._evaluate(loss, accuracy)
+        since = time.monotonic() - self.saved
+        if since > self.checkpoint_seconds:
+            self.checkpoint()
+
+    def _evaluate(self, train_loss: float, train_accuracy: float) -> None:
+        plan, now = self.plan, self.progress
+        for length in sorted({now.length, plan.seq_len}):
+            result = self._heldout(plan.eval_examples, length)
+            if length == plan.seq_len:
+                now.heldout = result.accuracy
+            now.seconds = time.monotonic() - self.started
+            row = self._row(result, train_loss=train_loss, train_accuracy=train_accuracy)
+            store.append_row(self.metrics, row)
+            self.listener("evaluation", row)
+        now.stopped = now.heldout >= plan.stop_at
+
+    def _heldout(self, examples: int, length: int) -> Evaluation:
+        plan = self.plan
+        return evaluate(
+            self.model,
+            self.task,
+            examples=examples,
+            length=length,
+            device=plan.device,
+            precision=plan.precision,
+        )
+
+    def _row(self, result: Evaluation, **more: Any) -> dict[str, Any]:
+        plan, now = self.plan, self.progress
+        hits, count = int(result.correct.sum()), len(result.correct)
+        low, high = wilson(hits, count)
+        return dict(
+            model=plan.family,
+            seed=plan.seed,
+            step=now.step,
+            examples=now.examples,
+            tokens=now.tokens,
+            seconds=round(now.seconds, 3),
+            train_length=now.length,
+            **more,
+            split="heldout",
+            length=result.length,
+            loss=result.loss,
+            accuracy=result.accuracy,
+            correct=hits,
+            count=count,
+            ci_low=low,
+            ci_high=high,
+            chance=result.chance,
+        )
+
+    def checkpoint(self) -> None:
+        """Write weights, moments and progress; slow disks get longer intervals."""
+        before = time.monotonic()
+        self.progress.seconds = before - self.started
+        tensors = store.checkpoint_tensors(self.model, self.optimizer)
+        store.save_tensors(
+            self.own / "checkpoint.safetensors", tensors, dataclasses.asdict(self.progress)
+        )
+        self.saved = time.monotonic()
+        cost = (self.saved - before) / CHECKPOINT_SHARE
+        self.checkpoint_seconds = max(self.checkpoint_seconds, cost)
+
+    def finish(self) -> dict[str, Any]:
+        """The final evaluation, the final files, and last the result that marks the run as finished."""
+        plan, now = self.plan, self.progress
+        self.checkpoint()
+        final = self._heldout(plan.final_eval_examples, plan.seq_len)
+        path = self.folder / "by_position.jsonl"
+        others = [row for row in store.read_rows(path) if row["model"] != plan.family]
+        mine = [
+            dict(model=plan.family, seed=plan.seed, step=now.step, length=final.length, chance=final.chance, **row)
+            for row in final.by_position()
+        ]
+        store.write_rows(path, others + mine)
+        weights = {name: p for name, p in self.model.named_parameters()}
+        store.save_tensors(self.own / "model.safetensors", weights, {"step": now.step})
+        store.write_json(
+            self.own / "config.json", {"name": plan.model, "config": plan.model_overrides}
+        )
+        result = self._row(final)
+        result |= dict(
+            parameters=self.model.num_parameters(),
+            parameters_without_embeddings=self.model.num_parameters(embeddings=False),
+            reached=now.stopped,
+            longest_length=longest_passed(plan, now),
+        )
+        store.write_json(self.own / "result.json", result)
+        return result
+
+
+def learning_rate(plan: Plan, now: Progress) -> float:
+    """Factor on the peak rate: linear warm-up, then the schedule over the whole budget."""
+    warm = min(1.0, (now.step + 1) / max(1, plan.warmup))
+    part = now.step / plan.steps if plan.steps is not None else now.examples / (plan.budget or 1)
+    if plan.schedule == "constant":
+        return warm
+    if plan.schedule == "linear":
+        return warm * max(0.0, 1.0 - part)
+    return warm * 0.5 * (1.0 + float(torch.cos(torch.tensor(torch.pi * min(1.0, part)))))
+
+
+def next_batch(task: Task, plan: Plan, now: Progress) -> Batch:
+    """Training batch number now.step at the current length: the same for every model at that length."""
+    queries = min(plan.queries, task.max_queries(now.length))
+    tokens = task.max_length(queries) - task.seq_len + now.length
+    rows = plan.batch_size or max(1, plan.batch_tokens // tokens)
+    return task.batch(rows, seed=plan.seed, index=now.step, queries=queries, length=now.length)
+
+
+def update(
+    model: LanguageModel, optimizer: torch.optim.Optimizer, batch: Batch, plan: Plan
+) -> tuple[float, float]:
+    """One optimiser step on the mean cross-entropy of all answers: loss, accuracy of the queries."""
+    with autocast(plan.device, plan.precision):
+        logits = model(batch.input_ids, logits_at=batch.answer_at)  # (B, A, V)
+    loss = F.cross_entropy(logits.float().flatten(0, 1), batch.labels.flatten())
+    optimizer.zero_grad()
+    loss.backward()
+    if plan.grad_clip > 0:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), plan.grad_clip)
+    optimizer.step()
+    queries = batch.target_index.shape[1]  # labels beyond them are no retrieval
+    right = logits.detach()[:, :queries].argmax(-1) == batch.labels[:, :queries]
+    return loss.item(), right.float().mean().item()
+
+
+def advance(plan: Plan, now: Progress) -> None:
+    """Double the context once the running training accuracy passes."""
+    if now.length < plan.seq_len and now.accuracy > PASS:
+        now.length = min(2 * now.length, plan.seq_len)
+        now.accuracy = 0.0
+
+
+def longest_passed(plan: Plan, now: Progress) -> int:
+    """The longest context whose training accuracy passed; 0 if none did."""
+    if now.accuracy > PASS or now.stopped:
+        return now.length
+    start = plan.curriculum or plan.seq_len
+    if now.length == start:
+        return 0
+    length = start
+    while min(2 * length, plan.seq_len) < now.length:
+        length *= 2
+    return length
+
+
+def make_optimizer(model: LanguageModel, plan: Plan) -> torch.optim.Optimizer:
+    """AdamW; weight decay on matrices only, and not on embeddings or what Mamba's authors exempt."""
+    embeddings = {id(p) for part in (model.parts()[0], model.parts()[3]) for p in part.parameters()}
+    exempt = ("A_log", "embed_pos", "conv1d")
+    decayed: list[Tensor] = []
+    plain: list[Tensor] = []
+    for name, p in model.named_parameters():
+        spared = p.dim() < 2 or id(p) in embeddings or any(word in name for word in exempt)
+        (plain if spared else decayed).append(p)
+    groups = [
+        {"params": decayed, "weight_decay": plan.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=plan.lr, betas=(0.9, 0.98), fused=True)
