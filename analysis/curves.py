@@ -59,7 +59,9 @@ def _accuracy(full: pd.DataFrame, axes: Axes) -> None:
 def _lengths(full: pd.DataFrame, axes: Axes) -> None:
     for family, rows in full.groupby("model", sort=False):
         rows = rows.sort_values("tokens")
-        axes.step(rows["tokens"] / 1e6, rows["train_length"], where="post", color=family_colors()[str(family)])
+        axes.step(
+            rows["tokens"] / 1e6, rows["train_length"], where="post", color=family_colors()[str(family)]
+        )
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set(xlabel="training tokens (millions)", ylabel="context length\nin training")

@@ -137,6 +137,14 @@ def trained(
     return step
 
 
+def step_speed(
+    step: Callable[[Batch], torch.Tensor], batch: Batch, dtype: torch.dtype, repeats: int
+) -> float:
+    """Tokens of input_ids trained on a second, bfloat16 meaning autocast."""
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        return batch.input_ids.numel() / seconds(lambda _: step(batch), repeats)
+
+
 def model_speeds(length: int, repeats: int) -> dict[str, float]:
     """Training tokens/s of each consumer on `position`, suffix layout; prints a row each."""
     task = make_task("position", length, "suffix")
@@ -156,8 +164,7 @@ def model_speeds(length: int, repeats: int) -> dict[str, float]:
             print(f"{name:18} skipped: {error}")
             continue
         for dtype in (torch.float32, torch.bfloat16):
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-                speed = batch.input_ids.numel() / seconds(lambda _, step=step: step(batch), repeats)
+            speed = step_speed(step, batch, dtype, repeats)
             print(f"{name:18} length {length:5} {str(dtype)[6:]:10} {speed / 1e6:9.4f}")
             speeds[name] = max(speed, speeds.get(name, 0.0))
     return speeds

@@ -1,4 +1,4 @@
-"""What a run is: `RunConfig` is what the user says, `Plan` what one model's training needs, nothing left open.
+"""What a run is: `RunConfig` is what the user says, `Plan` what one model's training needs.
 
 Defaults stand here and nowhere else; the command line and its help are generated from `RunConfig`.
 """
@@ -53,8 +53,8 @@ class RunConfig:
     d_state: int | None = None
     """State size per channel of Mamba and Mamba-2, 1 to 256; default: the preset's."""
     protocol: Literal["default", "paper"] = "default"
-    """paper: one query per sequence, fixed length, small learning rate, the papers' loss and budget. Little is
-    learned that way in an hour on a CPU. default: dense queries, a length curriculum and larger steps."""
+    """paper: one query per sequence, fixed length, small learning rate, the papers' loss and budget; hours
+    on a CPU teach little that way. default: dense queries, a length curriculum and larger steps."""
     queries: int | None = None
     """Queries per training sequence K (dense supervision); evaluation always uses one. Default 64."""
     curriculum: int | None = None
@@ -208,7 +208,9 @@ def _check(config: RunConfig, paper: bool) -> None:
     for name in ("seed", "warmup", "threads", "grad_clip", "weight_decay"):
         value = getattr(config, name)
         check(value >= 0, f"--{name.replace('_', '-')} {value} must not be negative")
-    check(config.curriculum is None or config.curriculum >= 0, f"--curriculum {config.curriculum} is negative")
+    check(
+        config.curriculum is None or config.curriculum >= 0, f"--curriculum {config.curriculum} is negative"
+    )
     check(config.lr is None or config.lr > 0, f"--lr {config.lr} must be positive")
     check(len(config.model) > 0, "--model needs at least one of " + ", ".join(FAMILIES))
     check(len(set(config.model)) == len(config.model), f"--model {' '.join(config.model)} names one twice")
@@ -245,9 +247,7 @@ def resolve_precision(precision: str, device: str) -> str:
         return precision
     if device == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    native = device == "cpu" and (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    )
+    native = device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return "bfloat16" if native else "float32"
 
 

@@ -93,7 +93,9 @@ def terminal_curve(metrics: pd.DataFrame, width: int = 80, height: int = 16) -> 
     for (family, rows), marker in zip(full.groupby("model", sort=False), "TMSH", strict=False):
         rows = rows.sort_values("tokens")
         x, y = (rows["tokens"] / 1e6).tolist(), rows["accuracy"].tolist()
-        plotext.plot(x, y, label=NAMES[str(family)], marker={"transformer": "T", "mamba": "M"}.get(str(family), marker))
+        plotext.plot(
+            x, y, label=NAMES[str(family)], marker={"transformer": "T", "mamba": "M"}.get(str(family), marker)
+        )
     plotext.ylim(0, 1)
     plotext.title(f"held-out accuracy at length {int(full['length'].iloc[0])}")
     plotext.xlabel("training tokens (millions)")

@@ -63,7 +63,9 @@ def run(config: RunConfig) -> int:
         with FileLock(folder / ".lock", timeout=0):
             if not (folder / "config.json").exists():
                 asked = json.loads(json.dumps(vars(config)))
-                store.write_json(folder / "config.json", {"run": asked, "plans": [p.to_dict() for p in plans]})
+                store.write_json(
+                    folder / "config.json", {"run": asked, "plans": [p.to_dict() for p in plans]}
+                )
             store.write_json(folder / "environment.json", store.environment(torch.get_num_threads()))
             return _train_all(plans, folder)
     except Timeout:
@@ -87,7 +89,9 @@ def _train_all(plans: list[Plan], folder: Path) -> int:
             try:
                 results.append(train(p, folder, display, stop.asked))
             except Interrupted as reason:
-                console.print(f"{p.family} {reason}; nothing is lost: the same command resumes", highlight=False)
+                console.print(
+                    f"{p.family} {reason}; nothing is lost: the same command resumes", highlight=False
+                )
                 return INTERRUPTED
     _report(results, folder, console)
     return 0

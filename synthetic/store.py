@@ -20,7 +20,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def drop_rows_after(path: Path, family: str, step: int) -> None:
     write_rows(path, [row for row in rows if row["model"] != family or row["step"] <= step])
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], header: Row) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Row) -> None:
     """One safetensors file whose header carries JSON values beside the tensors."""
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     write_bytes(path, save(plain, metadata={"state": json.dumps(header)}))
@@ -102,7 +102,9 @@ def checkpoint_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer)
 
 
 @torch.no_grad()
-def restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], step: int) -> None:
+def restore(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], step: int
+) -> None:
     """Copy a checkpoint into a model and an optimiser made for it."""
     for name, parameter in model.named_parameters():
         parameter.copy_(tensors[f"model.{name}"])
@@ -131,7 +133,7 @@ def load_model(folder: str | Path) -> Any:
 def environment(threads: int) -> Row:
     """Versions and hardware that a reader of the numbers may want to know."""
     packages = ("torch", "numba", "numpy", "safetensors", "mamba-ssm", "causal-conv1d")
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in packages:
         try:
             versions[package] = metadata.version(package)

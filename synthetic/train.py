@@ -177,9 +177,7 @@ class Session:
         before = time.monotonic()
         self.progress.seconds = before - self.started
         tensors = store.checkpoint_tensors(self.model, self.optimizer)
-        store.save_tensors(
-            self.own / "checkpoint.safetensors", tensors, dataclasses.asdict(self.progress)
-        )
+        store.save_tensors(self.own / "checkpoint.safetensors", tensors, dataclasses.asdict(self.progress))
         self.saved = time.monotonic()
         cost = (self.saved - before) / CHECKPOINT_SHARE
         self.checkpoint_seconds = max(self.checkpoint_seconds, cost)
@@ -192,15 +190,20 @@ class Session:
         path = self.folder / "by_position.jsonl"
         others = [row for row in store.read_rows(path) if row["model"] != plan.family]
         mine = [
-            dict(model=plan.family, seed=plan.seed, step=now.step, length=final.length, chance=final.chance, **row)
+            dict(
+                model=plan.family,
+                seed=plan.seed,
+                step=now.step,
+                length=final.length,
+                chance=final.chance,
+                **row,
+            )
             for row in final.by_position()
         ]
         store.write_rows(path, others + mine)
         weights = {name: p for name, p in self.model.named_parameters()}
         store.save_tensors(self.own / "model.safetensors", weights, {"step": now.step})
-        store.write_json(
-            self.own / "config.json", {"name": plan.model, "config": plan.model_overrides}
-        )
+        store.write_json(self.own / "config.json", {"name": plan.model, "config": plan.model_overrides})
         result = self._row(final)
         result |= dict(
             parameters=self.model.num_parameters(),

@@ -13,7 +13,7 @@ from models.ops._simd import LANES, add, div, exp, fill, fma, load, mul, store, 
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _input(x, before, b, t, L, K, E, c0):  # type: ignore[no-untyped-def]
+def _input(x, before, b, t, L, K, E, c0):
     """x at token t, which may be negative: then it lies in `before`."""
     if t >= 0:
         return load(x, (b * L + t) * E + c0)
@@ -23,13 +23,13 @@ def _input(x, before, b, t, L, K, E, c0):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _sigmoid(x, v):  # type: ignore[no-untyped-def]
+def _sigmoid(x, v):
     one = fill(x, 1.0)
     return div(one, add(one, exp(sub(fill(x, 0.0), v))))
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def conv_forward(tasks, sizes, silu, x, weight, bias, before, y):  # type: ignore[no-untyped-def]
+def conv_forward(tasks, sizes, silu, x, weight, bias, before, y):
     """y_t = bias + sum_k weight[k] x[t - K + 1 + k], then silu."""
     L, blocks, K = sizes
     E = blocks * LANES
@@ -45,9 +45,7 @@ def conv_forward(tasks, sizes, silu, x, weight, bias, before, y):  # type: ignor
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def conv_backward(
-    tasks, sizes, silu, x, weight, bias, before, gy, dx, dweight, dbias, dbefore
-):  # type: ignore[no-untyped-def]
+def conv_backward(tasks, sizes, silu, x, weight, bias, before, gy, dx, dweight, dbias, dbefore):
     """dweight: (batch, taps, channels), dbias: (batch, channels), to be summed over the batch.
 
     dx and dbefore arrive as zeros and collect gradient * weight from every output that read them.

@@ -16,21 +16,36 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from models.ops._simd import LANES, add, div, exp, fill, fma, load, log1p01, mul, store, sub, total, vabs, vmax
+from models.ops._simd import (
+    LANES,
+    add,
+    div,
+    exp,
+    fill,
+    fma,
+    load,
+    log1p01,
+    mul,
+    store,
+    sub,
+    total,
+    vabs,
+    vmax,
+)
 
 CHUNK = 64
 GROUP = 8  # blocks per task: one task keeps the dB, dC of 128 channels in vectors before summing lanes
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _softplus(like, x):  # type: ignore[no-untyped-def]
+def _softplus(like, x):
     """log(1 + e^x) = max(x, 0) + log(1 + e^-|x|)."""
     zero = fill(like, 0.0)
     return add(vmax(x, zero), log1p01(exp(sub(zero, vabs(x)))))
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _sigmoid(like, x):  # type: ignore[no-untyped-def]
+def _sigmoid(like, x):
     one = fill(like, 1.0)
     return div(one, add(one, exp(sub(fill(like, 0.0), x))))
 
@@ -38,7 +53,7 @@ def _sigmoid(like, x):  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True, error_model="numpy")
 def scan_forward(
     tasks, sizes, flags, u, dt, A, B, C, D, z, bias, h0, positions, y, checkpoints, states, last
-):  # type: ignore[no-untyped-def]
+):
     """Tasks [first, stop) of the forward pass.
 
     sizes: length, blocks, N, stored positions. flags: softplus, has D, has z, has h0, keep checkpoints.
@@ -95,7 +110,7 @@ def scan_forward(
 def scan_backward(
     tasks, sizes, flags, u, dt, A, B, C, D, z, bias, checkpoints, positions, gy, gstates, glast,
     du, ddt, dA, dB, dC, dD, dz, dbias, dh0,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """Tasks [first, stop) of the backward pass; a task is (sequence, group of GROUP blocks).
 
     gy: gradient of y (batch, L, E); gstates, glast: gradients of the stored states and the last state.

@@ -56,10 +56,10 @@ def _align(dtype: types.Float) -> int:
 
 
 @intrinsic
-def load(typing_context, array, index):  # type: ignore[no-untyped-def]
+def load(typing_context, array, index):
     vec = Vec(array.dtype)
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         pointer = _pointer(context, builder, signature.args[0], *args)
         return builder.load(pointer, align=_align(vec.dtype))
 
@@ -67,8 +67,8 @@ def load(typing_context, array, index):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def store(typing_context, array, index, value):  # type: ignore[no-untyped-def]
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+def store(typing_context, array, index, value):
+    def codegen(context, builder, signature, args):
         pointer = _pointer(context, builder, signature.args[0], args[0], args[1])
         builder.store(args[2], pointer, align=_align(signature.args[0].dtype))
         return context.get_dummy_value()
@@ -77,11 +77,11 @@ def store(typing_context, array, index, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def fill(typing_context, like, value):  # type: ignore[no-untyped-def]
+def fill(typing_context, like, value):
     """All lanes equal to `value`, cast to the element type of the array `like`."""
     vec = Vec(like.dtype)
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         vector = ir.VectorType(_element(vec.dtype), LANES)
         first = builder.insert_element(
             ir.Constant(vector, ir.Undefined), args[1], ir.Constant(ir.IntType(32), 0)
@@ -93,10 +93,10 @@ def fill(typing_context, like, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def total(typing_context, v):  # type: ignore[no-untyped-def]
+def total(typing_context, v):
     """Sum of the lanes, as a tree: always the same order."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         x, width = args[0], LANES
         while width > 1:
             width //= 2
@@ -112,8 +112,8 @@ def total(typing_context, v):  # type: ignore[no-untyped-def]
 
 def _binary(method: str) -> Any:
     @intrinsic
-    def operation(typing_context, a, b):  # type: ignore[no-untyped-def]
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def operation(typing_context, a, b):
+        def codegen(context, builder, signature, args):
             return getattr(builder, method)(args[0], args[1], flags=FLAGS)
 
         return a(a, b), codegen
@@ -125,16 +125,16 @@ add, sub, mul, div = (_binary(m) for m in ("fadd", "fsub", "fmul", "fdiv"))
 
 
 @intrinsic
-def fma(typing_context, a, b, c):  # type: ignore[no-untyped-def]
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+def fma(typing_context, a, b, c):
+    def codegen(context, builder, signature, args):
         return builder.fadd(builder.fmul(args[0], args[1], flags=FLAGS), args[2], flags=FLAGS)
 
     return a(a, b, c), codegen
 
 
 @intrinsic
-def vmax(typing_context, a, b):  # type: ignore[no-untyped-def]
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+def vmax(typing_context, a, b):
+    def codegen(context, builder, signature, args):
         greater = builder.fcmp_ordered(">", args[0], args[1])
         return builder.select(greater, args[0], args[1])
 
@@ -142,8 +142,8 @@ def vmax(typing_context, a, b):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def vabs(typing_context, a):  # type: ignore[no-untyped-def]
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+def vabs(typing_context, a):
+    def codegen(context, builder, signature, args):
         zero = _const(args[0].type, 0.0)
         negative = builder.fcmp_ordered("<", args[0], zero)
         return builder.select(negative, builder.fsub(zero, args[0]), args[0])
@@ -171,11 +171,11 @@ _EXP = {
 
 
 @intrinsic
-def exp(typing_context, a):  # type: ignore[no-untyped-def]
+def exp(typing_context, a):
     """exp(x) = 2^k * exp(r), x = k ln 2 + r, |r| <= ln(2) / 2, by a polynomial; error about 1 ulp."""
     constants = _EXP[a.dtype]
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         x, floats = args[0], args[0].type
         ints = ir.VectorType(ir.IntType(constants.bits), LANES)
         low, high = _const(floats, constants.low), _const(floats, constants.high)
@@ -198,10 +198,10 @@ def exp(typing_context, a):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def log1p01(typing_context, a):  # type: ignore[no-untyped-def]
+def log1p01(typing_context, a):
     """log(1 + a) for 0 <= a <= 1: 2 artanh(s), s = a / (2 + a) <= 1/3, by its power series."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         vector = args[0].type
         terms = 8 if a.dtype == types.float32 else 17
         s = builder.fdiv(args[0], builder.fadd(args[0], _const(vector, 2.0)))

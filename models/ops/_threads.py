@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ def run_tasks(kernel: Callable[[tuple[int, int]], object], tasks: int) -> None:
     """kernel((first, stop)) over equal consecutive shares of range(tasks), one per thread."""
     threads = max(1, min(torch.get_num_threads(), tasks))
     bounds = [tasks * i // threads for i in range(threads + 1)]
-    shares = list(zip(bounds, bounds[1:], strict=False))
+    shares = list(itertools.pairwise(bounds))
     if threads == 1:
         kernel(shares[0])
         return

@@ -104,9 +104,7 @@ def _cpu(
         return None if t is None else F.pad(t.to(wide), (0, missing)).contiguous()
 
     shift = x.new_zeros(E + missing, dtype=wide) if bias is None else channels(bias)
-    y = _Conv.apply(
-        channels(x), channels(weight.t()), shift, channels(initial_state), activation == "silu"
-    )
+    y = _Conv.apply(channels(x), channels(weight.t()), shift, channels(initial_state), activation == "silu")
     return (y if missing == 0 else y[..., :E]).to(dtype)
 
 
@@ -127,7 +125,7 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gy: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gy: Tensor) -> Any:
         from models.ops._conv_kernels import conv_backward
 
         x, weight, bias, before = ctx.saved_tensors

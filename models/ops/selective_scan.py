@@ -8,8 +8,8 @@
 d_inner, d_state), returns states at chosen positions from the same pass, starts from any state, and gives
 gradients to and from all of them.
 
-Why numba for the CPU. Four routes were considered for forward + backward at batch 8, length 1024, d_inner 256,
-d_state 16, float32, 2 cores (`benchmarks/scan.py` prints today's numbers):
+Why numba for the CPU. Four routes were considered for forward + backward at batch 8, length 1024, d_inner
+256, d_state 16, float32, 2 cores (`benchmarks/scan.py` prints today's numbers):
   - a parallel scan in PyTorch (mambapy's) takes more than a second, because it stores the whole trajectory;
   - C++ through torch's extension loader took 64 ms as a prototype, but needs a compiler, headers and a slow
     first build on every machine, and a second implementation where there is none;
@@ -89,10 +89,12 @@ def selective_scan(
         return _cuda(u, dt, A, B, C, D, z, dt_bias, dt_softplus, return_last_state)
     run = _cpu if backend == "cpu" and u.shape[1] > 0 and u.shape[0] > 0 else _reference
     y, last, states = run(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, positions)
-    out: tuple[Tensor, ...] = (y,)
-    out += (last,) if return_last_state else ()
-    out += (states,) if positions is not None else ()
-    return out if len(out) > 1 else y
+    out = [y]
+    if return_last_state:
+        out.append(last)
+    if states is not None:
+        out.append(states)
+    return tuple(out) if len(out) > 1 else y
 
 
 def _check(
@@ -111,7 +113,8 @@ def _check(
         raise ValueError(f"backend={backend!r} is unknown; use one of {', '.join(BACKENDS)}")
     if u.dim() != 3 or A.dim() != 2:
         raise ValueError(
-            f"u must be (batch, length, d_inner) and A (d_inner, d_state); got {tuple(u.shape)}, {tuple(A.shape)}"
+            f"u must be (batch, length, d_inner) and A (d_inner, d_state); got {tuple(u.shape)} "
+            f"and {tuple(A.shape)}"
         )
     (b, L, E), N = u.shape, A.shape[1]
     if not 1 <= N <= MAX_D_STATE:
@@ -133,7 +136,7 @@ def _check(
 
 def _positions(states_at: Sequence[int] | Tensor, u: Tensor) -> Tensor:
     positions = torch.as_tensor(states_at, dtype=torch.int64, device=u.device).flatten()
-    if positions.numel() and not (0 <= int(positions.min()) and int(positions.max()) < u.shape[1]):
+    if positions.numel() and (int(positions.min()) < 0 or int(positions.max()) >= u.shape[1]):
         raise ValueError(f"states_at must lie in [0, length={u.shape[1]}); got {positions.tolist()}")
     return positions
 
@@ -282,7 +285,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gy: Tensor | None, glast: Tensor | None, gstates: Tensor | None) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gy: Tensor | None, glast: Tensor | None, gstates: Tensor | None) -> Any:
         from models.ops._scan_kernels import GROUP, scan_backward
 
         u, dt, A, B, C, D, z, bias, checkpoints, positions = ctx.saved_tensors

@@ -78,6 +78,8 @@ class Task(ABC):
     name: ClassVar[str]
     version: ClassVar[int]
 
+    seq_len: int  # N, the longest context
+
     @property
     @abstractmethod
     def vocabulary(self) -> Vocabulary:

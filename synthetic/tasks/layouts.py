@@ -20,35 +20,36 @@ Layout = Callable[[Vocabulary, IntArray, IntArray, IntArray], tuple[IntArray, In
 def suffix(
     vocabulary: Vocabulary, context: IntArray, queries: IntArray, answers: IntArray
 ) -> tuple[IntArray, IntArray]:
-    """Task-agnostic, query last: `<bos> x1 .. xN <query> q1 .. <query> qK`.
+    """Task-agnostic, query last: `<bos> x1 .. xN <query> q1 .. qK`.
 
     Answers are not fed back. Under causal processing the first query is therefore seen exactly
-    as in evaluation, and no answer can be had by eliminating the others.
+    as in evaluation, and later ones see nothing but more queries. One <query> for all of them, because
+    models learn faster so than with one before each (docs/learnability.md).
     """
     (rows, n), k = context.shape, queries.shape[1]
-    ids = np.empty((rows, 1 + n + 2 * k), dtype=np.int64)
+    ids = np.empty((rows, 2 + n + k), dtype=np.int64)
     ids[:, 0] = vocabulary.bos
     ids[:, 1 : n + 1] = context
-    ids[:, n + 1 :: 2] = vocabulary.query
-    ids[:, n + 2 :: 2] = queries
-    return ids, n + 2 + 2 * np.arange(k, dtype=np.int64)
+    ids[:, n + 1] = vocabulary.query
+    ids[:, n + 2 :] = queries
+    return ids, n + 2 + np.arange(k, dtype=np.int64)
 
 
 def prefix(
     vocabulary: Vocabulary, context: IntArray, queries: IntArray, answers: IntArray
 ) -> tuple[IntArray, IntArray]:
-    """Task-aware, query first: `<query> q1 .. <query> qK <bos> x1 .. xN p1 .. p{K-1}`.
+    """Task-aware, query first: `<query> q1 .. qK <bos> x1 .. xN p1 .. p{K-1}`.
 
     p1 is predicted at xN, p2 at p1, and so on (teacher forcing, in the order of the queries).
     """
     (rows, n), k = context.shape, queries.shape[1]
-    ids = np.empty((rows, 2 * k + 1 + n + k - 1), dtype=np.int64)
-    ids[:, 0 : 2 * k : 2] = vocabulary.query
-    ids[:, 1 : 2 * k : 2] = queries
-    ids[:, 2 * k] = vocabulary.bos
-    ids[:, 2 * k + 1 : 2 * k + 1 + n] = context
-    ids[:, 2 * k + 1 + n :] = answers[:, :-1]
-    return ids, 2 * k + n + np.arange(k, dtype=np.int64)
+    ids = np.empty((rows, 1 + k + 1 + n + k - 1), dtype=np.int64)
+    ids[:, 0] = vocabulary.query
+    ids[:, 1 : k + 1] = queries
+    ids[:, k + 1] = vocabulary.bos
+    ids[:, k + 2 : k + 2 + n] = context
+    ids[:, k + 2 + n :] = answers[:, :-1]
+    return ids, k + 1 + n + np.arange(k, dtype=np.int64)
 
 
 def instruction(
