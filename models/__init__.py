@@ -1,6 +1,6 @@
 """Mamba, Mamba-2, Transformer (GPT-NeoX / Pythia) and hybrids, each in one file, behind one signature."""
 
 from models.common import Cache, LanguageModel
-from models.registry import build, config, from_config, presets
+from models.registry import build, config, from_config, presets, resolve
 
-__all__ = ["Cache", "LanguageModel", "build", "config", "from_config", "presets"]
+__all__ = ["Cache", "LanguageModel", "build", "config", "from_config", "presets", "resolve"]

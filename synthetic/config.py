@@ -148,7 +148,12 @@ def plan(config: RunConfig, family: str) -> Plan:
         supervise_bos=paper,
     )
     task = tasks.build(config.task, **options)
-    queries = 1 if paper else min(config.queries or 64, task.max_queries())
+    most = task.max_queries(config.seq_len)
+    check(
+        config.queries is None or config.queries <= most,
+        f"--queries {config.queries} is more than a context of --seq-len {config.seq_len} has; use at most {most}",
+    )
+    queries = 1 if paper else config.queries or min(64, most)
     overrides: dict[str, Any] = {"vocab_size": task.vocab_size}
     if family in ("transformer", "hybrid"):
         # the longest evaluation and training sequence, whichever layout
@@ -160,6 +165,10 @@ def plan(config: RunConfig, family: str) -> Plan:
     if config.d_state is not None and family != "transformer":
         overrides["d_state"] = config.d_state
     name = f"{family}-{config.preset}"
+    try:
+        models.resolve(name)
+    except ValueError as error:
+        raise ValueError(f"--preset {config.preset}: {error}") from error
     width = models.config(name, **overrides).d_model
     overrides["embedding_std"] = 0.1
     if family in ("transformer", "hybrid"):  # as wide as torch's default, which the SSM blocks have

@@ -6,12 +6,15 @@ from types import TracebackType
 from typing import Any
 
 import pandas as pd
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from analysis.curves import NAMES
 from synthetic.config import Plan
+
+MARKERS = {"transformer": "T", "mamba": "M", "mamba2": "2", "hybrid": "H"}
 
 
 class Display:
@@ -56,27 +59,29 @@ class Display:
                     f"trained at length {row['train_length']:>5}  loss {row['train_loss']:.3f}  "
                     f"held-out accuracy at {row['length']}: {row['accuracy']:.3f}",
                     highlight=False,
+                    soft_wrap=True,
                 )
 
 
 def summary(results: list[dict[str, Any]]) -> Table:
     """One line per model: size, cost, accuracy with its 95 % interval, longest length that was learned."""
-    length, count = results[0]["length"], results[0]["count"]
-    table = Table(title=f"Held-out single-query accuracy at length {length} ({count} sequences)")
-    for name in ("model", "parameters", "steps", "sequences", "tokens", "seconds"):
-        table.add_column(name, justify="left" if name == "model" else "right")
-    for name in ("accuracy [95 % CI]", "chance", "learned up to length"):
-        table.add_column(name, justify="right")
+    length, count, chance = (results[0][key] for key in ("length", "count", "chance"))
+    table = Table(
+        title=f"Single-query accuracy at length {length} ({count} held-out, chance {chance:.4f})",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+    )
+    table.add_column("model", no_wrap=True)
+    for name in ("size", "steps", "tokens", "seconds", "accuracy [95 % CI]", "learned up to"):
+        table.add_column(name.replace("[", r"\["), justify="right", no_wrap=True)
     for r in results:
         table.add_row(
             NAMES[r["model"]],
-            f"{r['parameters']:,}",
+            f"{r['parameters'] / 1e6:.2f} M",
             f"{r['step']:,}",
-            f"{r['examples']:,}",
             f"{r['tokens'] / 1e6:.1f} M",
             f"{r['seconds']:.0f}",
-            f"{r['accuracy']:.3f} [{r['ci_low']:.3f}, {r['ci_high']:.3f}]",
-            f"{r['chance']:.4f}",
+            f"{r['accuracy']:.3f} \\[{r['ci_low']:.3f}, {r['ci_high']:.3f}]",
             str(r["longest_length"] or "-"),
         )
     return table
@@ -86,17 +91,13 @@ def terminal_curve(metrics: pd.DataFrame, width: int = 80, height: int = 16) -> 
     """Accuracy at the full length against tokens, as text."""
     import plotext
 
-    full = metrics[metrics["length"] == metrics["length"].max()]
+    full = metrics[metrics["length"] == metrics["length"].max()].sort_values("tokens")
     plotext.clear_figure()
-    plotext.theme("clear")
     plotext.plotsize(width, height)
-    for (family, rows), marker in zip(full.groupby("model", sort=False), "TMSH", strict=False):
-        rows = rows.sort_values("tokens")
+    for family, rows in full.groupby("model", sort=False):
         x, y = (rows["tokens"] / 1e6).tolist(), rows["accuracy"].tolist()
-        plotext.plot(
-            x, y, label=NAMES[str(family)], marker={"transformer": "T", "mamba": "M"}.get(str(family), marker)
-        )
+        plotext.plot(x, y, label=NAMES[str(family)], marker=MARKERS[str(family)])
     plotext.ylim(0, 1)
     plotext.title(f"held-out accuracy at length {int(full['length'].iloc[0])}")
     plotext.xlabel("training tokens (millions)")
-    return str(plotext.build())
+    return str(plotext.uncolorize(plotext.build()))

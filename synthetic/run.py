@@ -21,12 +21,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = tyro.cli(RunConfig, args=argv, prog="python -m synthetic.run")
     try:
         return run(config)
-    except ValueError as error:
-        return _fail(str(error))
-    except ImportError as error:
+    except (ValueError, ImportError) as error:
         return _fail(str(error))
     except OSError as error:
         return _fail(_explain(error, config.out))
+    except KeyboardInterrupt:  # the second Ctrl-C: the last checkpoint is what remains
+        return INTERRUPTED
 
 
 def _fail(message: str) -> int:
@@ -79,12 +79,16 @@ def _train_all(plans: list[Plan], folder: Path) -> int:
     from synthetic.train import Interrupted, train
 
     console = Console()
-    console.print(f"[bold]{folder}[/]", highlight=False)
+    console.print(f"[bold]{folder}[/]", highlight=False, soft_wrap=True)
     stop = _StopSignals()
     results = []
     for p in plans:
         if (folder / p.family / "result.json").exists():
-            console.print(f"{p.family}: finished before; its numbers are taken from {folder / p.family}")
+            console.print(
+                f"{p.family}: finished before; its numbers are reported again",
+                highlight=False,
+                soft_wrap=True,
+            )
         with Display(p, console) as display, stop:
             try:
                 results.append(train(p, folder, display, stop.asked))

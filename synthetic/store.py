@@ -63,6 +63,7 @@ def append_row(path: Path, row: Row) -> None:
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
         file.flush()
+        os.fsync(file.fileno())
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -26,7 +26,7 @@ from synthetic.tasks import Batch, Task
 
 EMA = 0.9  # of the training accuracy that drives the curriculum
 PASS = 0.95  # training accuracy at which the context length doubles
-CHECKPOINT_SECONDS = 10.0
+CHECKPOINT_SECONDS = 3.0  # between checkpoints, at least
 CHECKPOINT_SHARE = 0.05  # of the time, at most, goes into writing checkpoints
 
 
@@ -56,7 +56,6 @@ def train(
     folder: Path,
     listener: Listener = lambda event, row: None,
     should_stop: Callable[[], bool] = lambda: False,
-    checkpoint_seconds: float = CHECKPOINT_SECONDS,
 ) -> dict[str, Any]:
     """Train plan.family in folder/<family>, resuming what is there; returns the result row.
 
@@ -70,7 +69,7 @@ def train(
     finished = own / "result.json"
     if finished.exists():
         return store.read_json(finished)
-    session = Session(plan, folder, listener, checkpoint_seconds)
+    session = Session(plan, folder, listener)
     while not session.done():
         session.step()
         if should_stop():
@@ -82,7 +81,7 @@ def train(
 class Session:
     """One sitting of a training run."""
 
-    def __init__(self, plan: Plan, folder: Path, listener: Listener, checkpoint_seconds: float):
+    def __init__(self, plan: Plan, folder: Path, listener: Listener):
         self.plan, self.folder, self.listener = plan, folder, listener
         self.own = folder / plan.family
         self.metrics = folder / "metrics.jsonl"
@@ -90,7 +89,7 @@ class Session:
         self.model = models.build(plan.model, seed=plan.seed, device=plan.device, **plan.model_overrides)
         self.optimizer = make_optimizer(self.model, plan)
         self.progress = Progress(length=plan.curriculum or plan.seq_len)
-        self.checkpoint_seconds = checkpoint_seconds
+        self.checkpoint_seconds = CHECKPOINT_SECONDS
         path = self.own / "checkpoint.safetensors"
         if path.exists():
             tensors, header = store.load_tensors(path)

@@ -131,9 +131,9 @@ class _Conv(torch.autograd.Function):
         x, weight, bias, before = ctx.saved_tensors
         b, L, E = x.shape
         K = weight.shape[0]
-        dx = torch.zeros_like(x)
+        dx = torch.empty_like(x)
         dweight, dbias = x.new_empty(b, K, E), x.new_empty(b, E)
-        dbefore = None if before is None else torch.zeros_like(before)
+        dbefore = None if before is None else torch.empty_like(before)
         flat = [_flat(t, x.dtype) for t in (x, weight, bias, before, gy.contiguous())]
         out = [_flat(t, x.dtype) for t in (dx, dweight, dbias, dbefore)]
         sizes = (L, E // LANES, K)

@@ -1,0 +1,297 @@
+"""The command line: what a run leaves behind, resuming bit for bit, and one clear line for bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors import safe_open
+
+from synthetic import run, store, tasks, train
+from synthetic.config import RunConfig, plan, run_id
+from synthetic.evaluate import evaluate
+
+SMALL = RunConfig(
+    seq_len=16,
+    num_symbols=40,
+    queries=8,
+    curriculum=4,
+    steps=24,
+    eval_every=5,
+    eval_examples=20,
+    final_eval_examples=50,
+    batch_tokens=256,
+    precision="float32",
+    d_state=4,
+)
+
+
+def command(config: RunConfig) -> list[str]:
+    """The command line that says what differs from the defaults."""
+    words = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value != field.default:
+            values = value if isinstance(value, tuple) else (value,)
+            words += ["--" + field.name.replace("_", "-"), *map(str, values)]
+    return words
+
+
+def numbers(folder: Path, family: str) -> dict:
+    """Everything a run reports except what the clock decides."""
+    found = {name: store.read_rows(folder / name) for name in ("metrics.jsonl", "by_position.jsonl")}
+    found["result"] = [store.read_json(folder / family / "result.json")]
+    for rows in found.values():
+        for row in rows:
+            row.pop("seconds", None)
+    found["weights"] = (folder / family / "model.safetensors").read_bytes()
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The folder of one small run of both default models, made through the command line."""
+    out = tmp_path_factory.mktemp("runs")
+    assert run.main(command(dataclasses.replace(SMALL, out=str(out)))) == 0
+    (folder,) = out.iterdir()
+    return folder
+
+
+# --- what a run leaves behind ------------------------------------------------------------------------
+
+
+def test_folder_holds_what_the_readme_promises(finished):
+    names = {path.relative_to(finished).as_posix() for path in finished.rglob("*") if path.is_file()}
+    each = {
+        f"{family}/{name}"
+        for family in SMALL.model
+        for name in ("checkpoint.safetensors", "model.safetensors", "config.json", "result.json")
+    }
+    whole = {"config.json", "environment.json", "metrics.jsonl", "by_position.jsonl", "learning_curve.png"}
+    assert names - {".lock"} == each | whole
+    assert (finished / "learning_curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    environment = store.read_json(finished / "environment.json")
+    assert environment["packages"]["torch"] == torch.__version__
+    asked = store.read_json(finished / "config.json")["run"]
+    assert (asked["seq_len"], asked["seed"], asked["model"]) == (16, 0, list(SMALL.model))
+
+
+def test_metrics_are_tidy(finished):
+    table = pd.DataFrame(store.read_rows(finished / "metrics.jsonl"))
+    assert not table.isna().any().any()
+    assert not table.duplicated(["model", "seed", "step", "length"]).any()
+    full = table[table.length == 16]
+    for family in SMALL.model:
+        assert full[full.model == family].step.tolist() == [5, 10, 15, 20, 24]
+    assert (table.accuracy == table.correct / table["count"]).all()
+    assert (table.chance == 1 / table.length).all()
+    assert ((table.ci_low <= table.accuracy) & (table.accuracy <= table.ci_high)).all()
+
+
+def test_positions_add_up_to_the_result(finished):
+    table = pd.DataFrame(store.read_rows(finished / "by_position.jsonl"))
+    for family in SMALL.model:
+        rows, result = table[table.model == family], store.read_json(finished / family / "result.json")
+        assert rows["count"].sum() == result["count"] == SMALL.final_eval_examples
+        assert rows.correct.sum() == result["correct"]
+        assert rows.position.is_monotonic_increasing and rows.position.between(0, 15).all()
+
+
+def test_saved_model_reproduces_the_reported_accuracy(finished):
+    settled = store.read_json(finished / "config.json")["plans"]
+    for p in settled:
+        model = store.load_model(finished / p["family"])
+        task = tasks.build(p["task"], **p["task_options"])
+        again = evaluate(model, task, examples=50, length=16, device="cpu", precision="float32")
+        result = store.read_json(finished / p["family"] / "result.json")
+        assert (again.accuracy, again.loss) == (result["accuracy"], result["loss"])
+        assert result["parameters"] == model.num_parameters()
+    with pytest.raises(ValueError, match=r"has no model\.safetensors"):
+        store.load_model(finished)
+
+
+def test_both_models_train_on_the_same_batches(finished, monkeypatch):
+    """Batch number i at a length is one and the same for every family."""
+    seen: dict[str, list[torch.Tensor]] = {}
+    for family in SMALL.model:
+        p = plan(SMALL, family)
+        task = tasks.build(p.task, **p.task_options)
+        now = train.Progress(step=3, length=8)
+        seen[family] = [train.next_batch(task, p, now).input_ids]
+    first, second = seen.values()
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_finished_run_is_reported_again_not_repeated(finished, capsys, monkeypatch):
+    before = numbers(finished, "mamba")
+    monkeypatch.setattr(train.Session, "step", lambda self: pytest.fail("trained again"))
+    assert run.main(command(dataclasses.replace(SMALL, out=str(finished.parent)))) == 0
+    assert "finished before" in capsys.readouterr().out
+    assert numbers(finished, "mamba") == before
+
+
+def test_run_id_follows_what_decides_the_numbers():
+    def name(**changed):
+        config = dataclasses.replace(SMALL, **changed)
+        return run_id([plan(config, family) for family in config.model])
+
+    assert name() == name(threads=1) == name(out="elsewhere")
+    changes = [dict(seed=1), dict(lr=1e-3), dict(steps=25), dict(layout="prefix"), dict(model=("mamba",))]
+    assert len({name(), *(name(**change) for change in changes)}) == len(changes) + 1
+
+
+# --- nothing is lost ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["transformer", "mamba", "mamba2", "hybrid"])
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, family):
+    p = plan(SMALL, family)
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    train.train(p, whole)
+    for after in (1, 4, 1, 7):  # steps done before each interruption: on and off the evaluations
+        ticks = itertools.count(1)
+        with pytest.raises(train.Interrupted):
+            train.train(p, pieces, should_stop=lambda a=after, t=ticks: next(t) >= a)
+    train.train(p, pieces)
+    assert numbers(pieces, family) == numbers(whole, family)
+
+
+def test_work_since_the_last_checkpoint_is_redone_not_duplicated(tmp_path, monkeypatch):
+    """A crash leaves evaluations behind that are newer than the checkpoint, and a torn last line."""
+    p = plan(SMALL, "transformer")
+    whole, crashed = tmp_path / "whole", tmp_path / "crashed"
+    train.train(p, whole)
+    ticks = itertools.count(1)
+    with pytest.raises(train.Interrupted):
+        train.train(p, crashed, should_stop=lambda: next(ticks) >= 7)
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 1e9)
+    session = train.Session(p, crashed, lambda event, row: None)
+    for _ in range(6):  # steps 8 to 13, with the evaluation at 10, then "killed"
+        session.step()
+    with open(crashed / "metrics.jsonl", "a") as file:
+        file.write('{"model": "transformer", "st')
+    train.train(p, crashed)
+    assert numbers(crashed, "transformer") == numbers(whole, "transformer")
+
+
+def test_full_disk_gives_one_line_and_the_run_resumes(tmp_path, monkeypatch, capsys):
+    config = dataclasses.replace(SMALL, model=("transformer",), out=str(tmp_path / "small"))
+    whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
+    assert run.main(command(whole)) == 0
+    capsys.readouterr()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "CHECKPOINT_SECONDS", 0.0)
+        calls = itertools.count()
+        real = os.replace
+        patch.setattr(os, "replace", lambda *a: full() if next(calls) >= 9 else real(*a))
+        assert run.main(command(config)) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and "disk is full" in error[0] and str(tmp_path / "small") in error[0]
+    assert not list((tmp_path / "small").rglob(".*.tmp"))
+    assert run.main(command(config)) == 0
+    folders = [next(Path(c.out).iterdir()) for c in (config, whole)]
+    assert numbers(folders[0], "transformer") == numbers(folders[1], "transformer")
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments(tmp_path):
+    """The script that the full check runs with --kills 20; two moments here."""
+    script = Path(__file__).with_name("kill_resume.py")
+    done = subprocess.run(
+        [sys.executable, script, "--kills", "2", "--steps", "60", "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "same numbers" in done.stdout
+
+
+def test_two_processes_do_not_work_in_one_folder(tmp_path, capsys):
+    from filelock import FileLock
+
+    config = dataclasses.replace(SMALL, out=str(tmp_path))
+    folder = tmp_path / run_id([plan(config, family) for family in config.model])
+    folder.mkdir()
+    with FileLock(folder / ".lock"):
+        assert run.main(command(config)) == 2
+    assert "another process is working" in capsys.readouterr().err
+
+
+# --- bad input ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--preset", "huge"], "--preset huge"),
+        (["--seq-len", "0"], "--seq-len 0 must be at least 1"),
+        (["--steps", "0"], "--steps 0 must be at least 1"),
+        (["--d-state", "300"], "d_state=300 is not supported; use 1 to 256"),
+        (["--d-state", "0"], "d_state=0 is not supported"),
+        (["--queries", "17", "--seq-len", "16"], "--queries 17"),
+        (["--num-symbols", "3", "--seq-len", "16"], "num_symbols 3"),
+        (["--curriculum", "-1"], "--curriculum -1"),
+        (["--lr", "0"], "--lr 0"),
+        (["--steps", "5", "--budget", "6"], "exclude each other"),
+        (["--protocol", "paper", "--queries", "2"], "contradicts --protocol paper"),
+        (["--model", "mamba", "mamba"], "names one twice"),
+        (["--position", "rope", "--rotary-pct", "2"], "rotary_pct=2"),
+    ],
+)
+def test_bad_input_gives_one_line_and_status_2(words, said, tmp_path, capsys):
+    assert run.main([*words, "--out", str(tmp_path / "runs")]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert said in captured.err and not (tmp_path / "runs").exists()
+
+
+def test_unknown_option_has_status_2(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run.main(["--sequence-length", "8"])
+    assert stop.value.code == 2 and "sequence-length" in capsys.readouterr().err
+
+
+def test_unwritable_out(tmp_path, capsys):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert run.main([*command(SMALL), "--out", str(blocked)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and str(blocked) in error
+
+
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run.main(["--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(RunConfig):
+        assert "--" + field.name.replace("_", "-") in text
+
+
+def test_paper_protocol_is_the_papers(tmp_path):
+    """Facts 1.4 to 1.9: one query, fixed length, cosine schedule, answer and final <bos> in the loss."""
+    p = plan(RunConfig(protocol="paper"), "mamba")
+    assert (p.queries, p.curriculum, p.schedule, p.lr, p.batch_size) == (1, 0, "cosine", 5e-5, 128)
+    assert p.task_options["supervise_bos"] and (p.steps, p.budget) == (None, 20_000_000)
+    short = dataclasses.replace(SMALL, protocol="paper", queries=None, curriculum=None, steps=None)
+    p = plan(dataclasses.replace(short, budget=128 * 3), "mamba")
+    assert train.train(p, tmp_path)["step"] == 3
+
+
+def test_safetensors_header_is_plain_json(finished):
+    with safe_open(finished / "mamba" / "checkpoint.safetensors", framework="pt") as file:
+        state = json.loads(file.metadata()["state"])
+    assert state["step"] == 24 and state["tokens"] > 0
