@@ -151,7 +151,7 @@ def plan(config: RunConfig, family: str) -> Plan:
     most = task.max_queries(config.seq_len)
     check(
         config.queries is None or config.queries <= most,
-        f"--queries {config.queries} is more than a context of --seq-len {config.seq_len} has; use at most {most}",
+        f"--queries {config.queries} is more than a context of {config.seq_len} allows; use at most {most}",
     )
     queries = 1 if paper else config.queries or min(64, most)
     overrides: dict[str, Any] = {"vocab_size": task.vocab_size}

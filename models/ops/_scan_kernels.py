@@ -21,11 +21,14 @@ from models.ops._simd import (
     add,
     div,
     exp,
+    exp2,
     fill,
     fma,
     load,
     log1p01,
     mul,
+    prefetch,
+    spread,
     store,
     sub,
     total,
@@ -34,6 +37,7 @@ from models.ops._simd import (
 )
 
 CHUNK = 64
+AHEAD = 8  # tokens between asking for a row and using it
 GROUP = 8  # blocks per task: one task keeps the dB, dC of 128 channels in vectors before summing lanes
 
 
@@ -57,7 +61,8 @@ def scan_forward(
     """Tasks [first, stop) of the forward pass.
 
     sizes: length, blocks, N, stored positions. flags: softplus, has D, has z, has h0, keep checkpoints.
-    A, h0, last: blocked; positions: increasing int64; states: (batch, positions, blocks, N, 16);
+    A: blocked, times log2(e), since 2^x is cheaper than e^x. h0, last: blocked.
+    positions: increasing int64; states: (batch, positions, blocks, N, 16);
     checkpoints: (batch, chunks, blocks, N, 16), h before the first token of each chunk.
     """
     L, blocks, N, P = sizes
@@ -81,6 +86,10 @@ def scan_forward(
                 for i in range(0, NL, LANES):
                     store(checkpoints, at + i, load(h, i))
             row = (b * L + t) * E + c0
+            prefetch(u, row + AHEAD * E)
+            prefetch(dt, row + AHEAD * E)
+            if has_z:
+                prefetch(z, row + AHEAD * E)
             ut = load(u, row)
             delta = add(load(dt, row), shift)
             if softplus:
@@ -89,10 +98,10 @@ def scan_forward(
             out = mul(skip, ut)
             bc = (b * L + t) * N
             for n in range(N):
-                decay = exp(mul(delta, load(A, block * NL + n * LANES)))
-                ht = fma(decay, load(h, n * LANES), mul(write, fill(y, B[bc + n])))
+                decay = exp2(mul(delta, load(A, block * NL + n * LANES)))
+                ht = fma(decay, load(h, n * LANES), mul(write, spread(B, bc + n)))
                 store(h, n * LANES, ht)
-                out = fma(ht, fill(y, C[bc + n]), out)
+                out = fma(ht, spread(C, bc + n), out)
             if has_z:
                 zt = load(z, row)
                 out = mul(out, mul(zt, _sigmoid(y, zt)))
@@ -115,7 +124,7 @@ def scan_backward(
 
     gy: gradient of y (batch, L, E); gstates, glast: gradients of the stored states and the last state.
     du, ddt, dz: as u. dA: (batch, blocks, N, 16), dD, dbias: (batch, blocks, 16), to be summed over batch.
-    dB, dC: (groups, batch, L, N), to be summed over groups. dh0: blocked.
+    dB, dC: (groups, batch, L, N), to be summed over groups. dh0: blocked. dA belongs to A without log2(e).
     """
     L, blocks, N, P = sizes
     softplus, has_D, has_z, has_states, has_last = flags
@@ -127,7 +136,7 @@ def scan_backward(
     deltas = np.empty(CHUNK * LANES, gy.dtype)
     ys = np.empty(CHUNK * LANES, gy.dtype)  # y before the gate
     sumB, sumC = np.empty(CHUNK * NL, gy.dtype), np.empty(CHUNK * NL, gy.dtype)
-    zero, one = fill(gy, 0.0), fill(gy, 1.0)
+    zero, one, ln2 = fill(gy, 0.0), fill(gy, 1.0), fill(gy, 0.6931471805599453)
     for task in range(tasks[0], tasks[1]):
         b, group = task // groups, task % groups
         first, stop = group * GROUP, min(group * GROUP + GROUP, blocks)
@@ -157,6 +166,11 @@ def scan_backward(
                     store(hs, i, load(checkpoints, at + i))
                 for t in range(t0, t1):  # recompute the chunk
                     row, s = (b * L + t) * E + c0, (t - t0) * NL
+                    prefetch(u, row + AHEAD * E)
+                    prefetch(dt, row + AHEAD * E)
+                    prefetch(gy, row)
+                    if has_z:
+                        prefetch(z, row)
                     ut = load(u, row)
                     delta = add(load(dt, row), shift)
                     if softplus:
@@ -167,12 +181,12 @@ def scan_backward(
                     bc = (b * L + t) * N
                     for n in range(N):
                         i = s + n * LANES
-                        decay = exp(mul(delta, load(A, block * NL + n * LANES)))
+                        decay = exp2(mul(delta, load(A, block * NL + n * LANES)))
                         store(decays, i, decay)
-                        ht = fma(decay, load(hs, i), mul(write, fill(gy, B[bc + n])))
+                        ht = fma(decay, load(hs, i), mul(write, spread(B, bc + n)))
                         store(hs, i + NL, ht)
                         if has_z:
-                            out = fma(ht, fill(gy, C[bc + n]), out)
+                            out = fma(ht, spread(C, bc + n), out)
                     store(ys, (t - t0) * LANES, out)
                 p = p_end - 1
                 for t in range(t1 - 1, t0 - 1, -1):
@@ -192,20 +206,20 @@ def scan_backward(
                         g = mul(g, gate)
                     delta = load(deltas, (t - t0) * LANES)
                     write = mul(delta, ut)
-                    dwrite, ddelta = zero, zero
+                    dwrite, dexponent = zero, zero
                     bc = (b * L + t) * N
                     for n in range(N):
                         i, carry = s + n * LANES, blocked + n * LANES
-                        dh = fma(g, fill(gy, C[bc + n]), load(dh0, carry))
+                        dh = fma(g, spread(C, bc + n), load(dh0, carry))
                         store(sumC, i, fma(g, load(hs, i + NL), load(sumC, i)))
                         store(sumB, i, fma(dh, write, load(sumB, i)))
-                        dwrite = fma(dh, fill(gy, B[bc + n]), dwrite)
+                        dwrite = fma(dh, spread(B, bc + n), dwrite)
                         dh = mul(dh, load(decays, i))
                         store(dh0, carry, dh)
                         ddecay = mul(dh, load(hs, i))  # gradient of the exponent delta * A
-                        ddelta = fma(ddecay, load(A, block * NL + n * LANES), ddelta)
+                        dexponent = fma(ddecay, load(A, block * NL + n * LANES), dexponent)
                         store(dA, carry, fma(ddecay, delta, load(dA, carry)))
-                    ddelta = fma(dwrite, ut, ddelta)
+                    ddelta = fma(dwrite, ut, mul(ln2, dexponent))
                     store(du, row, fma(dwrite, delta, mul(g, skip)))
                     if softplus:
                         ddelta = mul(ddelta, _sigmoid(gy, add(load(dt, row), shift)))

@@ -4,8 +4,9 @@ LLVM's auto-vectoriser gives up on the scan (a recurrence in time, many arrays t
 kernels say what they want: `Vec` values of 16 floats, compiled to one AVX-512, two AVX2 or four NEON/SSE
 registers by the LLVM that numba brings along. Only what the kernels use is here.
 
-    load(array, i)  store(array, i, v)  fill(like, x)  total(v)
-    add sub mul div  fma(a, b, c) = a * b + c   exp(v)  log1p01(v), 0 <= v <= 1   vmax(v, w)  vabs(v)
+    load(array, i)  store(array, i, v)  spread(array, i)  prefetch(array, i)  fill(like, x)  total(v)
+    add sub mul div  fma(a, b, c) = a * b + c   vmax(v, w)  vabs(v)
+    exp(v)  exp2(v)  log1p01(v), 0 <= v <= 1
 
 `array` is 1-D, contiguous, float32 or float64, and decides the element type.
 """
@@ -45,9 +46,12 @@ def _const(vector: ir.Type, value: float) -> ir.Constant:
     return ir.Constant(vector, [value] * LANES)
 
 
+def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
+    return builder.gep(context.make_array(array_type)(context, builder, array).data, [index])
+
+
 def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
-    data = context.make_array(array_type)(context, builder, array).data
-    address = builder.gep(data, [index])
+    address = _address(context, builder, array_type, array, index)
     return builder.bitcast(address, ir.VectorType(_element(array_type.dtype), LANES).as_pointer())
 
 
@@ -76,20 +80,51 @@ def store(typing_context, array, index, value):
     return types.void(array, types.intp, value), codegen
 
 
+def _all_lanes(builder: Any, value: Any) -> Any:
+    vector = ir.VectorType(value.type, LANES)
+    first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
+    mask = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), mask)
+
+
 @intrinsic
 def fill(typing_context, like, value):
     """All lanes equal to `value`, cast to the element type of the array `like`."""
     vec = Vec(like.dtype)
 
     def codegen(context, builder, signature, args):
-        vector = ir.VectorType(_element(vec.dtype), LANES)
-        first = builder.insert_element(
-            ir.Constant(vector, ir.Undefined), args[1], ir.Constant(ir.IntType(32), 0)
-        )
-        mask = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
-        return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), mask)
+        return _all_lanes(builder, args[1])
 
     return vec(like, vec.dtype), codegen
+
+
+@intrinsic
+def spread(typing_context, array, index):
+    """All lanes equal to array[index], without numba's handling of negative indices."""
+
+    def codegen(context, builder, signature, args):
+        return _all_lanes(builder, builder.load(_address(context, builder, signature.args[0], *args)))
+
+    return Vec(array.dtype)(array, types.intp), codegen
+
+
+@intrinsic
+def prefetch(typing_context, array, index):
+    """Ask for the cache line of array[index]; the index may lie outside the array.
+
+    Rows are a page apart or nearly so, where hardware prefetchers see no pattern.
+    """
+
+    def codegen(context, builder, signature, args):
+        address = _address(context, builder, signature.args[0], *args)
+        pointer = builder.bitcast(address, ir.IntType(8).as_pointer())
+        int32 = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, int32, int32, int32])
+        function = builder.module.declare_intrinsic("llvm.prefetch", (pointer.type,), kind)
+        builder.call(function, [pointer, *(ir.Constant(int32, v) for v in (0, 3, 1))])  # read, keep, data
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), codegen
 
 
 @intrinsic
@@ -153,46 +188,74 @@ def vabs(typing_context, a):
 
 @dataclass(frozen=True)
 class _ExpConstants:
-    low: float  # arguments are clamped to [low, high], the range of normal results
+    low: float  # exponents of 2 are clamped to [low, high], the range of normal results
     high: float
-    magic: float  # 1.5 * 2^(mantissa bits): adding it rounds to integer, kept in the lowest bits
     ln2: tuple[float, float]  # in two parts, the first exact in few bits: the remainder keeps precision
-    degree: int
+    degree: int  # of the polynomial for 2^r, |r| <= 1/2: the error is below the rounding of the type
     bits: int
     mantissa: int
 
+    @property
+    def magic(self) -> float:
+        """Adding it rounds to an integer, which then stands in the lowest bits."""
+        return 1.5 * 2.0**self.mantissa
+
+    def coefficients(self, base: float) -> list[float]:
+        """Power series of base^r, lowest power first; the result is 1 at r = 0 exactly."""
+        return [math.log(base) ** n / math.factorial(n) for n in range(self.degree + 1)]
+
 
 _EXP = {
-    types.float32: _ExpConstants(-87.0, 88.0, 1.5 * 2**23, (0.693359375, -2.12194440e-4), 6, 32, 23),
-    types.float64: _ExpConstants(
-        -708.0, 709.0, 1.5 * 2**52, (0.6931471803691238, 1.9082149292705877e-10), 13, 64, 52
-    ),
+    types.float32: _ExpConstants(-126.0, 127.0, (0.693359375, -2.12194440e-4), 6, 32, 23),
+    types.float64: _ExpConstants(-1022.0, 1023.0, (0.6931471803691238, 1.9082149292705877e-10), 13, 64, 52),
 }
+
+
+def _clamp(builder: Any, x: Any, low: float, high: float) -> Any:
+    bottom, top = _const(x.type, low), _const(x.type, high)
+    x = builder.select(builder.fcmp_ordered("<", x, bottom), bottom, x)
+    return builder.select(builder.fcmp_ordered(">", x, top), top, x)
+
+
+def _polynomial_times_power(builder: Any, coefficients: list[float], r: Any, shifted: Any, c: Any) -> Any:
+    """polynomial(r) * 2^k, the integer k in the lowest bits of `shifted`: added to the exponent bits."""
+    ints = ir.VectorType(ir.IntType(c.bits), LANES)
+    p = _const(r.type, coefficients[-1])
+    for term in coefficients[-2::-1]:
+        p = builder.fadd(builder.fmul(p, r, flags=FLAGS), _const(r.type, term), flags=FLAGS)
+    exponent = builder.shl(builder.bitcast(shifted, ints), ir.Constant(ints, [c.mantissa] * LANES))
+    return builder.bitcast(builder.add(builder.bitcast(p, ints), exponent), r.type)
 
 
 @intrinsic
 def exp(typing_context, a):
-    """exp(x) = 2^k * exp(r), x = k ln 2 + r, |r| <= ln(2) / 2, by a polynomial; error about 1 ulp."""
-    constants = _EXP[a.dtype]
+    """exp(x) = 2^k exp(r), x = k ln 2 + r, |r| <= ln(2) / 2, by a polynomial; error about 1 ulp."""
+    c = _EXP[a.dtype]
 
     def codegen(context, builder, signature, args):
-        x, floats = args[0], args[0].type
-        ints = ir.VectorType(ir.IntType(constants.bits), LANES)
-        low, high = _const(floats, constants.low), _const(floats, constants.high)
-        x = builder.select(builder.fcmp_ordered("<", x, low), low, x)
-        x = builder.select(builder.fcmp_ordered(">", x, high), high, x)
-        magic = _const(floats, constants.magic)
+        floats = args[0].type
+        x = _clamp(builder, args[0], c.low * math.log(2), c.high * math.log(2))
+        magic = _const(floats, c.magic)
         shifted = builder.fadd(builder.fmul(x, _const(floats, math.log2(math.e))), magic)
         k, r = builder.fsub(shifted, magic), x
-        for part in constants.ln2:
+        for part in c.ln2:
             r = builder.fadd(builder.fmul(k, _const(floats, -part), flags=FLAGS), r, flags=FLAGS)
-        p = _const(floats, 1 / math.factorial(constants.degree))
-        for n in reversed(range(constants.degree)):
-            term = _const(floats, 1 / math.factorial(n))
-            p = builder.fadd(builder.fmul(p, r, flags=FLAGS), term, flags=FLAGS)
-        shift = ir.Constant(ints, [constants.mantissa] * LANES)
-        exponent = builder.shl(builder.bitcast(shifted, ints), shift)
-        return builder.bitcast(builder.add(builder.bitcast(p, ints), exponent), floats)
+        return _polynomial_times_power(builder, c.coefficients(math.e), r, shifted, c)
+
+    return a(a), codegen
+
+
+@intrinsic
+def exp2(typing_context, a):
+    """2^x = 2^k 2^r, x = k + r, |r| <= 1/2: cheaper than exp, because k + r needs no multiplication."""
+    c = _EXP[a.dtype]
+
+    def codegen(context, builder, signature, args):
+        x = _clamp(builder, args[0], c.low, c.high)
+        magic = _const(x.type, c.magic)
+        shifted = builder.fadd(x, magic)
+        r = builder.fsub(x, builder.fsub(shifted, magic))
+        return _polynomial_times_power(builder, c.coefficients(2.0), r, shifted, c)
 
     return a(a), codegen
 

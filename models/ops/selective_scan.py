@@ -23,6 +23,7 @@ So there is one fast CPU path, and no fallback to maintain.
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -250,6 +251,13 @@ def _flat(x: Tensor | None, dtype: torch.dtype) -> np.ndarray:
     return _NONE[dtype] if x is None else x.detach().numpy().reshape(-1)
 
 
+def _scaled(arguments: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The arguments with A times log2(e), as the kernels want it: exp(dt A) = 2^(dt A log2(e))."""
+    u, dt, A, *rest = arguments
+    assert A is not None
+    return u, dt, A.detach() * math.log2(math.e), *rest
+
+
 def _forward(
     arguments: tuple[Tensor | None, ...], softplus: bool, positions: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -263,7 +271,7 @@ def _forward(
     y, last = torch.empty_like(u), u.new_empty(b, blocks, N, LANES)
     states = u.new_empty(b, P, blocks, N, LANES)
     checkpoints = u.new_empty(b, -(-L // CHUNK) if keep else 0, blocks, N, LANES)
-    flat = [_flat(x, u.dtype) for x in (*arguments,)]
+    flat = [_flat(x, u.dtype) for x in _scaled(arguments)]
     out = [_flat(x, u.dtype) for x in (y, checkpoints, states, last)]
     where = _NO_POSITIONS if positions is None else positions.numpy()
     sizes, flags = (L, blocks, N, P), (softplus, D is not None, z is not None, h0 is not None, keep)
@@ -299,7 +307,7 @@ class _Scan(torch.autograd.Function):
         dA, dh0 = u.new_empty(b, blocks, N, LANES), u.new_empty(b, blocks, N, LANES)
         dB, dC = u.new_empty(groups, b, L, N), u.new_empty(groups, b, L, N)
         dD, dbias = u.new_empty(b, E), u.new_empty(b, E)
-        flat = [_flat(x, u.dtype) for x in (u, dt, A, B, C, D, z, bias, checkpoints)]
+        flat = [_flat(x, u.dtype) for x in _scaled((u, dt, A, B, C, D, z, bias, checkpoints))]
         grads = [_flat(x, u.dtype) for x in (gy, gstates, glast)]
         out = [_flat(x, u.dtype) for x in (du, ddt, dA, dB, dC, dD, dz, dbias, dh0)]
         where = _NO_POSITIONS if positions is None else positions.numpy()

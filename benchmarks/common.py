@@ -1,0 +1,64 @@
+"""Timing and memory that every benchmark measures in the same way."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def seconds(calls: dict[str, Callable[[], Any]], repeats: int, warmup: int = 1) -> dict[str, float]:
+    """Median wall time of each call. The calls take turns, so that a slow spell of the machine hits all."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(warmup + repeats):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            if i >= warmup:
+                times[name].append(time.perf_counter() - started)
+    return {name: sorted(t)[len(t) // 2] for name, t in times.items()}
+
+
+def _peak() -> float:
+    """MiB of memory this process has held at most. (On Linux ru_maxrss would count the parent's too.)"""
+    if sys.platform == "linux":
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
+
+
+def _measure(make: Callable[..., Callable[[], Any]], small: tuple, large: tuple, pipe: Any) -> None:
+    make(*small)()  # compiles, starts threads, fills caches
+    call = make(*large)
+    before = _peak()
+    call()
+    pipe.send(_peak() - before)
+
+
+def peak_memory(make: Callable[..., Callable[[], Any]], small: tuple, large: tuple) -> float:
+    """MiB by which one call of make(*large) raises the peak of a fresh process, its inputs not counted.
+
+    make(*small) runs there first, to have everything loaded. `make` must be a module's function.
+    """
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_measure, args=(make, small, large, there))
+    process.start()
+    there.close()
+    try:
+        peak = here.recv()
+    except EOFError:
+        raise RuntimeError(f"the process measuring {make.__name__} died") from None
+    process.join()
+    return float(peak)
+
+
+def machine() -> str:
+    """One line about where the numbers come from."""
+    vectors = torch.backends.cpu.get_cpu_capability()
+    return f"torch {torch.__version__}, {torch.get_num_threads()} threads, {vectors}"

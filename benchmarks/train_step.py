@@ -1,0 +1,134 @@
+"""A whole training step (forward, loss, backward, AdamW) against transformers' models of the same config.
+
+    python -m benchmarks.train_step [--quick]
+
+Peers: GPTNeoXForCausalLM (sdpa attention) and MambaForCausalLM, once with `use_mambapy=True`, its fastest
+path on a CPU, once with its default loop over time. Same shapes, dtype, optimiser, next-token loss at every
+position. Ends with one machine-readable line per ratio; the headline ratios are float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+import models
+from benchmarks.common import machine, peak_memory, seconds
+from models.ops.memory import keep_freed_memory
+
+BATCH, LENGTH, HIDDEN, LAYERS, HEADS, VOCAB = 8, 1024, 128, 2, 4, 2052
+LENGTHS = (256, 1024, 4096, 16384)
+TOKENS = BATCH * LENGTH
+
+Step = Callable[[], Any]
+
+
+def _step(model: torch.nn.Module, logits: Callable[..., Any], batch: int, length: int, bf16: bool) -> Step:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    ids = torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(0))
+
+    def step() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            out = logits(ids)[:, :-1]
+        loss = F.cross_entropy(out.float().flatten(0, 1), ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def our_transformer(batch: int, length: int, bf16: bool) -> Step:
+    shape = dict(vocab_size=VOCAB, d_model=HIDDEN, n_layer=LAYERS, n_head=HEADS)
+    model = models.build("pythia-160m", **shape, max_position_embeddings=length)
+    return _step(model, model, batch, length, bf16)
+
+
+def library_transformer(batch: int, length: int, bf16: bool) -> Step:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = GPTNeoXConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        intermediate_size=4 * HIDDEN,
+        max_position_embeddings=length,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    model = GPTNeoXForCausalLM(config)
+    return _step(model, lambda ids: model(ids).logits, batch, length, bf16)
+
+
+def our_mamba(batch: int, length: int, bf16: bool) -> Step:
+    model = models.build("mamba-130m", vocab_size=VOCAB, d_model=HIDDEN, n_layer=LAYERS)
+    return _step(model, model, batch, length, bf16)
+
+
+def library_mamba(batch: int, length: int, bf16: bool, use_mambapy: bool = True) -> Step:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        use_cache=False,
+        use_mambapy=use_mambapy,
+    )
+    model = MambaForCausalLM(config)
+    return _step(model, lambda ids: model(ids).logits, batch, length, bf16)
+
+
+def compare(title: str, steps: dict[str, Step], repeats: int) -> dict[str, float]:
+    times = seconds(steps, repeats)
+    print(title)
+    for name, t in times.items():
+        print(f"  {name:28} {t * 1e3:9.1f} ms {TOKENS / t / 1e3:9.1f} thousand tokens/s")
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer repeats, no default path, short lengths")
+    quick = parser.parse_args().quick
+    keep_freed_memory()  # helps both sides
+    print(machine())
+    print(f"batch {BATCH}, length {LENGTH}, hidden {HIDDEN}, {LAYERS} layers, vocabulary {VOCAB}")
+    shape, ratios = (BATCH, LENGTH), {}
+    for bf16, suffix in ((False, ""), (True, "_bf16")):
+        dtype = "bfloat16 autocast" if bf16 else "float32"
+        pair = {"ours": our_transformer(*shape, bf16), "transformers": library_transformer(*shape, bf16)}
+        t = compare(f"Transformer, {dtype}", pair, 5 if quick else 15)
+        ratios[f"transformer_step_vs_transformers{suffix}"] = t["transformers"] / t["ours"]
+        pair = {"ours": our_mamba(*shape, bf16), "transformers, use_mambapy": library_mamba(*shape, bf16)}
+        t = compare(f"Mamba, {dtype}", pair, 2 if quick else 5)
+        ratios[f"mamba_step_vs_transformers{suffix}"] = t["transformers, use_mambapy"] / t["ours"]
+    if not quick:
+        pair = {
+            "ours": our_mamba(*shape, False),
+            "transformers, default path": library_mamba(*shape, False, use_mambapy=False),
+        }
+        t = compare("Mamba, float32", pair, 1)
+        ratios["mamba_step_vs_transformers_default"] = t["transformers, default path"] / t["ours"]
+
+    for make, peer in ((our_transformer, library_transformer), (our_mamba, library_mamba)):
+        peaks = [peak_memory(f, (1, 64, False), (*shape, False)) for f in (make, peer)]
+        print(f"peak memory of a step, {make.__name__}: {peaks[0]:.0f} MiB, transformers {peaks[1]:.0f} MiB")
+        ratios[f"{make.__name__[4:]}_memory_vs_transformers"] = peaks[1] / peaks[0]
+
+    print("scaling with length, one sequence, bfloat16 autocast: microseconds per token")
+    for n in LENGTHS[:2] if quick else LENGTHS:
+        pair = {"Transformer": our_transformer(1, n, True), "Mamba": our_mamba(1, n, True)}
+        times = seconds(pair, 3)
+        print(f"  {n:6}" + "".join(f"   {name} {t / n * 1e6:8.2f}" for name, t in times.items()))
+    for name, ratio in ratios.items():
+        print(f"ratio {name} {ratio:.2f}")
+
+
+if __name__ == "__main__":
+    main()
