@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.ops.cross_entropy import linear_cross_entropy
+
 LayerCache = dict[str, Tensor]
 
 
@@ -162,13 +164,50 @@ class LanguageModel(nn.Module):
         Returns (B, L or A, V) logits, in the dtype of the head's weights (autocast's dtype under it).
         Raises ValueError for contradictory arguments.
         """
+        x = self.hidden(
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            seq_ids=seq_ids,
+            at=logits_at,
+            cache=cache,
+        )
+        return self.parts()[3](x)
+
+    def loss(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        labels: Tensor,
+        logits_at: Tensor | None = None,
+        **inputs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy in nats, and the arg-max predictions, without the logits in memory.
+
+        labels: (B, L or A) int64; labels[:, j] is what the logits at index j (logits_at[j]) should
+        predict, -100 = nothing. Other arguments as `forward`. Returns a scalar and (B, L or A) int64.
+        """
+        x = self.hidden(input_ids, at=logits_at, **inputs)
+        return linear_cross_entropy(x, self.parts()[3].weight, labels)
+
+    def hidden(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        seq_ids: Tensor | None = None,
+        at: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """What the head reads, (B, L or A, D): `forward` without the head; `at` is its `logits_at`."""
         require((input_ids is None) != (inputs_embeds is None), "give input_ids or inputs_embeds, not both")
         require(
             seq_ids is None or (attention_mask is None and cache is None),
             "seq_ids cannot be combined with attention_mask or cache: pack sequences without padding",
         )
         tokens = cast(Tensor, input_ids if inputs_embeds is None else inputs_embeds)
-        _, blocks, norm, head = self.parts()
+        _, blocks, norm, _ = self.parts()
         if seq_ids is not None:  # embed rows, so that learned positions restart with each sequence
             vectors = tokens if inputs_embeds is not None else tokens.unsqueeze(-1)
             vectors, row, column = unpack(vectors, seq_ids)
@@ -180,9 +219,7 @@ class LanguageModel(nn.Module):
             x = block(x, context, None if cache is None else cache.layers[i])
         if seq_ids is not None:
             x = x[row, column]
-        if logits_at is not None:
-            x = x[:, logits_at]
-        return head(norm(x))
+        return norm(x if at is None else x[:, at])
 
     def _context(self, tokens: Tensor, mask: Tensor | None, cache: Cache | None) -> Context:
         B, L = tokens.shape[:2]

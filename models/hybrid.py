@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from models.common import Block, Config, LanguageModel, make_norm, require
 from models.mamba import MambaBlock, MambaConfig, MambaMixer, rescale_out_proj
 from models.mamba2 import Mamba2Config, Mamba2Mixer
+from models.ops.linear import Linear
 from models.transformer import TransformerBlock, TransformerConfig, add_learned_positions, init_linear
 
 
@@ -101,7 +102,7 @@ class HybridForCausalLM(LanguageModel):
         super().__init__()
         self.config = config
         self.backbone = HybridBackbone(config)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
         nn.init.normal_(self.backbone.embedding.weight, std=config.embedding_std)
         nn.init.normal_(self.lm_head.weight, std=config.embedding_std)
         if config.position == "learned":

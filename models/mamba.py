@@ -22,10 +22,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from models.common import Block, Config, Context, LanguageModel, LayerCache, make_norm, require
 from models.ops.causal_conv1d import causal_conv1d
+from models.ops.linear import Linear, linear
 from models.ops.selective_scan import selective_scan
 
 
@@ -72,13 +72,13 @@ class MambaMixer(nn.Module):
         super().__init__()
         E, N, R = config.d_inner, config.d_state, config.rank
         self.config = config
-        self.in_proj = nn.Linear(config.d_model, 2 * E, bias=False)
+        self.in_proj = Linear(config.d_model, 2 * E, bias=False)
         self.conv1d = nn.Conv1d(E, E, config.d_conv, groups=E, padding=config.d_conv - 1)
-        self.x_proj = nn.Linear(E, R + 2 * N, bias=False)
-        self.dt_proj = nn.Linear(R, E)
+        self.x_proj = Linear(E, R + 2 * N, bias=False)
+        self.dt_proj = Linear(R, E)
         self.A_log = nn.Parameter(torch.arange(1.0, N + 1).log().repeat(E, 1))  # S4D-real, section 3.6
         self.D = nn.Parameter(torch.ones(E))
-        self.out_proj = nn.Linear(E, config.d_model, bias=False)
+        self.out_proj = Linear(E, config.d_model, bias=False)
         self._init_dt()
 
     def _init_dt(self) -> None:
@@ -109,7 +109,7 @@ class MambaMixer(nn.Module):
         if mask is not None:  # ... and after it: the bias makes padding non-zero again
             u = u * mask.unsqueeze(-1)
         dt, Bt, Ct = self.x_proj(u).split([config.rank, config.d_state, config.d_state], dim=-1)
-        dt = F.linear(dt, self.dt_proj.weight)  # (B, L, E); the scan adds the bias and softplus
+        dt = linear(dt, self.dt_proj.weight)  # (B, L, E); the scan adds the bias and softplus
         if mask is not None:  # softplus(-1e4) = 0: a padded step is the identity on the state
             dt = dt.masked_fill(~mask.unsqueeze(-1), -1e4)
         y = selective_scan(
@@ -160,7 +160,7 @@ class MambaForCausalLM(LanguageModel):
         super().__init__()
         self.config = config
         self.backbone = MambaBackbone(config, self.mixer)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
         nn.init.normal_(self.backbone.embedding.weight, std=config.embedding_std)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.backbone.embedding.weight

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from models.common import Config, LayerCache, require
 from models.mamba import MambaForCausalLM
 from models.ops.causal_conv1d import causal_conv1d
+from models.ops.linear import Linear
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ class Mamba2Mixer(nn.Module):
         super().__init__()
         self.config = config
         E, H, GN = config.d_inner, config.n_head, config.ngroups * config.d_state
-        self.in_proj = nn.Linear(config.d_model, 2 * E + 2 * GN + H, bias=False)
+        self.in_proj = Linear(config.d_model, 2 * E + 2 * GN + H, bias=False)
         conv_dim = E + 2 * GN
         self.conv1d = nn.Conv1d(conv_dim, conv_dim, config.d_conv, groups=conv_dim, padding=config.d_conv - 1)
         low, high = math.log(config.dt_min), math.log(config.dt_max)
@@ -181,7 +182,7 @@ class Mamba2Mixer(nn.Module):
         self.A_log = nn.Parameter(torch.empty(H).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(H))
         self.norm = GatedRMSNorm(E, config.ngroups, config.norm_eps)
-        self.out_proj = nn.Linear(E, config.d_model, bias=False)
+        self.out_proj = Linear(E, config.d_model, bias=False)
 
     def forward(self, hidden: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
         """hidden: (B, L, D); mask: (B, L) bool, True = real token; cache: `conv` and `ssm` states."""

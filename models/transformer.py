@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.common import Block, Config, Context, LanguageModel, LayerCache, make_norm, require
+from models.ops.linear import Linear
 
 POSITIONS = ("rope", "learned", "none")
 
@@ -114,8 +115,8 @@ class Attention(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.config = config
-        self.query_key_value = nn.Linear(config.d_model, 3 * config.d_model)  # rows per head: q, k, v
-        self.dense = nn.Linear(config.d_model, config.d_model)
+        self.query_key_value = Linear(config.d_model, 3 * config.d_model)  # rows per head: q, k, v
+        self.dense = Linear(config.d_model, config.d_model)
 
     def forward(self, hidden: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         config = self.config
@@ -144,8 +145,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.dense_h_to_4h = nn.Linear(config.d_model, config.mlp_width)
-        self.dense_4h_to_h = nn.Linear(config.mlp_width, config.d_model)
+        self.dense_h_to_4h = Linear(config.d_model, config.mlp_width)
+        self.dense_4h_to_h = Linear(config.mlp_width, config.d_model)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x)))
@@ -194,7 +195,7 @@ class TransformerForCausalLM(LanguageModel):
         super().__init__()
         self.config = config
         self.gpt_neox = TransformerBackbone(config)
-        self.embed_out = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.embed_out = Linear(config.d_model, config.vocab_size, bias=False)
         init_linear(self, config.init_std)
         nn.init.normal_(self.gpt_neox.embed_in.weight, std=config.embedding_std)
         if config.position == "learned":

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 import models
 from models import LanguageModel
@@ -238,15 +237,14 @@ def update(
 ) -> tuple[float, float]:
     """One optimiser step on the mean cross-entropy of all answers: loss, accuracy of the queries."""
     with autocast(plan.device, plan.precision):
-        logits = model(batch.input_ids, logits_at=batch.answer_at)  # (B, A, V)
-    loss = F.cross_entropy(logits.float().flatten(0, 1), batch.labels.flatten())
+        loss, predicted = model.loss(batch.input_ids, labels=batch.labels, logits_at=batch.answer_at)
     optimizer.zero_grad()
     loss.backward()
     if plan.grad_clip > 0:
         torch.nn.utils.clip_grad_norm_(model.parameters(), plan.grad_clip)
     optimizer.step()
     queries = batch.target_index.shape[1]  # labels beyond them are no retrieval
-    right = logits.detach()[:, :queries].argmax(-1) == batch.labels[:, :queries]
+    right = predicted[:, :queries] == batch.labels[:, :queries]
     return loss.item(), right.float().mean().item()
 
 
