@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import import_without_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from conftest import import_without_kernels
 from models.ops import linear as linear_ops
 from models.ops.causal_conv1d import causal_conv1d
 from models.ops.cross_entropy import linear_cross_entropy

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 import torch
+from conftest import import_without_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from conftest import import_without_kernels
 from models.ops._threads import _with_pool
 from models.ops.selective_scan import selective_scan
 
