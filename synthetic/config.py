@@ -16,8 +16,8 @@ FAMILIES = ("transformer", "mamba", "mamba2", "hybrid")
 # Best settings found per family at the tiny preset (docs/learnability.md): learning rate and the length at
 # which the curriculum starts. The learning rate falls with sqrt(width) for wider models.
 FAMILY_LR = {"transformer": 2e-3, "mamba": 2e-3, "mamba2": 2e-3, "hybrid": 2e-3}
-FAMILY_CURRICULUM = {"transformer": 16, "mamba": 4, "mamba2": 4, "hybrid": 8}
-DEFAULT_STEPS = 2000
+FAMILY_CURRICULUM = {"transformer": 16, "mamba": 2, "mamba2": 2, "hybrid": 2}
+DEFAULT_STEPS = 3000
 PAPER_EXAMPLES = 20_000_000  # training budget, batch and learning rate of Retrievit's position scripts
 PAPER_BATCH = 128
 PAPER_LR = 5e-5
@@ -50,6 +50,8 @@ class RunConfig:
     """How attention learns about order (Transformer and hybrid)."""
     rotary_pct: float = 0.25
     """Share of each head's dimensions that RoPE rotates (with --position rope)."""
+    layers: int | None = None
+    """Number of blocks; default: the preset's (tiny: Transformer 2, hybrid 3, Mamba and Mamba-2 4)."""
     d_state: int | None = None
     """State size per channel of Mamba and Mamba-2, 1 to 256; default: the preset's."""
     protocol: Literal["default", "paper"] = "default"
@@ -59,17 +61,17 @@ class RunConfig:
     """Queries per training sequence K (dense supervision); evaluation always uses one. Default 64."""
     curriculum: int | None = None
     """Context length at which training starts; doubled whenever training accuracy passes 0.95. 0 trains at
-    --seq-len only. Default: 16 for the Transformer, 4 for Mamba, 8 for hybrids."""
+    --seq-len only. Default: 16 for the Transformer, 2 for the others."""
     lr: float | None = None
     """Peak learning rate of AdamW. Default: the best one found for each family."""
     steps: int | None = None
-    """Optimiser steps at most. Default 2000."""
+    """Optimiser steps at most. Default 3000."""
     budget: int | None = None
     """Training sequences at most, instead of --steps (the papers count this way)."""
     stop_at: float = 0.98
     """Stop as soon as this held-out accuracy at --seq-len is reached; 1.01 never stops early."""
-    batch_tokens: int = 8192
-    """Tokens per batch; the number of sequences follows from their length."""
+    batch_tokens: int = 2048
+    """Tokens per batch; the number of sequences follows from their length, but is never less than 8."""
     weight_decay: float = 0.0
     """AdamW weight decay of the matrices (never of norms, biases, embeddings or SSM parameters)."""
     warmup: int = 50
@@ -78,7 +80,7 @@ class RunConfig:
     """Course of the learning rate after the warm-up, over the whole budget."""
     grad_clip: float = 1.0
     """Largest norm of the gradient; 0 = no clipping."""
-    eval_every: int = 50
+    eval_every: int = 100
     """Steps between evaluations."""
     eval_examples: int = 128
     """Held-out sequences per evaluation."""
@@ -162,6 +164,8 @@ def plan(config: RunConfig, family: str) -> Plan:
             "position": config.position,
             "rotary_pct": config.rotary_pct,
         }
+    if config.layers is not None:
+        overrides["n_layer"] = config.layers
     if config.d_state is not None and family != "transformer":
         overrides["d_state"] = config.d_state
     name = f"{family}-{config.preset}"

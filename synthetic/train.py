@@ -25,6 +25,7 @@ from synthetic.tasks import Batch, Task
 
 EMA = 0.9  # of the training accuracy that drives the curriculum
 PASS = 0.95  # training accuracy at which the context length doubles
+MIN_ROWS = 8  # sequences per batch, however long: fewer make a noisy gradient
 CHECKPOINT_SECONDS = 3.0  # between checkpoints, at least
 CHECKPOINT_SHARE = 0.05  # of the time, at most, goes into writing checkpoints
 
@@ -228,7 +229,7 @@ def next_batch(task: Task, plan: Plan, now: Progress) -> Batch:
     """Training batch number now.step at the current length: the same for every model at that length."""
     queries = min(plan.queries, task.max_queries(now.length))
     tokens = task.max_length(queries) - task.seq_len + now.length
-    rows = plan.batch_size or max(1, plan.batch_tokens // tokens)
+    rows = plan.batch_size or max(MIN_ROWS, plan.batch_tokens // tokens)
     return task.batch(rows, seed=plan.seed, index=now.step, queries=queries, length=now.length)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.ops._threads import run_tasks
-from models.ops.selective_scan import BACKENDS, CUDA_HELP, LANES, _flat, _wide
+from models.ops.selective_scan import BACKENDS, CUDA_HELP, LANES, _flat, _wide, pad_channels
 
 
 def causal_conv1d(
@@ -98,14 +98,11 @@ def _cpu(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, initial_state: Tensor | None
 ) -> Tensor:
     dtype, wide, E = x.dtype, _wide(x), x.shape[-1]
-    missing = -E % LANES
-
-    def channels(t: Tensor | None) -> Tensor | None:
-        return None if t is None else F.pad(t.to(wide), (0, missing)).contiguous()
-
-    shift = x.new_zeros(E + missing, dtype=wide) if bias is None else channels(bias)
-    y = _Conv.apply(channels(x), channels(weight.t()), shift, channels(initial_state), activation == "silu")
-    return (y if missing == 0 else y[..., :E]).to(dtype)
+    shift = x.new_zeros(E) if bias is None else bias
+    before = None if initial_state is None else pad_channels(initial_state, wide)
+    arguments = (pad_channels(t, wide) for t in (x, weight.t(), shift))
+    y = _Conv.apply(*arguments, before, activation == "silu")
+    return (y if y.shape[-1] == E else y[..., :E]).to(dtype)
 
 
 class _Conv(torch.autograd.Function):

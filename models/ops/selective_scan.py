@@ -89,13 +89,8 @@ def selective_scan(
             )
         return _cuda(u, dt, A, B, C, D, z, dt_bias, dt_softplus, return_last_state)
     run = _cpu if backend == "cpu" and u.shape[1] > 0 and u.shape[0] > 0 else _reference
-    y, last, states = run(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, positions)
-    out = [y]
-    if return_last_state:
-        out.append(last)
-    if states is not None:
-        out.append(states)
-    return tuple(out) if len(out) > 1 else y
+    y, *more = run(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, positions, return_last_state)
+    return (y, *more) if more else y
 
 
 def _check(
@@ -166,8 +161,9 @@ def _reference(
     dt_softplus: bool,
     initial_state: Tensor | None,
     positions: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The equations as written, on any device: (y, last state, states at positions)."""
+    return_last_state: bool,
+) -> list[Tensor]:
+    """The equations as written, on any device."""
     dtype, wide = u.dtype, _wide(u)
     u, dt, A, B, C = (t.to(wide) for t in (u, dt, A, B, C))
     delta = dt if dt_bias is None else dt + dt_bias.to(wide)
@@ -185,12 +181,24 @@ def _reference(
         y = y + D.to(wide) * u
     if z is not None:
         y = y * F.silu(z.to(wide))
-    return y.to(dtype), h, None if positions is None else trajectory[:, positions]
+    out = [y.to(dtype)]
+    if return_last_state:
+        out.append(h)
+    if positions is not None:
+        out.append(trajectory[:, positions])
+    return out
 
 
-def _blocked(x: Tensor, channels: int) -> Tensor:
+def pad_channels(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in `dtype`, contiguous, zeros added to its last axis up to a multiple of 16; x itself if it is so."""
+    missing = -x.shape[-1] % LANES
+    x = x.to(dtype)  # F.pad copies even where it adds nothing
+    return (F.pad(x, (0, missing)) if missing else x).contiguous()
+
+
+def _blocked(x: Tensor) -> Tensor:
     """(..., channels, N) -> (..., blocks, N, 16), the missing channels of the last block zero."""
-    x = F.pad(x, (0, 0, 0, channels - x.shape[-2]))
+    x = F.pad(x, (0, 0, 0, -x.shape[-2] % LANES))
     return x.unflatten(-2, (-1, LANES)).transpose(-1, -2).contiguous()
 
 
@@ -211,32 +219,36 @@ def _cpu(
     dt_softplus: bool,
     initial_state: Tensor | None,
     positions: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    return_last_state: bool,
+) -> list[Tensor]:
     """Bring the arguments into the kernels' layout (differentiably) and back."""
     dtype, wide, E = u.dtype, _wide(u), u.shape[-1]
-    padded = -(-E // LANES) * LANES
 
     def channels(x: Tensor | None) -> Tensor | None:
-        return None if x is None else F.pad(x.to(wide), (0, padded - E)).contiguous()
+        return None if x is None else pad_channels(x, wide)
 
     wanted, inverse = (None, None) if positions is None else positions.unique(return_inverse=True)
     arguments = (
         channels(u),
         channels(dt),
-        _blocked(A.to(wide), padded),
+        _blocked(A.to(wide)),
         B.to(wide).contiguous(),
         C.to(wide).contiguous(),
         channels(D),
         channels(z),
-        u.new_zeros(padded, dtype=wide) if dt_bias is None else channels(dt_bias),
-        None if initial_state is None else _blocked(initial_state.to(wide), padded),
+        channels(u.new_zeros(E) if dt_bias is None else dt_bias),
+        None if initial_state is None else _blocked(initial_state.to(wide)),
     )
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments):
         y, last, states = _Scan.apply(*arguments, dt_softplus, wanted)
     else:
         y, last, states, _ = _forward(arguments, dt_softplus, wanted, keep=False)
-    y = (y if padded == E else y[..., :E]).to(dtype)
-    return y, _unblocked(last, E), None if inverse is None else _unblocked(states, E)[:, inverse]
+    out = [(y if y.shape[-1] == E else y[..., :E]).to(dtype)]
+    if return_last_state:
+        out.append(_unblocked(last, E))
+    if inverse is not None:
+        out.append(_unblocked(states, E)[:, inverse])
+    return out
 
 
 _NONE: dict[torch.dtype, np.ndarray] = {

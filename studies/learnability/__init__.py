@@ -1,0 +1,1 @@
+"""Which ingredient does each architecture need to learn retrieval of a position at all?"""

@@ -1,0 +1,124 @@
+"""The grid behind docs/learnability.md: which ingredient does each architecture need?
+
+    python -m studies.learnability.run [--workers 2] [--seeds 0 1 2] [--out runs/learnability]
+
+Every model learns to say at which of up to 256 positions a symbol stands (256 symbols, suffix layout, 800
+steps of about 2,048 tokens at most, evaluation on held-out sequences with a single query). Two things vary:
+the architecture with its position scheme, and the diet (queries per sequence, curriculum). Runs go one seed
+after the other, resume, and end in results.csv beside this file; `report.py` makes the table from it.
+About an hour on 2 cores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import tyro
+
+from synthetic.config import RunConfig, plan, run_id
+from synthetic.store import read_rows
+
+HERE = Path(__file__).parent
+BASE = RunConfig(
+    seq_len=256, steps=800, eval_every=100, eval_examples=64, final_eval_examples=512, device="cpu"
+)
+
+# name: (family, options)
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Transformer, learned positions": ("transformer", dict(position="learned")),
+    "Transformer, full RoPE": ("transformer", dict(position="rope", rotary_pct=1.0)),
+    "Transformer, RoPE 25 %": ("transformer", dict(position="rope", rotary_pct=0.25)),
+    "Transformer, no positions": ("transformer", dict(position="none")),
+    "Transformer, RoPE 25 %, 4 layers": ("transformer", dict(position="rope", rotary_pct=0.25, layers=4)),
+    "Transformer, no positions, 4 layers": ("transformer", dict(position="none", layers=4)),
+    "Mamba": ("mamba", {}),
+    "Mamba-2": ("mamba2", {}),
+    "Hybrid, learned positions": ("hybrid", dict(position="learned")),
+}
+DIETS: dict[str, dict[str, Any]] = {
+    "K=64, curriculum from 2": dict(queries=64, curriculum=2),
+    "K=64, curriculum from 16": dict(queries=64, curriculum=16),
+    "K=64, no curriculum": dict(queries=64, curriculum=0),
+    "K=1, curriculum from 2": dict(queries=1, curriculum=2),
+}
+DEEP_DIETS = ("K=64, curriculum from 2", "K=1, curriculum from 2")  # of the deeper Transformers
+
+
+def grid(seeds: tuple[int, ...]) -> list[tuple[str, str, RunConfig]]:
+    """(variant, diet, config) of every run, all of the first seed first."""
+    rows = []
+    for seed, (diet, d), (variant, (family, v)) in itertools.product(seeds, DIETS.items(), VARIANTS.items()):
+        if "layers" in v and diet not in DEEP_DIETS:
+            continue
+        options: dict[str, Any] = dict(model=(family,), seed=seed, **d, **v)
+        rows.append((variant, diet, dataclasses.replace(BASE, **options)))
+    return rows
+
+
+def one(variant: str, diet: str, config: RunConfig, out: str) -> dict[str, Any]:
+    """Train one model on one thread; a row of results.csv."""
+    import torch
+
+    from models.ops.memory import keep_freed_memory
+    from synthetic.train import train
+
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    p = plan(config, config.model[0])
+    folder = Path(out) / run_id([p])
+    result = train(p, folder)
+    last = [r for r in read_rows(folder / "metrics.jsonl") if r["length"] == r["train_length"]][-1]
+    return dict(
+        variant=variant,
+        diet=diet,
+        seed=config.seed,
+        parameters=result["parameters"],
+        lr=p.lr,
+        steps=result["step"],
+        tokens=result["tokens"],
+        seconds=round(result["seconds"], 1),
+        longest_learned=result["longest_length"],
+        train_length=result["train_length"],
+        accuracy_at_train_length=last["accuracy"],
+        accuracy_at_256=result["accuracy"],
+        ci_low=result["ci_low"],
+        ci_high=result["ci_high"],
+    )
+
+
+@dataclass
+class Options:
+    workers: int = 2
+    """Processes, each with one thread."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of weights and data."""
+    out: str = "runs/learnability"
+    """Folder of the runs; finished ones are not repeated."""
+
+
+def main(options: Options) -> None:
+    jobs = grid(options.seeds)
+    rows: list[dict[str, Any]] = []
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
+        futures = [pool.submit(one, *job, options.out) for job in jobs]
+        for done, future in enumerate(as_completed(futures), 1):
+            row = future.result()
+            rows.append(row)
+            name = f"{done:3}/{len(jobs)}  {row['variant']:35} {row['diet']:25} seed {row['seed']}"
+            outcome = f"learned up to {row['longest_learned']:>3}, {row['accuracy_at_256']:.2f} at 256"
+            print(f"{name}  {outcome}, {row['seconds']:.0f} s", flush=True)
+    order = {(v, d, c.seed): i for i, (v, d, c) in enumerate(jobs)}
+    rows.sort(key=lambda r: order[r["variant"], r["diet"], r["seed"]])
+    pd.DataFrame(rows).to_csv(HERE / "results.csv", index=False)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
