@@ -1,24 +1,25 @@
-"""The table of docs/learnability.md from results.csv: `python -m studies.learnability.report`."""
+"""The tables of docs/learnability.md from the results: `python -m studies.learnability.report`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pandas as pd
+from scipy import stats
 
 HERE = Path(__file__).parent
 DOCUMENT = HERE.parents[1] / "docs" / "learnability.md"
-BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
 
-def table(results: pd.DataFrame) -> str:
-    """Markdown: per variant and diet the longest length learned by each seed and the held-out accuracy.
+def grid_table(results: pd.DataFrame) -> str:
+    """Markdown, a line per variant and diet: the longest length that each seed learned and where it ended.
 
-    results: the columns of results.csv. Accuracy is the mean over seeds with the range of the seeds.
+    results: the columns of grid.csv. Accuracies are on held-out sequences with one query; at 256 the mean
+    over seeds with its 95 % t-interval, cut to [0, 1].
     """
     lines = [
         "| model | diet | longest length learned, by seed | where training ended: length (accuracy) "
-        "| accuracy at 256, mean [min, max] | seconds |",
+        "| accuracy at 256, mean [95 % CI] | seconds |",
         "|---|---|---|---|---|---|",
     ]
     for (variant, diet), rows in results.groupby(["variant", "diet"], sort=False):
@@ -27,20 +28,50 @@ def table(results: pd.DataFrame) -> str:
         ended = ", ".join(
             f"{n} ({a:.2f})" for n, a in zip(rows.train_length, rows.accuracy_at_train_length, strict=True)
         )
-        a = rows.accuracy_at_256
+        mean, low, high = interval(rows.accuracy_at_256)
         lines.append(
-            f"| {variant} | {diet} | {learned} | {ended} | {a.mean():.3f} [{a.min():.3f}, {a.max():.3f}] "
+            f"| {variant} | {diet} | {learned} | {ended} | {mean:.3f} [{low:.3f}, {high:.3f}] "
             f"| {rows.seconds.mean():.0f} |"
         )
     return "\n".join(lines)
 
 
+def interval(values: pd.Series) -> tuple[float, float, float]:
+    """Mean and 95 % t-interval over seeds of an accuracy; the interval is the whole range for one seed."""
+    mean, n = float(values.mean()), len(values)
+    if n < 2:
+        return mean, 0.0, 1.0
+    half = float(stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / n**0.5)
+    return mean, max(0.0, mean - half), min(1.0, mean + half)
+
+
+def tuning_table(results: pd.DataFrame) -> str:
+    """Markdown, a line per variant: what each learning rate reached within the steps."""
+    rates = sorted(set(results.lr))
+    lines = ["| model | " + " | ".join(f"lr {lr:g}" for lr in rates) + " |", "|---" * (len(rates) + 1) + "|"]
+    for variant, rows in results.groupby("variant", sort=False):
+        rows = rows.sort_values("lr")
+        columns = (rows.longest_learned, rows.train_length, rows.accuracy_at_train_length, rows.steps)
+        cells = (
+            f"up to {learned or '–'}, ended at {length} ({accuracy:.2f}), {steps} steps"
+            for learned, length, accuracy, steps in zip(*columns, strict=True)
+        )
+        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+TABLES = {"grid": grid_table, "tuning": tuning_table}
+
+
 def main() -> None:
+    """Replace what stands between the markers `<!-- grid -->` and `<!-- /grid -->`, and so for tuning."""
     text = DOCUMENT.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    made = table(pd.read_csv(HERE / "results.csv"))
-    DOCUMENT.write_text(f"{before}{BEGIN}\n{made}\n{END}{after}", encoding="utf-8")
+    for name, table in TABLES.items():
+        before, rest = text.split(f"<!-- {name} -->")
+        after = rest.split(f"<!-- /{name} -->")[1]
+        made = table(pd.read_csv(HERE / f"{name}.csv"))
+        text = f"{before}<!-- {name} -->\n{made}\n<!-- /{name} -->{after}"
+    DOCUMENT.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """The grid behind docs/learnability.md: which ingredient does each architecture need?
 
-    python -m studies.learnability.run [--workers 2] [--seeds 0 1 2] [--out runs/learnability]
+    python -m studies.learnability.run [--what grid|tuning] [--workers 2] [--out runs/learnability]
 
 Every model learns to say at which of up to 256 positions a symbol stands (256 symbols, suffix layout, 800
 steps of about 2,048 tokens at most, evaluation on held-out sequences with a single query). Two things vary:
-the architecture with its position scheme, and the diet (queries per sequence, curriculum). Runs go one seed
-after the other, resume, and end in results.csv beside this file; `report.py` makes the table from it.
-About an hour on 2 cores.
+the architecture with its position scheme, and the diet (queries per sequence, curriculum). Learning rates
+are compared on a seed that is not reported (`--what tuning`). Runs go one seed after the other, resume, and
+end in grid.csv or tuning.csv beside this file; `report.py` makes the tables from them.
+About an hour and ten minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import multiprocessing
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import tyro
@@ -27,7 +28,13 @@ from synthetic.store import read_rows
 
 HERE = Path(__file__).parent
 BASE = RunConfig(
-    seq_len=256, steps=800, eval_every=100, eval_examples=64, final_eval_examples=512, device="cpu"
+    seq_len=256,
+    steps=800,
+    eval_every=100,
+    eval_examples=64,
+    final_eval_examples=512,
+    device="cpu",
+    precision="bfloat16",
 )
 
 # name: (family, options)
@@ -48,13 +55,16 @@ DIETS: dict[str, dict[str, Any]] = {
     "K=64, no curriculum": dict(queries=64, curriculum=0),
     "K=1, curriculum from 2": dict(queries=1, curriculum=2),
 }
+SEEDS, TUNING_SEED = (0, 1, 2), 100
+TUNING_LR = (1e-3, 2e-3, 4e-3)
+TUNED = ("Transformer, learned positions", "Mamba", "Mamba-2", "Hybrid, learned positions")
 DEEP_DIETS = ("K=64, curriculum from 2", "K=1, curriculum from 2")  # of the deeper Transformers
 
 
-def grid(seeds: tuple[int, ...]) -> list[tuple[str, str, RunConfig]]:
+def grid() -> list[tuple[str, str, RunConfig]]:
     """(variant, diet, config) of every run, all of the first seed first."""
     rows = []
-    for seed, (diet, d), (variant, (family, v)) in itertools.product(seeds, DIETS.items(), VARIANTS.items()):
+    for seed, (diet, d), (variant, (family, v)) in itertools.product(SEEDS, DIETS.items(), VARIANTS.items()):
         if "layers" in v and diet not in DEEP_DIETS:
             continue
         options: dict[str, Any] = dict(model=(family,), seed=seed, **d, **v)
@@ -62,8 +72,19 @@ def grid(seeds: tuple[int, ...]) -> list[tuple[str, str, RunConfig]]:
     return rows
 
 
+def tuning() -> list[tuple[str, str, RunConfig]]:
+    """One run per family and learning rate, on the diet that serves all families."""
+    diet, seed = "K=64, curriculum from 2", TUNING_SEED
+    rows = []
+    for variant, lr in itertools.product(TUNED, TUNING_LR):
+        family, v = VARIANTS[variant]
+        options: dict[str, Any] = dict(model=(family,), seed=seed, lr=lr, **DIETS[diet], **v)
+        rows.append((variant, diet, dataclasses.replace(BASE, **options)))
+    return rows
+
+
 def one(variant: str, diet: str, config: RunConfig, out: str) -> dict[str, Any]:
-    """Train one model on one thread; a row of results.csv."""
+    """Train one model on one thread; a row of the results."""
     import torch
 
     from models.ops.memory import keep_freed_memory
@@ -95,16 +116,16 @@ def one(variant: str, diet: str, config: RunConfig, out: str) -> dict[str, Any]:
 
 @dataclass
 class Options:
+    what: Literal["grid", "tuning"] = "grid"
+    """The comparison, or the choice of learning rates before it."""
     workers: int = 2
     """Processes, each with one thread."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of weights and data."""
     out: str = "runs/learnability"
     """Folder of the runs; finished ones are not repeated."""
 
 
 def main(options: Options) -> None:
-    jobs = grid(options.seeds)
+    jobs = grid() if options.what == "grid" else tuning()
     rows: list[dict[str, Any]] = []
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
@@ -115,9 +136,9 @@ def main(options: Options) -> None:
             name = f"{done:3}/{len(jobs)}  {row['variant']:35} {row['diet']:25} seed {row['seed']}"
             outcome = f"learned up to {row['longest_learned']:>3}, {row['accuracy_at_256']:.2f} at 256"
             print(f"{name}  {outcome}, {row['seconds']:.0f} s", flush=True)
-    order = {(v, d, c.seed): i for i, (v, d, c) in enumerate(jobs)}
-    rows.sort(key=lambda r: order[r["variant"], r["diet"], r["seed"]])
-    pd.DataFrame(rows).to_csv(HERE / "results.csv", index=False)
+    order = {variant: i for i, variant in enumerate(VARIANTS)}
+    rows.sort(key=lambda r: (order[r["variant"]], list(DIETS).index(r["diet"]), r["lr"], r["seed"]))
+    pd.DataFrame(rows).to_csv(HERE / f"{options.what}.csv", index=False)
 
 
 if __name__ == "__main__":

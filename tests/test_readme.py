@@ -1,0 +1,84 @@
+"""What the documents promise: every command parses and can be planned, snippets run, tables match results."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import tyro
+from scipy import stats
+
+from studies.learnability import report
+from studies.learnability.run import BASE, DIETS, VARIANTS, grid, tuning
+from synthetic.config import RunConfig, plan
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = [README, *(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))]
+COMMANDS = sorted(
+    {
+        line.partition("#")[0].strip()
+        for text in DOCUMENTS
+        for line in re.findall(r"^python -m synthetic\.run.*$", text, flags=re.MULTILINE)
+    }
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_of_the_documents_can_be_planned(command):
+    words = shlex.split(command)[3:]
+    if "--help" in words:
+        return  # test_run.py looks at it
+    config = dataclasses.replace(tyro.cli(RunConfig, args=words), device="cpu")
+    for family in config.model:
+        assert plan(config, family).seq_len == config.seq_len
+
+
+def test_readme_starts_with_the_two_commands():
+    first, second = re.search(r"```bash\n(.*?)\n(.*?)\n```", README).groups()
+    assert first.endswith("&& python -m synthetic.run") and "pip install -c constraints.txt" in first
+    assert second == "python -m pytest"
+
+
+def test_python_snippet_of_the_readme_runs(monkeypatch, capsys):
+    """With the arguments of its last line defined, and a model in place of one that was trained."""
+    from synthetic import store
+
+    (snippet,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    monkeypatch.setattr(store, "load_model", lambda folder: folder)
+    snippet = snippet.replace('models.build("mamba-130m")', 'models.build("mamba-130m", device="meta")')
+    names: dict = {k: torch.randn(1, 101, 8) for k in ("u", "dt")}
+    names |= dict(A=-torch.rand(8, 4), B=torch.randn(1, 101, 4), C=torch.randn(1, 101, 4))
+    exec(snippet, names)
+    assert names["h"].shape == (1, 2, 8, 4) and "<query>" in capsys.readouterr().out
+
+
+def test_links_lead_somewhere():
+    for text, folder in ((README, ROOT), *((t, ROOT / "docs") for t in DOCUMENTS[1:])):
+        for link in re.findall(r"\]\((?!http)([^)#]+)", text):
+            assert (folder / link).exists(), link
+
+
+@pytest.mark.parametrize("name, jobs", [("grid", grid), ("tuning", tuning)])
+def test_learnability_tables_are_the_results(name, jobs):
+    """docs/learnability.md shows the results, every run of the study once, and no other."""
+    results = pd.read_csv(report.HERE / f"{name}.csv")
+    assert report.TABLES[name](results) in report.DOCUMENT.read_text(encoding="utf-8")
+    planned = [(v, d, c.seed, plan(c, c.model[0]).lr) for v, d, c in jobs()]
+    found = list(results[["variant", "diet", "seed", "lr"]].itertuples(index=False, name=None))
+    assert sorted(found) == sorted(planned)
+    assert set(results.variant) <= set(VARIANTS) and set(results.diet) <= set(DIETS)
+    assert results.steps.max() <= BASE.steps
+
+
+def test_interval_over_seeds():
+    """Against the t-interval of scipy's one-sample test."""
+    values = pd.Series([0.5, 0.6, 0.55])
+    want = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert report.interval(values) == pytest.approx((0.55, want.low, want.high))
+    assert report.interval(pd.Series([0.1, 0.9]))[1:] == (0.0, 1.0)
