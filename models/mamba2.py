@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,7 @@ class Mamba2Config(Config):
 def ssd_reference(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence, one token after the other; shapes and result as `ssd`."""
+    """The recurrence, one token after the other; shapes as in `ssd`, returns y and the last state."""
     b, L, H, P = x.shape
     B, C = (t.repeat_interleave(H // t.shape[2], dim=2) for t in (B, C))
     h = x.new_zeros(b, H, P, B.shape[-1]) if initial_state is None else initial_state
@@ -105,11 +106,13 @@ def ssd(
     C: Tensor,
     initial_state: Tensor | None = None,
     chunk_size: int = 64,
-) -> tuple[Tensor, Tensor]:
+    return_last_state: bool = False,
+) -> Any:
     """State space duality by chunks (listing 1 of the paper), with matrix products only.
 
     x: (b, L, H, P); dt: (b, L, H) positive; A: (H,) negative; B, C: (b, L, G, N), G dividing H;
-    initial_state: (b, H, P, N). Returns y (b, L, H, P) and the last state (b, H, P, N).
+    initial_state: (b, H, P, N). Returns y (b, L, H, P), with return_last_state also the last state
+    (b, H, P, N).
     Decays are exponentials of sums that are masked to -inf before the exponential, so neither the
     values nor the gradients overflow. Cost: L * chunk_size * (N + P) per head, linear in L.
     """
@@ -117,7 +120,7 @@ def ssd(
     G, N = B.shape[2:]
     dtype, last = x.dtype, x.new_zeros(b, H, P, N) if initial_state is None else initial_state
     if L == 0:
-        return torch.zeros_like(x), last
+        return (torch.zeros_like(x), last) if return_last_state else torch.zeros_like(x)
     Q = min(chunk_size, L)
     pad = -L % Q
     if pad:  # dt = 0 makes the added tokens the identity on the state
@@ -136,19 +139,21 @@ def ssd(
     weights = (decay.unflatten(1, (G, H // G)) * scores.unsqueeze(2)).flatten(1, 2)
     y = weights.to(dtype) @ x
 
-    # what each chunk adds to the state, then the state before each chunk
-    to_end = (log_decay[..., -1:] - log_decay).exp().unsqueeze(-1)  # (b, H, c, Q, 1)
-    Bh, Ch = (t.repeat_interleave(H // G, dim=1) for t in (B, C))
-    added = ((x * to_end).transpose(-1, -2) @ Bh.to(to_end.dtype)).unbind(2)  # c times (b, H, P, N)
-    whole = log_decay[..., -1].exp()[..., None, None].unbind(2)  # c times (b, H, 1, 1)
-    before = []
-    for i in range(c):
-        before.append(last)
-        last = whole[i] * last + added[i]
-    carried = torch.stack(before, dim=2)  # (b, H, c, P, N)
-    from_start = log_decay.exp().unsqueeze(-1)
-    y = y + from_start * (Ch.to(carried.dtype) @ carried.transpose(-1, -2))
-    return y.permute(0, 2, 3, 1, 4).reshape(b, L + pad, H, P)[:, :L].to(dtype), last
+    if c > 1 or initial_state is not None or return_last_state:
+        # what each chunk adds to the state, then the state before each chunk
+        to_end = (log_decay[..., -1:] - log_decay).exp().unsqueeze(-1)  # (b, H, c, Q, 1)
+        Bh, Ch = (t.repeat_interleave(H // G, dim=1) for t in (B, C))
+        added = ((x * to_end).transpose(-1, -2) @ Bh.to(to_end.dtype)).unbind(2)  # c times (b, H, P, N)
+        whole = log_decay[..., -1].exp()[..., None, None].unbind(2)  # c times (b, H, 1, 1)
+        before = []
+        for i in range(c):
+            before.append(last)
+            last = whole[i] * last + added[i]
+        carried = torch.stack(before, dim=2)  # (b, H, c, P, N)
+        from_start = log_decay.exp().unsqueeze(-1)
+        y = y + from_start * (Ch.to(carried.dtype) @ carried.transpose(-1, -2))
+    y = y.permute(0, 2, 3, 1, 4).reshape(b, L + pad, H, P)[:, :L].to(dtype)
+    return (y, last) if return_last_state else y
 
 
 class GatedRMSNorm(nn.Module):
@@ -208,7 +213,7 @@ class Mamba2Mixer(nn.Module):
         if mask is not None:  # dt = 0: a padded step is the identity on the state
             dt = dt * mask.unsqueeze(-1)
         x = x.unflatten(-1, (H, config.headdim))
-        y, last = ssd(
+        y = ssd(
             x,
             dt,
             -torch.exp(self.A_log.to(wide)),
@@ -216,9 +221,10 @@ class Mamba2Mixer(nn.Module):
             C.unflatten(-1, (G, N)),
             initial_state=state.get("ssm"),
             chunk_size=config.chunk_size,
+            return_last_state=cache is not None,
         )
         if cache is not None:
-            cache["ssm"] = last
+            y, cache["ssm"] = y
         y = y + self.D[:, None] * x
         return self.out_proj(self.norm(y.flatten(-2), z))
 

@@ -223,15 +223,19 @@ def test_hybrid_adds_each_block_once():
     assert kinds == ["ssm", "ssm", "attention"]
 
 
+@pytest.mark.parametrize("from_state", [True, False])
 @pytest.mark.parametrize("L, Q", [(0, 4), (1, 4), (13, 4), (16, 4), (7, 64)])
-def test_ssd_by_chunks_equals_the_recurrence(L, Q):
+def test_ssd_by_chunks_equals_the_recurrence(L, Q, from_state):
     torch.manual_seed(0)
     x, dt = torch.randn(2, L, 4, 3).double(), torch.rand(2, L, 4).double()
     A, B, C = -torch.rand(4).double(), torch.randn(2, L, 2, 5).double(), torch.randn(2, L, 2, 5).double()
     h0 = torch.randn(2, 4, 3, 5).double()
-    leaves = [t.requires_grad_() for t in (x, dt, A, B, C, h0)]
-    fast, slow = ssd(*leaves, chunk_size=Q), ssd_reference(*leaves)
+    leaves = [t.requires_grad_() for t in ((x, dt, A, B, C, h0) if from_state else (x, dt, A, B, C))]
+    fast, slow = ssd(*leaves, chunk_size=Q, return_last_state=True), ssd_reference(*leaves)
     torch.testing.assert_close(fast, slow)
+    torch.testing.assert_close(ssd(*leaves, chunk_size=Q), slow[0])
+    if L == 0 and not from_state:
+        return  # nothing depends on anything
     grads = [
         torch.autograd.grad(
             y.square().sum() + h.square().sum(), leaves, allow_unused=True, materialize_grads=True
@@ -244,7 +248,7 @@ def test_ssd_by_chunks_equals_the_recurrence(L, Q):
 def test_ssd_gradients_stay_finite_for_strong_decay():
     x, dt = torch.randn(1, 64, 1, 2), torch.full((1, 64, 1), 50.0, requires_grad=True)
     A, B = torch.tensor([-16.0], requires_grad=True), torch.randn(1, 64, 1, 3)
-    y, _ = ssd(x, dt, A, B, B, chunk_size=64)
+    y = ssd(x, dt, A, B, B, chunk_size=64)
     assert all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), (dt, A)))
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from models.ops import linear as linear_ops
-from models.ops.causal_conv1d import causal_conv1d
+from models.ops.causal_conv1d import causal_conv1d, in_causal_conv1d_layout
 from models.ops.cross_entropy import linear_cross_entropy
 from models.ops.linear import Linear, linear, matmul
 
@@ -51,6 +51,7 @@ def test_conv_equals_causal_conv1d(activation):
     y = causal_conv1d(**a, activation=activation, backend="cpu")
     want = peer(a["x"].transpose(1, 2), a["weight"], a["bias"], activation=activation)
     torch.testing.assert_close(y, want.transpose(1, 2))
+    torch.testing.assert_close(in_causal_conv1d_layout(peer, **a, activation=activation), y)
 
 
 def test_conv_in_two_pieces_and_nothing():

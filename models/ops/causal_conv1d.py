@@ -11,6 +11,7 @@ transposes and the separate silu were the largest item in a Mamba block's profil
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -147,6 +148,12 @@ def _cuda(
         from causal_conv1d import causal_conv1d_fn
     except ImportError as error:
         raise ImportError(CUDA_HELP) from error
+    return in_causal_conv1d_layout(causal_conv1d_fn, x, weight, bias, activation)
+
+
+def in_causal_conv1d_layout(
+    kernel: Callable[..., Any], x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
+) -> Tensor:
+    """Call a function of causal-conv1d's signature: channels before time, everything in x's dtype."""
     shift = None if bias is None else bias.to(x.dtype)
-    y = causal_conv1d_fn(x.transpose(1, 2), weight.to(x.dtype), shift, activation=activation)
-    return y.transpose(1, 2)
+    return kernel(x.transpose(1, 2), weight.to(x.dtype), shift, activation=activation).transpose(1, 2)

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -341,7 +341,19 @@ class _Scan(torch.autograd.Function):
         )
 
 
-def _cuda(
+def _cuda(u: Tensor, *rest: Any) -> Output:
+    """mamba-ssm's kernel, imported here and nowhere else."""
+    try:
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    except ImportError as error:
+        raise ImportError(CUDA_HELP) from error
+    if u.device.type != "cuda":
+        raise ValueError(f"backend='cuda' got tensors on {u.device}; move them to a GPU or use backend='cpu'")
+    return in_mamba_ssm_layout(selective_scan_fn, u, *rest)
+
+
+def in_mamba_ssm_layout(
+    kernel: Callable[..., Any],
     u: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -353,18 +365,12 @@ def _cuda(
     dt_softplus: bool,
     return_last_state: bool,
 ) -> Output:
-    """mamba-ssm's kernel: channels before time, A, D and the bias in float32."""
-    try:
-        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-    except ImportError as error:
-        raise ImportError(CUDA_HELP) from error
-    if u.device.type != "cuda":
-        raise ValueError(f"backend='cuda' got tensors on {u.device}; move them to a GPU or use backend='cpu'")
+    """Call a function of mamba-ssm's signature: channels before time, A, D and the bias in float32."""
 
     def turn(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.to(u.dtype).transpose(1, 2).contiguous()
 
-    out = selective_scan_fn(
+    out = kernel(
         turn(u),
         turn(dt),
         A.float(),
