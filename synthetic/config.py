@@ -31,6 +31,11 @@ class RunConfig:
     position it stood. By default a Transformer and a Mamba of equal size are trained one after the other on
     the same data, and runs/<id>/ receives configuration, metrics, checkpoints and the learning curve.
     The same command resumes an interrupted run and reprints a finished one.
+
+    Examples:
+      python -m synthetic.run --seq-len 64 --model mamba mamba2 hybrid     which SSM retrieves better?
+      python -m synthetic.run --model mamba --layout prefix                does it help to know the query first?
+      python -m synthetic.run --model transformer --position none          what if attention has no positions?
     """
 
     seq_len: int = 1024
@@ -42,8 +47,8 @@ class RunConfig:
     task: Literal["position", "position-varlen"] = "position"
     """position: all context symbols differ. position-varlen: only the queried one is unique."""
     layout: Literal["suffix", "prefix", "instruction"] = "suffix"
-    """suffix: query last (task-agnostic). prefix: query first (task-aware). instruction: a generic task
-    token first, query last."""
+    """suffix: query last (task-agnostic). prefix: query first (task-aware). instruction: a generic task \
+token first, query last."""
     num_symbols: int | None = None
     """Number of different symbols V; default: as many as --seq-len."""
     position: Literal["learned", "rope", "none"] = "learned"
@@ -55,13 +60,13 @@ class RunConfig:
     d_state: int | None = None
     """State size per channel of Mamba and Mamba-2, 1 to 256; default: the preset's."""
     protocol: Literal["default", "paper"] = "default"
-    """paper: one query per sequence, fixed length, small learning rate, the papers' loss and budget; hours
-    on a CPU teach little that way. default: dense queries, a length curriculum and larger steps."""
+    """paper: one query per sequence, fixed length, small learning rate, the papers' loss and budget; hours \
+on a CPU teach little that way. default: dense queries, a length curriculum and larger steps."""
     queries: int | None = None
     """Queries per training sequence K (dense supervision); evaluation always uses one. Default 64."""
     curriculum: int | None = None
-    """Context length at which training starts; doubled whenever training accuracy passes 0.95. 0 trains at
-    --seq-len only. Default: 16 for the Transformer, 2 for the others."""
+    """Context length at which training starts; doubled whenever training accuracy passes 0.95. 0 trains at \
+--seq-len only. Default: 16 for the Transformer, 2 for the others."""
     lr: float | None = None
     """Peak learning rate of AdamW. Default: the best one found for each family."""
     steps: int | None = None
