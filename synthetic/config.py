@@ -32,10 +32,11 @@ class RunConfig:
     the same data, and runs/<id>/ receives configuration, metrics, checkpoints and the learning curve.
     The same command resumes an interrupted run and reprints a finished one.
 
-    Examples:
-      python -m synthetic.run --seq-len 64 --model mamba mamba2 hybrid     which SSM retrieves better?
-      python -m synthetic.run --model mamba --layout prefix                does it help to know the query first?
-      python -m synthetic.run --model transformer --position none          what if attention has no positions?
+    To start with, in ascending order of patience:
+
+        python -m synthetic.run --seq-len 64 --model mamba mamba2 hybrid    which SSM retrieves better?
+        python -m synthetic.run --model mamba --layout prefix               does knowing the query help?
+        python -m synthetic.run --model transformer --position none         attention without positions?
     """
 
     seq_len: int = 1024
