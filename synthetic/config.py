@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 FAMILIES = ("transformer", "mamba", "mamba2", "hybrid")
 
-# Best settings found per family at the tiny preset (docs/learnability.md): learning rate and the length at
-# which the curriculum starts. The learning rate falls with sqrt(width) for wider models.
-FAMILY_LR = {"transformer": 2e-3, "mamba": 2e-3, "mamba2": 2e-3, "hybrid": 2e-3}
-FAMILY_CURRICULUM = {"transformer": 16, "mamba": 2, "mamba2": 2, "hybrid": 2}
+# What serves every family best at the tiny preset (docs/learnability.md). The learning rate falls with
+# sqrt(width) for wider models.
+DEFAULT_LR = 2e-3
+DEFAULT_CURRICULUM = 2
 DEFAULT_STEPS = 3000
 PAPER_EXAMPLES = 20_000_000  # training budget, batch and learning rate of Retrievit's position scripts
 PAPER_BATCH = 128
@@ -67,9 +67,9 @@ on a CPU teach little that way. default: dense queries, a length curriculum and 
     """Queries per training sequence K (dense supervision); evaluation always uses one. Default 64."""
     curriculum: int | None = None
     """Context length at which training starts; doubled whenever training accuracy passes 0.95. 0 trains at \
---seq-len only. Default: 16 for the Transformer, 2 for the others."""
+--seq-len only. Default 2."""
     lr: float | None = None
-    """Peak learning rate of AdamW. Default: the best one found for each family."""
+    """Peak learning rate of AdamW. Default: 2e-3, less for wider models."""
     steps: int | None = None
     """Optimiser steps at most. Default 3000."""
     budget: int | None = None
@@ -183,12 +183,12 @@ def plan(config: RunConfig, family: str) -> Plan:
     overrides["embedding_std"] = 0.1
     if family in ("transformer", "hybrid"):  # as wide as torch's default, which the SSM blocks have
         overrides["init_std"] = round((3 * width) ** -0.5, 6)
-    curriculum = 0 if paper else FAMILY_CURRICULUM[family] if config.curriculum is None else config.curriculum
+    curriculum = DEFAULT_CURRICULUM if config.curriculum is None else config.curriculum
     steps, budget = config.steps, config.budget
     if steps is None and budget is None:
         steps, budget = (None, PAPER_EXAMPLES) if paper else (DEFAULT_STEPS, None)
     device = resolve_device(config.device)
-    default_lr = PAPER_LR if paper else FAMILY_LR[family] * (128 / width) ** 0.5
+    default_lr = PAPER_LR if paper else DEFAULT_LR * (128 / width) ** 0.5
     return Plan(
         family=family,
         model=name,
@@ -197,7 +197,7 @@ def plan(config: RunConfig, family: str) -> Plan:
         task_options=options,
         seq_len=config.seq_len,
         queries=queries,
-        curriculum=min(curriculum, config.seq_len),
+        curriculum=0 if paper else min(curriculum, config.seq_len),
         lr=default_lr if config.lr is None else config.lr,
         steps=steps,
         budget=budget,

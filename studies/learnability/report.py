@@ -19,7 +19,7 @@ def grid_table(results: pd.DataFrame) -> str:
     """
     lines = [
         "| model | diet | longest length learned, by seed | where training ended: length (accuracy) "
-        "| accuracy at 256, mean [95 % CI] | seconds |",
+        "| accuracy at 256, mean [95 % CI] | median seconds |",
         "|---|---|---|---|---|---|",
     ]
     for (variant, diet), rows in results.groupby(["variant", "diet"], sort=False):
@@ -31,7 +31,7 @@ def grid_table(results: pd.DataFrame) -> str:
         mean, low, high = interval(rows.accuracy_at_256)
         lines.append(
             f"| {variant} | {diet} | {learned} | {ended} | {mean:.3f} [{low:.3f}, {high:.3f}] "
-            f"| {rows.seconds.mean():.0f} |"
+            f"| {rows.seconds.median():.0f} |"
         )
     return "\n".join(lines)
 
