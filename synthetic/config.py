@@ -266,7 +266,8 @@ def resolve_precision(precision: str, device: str) -> str:
         return precision
     if device == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    native = device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every release of torch
+    native = device == "cpu" and any(getattr(torch.cpu, probe, bool)() for probe in probes)
     return "bfloat16" if native else "float32"
 
 
