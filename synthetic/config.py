@@ -64,7 +64,8 @@ token first, query last."""
     """paper: one query per sequence, fixed length, small learning rate, the papers' loss and budget; hours \
 on a CPU teach little that way. default: dense queries, a length curriculum and larger steps."""
     queries: int | None = None
-    """Queries per training sequence K (dense supervision); evaluation always uses one. Default 64."""
+    """Queries per training sequence K (dense supervision); evaluation always uses one. \
+Default 64, for position-varlen at most a quarter of the symbols."""
     curriculum: int | None = None
     """Context length at which training starts; doubled whenever training accuracy passes 0.95. 0 trains at \
 --seq-len only. Default 2."""
@@ -161,7 +162,7 @@ def plan(config: RunConfig, family: str) -> Plan:
         config.queries is None or config.queries <= most,
         f"--queries {config.queries} is more than a context of {config.seq_len} allows; use at most {most}",
     )
-    queries = 1 if paper else config.queries or min(64, most)
+    queries = 1 if paper else config.queries or task.dense_queries()
     overrides: dict[str, Any] = {"vocab_size": task.vocab_size}
     if family in ("transformer", "hybrid"):
         # the longest evaluation and training sequence, whichever layout

@@ -281,6 +281,17 @@ def test_help_explains_every_option(capsys):
         assert "--" + field.name.replace("_", "-") in text
 
 
+def test_default_number_of_queries():
+    """64, or all symbols of a shorter context; with repeated symbols few enough to leave distractors."""
+
+    def queries(**options):
+        return plan(RunConfig(**options), "mamba").queries
+
+    assert (queries(), queries(seq_len=20)) == (64, 20)
+    assert queries(task="position-varlen", seq_len=200, num_symbols=30) == 7
+    assert queries(task="position-varlen", seq_len=1024) == 64
+
+
 def test_paper_protocol_is_the_papers(tmp_path):
     """Facts 1.4 to 1.9: one query, fixed length, cosine schedule, answer and final <bos> in the loss."""
     p = plan(RunConfig(protocol="paper"), "mamba")

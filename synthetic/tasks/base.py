@@ -93,6 +93,10 @@ class Task(ABC):
     def max_queries(self, length: int | None = None) -> int:
         """The most queries a context of `length` allows (None: whatever length `batch` draws)."""
 
+    def dense_queries(self) -> int:
+        """How many queries a training sequence can have and still be a sequence of this task."""
+        return min(64, self.max_queries(self.seq_len))
+
     @abstractmethod
     def max_length(self, queries: int = 1) -> int:
         """The most tokens T of a batch with up to `queries` queries: size of a position table."""

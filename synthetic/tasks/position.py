@@ -154,6 +154,10 @@ class PositionVarlen(Position):
     def max_queries(self, length: int | None = None) -> int:
         return min(super().max_queries(length), self.vocabulary.num_symbols - 1)
 
+    def dense_queries(self) -> int:
+        """A quarter of the symbols at most, because distractors avoid the queried ones."""
+        return min(super().dense_queries(), max(1, self.vocabulary.num_symbols // 4))
+
     def draw(
         self, rng: np.random.Generator, rows: int, length: int, queries: int
     ) -> tuple[IntArray, IntArray]:
