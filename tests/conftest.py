@@ -1,29 +1,40 @@
-"""Shared by the tests: peers that only import with a helping hand, seeds, threads."""
+"""Shared by the tests: peers that only import with a helping hand."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 import types
+from functools import lru_cache
 from typing import Any
 
 import pytest
-import torch
+
+PEERS = ("mamba_ssm.modules.mamba_simple", "mamba_ssm.ops.selective_scan_interface",
+         "causal_conv1d.causal_conv1d_interface")  # fmt: skip
+KERNELS = ("selective_scan_cuda", "causal_conv1d_cuda")
 
 
 def import_without_kernels(name: str) -> Any:
-    """Import a module of mamba-ssm or causal-conv1d built without CUDA: its kernels are empty modules.
+    """One of PEERS, from mamba-ssm or causal-conv1d built without CUDA: its kernels are empty modules.
 
-    Skips the test, with the reason, where the package is not installed (.ci/run installs it).
+    Skips the test, with the reason, where the packages are not installed (.ci/run installs them).
     """
-    package = name.partition(".")[0]
-    pytest.importorskip("triton", reason=f"{package} imports triton")
-    for kernels in ("selective_scan_cuda", "causal_conv1d_cuda"):
+    for package in ("triton", "einops", "mamba_ssm", "causal_conv1d"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed; .ci/run says how")
+    return _peers()[name]
+
+
+@lru_cache(maxsize=1)
+def _peers() -> dict[str, Any]:
+    """Import them once, and hide them again: transformers would take the empty kernels for real ones."""
+    before = set(sys.modules)
+    for kernels in KERNELS:
         sys.modules.setdefault(kernels, types.ModuleType(kernels))
-    pytest.importorskip(package, reason=f"{package} is not installed; .ci/run says how", exc_type=ImportError)
-    return importlib.import_module(name)
-
-
-@pytest.fixture
-def rng() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
+    peers = {name: importlib.import_module(name) for name in PEERS}
+    for name in set(sys.modules) - before:
+        if name.partition(".")[0] in (*KERNELS, "mamba_ssm", "causal_conv1d"):
+            del sys.modules[name]
+    return peers
