@@ -211,7 +211,7 @@ def test_kill_9_at_random_moments(tmp_path):
     """The script that the full check runs with --kills 20; two moments here."""
     script = Path(__file__).with_name("kill_resume.py")
     done = subprocess.run(
-        [sys.executable, script, "--kills", "2", "--steps", "60", "--out", str(tmp_path)],
+        [sys.executable, script, "--kills", "2", "--out", str(tmp_path)],
         capture_output=True,
         text=True,
     )
