@@ -9,7 +9,10 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:  # torch takes seconds to import, which a help page can spare
+    from synthetic.tasks import Task
 
 FAMILIES = ("transformer", "mamba", "mamba2", "hybrid")
 
@@ -29,7 +32,7 @@ class RunConfig:
 
     A context of --seq-len symbols is followed (or preceded) by one of them; the model must answer at which
     position it stood. By default a Transformer and a Mamba of equal size are trained one after the other on
-    the same data, and runs/<id>/ receives configuration, metrics, checkpoints and the learning curve.
+    the same data order, and runs/<id>/ receives configuration, metrics, checkpoints and the learning curve.
     The same command resumes an interrupted run and reprints a finished one.
 
     To start with, in ascending order of patience:
@@ -42,7 +45,7 @@ class RunConfig:
     seq_len: int = 1024
     """Number of context symbols N. The goal of the run: held-out accuracy at this length."""
     model: tuple[Literal["transformer", "mamba", "mamba2", "hybrid"], ...] = ("transformer", "mamba")
-    """Architectures to train, one after the other, on the same batches."""
+    """Architectures to train, one after the other; at the same step and length they see the same batch."""
     preset: str = "tiny"
     """Model size: tiny (about 0.5 M), 14m, 31m, 70m, 130m/160m, 370m/410m, 790m/1b, 1.4b, 2.8b."""
     task: Literal["position", "position-varlen"] = "position"
@@ -184,7 +187,14 @@ def plan(config: RunConfig, family: str) -> Plan:
     overrides["embedding_std"] = 0.1
     if family in ("transformer", "hybrid"):  # as wide as torch's default, which the SSM blocks have
         overrides["init_std"] = round((3 * width) ** -0.5, 6)
-    curriculum = DEFAULT_CURRICULUM if config.curriculum is None else config.curriculum
+    curriculum = config.curriculum
+    if curriculum is None:
+        curriculum = first_length(task)
+    elif 0 < curriculum < first_length(task):
+        raise ValueError(
+            f"--curriculum {curriculum} leaves too few different contexts to hold some out; "
+            f"use at least {first_length(task)}, or more --num-symbols"
+        )
     steps, budget = config.steps, config.budget
     if steps is None and budget is None:
         steps, budget = (None, PAPER_EXAMPLES) if paper else (DEFAULT_STEPS, None)
@@ -218,6 +228,17 @@ def plan(config: RunConfig, family: str) -> Plan:
     )
 
 
+def first_length(task: Task) -> int:
+    """The shortest context, from DEFAULT_CURRICULUM on, of which the task has enough different ones."""
+    for length in range(DEFAULT_CURRICULUM, task.seq_len):
+        try:
+            task.check(length, 1)
+        except ValueError:
+            continue
+        return length
+    return task.seq_len
+
+
 def _check(config: RunConfig, paper: bool) -> None:
     for name in ("seq_len", "batch_tokens", "eval_every", "eval_examples", "final_eval_examples"):
         value = getattr(config, name)
@@ -231,8 +252,12 @@ def _check(config: RunConfig, paper: bool) -> None:
     check(
         config.curriculum is None or config.curriculum >= 0, f"--curriculum {config.curriculum} is negative"
     )
-    check(config.lr is None or config.lr > 0, f"--lr {config.lr} must be positive")
-    check(len(config.model) > 0, "--model needs at least one of " + ", ".join(FAMILIES))
+    check(config.lr is None or 0 < config.lr < 10, f"--lr {config.lr} must lie between 0 and 10")
+    check(config.seed < 2**63, f"--seed {config.seed} must be less than 2**63")
+    for name, most in (("seq_len", 2**20), ("batch_tokens", 2**24)):
+        value = getattr(config, name)
+        check(value <= most, f"--{name.replace('_', '-')} {value} is too large; use at most {most}")
+    check(config.stop_at > 0, f"--stop-at {config.stop_at} must be positive")
     check(len(set(config.model)) == len(config.model), f"--model {' '.join(config.model)} names one twice")
     check(
         config.steps is None or config.budget is None,

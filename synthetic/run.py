@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from synthetic.config import Plan, RunConfig
+from synthetic.config import FAMILIES, Plan, RunConfig
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -56,6 +56,8 @@ def run(config: RunConfig) -> int:
     keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
+    if not config.model:
+        return _fail("--model needs at least one of " + ", ".join(FAMILIES))
     plans = [plan(config, family) for family in config.model]
     folder = Path(config.out) / run_id(plans)
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,7 +68,8 @@ def run(config: RunConfig) -> int:
                 store.write_json(
                     folder / "config.json", {"run": asked, "plans": [p.to_dict() for p in plans]}
                 )
-            store.write_json(folder / "environment.json", store.environment(torch.get_num_threads()))
+            if not (folder / "environment.json").exists():
+                store.write_json(folder / "environment.json", store.environment(torch.get_num_threads()))
             return _train_all(plans, folder)
     except Timeout:
         return _fail(f"--out {config.out}: another process is working in {folder}; wait for it or stop it")

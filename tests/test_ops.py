@@ -71,6 +71,7 @@ def test_conv_rejects():
         (dict(backend="gpu"), "backend='gpu'"),
         (dict(activation="relu"), "activation='relu'"),
         (dict(weight=torch.ones(3, 2)), "weight"),
+        (dict(bias=torch.ones(5)), "bias has shape"),
         (dict(initial_state=torch.ones(1, 2, 4)), "initial_state has shape"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -146,6 +147,12 @@ def test_cross_entropy_equals_torch(M, V, dtype, seed):
     assert torch.equal(predictions, logits.argmax(-1)) or V < 2 or dtype == torch.float32
     got = torch.autograd.grad(3 * loss, (x, W))
     torch.testing.assert_close(got, torch.autograd.grad(3 * want, (x, W)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("label", [-1, 20, 21])
+def test_cross_entropy_rejects_labels_outside_the_vocabulary(label):
+    with pytest.raises(ValueError, match=f"label {label} is outside"):
+        linear_cross_entropy(torch.ones(2, 3), torch.ones(20, 3), torch.tensor([1, label]))
 
 
 def test_cross_entropy_in_blocks(monkeypatch, route):

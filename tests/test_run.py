@@ -244,6 +244,13 @@ def test_two_processes_do_not_work_in_one_folder(tmp_path, capsys):
         (["--queries", "17", "--seq-len", "16"], "--queries 17"),
         (["--num-symbols", "3", "--seq-len", "16"], "num_symbols 3"),
         (["--curriculum", "-1"], "--curriculum -1"),
+        (["--seq-len", "16", "--curriculum", "1"], "--curriculum 1 leaves too few"),
+        (["--model"], "--model needs at least one of"),
+        (["--lr", "inf"], "--lr inf"),
+        (["--stop-at", "nan"], "--stop-at nan"),
+        (["--seed", str(2**64)], "--seed"),
+        (["--seq-len", "100000000000"], "--seq-len 100000000000 is too large"),
+        (["--batch-tokens", "1000000000000000"], "is too large"),
         (["--lr", "0"], "--lr 0"),
         (["--steps", "5", "--budget", "6"], "exclude each other"),
         (["--protocol", "paper", "--queries", "2"], "contradicts --protocol paper"),
@@ -279,6 +286,69 @@ def test_help_explains_every_option(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(RunConfig):
         assert "--" + field.name.replace("_", "-") in text
+
+
+def test_default_curriculum_starts_where_contexts_suffice():
+    """Two symbols of eight have 56 orders, too few to hold some out; three have 336."""
+    starts = {n: plan(RunConfig(seq_len=n), "mamba").curriculum for n in (5, 8, 9, 1024)}
+    assert starts == {5: 4, 8: 3, 9: 2, 1024: 2}
+
+
+def test_evaluation_is_on_heldout_sequences():
+    from synthetic.evaluate import heldout
+    from synthetic.tasks.sampling import is_heldout
+
+    task = tasks.build("position", seq_len=16, num_symbols=40)
+    batches = list(heldout(task, 100, 16))
+    assert sum(len(b.input_ids) for b in batches) == 100
+    for batch in batches:
+        assert is_heldout(batch.input_ids[:, 1:17].numpy() - task.vocabulary.first_symbol).all()
+    trained = train.next_batch(task, plan(SMALL, "mamba"), train.Progress(length=16)).input_ids
+    assert not is_heldout(trained[:, 1:17].numpy() - task.vocabulary.first_symbol).any()
+
+
+def test_curriculum_doubles_when_training_accuracy_passes():
+    p, now = plan(SMALL, "mamba"), train.Progress(length=4, accuracy=0.95)
+    lengths = []
+    for accuracy in (0.95, 0.96, 0.5, 0.99, 0.99):
+        now.accuracy = accuracy
+        train.advance(p, now)
+        lengths.append(now.length)
+    assert lengths == [4, 8, 8, 16, 16]
+    assert train.longest_passed(p, train.Progress(length=4, accuracy=0.9)) == 0
+    assert train.longest_passed(p, train.Progress(length=16, accuracy=0.9)) == 8
+    assert train.longest_passed(p, train.Progress(length=16, accuracy=0.99)) == 16
+
+
+def test_learning_rate_follows_the_schedule():
+    for schedule, middle, end in (("constant", 1.0, 1.0), ("linear", 0.5, 0.01), ("cosine", 0.5, 0.000247)):
+        p = plan(dataclasses.replace(SMALL, steps=100, warmup=10, schedule=schedule), "mamba")
+        rates = [train.learning_rate(p, train.Progress(step=s)) for s in (50, 99)]
+        assert rates == pytest.approx([middle, end], rel=0.01)
+        first = train.learning_rate(p, train.Progress(step=0))
+        assert first == pytest.approx(0.1)
+
+
+def test_training_stops_at_the_accuracy_asked_for(tmp_path):
+    p = plan(dataclasses.replace(SMALL, stop_at=0.01, steps=100), "transformer")
+    result = train.train(p, tmp_path)
+    assert result["step"] < 100 and result["reached"]
+
+
+def test_weight_decay_spares_norms_biases_embeddings_and_ssm_parameters():
+    import models
+
+    p = plan(dataclasses.replace(SMALL, weight_decay=0.1), "hybrid")
+    model = models.build(p.model, **p.model_overrides)
+    decay = {
+        id(w): g["weight_decay"] for g in train.make_optimizer(model, p).param_groups for w in g["params"]
+    }
+    decayed = {name.split(".", 3)[-1] for name, w in model.named_parameters() if decay[id(w)] > 0}
+    assert decayed == {
+        "mixer.in_proj.weight", "mixer.x_proj.weight", "mixer.dt_proj.weight", "mixer.out_proj.weight",
+        "attention.query_key_value.weight", "attention.dense.weight",
+        "mlp.dense_h_to_4h.weight", "mlp.dense_4h_to_h.weight",
+    }  # fmt: skip
 
 
 def test_default_number_of_queries():

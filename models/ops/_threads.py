@@ -70,7 +70,7 @@ def _pool(pid: int, workers: int) -> ThreadPoolExecutor:
 def _with_pool(kernel: Kernel, shares: list[tuple[int, int]]) -> None:
     others = []
     if len(shares) > 1:
-        pool = _pool(os.getpid(), len(shares) - 1)
+        pool = _pool(os.getpid(), max(len(shares), torch.get_num_threads()) - 1)
         others = [pool.submit(kernel, share) for share in shares[1:]]
     kernel(shares[0])
     for other in others:

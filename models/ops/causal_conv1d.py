@@ -47,6 +47,8 @@ def causal_conv1d(
             f"x must be (batch, length, channels) and weight (channels, d_conv); got {tuple(x.shape)}, "
             f"{tuple(weight.shape)}"
         )
+    if bias is not None and tuple(bias.shape) != (x.shape[2],):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be {(x.shape[2],)}")
     before = (x.shape[0], weight.shape[1] - 1, x.shape[2])
     if initial_state is not None and tuple(initial_state.shape) != before:
         raise ValueError(f"initial_state has shape {tuple(initial_state.shape)}; it must be {before}")
@@ -64,7 +66,7 @@ def causal_conv1d(
 def _choose(x: Tensor, weight: Tensor, initial_state: Tensor | None) -> str:
     if x.device.type == "cpu":
         return "cpu"
-    able = initial_state is None and weight.shape[1] in (2, 3, 4)
+    able = initial_state is None and weight.shape[1] in (2, 3, 4) and x.shape[2] % 8 == 0
     installed = importlib.util.find_spec("causal_conv1d") is not None
     return "cuda" if x.device.type == "cuda" and able and installed else "reference"
 
@@ -154,6 +156,11 @@ def _cuda(
 def in_causal_conv1d_layout(
     kernel: Callable[..., Any], x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
 ) -> Tensor:
-    """Call a function of causal-conv1d's signature: channels before time, everything in x's dtype."""
+    """Call a function of causal-conv1d's signature: channels before time, everything in x's dtype.
+
+    Contiguous first: the kernel wants strides that are multiples of 8, which slices need not have.
+    """
     shift = None if bias is None else bias.to(x.dtype)
-    return kernel(x.transpose(1, 2), weight.to(x.dtype), shift, activation=activation).transpose(1, 2)
+    return kernel(x.contiguous().transpose(1, 2), weight.to(x.dtype), shift, activation=activation).transpose(
+        1, 2
+    )

@@ -29,12 +29,15 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> tuple[Ten
     x: (..., D) floating; weight: (V, D); labels: (...) int64, -100 = no label here.
     Returns the loss, a float32 scalar (float64 for float64 x), and the arg-max of each row's logits,
     (...) int64, without gradient. Products are made in autocast's dtype where it is on, sums in float32.
-    The loss is NaN if no position has a label, as with `F.cross_entropy`.
+    Raises ValueError for a label outside of the vocabulary. The loss is NaN if no position has a label, as with `F.cross_entropy`.
     """
     dtype = weight.dtype
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
     flat, target = x.reshape(-1, x.shape[-1]), labels.reshape(-1)
+    wrong = ((target < 0) & (target != IGNORE)) | (target >= weight.shape[0])
+    if x.device.type == "cpu" and wrong.any():  # the kernel would write beside the row
+        raise ValueError(f"label {int(target[wrong][0])} is outside of 0 .. {weight.shape[0] - 1}")
     keep = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     loss, predictions = _LinearCrossEntropy.apply(flat, weight, target, dtype, keep)
     return loss, predictions.view(labels.shape)
