@@ -55,8 +55,8 @@ class RunConfig:
 token first, query last."""
     num_symbols: int | None = None
     """Number of different symbols V; default: as many as --seq-len."""
-    position: Literal["learned", "rope", "none"] = "learned"
-    """How attention learns about order (Transformer and hybrid)."""
+    position: Literal["learned", "rope", "none"] | None = None
+    """How attention learns about order (Transformer and hybrid). Default learned; the papers' is rope."""
     rotary_pct: float = 0.25
     """Share of each head's dimensions that RoPE rotates (with --position rope)."""
     layers: int | None = None
@@ -78,20 +78,21 @@ Default 64, for position-varlen at most a quarter of the symbols."""
     """Optimiser steps at most. Default 3000."""
     budget: int | None = None
     """Training sequences at most, instead of --steps (the papers count this way)."""
-    stop_at: float = 0.98
-    """Stop as soon as this held-out accuracy at --seq-len is reached; 1.01 never stops early."""
+    stop_at: float | None = None
+    """Stop as soon as this held-out accuracy at --seq-len is reached; 1.01 never stops early. \
+Default 0.98, the papers' 0.95."""
     batch_tokens: int = 2048
     """Tokens per batch; the number of sequences follows from their length, but is never less than 8."""
     weight_decay: float = 0.0
     """AdamW weight decay of the matrices (never of norms, biases, embeddings or SSM parameters)."""
-    warmup: int = 50
-    """Steps over which the learning rate rises to its peak."""
+    warmup: int | None = None
+    """Steps over which the learning rate rises to its peak. Default 50, the papers' a tenth of all steps."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """Course of the learning rate after the warm-up, over the whole budget."""
     grad_clip: float = 1.0
     """Largest norm of the gradient; 0 = no clipping."""
-    eval_every: int = 100
-    """Steps between evaluations."""
+    eval_every: int | None = None
+    """Steps between evaluations. Default 100, the papers' a hundredth of all steps."""
     eval_examples: int = 128
     """Held-out sequences per evaluation."""
     final_eval_examples: int = 1024
@@ -131,6 +132,7 @@ class Plan:
     schedule: str
     grad_clip: float
     eval_every: int
+    betas: tuple[float, float]
     eval_examples: int
     final_eval_examples: int
     seed: int
@@ -171,7 +173,7 @@ def plan(config: RunConfig, family: str) -> Plan:
         # the longest evaluation and training sequence, whichever layout
         overrides |= {
             "max_position_embeddings": task.max_length(queries) + 1,
-            "position": config.position,
+            "position": config.position or ("rope" if paper else "learned"),
             "rotary_pct": config.rotary_pct,
         }
     if config.layers is not None:
@@ -184,8 +186,11 @@ def plan(config: RunConfig, family: str) -> Plan:
     except ValueError as error:
         raise ValueError(f"--preset {config.preset}: {error}") from error
     width = models.config(name, **overrides).d_model
-    overrides["embedding_std"] = 0.1
-    if family in ("transformer", "hybrid"):  # as wide as torch's default, which the SSM blocks have
+    if not paper:
+        overrides["embedding_std"] = 0.1
+    if (
+        family in ("transformer", "hybrid") and not paper
+    ):  # as wide as torch's default, which the SSM blocks have
         overrides["init_std"] = round((3 * width) ** -0.5, 6)
     curriculum = config.curriculum
     if curriculum is None:
@@ -198,6 +203,7 @@ def plan(config: RunConfig, family: str) -> Plan:
     steps, budget = config.steps, config.budget
     if steps is None and budget is None:
         steps, budget = (None, PAPER_EXAMPLES) if paper else (DEFAULT_STEPS, None)
+    total = steps or (budget or 0) // PAPER_BATCH  # steps of a run by the papers' protocol
     device = resolve_device(config.device)
     default_lr = PAPER_LR if paper else DEFAULT_LR * (128 / width) ** 0.5
     return Plan(
@@ -212,14 +218,15 @@ def plan(config: RunConfig, family: str) -> Plan:
         lr=default_lr if config.lr is None else config.lr,
         steps=steps,
         budget=budget,
-        stop_at=config.stop_at,
+        stop_at=config.stop_at or (0.95 if paper else 0.98),
         batch_tokens=config.batch_tokens,
         batch_size=PAPER_BATCH if paper else None,
         weight_decay=config.weight_decay,
-        warmup=config.warmup,
+        warmup=(total // 10 if paper else 50) if config.warmup is None else config.warmup,
         schedule="cosine" if paper else config.schedule,
         grad_clip=config.grad_clip,
-        eval_every=config.eval_every,
+        eval_every=config.eval_every or (max(1, total // 100) if paper else 100),
+        betas=(0.9, 0.999) if paper else (0.9, 0.98),
         eval_examples=config.eval_examples,
         final_eval_examples=config.final_eval_examples,
         seed=config.seed,
@@ -240,15 +247,15 @@ def first_length(task: Task) -> int:
 
 
 def _check(config: RunConfig, paper: bool) -> None:
-    for name in ("seq_len", "batch_tokens", "eval_every", "eval_examples", "final_eval_examples"):
+    for name in ("seq_len", "batch_tokens", "eval_examples", "final_eval_examples"):
         value = getattr(config, name)
         check(value >= 1, f"--{name.replace('_', '-')} {value} must be at least 1")
-    for name in ("queries", "steps", "budget"):
+    for name in ("queries", "steps", "budget", "eval_every"):
         value = getattr(config, name)
-        check(value is None or value >= 1, f"--{name} {value} must be at least 1")
+        check(value is None or value >= 1, f"--{name.replace('_', '-')} {value} must be at least 1")
     for name in ("seed", "warmup", "threads", "grad_clip", "weight_decay"):
         value = getattr(config, name)
-        check(value >= 0, f"--{name.replace('_', '-')} {value} must not be negative")
+        check(value is None or value >= 0, f"--{name.replace('_', '-')} {value} must not be negative")
     check(
         config.curriculum is None or config.curriculum >= 0, f"--curriculum {config.curriculum} is negative"
     )
@@ -257,7 +264,7 @@ def _check(config: RunConfig, paper: bool) -> None:
     for name, most in (("seq_len", 2**20), ("batch_tokens", 2**24)):
         value = getattr(config, name)
         check(value <= most, f"--{name.replace('_', '-')} {value} is too large; use at most {most}")
-    check(config.stop_at > 0, f"--stop-at {config.stop_at} must be positive")
+    check(config.stop_at is None or config.stop_at > 0, f"--stop-at {config.stop_at} must be positive")
     check(len(set(config.model)) == len(config.model), f"--model {' '.join(config.model)} names one twice")
     check(
         config.steps is None or config.budget is None,
@@ -266,6 +273,10 @@ def _check(config: RunConfig, paper: bool) -> None:
     check(
         not paper or config.queries in (None, 1),
         f"--queries {config.queries} contradicts --protocol paper, which has 1; leave one of them out",
+    )
+    check(
+        not paper or config.schedule in ("constant", "cosine"),
+        f"--schedule {config.schedule} contradicts --protocol paper, which has cosine; leave one out",
     )
     check(
         not paper or config.curriculum in (None, 0),

@@ -282,4 +282,4 @@ def make_optimizer(model: LanguageModel, plan: Plan) -> torch.optim.Optimizer:
         {"params": decayed, "weight_decay": plan.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=plan.lr, betas=(0.9, 0.98), fused=True)
+    return torch.optim.AdamW(groups, lr=plan.lr, betas=plan.betas, fused=True)

@@ -254,6 +254,7 @@ def test_two_processes_do_not_work_in_one_folder(tmp_path, capsys):
         (["--lr", "0"], "--lr 0"),
         (["--steps", "5", "--budget", "6"], "exclude each other"),
         (["--protocol", "paper", "--queries", "2"], "contradicts --protocol paper"),
+        (["--protocol", "paper", "--schedule", "linear"], "--schedule linear contradicts"),
         (["--model", "mamba", "mamba"], "names one twice"),
         (["--position", "rope", "--rotary-pct", "2"], "rotary_pct=2"),
     ],
@@ -367,6 +368,11 @@ def test_paper_protocol_is_the_papers(tmp_path):
     p = plan(RunConfig(protocol="paper"), "mamba")
     assert (p.queries, p.curriculum, p.schedule, p.lr, p.batch_size) == (1, 0, "cosine", 5e-5, 128)
     assert p.task_options["supervise_bos"] and (p.steps, p.budget) == (None, 20_000_000)
+    assert (p.warmup, p.eval_every, p.stop_at, p.betas) == (15_625, 1562, 0.95, (0.9, 0.999))
+    transformer = plan(RunConfig(protocol="paper"), "transformer").model_overrides
+    assert (transformer["position"], transformer["rotary_pct"]) == ("rope", 0.25)
+    assert "init_std" not in transformer and "embedding_std" not in transformer  # the presets' own, 0.02
+    assert plan(RunConfig(protocol="paper", warmup=7, stop_at=0.5), "mamba").warmup == 7
     short = dataclasses.replace(SMALL, protocol="paper", queries=None, curriculum=None, steps=None)
     p = plan(dataclasses.replace(short, budget=128 * 3), "mamba")
     assert train.train(p, tmp_path)["step"] == 3

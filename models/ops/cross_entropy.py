@@ -29,7 +29,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> tuple[Ten
     x: (..., D) floating; weight: (V, D); labels: (...) int64, -100 = no label here.
     Returns the loss, a float32 scalar (float64 for float64 x), and the arg-max of each row's logits,
     (...) int64, without gradient. Products are made in autocast's dtype where it is on, sums in float32.
-    Raises ValueError for a label outside of the vocabulary. The loss is NaN if no position has a label, as with `F.cross_entropy`.
+    The loss is NaN if no position has a label, as with `F.cross_entropy`.
+    Raises ValueError for a label outside of the vocabulary.
     """
     dtype = weight.dtype
     if torch.is_autocast_enabled(x.device.type):
