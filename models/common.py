@@ -158,7 +158,8 @@ class LanguageModel(nn.Module):
         attention_mask: (B, L), non-zero = real token. Padding may stand on either side; logits at padded
             positions are meaningless. With a cache pad on the left, so that the last token is real.
         seq_ids: (B, L) int, several sequences packed into one row (see `unpack`); without cache or mask.
-        logits_at: (A,) int64 sequence indices whose logits are wanted; default all.
+        logits_at: (A,) int64 sequence indices whose logits are wanted, or (B, A), others for every row;
+            default all.
         cache: from `init_cache`; continues from it and updates it in place.
 
         Returns (B, L or A, V) logits, in the dtype of the head's weights (autocast's dtype under it).
@@ -219,7 +220,9 @@ class LanguageModel(nn.Module):
             x = block(x, context, None if cache is None else cache.layers[i])
         if seq_ids is not None:
             x = x[row, column]
-        return norm(x if at is None else x[:, at])
+        if at is not None:
+            x = x[:, at] if at.dim() == 1 else x.take_along_dim(at[..., None], dim=1)
+        return norm(x)
 
     def _context(self, tokens: Tensor, mask: Tensor | None, cache: Cache | None) -> Context:
         B, L = tokens.shape[:2]
