@@ -1,8 +1,11 @@
-"""Held-out accuracy with a single query: overall and by target position, with Wilson intervals."""
+"""Held-out accuracy, overall and by target position, with Wilson intervals; extrapolation; several answers.
+
+A sequence has a single query, except in tasks whose definition says more (`Task.usual_queries`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -19,11 +22,14 @@ EVAL_TOKENS = 32768  # per forward pass
 
 @dataclass(frozen=True)
 class Evaluation:
-    """correct, target: one entry per held-out example; loss: mean cross-entropy in nats."""
+    """correct, target: one entry per answer; loss: mean cross-entropy of the answers' tokens in nats.
+
+    The intervals take answers as independent, which several of one sequence need not be.
+    """
 
     length: int
-    correct: np.ndarray  # (examples,) bool
-    target: np.ndarray  # (examples,) int64, 0-based position of the queried symbol
+    correct: np.ndarray  # (answers,) bool
+    target: np.ndarray  # (answers,) int64, 0-based position of the queried symbol
     loss: float
     chance: float
 
@@ -67,25 +73,94 @@ def autocast(device: str, precision: str) -> AbstractContextManager[object]:
 
 
 def heldout(task: Task, examples: int, length: int) -> Iterator[Batch]:
-    """Exactly `examples` single-query held-out sequences, in batches of about EVAL_TOKENS tokens."""
-    rows = max(1, min(examples, EVAL_TOKENS // (task.max_length(1))))
+    """Exactly `examples` held-out sequences, in batches of about EVAL_TOKENS tokens."""
+    queries = task.usual_queries(length)
+    rows = max(1, min(examples, EVAL_TOKENS // task.max_length(queries)))
     for index, start in enumerate(range(0, examples, rows)):
         size = min(rows, examples - start)
-        yield task.batch(size, seed=EVAL_SEED, index=index, split="heldout", queries=1, length=length)
+        yield task.batch(size, seed=EVAL_SEED, index=index, split="heldout", queries=queries, length=length)
 
 
-@torch.no_grad()
 def evaluate(
     model: LanguageModel, task: Task, *, examples: int, length: int, device: str, precision: str
 ) -> Evaluation:
-    """Accuracy of the arg-max over the whole vocabulary at the first answer of `examples` sequences."""
-    correct, target, loss, chance = [], [], 0.0, 0.0
-    for batch in heldout(task, examples, length):
+    """Accuracy of the arg-max over the whole vocabulary at the answers of `examples` sequences.
+
+    An answer of several tokens is teacher-forced: right if every token is the arg-max after those before
+    it, which greedy generation would then give as well.
+    """
+    return score(model, heldout(task, examples, length), device=device, precision=precision)
+
+
+@torch.no_grad()
+def score(model: LanguageModel, batches: Iterable[Batch], *, device: str, precision: str) -> Evaluation:
+    """As `evaluate`, for given batches of one length, those of a file say. Raises ValueError for none."""
+    correct, target, loss, tokens, last = [], [], 0.0, 0, None
+    for batch in batches:
+        asked = batch.retrieved
         with autocast(device, precision):
-            logits = model(batch.input_ids.to(device), logits_at=batch.answer_at[:1].to(device))
-        logits, gold = logits[:, 0].float().cpu(), batch.labels[:, 0]
-        correct.append((logits.argmax(-1) == gold).numpy())
-        target.append(batch.target_index[:, 0].numpy())
-        loss += float(F.cross_entropy(logits, gold, reduction="sum"))
-        chance = batch.chance
-    return Evaluation(length, np.concatenate(correct), np.concatenate(target), loss / examples, chance)
+            logits = model(batch.input_ids.to(device), logits_at=batch.answer_at[..., :asked].to(device))
+        logits, gold = logits.float().cpu(), batch.labels[:, :asked]
+        correct.append(batch.right(logits.argmax(-1)).flatten().numpy())
+        target.append(batch.target_index.flatten().numpy())
+        loss += float(F.cross_entropy(logits.flatten(0, 1), gold.flatten(), reduction="sum"))
+        tokens += gold.numel()
+        last = batch
+    if last is None:
+        raise ValueError("there is no batch to evaluate")
+    return Evaluation(
+        last.length, np.concatenate(correct), np.concatenate(target), loss / tokens, last.chance
+    )
+
+
+def extrapolate(
+    model: LanguageModel, task: Task, lengths: Iterable[int], *, examples: int, device: str, precision: str
+) -> list[Evaluation]:
+    """`evaluate` at every length, also beyond task.seq_len, of a model trained on `task`.
+
+    The papers train n-grams on 50 .. 100 (min_seq_len=50, seq_len=100) and test at 100 .. 400. Answers that
+    are positions need a vocabulary for the longest length, so there the model is trained at shorter ones of
+    it. Raises ValueError if that is not so, or if the model's table of positions is too short.
+    """
+    return [
+        evaluate(model, task.at(n), examples=examples, length=n, device=device, precision=precision)
+        for n in lengths
+    ]
+
+
+@torch.no_grad()
+def generate(model: LanguageModel, input_ids: torch.Tensor, tokens: int) -> torch.Tensor:
+    """(B, tokens) greedy continuation of input_ids (B, T)."""
+    ids, last = input_ids, torch.tensor([-1], device=input_ids.device)
+    for _ in range(tokens):
+        ids = torch.cat([ids, model(ids, logits_at=last).argmax(-1)], dim=1)
+    return ids[:, input_ids.shape[1] :]
+
+
+def evaluate_blocks(
+    model: LanguageModel, task: Task, *, examples: int, length: int, device: str, precision: str
+) -> list[dict[str, float | int | str]]:
+    """Which of several right answers a model gives (task `ngram-duplicate`).
+
+    Tidy rows: block "0" (the earliest) .., and "missed" for answers that are none of them; count of
+    `examples` answers, their share `rate` and its interval. Answers are generated greedily.
+    """
+    chosen = []
+    rows: list[dict[str, float | int | str]] = []
+    for batch in heldout(task, examples, length):
+        if batch.alternatives is None:
+            raise ValueError(f"task {task.name} has one right answer; evaluate_blocks is for ngram-duplicate")
+        question = batch.input_ids[:, : int(batch.answer_at[0]) + 1].to(device)
+        with autocast(device, precision):
+            answer = generate(model, question, batch.answer_tokens).cpu()
+        same = (batch.alternatives == answer[:, None]).all(-1)  # (B, M), at most one true in a row
+        chosen.append(torch.where(same.any(1), same.int().argmax(1), same.shape[1]).numpy())
+    block = np.concatenate(chosen)
+    for b in range(same.shape[1] + 1):
+        hits = int((block == b).sum())
+        low, high = wilson(hits, examples)
+        name = "missed" if b == same.shape[1] else str(b)
+        rows.append(
+            dict(block=name, answers=hits, count=examples, rate=hits / examples, ci_low=low, ci_high=high)
+        )
+    return rows

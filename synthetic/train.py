@@ -227,10 +227,12 @@ def learning_rate(plan: Plan, now: Progress) -> float:
 
 def next_batch(task: Task, plan: Plan, now: Progress) -> Batch:
     """Training batch number now.step at the current length: the same for every model at that length."""
-    queries = min(plan.queries, task.max_queries(now.length))
+    # at full length the task draws its own: shorter ones, too, if it has a min_seq_len
+    length = now.length if now.length < plan.seq_len else None
+    queries = min(plan.queries, task.max_queries(length))
     tokens = task.max_length(queries) - task.seq_len + now.length
     rows = plan.batch_size or max(MIN_ROWS, plan.batch_tokens // tokens)
-    return task.batch(rows, seed=plan.seed, index=now.step, queries=queries, length=now.length)
+    return task.batch(rows, seed=plan.seed, index=now.step, queries=queries, length=length)
 
 
 def update(
@@ -244,9 +246,7 @@ def update(
     if plan.grad_clip > 0:
         torch.nn.utils.clip_grad_norm_(model.parameters(), plan.grad_clip)
     optimizer.step()
-    queries = batch.target_index.shape[1]  # labels beyond them are no retrieval
-    right = predicted[:, :queries] == batch.labels[:, :queries]
-    return loss.item(), right.float().mean().item()
+    return loss.item(), batch.right(predicted).float().mean().item()
 
 
 def advance(plan: Plan, now: Progress) -> None:

@@ -8,6 +8,7 @@
 | 3 .. 3+V-1     | <s0> .. <s{V-1}>       | symbols, the things retrieved                          |
 | 3+V .. 3+V+P-1 | <p0> .. <p{P-1}>       | positions, the answers                                 |
 | 3+V+P          | <task>                 | generic instruction; last, so that no id above moves   |
+| 4+V+P ..       | extra                  | further markers, of the tasks that have any            |
 """
 
 from __future__ import annotations
@@ -18,19 +19,24 @@ from functools import cached_property
 
 PAD, BOS, QUERY = "<pad>", "<bos>", "<query>"
 TASK = "<task>"
+# Markers that single tasks add. The first two strings the original reserves without using them; the others
+# frame an image and part its rows in the papers' vision-language models.
+WHITE, COPY = "<white>", "<copy>"
+IMAGE, ROW = "###", "&&"
 UNKNOWN = "<UNK>"
 SPECIAL = (PAD, BOS, QUERY)
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """`num_symbols` (V) symbols and `num_positions` (P, may be 0) position tokens.
+    """`num_symbols` (V) symbols, `num_positions` (P, may be 0) position tokens, `extra` marker strings.
 
     Raises ValueError if num_symbols < 1 or num_positions < 0.
     """
 
     num_symbols: int
     num_positions: int
+    extra: tuple[str, ...] = ()
 
     pad = SPECIAL.index(PAD)
     bos = SPECIAL.index(BOS)
@@ -52,14 +58,18 @@ class Vocabulary:
         return self.first_position + self.num_positions
 
     def __len__(self) -> int:
-        return self.task + 1
+        return self.task + 1 + len(self.extra)
+
+    def marker(self, token: str) -> int:
+        """Id of one of `extra`."""
+        return self.task + 1 + self.extra.index(token)
 
     @cached_property
     def tokens(self) -> tuple[str, ...]:
         """All token strings; the index is the id."""
         symbols = (f"<s{i}>" for i in range(self.num_symbols))
         positions = (f"<p{k}>" for k in range(self.num_positions))
-        return (*SPECIAL, *symbols, *positions, TASK)
+        return (*SPECIAL, *symbols, *positions, TASK, *self.extra)
 
     @cached_property
     def ids(self) -> dict[str, int]:

@@ -22,11 +22,14 @@ class Batch:
 
     input_ids: (B, T).
     labels: (B, A) ids; the logits at sequence index answer_at[j] are scored against labels[:, j].
-    answer_at: (A,) indices into the T axis.
-    target_index: (B, K) 0-based place of each query in x1..xN. Labels 0..K-1 are the answers to the
-        queries in order; labels beyond them (supervise_bos) train but are no retrieval.
+    answer_at: (A,) indices into the T axis, or (B, A) where they differ from row to row.
+    target_index: (B, K) 0-based place of each query in x1..xN. The first K * answer_tokens labels are the
+        answers to the queries in order; labels beyond them (supervise_bos) train but are no retrieval.
     length: N, the number of context symbols.
     chance: accuracy of a guess that knows the possible answers and nothing else.
+    answer_tokens: r, tokens an answer consists of; it is right only if all of them are.
+    alternatives: (B, M, r) the M answers that are equally right, in order of their place in the context,
+        where a query has several; the labels are then one of them.
     """
 
     input_ids: torch.Tensor
@@ -35,6 +38,8 @@ class Batch:
     target_index: torch.Tensor
     length: int
     chance: float
+    answer_tokens: int = 1
+    alternatives: torch.Tensor | None = None
 
     @classmethod
     def from_numpy(
@@ -46,6 +51,8 @@ class Batch:
         *,
         length: int,
         chance: float,
+        answer_tokens: int = 1,
+        alternatives: IntArray | None = None,
     ) -> Batch:
         """A batch that shares the memory of int64 arrays with the shapes above."""
         import torch
@@ -57,12 +64,25 @@ class Batch:
             target_index=torch.from_numpy(target_index),
             length=length,
             chance=chance,
+            answer_tokens=answer_tokens,
+            alternatives=None if alternatives is None else torch.from_numpy(alternatives),
         )
+
+    @property
+    def retrieved(self) -> int:
+        """How many labels, counted from the first, are answers to queries."""
+        return self.target_index.shape[1] * self.answer_tokens
+
+    def right(self, predicted: torch.Tensor) -> torch.Tensor:
+        """(B, K) bool: which answers are right, all their tokens, given (B, retrieved or more) ids."""
+        equal = predicted[:, : self.retrieved] == self.labels[:, : self.retrieved]
+        return equal.unflatten(1, (-1, self.answer_tokens)).all(-1)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch with its tensors on `device`."""
-        names = ("input_ids", "labels", "answer_at", "target_index")
-        moved = {n: getattr(self, n).to(device, non_blocking=non_blocking) for n in names}
+        names = ("input_ids", "labels", "answer_at", "target_index", "alternatives")
+        tensors = {n: getattr(self, n) for n in names}
+        moved = {n: t.to(device, non_blocking=non_blocking) for n, t in tensors.items() if t is not None}
         return replace(self, **moved)
 
 
@@ -85,13 +105,18 @@ class Task(ABC):
     def vocabulary(self) -> Vocabulary:
         """Token strings and ids."""
 
-    @abstractmethod
     def lengths(self) -> tuple[int, int]:
         """Shortest and longest context that `batch` draws when it is given no `length`."""
+        return self.seq_len, self.seq_len
 
-    @abstractmethod
     def max_queries(self, length: int | None = None) -> int:
         """The most queries a context of `length` allows (None: whatever length `batch` draws)."""
+        return 1
+
+    def usual_queries(self, length: int | None = None) -> int:
+        """Queries a sequence has unless told otherwise, and always in evaluation: one, or as many as the
+        task's definition says."""
+        return 1
 
     def dense_queries(self) -> int:
         """How many queries a training sequence can have and still be a sequence of this task."""
@@ -112,8 +137,34 @@ class Task(ABC):
         """The batch for given contexts (B, N) of 0-based symbols and targets (B, K)."""
 
     @abstractmethod
+    def _log_contexts(self, length: int) -> float:
+        """log of the number of different contexts, or of a lower bound."""
+
+    @property
+    def shortest(self) -> int:
+        """The fewest context symbols for which the task makes sense."""
+        return 1
+
+    def _settle(self) -> None:  # noqa: B027  tasks without such options need none
+        """Check the options and fill in those that depend on others."""
+
+    def __post_init__(self) -> None:
+        if self.seq_len < self.shortest:
+            raise ValueError(f"seq_len {self.seq_len} must be at least {self.shortest}")
+        self._settle()
+        length = self.lengths()[0]
+        self.check(length, self.usual_queries(length))
+
     def check(self, length: int, queries: int) -> None:
         """Raise ValueError unless batches of this length with this many queries can be made."""
+        if not self.shortest <= length <= self.seq_len:
+            raise ValueError(f"length {length} must be in {self.shortest} .. seq_len {self.seq_len}")
+        if not 1 <= queries <= self.max_queries(length):
+            raise ValueError(
+                f"queries {queries} must be in 1 .. {self.max_queries(length)} for task {self.name}, "
+                f"length {length}, num_symbols {self.vocabulary.num_symbols}"
+            )
+        sampling.require_contexts(self._log_contexts(length), length, self.vocabulary.num_symbols)
 
     @property
     def vocab_size(self) -> int:
@@ -126,7 +177,7 @@ class Task(ABC):
         seed: int,
         index: int,
         split: str = "train",
-        queries: int = 1,
+        queries: int | None = None,
         length: int | None = None,
     ) -> Batch:
         """Batch number `index` of the stream (seed, split).
@@ -135,13 +186,14 @@ class Task(ABC):
         moved, any process can make any batch, and a resumed run continues at its next index.
         Contexts of the splits "train" and "heldout" are disjoint (see `sampling.is_heldout`).
 
-        queries: K, number of queries a row, drawn without replacement.
+        queries: K, number of queries a row, drawn without replacement; None: `usual_queries`.
         length: number of context symbols, up to seq_len (for a curriculum); None: the task's own.
         Raises ValueError, in one line, for arguments that cannot be met.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size} must be at least 1")
         shortest, longest = self.lengths() if length is None else (length, length)
+        queries = self.usual_queries(length) if queries is None else queries
         self.check(shortest, queries)
         rng = sampling.stream(seed, split, index)
         n = int(rng.integers(shortest, longest + 1)) if shortest < longest else longest
@@ -153,12 +205,29 @@ class Task(ABC):
         )
         return self.assemble(context, target)
 
+    def at(self, length: int) -> Task:
+        """A task of the same vocabulary that can make contexts of `length` symbols, longer than its own if
+        need
+        be: how a model trained on short contexts is tested for extrapolation (`synthetic.evaluate`).
+
+        Raises ValueError if answers in longer contexts need tokens that the vocabulary does not have.
+        """
+        if length <= self.seq_len:
+            return self
+        if self.vocabulary.num_positions:
+            raise ValueError(
+                f"task {self.name} with seq_len {self.seq_len} has no answer tokens for length {length}: "
+                f"build it with seq_len={length} and train with batch(length={self.seq_len})"
+            )
+        return replace(self, seq_len=length)
+
     def render(self, batch: Batch, row: int = 0) -> str:
         """One row as two aligned lines: tokens, and below each the label scored there, or a dot."""
         tokens = self.vocabulary.decode(batch.input_ids[row].tolist())
         labels = ["."] * len(tokens)
         answers = self.vocabulary.decode(batch.labels[row].tolist())
-        for at, answer in zip(batch.answer_at.tolist(), answers, strict=True):
+        places = batch.answer_at if batch.answer_at.dim() == 1 else batch.answer_at[row]
+        for at, answer in zip(places.tolist(), answers, strict=True):
             labels[at] = answer
         widths = [max(len(pair[0]), len(pair[1])) for pair in zip(tokens, labels, strict=True)]
         return "\n".join(

@@ -2,7 +2,8 @@
 
     layout(vocabulary, context (B, N), queries (B, K), answers (B, K)) -> input_ids (B, T), answer_at (K,)
 
-All arrays int64 token ids; the logits at answer_at[j] are to predict answers[:, j].
+All arrays int64 token ids; the logits at answer_at[j] are to predict answers[:, j]. N-grams have layouts of
+their own, for one query of m tokens (B, m) and its answer of r tokens (B, r).
 """
 
 from __future__ import annotations
@@ -62,4 +63,53 @@ def instruction(
     return np.concatenate([first, ids], axis=1), answer_at + 1
 
 
+def _join(*parts: int | IntArray) -> IntArray:
+    """Arrays of rows side by side; an int is a column of that token."""
+    rows = next(len(part) for part in parts if not isinstance(part, int))
+    columns = [np.full((rows, 1), part) if isinstance(part, int) else part for part in parts]
+    return np.concatenate(columns, axis=1, dtype=np.int64)
+
+
+def _answer_at(ids: IntArray, answers: IntArray) -> IntArray:
+    """Places that predict `answers` where all of them but the last end the rows `ids`."""
+    return np.arange(ids.shape[1] - answers.shape[1], ids.shape[1], dtype=np.int64)
+
+
+def ngram_suffix(
+    vocabulary: Vocabulary, context: IntArray, queries: IntArray, answers: IntArray
+) -> tuple[IntArray, IntArray]:
+    """`<bos> x1 .. xN <bos> <query> q1 .. qm <query> t1 .. t{r-1}` (teacher forcing)."""
+    v = vocabulary
+    ids = _join(v.bos, context, v.bos, v.query, queries, v.query, answers)[:, :-1]
+    return ids, _answer_at(ids, answers)
+
+
+def ngram_prefix(
+    vocabulary: Vocabulary, context: IntArray, queries: IntArray, answers: IntArray
+) -> tuple[IntArray, IntArray]:
+    """`<query> q1 .. qm <bos> x1 .. xN <bos> <query> t1 .. t{r-1}`."""
+    v = vocabulary
+    ids = _join(v.query, queries, v.bos, context, v.bos, v.query, answers)[:, :-1]
+    return ids, _answer_at(ids, answers)
+
+
+def ngram_instruction(
+    vocabulary: Vocabulary, context: IntArray, queries: IntArray, answers: IntArray
+) -> tuple[IntArray, IntArray]:
+    """`<task>` and then the suffix layout."""
+    ids, answer_at = ngram_suffix(vocabulary, context, queries, answers)
+    return _join(vocabulary.task, ids), answer_at + 1
+
+
 LAYOUTS: dict[str, Layout] = {"suffix": suffix, "prefix": prefix, "instruction": instruction}
+NGRAM_LAYOUTS: dict[str, Layout] = {
+    "suffix": ngram_suffix,
+    "prefix": ngram_prefix,
+    "instruction": ngram_instruction,
+}
+
+
+def check_layout(layout: str) -> None:
+    """Raise ValueError unless there is a layout of this name."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r}; valid: {', '.join(LAYOUTS)}")

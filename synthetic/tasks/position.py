@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from math import exp, lgamma, log
+from math import lgamma, log
 from typing import ClassVar
 
 import numpy as np
 
 from synthetic.tasks.base import Batch, Task
-from synthetic.tasks.layouts import LAYOUTS
-from synthetic.tasks.sampling import MIN_CONTEXTS, IntArray, sample_distinct
+from synthetic.tasks.layouts import LAYOUTS, check_layout
+from synthetic.tasks.sampling import IntArray, sample_distinct
 from synthetic.vocab import Vocabulary
 
 
@@ -45,23 +45,16 @@ class Position(Task):
     layout: str = "suffix"
     supervise_bos: bool = False
 
-    def __post_init__(self) -> None:
-        if self.seq_len < 1:
-            raise ValueError(f"seq_len {self.seq_len} must be at least 1")
-        if self.layout not in LAYOUTS:
-            raise ValueError(f"unknown layout {self.layout!r}; valid: {', '.join(LAYOUTS)}")
+    def _settle(self) -> None:
+        check_layout(self.layout)
         if self.num_symbols is None:
             object.__setattr__(self, "num_symbols", self.seq_len)
         self._check_symbols()
-        self.check(self.lengths()[0], queries=1)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
         num_symbols = self.seq_len if self.num_symbols is None else self.num_symbols
         return Vocabulary(num_symbols, num_positions=self.seq_len)
-
-    def lengths(self) -> tuple[int, int]:
-        return self.seq_len, self.seq_len
 
     def max_queries(self, length: int | None = None) -> int:
         return self.lengths()[0] if length is None else length
@@ -70,7 +63,7 @@ class Position(Task):
         """Queries beyond `max_queries(seq_len)` count as that many."""
         k = max(1, min(queries, self.max_queries(self.seq_len)))
         blank = np.empty((0, k), dtype=np.int64)
-        context = np.empty((0, self.seq_len), dtype=np.int64)
+        context = self._arrange(np.empty((0, self.seq_len), dtype=np.int64))
         ids, _ = LAYOUTS[self.layout](self.vocabulary, context, blank, blank)
         return ids.shape[1] + self.supervise_bos
 
@@ -85,7 +78,7 @@ class Position(Task):
         symbols = context + vocabulary.first_symbol
         answers = target + vocabulary.first_position
         queries = np.take_along_axis(symbols, target, axis=1)
-        ids, answer_at = LAYOUTS[self.layout](vocabulary, symbols, queries, answers)
+        ids, answer_at = LAYOUTS[self.layout](vocabulary, self._arrange(symbols), queries, answers)
         labels = answers
         if self.supervise_bos:  # in every layout the single answer follows the last input token
             answer_at = np.append(answer_at, ids.shape[1])
@@ -95,21 +88,13 @@ class Position(Task):
         return Batch.from_numpy(ids, labels, answer_at, target, length=n, chance=1 / n)
 
     def check(self, length: int, queries: int) -> None:
-        if not 1 <= length <= self.seq_len:
-            raise ValueError(f"length {length} must be in 1 .. seq_len {self.seq_len}")
-        if not 1 <= queries <= self.max_queries(length):
-            raise ValueError(
-                f"queries {queries} must be in 1 .. {self.max_queries(length)} "
-                f"for task {self.name}, length {length}, num_symbols {self.num_symbols}"
-            )
+        super().check(length, queries)
         if self.supervise_bos and queries > 1:
             raise ValueError(f"queries {queries}: supervise_bos allows only queries 1")
-        if self._log_contexts(length) < log(MIN_CONTEXTS):
-            raise ValueError(
-                f"num_symbols {self.num_symbols} gives only about "
-                f"{exp(self._log_contexts(length)):.0f} contexts of length {length}, too few to "
-                f"hold some out ({MIN_CONTEXTS} needed): give more symbols or a longer context"
-            )
+
+    def _arrange(self, symbols: IntArray) -> IntArray:
+        """The tokens (B, n) that show the symbols (B, N) to the model."""
+        return symbols
 
     def _check_symbols(self) -> None:
         if self.vocabulary.num_symbols < self.seq_len:

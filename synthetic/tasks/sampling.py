@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from math import exp, log
 
 import numpy as np
 import numpy.typing as npt
@@ -107,6 +108,16 @@ def is_heldout(contexts: IntArray) -> npt.NDArray[np.bool_]:
     constants = _coefficients(length + 1)
     hashed = _mix(contexts.astype(np.uint64) @ constants[:length] + constants[length])
     return hashed >> np.uint64(64 - HELDOUT_BITS) == 0
+
+
+def require_contexts(log_contexts: float, length: int, num_symbols: int) -> None:
+    """Raise ValueError unless there are enough contexts to hold some out."""
+    if log_contexts < log(MIN_CONTEXTS):
+        raise ValueError(
+            f"num_symbols {num_symbols} gives only about {exp(log_contexts):.0f} contexts of length "
+            f"{length}, too few to hold some out ({MIN_CONTEXTS} needed): give more symbols or a longer "
+            "context"
+        )
 
 
 def draw_split(
