@@ -36,7 +36,23 @@ LENGTHS = (16, 64, 256, 1024, 4096, 16384)
 
 
 def make_task(name: str, length: int, layout: str) -> Task:
-    return tasks.build(name, seq_len=length, num_symbols=max(SYMBOLS, length), layout=layout)
+    options: dict[str, Any] = dict(seq_len=length, num_symbols=max(SYMBOLS, length), layout=layout)
+    if "num_pairs" in tasks.options(name):
+        options["num_pairs"] = min(QUERIES, length // 4)
+    return tasks.build(name, **{k: v for k, v in options.items() if k in tasks.options(name)})
+
+
+def query_count(task: Task) -> int:
+    return max(task.usual_queries(), min(QUERIES, task.max_queries()))
+
+
+def kinds() -> list[tuple[str, str, str]]:
+    """Every (task, split, layout); tasks without layouts once."""
+    return [
+        (name, split, layout)
+        for name, split in itertools.product(tasks.names(), ("train", "heldout"))
+        for layout in (tasks.LAYOUTS if "layout" in tasks.options(name) else ("-",))
+    ]
 
 
 def seconds(call: Callable[[int], object], repeats: int, warmup: int = 2) -> float:
@@ -52,7 +68,7 @@ def seconds(call: Callable[[int], object], repeats: int, warmup: int = 2) -> flo
 def generator_speed(task: Task, length: int, split: str, repeats: int) -> float:
     """Tokens of input_ids made a second, on the thread that calls."""
     rows = max(1, TOKENS // length)
-    queries = min(QUERIES, task.max_queries())
+    queries = query_count(task)
 
     def make(index: int) -> Batch:
         return task.batch(rows, seed=0, index=index, split=split, queries=queries)
@@ -62,7 +78,7 @@ def generator_speed(task: Task, length: int, split: str, repeats: int) -> float:
 
 def peak_memory(task: Task, length: int, split: str) -> float:
     """MiB allocated at most while one batch is made, the batch included (NumPy reports to tracemalloc)."""
-    rows, queries = max(1, TOKENS // length), min(QUERIES, task.max_queries())
+    rows, queries = max(1, TOKENS // length), query_count(task)
     tracemalloc.start()
     task.batch(rows, seed=0, index=0, split=split, queries=queries)
     peak = tracemalloc.get_traced_memory()[1]
@@ -84,7 +100,7 @@ def generator_table(lengths: tuple[int, ...], repeats: int) -> dict[tuple[str, i
     speeds: dict[tuple[str, int], float] = {}
     print(f"generators, million tokens/s, {TOKENS} context tokens a batch, up to {QUERIES} queries a row")
     print(f"{'task':16} {'split':8} {'layout':12}" + "".join(f"{n:>9}" for n in lengths))
-    for name, split, layout in itertools.product(tasks.names(), ("train", "heldout"), tasks.LAYOUTS):
+    for name, split, layout in kinds():
         row = [generator_speed(make_task(name, n, layout), n, split, repeats) for n in lengths]
         print(f"{name:16} {split:8} {layout:12}" + "".join(f"{speed / 1e6:9.2f}" for speed in row))
         if (name, split) == ("position", "train"):

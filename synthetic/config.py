@@ -24,6 +24,17 @@ DEFAULT_STEPS = 3000
 PAPER_EXAMPLES = 20_000_000  # training budget, batch and learning rate of Retrievit's position scripts
 PAPER_BATCH = 128
 PAPER_LR = 5e-5
+TASK_OPTIONS = (
+    "seq_len",
+    "num_symbols",
+    "layout",
+    "min_seq_len",
+    "query_size",
+    "answer_size",
+    "blocks",
+    "num_pairs",
+    "num_tokens",
+)
 
 
 @dataclass(frozen=True)
@@ -48,13 +59,38 @@ class RunConfig:
     """Architectures to train, one after the other; at the same step and length they see the same batch."""
     preset: str = "tiny"
     """Model size: tiny (about 0.5 M), 14m, 31m, 70m, 130m/160m, 370m/410m, 790m/1b, 1.4b, 2.8b."""
-    task: Literal["position", "position-varlen"] = "position"
-    """position: all context symbols differ. position-varlen: only the queried one is unique."""
+    task: Literal[
+        "position",
+        "position-varlen",
+        "grid",
+        "ngram",
+        "ngram-duplicate",
+        "mqar",
+        "selective-copy",
+        "induction",
+    ] = "position"
+    """position: all context symbols differ. position-varlen: only the queried one is unique. grid: position \
+in an image of rows, --seq-len a square. ngram: the symbols behind the queried ones. ngram-duplicate: the \
+same, but they stand in several blocks. mqar: values of many keys (Zoology). selective-copy, induction: the \
+Mamba paper's."""
     layout: Literal["suffix", "prefix", "instruction"] = "suffix"
     """suffix: query last (task-agnostic). prefix: query first (task-aware). instruction: a generic task \
 token first, query last."""
     num_symbols: int | None = None
-    """Number of different symbols V; default: as many as --seq-len."""
+    """Number of different symbols V; default: as many as --seq-len for positions, else the task's paper's."""
+    min_seq_len: int | None = None
+    """Shortest context at full length: ngram and ngram-duplicate draw min-seq-len .. seq-len symbols, \
+position-varlen one more than it at least. Evaluation has --seq-len always. Default: --seq-len."""
+    query_size: int | None = None
+    """Symbols of an n-gram that are queried; default 2."""
+    answer_size: int | None = None
+    """Symbols of an n-gram that are the answer; default 3."""
+    blocks: int | None = None
+    """Blocks of ngram-duplicate; default 4."""
+    num_pairs: int | None = None
+    """Key-value pairs of mqar; default 8."""
+    num_tokens: int | None = None
+    """Symbols to be copied of selective-copy; default 16."""
     position: Literal["learned", "rope", "none"] | None = None
     """How attention learns about order (Transformer and hybrid). Default learned; the papers' is rope."""
     rotary_pct: float = 0.25
@@ -67,8 +103,9 @@ token first, query last."""
     """paper: one query per sequence, fixed length, small learning rate, the papers' loss and budget; hours \
 on a CPU teach little that way. default: dense queries, a length curriculum and larger steps."""
     queries: int | None = None
-    """Queries per training sequence K (dense supervision); evaluation always uses one. \
-Default 64, for position-varlen at most a quarter of the symbols."""
+    """Queries per training sequence K (dense supervision); evaluation always uses one (mqar and \
+selective-copy: all). Default 64 or as many as the task allows, for position-varlen at most a quarter of the \
+symbols."""
     curriculum: int | None = None
     """Context length at which training starts; doubled whenever training accuracy passes 0.95. 0 trains at \
 --seq-len only. Default 2."""
@@ -155,12 +192,7 @@ def plan(config: RunConfig, family: str) -> Plan:
 
     paper = config.protocol == "paper"
     _check(config, paper)
-    options = dict(
-        seq_len=config.seq_len,
-        num_symbols=config.num_symbols,
-        layout=config.layout,
-        supervise_bos=paper,
-    )
+    options = _task_options(config)
     task = tasks.build(config.task, **options)
     most = task.max_queries(config.seq_len)
     check(
@@ -168,6 +200,7 @@ def plan(config: RunConfig, family: str) -> Plan:
         f"--queries {config.queries} is more than a context of {config.seq_len} allows; use at most {most}",
     )
     queries = 1 if paper else config.queries or task.dense_queries()
+    task.check(config.seq_len, queries)
     overrides: dict[str, Any] = {"vocab_size": task.vocab_size}
     if family in ("transformer", "hybrid"):
         # the longest evaluation and training sequence, whichever layout
@@ -197,7 +230,7 @@ def plan(config: RunConfig, family: str) -> Plan:
         curriculum = first_length(task)
     elif 0 < curriculum < first_length(task):
         raise ValueError(
-            f"--curriculum {curriculum} leaves too few different contexts to hold some out; "
+            f"--curriculum {curriculum} leaves too few different contexts, or none, to hold some out; "
             f"use at least {first_length(task)}, or more --num-symbols"
         )
     steps, budget = config.steps, config.budget
@@ -214,7 +247,7 @@ def plan(config: RunConfig, family: str) -> Plan:
         task_options=options,
         seq_len=config.seq_len,
         queries=queries,
-        curriculum=0 if paper else min(curriculum, config.seq_len),
+        curriculum=curriculum,
         lr=default_lr if config.lr is None else config.lr,
         steps=steps,
         budget=budget,
@@ -236,14 +269,40 @@ def plan(config: RunConfig, family: str) -> Plan:
 
 
 def first_length(task: Task) -> int:
-    """The shortest context, from DEFAULT_CURRICULUM on, of which the task has enough different ones."""
+    """The shortest context, from DEFAULT_CURRICULUM on, that the task allows and of which it has enough different ones."""
     for length in range(DEFAULT_CURRICULUM, task.seq_len):
         try:
-            task.check(length, 1)
+            task.check(length, task.usual_queries(length))
         except ValueError:
             continue
         return length
     return task.seq_len
+
+
+def _task_options(config: RunConfig) -> dict[str, Any]:
+    """What the user chose of the task's options. Raises ValueError for an option that the task lacks."""
+    from synthetic import tasks
+
+    known = tasks.options(config.task)
+    paper = config.protocol == "paper"
+    check(
+        not paper or "supervise_bos" in known,
+        f"--protocol paper is that of the position tasks; leave it out for --task {config.task}",
+    )
+    options: dict[str, Any] = {}
+    for name in TASK_OPTIONS:
+        value, default = getattr(config, name), getattr(RunConfig, name)
+        check(
+            name in known or value == default,
+            f"--{name.replace('_', '-')} {value} is no option of --task {config.task}; leave it out",
+        )
+        # position tasks settle num_symbols=None themselves; it is part of their run ids
+        settles_itself = name == "num_symbols" and "supervise_bos" in known
+        if name in known and (value is not None or settles_itself):
+            options[name] = value
+    if "supervise_bos" in known:
+        options["supervise_bos"] = paper
+    return options
 
 
 def _check(config: RunConfig, paper: bool) -> None:
@@ -314,5 +373,5 @@ def run_id(plans: list[Plan]) -> str:
     first = plans[0]
     families = "+".join(p.family for p in plans)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    layout = first.task_options["layout"]
-    return f"{first.task}-{layout}-L{first.seq_len}-{families}-s{first.seed}-{digest}"
+    layout = f"-{first.task_options['layout']}" if "layout" in first.task_options else ""
+    return f"{first.task}{layout}-L{first.seq_len}-{families}-s{first.seed}-{digest}"

@@ -10,12 +10,18 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from synthetic.tasks.base import Batch, Task
+from synthetic.tasks.grid import Grid
+from synthetic.tasks.induction import Induction
 from synthetic.tasks.layouts import LAYOUTS
+from synthetic.tasks.mqar import Mqar
+from synthetic.tasks.ngram import Ngram, NgramDuplicate
 from synthetic.tasks.position import Position, PositionVarlen
+from synthetic.tasks.selective_copy import SelectiveCopy
 
 __all__ = ["LAYOUTS", "TASKS", "Batch", "Task", "build", "names", "options"]
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Position, PositionVarlen)}
+_ALL = (Position, PositionVarlen, Grid, Ngram, NgramDuplicate, Mqar, SelectiveCopy, Induction)
+TASKS: dict[str, type[Task]] = {task.name: task for task in _ALL}
 
 
 def names() -> list[str]:

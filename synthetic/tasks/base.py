@@ -120,7 +120,7 @@ class Task(ABC):
 
     def dense_queries(self) -> int:
         """How many queries a training sequence can have and still be a sequence of this task."""
-        return min(64, self.max_queries(self.seq_len))
+        return max(self.usual_queries(self.seq_len), min(64, self.max_queries(self.seq_len)))
 
     @abstractmethod
     def max_length(self, queries: int = 1) -> int:
