@@ -157,14 +157,15 @@ class Task(ABC):
 
     def check(self, length: int, queries: int) -> None:
         """Raise ValueError unless batches of this length with this many queries can be made."""
+        num_symbols = self.vocabulary.num_symbols
         if not self.shortest <= length <= self.seq_len:
             raise ValueError(f"length {length} must be in {self.shortest} .. seq_len {self.seq_len}")
         if not 1 <= queries <= self.max_queries(length):
             raise ValueError(
                 f"queries {queries} must be in 1 .. {self.max_queries(length)} for task {self.name}, "
-                f"length {length}, num_symbols {self.vocabulary.num_symbols}"
+                f"length {length}, num_symbols {num_symbols}"
             )
-        sampling.require_contexts(self._log_contexts(length), length, self.vocabulary.num_symbols)
+        sampling.require_contexts(self._log_contexts(length), length, num_symbols)
 
     @property
     def vocab_size(self) -> int:
