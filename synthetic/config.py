@@ -247,7 +247,7 @@ def plan(config: RunConfig, family: str) -> Plan:
         task_options=options,
         seq_len=config.seq_len,
         queries=queries,
-        curriculum=curriculum,
+        curriculum=0 if paper else min(curriculum, config.seq_len),
         lr=default_lr if config.lr is None else config.lr,
         steps=steps,
         budget=budget,
@@ -269,7 +269,7 @@ def plan(config: RunConfig, family: str) -> Plan:
 
 
 def first_length(task: Task) -> int:
-    """The shortest context, from DEFAULT_CURRICULUM on, that the task allows and of which it has enough different ones."""
+    """The shortest context, from DEFAULT_CURRICULUM on, of which the task has any, and enough different ones."""
     for length in range(DEFAULT_CURRICULUM, task.seq_len):
         try:
             task.check(length, task.usual_queries(length))

@@ -277,7 +277,7 @@ BAD = [
         "--queries 2 is more than a context of 1024 allows; use at most 1",
     ),
     (["--task", "selective-copy", "--queries", "2"], "queries 2: task selective-copy asks for all 16"),
-    (["--task", "ngram", "--curriculum", "4"], "--curriculum 4 is too short for --task ngram.* at least 5"),
+    (["--task", "ngram", "--curriculum", "4"], "--curriculum 4 leaves too few .*, or none, .* at least 5"),
     (["--task", "mqar", "--seq-len", "16"], "num_pairs 8 and their queries do not fit in seq_len 16"),
 ]
 
