@@ -269,7 +269,7 @@ def plan(config: RunConfig, family: str) -> Plan:
 
 
 def first_length(task: Task) -> int:
-    """The shortest context, from DEFAULT_CURRICULUM on, of which the task has any, and enough different ones."""
+    """The shortest context, from DEFAULT_CURRICULUM on, of which the task has enough different ones."""
     for length in range(DEFAULT_CURRICULUM, task.seq_len):
         try:
             task.check(length, task.usual_queries(length))
