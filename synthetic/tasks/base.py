@@ -207,9 +207,8 @@ class Task(ABC):
         return self.assemble(context, target)
 
     def at(self, length: int) -> Task:
-        """A task of the same vocabulary that can make contexts of `length` symbols, longer than its own if
-        need
-        be: how a model trained on short contexts is tested for extrapolation (`synthetic.evaluate`).
+        """A task of the same vocabulary that can make contexts of `length` symbols, also longer than its own:
+        how a model trained on short contexts is tested for extrapolation (`synthetic.evaluate`).
 
         Raises ValueError if answers in longer contexts need tokens that the vocabulary does not have.
         """
