@@ -21,6 +21,8 @@ FAMILIES = ("transformer", "mamba", "mamba2", "hybrid")
 DEFAULT_LR = 2e-3
 DEFAULT_CURRICULUM = 2
 DEFAULT_STEPS = 3000
+# Raise it whenever the trainer comes to other numbers for the same plan: it is part of every run's identity.
+TRAINING_VERSION = 1
 PAPER_EXAMPLES = 20_000_000  # training budget, batch and learning rate of Retrievit's position scripts
 PAPER_BATCH = 128
 PAPER_LR = 5e-5
@@ -137,7 +139,7 @@ Default 0.98, the papers' 0.95."""
     seed: int = 0
     """Fixes initial weights and data. Held-out sequences are the same for every seed."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """auto takes a GPU if there is one."""
+    """auto takes a CUDA GPU if there is one."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """bfloat16 = autocast with float32 weights; auto takes it where the hardware multiplies it natively."""
     threads: int = 0
@@ -185,8 +187,11 @@ def check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def plan(config: RunConfig, family: str) -> Plan:
-    """Settle every open value for one family. Raises ValueError with one line for impossible wishes."""
+def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
+    """Settle every open value for one family. Raises ValueError with one line for impossible wishes.
+
+    elsewhere: the run is for another machine, so the device it names need not be here.
+    """
     import models
     from synthetic import tasks
 
@@ -237,7 +242,7 @@ def plan(config: RunConfig, family: str) -> Plan:
     if steps is None and budget is None:
         steps, budget = (None, PAPER_EXAMPLES) if paper else (DEFAULT_STEPS, None)
     total = steps or (budget or 0) // PAPER_BATCH  # steps of a run by the papers' protocol
-    device = resolve_device(config.device)
+    device = resolve_device(config.device, elsewhere)
     default_lr = PAPER_LR if paper else DEFAULT_LR * (128 / width) ** 0.5
     return Plan(
         family=family,
@@ -343,25 +348,32 @@ def _check(config: RunConfig, paper: bool) -> None:
     )
 
 
-def resolve_device(device: str) -> str:
-    """auto -> cuda, mps or cpu. Raises ValueError if the device asked for is not there."""
+def resolve_device(device: str, elsewhere: bool = False) -> str:
+    """auto -> cuda or cpu (Apple's mps has no fast scan, so it must be asked for).
+
+    Raises ValueError if the device asked for is not there, unless it is meant for another machine.
+    """
     import torch
 
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device == "auto":
-        return "cuda" if present["cuda"] else "mps" if present["mps"] else "cpu"
-    check(present[device], f"--device {device} is not available here; use --device cpu")
+        return "cuda" if present["cuda"] else "cpu"
+    check(elsewhere or present[device], f"--device {device} is not available here; use --device cpu")
     return device
 
 
 def resolve_precision(precision: str, device: str) -> str:
-    """auto -> bfloat16 where matrix products in it are native, else float32."""
+    """auto -> bfloat16 where matrix products in it are native, else float32.
+
+    A GPU that cannot be asked, because it is in another machine, is taken for one that has it.
+    """
     import torch
 
     if precision != "auto":
         return precision
     if device == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+        present = torch.cuda.is_available()
+        return "float32" if present and not torch.cuda.is_bf16_supported() else "bfloat16"
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every release of torch
     native = device == "cpu" and any(getattr(torch.cpu, probe, bool)() for probe in probes)
     return "bfloat16" if native else "float32"
@@ -369,8 +381,11 @@ def resolve_precision(precision: str, device: str) -> str:
 
 def run_id(plans: list[Plan]) -> str:
     """Readable name plus a hash over everything that decides the numbers."""
-    text = json.dumps([p.to_dict() for p in plans], sort_keys=True)
+    from synthetic import tasks
+
     first = plans[0]
+    versions = [TRAINING_VERSION, tasks.TASKS[first.task].version]
+    text = json.dumps([versions, *(p.to_dict() for p in plans)], sort_keys=True)
     families = "+".join(p.family for p in plans)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     layout = f"-{first.task_options['layout']}" if "layout" in first.task_options else ""

@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from analysis.curves import NAMES
+from analysis.style import NAMES
 from synthetic.config import Plan
 
+CELL = ("task", "layout", "seq_len", "model", "preset", "position", "d_state", "n_layer", "lr")
 MARKERS = {"transformer": "T", "mamba": "M", "mamba2": "2", "hybrid": "H"}
 
 
@@ -101,3 +102,29 @@ def terminal_curve(metrics: pd.DataFrame, width: int = 80, height: int = 16) -> 
     plotext.title(f"held-out accuracy at length {int(full['length'].iloc[0])}")
     plotext.xlabel("training tokens (millions)")
     return str(plotext.uncolorize(plotext.build()))
+
+
+def cells(evaluations: pd.DataFrame) -> Table:
+    """One line per cell of a sweep: its seeds, accuracy with an interval over them, cost of reaching 0.95.
+
+    evaluations: rows of the results store (`analysis.load`).
+    """
+    from analysis.statistics import summarise
+
+    rows = summarise(evaluations)
+    varying = [name for name in CELL if name in rows and rows[name].nunique(dropna=False) > 1 or name == "model"]
+    table = Table(title="Held-out accuracy over seeds", box=box.SIMPLE_HEAD, padding=(0, 1))
+    for name in varying:
+        table.add_column(name.replace("_", " "), no_wrap=True)
+    for name in ("seeds", "accuracy [95 % CI]", "reached", "examples to 0.95", "learned up to"):
+        table.add_column(name.replace("[", r"\["), justify="right", no_wrap=True)
+    for _, row in rows.iterrows():
+        table.add_row(
+            *(_word(row[name]) for name in varying),
+            str(row["seeds"]),
+            f"{row['accuracy']:.3f}{_interval(row['accuracy_low'], row['accuracy_high'])}",
+            f"{row['reached']}/{row['seeds']}",
+            f"{row['examples']:,.0f}" if row["examples"] < float("inf") else "-",
+            f"{row['reachable_length']:g}",
+        )
+    return table

@@ -37,6 +37,18 @@ class Evaluation:
     def accuracy(self) -> float:
         return float(self.correct.mean())
 
+    def by_target(self, bins: int) -> list[tuple[int, int, int, int]]:
+        """(low, high, correct, count) of the answers whose target lies in low .. high - 1, for up to `bins`
+        equal parts of the context."""
+        edges = np.unique(np.linspace(0, self.length, bins + 1).round().astype(int))
+        part = np.searchsorted(edges, self.target, side="right") - 1
+        count = np.bincount(part, minlength=len(edges) - 1)
+        hits = np.bincount(part[self.correct], minlength=len(edges) - 1)
+        return [
+            (int(low), int(high), int(h), int(c))
+            for low, high, h, c in zip(edges[:-1], edges[1:], hits, count, strict=True)
+        ]
+
     def by_position(self) -> list[dict[str, float | int]]:
         """Tidy rows: for every position that was asked for, rate = correct / count with its interval."""
         rows = []

@@ -44,8 +44,6 @@ def _explain(error: OSError, out: str) -> str:
 
 def run(config: RunConfig) -> int:
     """Train every model of the config in runs/<id>/ and show the comparison."""
-    import json
-
     import torch
     from filelock import FileLock, Timeout
 
@@ -63,13 +61,7 @@ def run(config: RunConfig) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
-            if not (folder / "config.json").exists():
-                asked = json.loads(json.dumps(vars(config)))
-                store.write_json(
-                    folder / "config.json", {"run": asked, "plans": [p.to_dict() for p in plans]}
-                )
-            if not (folder / "environment.json").exists():
-                store.write_json(folder / "environment.json", store.environment(torch.get_num_threads()))
+            store.prepare(folder, vars(config), [p.to_dict() for p in plans], torch.get_num_threads())
             return _train_all(plans, folder)
     except Timeout:
         return _fail(f"--out {config.out}: another process is working in {folder}; wait for it or stop it")
@@ -78,6 +70,7 @@ def run(config: RunConfig) -> int:
 def _train_all(plans: list[Plan], folder: Path) -> int:
     from rich.console import Console
 
+    from synthetic import results as dataset
     from synthetic.display import Display
     from synthetic.train import Interrupted, train
 
@@ -93,8 +86,15 @@ def _train_all(plans: list[Plan], folder: Path) -> int:
                 soft_wrap=True,
             )
         with Display(p, console) as display, stop:
+
+            def listener(event: str, row: dict, p: Plan = p, show: Display = display) -> None:
+                show(event, row)
+                if event == "evaluation":
+                    dataset.record(folder, p.family)
+
             try:
-                results.append(train(p, folder, display, stop.asked))
+                results.append(train(p, folder, listener, stop.asked))
+                dataset.record(folder, p.family)
             except Interrupted as reason:
                 console.print(
                     f"{p.family} {reason}; nothing is lost: the same command resumes", highlight=False
@@ -114,7 +114,7 @@ def _report(results: list[dict], folder: Path, console: object) -> None:
     import pandas as pd
     from rich.console import Console
 
-    from analysis.curves import learning_curve
+    from analysis.learning import learning_curve
     from synthetic import store
     from synthetic.display import summary, terminal_curve
 

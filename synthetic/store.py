@@ -1,6 +1,6 @@
 """What a run leaves on disk, written so that a crash at any moment loses at most a few seconds of work.
 
-    runs/<id>/config.json           what was asked and what was settled
+    runs/<id>/config.json           what was asked, what was settled, and what for (report or validation)
               environment.json      versions, hardware, commit
               metrics.jsonl         tidy: one line per evaluation of every model
               by_position.jsonl     tidy: the final accuracy by target position
@@ -53,6 +53,16 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def prepare(folder: Path, asked: Row, plans: list[Row], threads: int, purpose: str = "report") -> None:
+    """Make a run's folder with what was asked, what was settled from it, and the environment."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "config.json").exists():
+        asked = json.loads(json.dumps(asked))
+        write_json(folder / "config.json", {"run": asked, "plans": plans, "purpose": purpose})
+    if not (folder / "environment.json").exists():
+        write_json(folder / "environment.json", environment(threads))
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:

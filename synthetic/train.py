@@ -23,9 +23,11 @@ from synthetic.config import Plan
 from synthetic.evaluate import Evaluation, autocast, evaluate, wilson
 from synthetic.tasks import Batch, Task
 
+# Whoever changes one of these three raises config.TRAINING_VERSION.
 EMA = 0.9  # of the training accuracy that drives the curriculum
 PASS = 0.95  # training accuracy at which the context length doubles
 MIN_ROWS = 8  # sequences per batch, however long: fewer make a noisy gradient
+TARGET_BINS = 16  # equal parts of the context by which evaluations in training count right answers
 CHECKPOINT_SECONDS = 3.0  # between checkpoints, at least
 CHECKPOINT_SHARE = 0.05  # of the time, at most, goes into writing checkpoints
 
@@ -132,6 +134,7 @@ class Session:
                 now.heldout = result.accuracy
             now.seconds = time.monotonic() - self.started
             row = self._row(result, train_loss=train_loss, train_accuracy=train_accuracy)
+            row["targets"] = result.by_target(TARGET_BINS)
             store.append_row(self.metrics, row)
             self.listener("evaluation", row)
         now.stopped = now.heldout >= plan.stop_at
@@ -169,6 +172,8 @@ class Session:
             ci_low=low,
             ci_high=high,
             chance=result.chance,
+            parameters=self.model.num_parameters(),
+            parameters_without_embeddings=self.model.num_parameters(embeddings=False),
         )
 
     def checkpoint(self) -> None:
@@ -205,8 +210,6 @@ class Session:
         store.write_json(self.own / "config.json", {"name": plan.model, "config": plan.model_overrides})
         result = self._row(final)
         result |= dict(
-            parameters=self.model.num_parameters(),
-            parameters_without_embeddings=self.model.num_parameters(embeddings=False),
             reached=now.stopped,
             longest_length=longest_passed(plan, now),
         )

@@ -46,7 +46,7 @@ def command(out: Path, steps: int) -> list[str]:
 
 def outcome(out: Path) -> dict[str, object]:
     """Everything in a run's folder that must not depend on interruptions."""
-    (folder,) = (path for path in out.iterdir() if path.is_dir())
+    (folder,) = (path.parent for path in out.glob("*/config.json"))
     found: dict[str, object] = {}
     for name in ("metrics.jsonl", "by_position.jsonl"):
         rows = store.read_rows(folder / name)

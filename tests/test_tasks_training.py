@@ -294,7 +294,7 @@ def test_a_run_through_the_command_line(tmp_path):
     words = "--task mqar --seq-len 20 --num-symbols 64 --num-pairs 3 --model mamba --steps 2 --device cpu"
     few = "--eval-examples 4 --final-eval-examples 4 --batch-tokens 64 --precision float32 --layers 1"
     assert run.main([*words.split(), *few.split(), "--out", str(tmp_path)]) == 0
-    (folder,) = tmp_path.iterdir()
+    (folder,) = (path.parent for path in tmp_path.glob("*/config.json"))
     assert folder.name.startswith("mqar-L20-mamba-s0-")
     rows = [json.loads(line) for line in (folder / "by_position.jsonl").read_text().splitlines()]
     assert [row["position"] for row in rows] == [0, 2, 4] and sum(row["count"] for row in rows) == 12

@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.curves import NAMES, family_colors, learning_curve
+from analysis.learning import learning_curve
+from analysis.style import NAMES, family_colors
 from synthetic.display import terminal_curve
 
 

@@ -1,25 +1,16 @@
-"""Learning curves from the tidy tables of `synthetic.run`."""
+"""The learning curve of one run, from the tidy table of `synthetic.run`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
+
+from analysis.style import NAMES, family_colors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-# One colour per family everywhere, from seaborn's colour-blind-safe palette.
-FAMILIES = ("transformer", "mamba", "mamba2", "hybrid")
-NAMES = {"transformer": "Transformer", "mamba": "Mamba", "mamba2": "Mamba-2", "hybrid": "Hybrid"}
-
-
-def family_colors() -> dict[str, Any]:
-    import seaborn
-
-    palette = seaborn.color_palette("colorblind")
-    return dict(zip(FAMILIES, (palette[0], palette[1], palette[2], palette[4]), strict=True))
 
 
 def learning_curve(metrics: pd.DataFrame, title: str = "") -> Figure:

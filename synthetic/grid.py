@@ -1,0 +1,183 @@
+"""What a sweep is: a Python file whose `get_config()` returns a `Sweep`, most of it made by `grid`.
+
+    from synthetic.grid import Sweep, grid
+
+    def get_config():
+        return Sweep(
+            runs=grid(model=("transformer", "mamba"), seq_len=(16, 64), seed=(0, 1, 2), steps=800),
+            learning_rates=(1e-3, 2e-3),
+            validation_seeds=(100,),
+        )
+
+A learning rate of the candidates is chosen once per task, family and size (and position scheme and depth, if a
+sweep has several) from runs with the validation seeds, which must not be among the seeds that are reported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import itertools
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from synthetic.config import RunConfig, check
+from synthetic.store import Row
+
+NOT_SWEPT = ("out", "threads")  # a sweep has one of each
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Runs, each of one model, and how their learning rates are found.
+
+    runs: configurations with different settings; repeated ones are run once.
+    learning_rates: candidates; empty: every run has its own `lr`, or the default.
+    validation_seeds: of the runs that choose among them.
+    tune: options which those runs have instead of the first reported run's of their group, for example
+        dict(seq_len=16, steps=400): the choice can be cheaper than what it is for.
+    out: folder of runs and results; default: runs/<name of the file, or of its folder if that is config.py>.
+    slurm: parameters of submitit's AutoExecutor for --executor slurm, such as slurm_partition, timeout_min.
+    Raises ValueError, in one line, for impossible combinations.
+    """
+
+    runs: Sequence[RunConfig]
+    learning_rates: tuple[float, ...] = ()
+    validation_seeds: tuple[int, ...] = ()
+    tune: Mapping[str, Any] = field(default_factory=dict)
+    out: str | None = None
+    slurm: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check(len(self.runs) > 0, "runs is empty; give at least one RunConfig")
+        for run in self.runs:
+            check(len(run.model) == 1, f"model {run.model} of a sweep's run must be a single one")
+        _known(self.tune)
+        both = set(self.validation_seeds) & {run.seed for run in self.runs}
+        check(not both, f"seeds {sorted(both)} both choose learning rates and are reported; separate them")
+        check(
+            bool(self.learning_rates) == bool(self.validation_seeds),
+            "learning_rates and validation_seeds need each other; give both or neither",
+        )
+        own = {run.lr for run in self.runs if run.lr is not None}
+        check(not own or not self.learning_rates, f"lr {sorted(own)} contradicts learning_rates; leave one out")
+
+
+def grid(base: RunConfig | None = None, **axes: Any) -> list[RunConfig]:
+    """`base` with every combination of the axes, the last one fastest; a single value is an axis of one.
+
+    grid(model=("mamba", "mamba2"), seed=range(3)) are six runs. Raises ValueError for options or values that
+    `RunConfig` does not have.
+    """
+    _known(axes)
+    values = [list(v) if _several(v) else [v] for v in axes.values()]
+    runs = []
+    for combination in itertools.product(*values):
+        chosen = dict(zip(axes, combination, strict=True))
+        if isinstance(chosen.get("model"), str):
+            chosen["model"] = (chosen["model"],)
+        run = dataclasses.replace(base or RunConfig(), **chosen)
+        _check_choices(run)
+        runs.append(run)
+    return runs
+
+
+def _several(value: Any) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, str)
+
+
+def _known(options: Mapping[str, Any]) -> None:
+    valid = [f.name for f in dataclasses.fields(RunConfig) if f.name not in NOT_SWEPT]
+    for name in options:
+        check(name in valid, f"a sweep has no option {name!r}; valid: {', '.join(valid)}")
+
+
+def _check_choices(run: RunConfig) -> None:
+    """The command line checks these by itself; a Python file has nobody else to do it."""
+    for name, kind in typing.get_type_hints(RunConfig).items():
+        choices = _choices(kind)
+        value = getattr(run, name)
+        for one in value if isinstance(value, tuple) else (value,):
+            check(
+                not choices or one in choices,
+                f"{name} {one!r} is not valid; choose from {', '.join(map(str, choices))}",
+            )
+
+
+def _choices(kind: Any) -> tuple[Any, ...]:
+    """The members of a Literal, also inside tuple[...] and with None."""
+    if typing.get_origin(kind) is typing.Literal:
+        return typing.get_args(kind)
+    found: tuple[Any, ...] = ()
+    for part in typing.get_args(kind):
+        found += _choices(part)
+    return (*found, None) if found and type(None) in typing.get_args(kind) else found
+
+
+def load(file: Path) -> Sweep:
+    """The Sweep of a Python file. Raises ValueError, in one line, if there is none."""
+    check(file.is_file(), f"FILE {file} does not exist; give a Python file with a get_config()")
+    spec = importlib.util.spec_from_file_location("sweep_config", file)
+    check(spec is not None and spec.loader is not None, f"FILE {file} is no Python file; its name ends in .py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        get_config: Callable[[], Sweep] | None = getattr(module, "get_config", None)
+        if get_config is None:
+            raise ValueError("defines no get_config()")
+        sweep = get_config()
+    except Exception as error:  # anything: it is the user's program
+        raise ValueError(f"FILE {file}: {type(error).__name__}: {error}") from error
+    check(isinstance(sweep, Sweep), f"FILE {file}: get_config() returns {type(sweep).__name__}, not a Sweep")
+    return sweep
+
+
+def default_out(file: Path) -> str:
+    """runs/<name>: the file's name, or its folder's if the file is called config.py."""
+    stem = file.resolve().parent.name if file.stem == "config" else file.stem
+    return f"runs/{stem}"
+
+
+Group = tuple[str, str, str, str | None, int | None]
+
+
+def group(run: RunConfig) -> Group:
+    """Runs that share a learning rate: task, family, size, position scheme, depth."""
+    return run.task, run.model[0], run.preset, run.position, run.layers
+
+
+def validation_runs(sweep: Sweep) -> dict[Group, dict[float, list[RunConfig]]]:
+    """For every group the runs that decide on each candidate, one per validation seed."""
+    first: dict[Group, RunConfig] = {}
+    for run in sweep.runs:
+        first.setdefault(group(run), run)
+    return {
+        name: {
+            lr: [dataclasses.replace(run, **sweep.tune, lr=lr, seed=s) for s in sweep.validation_seeds]
+            for lr in sweep.learning_rates
+        }
+        for name, run in first.items()
+    }
+
+
+def score(rows: Sequence[Row], steps: int) -> float:
+    """Mean held-out accuracy over the whole budget of one run: it rewards learning fast and learning far.
+
+    rows: the run's evaluations at its full length, in order (columns step, accuracy). The accuracy between
+    two evaluations counts as the earlier one's, that before the first as 0, and that after an early stop as
+    the last one's.
+    """
+    at = np.array([0, *(row["step"] for row in rows), steps], dtype=float)
+    accuracy = np.array([0.0, *(row["accuracy"] for row in rows)])
+    return float((np.diff(at) * accuracy).sum() / steps)
+
+
+def choose(scores: Mapping[float, Sequence[float]]) -> float:
+    """The candidate of the highest mean score; of equal ones the smallest."""
+    return min(scores, key=lambda lr: (-float(np.mean(scores[lr])), lr))

@@ -1,0 +1,175 @@
+"""The results store: two tidy Parquet data sets beside the runs, with a file for every trained model.
+
+    runs/results/<run>.<family>.parquet   one row per evaluation: what was run, how far it was, how well it did
+    runs/targets/<run>.<family>.parquet   one row per evaluation and part of the context: right answers there
+
+Any number of processes may write at once, on one machine or on many that share the folder: a file belongs to
+one model of one run, is made anew from the run's own records (`synthetic.store`) and replaced as a whole. Read
+them with `analysis.load("runs")`, `pandas.read_parquet("runs/results")`, or in DuckDB
+`select * from 'runs/results/*.parquet'`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from synthetic import store
+from synthetic.store import Row
+
+RESULTS, TARGETS = "results", "targets"  # folders beside the runs
+
+# Column: (Arrow type, meaning). The first group says what was run; it is the same in both data sets.
+CONFIG = {
+    "run": ("string", "folder of the run: readable, and unique by the hash of its configuration"),
+    "purpose": ("string", "report, or validation for runs that chose a learning rate"),
+    "task": ("string", "registry name of the task"),
+    "task_options": ("string", "all options of the task, as JSON"),
+    "layout": ("string", "suffix, prefix or instruction; missing for tasks that have one"),
+    "seq_len": ("int64", "context symbols, the goal of the run"),
+    "num_symbols": ("int64", "different symbols"),
+    "model": ("string", "family: transformer, mamba, mamba2 or hybrid"),
+    "preset": ("string", "size"),
+    "position": ("string", "how attention learns about order; missing without attention"),
+    "rotary_pct": ("float64", "share of a head's dimensions that RoPE rotates; missing without RoPE"),
+    "n_layer": ("int64", "blocks"),
+    "d_model": ("int64", "width"),
+    "d_state": ("int64", "states per channel; missing for Transformers"),
+    "parameters": ("int64", "weights, with embeddings"),
+    "parameters_without_embeddings": ("int64", "weights, without embeddings"),
+    "queries": ("int64", "queries per training sequence"),
+    "curriculum": ("int64", "context length at the start of training; 0 = none"),
+    "lr": ("float64", "peak learning rate"),
+    "steps": ("int64", "optimiser steps at most; missing if the budget counts sequences"),
+    "budget": ("int64", "training sequences at most; missing if it counts steps"),
+    "stop_at": ("float64", "held-out accuracy at seq_len that ends training"),
+    "batch_tokens": ("int64", "tokens per batch"),
+    "weight_decay": ("float64", "of AdamW"),
+    "warmup": ("int64", "steps"),
+    "schedule": ("string", "of the learning rate"),
+    "eval_every": ("int64", "steps between evaluations"),
+    "seed": ("int64", "of weights and training data"),
+    "device": ("string", "cpu, cuda or mps"),
+    "precision": ("string", "float32 or bfloat16"),
+    "commit": ("string", "of this project; + if files differed from it"),
+}
+PROGRESS = {
+    "kind": ("string", "during: in training; final: after it, on more sequences"),
+    "step": ("int64", "optimiser steps done"),
+    "examples": ("int64", "training sequences seen"),
+    "tokens": ("int64", "training tokens seen"),
+    "seconds": ("float64", "wall-clock time spent so far; the one column that another run does not repeat"),
+    "train_length": ("int64", "context length that was being trained"),
+    "length": ("int64", "context length of this evaluation"),
+}
+EVALUATION = {
+    **CONFIG,
+    **PROGRESS,
+    "train_loss": ("float64", "cross-entropy of the last training batch in nats; missing in final rows"),
+    "train_accuracy": ("float64", "of the last training batch, several queries each; missing in final rows"),
+    "loss": ("float64", "held-out cross-entropy of the answers in nats"),
+    "accuracy": ("float64", "held-out, 0 .. 1"),
+    "correct": ("int64", "right answers"),
+    "count": ("int64", "answers"),
+    "ci_low": ("float64", "Wilson 95 % interval of this evaluation alone"),
+    "ci_high": ("float64", "its upper end"),
+    "chance": ("float64", "accuracy of a guess"),
+}
+TARGET = {
+    **CONFIG,
+    **PROGRESS,
+    "target_low": ("int64", "first place of this part of the context, 0-based"),
+    "target_high": ("int64", "one past its last place"),
+    "correct": ("int64", "right answers whose target lies there"),
+    "count": ("int64", "answers whose target lies there"),
+    "chance": ("float64", "accuracy of a guess"),
+}
+
+
+def record(folder: Path, family: str) -> None:
+    """Write what a run's records say of one of its models into the data sets beside the run.
+
+    Raises ValueError if `folder` is not a run's.
+    """
+    rows, targets = tables(folder, family)
+    for name, columns, content in ((RESULTS, EVALUATION, rows), (TARGETS, TARGET, targets)):
+        path = folder.parent / name / f"{folder.name}.{family}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        store.write_bytes(path, to_parquet(content, columns))
+
+
+def tables(folder: Path, family: str) -> tuple[list[Row], list[Row]]:
+    """Rows of both data sets for one model. Raises ValueError if `folder` is not a run's."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise ValueError(f"{folder} has no config.json; give the folder of a run")
+    saved = store.read_json(path)
+    (plan,) = (p for p in saved["plans"] if p["family"] == family)
+    environment = folder / "environment.json"
+    fixed = config_columns(plan) | {
+        "run": folder.name,
+        "purpose": saved.get("purpose", "report"),
+        "commit": store.read_json(environment)["commit"] if environment.exists() else None,
+    }
+    rows, targets = [], []
+    for row in store.read_rows(folder / "metrics.jsonl"):
+        if row["model"] == family:
+            rows.append(fixed | {"kind": "during"} | row)
+            for low, high, correct, count in row["targets"]:
+                part = dict(target_low=low, target_high=high, correct=correct, count=count)
+                targets.append(fixed | {"kind": "during"} | row | part)
+    finished = folder / family / "result.json"
+    if finished.exists():
+        final = fixed | {"kind": "final"} | store.read_json(finished)
+        rows.append(final)
+        for row in store.read_rows(folder / "by_position.jsonl"):
+            if row["model"] == family:
+                low = row["position"]
+                part = dict(target_low=low, target_high=low + 1, correct=row["correct"], count=row["count"])
+                targets.append(final | part)
+    return rows, targets
+
+
+def config_columns(plan: Row) -> Row:
+    """The CONFIG columns that a plan (as a dictionary) determines."""
+    import models
+
+    options, family = plan["task_options"], plan["family"]
+    shape: Any = models.config(plan["model"], **plan["model_overrides"])
+    attention = family in ("transformer", "hybrid")
+    return {name: plan[name] for name in CONFIG if name in plan} | {
+        "task_options": json.dumps(options, sort_keys=True),
+        "layout": options.get("layout"),
+        "num_symbols": _num_symbols(plan["task"], json.dumps(options)),
+        "model": family,
+        "preset": plan["model"].removeprefix(f"{family}-"),
+        "position": shape.position if attention else None,
+        "rotary_pct": shape.rotary_pct if attention and shape.position == "rope" else None,
+        "n_layer": shape.n_layer,
+        "d_model": shape.d_model,
+        "d_state": None if family == "transformer" else getattr(shape, "d_state", None),
+    }
+
+
+@lru_cache(maxsize=64)
+def _num_symbols(task: str, options: str) -> int:
+    from synthetic import tasks
+
+    return tasks.build(task, **json.loads(options)).vocabulary.num_symbols
+
+
+def to_parquet(rows: list[Row], columns: dict[str, tuple[str, str]]) -> bytes:
+    """A Parquet file of `rows` with exactly these columns; missing values are null."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    schema = pa.schema(
+        [pa.field(n, pa.type_for_alias(kind), metadata={"meaning": text}) for n, (kind, text) in columns.items()]
+    )
+    table = pa.Table.from_pylist([{name: row.get(name) for name in columns} for row in rows], schema=schema)
+    content = io.BytesIO()
+    parquet.write_table(table, content, compression="zstd")
+    return content.getvalue()

@@ -1,0 +1,308 @@
+"""`python -m synthetic.sweep FILE`: train a grid of models, in parallel, here or on a cluster; resume it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from synthetic.config import RunConfig
+    from synthetic.executors import Executor, Handle, Job
+    from synthetic.grid import Group, Sweep
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+POLL_SECONDS = 0.1
+REFRESH_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train every model of a sweep and collect all evaluations in one table.
+
+    FILE is a Python file whose get_config() returns a synthetic.grid.Sweep; studies/retrieval-cpu/config.py is an
+    example. Runs are named by the hash of their configuration: finished ones are skipped, so the same command
+    resumes a sweep that was stopped or killed, or adds what was added to the file. Runs that fail are tried
+    again, and listed at the end if that did not help.
+    """
+
+    file: Annotated[Path, tyro.conf.Positional]
+    """Python file of the sweep."""
+    out: str | None = None
+    """Folder of runs and results. Default: the file's choice, else runs/<name of the file or its folder>."""
+    executor: Literal["local", "ray", "slurm"] = "local"
+    """local: processes of this machine. ray: tasks of a Ray cluster. slurm: jobs, through submitit. The latter \
+two need their extra, and --out on a file system that all machines share."""
+    workers: int = 0
+    """Runs at once (local, and ray without --address). 0 = as many as the cores allow."""
+    threads: int = 1
+    """CPU threads per run. Several runs of one thread are faster than one run of several."""
+    address: str | None = None
+    """Of an existing Ray cluster, for instance auto or ray://head:10001. Default: one on this machine."""
+    retries: int = 1
+    """How often a failed run is tried again."""
+    dry_run: bool = False
+    """Only list the runs and whether they are finished."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 1 if runs failed, 2 for bad input, 130 if stopped."""
+    options = tyro.cli(Options, args=argv, prog="python -m synthetic.sweep")
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return sweep(options)
+    except (ValueError, ImportError) as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return BAD_INPUT
+    except OSError as error:
+        print(f"error: --out: {error.strerror or error}; mend the cause and run the same command", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("stopped; what ran goes on from its last checkpoint when the same command is given", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def sweep(options: Options) -> int:
+    """Choose learning rates, train the reported runs, print the summary."""
+    from rich.console import Console
+
+    from synthetic import grid
+    from synthetic.config import check
+
+    for name in ("workers", "threads", "retries"):
+        value, least = getattr(options, name), 1 if name == "threads" else 0
+        check(value >= least, f"--{name} {value} must be at least {least}")
+    check(
+        options.address is None or options.executor == "ray",
+        f"--address {options.address} is for --executor ray; give both or neither",
+    )
+    wanted = grid.load(options.file)
+    out = Path(options.out or wanted.out or grid.default_out(options.file)).resolve()
+    console = Console()
+    make = _JobMaker(out, options)
+    validation = grid.validation_runs(wanted) if wanted.learning_rates else {}
+    tuning = {
+        name: {lr: [make(run, "validation") for run in runs] for lr, runs in candidates.items()}
+        for name, candidates in validation.items()
+    }
+    first = [job for rates in tuning.values() for jobs in rates.values() for job in jobs]
+    reported = [make(run) for run in wanted.runs]  # also with settled rates to come: finds bad input now
+    if options.dry_run:
+        return _list(first, wanted, reported, console)
+    out.mkdir(parents=True, exist_ok=True)
+    with _Pool(options, wanted, out, [*first, *reported]) as pool:
+        failed = _run_all(first, pool, options, console)
+        rates = choose_rates(tuning, failed)
+        if tuning:
+            _report_rates(rates, tuning, failed, out, console)
+            kept = [run for run in wanted.runs if grid.group(run) in rates]
+            reported = [make(run, lr=rates[grid.group(run)]) for run in kept]
+        failed += _run_all(_distinct(reported), pool, options, console)
+    _summary(_distinct(reported), out, console)
+    return _report_failures(failed, len(wanted.runs) - len(reported), console)
+
+
+class _JobMaker:
+    def __init__(self, out: Path, options: Options):
+        self.out, self.options = out, options
+
+    def __call__(self, config: RunConfig, purpose: str = "report", lr: float | None = None) -> Job:
+        import dataclasses
+
+        from synthetic.config import plan, run_id
+        from synthetic.executors import Job
+
+        if lr is not None:
+            config = dataclasses.replace(config, lr=lr)
+        settled = plan(config, config.model[0], elsewhere=self.options.executor != "local")
+        return Job(config, settled, self.out / run_id([settled]), purpose, self.options.threads)
+
+
+def _distinct(jobs: list[Job]) -> list[Job]:
+    return list({job.folder: job for job in jobs}.values())
+
+
+class _Pool:
+    """Makes the executor when the first job needs it: a finished sweep starts no process."""
+
+    def __init__(self, options: Options, wanted: Sweep, out: Path, jobs: list[Job]):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.options, self.wanted, self.out = options, wanted, out
+        self.gpu = any(job.plan.device == "cuda" for job in jobs)
+        self.workers = options.workers or max(1, cores // options.threads)
+        self.executor: Executor | None = None
+
+    @property
+    def words(self) -> str:
+        if self.options.executor == "slurm":
+            return "SLURM"
+        if self.options.address:
+            return f"Ray at {self.options.address}"
+        return f"{self.workers} processes"
+
+    def submit(self, job: Job) -> Handle:
+        if self.executor is None:
+            self.executor = self._make()
+        return self.executor.submit(job)
+
+    def _make(self) -> Executor:
+        from synthetic import executors
+
+        o = self.options
+        if o.executor == "ray":
+            return executors.Ray(self.workers, o.threads, o.address, self.gpu)
+        if o.executor == "slurm":
+            return executors.Slurm(self.out, o.threads, self.wanted.slurm, self.gpu)
+        return executors.Local(self.workers, o.threads)
+
+    def __enter__(self) -> _Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.executor is not None:
+            self.executor.close()
+
+
+Failure = tuple["Job", str]
+
+
+def _run_all(jobs: list[Job], pool: _Pool, options: Options, console: Console) -> list[Failure]:
+    """Run what is not finished, failures again; returns those that failed for good with one line each."""
+    from synthetic.board import Board
+
+    jobs = _distinct(jobs)
+    if not jobs:
+        return []
+    failures: list[Failure] = []
+    with Board(jobs, console, pool.words) as board:
+        running = {pool.submit(job): (job, 0) for job in jobs if not job.finished()}
+        shown = 0.0
+        while running:
+            for handle in [handle for handle in running if handle.done()]:
+                job, tries = running.pop(handle)
+                problem = _problem(handle.exception(), job)
+                again = problem is not None and tries < options.retries
+                board.ended(job, problem, final=not again)
+                if again:
+                    running[pool.submit(job)] = (job, tries + 1)
+                elif problem is not None:
+                    failures.append((job, problem))
+            if time.monotonic() - shown > REFRESH_SECONDS:
+                board.refresh()
+                shown = time.monotonic()
+            time.sleep(POLL_SECONDS)
+    return failures
+
+
+def _problem(error: BaseException | None, job: Job) -> str | None:
+    """One line on why a run did not end well, or None."""
+    if error is None:
+        return None if job.finished() else "ended without a result"
+    cause = getattr(error, "cause", None) or error  # Ray wraps the run's own exception
+    lines = str(cause).strip().splitlines() or [""]
+    return f"{type(cause).__name__}: {lines[-1]}"
+
+
+def choose_rates(
+    tuning: dict[Group, dict[float, list[Job]]], failed: list[Failure]
+) -> dict[Group, float]:
+    """The learning rate of every group all of whose validation runs ended well."""
+    from synthetic import grid
+
+    lost = {job.folder for job, _ in failed}
+    return {
+        name: grid.choose({lr: [_score(job) for job in jobs] for lr, jobs in candidates.items()})
+        for name, candidates in tuning.items()
+        if not any(job.folder in lost for jobs in candidates.values() for job in jobs)
+    }
+
+
+def _score(job: Job) -> float:
+    from synthetic import grid, store
+
+    rows = [r for r in store.read_rows(job.folder / "metrics.jsonl") if r["length"] == job.plan.seq_len]
+    return grid.score(rows, job.plan.steps or rows[-1]["step"])
+
+
+def _report_rates(
+    rates: dict[Group, float],
+    tuning: dict[Group, dict[float, list[Job]]],
+    failed: list[Failure],
+    out: Path,
+    console: Console,
+) -> None:
+    """Keep the scores and the choice in learning_rates.json, and print the choice."""
+    from synthetic import store
+
+    lost = {job.folder for job, _ in failed}
+    rows: list[dict[str, Any]] = []
+    for name, candidates in tuning.items():
+        task, model, preset, position, layers = name
+        row = dict(task=task, model=model, preset=preset, position=position, layers=layers, lr=rates.get(name))
+        for lr, jobs in candidates.items():
+            scores = [_score(job) for job in jobs if job.folder not in lost]
+            rows.append({**row, "candidate": lr, "scores": scores, "runs": [job.folder.name for job in jobs]})
+        words = " ".join(str(part) for part in (model, preset, position, layers and f"{layers} layers") if part)
+        chosen = f"learning rate {rates[name]:g}" if name in rates else "no learning rate: its runs failed"
+        console.print(f"{words} ({task}): {chosen}", highlight=False)
+    store.write_json(out / "learning_rates.json", rows)
+
+
+def _list(first: list[Job], wanted: Sweep, reported: list[Job], console: Console) -> int:
+    for job in _distinct(first):
+        console.print(f"{_state(job)}  validation  {job.folder.name}", highlight=False, soft_wrap=True)
+    if wanted.learning_rates:
+        print(f"and {len(_distinct(reported))} reported runs with the learning rates chosen from these")
+        return 0
+    for job in _distinct(reported):
+        console.print(f"{_state(job)}  report      {job.folder.name}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _state(job: Job) -> str:
+    return "finished" if job.finished() else "open    "
+
+
+def _summary(jobs: list[Job], out: Path, console: Console) -> None:
+    """Mean accuracy over the seeds of every cell, from the results store."""
+    import analysis
+    from synthetic import results
+    from synthetic.display import cells
+
+    done = [job for job in jobs if job.finished()]
+    for job in done:  # a run of an earlier version, or one that was killed just before its last word
+        if not (out / results.RESULTS / f"{job.folder.name}.{job.plan.family}.parquet").exists():
+            results.record(job.folder, job.plan.family)
+    if not done:
+        return
+    table = analysis.load(out)
+    console.print(cells(table[table["run"].isin([job.folder.name for job in done])]))
+    console.print(f"results: {out / results.RESULTS} (Parquet)", highlight=False, soft_wrap=True)
+
+
+def _report_failures(failed: list[Failure], blocked: int, console: Console) -> int:
+    for job, problem in failed:
+        console.print(f"[red]failed[/]: {job.folder}: {problem}", highlight=False, soft_wrap=True)
+    if blocked > 0:
+        console.print(f"[red]not run[/]: {blocked} runs, for want of a learning rate", highlight=False)
+    if failed or blocked > 0:
+        console.print("each failed run has an error.txt; the same command tries them again", highlight=False)
+        return FAILED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
