@@ -1,0 +1,367 @@
+"""How runs scale with the context length: what each needed, how far it got, cells, power laws, positions.
+
+Input is a tidy table `evaluations`, one row per evaluation: kind is 'during' training or 'final' (on more
+held-out sequences, finished runs only), length the context evaluated, train_length the one in training at that
+moment and seq_len the goal of the run. A run is a (run, model) pair: a folder may hold several architectures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import optimize, stats
+
+from analysis.statistics import bootstrap_median_time, mean_interval, require
+
+RUN = ["run", "model"]
+CELL = ("task", "layout", "seq_len", "model", "preset", "position", "d_state", "n_layer")
+SPENT = ("examples", "tokens", "step", "seconds")
+# Columns that describe one evaluation, even where a run happens to have a single one.
+PER_EVALUATION = {
+    *SPENT, "kind", "split", "train_length", "length", "loss", "train_loss", "train_accuracy", "accuracy",
+    "correct", "count", "ci_low", "ci_high", "chance",
+}  # fmt: skip
+OUTCOMES = {"value", "lower", "reached", "finished", "at_goal"}
+EXACT = 1e-9  # scatter of log(value), relative to its size, that is rounding
+
+
+# --- one row per run -------------------------------------------------------------------------------------
+
+
+def _threshold(threshold: float) -> None:
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold {threshold} must be an accuracy above 0 and at most 1, say 0.95")
+
+
+def _per_run(
+    evaluations: pd.DataFrame, columns: Sequence[str], outcome: Callable[[pd.DataFrame], dict[str, Any]]
+) -> pd.DataFrame:
+    """Columns that are constant within every run, and the outcome of each run's rows in order of steps."""
+    needed = [*RUN, "seed", "seq_len", "kind", "step", "length", "accuracy", *columns]
+    require(evaluations, dict.fromkeys(needed), "evaluations")
+    groups = evaluations.groupby(RUN, sort=False, dropna=False)
+    others = [c for c in evaluations.columns if c not in {*RUN, *PER_EVALUATION, *OUTCOMES}]
+    varying = groups[others].nunique(dropna=False).gt(1).any()
+    for column in ("seed", "seq_len"):
+        if varying[column]:
+            raise ValueError(f"{column} differs within a run; give each training its own name in column run")
+    kept = [c for c in evaluations.columns if c in RUN or (c in others and not varying[c])]
+    config = evaluations.drop_duplicates(RUN)[kept].reset_index(drop=True)
+    rows = [outcome(rows.sort_values("step", kind="stable")) for _, rows in groups]
+    return pd.concat([config, pd.DataFrame(rows)], axis=1)
+
+
+def examples_to_threshold(
+    evaluations: pd.DataFrame, threshold: float = 0.95, by: str = "examples"
+) -> pd.DataFrame:
+    """What each run had spent when its held-out accuracy at its goal length first was >= threshold.
+
+    by: unit, one of `SPENT`. Returns one row per run: its configuration, value and reached (right-censored: a
+    run that never got there has reached False and value = all it spent), lower = what was spent at the
+    evaluation before (the truth lies in (lower, value] where reached, above lower = value elsewhere),
+    finished = has a final evaluation, accuracy and chance of the final or else last evaluation at the goal.
+    Raises ValueError for missing columns or entries, or a bad unit or threshold.
+    """
+    _threshold(threshold)
+    if by not in SPENT:
+        raise ValueError(f"by {by} is no unit of what a run spends; choose from {', '.join(SPENT)}")
+
+    def outcome(rows: pd.DataFrame) -> dict[str, Any]:
+        goal = rows[(rows["length"] == rows["seq_len"]) & rows["kind"].isin(("during", "final"))]
+        during, final = (goal[goal["kind"] == kind] for kind in ("during", "final"))
+        if rows[by].isna().any() or goal.empty:
+            what = f"has no evaluation at seq_len {rows['seq_len'].iloc[0]}" if goal.empty else f"lacks {by}"
+            raise ValueError(f"run {rows['run'].iloc[0]} {what}; drop the run or repair its rows")
+        passed, spent = (during["accuracy"] >= threshold).to_numpy(), during[by].to_numpy(float)
+        first = int(passed.argmax()) if passed.any() else None
+        value = float(rows[by].max()) if first is None else float(spent[first])
+        lower = value if first is None else float(spent[first - 1]) if first else 0.0
+        last = (during if final.empty else final).iloc[-1]
+        return dict(
+            value=value,
+            lower=lower,
+            reached=first is not None,
+            finished=not final.empty,
+            accuracy=float(last["accuracy"]),
+            chance=float(last["chance"]),
+        )
+
+    return _per_run(evaluations, [by, "chance"], outcome)
+
+
+def reachable_length(evaluations: pd.DataFrame, threshold: float = 0.95) -> pd.DataFrame:
+    """value = the longest context of each run with held-out accuracy >= threshold while it, or the goal, was
+    in training; 0 if none.
+
+    at_goal: value is seq_len, so the run might have gone further. The largest of several noisy evaluations:
+    compare runs with equally many sequences per evaluation. Raises ValueError as `examples_to_threshold`.
+    """
+    _threshold(threshold)
+
+    def outcome(rows: pd.DataFrame) -> dict[str, Any]:
+        fair = (rows["length"] == rows["train_length"]) | (rows["length"] == rows["seq_len"])
+        passed = rows[fair & (rows["kind"] == "during") & (rows["accuracy"] >= threshold)]
+        longest = 0 if passed.empty else int(passed["length"].max())
+        return dict(value=longest, at_goal=longest == int(rows["seq_len"].iloc[0]))
+
+    return _per_run(evaluations, ["train_length"], outcome)
+
+
+# --- one row per cell ------------------------------------------------------------------------------------
+
+
+def summarise(
+    evaluations: pd.DataFrame, by: Sequence[str] | None = None, threshold: float = 0.95
+) -> pd.DataFrame:
+    """One row per cell, by default `CELL`; a missing value (d_state of a Transformer) is a group of its own.
+
+    seeds, runs, finished, reached: counts. accuracy: mean with Student's 95 % interval in [0, 1]. examples:
+    censored median with its bootstrap interval, inf where half never got there. reachable_length: mean.
+    Raises ValueError as `examples_to_threshold`, or if a default cell holds a seed twice, which means that it
+    mixes configurations (learning rates, say). With `by` the caller decides what is pooled.
+    """
+    keys = list(CELL if by is None else by)
+    require(evaluations, keys, "evaluations")
+    runs = examples_to_threshold(evaluations, threshold)
+    lost = [key for key in keys if key not in runs or key in OUTCOMES]
+    if lost or not keys:
+        raise ValueError(f"by must name columns that are constant within a run, unlike {lost}")
+    runs["longest"] = reachable_length(evaluations, threshold)["value"]
+    rows = []
+    for cell, group in runs.groupby(keys, dropna=False, sort=True):
+        named = dict(zip(keys, cell, strict=True))
+        if by is None and group["seed"].duplicated().any():
+            differ = [str(c) for c in group if c not in {"run", "seed", *OUTCOMES, "accuracy", "longest"}]
+            differ = [c for c in differ if group[c].nunique(dropna=False) > 1]
+            where = ", ".join(f"{k} {named[k]}" for k in keys if group[k].notna().all())
+            raise ValueError(
+                f"the cell {where} has a seed twice (what differs: {', '.join(differ) or 'run'}); "
+                "filter the table or name that column in by"
+            )
+        accuracy, low, high = mean_interval(group["accuracy"], bounds=(0, 1))
+        examples, examples_low, examples_high = bootstrap_median_time(group["value"], group["reached"])
+        rows.append(
+            named
+            | dict(
+                seeds=group["seed"].nunique(),
+                runs=len(group),
+                finished=int(group["finished"].sum()),
+                reached=int(group["reached"].sum()),
+                accuracy=accuracy,
+                accuracy_low=low,
+                accuracy_high=high,
+                chance=float(group["chance"].mean()),
+                examples=examples,
+                examples_low=examples_low,
+                examples_high=examples_high,
+                reachable_length=float(group["longest"].mean()),
+            )
+        )
+    return pd.DataFrame(rows)
+
+
+# --- power laws ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """value = prefactor * length^exponent * exp(N(0, sigma^2)); nan where runs do not tell, note says why."""
+
+    exponent: float
+    exponent_low: float
+    exponent_high: float
+    prefactor: float  # median value at length 1, in the unit of value
+    sigma: float  # maximum-likelihood scatter of log(value), which divides by n
+    n: int
+    n_reached: int
+    note: str = ""
+
+    def predict(self, length: Any) -> np.ndarray:
+        """Median value at each length."""
+        return self.prefactor * np.asarray(length, dtype=float) ** self.exponent
+
+
+def _tobit(y: np.ndarray, design: np.ndarray, reached: np.ndarray) -> tuple[np.ndarray, float, float]:
+    """(coefficients, sigma, log-likelihood) of y = design @ coefficients + N(0, sigma^2), y right-censored.
+
+    y: (n,); design: (n, k); reached: (n,) bool. Tobin 1958. In delta = coefficients / sigma and
+    gamma = 1 / sigma the log-likelihood sum_reached [log gamma - u^2 / 2] + sum_censored log sf(u),
+    u = gamma y - design @ delta, is concave (Olsen 1978), so Newton steps find its only maximum from any
+    start: here least squares over all rows, whose residuals also set the scale. Constants are left out.
+    """
+    start = np.linalg.lstsq(design, y, rcond=None)[0]
+    residual = y - design @ start
+    scale = float(np.sqrt(np.mean(residual**2)))
+    z = np.column_stack([-design, residual / scale])  # u = z @ (delta, gamma)
+    m = int(reached.sum())
+
+    def hazard(u: np.ndarray) -> np.ndarray:
+        return np.exp(stats.norm.logpdf(u) - stats.norm.logsf(u))
+
+    def negative(theta: np.ndarray) -> float:
+        u, gamma = z @ theta, theta[-1]
+        if gamma <= 0:
+            return np.inf
+        parts = np.where(reached, -(u**2) / 2, stats.norm.logsf(u))
+        return float(-m * np.log(gamma) - parts.sum())
+
+    def gradient(theta: np.ndarray) -> np.ndarray:
+        u = z @ theta
+        slope = z.T @ np.where(reached, u, hazard(u))
+        slope[-1] -= m / theta[-1]
+        return slope
+
+    def hessian(theta: np.ndarray) -> np.ndarray:
+        u = z @ theta
+        h = hazard(u)
+        bend = (z * np.where(reached, 1.0, np.clip(h * (h - u), 0, 1))[:, None]).T @ z
+        bend[-1, -1] += m / theta[-1] ** 2
+        return bend
+
+    theta = np.zeros(z.shape[1])
+    theta[-1] = 1.0
+    found = optimize.minimize(
+        negative, theta, jac=gradient, hess=hessian, method="trust-exact", options={"gtol": 1e-9}
+    )
+    delta, gamma = found.x[:-1], found.x[-1]
+    return start + scale * delta / gamma, scale / gamma, float(-found.fun - m * np.log(scale))
+
+
+def _crossing(excess: Callable[[float], float], inside: float, step: float) -> float:
+    """Where excess, negative inside and increasing in the direction of step, becomes zero; else ±inf."""
+    for _ in range(60):
+        outside = inside + step
+        if excess(outside) > 0:
+            return float(optimize.brentq(excess, inside, outside, xtol=1e-10))
+        inside, step = outside, 2 * step
+    return float(np.copysign(np.inf, step))
+
+
+def fit_power_law(length: Any, value: Any, reached: Any, confidence: float = 0.95) -> PowerLaw:
+    """Fit log(value) = a + b log(length) + N(0, sigma^2) with runs that never got there as "more than value".
+
+    length, value: (n,) positive; reached: (n,) bool. Dropping the others would bias b towards 0, since the
+    hardest lengths lose their slowest runs. The interval of b holds the slopes whose profile log-likelihood
+    is within m log(1 + t^2 / (m - 2)) / 2 of the maximum, m = runs reached, t Student's quantile with m - 2
+    degrees of freedom: without censoring exactly the t-interval of least squares. Needs 3 runs that got
+    there, at 2 lengths; if all of them had one length and only longer ones were tried in vain (or only
+    shorter ones), that is a one-sided bound. Raises ValueError for bad numbers.
+    """
+    lengths, values, flags = (np.asarray(x) for x in (length, value, reached))
+    if not lengths.shape == values.shape == flags.shape or lengths.ndim != 1 or not lengths.size:
+        raise ValueError("length, value and reached must be three lists of the same length, at least 1")
+    if not all(np.isfinite(x).all() and (x > 0).all() for x in (lengths.astype(float), values.astype(float))):
+        raise ValueError("length and value must be finite and positive, or they have no logarithm")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence {confidence} must lie between 0 and 1, say 0.95")
+    x, y, got = np.log(lengths.astype(float)), np.log(values.astype(float)), flags.astype(bool)
+    n, m, nan = len(y), int(got.sum()), float("nan")
+    if m < 3:
+        note = f"only {m} of {n} runs got there; a slope and its scatter need 3"
+        return PowerLaw(nan, nan, nan, nan, nan, n, m, note)
+    cut = m * np.log1p(stats.t.ppf((1 + confidence) / 2, m - 2) ** 2 / (m - 2))
+    centre = x[got].mean()
+    x = x - centre
+    ones = np.ones((n, 1))
+    if len(np.unique(lengths[got])) < 2:
+        return _one_length(x, y, got, cut)
+    design = np.column_stack([ones, x])
+    line, *_ = np.linalg.lstsq(design[got], y[got], rcond=None)
+    off = y - design @ line
+    tiny = EXACT * max(1.0, float(np.abs(y).max()))
+    if np.abs(off[got]).max() <= tiny and not (off[~got] > tiny).any():
+        b, a = float(line[1]), float(line[0] - line[1] * centre)
+        note = "no scatter around the line, so the interval has no width"
+        return PowerLaw(b, b, b, float(np.exp(a)), 0.0, n, m, note)
+    coefficients, sigma, best = _tobit(y, design, got)
+    b = float(coefficients[1])
+
+    def excess(slope: float) -> float:
+        return 2 * (best - _tobit(y - slope * x, ones, got)[2]) - cut
+
+    step = sigma / float(np.sqrt((x[got] ** 2).sum()))
+    low, high = _crossing(excess, b, -step), _crossing(excess, b, step)
+    return PowerLaw(b, low, high, float(np.exp(coefficients[0] - b * centre)), sigma, n, m)
+
+
+def _one_length(x: np.ndarray, y: np.ndarray, got: np.ndarray, cut: float) -> PowerLaw:
+    """All runs that got there had one length, x = 0: at most a bound of the slope, from those elsewhere.
+
+    The likelihood then has no maximum but a supremum, for a slope of ±inf that explains all of them; it is
+    that of the runs at x = 0 alone.
+    """
+    n, m, nan = len(y), int(got.sum()), float("nan")
+    here = np.abs(x) < EXACT
+    sides = set(np.sign(x[~here]))
+    note = "all runs that got there had the same length"
+    scatter = float(np.ptp(y[got])) > EXACT * max(1.0, float(np.abs(y).max()))
+    if len(sides) != 1 or not scatter:
+        return PowerLaw(nan, nan, nan, nan, nan, n, m, note)
+    (side,) = sides
+    _, sigma, supremum = _tobit(y[here], np.ones((int(here.sum()), 1)), got[here])
+
+    def excess(slope: float) -> float:
+        return 2 * (supremum - _tobit(y - slope * x, np.ones((n, 1)), got)[2]) - cut
+
+    step = side * (sigma + float(np.ptp(y))) / float(np.abs(x).max())
+    steep = step
+    while excess(steep) >= 0:
+        steep *= 2
+    bound = _crossing(excess, steep, -step)
+    low, high = (bound, np.inf) if side > 0 else (-np.inf, bound)
+    return PowerLaw(nan, low, high, nan, nan, n, m, f"{note}; a bound from those in vain elsewhere")
+
+
+def fit_power_laws(
+    outcomes: pd.DataFrame, by: Sequence[str] = ("model", "position", "layout"), confidence: float = 0.95
+) -> pd.DataFrame:
+    """`fit_power_law` of value against seq_len for each group; missing values are a group of their own.
+
+    outcomes: result of `examples_to_threshold`. One row per group with the fields of `PowerLaw`. Raises
+    ValueError for missing columns, and as `fit_power_law`.
+    """
+    require(outcomes, [*by, "seq_len", "value", "reached"], "outcomes")
+    rows = []
+    for cell, group in outcomes.groupby(list(by), dropna=False, sort=True):
+        law = fit_power_law(group["seq_len"], group["value"], group["reached"], confidence)
+        rows.append(dict(zip(by, cell, strict=True)) | dataclasses.asdict(law))
+    return pd.DataFrame(rows)
+
+
+# --- positions -------------------------------------------------------------------------------------------
+
+
+def accuracy_by_position(
+    positions: pd.DataFrame, bins: int = 8, by: Sequence[str] = ("model", "seq_len")
+) -> pd.DataFrame:
+    """Accuracy by where in the context the answer stood, pooled over runs in `bins` equal parts of it.
+
+    positions: columns run, seed, model, seq_len, position (0-based), correct, count, chance. Returns one row
+    per group of `by` and bin: relative = centre of the bin in (0, 1), correct, count, accuracy with its 95 %
+    Wilson interval, chance (mean over answers). A context shorter than `bins` has a bin per symbol. The
+    interval takes answers as independent: it leaves out that seeds differ. Raises ValueError for missing
+    columns, fewer than 1 bin or positions outside of the context.
+    """
+    from synthetic.evaluate import wilson  # imports torch, which the rest of this module can spare
+
+    require(positions, [*by, "seq_len", "position", "correct", "count", "chance"], "positions")
+    if bins < 1:
+        raise ValueError(f"bins {bins} must be at least 1")
+    if not positions["position"].between(0, positions["seq_len"] - 1).all():
+        raise ValueError("position must lie in 0 .. seq_len - 1; is it counted from 0?")
+    table = positions.assign(_bins=positions["seq_len"].clip(upper=bins))
+    table["bin"] = table["position"] * table["_bins"] // table["seq_len"]
+    table["chance"] = table["chance"] * table["count"]
+    keys = list(dict.fromkeys([*by, "_bins", "bin"]))
+    pooled = table.groupby(keys, dropna=False)[["correct", "count", "chance"]].sum().reset_index()
+    pooled["relative"] = (pooled["bin"] + 0.5) / pooled["_bins"]
+    pooled["accuracy"] = pooled["correct"] / pooled["count"]
+    pooled["chance"] = pooled["chance"] / pooled["count"]
+    ends = [wilson(int(k), int(n)) for k, n in zip(pooled["correct"], pooled["count"], strict=True)]
+    pooled[["ci_low", "ci_high"]] = np.array(ends)
+    return pooled.drop(columns="_bins")
