@@ -109,7 +109,7 @@ def cells(evaluations: pd.DataFrame) -> Table:
 
     evaluations: rows of the results store (`analysis.load`).
     """
-    from analysis.statistics import summarise
+    from analysis.statistics import summarise  # noqa
 
     rows = summarise(evaluations)
     varying = [name for name in CELL if name in rows and rows[name].nunique(dropna=False) > 1 or name == "model"]

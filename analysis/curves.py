@@ -1,0 +1,130 @@
+"""`python -m analysis.curves RUNS --out figures/`: every figure of a sweep as PNG, PDF and the CSV behind it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import tyro
+
+DIGITS = 6  # of numbers in CSV files
+
+Table = pd.DataFrame
+Drawn = tuple[str, Table, Callable[[], Any] | None]  # name, table behind it, figure (None: a table only)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Draw the learning curves, thresholds, state sizes and position maps of runs, and write their tables.
+
+    RUNS is a folder of runs (the --out of synthetic.sweep or synthetic.run) or the results.parquet of a study,
+    which has everything but the trained models: the geometry of position tokens needs the folder.
+    """
+
+    runs: Annotated[Path, tyro.conf.Positional] = Path("runs")
+    """Folder of runs, or a results.parquet."""
+    out: Path = Path("figures")
+    """Folder for the figures."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status. Bad input gives one line and status 2."""
+    options = tyro.cli(Options, args=argv, prog="python -m analysis.curves")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    try:
+        for name in write(options.runs, options.out):
+            print(name)
+    except ValueError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: --out {options.out}: {error.strerror or error}; choose another folder", file=sys.stderr)
+        return 2
+    return 0
+
+
+def write(runs: Path, out: Path) -> Iterator[str]:
+    """Write all figures and tables; yields a line on each. Raises ValueError if there are no runs."""
+    from analysis.style import theme
+    from analysis.tables import load
+
+    evaluations, targets = load(runs), load(runs, "targets")
+    evaluations, targets = (t[t["purpose"] == "report"] for t in (evaluations, targets))
+    if evaluations.empty:
+        raise ValueError(f"{runs} has no reported runs yet, only validation; let the sweep go on")
+    out.mkdir(parents=True, exist_ok=True)
+    tasks = sorted(evaluations["task"].unique())
+    with theme():
+        for task in tasks:
+            mine = evaluations[evaluations["task"] == task], targets[targets["task"] == task]
+            prefix = f"{task}-" if len(tasks) > 1 else ""
+            for name, table, draw in figures(*mine):
+                yield _write(out / f"{prefix}{name}", table, draw)
+        if runs.is_dir():
+            for name, table, draw in _geometry(runs):
+                yield _write(out / name, table, draw)
+
+
+def figures(evaluations: Table, targets: Table) -> Iterator[Drawn]:
+    """Everything that can be said from the two tables of the results store, for one task."""
+    from analysis import plots, scaling
+    from analysis.comparisons import comparisons
+
+    varying = [name for name in ("lr", "queries") if evaluations[name].nunique() > 1]
+    yield "summary", scaling.summarise(evaluations, by=[*scaling.CELL, *varying]), None
+    curves = plots.accuracy_table(evaluations)
+    yield "accuracy_curves", curves, lambda: plots.accuracy_curves(curves)
+    thresholds = plots.threshold_table(evaluations)
+    yield "examples_vs_length", thresholds, lambda: plots.examples_vs_length(thresholds)
+    yield "scaling", plots.scaling_table(evaluations), None
+    yield "comparisons", comparisons(thresholds), None
+    states = plots.state_table(evaluations)
+    yield "state_size", states, (lambda: plots.state_size(states)) if len(states) else None
+    if len(targets):
+        heat = plots.heat_table(targets)
+        yield "position_step", heat, (lambda: plots.position_step(heat)) if len(heat) else None
+        final = plots.position_table(targets)
+        yield "by_position", final, (lambda: plots.by_position(final)) if len(final) else None
+
+
+def _geometry(runs: Path) -> Iterator[Drawn]:
+    from analysis import geometry
+
+    summary, maps, points = geometry.measure(runs)
+    if len(summary):
+        yield "position_geometry", summary, lambda: geometry.geometry(summary, maps, points)
+        yield "position_geometry_cosines", maps, None
+        yield "position_geometry_pca", points, None
+
+
+def _write(path: Path, table: Table, draw: Callable[[], Any] | None) -> str:
+    import io
+
+    import matplotlib.pyplot as plt
+
+    from synthetic.store import write_bytes
+
+    if table.empty:
+        return f"{path}: left out, no runs to show it"
+    text = table.to_csv(index=False, float_format=f"%.{DIGITS}g")
+    write_bytes(path.with_suffix(".csv"), text.encode())
+    if draw is None:
+        return f"{path}.csv"
+    figure = draw()
+    # without the date, the same table gives the same bytes
+    for kind, more in (("png", dict(dpi=150)), ("pdf", dict(metadata={"CreationDate": None}))):
+        content = io.BytesIO()
+        figure.savefig(content, format=kind, **more)
+        write_bytes(path.with_suffix(f".{kind}"), content.getvalue())
+    plt.close(figure)
+    return f"{path}.png .pdf .csv"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
