@@ -29,7 +29,8 @@ def label(table: pd.DataFrame) -> pd.DataFrame:
     table["variant"] = [_variant(row) for row in table[needed].to_dict("records")]
     for name in TELLING:
         differs = table.groupby("variant")[name].transform("nunique") > 1
-        table.loc[differs, "variant"] += ", " + name + " " + table.loc[differs, name].map(str)
+        if differs.any():
+            table.loc[differs, "variant"] += f", {name} " + table.loc[differs, name].map(str)
     dense = table["queries"].gt(1).map({True: "dense queries", False: "single query"})
     table["setting"] = table["layout"].fillna("").map(lambda x: f"{x}, " if x else "") + dense
     # by number of different lengths first: a sweep over states has many sizes at a single length

@@ -14,7 +14,7 @@ from rich.table import Table
 from analysis.style import NAMES
 from synthetic.config import Plan
 
-CELL = ("task", "layout", "seq_len", "model", "preset", "position", "d_state", "n_layer", "lr")
+SHOWN = ("task", "layout", "queries", "seq_len", "model", "preset", "position", "d_state", "n_layer", "lr")
 MARKERS = {"transformer": "T", "mamba": "M", "mamba2": "2", "hybrid": "H"}
 
 
@@ -109,10 +109,13 @@ def cells(evaluations: pd.DataFrame) -> Table:
 
     evaluations: rows of the results store (`analysis.load`).
     """
-    from analysis.statistics import summarise  # noqa
+    from analysis.scaling import CELL, summarise
 
-    rows = summarise(evaluations)
-    varying = [name for name in CELL if name in rows and rows[name].nunique(dropna=False) > 1 or name == "model"]
+    more = [name for name in SHOWN if name not in CELL and evaluations[name].nunique(dropna=False) > 1]
+    rows = summarise(evaluations, by=[*CELL, *more])
+    # what only tells families apart, as the depth of a preset, goes without saying
+    differs = rows.groupby("model")[[n for n in SHOWN if n in rows and n != "model"]].nunique(dropna=False) > 1
+    varying = ["model", *differs.columns[differs.any()]]
     table = Table(title="Held-out accuracy over seeds", box=box.SIMPLE_HEAD, padding=(0, 1))
     for name in varying:
         table.add_column(name.replace("_", " "), no_wrap=True)
@@ -128,3 +131,12 @@ def cells(evaluations: pd.DataFrame) -> Table:
             f"{row['reachable_length']:g}",
         )
     return table
+
+
+def _word(value: Any) -> str:
+    return "-" if pd.isna(value) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _interval(low: float, high: float) -> str:
+    """Nothing for a single seed, of which no interval can be had."""
+    return "" if pd.isna(low) else f" \\[{low:.3f}, {high:.3f}]"

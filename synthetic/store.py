@@ -34,8 +34,11 @@ Row = dict[str, Any]
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace a file as a whole or not at all. Raises OSError and leaves the old file if that fails."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """Replace a file as a whole or not at all. Raises OSError and leaves the old file if that fails.
+
+    Several processes may write the same file: each has a temporary one of its own, and the last one stays.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -56,8 +59,13 @@ def read_json(path: Path) -> Any:
 
 
 def prepare(folder: Path, asked: Row, plans: list[Row], threads: int, purpose: str = "report") -> None:
-    """Make a run's folder with what was asked, what was settled from it, and the environment."""
+    """Make a run's folder with what was asked, what was settled from it, and the environment.
+
+    Its caller holds the folder's lock, so temporary files there are what a killed process has left.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.rglob(".*.tmp"):
+        left.unlink(missing_ok=True)
     if not (folder / "config.json").exists():
         asked = json.loads(json.dumps(asked))
         write_json(folder / "config.json", {"run": asked, "plans": plans, "purpose": purpose})

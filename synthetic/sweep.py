@@ -57,7 +57,7 @@ two need their extra, and --out on a file system that all machines share."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 if runs failed, 2 for bad input, 130 if stopped."""
     options = tyro.cli(Options, args=argv, prog="python -m synthetic.sweep")
-    signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         return sweep(options)
     except (ValueError, ImportError) as error:
@@ -69,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; what ran goes on from its last checkpoint when the same command is given", file=sys.stderr)
         return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _interrupt(*_: object) -> None:

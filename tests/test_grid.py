@@ -1,0 +1,110 @@
+"""Sweep files: what a grid expands to, what is refused, how a learning rate is chosen."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from synthetic import grid as grids
+from synthetic.config import RunConfig
+from synthetic.grid import Sweep, choose, grid, score
+
+
+def test_every_combination_once_the_last_axis_fastest():
+    runs = grid(RunConfig(steps=7), model=("mamba", "mamba2"), seq_len=(8, 16), seed=range(3))
+    found = [(*run.model, run.seq_len, run.seed) for run in runs]
+    assert found == list(itertools.product(("mamba", "mamba2"), (8, 16), range(3)))
+    assert all(run.steps == 7 for run in runs)
+
+
+def test_a_single_value_is_an_axis_of_one():
+    (run,) = grid(model="mamba", layout="prefix", d_state=4)
+    assert (run.model, run.layout, run.d_state) == (("mamba",), "prefix", 4)
+
+
+BAD = [
+    (lambda: grid(sequence=8), "no option 'sequence'; valid: seq_len"),
+    (lambda: grid(out="elsewhere"), "no option 'out'"),
+    (lambda: grid(model="mamba", layout="infix"), "layout 'infix' is not valid; choose from suffix, prefix"),
+    (lambda: grid(model="lstm"), "model 'lstm' is not valid"),
+    (lambda: grid(model="mamba", position="sine"), "position 'sine' is not valid; .*rope, none, None"),
+    (lambda: Sweep(runs=[]), "runs is empty"),
+    (lambda: Sweep(runs=[RunConfig()]), "must be a single one"),
+    (
+        lambda: Sweep(runs=grid(model="mamba", seed=(0, 1)), learning_rates=(1e-3,), validation_seeds=(1, 5)),
+        r"seeds \[1\] both choose learning rates and are reported",
+    ),
+    (lambda: Sweep(runs=grid(model="mamba"), learning_rates=(1e-3,)), "need each other"),
+    (
+        lambda: Sweep(runs=grid(model="mamba", lr=1e-3), learning_rates=(1e-3,), validation_seeds=(9,)),
+        "contradicts learning_rates",
+    ),
+    (lambda: Sweep(runs=grid(model="mamba"), tune={"step": 3}), "no option 'step'"),
+]
+
+
+@pytest.mark.parametrize("make, message", BAD)
+def test_impossible_sweeps_are_refused(make, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make()
+    assert "\n" not in str(error.value)
+
+
+FILES = [
+    ("", "defines no get_config"),
+    ("def get_config(): return 3", "returns int, not a Sweep"),
+    ("def get_config(): return 1 / 0", "ZeroDivisionError"),
+    ("import nothing_of_this_name", "ModuleNotFoundError"),
+    ("def get_config(:", "SyntaxError"),
+]
+
+
+@pytest.mark.parametrize("text, message", FILES)
+def test_files_without_a_sweep(text, message, tmp_path):
+    file = tmp_path / "sweep.py"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        grids.load(file)
+    assert str(file) in str(error.value)
+
+
+def test_missing_file_and_wrong_kind(tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        grids.load(tmp_path / "no.py")
+    (tmp_path / "sweep.yaml").write_text("")
+    with pytest.raises(ValueError, match="no Python file"):
+        grids.load(tmp_path / "sweep.yaml")
+
+
+def test_folder_of_the_runs_is_named_like_the_file(tmp_path):
+    assert grids.default_out(tmp_path / "first.py") == "runs/first"
+    assert grids.default_out(tmp_path / "retrieval" / "config.py") == "runs/retrieval"
+
+
+def test_validation_runs_are_one_per_group_rate_and_seed():
+    runs = [*grid(model="mamba", d_state=(4, 8), seed=(0, 1)), *grid(model="transformer", position=("rope", "none"))]
+    found = grids.validation_runs(Sweep(runs, (1e-3, 2e-3), (7, 8), tune=dict(seq_len=16, steps=5)))
+    assert [name[1] for name in found] == ["mamba", "transformer", "transformer"]  # d_state makes no group
+    for rates in found.values():
+        assert {lr: [run.seed for run in runs] for lr, runs in rates.items()} == {1e-3: [7, 8], 2e-3: [7, 8]}
+        assert all((r.seq_len, r.steps, r.lr) == (16, 5, lr) for lr, runs in rates.items() for r in runs)
+
+
+def test_score_is_the_area_under_the_accuracy_curve():
+    rows = [dict(step=10, accuracy=0.2), dict(step=30, accuracy=1.0)]
+    assert score(rows, steps=100) == pytest.approx((10 * 0 + 20 * 0.2 + 70 * 1.0) / 100)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.integers(0, 5))
+def test_learning_the_same_earlier_never_scores_less(accuracies, shift):
+    late = [dict(step=10 * (i + 1) + shift, accuracy=a) for i, a in enumerate(sorted(accuracies))]
+    early = [dict(step=row["step"] - shift, accuracy=row["accuracy"]) for row in late]
+    assert score(early, 100) >= score(late, 100) - 1e-12
+
+
+def test_the_best_mean_wins_and_of_equals_the_smallest():
+    assert choose({1e-3: [0.1, 0.9], 2e-3: [0.6, 0.6], 4e-3: [0.0, 0.9]}) == 2e-3
+    assert choose({4e-3: [0.5], 2e-3: [0.5]}) == 2e-3
