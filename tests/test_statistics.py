@@ -71,6 +71,13 @@ def test_a_run_never_reached_never_lowers_the_median(pairs, spent):
     assert median_time([*value, spent], [*reached, False]) >= median_time(value, reached)
 
 
+def test_rounding_does_not_move_the_median():
+    # the product of 23/24, 22/23, .. 12/13 comes out above 1/2 in floating point
+    assert median_time(range(1, 25), [True] * 24) == 12
+    assert median_time(range(1, 25), [True] * 12 + [False] * 12) == 12
+    assert median_time(range(1, 25), [True] * 11 + [False] * 13) == np.inf
+
+
 def test_restricted_mean_closed_form():
     # S = 1 up to 2, then 2/3; the run censored at 4 leaves one at risk, which ends at 6
     assert restricted_mean([2, 4, 6], [True, False, True], 6) == pytest.approx(2 + 4 * 2 / 3)
@@ -115,14 +122,13 @@ def test_bootstrap_of_few_and_equal_values():
 
 
 def test_bootstrap_median_time_enumerated():
-    value, reached = np.array([1.0, 4.0, 6.0, 9.0]), np.array([True, True, False, False])
-    medians = []
-    for draw in itertools.product(range(4), repeat=4):
-        index = list(draw)
-        medians.append(median_time(value[index], reached[index]))
-    medians.sort()
-    estimate, low, high = bootstrap_median_time(value, reached, resamples=20_000)
-    assert estimate == 4 and (low, high) == (medians[6], medians[-7])  # 2.5 % of 256 at each end
+    value, reached = np.array([6.0, 1.0, 9.0, 2.0, 4.0]), np.array([True, True, False, True, False])
+    draws = [list(draw) for draw in itertools.product(range(5), repeat=5)]
+    medians = np.sort([median_time(value[draw], reached[draw]) for draw in draws])
+    for confidence in (0.5, 0.8, 0.95):
+        estimate, low, high = bootstrap_median_time(value, reached, confidence)
+        outside = int((1 - confidence) / 2 * len(draws))
+        assert estimate == 6 and (low, high) == (medians[outside], medians[-1 - outside])
     assert (low, high) == (1, np.inf)
     assert bootstrap_median_time([3, 3, 3], [True] * 3) == (3, 3, 3)
     assert bootstrap_median_time([3, 3, 3], [False] * 3) == (np.inf,) * 3
@@ -141,7 +147,13 @@ def pairs_of(differences, **more):
 
 @pytest.mark.parametrize(
     "differences",
-    [(0.1, 0.2, 0.3, 0.4), (0.1, 0.2, 0.3, -0.2), (0.1, 0.1, -0.1, -0.1), (0.1, 0.2, -0.3, 0.0)],
+    [
+        (0.1, 0.2, 0.3, 0.4),
+        (0.1, 0.2, 0.3, -0.2),
+        (0.1, 0.1, -0.1, -0.1),
+        (0.1, 0.2, -0.3, 0.0),
+        (0.1, 0.3, -0.3, -0.1),
+    ],
 )
 def test_sign_flips_enumerated(differences):
     flips = np.array(list(itertools.product((1, -1), repeat=4)))
