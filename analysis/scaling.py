@@ -1,8 +1,8 @@
 """How runs scale with the context length: what each needed, how far it got, cells, power laws, positions.
 
 Input is a tidy table `evaluations`, one row per evaluation: kind is 'during' training or 'final' (on more
-held-out sequences, finished runs only), length the context evaluated, train_length the one in training at that
-moment and seq_len the goal of the run. A run is a (run, model) pair: a folder may hold several architectures.
+held-out sequences, finished runs only), length the context evaluated, train_length the one in training at
+that moment and seq_len the goal of the run. A run is a (run, model) pair: a folder may hold several models.
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ def _tobit(y: np.ndarray, design: np.ndarray, reached: np.ndarray) -> tuple[np.n
         negative, theta, jac=gradient, hess=hessian, method="trust-exact", options={"gtol": 1e-9}
     )
     delta, gamma = found.x[:-1], found.x[-1]
-    return start + scale * delta / gamma, scale / gamma, float(-found.fun - m * np.log(scale))
+    return start + scale * delta / gamma, float(scale / gamma), float(-found.fun - m * np.log(scale))
 
 
 def _crossing(excess: Callable[[float], float], inside: float, step: float) -> float:

@@ -1,7 +1,7 @@
 """Statistics for few and censored runs: survival curves, intervals and paired tests.
 
-A run that never got to its goal is an observation ("more than this was needed"), not a missing value: wherever
-`value` comes with `reached`, value is what was needed where reached and what was spent in vain elsewhere
+A run that never got to its goal is an observation ("more than this was needed"), not a missing value.
+Where `value` comes with `reached`, value is what was needed if reached and what was spent in vain if not
 (right-censored, as a patient who leaves a study alive).
 """
 
@@ -68,8 +68,8 @@ def kaplan_meier(value: Any, reached: Any) -> pd.DataFrame:
     """Share of runs that still need more, by what was spent: S(t) = prod_{t_i <= t} (1 - d_i / n_i).
 
     value: (n,) in any unit; reached: (n,) bool. Returns one row per different value, ascending: time = t_i,
-    survival = S(t_i), at_risk = n_i runs with value >= t_i, events = d_i of them reached there. Kaplan & Meier
-    1958, equation 2b. Raises ValueError as `censored`.
+    survival = S(t_i), at_risk = n_i runs with value >= t_i, events = d_i of them reached there. Kaplan and
+    Meier 1958. Raises ValueError as `censored`.
     """
     values, flags = censored(value, reached)
     time, first = np.unique(values, return_index=True)
@@ -127,10 +127,11 @@ def bootstrap(
 ) -> tuple[float, float, float]:
     """(estimate, low, high) of a statistic of n independent values, by resampling them.
 
-    BCa (Efron 1987) from `FEW` values on, the percentile interval below and where BCa is undefined (a statistic
-    that takes only a few values). Neither knows more than the data: of 3 seeds the interval of the mean is
-    their range, which holds the true one only three times in four; `mean_interval` is better there. No spread
-    gives low = high = estimate, a single value nan bounds. Raises ValueError for none, or missing ones.
+    BCa (Efron 1987) from `FEW` values on; the percentile interval below and where BCa is undefined (for a
+    statistic that takes only a few values). Neither knows more than the data: of 3 seeds the interval of the
+    mean is their range, which holds the true one about three times in four; `mean_interval` is better there.
+    No spread gives low = high = estimate, a single value nan bounds. Raises ValueError for none, or missing
+    ones.
     """
     data = _values(values)
     _fraction(confidence)
@@ -161,7 +162,7 @@ def bootstrap_median_time(
 ) -> tuple[float, float, float]:
     """(median, low, high) of `median_time`, by resampling runs with their flags (Efron 1981); inf allowed.
 
-    Percentile interval whose ends are resampled medians, rounded outward, since none lies between a number and
+    Percentile interval whose ends are resampled medians, rounded outward: nothing lies between a number and
     inf. A single run has nan bounds. Raises ValueError as `censored`.
     """
     values, flags = censored(value, reached)
@@ -290,12 +291,11 @@ def paired_test(
     """Does `value` differ between levels a and b of `factor`, among rows that agree in the columns `on`?
 
     table: one row per run; rows without a partner are left out. p is exact under the hypothesis that swapping
-    a and b within a pair changes nothing; with n pairs it cannot be less than 2 / 2^n. Pairs that share a seed
-    but not a length are taken as independent. Raises ValueError if nothing matches, a match is ambiguous, or
-    `value` is a censored time (see `paired_sign_test`).
+    a and b within a pair changes nothing; with n pairs it cannot be less than 2 / 2^n. Pairs that share a
+    seed but not a length are taken as independent. Raises ValueError if nothing matches, a match is
+    ambiguous, or `value` is a censored time (see `paired_sign_test`).
     """
-    censors = "reached" in table and value == "value" and not table["reached"].all()
-    if censors:
+    if value == "value" and "reached" in table and not table["reached"].all():
         raise ValueError("value is censored where reached is False; use paired_sign_test")
     pairs = _pairs(table, a, b, on, [value], factor)
     differences = pairs[f"{value}_a"].to_numpy(float) - pairs[f"{value}_b"].to_numpy(float)
@@ -360,9 +360,7 @@ def compare_families(
     require(outcomes, [factor, *on, value], "outcomes")
     levels = outcomes[factor].dropna().unique()
     if len(levels) < 2:
-        raise ValueError(
-            f"outcomes has a single {factor}, {', '.join(map(str, levels))}; give two to compare"
-        )
+        raise ValueError(f"outcomes has {len(levels)} level of {factor}; a comparison needs two")
     rows: list[dict[str, Any]] = []
     for a, b in combinations(levels, 2):
         test: PairedTest | SignTest

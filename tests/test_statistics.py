@@ -1,0 +1,285 @@
+"""Survival curves, intervals and paired tests against scipy, closed forms and enumeration."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from analysis.statistics import (
+    bootstrap,
+    bootstrap_median_time,
+    compare_families,
+    holm,
+    kaplan_meier,
+    mean_interval,
+    median_time,
+    paired_sign_test,
+    paired_test,
+    require,
+    restricted_mean,
+    sign_flip_p,
+)
+
+runs = st.lists(st.tuples(st.integers(0, 12), st.booleans()), min_size=1, max_size=20)
+
+
+@pytest.fixture(autouse=True)
+def no_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+# --- survival ---
+
+
+@settings(deadline=None, max_examples=60)
+@given(runs)
+def test_kaplan_meier_is_scipys(pairs):
+    value, reached = (np.array(x) for x in zip(*pairs, strict=True))
+    curve = kaplan_meier(value, reached)
+    expected = stats.ecdf(stats.CensoredData.right_censored(value.astype(float), ~reached)).sf
+    np.testing.assert_array_equal(curve["time"], expected.quantiles)
+    np.testing.assert_allclose(curve["survival"], expected.probabilities, atol=1e-12)
+    assert curve["events"].sum() == reached.sum() and curve["at_risk"].iloc[0] == len(value)
+    below = curve["time"][curve["survival"] <= 0.5 + 1e-9]
+    assert median_time(value, reached) == (below.iloc[0] if len(below) else np.inf)
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=20))
+def test_without_censoring_it_is_the_empirical_distribution(value):
+    reached = np.ones(len(value), bool)
+    curve = kaplan_meier(value, reached)
+    share = [np.mean(np.array(value) > t) for t in curve["time"]]
+    np.testing.assert_allclose(curve["survival"], share, atol=1e-12)
+    assert median_time(value, reached) == sorted(value)[(len(value) - 1) // 2]
+    horizon = max(value) + 1
+    assert restricted_mean(value, reached, horizon) == pytest.approx(np.mean(value), abs=1e-9, rel=1e-9)
+
+
+@settings(deadline=None)
+@given(runs, st.integers(0, 12))
+def test_a_run_never_reached_never_lowers_the_median(pairs, spent):
+    value, reached = (list(x) for x in zip(*pairs, strict=True))
+    assert median_time([*value, spent], [*reached, False]) >= median_time(value, reached)
+
+
+def test_rounding_does_not_move_the_median():
+    # the product of 23/24, 22/23, .. 12/13 comes out above 1/2 in floating point
+    assert median_time(range(1, 25), [True] * 24) == 12
+    assert median_time(range(1, 25), [True] * 12 + [False] * 12) == 12
+    assert median_time(range(1, 25), [True] * 11 + [False] * 13) == np.inf
+
+
+def test_restricted_mean_closed_form():
+    # S = 1 up to 2, then 2/3; the run censored at 4 leaves one at risk, which ends at 6
+    assert restricted_mean([2, 4, 6], [True, False, True], 6) == pytest.approx(2 + 4 * 2 / 3)
+    assert restricted_mean([2, 4, 6], [True, False, True], 3) == pytest.approx(2 + 2 / 3)
+    assert restricted_mean([2, 4, 6], [True, False, True], 60) == pytest.approx(2 + 4 * 2 / 3)
+    assert restricted_mean([5, 5], [False, False], 5) == 5
+    with pytest.raises(ValueError, match="use at most the longest, 5"):
+        restricted_mean([5, 5], [False, False], 6)
+
+
+# --- intervals ---
+
+
+def test_mean_interval_is_students():
+    values = [0.2, 0.5, 0.9, 0.95]
+    mean, low, high = mean_interval(values)
+    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (mean, low, high) == pytest.approx((np.mean(values), expected.low, expected.high))
+    assert high > 1 and mean_interval(values, bounds=(0, 1))[2] == 1
+    one = mean_interval([0.3])
+    assert one[0] == 0.3 and np.isnan(one[1:]).all()
+
+
+@pytest.mark.parametrize("n, method", [(5, "percentile"), (40, "BCa")])
+def test_bootstrap_is_scipys(n, method):
+    values = np.random.default_rng(1).exponential(size=n)
+    expected = stats.bootstrap(
+        (values,), np.mean, n_resamples=10_000, method=method, random_state=np.random.default_rng(0)
+    ).confidence_interval
+    assert bootstrap(values) == pytest.approx((values.mean(), expected.low, expected.high))
+
+
+def test_bootstrap_of_few_and_equal_values():
+    assert bootstrap([0.1, 0.5, 0.9])[1:] == pytest.approx((0.1, 0.9))  # three seeds: their range
+    for n in (2, 3, 30):
+        estimate, low, high = bootstrap([0.7] * n)
+        assert estimate == low == high == pytest.approx(0.7)
+    assert bootstrap([0.7])[0] == 0.7 and np.isnan(bootstrap([0.7])[1:]).all()
+    # BCa is undefined where nearly every resample has the same maximum
+    estimate, low, high = bootstrap([0.0] * 11 + [1.0], statistic=np.median)
+    assert estimate == 0 and low == 0 and np.isfinite(high)
+
+
+def test_bootstrap_median_time_enumerated():
+    value, reached = np.array([6.0, 1.0, 9.0, 2.0, 4.0]), np.array([True, True, False, True, False])
+    draws = [list(draw) for draw in itertools.product(range(5), repeat=5)]
+    medians = np.sort([median_time(value[draw], reached[draw]) for draw in draws])
+    for confidence in (0.5, 0.8, 0.95):
+        estimate, low, high = bootstrap_median_time(value, reached, confidence)
+        outside = int((1 - confidence) / 2 * len(draws))
+        assert estimate == 6 and (low, high) == (medians[outside], medians[-1 - outside])
+    assert (low, high) == (1, np.inf)
+    assert bootstrap_median_time([3, 3, 3], [True] * 3) == (3, 3, 3)
+    assert bootstrap_median_time([3, 3, 3], [False] * 3) == (np.inf,) * 3
+    assert np.isnan(bootstrap_median_time([3], [True])[1:]).all()
+
+
+# --- pairs ---
+
+
+def pairs_of(differences, **more):
+    """Models a and b at seeds 0, 1, ..; a's accuracy is 0.5 higher by each difference."""
+    seeds = range(len(differences))
+    a = pd.DataFrame(dict(model="a", seed=seeds, accuracy=0.5 + np.array(differences), **more))
+    return pd.concat([a, a.assign(model="b", accuracy=0.5)]).sample(frac=1, random_state=0)
+
+
+@pytest.mark.parametrize(
+    "differences",
+    [
+        (0.1, 0.2, 0.3, 0.4),
+        (0.1, 0.2, 0.3, -0.2),
+        (0.1, 0.1, -0.1, -0.1),
+        (0.1, 0.2, -0.3, 0.0),
+        (0.1, 0.3, -0.3, -0.1),
+    ],
+)
+def test_sign_flips_enumerated(differences):
+    flips = np.array(list(itertools.product((1, -1), repeat=4)))
+    means = np.abs((flips * differences).mean(axis=1))
+    p = np.mean(means >= abs(np.mean(differences)) - 1e-9)
+    assert sign_flip_p(differences) == pytest.approx(p)
+    test = paired_test(pairs_of(differences), "a", "b", on=["seed"])
+    assert test.p == pytest.approx(p) and test.n == 4 and test.p_smallest == 2 / 16
+    assert test.difference == pytest.approx(np.mean(differences))
+    assert test.low <= test.difference <= test.high
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(-9, 9), min_size=1, max_size=9))
+def test_paired_test_is_symmetric_and_bounded_below(differences):
+    table = pairs_of(np.array(differences) / 32)
+    there, back = paired_test(table, "a", "b", on=["seed"]), paired_test(table, "b", "a", on=["seed"])
+    assert there.p == back.p and there.difference == -back.difference
+    assert min(1, 2 / 2 ** len(differences)) <= there.p <= 1
+    assert there.n > 5 or there.p > 0.05  # neither 3 nor 5 pairs can
+    if any(differences):
+        assert there.p_wilcoxon == stats.wilcoxon(differences).pvalue
+    else:
+        assert there.p == there.p_wilcoxon == 1 and there.difference == 0
+
+
+def test_many_pairs_are_sampled_and_reproducible():
+    differences = np.random.default_rng(0).normal(0.1, 0.2, 30)
+    p = sign_flip_p(differences)
+    assert p == sign_flip_p(differences)
+    assert p == pytest.approx(stats.ttest_1samp(differences, 0).pvalue, abs=0.02)
+
+
+def test_pairs_are_matched_on_all_columns_and_missing_values():
+    table = pairs_of([0.1, 0.2, 0.3], d_state=[16.0, np.nan, 64.0])
+    table = table[~((table["model"] == "b") & (table["seed"] == 2))]  # a run without a partner
+    test = paired_test(table, "a", "b", on=["seed", "d_state"])
+    assert test.n == 2 and test.difference == pytest.approx(0.15)
+
+
+CASES = [  # (a's value, reached), (b's value, reached), who was first
+    ((10, True), (20, True), "a"),
+    ((30, True), (20, True), "b"),
+    ((20, True), (20, True), "tie"),
+    ((10, True), (20, False), "a"),
+    ((20, True), (20, False), "a"),  # b had not got there after 20
+    ((30, True), (20, False), "unknown"),
+    ((20, False), (10, True), "b"),
+    ((20, False), (20, False), "unknown"),
+]
+
+
+def outcomes_of(cases):
+    rows = []
+    for seed, (a, b, _) in enumerate(cases):
+        for model, (value, reached) in zip("ab", (a, b), strict=True):
+            rows.append(dict(model=model, seed=seed, value=value, reached=reached, accuracy=0.5))
+    return pd.DataFrame(rows)
+
+
+def test_sign_test_knows_the_order_only_where_it_is_observed():
+    test = paired_sign_test(outcomes_of(CASES), "a", "b", on=["seed"])
+    order = [case[2] for case in CASES]
+    assert (test.a_first, test.b_first, test.ties, test.unknown) == tuple(
+        order.count(x) for x in ("a", "b", "tie", "unknown")
+    )
+    assert test.n == 8 and test.p == pytest.approx(stats.binomtest(3, 5).pvalue)
+    assert test.p_smallest == 2 / 2**5
+    nobody = paired_sign_test(outcomes_of(CASES[-1:]), "a", "b", on=["seed"])
+    assert nobody.p == 1 and nobody.unknown == 1
+
+
+def test_holm():
+    np.testing.assert_allclose(holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])  # by hand
+    np.testing.assert_allclose(holm([0.6, 0.7]), [1, 1])
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_lies_between_no_correction_and_bonferronis(p):
+    corrected = holm(p)
+    assert (corrected >= p).all() and (corrected <= np.minimum(1, np.array(p) * len(p))).all()
+
+
+def test_compare_families():
+    seeds = range(8)
+    rows = [
+        dict(model=m, layout="suffix", seq_len=64, seed=s, value=v + s, reached=m != "c", accuracy=acc)
+        for m, v, acc in (("a", 10, 0.9), ("b", 100, 0.8), ("c", 1000, 0.1))
+        for s in seeds
+    ]
+    table = compare_families(pd.DataFrame(rows))
+    assert list(zip(table["a"], table["b"], strict=True)) == [("a", "b"), ("a", "c"), ("b", "c")]
+    np.testing.assert_allclose(table["p"], 2 / 2**8)
+    np.testing.assert_allclose(table["p_holm"], 3 * 2 / 2**8)
+    assert (table["a_first"] == 8).all()
+    accuracy = compare_families(pd.DataFrame(rows), value="accuracy")
+    np.testing.assert_allclose(accuracy["difference"], [0.1, 0.8, 0.7])
+    np.testing.assert_allclose(accuracy["p"], 2 / 2**8)
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: require(pd.DataFrame(dict(x=[1])), ["x", "seed"], "table"), "lacks the column.s. seed"),
+        (lambda: require(pd.DataFrame(dict(x=[])), ["x"], "table"), "no rows"),
+        (lambda: kaplan_meier([], []), "at least one number"),
+        (lambda: kaplan_meier([1, 2], [True]), "one truth value for each of the 2"),
+        (lambda: kaplan_meier([-1], [True]), "smallest is -1"),
+        (lambda: median_time([np.nan], [True]), "must be finite"),
+        (lambda: restricted_mean([1], [True], 0), "horizon 0"),
+        (lambda: bootstrap([1, np.nan]), "must be finite"),
+        (lambda: mean_interval([1, 2], confidence=95), "confidence 95"),
+        (lambda: paired_test(pairs_of([1.0]), "a", "z", on=["seed"]), "no rows with model z; choose from"),
+        (lambda: paired_test(pairs_of([1.0]), "a", "a", on=["seed"]), "differ"),
+        (lambda: paired_test(pairs_of([1.0]), "a", "b", on=["length"]), "lacks the column.s. length"),
+        (lambda: paired_test(pairs_of([1.0, 1.0], n=1), "a", "b", on=["n"]), "several rows with the same n"),
+        (lambda: paired_test(pairs_of([1.0, np.nan]), "a", "b", on=["seed"]), "missing accuracy"),
+        (lambda: paired_test(outcomes_of(CASES), "a", "b", ["seed"], "value"), "use paired_sign_test"),
+        (lambda: paired_test(pairs_of([1.0]).assign(k=[1, 2]), "a", "b", on=["k"]), "name fewer columns"),
+        (lambda: compare_families(pairs_of([1.0]).query("model == 'a'"), ["seed"], value="accuracy"), "two"),
+    ],
+)
+def test_bad_input_is_one_clear_line(call, message):
+    with pytest.raises(ValueError, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
