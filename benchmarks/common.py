@@ -6,6 +6,7 @@ import multiprocessing
 import resource
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -56,6 +57,18 @@ def peak_memory(make: Callable[..., Callable[[], Any]], small: tuple, large: tup
         raise RuntimeError(f"the process measuring {make.__name__} died") from None
     process.join()
     return float(peak)
+
+
+def numpy_peak(call: Callable[[], Any]) -> float:
+    """MiB that NumPy has allocated at most during a call, its result included.
+
+    For calls so small that the peak of a process does not move: it has held more while it started.
+    """
+    tracemalloc.start()
+    call()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak / 2**20
 
 
 def machine() -> str:

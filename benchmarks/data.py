@@ -4,8 +4,9 @@
 
 Prints million tokens/s for lengths 16 to 16,384 in every layout (training split, and held-out split,
 whose contexts are redrawn about eight times) and the memory a batch takes at most while it is made;
-then the training tokens/s of this project's tiny models and of transformers' GPT-NeoX of the same size on
-the same batches, each in its faster of float32 and bfloat16 autocast; and last one line a ratio:
+then the training tokens/s of this project's tiny models, by the loss and optimiser of `synthetic.train`, and
+of transformers' GPT-NeoX of the same size on the same batches, each in its faster of float32 and bfloat16
+autocast; and last one line a ratio. Batches are those of the default run, and freed memory is kept as there.
 
     ratio data_vs_transformer X         slowest layout at length 1,024 against transformer-tiny
     ratio data_vs_mamba X               ... against mamba-tiny
@@ -17,33 +18,36 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import time
-import tracemalloc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks.common import machine, numpy_peak, seconds
+from models.ops.memory import keep_freed_memory
 from synthetic import tasks
+from synthetic.config import RunConfig
+from synthetic.evaluate import autocast
 from synthetic.tasks import Batch, Task
+from synthetic.train import MIN_ROWS
 
-TOKENS = 8192  # context tokens a batch, as in the default job
 SYMBOLS = 1024  # at least; more where the context is longer
-QUERIES = 64  # as in the default job, or one a context symbol where the context is shorter
+PAIRS = 64  # of mqar, or as many as the context has room for
 LENGTHS = (16, 64, 256, 1024, 4096, 16384)
 
 
 def make_task(name: str, length: int, layout: str) -> Task:
-    options: dict[str, Any] = dict(seq_len=length, num_symbols=max(SYMBOLS, length), layout=layout)
+    options: dict[str, Any] = dict(seq_len=length, num_symbols=max(SYMBOLS, length), layout=layout, blocks=2)
     if "num_pairs" in tasks.options(name):
-        options["num_pairs"] = min(QUERIES, length // 4)
+        options["num_pairs"] = min(PAIRS, length // 4)
     return tasks.build(name, **{k: v for k, v in options.items() if k in tasks.options(name)})
 
 
-def query_count(task: Task) -> int:
-    return max(task.usual_queries(), min(QUERIES, task.max_queries()))
+def batch_size(task: Task) -> int:
+    """Sequences in a batch of the default run at full length."""
+    return max(MIN_ROWS, RunConfig.batch_tokens // task.max_length(task.dense_queries()))
 
 
 def kinds() -> list[tuple[str, str, str]]:
@@ -55,42 +59,23 @@ def kinds() -> list[tuple[str, str, str]]:
     ]
 
 
-def seconds(call: Callable[[int], object], repeats: int, warmup: int = 2) -> float:
-    """Median wall time of call(i), i = 0, 1, ..."""
-    times = []
-    for i in range(warmup + repeats):
-        started = time.perf_counter()
-        call(i)
-        times.append(time.perf_counter() - started)
-    return sorted(times[warmup:])[repeats // 2]
+def batches(task: Task, split: str) -> Callable[[], Batch]:
+    """Makes another batch, with the default run's number of queries, at every call."""
+    rows, queries, index = batch_size(task), task.dense_queries(), itertools.count()
+    return lambda: task.batch(rows, seed=0, index=next(index), split=split, queries=queries)
 
 
-def generator_speed(task: Task, length: int, split: str, repeats: int) -> float:
+def generator_speed(task: Task, split: str, repeats: int) -> float:
     """Tokens of input_ids made a second, on the thread that calls."""
-    rows = max(1, TOKENS // length)
-    queries = query_count(task)
-
-    def make(index: int) -> Batch:
-        return task.batch(rows, seed=0, index=index, split=split, queries=queries)
-
-    return make(0).input_ids.numel() / seconds(make, repeats)
-
-
-def peak_memory(task: Task, length: int, split: str) -> float:
-    """MiB allocated at most while one batch is made, the batch included (NumPy reports to tracemalloc)."""
-    rows, queries = max(1, TOKENS // length), query_count(task)
-    tracemalloc.start()
-    task.batch(rows, seed=0, index=0, split=split, queries=queries)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    return peak / 2**20
+    make = batches(task, split)
+    return make().input_ids.numel() / seconds({"": make}, repeats)[""]
 
 
 def memory_table(lengths: tuple[int, ...]) -> None:
     """Prints a row for every task and split, suffix layout."""
     print("\npeak memory of one batch, MiB")
     for name, split in itertools.product(tasks.names(), ("train", "heldout")):
-        row = [peak_memory(make_task(name, n, "suffix"), n, split) for n in lengths]
+        row = [numpy_peak(batches(make_task(name, n, "suffix"), split)) for n in lengths]
         print(f"{name:16} {split:8} {'suffix':12}" + "".join(f"{mib:9.2f}" for mib in row))
 
 
@@ -98,28 +83,31 @@ def generator_table(lengths: tuple[int, ...], repeats: int) -> dict[tuple[str, i
     """Prints a row for every task, split and layout; returns the speeds of `position`, train split, by
     (layout, length)."""
     speeds: dict[tuple[str, int], float] = {}
-    print(f"generators, million tokens/s, {TOKENS} context tokens a batch, up to {QUERIES} queries a row")
+    print("generators, million tokens/s")
     print(f"{'task':16} {'split':8} {'layout':12}" + "".join(f"{n:>9}" for n in lengths))
     for name, split, layout in kinds():
-        row = [generator_speed(make_task(name, n, layout), n, split, repeats) for n in lengths]
+        row = [generator_speed(make_task(name, n, layout), split, repeats) for n in lengths]
         print(f"{name:16} {split:8} {layout:12}" + "".join(f"{speed / 1e6:9.2f}" for speed in row))
         if (name, split) == ("position", "train"):
             speeds |= {(layout, n): speed for n, speed in zip(lengths, row, strict=True)}
     return speeds
 
 
-def our_model(name: str, vocab_size: int, table: int) -> Callable[[Batch], torch.Tensor]:
-    """A training step's logits at the scored places, by this project's model `name`."""
+Loss = Callable[[Batch], torch.Tensor]
+
+
+def our_model(name: str, vocab_size: int, table: int) -> tuple[nn.Module, Loss]:
+    """This project's model `name` and its loss on a batch, as `synthetic.train.update` computes it."""
     import models
 
     options: dict[str, Any] = dict(vocab_size=vocab_size)
     if name.startswith("transformer"):
         options |= dict(position="learned", max_position_embeddings=table)
     model = models.build(name, **options)
-    return trained(model.parameters(), lambda b: model(b.input_ids, logits_at=b.answer_at))
+    return model, lambda b: model.loss(b.input_ids, labels=b.labels, logits_at=b.answer_at)[0]
 
 
-def library_model(vocab_size: int, table: int) -> Callable[[Batch], torch.Tensor]:
+def library_model(vocab_size: int, table: int) -> tuple[nn.Module, Loss]:
     """The same by transformers' GPT-NeoX with the shape of transformer-tiny, its fastest CPU path."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -134,39 +122,34 @@ def library_model(vocab_size: int, table: int) -> Callable[[Batch], torch.Tensor
         attn_implementation="sdpa",
     )
     model = GPTNeoXForCausalLM(config)
-    return trained(model.parameters(), lambda b: model(b.input_ids).logits[:, b.answer_at])
+
+    def loss(batch: Batch) -> torch.Tensor:
+        logits = model(batch.input_ids).logits[:, batch.answer_at]
+        return F.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten())
+
+    return model, loss
 
 
-def trained(
-    parameters: Iterable[nn.Parameter], logits: Callable[[Batch], torch.Tensor]
-) -> Callable[[Batch], torch.Tensor]:
-    """One AdamW step on a batch; returns its loss."""
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+def step_speed(model: nn.Module, loss_of: Loss, batch: Batch, precision: str, repeats: int) -> float:
+    """Tokens of input_ids trained on a second, by the optimiser steps of `synthetic.train`."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 
-    def step(batch: Batch) -> torch.Tensor:
-        loss = F.cross_entropy(logits(batch).flatten(0, 1).float(), batch.labels.flatten())
-        optimizer.zero_grad(set_to_none=True)
+    def step() -> float:
+        with autocast("cpu", precision):
+            loss = loss_of(batch)
+        optimizer.zero_grad()
         loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), RunConfig.grad_clip)
         optimizer.step()
-        return loss.detach()
+        return loss.item()
 
-    return step
-
-
-def step_speed(
-    step: Callable[[Batch], torch.Tensor], batch: Batch, dtype: torch.dtype, repeats: int
-) -> float:
-    """Tokens of input_ids trained on a second, bfloat16 meaning autocast."""
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        return batch.input_ids.numel() / seconds(lambda _: step(batch), repeats)
+    return batch.input_ids.numel() / seconds({"": step}, repeats, warmup=2)[""]
 
 
 def model_speeds(length: int, repeats: int) -> dict[str, float]:
     """Training tokens/s of each consumer on `position`, suffix layout; prints a row each."""
     task = make_task("position", length, "suffix")
-    queries = min(QUERIES, length)
-    batch = task.batch(max(1, TOKENS // length), seed=0, index=0, queries=queries)
-    table = task.max_length(queries)
+    batch, table = batches(task, "train")(), task.max_length(task.dense_queries())
     builders = {
         "transformer": lambda: our_model("transformer-tiny", task.vocab_size, table),
         "mamba": lambda: our_model("mamba-tiny", task.vocab_size, table),
@@ -175,13 +158,13 @@ def model_speeds(length: int, repeats: int) -> dict[str, float]:
     speeds: dict[str, float] = {}
     for name, build in builders.items():
         try:
-            step = build()
+            model, loss_of = build()
         except ImportError as error:
             print(f"{name:18} skipped: {error}")
             continue
-        for dtype in (torch.float32, torch.bfloat16):
-            speed = step_speed(step, batch, dtype, repeats)
-            print(f"{name:18} length {length:5} {str(dtype)[6:]:10} {speed / 1e6:9.4f}")
+        for precision in ("float32", "bfloat16"):
+            speed = step_speed(model, loss_of, batch, precision, repeats)
+            print(f"{name:18} length {length:5} {precision:10} {speed / 1e6:9.4f}")
             speeds[name] = max(speed, speeds.get(name, 0.0))
     return speeds
 
@@ -191,11 +174,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer lengths and repeats")
     quick = parser.parse_args().quick
     lengths = (16, 1024) if quick else LENGTHS
+    keep_freed_memory()
+    print(machine())
     generated = generator_table(lengths, repeats=5 if quick else 21)
     memory_table(lengths)
     slowest = {n: min(generated[layout, n] for layout in tasks.LAYOUTS) for n in lengths}
 
-    print(f"\ntraining steps, million tokens/s, {torch.get_num_threads()} threads")
+    print("\ntraining steps, million tokens/s")
     ratios = {}
     for length in (1024, 16):
         for name, speed in model_speeds(length, repeats=3 if quick else 7).items():

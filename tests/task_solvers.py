@@ -5,6 +5,8 @@ from __future__ import annotations
 from synthetic import tasks
 from synthetic.tasks import Batch, Task
 
+POSITION_TASKS = ("position", "position-varlen")  # those of which test_tasks.py checks every detail
+
 # Small options for every task of the registry, where the defaults are large.
 SMALL = {
     "position": dict(seq_len=16, num_symbols=40),

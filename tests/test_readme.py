@@ -20,21 +20,26 @@ from synthetic.config import RunConfig, plan
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [README, *(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))]
-COMMANDS = sorted(
-    {
-        line.partition("#")[0].strip()
-        for text in DOCUMENTS
-        for line in re.findall(r"^python -m synthetic\.run.*$", text, flags=re.MULTILINE)
-    }
-)
+
+
+def commands(text: str) -> list[str]:
+    """The lines of a document that run the experiment, without their comments."""
+    lines = re.findall(r"^python -m synthetic\.run.*$", text, flags=re.MULTILINE)
+    return [line.partition("#")[0].strip() for line in lines]
+
+
+def parsed(command: str) -> RunConfig:
+    return dataclasses.replace(tyro.cli(RunConfig, args=shlex.split(command)[3:]), device="cpu")
+
+
+COMMANDS = sorted({command for text in DOCUMENTS for command in commands(text)})
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_of_the_documents_can_be_planned(command):
-    words = shlex.split(command)[3:]
-    if "--help" in words:
+    if "--help" in command:
         return  # test_run.py looks at it
-    config = dataclasses.replace(tyro.cli(RunConfig, args=words), device="cpu")
+    config = parsed(command)
     for family in config.model:
         assert plan(config, family).seq_len == config.seq_len
 

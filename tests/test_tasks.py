@@ -1,9 +1,8 @@
-"""Task generators against a brute-force solver that reads rendered text, and against closed forms."""
+"""The position tasks against a brute-force solver that reads rendered text; layouts, streams, bad options."""
 
 import hashlib
 import inspect
 import itertools
-import math
 import random
 import textwrap
 
@@ -13,12 +12,12 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from task_solvers import POSITION_TASKS
 from torch.utils.data import DataLoader, Dataset
 
 from synthetic import tasks
 from synthetic.tasks import sampling
 
-POSITION_TASKS = ("position", "position-varlen")  # the others: test_tasks_*.py
 ALL = [(name, layout) for name in POSITION_TASKS for layout in tasks.LAYOUTS]
 MIN_P = 1e-3  # seeds are fixed, so these are not flaky
 unhurried = settings(deadline=None)  # a busy machine is no failure
@@ -265,169 +264,11 @@ def test_first_of_many_queries_is_what_evaluation_sees():
         assert stats.chisquare(np.bincount(many.target_index[:, column].numpy())).pvalue > MIN_P
 
 
-# --- distributions -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size, num", [(1, 5), (2, 6), (3, 9), (3, 8), (3, 4), (4, 4), (1, 1)])
-def test_distinct_draws_are_uniform_over_all_ordered_draws(size, num):
-    """Both methods: redrawing duplicates (3 size <= num) and permuting."""
-    rng = np.random.default_rng(2)
-    draws = sampling.sample_distinct(rng, 60_000, size, num)
-    assert draws.dtype == np.int64 and draws.shape == (60_000, size)
-    _, counts = np.unique(draws, axis=0, return_counts=True)
-    assert len(counts) == math.perm(num, size)
-    assert len(counts) == 1 or stats.chisquare(counts).pvalue > MIN_P
-
-
-@pytest.mark.parametrize("name", POSITION_TASKS)
-@pytest.mark.parametrize("split", sampling.SPLITS)
-def test_targets_and_symbols_are_uniform(name, split):
-    task = tasks.build(name, seq_len=10, num_symbols=40)
-    batch = task.batch(30_000, seed=11, index=4, split=split)
-    assert stats.chisquare(np.bincount(batch.target_index[:, 0].numpy(), minlength=10)).pvalue > MIN_P
-    context = batch.input_ids[:, 1:11].numpy() - task.vocabulary.first_symbol
-    for place in (0, 9):
-        assert stats.chisquare(np.bincount(context[:, place], minlength=40)).pvalue > MIN_P
-    queried = context[np.arange(30_000), batch.target_index[:, 0]]
-    assert stats.chisquare(np.bincount(queried, minlength=40)).pvalue > MIN_P
-
-
-def test_varlen_distractors_are_uniform_over_the_other_symbols():
-    task = tasks.build("position-varlen", seq_len=6, num_symbols=20)
-    for queries in (1, 3):
-        batch = task.batch(20_000, seed=1, index=1, queries=queries)
-        context = batch.input_ids[:, 1:7].numpy() - task.vocabulary.first_symbol
-        target = batch.target_index.numpy()
-        queried = np.take_along_axis(context, target, axis=1)
-        occurrences = (context[:, :, None] == queried[:, None, :]).sum(axis=1)
-        assert (occurrences == 1).all()
-        is_target = np.zeros_like(context, dtype=bool)
-        np.put_along_axis(is_target, target, True, axis=1)
-        # distances from the first query, without those that other queries occupy
-        distance = ((context - queried[:, :1]) % 20)[~is_target]
-        counts = np.bincount(distance, minlength=20)
-        assert counts[0] == 0 and stats.chisquare(counts[1:]).pvalue > MIN_P
-
-
 def test_varlen_repeats_symbols_and_may_have_fewer_than_places():
     task = tasks.build("position-varlen", seq_len=50, num_symbols=7)
     context, queries, labels = read(task.render(task.batch(1, seed=0, index=0)))
     assert len(set(context)) <= 7 < len(context) == 50
     assert labels == solve(context, queries)
-
-
-def test_varlen_random_length_counts_distractors():
-    """Distractors uniform on min_seq_len .. seq_len - 1, so contexts of one more; one length a batch."""
-    task = tasks.build("position-varlen", seq_len=9, num_symbols=30, min_seq_len=5)
-    lengths = []
-    for index in range(400):
-        batch = task.batch(2, seed=0, index=index)
-        assert batch.input_ids.shape[1] == batch.length + 3 and batch.chance == 1 / batch.length
-        lengths.append(batch.length)
-    assert sorted(set(lengths)) == [6, 7, 8, 9]
-    assert stats.chisquare(np.bincount(lengths)[6:]).pvalue > MIN_P
-    assert task.batch(2, seed=0, index=0, length=3).length == 3
-    assert task.max_queries() == 6 and task.max_queries(9) == 9
-    with pytest.raises(ValueError, match="queries 7"):
-        task.batch(2, seed=0, index=0, queries=7)
-
-
-# --- the train / held-out split ----------------------------------------------------------------------
-
-
-def contexts_of(task, batch):
-    start = batch.input_ids[0].tolist().index(task.vocabulary.bos) + 1
-    rows = batch.input_ids[:, start : start + batch.length] - task.vocabulary.first_symbol
-    return {tuple(row) for row in rows.tolist()}
-
-
-def heldout_reference(context):
-    """The hash by Python integers: splitmix64 constants, linear form, splitmix64 finaliser, top bits."""
-    mask = 2**64 - 1
-
-    def mix(x):
-        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
-        return x ^ (x >> 31)
-
-    constants = [mix(i * 0x9E3779B97F4A7C15 & mask) for i in range(1, len(context) + 2)]
-    total = sum(c * x for c, x in zip(constants, context, strict=False)) + constants[-1]
-    return mix(total & mask) < 2**61
-
-
-@unhurried
-@given(st.lists(st.lists(st.integers(0, 5000), min_size=6, max_size=6), min_size=1, max_size=20))
-def test_split_equals_reference_hash(contexts):
-    expected = [heldout_reference(context) for context in contexts]
-    assert sampling.is_heldout(np.array(contexts)).tolist() == expected
-
-
-def test_split_is_exhaustive_and_disjoint_in_a_small_space():
-    """All 120 contexts of 4 out of 5 symbols, from different seeds, queries and layouts."""
-    seen = {"train": set(), "heldout": set()}
-    for layout, (split, found) in itertools.product(("suffix", "instruction"), seen.items()):
-        task = tasks.build("position", seq_len=4, num_symbols=5, layout=layout)
-        for seed in range(3):
-            found |= contexts_of(task, task.batch(2000, seed=seed, index=0, split=split, queries=2))
-    space = set(itertools.permutations(range(5), 4))
-    assert seen["train"] & seen["heldout"] == set()
-    assert seen["train"] | seen["heldout"] == space
-    assert seen["heldout"] == {context for context in space if heldout_reference(context)}
-
-
-def test_rows_are_uniform_within_their_side_of_the_split():
-    task = tasks.build("position", seq_len=4, num_symbols=5)
-    for split, share in (("heldout", 1 / 8), ("train", 7 / 8)):
-        batch = task.batch(20_000, seed=0, index=0, split=split)
-        _, counts = np.unique(batch.input_ids[:, 1:5].numpy(), axis=0, return_counts=True)
-        assert abs(len(counts) / 120 - share) < 0.1
-        assert stats.chisquare(counts).pvalue > MIN_P
-
-
-@pytest.mark.parametrize("name, layout", ALL)
-@pytest.mark.parametrize("length", [3, 64])
-def test_split_is_disjoint_in_a_large_space(name, layout, length):
-    task = tasks.build(name, seq_len=64, num_symbols=100, layout=layout)
-    sides = [
-        set().union(*(contexts_of(task, task.batch(2000, seed=0, index=i, split=s, length=length))
-                      for i in range(3)))
-        for s in sampling.SPLITS
-    ]  # fmt: skip
-    assert not sides[0] & sides[1] and all(len(side) > 4000 for side in sides)
-
-
-def test_one_eighth_is_held_out():
-    contexts = np.random.default_rng(0).integers(0, 1024, (100_000, 20))
-    share = sampling.is_heldout(contexts).mean()
-    assert stats.binomtest(round(share * 100_000), 100_000, 1 / 8).pvalue > MIN_P
-
-
-def test_both_sides_of_every_small_space_have_contexts():
-    """Spaces of at least MIN_CONTEXTS contexts pass `check`; their split, counted exhaustively."""
-    for num_symbols, length in itertools.product(range(1, 120), range(1, 6)):
-        if sampling.MIN_CONTEXTS <= math.perm(num_symbols, length) <= 5000:
-            tasks.build("position", seq_len=length, num_symbols=num_symbols)
-            space = np.array(list(itertools.permutations(range(num_symbols), length)))
-            assert 0.02 < sampling.is_heldout(space).mean() < 0.3
-        elif length <= num_symbols and math.perm(num_symbols, length) < sampling.MIN_CONTEXTS:
-            with pytest.raises(ValueError, match="too few"):
-                tasks.build("position", seq_len=length, num_symbols=num_symbols)
-
-
-@unhurried
-@given(st.integers(1, 6), st.integers(2, 4))
-def test_varlen_context_count_is_a_lower_bound(length, num_symbols):
-    space = itertools.product(range(num_symbols), repeat=length)
-    exact = sum(any(context.count(x) == 1 for x in context) for context in space)
-    task = tasks.build("position-varlen", seq_len=200, num_symbols=num_symbols)
-    assert math.exp(task._log_contexts(length)) <= exact * (1 + 1e-9)
-
-
-def test_many_rows_are_drawn_in_rounds():
-    """Memory is bounded by drawing in rounds; the rows are as many and as different as asked for."""
-    task = tasks.build("position", seq_len=16, num_symbols=70_000)
-    batch = task.batch(300, seed=0, index=0, split="heldout")
-    assert batch.input_ids.shape == (300, 19) and len(contexts_of(task, batch)) == 300
 
 
 # --- options and errors ------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 from scipy import stats
-from task_solvers import small
+from task_solvers import POSITION_TASKS, small
 
 from synthetic import tasks
 from synthetic.tasks import sampling
@@ -144,3 +144,63 @@ def test_selective_copy_spaces_symbols_at_random():
         for i, j in itertools.combinations(range(6), 2)
     ]
     assert stats.chisquare(counts, np.array(left) / sum(left) * 20_000).pvalue > MIN_P
+
+
+# --- position tasks ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size, num", [(1, 5), (2, 6), (3, 9), (3, 8), (3, 4), (4, 4), (1, 1)])
+def test_distinct_draws_are_uniform_over_all_ordered_draws(size, num):
+    """Both methods: redrawing duplicates (3 size <= num) and permuting."""
+    rng = np.random.default_rng(2)
+    draws = sampling.sample_distinct(rng, 60_000, size, num)
+    assert draws.dtype == np.int64 and draws.shape == (60_000, size)
+    _, counts = np.unique(draws, axis=0, return_counts=True)
+    assert len(counts) == math.perm(num, size)
+    assert len(counts) == 1 or stats.chisquare(counts).pvalue > MIN_P
+
+
+@pytest.mark.parametrize("name", POSITION_TASKS)
+@pytest.mark.parametrize("split", sampling.SPLITS)
+def test_targets_and_symbols_are_uniform(name, split):
+    task = tasks.build(name, seq_len=10, num_symbols=40)
+    batch = task.batch(30_000, seed=11, index=4, split=split)
+    assert stats.chisquare(np.bincount(batch.target_index[:, 0].numpy(), minlength=10)).pvalue > MIN_P
+    context = batch.input_ids[:, 1:11].numpy() - task.vocabulary.first_symbol
+    for place in (0, 9):
+        assert stats.chisquare(np.bincount(context[:, place], minlength=40)).pvalue > MIN_P
+    queried = context[np.arange(30_000), batch.target_index[:, 0]]
+    assert stats.chisquare(np.bincount(queried, minlength=40)).pvalue > MIN_P
+
+
+def test_varlen_distractors_are_uniform_over_the_other_symbols():
+    task = tasks.build("position-varlen", seq_len=6, num_symbols=20)
+    for queries in (1, 3):
+        batch = task.batch(20_000, seed=1, index=1, queries=queries)
+        context = batch.input_ids[:, 1:7].numpy() - task.vocabulary.first_symbol
+        target = batch.target_index.numpy()
+        queried = np.take_along_axis(context, target, axis=1)
+        occurrences = (context[:, :, None] == queried[:, None, :]).sum(axis=1)
+        assert (occurrences == 1).all()
+        is_target = np.zeros_like(context, dtype=bool)
+        np.put_along_axis(is_target, target, True, axis=1)
+        # distances from the first query, without those that other queries occupy
+        distance = ((context - queried[:, :1]) % 20)[~is_target]
+        counts = np.bincount(distance, minlength=20)
+        assert counts[0] == 0 and stats.chisquare(counts[1:]).pvalue > MIN_P
+
+
+def test_varlen_random_length_counts_distractors():
+    """Distractors uniform on min_seq_len .. seq_len - 1, so contexts of one more; one length a batch."""
+    task = tasks.build("position-varlen", seq_len=9, num_symbols=30, min_seq_len=5)
+    lengths = []
+    for index in range(400):
+        batch = task.batch(2, seed=0, index=index)
+        assert batch.input_ids.shape[1] == batch.length + 3 and batch.chance == 1 / batch.length
+        lengths.append(batch.length)
+    assert sorted(set(lengths)) == [6, 7, 8, 9]
+    assert stats.chisquare(np.bincount(lengths)[6:]).pvalue > MIN_P
+    assert task.batch(2, seed=0, index=0, length=3).length == 3
+    assert task.max_queries() == 6 and task.max_queries(9) == 9
+    with pytest.raises(ValueError, match="queries 7"):
+        task.batch(2, seed=0, index=0, queries=7)

@@ -283,6 +283,12 @@ def test_original_lengths_and_vocabularies():
     assert tasks.build("mqar", seq_len=64).vocabulary.num_symbols == 8192
 
 
+@pytest.mark.parametrize("name", ["ngram", "ngram-duplicate"])
+def test_chance_of_an_ngram_is_that_of_guessing_its_place(name):
+    task = tasks.build(name, seq_len=100, query_size=2, answer_size=3)
+    assert task.batch(2, seed=0, index=0).chance == 1 / 96
+
+
 def test_grid_of_a_shorter_context_is_the_top_of_the_image():
     task = small("grid")
     tokens, labels = read(task, task.batch(1, seed=0, index=0, length=6), 0)

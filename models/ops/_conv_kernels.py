@@ -11,13 +11,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from models.ops._simd import LANES, add, div, exp, fill, fma, load, mul, store, sub
-
-
-@njit(cache=True, nogil=True, inline="always")
-def _sigmoid(x, v):
-    one = fill(x, 1.0)
-    return div(one, add(one, exp(sub(fill(x, 0.0), v))))
+from models.ops import LANES
+from models.ops._simd import add, fill, fma, load, mul, sigmoid, store, sub
 
 
 @njit(cache=True, nogil=True)
@@ -45,7 +40,7 @@ def conv_forward(tasks, sizes, silu, x, weight, bias, before, y):
             for k in range(K):
                 out = fma(load(weight, k * E + c0), load(inputs, (t + k) * LANES), out)
             if silu:
-                out = mul(out, _sigmoid(x, out))
+                out = mul(out, sigmoid(x, out))
             store(y, (b * L + t) * E + c0, out)
 
 
@@ -67,7 +62,7 @@ def conv_backward(tasks, sizes, silu, x, weight, bias, before, gy, dx, dweight, 
                 out = shift
                 for k in range(K):
                     out = fma(load(weight, k * E + c0), load(inputs, (t + k) * LANES), out)
-                s = _sigmoid(x, out)
+                s = sigmoid(x, out)
                 g = mul(g, mul(s, add(one, mul(out, sub(one, s)))))
             sum_bias = add(sum_bias, g)
             store(grads, (t + K - 1) * LANES, g)

@@ -16,10 +16,9 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from models.ops import LANES
 from models.ops._simd import (
-    LANES,
     add,
-    div,
     exp,
     exp2,
     fill,
@@ -28,6 +27,7 @@ from models.ops._simd import (
     log1p01,
     mul,
     prefetch,
+    sigmoid,
     spread,
     store,
     sub,
@@ -46,12 +46,6 @@ def _softplus(like, x):
     """log(1 + e^x) = max(x, 0) + log(1 + e^-|x|)."""
     zero = fill(like, 0.0)
     return add(vmax(x, zero), log1p01(exp(sub(zero, vabs(x)))))
-
-
-@njit(cache=True, nogil=True, inline="always")
-def _sigmoid(like, x):
-    one = fill(like, 1.0)
-    return div(one, add(one, exp(sub(fill(like, 0.0), x))))
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -104,7 +98,7 @@ def scan_forward(
                 out = fma(ht, spread(C, bc + n), out)
             if has_z:
                 zt = load(z, row)
-                out = mul(out, mul(zt, _sigmoid(y, zt)))
+                out = mul(out, mul(zt, sigmoid(y, zt)))
             store(y, row, out)
             if p < P and positions[p] == t:
                 at = ((b * P + p) * blocks + block) * NL
@@ -199,9 +193,9 @@ def scan_backward(
                     ut, g = load(u, row), load(gy, row)
                     if has_z:  # out = y * z * sigmoid(z)
                         zt = load(z, row)
-                        sigmoid = _sigmoid(gy, zt)
-                        gate = mul(zt, sigmoid)
-                        slope = mul(sigmoid, add(one, mul(zt, sub(one, sigmoid))))
+                        opened = sigmoid(gy, zt)
+                        gate = mul(zt, opened)
+                        slope = mul(opened, add(one, mul(zt, sub(one, opened))))
                         store(dz, row, mul(mul(g, load(ys, (t - t0) * LANES)), slope))
                         g = mul(g, gate)
                     delta = load(deltas, (t - t0) * LANES)
@@ -222,7 +216,7 @@ def scan_backward(
                     ddelta = fma(dwrite, ut, mul(ln2, dexponent))
                     store(du, row, fma(dwrite, delta, mul(g, skip)))
                     if softplus:
-                        ddelta = mul(ddelta, _sigmoid(gy, add(load(dt, row), shift)))
+                        ddelta = mul(ddelta, sigmoid(gy, add(load(dt, row), shift)))
                     store(ddt, row, ddelta)
                     sums = (b * blocks + block) * LANES
                     store(dbias, sums, add(load(dbias, sums), ddelta))

@@ -6,7 +6,7 @@ registers by the LLVM that numba brings along. Only what the kernels use is here
 
     load(array, i)  store(array, i, v)  spread(array, i)  prefetch(array, i)  fill(like, x)  total(v)
     add sub mul div  fma(a, b, c) = a * b + c   vmax(v, w)  vabs(v)
-    exp(v)  exp2(v)  log1p01(v), 0 <= v <= 1
+    exp(v)  exp2(v)  log1p01(v), 0 <= v <= 1   sigmoid(like, v)
 
 `array` is 1-D, contiguous, float32 or float64, and decides the element type.
 """
@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.core.datamodel import models as data_models
 from numba.core.extending import intrinsic, register_model
 
-LANES = 16
+from models.ops import LANES
+
 FLAGS = ("contract", "nsz", "arcp")  # fused multiply-add allowed, no reordering: results stay deterministic
 
 
@@ -275,3 +276,10 @@ def log1p01(typing_context, a):
         return builder.fmul(p, s)
 
     return a(a), codegen
+
+
+@njit(cache=True, nogil=True, inline="always")
+def sigmoid(like, v):
+    """1 / (1 + e^-v)."""
+    one = fill(like, 1.0)
+    return div(one, add(one, exp(sub(fill(like, 0.0), v))))

@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from models.ops._simd import LANES, add, exp, fill, load, mul, store, sub, total, vmax
+from models.ops import LANES
+from models.ops._simd import add, exp, fill, load, mul, store, sub, total, vmax
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.ops import LANES
 from models.ops._threads import run_tasks
-from models.ops.selective_scan import BACKENDS, CUDA_HELP, LANES, _flat, _wide, pad_channels
+from models.ops.selective_scan import BACKENDS, CUDA_HELP, _flat, _wide, pad_channels
 
 
 def causal_conv1d(

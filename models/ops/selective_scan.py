@@ -32,11 +32,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.ops import LANES
 from models.ops._threads import run_tasks
 
 BACKENDS = ("auto", "reference", "cpu", "cuda")
 MAX_D_STATE = 256
-LANES = 16
 
 CUDA_HELP = (
     "backend='cuda' needs mamba-ssm: pip install --no-build-isolation mamba-ssm causal-conv1d "

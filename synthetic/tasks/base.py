@@ -198,13 +198,18 @@ class Task(ABC):
         self.check(shortest, queries)
         rng = sampling.stream(seed, split, index)
         n = int(rng.integers(shortest, longest + 1)) if shortest < longest else longest
-        context, target = sampling.draw_split(
-            lambda rows: self.draw(rng, rows, n, queries),
-            batch_size,
+        return self.assemble(*self._draw_side(rng, batch_size, split, n, queries))
+
+    def _draw_side(
+        self, rng: np.random.Generator, rows: int, split: str, length: int, queries: int
+    ) -> tuple[IntArray, IntArray]:
+        """Contexts and targets of `rows` rows whose context is on the side `split`."""
+        return sampling.draw_split(
+            lambda rows: self.draw(rng, rows, length, queries),
+            rows,
             split,
-            row_cells=max(n, self.vocabulary.num_symbols),
+            row_cells=max(length, self.vocabulary.num_symbols),
         )
-        return self.assemble(context, target)
 
     def at(self, length: int) -> Task:
         """A task of the same vocabulary that can make contexts of `length` symbols, also longer than its own:

@@ -115,7 +115,7 @@ class Ngram(Task):
             answer_at,
             start,
             length=n,
-            chance=1 / (n - self.shortest + 1),
+            chance=1 / (n - self.query_size - self.answer_size + 1),
             answer_tokens=self.answer_size,
             alternatives=alternatives,
         )

@@ -123,23 +123,14 @@ class OriginalFiles(Position):
             raise ValueError(f"length {length} is not that of the files, {self.seq_len}")
         super().check(length, queries)
 
-    def batch(
-        self,
-        batch_size: int,
-        *,
-        seed: int,
-        index: int,
-        split: str = "train",
-        queries: int | None = None,
-        length: int | None = None,
-    ) -> Batch:
-        self.check(self.seq_len if length is None else length, 1 if queries is None else queries)
-        rng = sampling.stream(seed, split, index)
+    def _draw_side(
+        self, rng: np.random.Generator, rows: int, split: str, length: int, queries: int
+    ) -> tuple[IntArray, IntArray]:
         context, target = self.rows("train" if split == "train" else self.heldout_file)
-        if not 1 <= batch_size <= len(context):
-            raise ValueError(f"batch_size {batch_size} must be in 1 .. {len(context)}, the rows of the file")
-        row = sampling.sample_distinct(rng, 1, batch_size, len(context))[0]
-        return self.assemble(context[row], target[row])
+        if rows > len(context):
+            raise ValueError(f"batch_size {rows} must be in 1 .. {len(context)}, the rows of the file")
+        row = sampling.sample_distinct(rng, 1, rows, len(context))[0]
+        return context[row], target[row]
 
     def batches(self, split: str, batch_size: int) -> Iterator[Batch]:
         """The rows of the file of `split` (train, validation, test), each once and in order."""
