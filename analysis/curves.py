@@ -1,4 +1,4 @@
-"""`python -m analysis.curves RUNS --out figures/`: every figure of a sweep as PNG, PDF and the CSV behind it."""
+"""`python -m analysis.curves RUNS --out figures/`: the figures of a sweep as PNG, PDF and CSV."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Drawn = tuple[str, Table, Callable[[], Any] | None]  # name, table behind it, fi
 class Options:
     """Draw the learning curves, thresholds, state sizes and position maps of runs, and write their tables.
 
-    RUNS is a folder of runs (the --out of synthetic.sweep or synthetic.run) or the results.parquet of a study,
-    which has everything but the trained models: the geometry of position tokens needs the folder.
+    RUNS is a folder of runs (the --out of synthetic.sweep or synthetic.run) or the results.parquet of a
+    study, which has everything but the trained models: the geometry of position tokens needs the folder.
     """
 
     runs: Annotated[Path, tyro.conf.Positional] = Path("runs")
@@ -44,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: --out {options.out}: {error.strerror or error}; choose another folder", file=sys.stderr)
+        print(
+            f"error: --out {options.out}: {error.strerror or error}; choose another folder", file=sys.stderr
+        )
         return 2
     return 0
 

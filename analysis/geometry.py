@@ -1,9 +1,10 @@
 """Geometry of position tokens in trained models: are neighbouring positions neighbours in space?
 
-The follow-up (Retrievit, arXiv 2603.02874) reports that SSMs learn position tokens in order and Transformers do
-not, from PCA and cosine maps of embedding rows; its script takes rows of symbols for positions unless the
+The follow-up (Retrievit, arXiv 2603.02874) reports that SSMs learn position tokens in order and Transformers
+do not, from PCA and cosine maps of embedding rows; its script takes rows of symbols for positions unless the
 length is 100, and interpolates them. Here the rows are the vocabulary's own position tokens, none is made up,
-and three tables are told apart: where answers are read out, where position tokens enter, and learned positions.
+and three tables are told apart: where answers are read out, where position tokens enter, and the learned
+positions of attention.
 """
 
 from __future__ import annotations
@@ -92,8 +93,9 @@ def position_rows(folder: Path) -> dict[str, np.ndarray]:
     if head.weight is not embedding.weight:
         found["input"] = embedding.weight[first : first + n]
     if plan["task_options"].get("layout") == "suffix":
-        learned = [p for name, p in model.named_parameters() if "embed_pos" in name]
-        found |= {"learned": p[1 : 1 + n] for p in learned}
+        for name, table in model.named_parameters():
+            if "embed_pos" in name:
+                found["learned"] = table[1 : 1 + n]
     return {name: rows.detach().float().numpy() for name, rows in found.items()}
 
 
@@ -102,11 +104,13 @@ def measure(runs: str | Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]
 
     summary: a row per run and table: locality with the range it has for shuffled names, variance of two PCA
     components. map: cosines of SHOWN positions, points: PCA coordinates, both of the first seed. Models of a
-    family's usual state size, at the longest length that every seed learned to 0.95 (with at least 8 positions).
+    family's usual state size, at the longest length (8 at least) that every seed learned to 0.95.
     """
     table = label(load(runs))
     final = table[(table["kind"] == "final") & table["usual_state"] & (table["purpose"] == "report")]
-    final = final[(final["layout"] == "suffix") & (final["setting"].str.contains("dense")) & (final["seq_len"] >= 8)]
+    final = final[
+        (final["layout"] == "suffix") & (final["setting"].str.contains("dense")) & (final["seq_len"] >= 8)
+    ]
     learned = final.groupby(["variant", "seq_len"])["accuracy"].transform("min") >= 0.95
     final = final[learned]
     final = final[final["seq_len"] == final.groupby("variant")["seq_len"].transform("max")]

@@ -53,6 +53,7 @@ def accuracy_curves(table: pd.DataFrame) -> Figure:
         else:
             _chance(ax, float(part["chance"].iloc[0]))
         ax.set(xscale="log", ylim=(-0.03, 1.03))
+        _counts(ax.xaxis)
         if i == 0:
             ax.set_title(f"length {lengths[j]}")
         if j == 0:
@@ -107,6 +108,7 @@ def examples_vs_length(table: pd.DataFrame) -> Figure:
                 texts.append(f"{name}: {law['exponent']:.2f} [{low:.2f}, {high:.2f}]")
         ax.set(xscale="log", yscale="log", title=setting, xlabel="context length")
         _powers_of_two(ax.xaxis, table["seq_len"])
+        _counts(ax.yaxis)
         if texts:
             box = dict(facecolor="white", alpha=0.85, edgecolor="none", pad=1.5)
             words = "exponent [95 % CI]\n" + "\n".join(texts)
@@ -142,7 +144,7 @@ def state_table(evaluations: pd.DataFrame) -> pd.DataFrame:
 
 
 def state_size(table: pd.DataFrame) -> Figure:
-    """Left: the longest context learned against the state size, right: sequences to 0.95 at the full length."""
+    """Left: the longest context learned against the state size, right: sequences to 0.95 at full length."""
     looks = settings.looks(table)
     cells = list(table.groupby(["setting", "seq_len"]))
     figure, axes = _panels(len(cells), 2, sharex=True, size=(3.8, 3.0))
@@ -152,13 +154,20 @@ def state_size(table: pd.DataFrame) -> Figure:
             states = cell.groupby("d_state")
             mean = states["longest"].apply(lambda v: mean_interval(v)[0])
             row[0].plot(mean.index, mean, color=look["color"], linestyle=look["linestyle"])
-            row[0].plot(cell["d_state"] * shift, cell["longest"], look["marker"], color=look["color"], alpha=0.7)
+            row[0].plot(
+                cell["d_state"] * shift, cell["longest"], look["marker"], color=look["color"], alpha=0.7
+            )
             _runs(row[1], cell.assign(seq_len=cell["d_state"]), look, shift)
             median = states.apply(lambda c: bootstrap_median_time(c["value"], c["reached"], resamples=10)[0])
             row[1].plot(median.index, median, color=look["color"], linestyle=look["linestyle"])
         row[0].axhline(seq_len, color="0.4", linestyle="--", lw=1)
-        row[0].set(xscale="log", yscale="log", ylabel="longest length learned", title=f"{setting}, length {seq_len}")
-        row[1].set(xscale="log", yscale="log", ylabel=f"sequences to {THRESHOLD}", title="cost of the full length")
+        row[0].set(
+            xscale="log", yscale="log", ylabel="longest length learned", title=f"{setting}, length {seq_len}"
+        )
+        row[1].set(
+            xscale="log", yscale="log", ylabel=f"sequences to {THRESHOLD}", title="cost of the full length"
+        )
+        _counts(row[1].yaxis)
         for ax in row:
             _powers_of_two(ax.xaxis, table["d_state"])
         _powers_of_two(row[0].yaxis, [*table["longest"][table["longest"] > 0], seq_len])
@@ -175,7 +184,7 @@ def state_size(table: pd.DataFrame) -> Figure:
     return figure
 
 
-# --- where in the context -----------------------------------------------------------------------------------
+# --- where in the context ---------------------------------------------------------------------------------
 
 
 def heat_table(targets: pd.DataFrame) -> pd.DataFrame:
@@ -188,7 +197,9 @@ def heat_table(targets: pd.DataFrame) -> pd.DataFrame:
         wide = cell.pivot_table(index="step", columns="run", values=["correct", "count"], aggfunc="sum")
         wide = wide.reindex(sorted(table.loc[table["variant"] == key[0], "step"].unique())).ffill()
         sums = wide.T.groupby(level=0).sum().T.reset_index()
-        whole.append(sums.assign(**dict(zip(keys[:-1], key, strict=True))))
+        for name, value in zip(keys[:-1], key, strict=True):
+            sums[name] = value
+        whole.append(sums)
     if not whole:
         return table
     found = pd.concat(whole, ignore_index=True)
@@ -200,7 +211,7 @@ def position_step(table: pd.DataFrame) -> Figure:
     """Heat maps, part of the context x step: a panel per variant and setting, mean over seeds."""
     import seaborn
 
-    cells = list(table.groupby(["setting", "variant", "seq_len"]))
+    cells: list[Any] = list(table.groupby(["setting", "variant", "seq_len"]))
     cells.sort(key=lambda c: (_setting_order(c[0][0]), settings.variants(table).index(c[0][1])))
     columns = min(4, len(cells))
     figure, axes = _panels(-(-len(cells) // columns), columns, size=(3.0, 2.4))
@@ -261,7 +272,7 @@ def _longest(table: pd.DataFrame) -> pd.DataFrame:
     return table[table["seq_len"] == longest]
 
 
-# --- shared ---------------------------------------------------------------------------------------------------
+# --- shared ---------------------------------------------------------------------------------------------
 
 
 def _setting_order(setting: str) -> tuple[bool, bool, str]:
@@ -300,3 +311,18 @@ def _powers_of_two(axis: Any, values: Any) -> None:
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+
+
+def _counts(axis: Any) -> None:
+    """Ticks of a log axis at 1, 2 and 5 times powers of ten, written as 20k or 1M."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    def words(value: float, _: int) -> str:
+        for size, unit in ((1e6, "M"), (1e3, "k")):
+            if value >= size:
+                return f"{value / size:g}{unit}"
+        return f"{value:g}"
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(words))

@@ -55,7 +55,9 @@ def variants(table: pd.DataFrame) -> list[str]:
     """The labels in the order in which every figure lists them."""
     first = table.drop_duplicates("variant")
     order = {family: i for i, family in enumerate(FAMILIES)}
-    rows = zip(first["model"].map(order), first["position"].fillna("").map(str), first["variant"], strict=True)
+    rows = zip(
+        first["model"].map(order), first["position"].fillna("").map(str), first["variant"], strict=True
+    )
     return [name for *_, name in sorted(rows)]
 
 

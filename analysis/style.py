@@ -24,7 +24,7 @@ def theme() -> Iterator[None]:
     import matplotlib
     import seaborn
 
-    settings = {"pdf.fonttype": 42, "figure.constrained_layout.use": True}
+    settings: Any = {"pdf.fonttype": 42, "figure.constrained_layout.use": True}
     with (
         seaborn.axes_style("whitegrid"),
         seaborn.plotting_context("notebook", font_scale=0.9),

@@ -95,7 +95,7 @@ class Board:
         )
 
     def table(self) -> Group:
-        """Counts, and as many runs as there is room for: running, failed, waiting, then the last done ones."""
+        """Counts, and as many runs as there is room for: running, failed, waiting, then done."""
         counts = Counter(self.state.values())
         room = max(3, self.console.height - FRAME)
         order = sorted(self.jobs, key=lambda job: STATES.index(self.state[job.folder]))
@@ -122,4 +122,3 @@ class Board:
             f"{note['heldout']:.3f}" if note else "",
             f"{note['seconds']:.0f}" if note else "",
         ]
-

@@ -114,7 +114,9 @@ def cells(evaluations: pd.DataFrame) -> Table:
     more = [name for name in SHOWN if name not in CELL and evaluations[name].nunique(dropna=False) > 1]
     rows = summarise(evaluations, by=[*CELL, *more])
     # what only tells families apart, as the depth of a preset, goes without saying
-    differs = rows.groupby("model")[[n for n in SHOWN if n in rows and n != "model"]].nunique(dropna=False) > 1
+    differs = (
+        rows.groupby("model")[[n for n in SHOWN if n in rows and n != "model"]].nunique(dropna=False) > 1
+    )
     varying = ["model", *differs.columns[differs.any()]]
     table = Table(title="Held-out accuracy over seeds", box=box.SIMPLE_HEAD, padding=(0, 1))
     for name in varying:

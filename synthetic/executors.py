@@ -1,7 +1,7 @@
 """Where the runs of a sweep are executed: processes of this machine, a Ray cluster, or SLURM.
 
-An executor has `submit(job) -> Handle` and `close()`. Whatever it is, jobs write into the sweep's folder, which
-on a cluster must therefore be on a file system that all machines share.
+An executor has `submit(job) -> Handle` and `close()`. Whatever it is, jobs write into the sweep's folder,
+which on a cluster must therefore be on a file system that all machines share.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def _die_with_parent() -> None:
 
 
 class Ray:
-    """Tasks on a Ray cluster: an existing one (address), or one of `workers` processes made here for the sweep."""
+    """Tasks on a Ray cluster: an existing one (address), or one of `workers` processes made here."""
 
     def __init__(self, workers: int, threads: int, address: str | None, gpu: bool):
         try:

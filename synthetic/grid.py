@@ -9,8 +9,8 @@
             validation_seeds=(100,),
         )
 
-A learning rate of the candidates is chosen once per task, family and size (and position scheme and depth, if a
-sweep has several) from runs with the validation seeds, which must not be among the seeds that are reported.
+A learning rate of the candidates is chosen once per task, family and size (and position scheme and depth, if
+a sweep has several) from runs with the validation seeds, which must not be among the seeds that are reported.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ class Sweep:
             "learning_rates and validation_seeds need each other; give both or neither",
         )
         own = {run.lr for run in self.runs if run.lr is not None}
-        check(not own or not self.learning_rates, f"lr {sorted(own)} contradicts learning_rates; leave one out")
+        check(
+            not own or not self.learning_rates, f"lr {sorted(own)} contradicts learning_rates; leave one out"
+        )
 
 
 def grid(base: RunConfig | None = None, **axes: Any) -> list[RunConfig]:
@@ -123,7 +125,9 @@ def load(file: Path) -> Sweep:
     """The Sweep of a Python file. Raises ValueError, in one line, if there is none."""
     check(file.is_file(), f"FILE {file} does not exist; give a Python file with a get_config()")
     spec = importlib.util.spec_from_file_location("sweep_config", file)
-    check(spec is not None and spec.loader is not None, f"FILE {file} is no Python file; its name ends in .py")
+    check(
+        spec is not None and spec.loader is not None, f"FILE {file} is no Python file; its name ends in .py"
+    )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:

@@ -1,11 +1,11 @@
 """The results store: two tidy Parquet data sets beside the runs, with a file for every trained model.
 
-    runs/results/<run>.<family>.parquet   one row per evaluation: what was run, how far it was, how well it did
+    runs/results/<run>.<family>.parquet   one row per evaluation: what was run, how far, how well it did
     runs/targets/<run>.<family>.parquet   one row per evaluation and part of the context: right answers there
 
 Any number of processes may write at once, on one machine or on many that share the folder: a file belongs to
-one model of one run, is made anew from the run's own records (`synthetic.store`) and replaced as a whole. Read
-them with `analysis.load("runs")`, `pandas.read_parquet("runs/results")`, or in DuckDB
+one model of one run, is made anew from the run's own records (`synthetic.store`) and replaced as a whole.
+Read them with `analysis.load("runs")`, `pandas.read_parquet("runs/results")`, or in DuckDB
 `select * from 'runs/results/*.parquet'`.
 """
 
@@ -167,7 +167,10 @@ def to_parquet(rows: list[Row], columns: dict[str, tuple[str, str]]) -> bytes:
     from pyarrow import parquet
 
     schema = pa.schema(
-        [pa.field(n, pa.type_for_alias(kind), metadata={"meaning": text}) for n, (kind, text) in columns.items()]
+        [
+            pa.field(n, pa.type_for_alias(kind), metadata={"meaning": text})
+            for n, (kind, text) in columns.items()
+        ]
     )
     table = pa.Table.from_pylist([{name: row.get(name) for name in columns} for row in rows], schema=schema)
     content = io.BytesIO()

@@ -29,10 +29,10 @@ REFRESH_SECONDS = 1.0
 class Options:
     """Train every model of a sweep and collect all evaluations in one table.
 
-    FILE is a Python file whose get_config() returns a synthetic.grid.Sweep; studies/retrieval-cpu/config.py is an
-    example. Runs are named by the hash of their configuration: finished ones are skipped, so the same command
-    resumes a sweep that was stopped or killed, or adds what was added to the file. Runs that fail are tried
-    again, and listed at the end if that did not help.
+    FILE is a Python file whose get_config() returns a synthetic.grid.Sweep, as studies/retrieval-cpu/config.py.
+    Runs are named by the hash of their configuration: finished ones are skipped, so the same command resumes a
+    sweep that was stopped or killed, or adds what was added to the file. Runs that fail are tried again, and
+    listed at the end if that did not help.
     """
 
     file: Annotated[Path, tyro.conf.Positional]
@@ -40,8 +40,8 @@ class Options:
     out: str | None = None
     """Folder of runs and results. Default: the file's choice, else runs/<name of the file or its folder>."""
     executor: Literal["local", "ray", "slurm"] = "local"
-    """local: processes of this machine. ray: tasks of a Ray cluster. slurm: jobs, through submitit. The latter \
-two need their extra, and --out on a file system that all machines share."""
+    """local: processes of this machine. ray: tasks of a Ray cluster. slurm: jobs, through submitit. The \
+latter two need their extra, and --out on a file system that all machines share."""
     workers: int = 0
     """Runs at once (local, and ray without --address). 0 = as many as the cores allow."""
     threads: int = 1
@@ -64,10 +64,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return BAD_INPUT
     except OSError as error:
-        print(f"error: --out: {error.strerror or error}; mend the cause and run the same command", file=sys.stderr)
+        print(
+            f"error: --out: {error.strerror or error}; mend the cause and run the same command",
+            file=sys.stderr,
+        )
         return BAD_INPUT
     except KeyboardInterrupt:
-        print("stopped; what ran goes on from its last checkpoint when the same command is given", file=sys.stderr)
+        print(
+            "stopped; what ran goes on from its last checkpoint when the same command is given",
+            file=sys.stderr,
+        )
         return INTERRUPTED
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -218,9 +224,7 @@ def _problem(error: BaseException | None, job: Job) -> str | None:
     return f"{type(cause).__name__}: {lines[-1]}"
 
 
-def choose_rates(
-    tuning: dict[Group, dict[float, list[Job]]], failed: list[Failure]
-) -> dict[Group, float]:
+def choose_rates(tuning: dict[Group, dict[float, list[Job]]], failed: list[Failure]) -> dict[Group, float]:
     """The learning rate of every group all of whose validation runs ended well."""
     from synthetic import grid
 
@@ -253,11 +257,15 @@ def _report_rates(
     rows: list[dict[str, Any]] = []
     for name, candidates in tuning.items():
         task, model, preset, position, layers = name
-        row = dict(task=task, model=model, preset=preset, position=position, layers=layers, lr=rates.get(name))
+        row = dict(
+            task=task, model=model, preset=preset, position=position, layers=layers, lr=rates.get(name)
+        )
         for lr, jobs in candidates.items():
             scores = [_score(job) for job in jobs if job.folder not in lost]
             rows.append({**row, "candidate": lr, "scores": scores, "runs": [job.folder.name for job in jobs]})
-        words = " ".join(str(part) for part in (model, preset, position, layers and f"{layers} layers") if part)
+        words = " ".join(
+            str(part) for part in (model, preset, position, layers and f"{layers} layers") if part
+        )
         chosen = f"learning rate {rates[name]:g}" if name in rates else "no learning rate: its runs failed"
         console.print(f"{words} ({task}): {chosen}", highlight=False)
     store.write_json(out / "learning_rates.json", rows)

@@ -2,7 +2,7 @@
 
     python tests/kill_sweep.py --kills 10
 
-Every third kill hits one of the sweep's workers instead of the sweep itself, which then has to go on. Ends with
+Every third time one of the sweep's workers is killed first, which the sweep has to survive. Ends with
 status 0 if both results stores agree in every column but the time. Also prints how busy the undisturbed sweep
 kept the cores.
 """

@@ -85,7 +85,10 @@ def test_folder_of_the_runs_is_named_like_the_file(tmp_path):
 
 
 def test_validation_runs_are_one_per_group_rate_and_seed():
-    runs = [*grid(model="mamba", d_state=(4, 8), seed=(0, 1)), *grid(model="transformer", position=("rope", "none"))]
+    runs = [
+        *grid(model="mamba", d_state=(4, 8), seed=(0, 1)),
+        *grid(model="transformer", position=("rope", "none")),
+    ]
     found = grids.validation_runs(Sweep(runs, (1e-3, 2e-3), (7, 8), tune=dict(seq_len=16, steps=5)))
     assert [name[1] for name in found] == ["mamba", "transformer", "transformer"]  # d_state makes no group
     for rates in found.values():

@@ -22,8 +22,8 @@ from synthetic.train import train
 HEAD = """
 from synthetic.config import RunConfig
 from synthetic.grid import Sweep, grid
-BASE = RunConfig(seq_len=8, layers=1, queries=4, curriculum=4, batch_tokens=128, eval_every=4, eval_examples=16,
-                 final_eval_examples=32, device="cpu", precision="float32", stop_at=1.01)
+BASE = RunConfig(seq_len=8, layers=1, queries=4, curriculum=4, batch_tokens=128, eval_every=4,
+                 eval_examples=16, final_eval_examples=32, device="cpu", precision="float32", stop_at=1.01)
 def get_config():
     return """
 RUNS = 'Sweep(grid(BASE, model=("transformer", "mamba"), seed=(0, 1), steps=8))'
@@ -93,7 +93,9 @@ def test_targets_add_up_to_the_evaluations(finished):
     table, targets = analysis.load(finished), analysis.load(finished, "targets")
     keys = ["run", "kind", "step", "length"]
     sums = targets.groupby(keys)[["correct", "count"]].sum()
-    pd.testing.assert_frame_equal(sums, table.set_index(keys)[["correct", "count"]].sort_index(), check_like=True)
+    pd.testing.assert_frame_equal(
+        sums, table.set_index(keys)[["correct", "count"]].sort_index(), check_like=True
+    )
     assert (targets["target_low"] < targets["target_high"]).all()
     assert (targets["target_high"] <= targets["length"]).all()
 
@@ -142,7 +144,9 @@ def test_learning_rates_are_chosen_on_validation_seeds(tmp_path):
     assert set(table.loc[table["purpose"] == "validation", "seed"]) == {7}
     assert set(table.loc[table["purpose"] == "validation", "seq_len"]) == {5}
     reported = table[table["purpose"] == "report"]
-    assert set(reported["seed"]) == {0, 1} and set(reported["lr"]) == {3e-3}  # 1e-5 learns nothing in 60 steps
+    assert set(reported["seed"]) == {0, 1} and set(reported["lr"]) == {
+        3e-3
+    }  # 1e-5 learns nothing in 60 steps
     chosen = json.loads((out / "learning_rates.json").read_text())
     assert {row["candidate"]: row["lr"] for row in chosen} == {1e-5: 3e-3, 3e-3: 3e-3}
 
@@ -181,7 +185,7 @@ def test_impossible_runs_are_found_before_anything_starts(tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
-# --- the store under concurrent writers -----------------------------------------------------------------------
+# --- the store under concurrent writers ------------------------------------------------------------------
 
 
 def _write_many(out: str, seeds: list[int], times: int) -> None:
@@ -227,5 +231,3 @@ def test_kill_9_at_random_moments(tmp_path):
     words = [sys.executable, str(script), "--kills", "4", "--out", str(tmp_path)]
     result = subprocess.run(words, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-
-
