@@ -1,0 +1,46 @@
+"""The study of README.md beside this file: `python -m synthetic.sweep studies/retrieval-cpu/config.py`.
+
+Every model is of the tiny preset and has at most 1,000 steps of about 2,048 tokens, one thread, bfloat16. Lengths
+go as far as an architecture gets, and one further where the budget allows. About 75 CPU-minutes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from synthetic.config import RunConfig
+from synthetic.grid import Sweep, grid
+
+SEEDS = (0, 1, 2)
+BASE = RunConfig(steps=1000, eval_every=50, final_eval_examples=512, device="cpu", precision="bfloat16")
+LONG = dict(eval_every=100)  # evaluations of long contexts cost as much as many steps
+SINGLE = dict(queries=1)
+ROPE = dict(model="transformer", position="rope", rotary_pct=0.25)
+
+
+def runs(seed: int) -> list[RunConfig]:
+    def some(**axes: Any) -> list[RunConfig]:
+        return grid(BASE, seed=seed, **axes)
+
+    attention, ssm = ("transformer", "hybrid"), ("mamba", "mamba2")
+    return [
+        # how far, at what cost: query last, many queries per sequence
+        *some(seq_len=(1024, 256), model=attention, **LONG),
+        *some(seq_len=(64, 16), model=attention),
+        *some(seq_len=(32, 16), **ROPE),
+        *some(seq_len=(32, 16, 8), model=ssm),
+        # query last or first: one query per sequence, the only form in which the query is all there is to know
+        *some(layout=("suffix", "prefix"), seq_len=16, model=(*ssm, *attention), **SINGLE),
+        *some(layout="prefix", seq_len=32, model=ssm, **SINGLE),
+        # the size of the state
+        *some(seq_len=16, model=ssm, d_state=(4, 64)),
+    ]
+
+
+def get_config() -> Sweep:
+    return Sweep(
+        runs=[run for seed in SEEDS for run in runs(seed)],
+        learning_rates=(1e-3, 2e-3, 4e-3),
+        validation_seeds=(100,),
+        tune=dict(seq_len=16, layout="suffix", queries=None, d_state=None, steps=400, eval_every=25),
+    )
