@@ -193,7 +193,8 @@ def heat_table(targets: pd.DataFrame) -> pd.DataFrame:
     table = table[table["kind"].eq("during") & table["length"].eq(table["seq_len"])]
     keys = [*KEYS, "seq_len", "target_low", "target_high", "step"]
     whole = []
-    for key, cell in table.groupby(keys[:-1], dropna=False):
+    groups: Any = table.groupby(keys[:-1], dropna=False)
+    for key, cell in groups:
         wide = cell.pivot_table(index="step", columns="run", values=["correct", "count"], aggfunc="sum")
         wide = wide.reindex(sorted(table.loc[table["variant"] == key[0], "step"].unique())).ffill()
         sums = wide.T.groupby(level=0).sum().T.reset_index()

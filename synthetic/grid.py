@@ -39,8 +39,9 @@ class Sweep:
     runs: configurations with different settings; repeated ones are run once.
     learning_rates: candidates; empty: every run has its own `lr`, or the default.
     validation_seeds: of the runs that choose among them.
-    tune: options which those runs have instead of the first reported run's of their group, for example
-        dict(seq_len=16, steps=400): the choice can be cheaper than what it is for.
+    tune: makes the configuration in which candidates are compared from a group's first run; by default it is
+        that run. It may be cheaper than what it is for, but a rate that is best for short contexts can fail
+        at long ones.
     out: folder of runs and results; default: runs/<name of the file, or of its folder if that is config.py>.
     slurm: parameters of submitit's AutoExecutor for --executor slurm, such as slurm_partition, timeout_min.
     Raises ValueError, in one line, for impossible combinations.
@@ -49,7 +50,7 @@ class Sweep:
     runs: Sequence[RunConfig]
     learning_rates: tuple[float, ...] = ()
     validation_seeds: tuple[int, ...] = ()
-    tune: Mapping[str, Any] = field(default_factory=dict)
+    tune: Callable[[RunConfig], RunConfig] = lambda run: run
     out: str | None = None
     slurm: Mapping[str, Any] = field(default_factory=dict)
 
@@ -57,7 +58,6 @@ class Sweep:
         check(len(self.runs) > 0, "runs is empty; give at least one RunConfig")
         for run in self.runs:
             check(len(run.model) == 1, f"model {run.model} of a sweep's run must be a single one")
-        _known(self.tune)
         both = set(self.validation_seeds) & {run.seed for run in self.runs}
         check(not both, f"seeds {sorted(both)} both choose learning rates and are reported; separate them")
         check(
@@ -163,7 +163,7 @@ def validation_runs(sweep: Sweep) -> dict[Group, dict[float, list[RunConfig]]]:
         first.setdefault(group(run), run)
     return {
         name: {
-            lr: [dataclasses.replace(run, **sweep.tune, lr=lr, seed=s) for s in sweep.validation_seeds]
+            lr: [dataclasses.replace(sweep.tune(run), lr=lr, seed=s) for s in sweep.validation_seeds]
             for lr in sweep.learning_rates
         }
         for name, run in first.items()

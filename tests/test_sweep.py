@@ -20,6 +20,7 @@ from synthetic.grid import grid
 from synthetic.train import train
 
 HEAD = """
+from dataclasses import replace
 from synthetic.config import RunConfig
 from synthetic.grid import Sweep, grid
 BASE = RunConfig(seq_len=8, layers=1, queries=4, curriculum=4, batch_tokens=128, eval_every=4,
@@ -137,7 +138,7 @@ def test_a_failed_run_is_reported_and_the_next_sweep_repeats_it(finished, tmp_pa
 
 def test_learning_rates_are_chosen_on_validation_seeds(tmp_path):
     text = """Sweep(grid(BASE, model="transformer", seed=(0, 1), steps=16),
-        learning_rates=(1e-5, 3e-3), validation_seeds=(7,), tune=dict(seq_len=5, curriculum=0, steps=60))"""
+        learning_rates=(1e-5, 3e-3), validation_seeds=(7,), tune=lambda run: replace(run, seq_len=5, curriculum=0, steps=60))"""
     out = tmp_path / "runs"
     assert sweep.main([write(tmp_path, text), "--out", str(out), "--workers", "1"]) == 0
     table = analysis.load(out)
