@@ -214,15 +214,16 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
             "position": config.position or ("rope" if paper else "learned"),
             "rotary_pct": config.rotary_pct,
         }
-    if config.layers is not None:
-        overrides["n_layer"] = config.layers
-    if config.d_state is not None and family != "transformer":
-        overrides["d_state"] = config.d_state
     name = f"{family}-{config.preset}"
     try:
-        models.resolve(name)
+        usual: Any = models.config(name)
     except ValueError as error:
         raise ValueError(f"--preset {config.preset}: {error}") from error
+    # whoever asks for what the preset has anyway gets the same run as without asking
+    if config.layers is not None and config.layers != usual.n_layer:
+        overrides["n_layer"] = config.layers
+    if config.d_state is not None and family != "transformer" and config.d_state != usual.d_state:
+        overrides["d_state"] = config.d_state
     width = models.config(name, **overrides).d_model
     if not paper:
         overrides["embedding_std"] = 0.1

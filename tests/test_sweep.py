@@ -138,7 +138,8 @@ def test_a_failed_run_is_reported_and_the_next_sweep_repeats_it(finished, tmp_pa
 
 def test_learning_rates_are_chosen_on_validation_seeds(tmp_path):
     text = """Sweep(grid(BASE, model="transformer", seed=(0, 1), steps=16),
-        learning_rates=(1e-5, 3e-3), validation_seeds=(7,), tune=lambda run: replace(run, seq_len=5, curriculum=0, steps=60))"""
+        learning_rates=(1e-5, 3e-3), validation_seeds=(7,), 
+        tune=lambda run: replace(run, seq_len=5, curriculum=0, steps=60))"""
     out = tmp_path / "runs"
     assert sweep.main([write(tmp_path, text), "--out", str(out), "--workers", "1"]) == 0
     table = analysis.load(out)

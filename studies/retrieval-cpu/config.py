@@ -35,7 +35,7 @@ def runs(seed: int) -> list[RunConfig]:
         *some(layout=("suffix", "prefix"), seq_len=16, model=(*ssm, *attention), **SINGLE),
         *some(layout="prefix", seq_len=32, model=ssm, **SINGLE),
         # the size of the state
-        *some(seq_len=16, model=ssm, d_state=(4, 64)),
+        *some(seq_len=16, model=ssm, d_state=(4, 16, 64)),
     ]
 
 
