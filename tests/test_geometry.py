@@ -1,0 +1,118 @@
+"""Geometry of position tokens: closed forms, and the right rows of a trained model."""
+
+from __future__ import annotations
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import models
+from analysis import geometry
+from synthetic import results, store, tasks
+from synthetic.config import plan, run_id
+from synthetic.grid import grid
+
+
+def circle(n: int, turns: float = 1.0) -> np.ndarray:
+    angle = 2 * np.pi * turns * np.arange(n) / n
+    return np.stack([np.cos(angle), np.sin(angle)], axis=1)
+
+
+def test_cosines_of_a_circle():
+    n = 12
+    i, j = np.indices((n, n))
+    expected = np.cos(2 * np.pi * (i - j) / n)
+    np.testing.assert_allclose(geometry.cosines(circle(n)), expected, atol=1e-12)
+    # neither a common offset nor the norms matter
+    np.testing.assert_allclose(geometry.cosines(5 + 3 * circle(n)), expected, atol=1e-12)
+
+
+def test_principal_components_against_the_covariance():
+    rows = np.random.default_rng(0).normal(size=(40, 6)) * [5, 3, 1, 1, 1, 1]
+    where, share = geometry.principal(rows)
+    values = np.linalg.eigvalsh(np.cov(rows.T))[::-1]
+    np.testing.assert_allclose(share, values[:2] / values.sum())
+    np.testing.assert_allclose(where.var(axis=0, ddof=1), values[:2])
+
+
+def test_locality_of_an_arc_a_line_and_of_noise():
+    assert geometry.locality(geometry.cosines(circle(40, turns=0.2))) > 0.9
+    noise = geometry.cosines(np.random.default_rng(1).normal(size=(40, 64)))
+    low, high = geometry.shuffled_locality(noise)
+    assert low < geometry.locality(noise) < high and low < 0 < high
+    with pytest.raises(ValueError, match="at least 3"):
+        geometry.locality(np.eye(2))
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 2**32 - 1))
+def test_locality_does_not_depend_on_the_direction(seed):
+    rows = np.random.default_rng(seed).normal(size=(10, 4)).cumsum(axis=0)
+    cosine = geometry.cosines(rows)
+    assert geometry.locality(cosine) == pytest.approx(geometry.locality(cosine[::-1, ::-1]), abs=1e-9)
+    assert -1 <= geometry.locality(cosine) <= 1
+
+
+def finished_run(out, model: str, seed: int, **overrides):
+    """A run that was never trained but says it learned everything; returns its folder and its model."""
+    config = grid(model=model, seq_len=8, num_symbols=30, steps=1, seed=seed, device="cpu")[0]
+    p = plan(config, model)
+    folder = out / run_id([p])
+    store.prepare(folder, vars(config), [p.to_dict()], 1)
+    built = models.build(p.model, seed=seed, **p.model_overrides, **overrides)
+    own = folder / model
+    own.mkdir()
+    store.save_tensors(own / "model.safetensors", dict(built.named_parameters()), {})
+    store.write_json(own / "config.json", {"name": p.model, "config": p.model_overrides | overrides})
+    row = dict(model=model, seed=seed, step=1, examples=1, tokens=1, seconds=1.0, train_length=8, length=8,
+               loss=0.0, accuracy=1.0, correct=4, count=4, ci_low=0.5, ci_high=1.0, chance=1 / 8)  # fmt: skip
+    store.write_json(own / "result.json", row)
+    store.write_rows(folder / "metrics.jsonl", [row | dict(targets=[[0, 8, 4, 4]])])
+    results.record(folder, model)
+    return own, built
+
+
+def test_rows_are_those_of_the_position_tokens(tmp_path):
+    own, built = finished_run(tmp_path, "transformer", 0, tie_word_embeddings=False)
+    first = tasks.build("position", seq_len=8, num_symbols=30).vocabulary.first_position
+    assert first > 30  # behind the symbols, of which there are more than positions
+    found = geometry.position_rows(own)
+    embedding, *_, head = built.parts()
+    np.testing.assert_array_equal(found["readout"], head.weight[first : first + 8].detach())
+    np.testing.assert_array_equal(found["input"], embedding.weight[first : first + 8].detach())
+    (table,) = (p for name, p in built.named_parameters() if "embed_pos" in name)
+    np.testing.assert_array_equal(found["learned"], table[1:9].detach())  # <bos> stands at 0
+
+
+def test_tied_embeddings_are_one_table(tmp_path):
+    own, _ = finished_run(tmp_path, "mamba", 0)
+    assert set(geometry.position_rows(own)) == {"readout"}
+
+
+def test_tasks_without_position_tokens_are_refused(tmp_path):
+    config = grid(model="mamba", task="mqar", seq_len=20, num_symbols=64, num_pairs=3, device="cpu")[0]
+    p = plan(config, "mamba")
+    store.prepare(tmp_path / "run", vars(config), [p.to_dict()], 1)
+    with pytest.raises(ValueError, match=r"task mqar of .* has no position tokens"):
+        geometry.position_rows(tmp_path / "run" / "mamba")
+
+
+def test_measure_and_draw(tmp_path):
+    for seed in (0, 1):
+        for model in ("transformer", "mamba"):
+            finished_run(tmp_path, model, seed)
+    summary, maps, points = geometry.measure(tmp_path)
+    assert summary.groupby("variant")["table"].nunique().to_dict() == {"Mamba": 1, "Transformer": 2}
+    assert set(summary["seed"]) == {0, 1} and set(maps["seed"]) == {0}
+    # untrained rows have no order
+    assert (summary["locality"] < summary["shuffled_high"] + 0.3).all()
+    assert len(maps) == 3 * 8 * 8 and len(points) == 3 * 8
+    figure = geometry.geometry(summary, maps, points)
+    assert sum("length 8" in ax.get_title() for ax in figure.axes) == 3
+    plt.close(figure)
