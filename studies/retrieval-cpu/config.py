@@ -40,9 +40,13 @@ def runs(seed: int) -> list[RunConfig]:
 
 
 def tune(run: RunConfig) -> RunConfig:
-    """Learning rates are compared at a length that is hard for the architecture but not out of its reach."""
-    easy = run.model[0] in ("transformer", "hybrid") and run.position is None
-    return dataclasses.replace(run, seq_len=256 if easy else 16, steps=600)
+    """Learning rates are compared at the longest context that the architecture is known to learn.
+
+    At shorter ones the Transformer learns fastest with 4e-3, which then fails at 1,024.
+    """
+    if run.model[0] in ("transformer", "hybrid") and run.position is None:
+        return dataclasses.replace(run, seq_len=1024)
+    return dataclasses.replace(run, seq_len=16, steps=600)
 
 
 def get_config() -> Sweep:
