@@ -13,9 +13,12 @@ import torch
 import tyro
 from scipy import stats
 
+from analysis import curves
 from studies.learnability import report
 from studies.learnability.run import BASE, DIETS, VARIANTS, grid, tuning
+from synthetic import sweep
 from synthetic.config import RunConfig, plan
+from synthetic.grid import load
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -42,6 +45,38 @@ def test_commands_of_the_documents_can_be_planned(command):
     config = parsed(command)
     for family in config.model:
         assert plan(config, family).seq_len == config.seq_len
+
+
+SWEEPS = sorted(
+    {line for text in DOCUMENTS for line in re.findall(r"^python -m synthetic\.sweep [^#\n]*", text, re.M)}
+)
+CURVES = sorted(
+    {line for text in DOCUMENTS for line in re.findall(r"^python -m analysis\.curves [^#\n]*", text, re.M)}
+)
+
+
+@pytest.mark.parametrize("command", SWEEPS)
+def test_sweeps_of_the_documents_can_be_planned(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    options = tyro.cli(sweep.Options, args=shlex.split(command)[3:])
+    for run in load(options.file).runs:
+        assert plan(run, run.model[0]).seq_len == run.seq_len
+
+
+@pytest.mark.parametrize("command", CURVES)
+def test_figure_commands_of_the_documents_parse(command):
+    assert tyro.cli(curves.Options, args=shlex.split(command)[3:]).out.name == "figures"
+
+
+def test_sweep_file_of_the_documents(tmp_path):
+    text = (ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    first, second = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    (tmp_path / "sweep.py").write_text(first)
+    assert len(load(tmp_path / "sweep.py").runs) == 2 * 2 * 3 + 2 * 3
+    study = ROOT / "studies" / "retrieval-cpu" / "results.parquet"
+    names: dict = {}
+    exec(second.replace('"runs/retrieval-cpu"', repr(str(study))), names)
+    assert set(names["laws"]["model"]) == {"transformer", "mamba", "mamba2", "hybrid"}
 
 
 def test_readme_starts_with_the_two_commands():
