@@ -60,7 +60,8 @@ class RunConfig:
     model: tuple[Literal["transformer", "mamba", "mamba2", "hybrid"], ...] = ("transformer", "mamba")
     """Architectures to train, one after the other; at the same step and length they see the same batch."""
     preset: str = "tiny"
-    """Model size: tiny (about 0.5 M), 14m, 31m, 70m, 130m/160m, 370m/410m, 790m/1b, 1.4b, 2.8b."""
+    """Model size: tiny (about 0.5 M), 14m, 31m, 70m (Transformer), 130m/160m, 150m, 370m/410m, 790m/1b, \
+1.4b, 2.8b; a name that a family lacks is answered with those that it has."""
     task: Literal[
         "position",
         "position-varlen",

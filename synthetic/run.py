@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import signal
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status. Bad input gives one line and status 2."""
     import tyro
 
+    write_anything()
     config = tyro.cli(RunConfig, args=argv, prog="python -m synthetic.run")
     try:
         return run(config)
@@ -27,6 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(_explain(error, config.out))
     except KeyboardInterrupt:  # the second Ctrl-C: the last checkpoint is what remains
         return INTERRUPTED
+
+
+def write_anything() -> None:
+    """Bars and curves on a terminal whose encoding lacks them become question marks, not a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def _fail(message: str) -> int:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -105,9 +105,13 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Row) -> None
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], Row]:
-    with safe_open(path, framework="pt") as file:
-        header = json.loads((file.metadata() or {})["state"])
-        return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
+    """What `save_tensors` wrote. Raises ValueError, in one line, for a damaged file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})["state"])
+            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it to start this model anew") from error
 
 
 def checkpoint_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

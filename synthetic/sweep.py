@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from synthetic.run import write_anything
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -56,6 +58,7 @@ latter two need their extra, and --out on a file system that all machines share.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 if runs failed, 2 for bad input, 130 if stopped."""
+    write_anything()
     options = tyro.cli(Options, args=argv, prog="python -m synthetic.sweep")
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:

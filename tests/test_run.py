@@ -206,6 +206,27 @@ def test_full_disk_gives_one_line_and_the_run_resumes(tmp_path, monkeypatch, cap
     assert numbers(folders[0], "transformer") == numbers(folders[1], "transformer")
 
 
+def test_a_damaged_checkpoint_is_named_in_one_line(tmp_path, capsys):
+    config = dataclasses.replace(SMALL, model=("transformer",), out=str(tmp_path))
+    assert run.main(command(config)) == 0
+    (own,) = (path.parent for path in tmp_path.rglob("checkpoint.safetensors"))
+    (own / "result.json").unlink()
+    (own / "checkpoint.safetensors").write_bytes((own / "checkpoint.safetensors").read_bytes()[:1000])
+    capsys.readouterr()
+    assert run.main(command(config)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "checkpoint.safetensors is damaged" in error and "delete it" in error
+
+
+def test_terminals_without_our_characters_get_something_else(finished):
+    config = dataclasses.replace(SMALL, out=str(finished.parent))
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    words = [sys.executable, "-m", "synthetic.run", *command(config)]
+    result = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "held-out" in result.stdout
+
+
 @pytest.mark.slow
 def test_kill_9_at_random_moments(tmp_path):
     """The script that the full check runs with --kills 20; two moments here."""

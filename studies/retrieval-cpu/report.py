@@ -1,0 +1,171 @@
+"""Results tables and the tables of README.md, from the runs of this study:
+
+    python studies/retrieval-cpu/report.py [RUNS]
+
+Writes results.parquet and targets.parquet beside this file if RUNS is given, and replaces what stands between
+the markers `<!-- NAME -->` and `<!-- /NAME -->` in README.md. The figures come from
+`python -m analysis.curves`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+import analysis
+from analysis import plots, settings
+from analysis.comparisons import comparisons
+from analysis.scaling import reachable_length
+from analysis.statistics import bootstrap_median_time, mean_interval
+from synthetic import results, store
+
+HERE = Path(__file__).parent
+RATES = HERE / "learning_rates.json"
+
+
+def main(runs: str | None) -> None:
+    if runs is not None:
+        for name, columns in (("results", results.EVALUATION), ("targets", results.TARGET)):
+            table = analysis.load(runs, name)
+            rows = table.astype(object).where(table.notna(), None).to_dict("records")
+            store.write_bytes(HERE / f"{name}.parquet", results.to_parquet(rows, columns))
+        store.write_bytes(RATES, (Path(runs) / RATES.name).read_bytes())
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    store.write_bytes(HERE / "README.md", filled(text).encode())
+
+
+def filled(text: str) -> str:
+    """README with its tables made anew."""
+    everything = analysis.load(HERE / "results.parquet")
+    table = everything[everything["purpose"] == "report"]
+    tables = {
+        "rates": rates(json.loads(RATES.read_text())),
+        "lengths": cells(table[table["queries"] > 1], usual=True),
+        "layouts": cells(table[table["queries"] == 1], usual=True),
+        "states": states(table),
+        "exponents": exponents(table),
+        "layout-tests": layout_tests(table),
+        "cost": cost(everything),
+    }
+    for name, made in tables.items():
+        before, rest = text.split(f"<!-- {name} -->")
+        text = f"{before}<!-- {name} -->\n{made}\n<!-- /{name} -->{rest.split(f'<!-- /{name} -->')[1]}"
+    return text
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def number(value: float) -> str:
+    return "–" if math.isnan(value) else "∞" if math.isinf(value) else f"{value:,.0f}"
+
+
+def between(value: float, low: float, high: float, digits: int = 3) -> str:
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def cells(table: pd.DataFrame, usual: bool) -> str:
+    """A line per architecture, setting and length: seeds that got there, cost, accuracy."""
+    table = settings.label(table)
+    table = table[table["usual_state"]] if usual else table
+    outcomes = plots.threshold_table(table)
+    final = table[table["kind"] == "final"].set_index("run")["accuracy"]
+    longest = reachable_length(table).set_index("run")["value"]
+    rows = []
+    order = settings.variants(table)
+    groups = outcomes.groupby(["variant", "setting", "seq_len"])
+    for (variant, setting, length), cell in sorted(groups, key=lambda g: (order.index(g[0][0]), *g[0][1:])):
+        median = bootstrap_median_time(cell["value"], cell["reached"])
+        accuracy = mean_interval(final[cell["run"]], bounds=(0, 1))
+        rows.append(
+            [
+                variant,
+                setting,
+                str(length),
+                f"{cell['reached'].sum()} of {len(cell)}",
+                f"{number(median[0])} [{number(median[1])}, {number(median[2])}]",
+                between(*accuracy),
+                ", ".join(str(n) for n in longest[cell["run"]]),
+            ]
+        )
+    header = ["model", "setting", "length", "seeds at 0.95", "sequences to 0.95, median [95 %]"]
+    return markdown([*header, "final accuracy, mean [95 %]", "longest length learned, by seed"], rows)
+
+
+def states(table: pd.DataFrame) -> str:
+    found = plots.state_table(table)
+    rows = []
+    for (variant, state), cell in found.groupby(["variant", "d_state"]):
+        median = bootstrap_median_time(cell["value"], cell["reached"])
+        rows.append(
+            [
+                str(variant),
+                f"{state:g}",
+                f"{cell['reached'].sum()} of {len(cell)}",
+                f"{number(median[0])} [{number(median[1])}, {number(median[2])}]",
+                between(*mean_interval(cell["accuracy"], bounds=(0, 1))),
+                ", ".join(str(n) for n in cell["longest"]),
+            ]
+        )
+    header = ["model", "states per channel", "seeds at 0.95", "sequences to 0.95, median [95 %]"]
+    return markdown([*header, "final accuracy, mean [95 %]", "longest length learned, by seed"], rows)
+
+
+def exponents(table: pd.DataFrame) -> str:
+    laws = plots.scaling_table(table)
+    rows = []
+    for law in laws.to_dict("records"):
+        known = not math.isnan(law["exponent"])
+        value = between(law["exponent"], law["exponent_low"], law["exponent_high"], 2) if known else "–"
+        if not known and not math.isnan(law["exponent_low"]):
+            value = f"[{law['exponent_low']:.2f}, {law['exponent_high']:.2f}]"
+        runs = f"{law['n_reached']} of {law['n']}"
+        rows.append([law["variant"], law["setting"], value, runs, str(law["note"])])
+    return markdown(["model", "setting", "exponent [95 %]", "runs at 0.95", "note"], rows)
+
+
+def layout_tests(table: pd.DataFrame) -> str:
+    found = comparisons(plots.threshold_table(table))
+    single = ("prefix, single query", "suffix, single query")
+    found = found[(found["kind"] == "setting") & found["a"].isin(single) & found["b"].isin(single)]
+    rows = [
+        [
+            *(str(r[name]) for name in ("within", "n", "a_first", "b_first")),
+            str(r["unknown"] + r["ties"]),
+            f"{r['p']:.3g}",
+            f"{r['p_smallest']:.3g}",
+        ]
+        for r in found.to_dict("records")
+    ]
+    header = ["model", "pairs", "query first was faster", "query last was faster", "undecided"]
+    return markdown([*header, "p", "smallest p possible"], rows)
+
+
+def cost(table: pd.DataFrame) -> str:
+    final = table[table["kind"] == "final"]
+    rows = [
+        [purpose, str(len(part)), f"{part['seconds'].sum() / 60:.0f}"]
+        for purpose, part in final.groupby("purpose")
+    ]
+    return markdown(["runs", "number", "minutes on one thread"], rows)
+
+
+def rates(rows: list[dict]) -> str:
+    names = {"rope": ", RoPE 25 %", None: ""}
+    lines = []
+    for key in dict.fromkeys((row["model"], row["position"]) for row in rows):
+        mine = [row for row in rows if (row["model"], row["position"]) == key]
+        scores = [f"{sum(r['scores']) / len(r['scores']):.3f}" for r in mine]
+        lines.append([key[0] + names[key[1]], *scores, f"{mine[0]['lr']:g}"])
+    candidates = list(dict.fromkeys(f"{row['candidate']:g}" for row in rows))
+    return markdown(["model", *(f"score at {c}" for c in candidates), "chosen"], lines)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else None)
