@@ -106,8 +106,9 @@ def measure(runs: str | Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]
     components. map: cosines of SHOWN positions, points: PCA coordinates, both of the first seed. Models of a
     family's usual state size, at the longest length (8 at least) that every seed learned to 0.95.
     """
-    table = label(load(runs))
-    final = table[(table["kind"] == "final") & table["usual_state"] & (table["purpose"] == "report")]
+    table = load(runs)
+    table = label(table[table["purpose"] == "report"])
+    final = table[(table["kind"] == "final") & table["usual_state"]]
     final = final[
         (final["layout"] == "suffix") & (final["setting"].str.contains("dense")) & (final["seq_len"] >= 8)
     ]
