@@ -73,19 +73,15 @@ def contribution_norm(
     Bt = scan.Bt.square()
     power = scan.by_head(Bt.sum(-1, keepdim=True) if M == 1 else Bt)  # (B, L, H, N or 1)
     scale = scan.dt * scan.x.norm(dim=-1)  # (B, L, H)
-    result = scan.x.new_empty(B, i.shape[1], H)
+    result = scan.x.new_empty(B, i.shape[1], *[H] * per_head)
     row = torch.arange(B, device=i.device)[:, None]
     for part in chunks(i.shape[1], 3 * B * H * M * scan.x.element_size(), budget):
         ip, tp = i[:, part], t[:, part]
         passed = (elapsed[row, tp] - elapsed[row, ip]).to(scan.x.dtype)  # (B, r, H)
         logs = (passed.unsqueeze(-1) * (2 * scan.A)).masked_fill((tp < ip)[..., None, None], -torch.inf)
-        energy = (logs.exp_() * power[row, ip]).sum(-1)
-        result[:, part] = energy.sqrt() * scale[row, ip]
-    return (
-        (result if per_head else result.norm(dim=-1, keepdim=True))
-        .view(*shape, -1)
-        .squeeze(() if per_head else -1)
-    )
+        norms = (logs.exp_() * power[row, ip]).sum(-1).sqrt() * scale[row, ip]  # (B, r, H)
+        result[:, part] = norms if per_head else norms.norm(dim=-1)
+    return result.view(*shape, *result.shape[2:])
 
 
 @torch.no_grad()
@@ -100,8 +96,8 @@ def retention(
     """How much of token `source` is in the state at time `at`, of what it wrote and of what is there.
 
     source, at as in `contribution_norm`: `target[:, None]` (B, 1) and `torch.arange(L)` give (B, L), the
-    fate of one token in each sequence. state_norm: ||h_t|| (B, L), or (B, L, H) per head, if `updates.state_changes`
-    has been called already. Raises ValueError as `pairs`.
+    fate of one token in each sequence. state_norm: ||h_t|| (B, L), or (B, L, H) per head, if
+    `updates.state_changes` has been called already. Raises ValueError as `pairs`.
     """
     i, t = pairs(scan, source, at)
     if state_norm is None:

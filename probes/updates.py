@@ -28,11 +28,11 @@ BUDGET = 128 * 2**20  # bytes of working memory, for the functions that pass thr
 
 @dataclass(frozen=True)
 class Scan:
-    """The tensors of one layer's recurrence, as after softplus and convolution; make it by `mamba` or `mamba2`.
+    """The tensors of one layer's recurrence, after softplus and convolution; made by `mamba` or `mamba2`.
 
-    A: (H, N), or (H, 1) where all states of a head decay alike; at most 0. dt: (B, L, H), at least 0, and 0 at
-    padding. Bt, Ct: (B, L, G, N), group g shared by heads g H/G .. (g+1) H/G - 1. x: (B, L, H, P), the input u
-    of the scan. All float32, or float64 if x is. Raises ValueError for shapes or signs that do not fit.
+    A: (H, N), or (H, 1) where all states of a head decay alike; at most 0. dt: (B, L, H), at least 0, and 0
+    at padding. Bt, Ct: (B, L, G, N), group g shared by heads g H/G .. (g+1) H/G - 1. x: (B, L, H, P), the
+    input u of the scan. Kept without gradients as float32, or float64 if x is. Raises ValueError for shapes or signs that do not fit.
     """
 
     A: Tensor
@@ -57,8 +57,8 @@ class Scan:
             object.__setattr__(self, field.name, getattr(self, field.name).detach().to(dtype))
         if self.x.dim() != 4 or self.Bt.dim() != 4:
             raise ValueError(
-                f"x must have 4 dimensions (B, L, H, P) and Bt (B, L, G, N), not shapes {tuple(self.x.shape)} "
-                f"and {tuple(self.Bt.shape)}; use Scan.mamba or Scan.mamba2"
+                f"x must have dimensions (B, L, H, P) and Bt (B, L, G, N), not shapes {tuple(self.x.shape)} and "
+                f"{tuple(self.Bt.shape)}; use Scan.mamba or Scan.mamba2"
             )
         b, length, heads, _ = self.x.shape
         groups, n = self.Bt.shape[2:]
@@ -75,7 +75,7 @@ class Scan:
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
         """(B, L, H, P, N)."""
-        return (*self.x.shape, self.Bt.shape[-1])  # type: ignore[return-value]
+        return (*self.x.shape, self.Bt.shape[-1])
 
     def by_head(self, shared: Tensor) -> Tensor:
         """(B, L, G, N), as Bt or Ct -> (B, L, H, N). A view where there is one group."""
@@ -85,7 +85,7 @@ class Scan:
         return shared.repeat_interleave(heads // groups, dim=2)
 
     def elapsed(self) -> Tensor:
-        """(B, L, H) float64: sum_{s <= t} dt_s, so that a decay is prod_{i<s<=t} = exp(A (elapsed_t - elapsed_i)).
+        """(B, L, H) float64, e_t = sum_{s <= t} dt_s: prod_{i < s <= t} exp(dt_s A) = exp(A (e_t - e_i)).
 
         Float64 because differences of late sums would lose the digits that float32 has.
         """
@@ -250,7 +250,7 @@ def _inside(positions: Tensor, length: int) -> Tensor:
 
 
 def role_means(values: Any, roles: Any, names: Mapping[Any, str] | None = None) -> pd.DataFrame:
-    """One row per sequence and role: role, sequence, value (mean over its positions), positions (their number).
+    """One row per sequence and role: role, sequence, value (mean over positions), positions (how many).
 
     values: (B, L) float; nan is left out, as are roles that a sequence lacks. roles: (B, L), or (L,) if all
     sequences have the same, ints or strings; with `names` only its keys are kept, under the names it gives.
