@@ -32,7 +32,8 @@ class Scan:
 
     A: (H, N), or (H, 1) where all states of a head decay alike; at most 0. dt: (B, L, H), at least 0, and 0
     at padding. Bt, Ct: (B, L, G, N), group g shared by heads g H/G .. (g+1) H/G - 1. x: (B, L, H, P), the
-    input u of the scan. Kept without gradients as float32, or float64 if x is. Raises ValueError for shapes or signs that do not fit.
+    input u of the scan. Kept without gradients as float32, or float64 if x is. Raises ValueError for
+    shapes or signs that do not fit.
     """
 
     A: Tensor
@@ -57,8 +58,8 @@ class Scan:
             object.__setattr__(self, field.name, getattr(self, field.name).detach().to(dtype))
         if self.x.dim() != 4 or self.Bt.dim() != 4:
             raise ValueError(
-                f"x must have dimensions (B, L, H, P) and Bt (B, L, G, N), not shapes {tuple(self.x.shape)} and "
-                f"{tuple(self.Bt.shape)}; use Scan.mamba or Scan.mamba2"
+                f"x must have dimensions (B, L, H, P) and Bt (B, L, G, N), not shapes {tuple(self.x.shape)} "
+                f"and {tuple(self.Bt.shape)}; use Scan.mamba or Scan.mamba2"
             )
         b, length, heads, _ = self.x.shape
         groups, n = self.Bt.shape[2:]
