@@ -73,9 +73,9 @@ def retrieval_score(pattern: Tensor, query: Any, match: Any, rows: Any = None) -
     """Attention from the position where the answer is due to the position, or positions, that hold it.
 
     query: int or (B,), position in the sequence; match: (B,) or (B, K) positions of the target, -1 to leave
-    one out; masses of the K are added. rows: (L,) positions of pattern's rows (default: the last L). Baseline:
-    their number over the visible ones. nan for sequences without a match. Raises ValueError for a query that
-    has no row, or a match after the query, which causal attention cannot see.
+    one out; masses of the K are added. rows: (L,) positions of pattern's rows (default: the last L).
+    Baseline: their number over that of the visible tokens. nan for sequences without a match. Raises
+    ValueError for a query that has no row, or a match after it, which causal attention cannot see.
     """
     at = _rows(pattern, rows)
     B, H = pattern.shape[:2]

@@ -24,7 +24,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Lens:
-    """Of each answer, (B, A): log-probability in nats, rank (0: the likeliest token), whether it is arg-max."""
+    """Of each answer, (B, A): log-probability (nats), rank (0: the likeliest token), is it the arg-max?"""
 
     log_prob: Tensor
     rank: Tensor
@@ -136,8 +136,9 @@ def effect(
 
     With logit differences the normalised logit difference, with 0/1 correctness the recovered accuracy. The
     interval is the percentile bootstrap's of the ratio, which resamples sequences with all three of their
-    numbers; resamples without a gap are left out. Value and bounds are nan if |mean gap| <= least, the
-    bounds also if more than a twentieth of the resamples have no gap. Raises ValueError for unequal lengths, none, or numbers that are not finite.
+    numbers; resamples without a gap are left out. Value and bounds are nan if |mean gap| <= least, the bounds
+    also if more than a twentieth of the resamples have no gap. Raises ValueError for unequal lengths, no
+    sequences, or numbers that are not finite.
     """
     data = np.stack([_vector(x) for x in _equal(patched, clean, corrupted)])
     n = data.shape[1]

@@ -1,8 +1,8 @@
 """Linear probes: what can be read off a hidden state by a linear map, and how much of that means anything.
 
 Ridge regression on one-hot labels in closed form (Hoerl & Kennard 1970) and multinomial logistic regression.
-Penalties are chosen on a validation part; accuracies are those of a test part that nothing was chosen on, with
-Wilson intervals. A high accuracy may be the probe's doing, so every one comes with
+Penalties are chosen on a validation part; accuracies are those of a test part that nothing was chosen on,
+with Wilson intervals. A high accuracy may be the probe's doing, so every one comes with
 
   - majority: the accuracy of always giving the commonest label of the training part;
   - shuffled: the accuracy on the same labels dealt to sequences at random, about chance;
@@ -48,8 +48,8 @@ class LinearMap:
 class Basis:
     """Centred features in their principal directions: mean (F,), directions (F, r), values (r,) eigenvalues.
 
-    r is at most min(n, F): directions without variance are left out. All ridge solutions lie in their span and
-    are diagonal in it, so one decomposition serves every penalty and every target.
+    r is at most min(n, F): directions without variance are left out. All ridge solutions lie in their span
+    and are diagonal in it, so one decomposition serves every penalty and every target.
     """
 
     mean: Tensor
@@ -89,8 +89,8 @@ def basis(x: Tensor) -> Basis:
 class Moments:
     """Sums over samples that arrive in batches, enough for ridge regression without keeping the samples.
 
-    n; x: (F,) and y: (C,) sums; xx: (F, F) = X^T X; xy: (F, C) = X^T Y. Float64 in memory of 8 F (F + C) bytes:
-    for few features and many samples. With more features than samples keep those instead, and use `ridge`.
+    n; x: (F,) and y: (C,) sums; xx: (F, F) = X^T X; xy: (F, C) = X^T Y. Float64, 8 F (F + C) bytes: for few
+    features and many samples. With more features than samples keep those instead, and use `ridge`.
     """
 
     def __init__(self, features: int, targets: int):
@@ -130,10 +130,10 @@ def _ridge_maps(b: Basis, cross: Tensor, y_mean: Tensor, penalties: Sequence[flo
 
 
 def ridge(x: Tensor, y: Tensor, penalties: Sequence[float]) -> list[LinearMap]:
-    """argmin ||X W + b - Y||^2 + p ||W||^2 for every penalty p, from one eigendecomposition; b is not penalised.
+    """argmin ||X W + b - Y||^2 + p ||W||^2 for every penalty p, from one eigendecomposition.
 
-    x: (n, F), y: (n, C). Costs n F min(n, F) and the cube of min(n, F). A penalty of 0 gives the least-squares
-    solution of least norm. Raises ValueError for negative penalties.
+    x: (n, F), y: (n, C). Costs n F min(n, F) and the cube of min(n, F). b is not penalised. A penalty of 0
+    gives the least-squares solution of least norm. Raises ValueError for negative penalties.
     """
     b, y_mean = basis(x), y.double().mean(0)
     return _ridge_maps(b, b.coordinates(x).T @ (y.double() - y_mean), y_mean, penalties)
@@ -150,7 +150,7 @@ def logistic(
     """argmin mean cross-entropy(X W + b, labels) + penalty / 2 ||W||^2, by L-BFGS; b is not penalised.
 
     x: (n, F); labels: (n,) int64 in [0, classes), each class a column of W. start: where to begin, say at the
-    solution for another penalty. Penalty 0 on separable data has no solution, and is stopped after `iterations`.
+    solution for another penalty. Separable data without a penalty have no solution; `iterations` stops it.
     Raises ValueError for labels outside the classes.
     """
     if len(labels) == 0 or int(labels.min()) < 0 or int(labels.max()) >= classes:
@@ -202,9 +202,9 @@ def split(n: int, seed: int, validation: float = 0.2, test: float = 0.2) -> Part
 
 
 def control_labels(types: Tensor, classes: int, seed: int) -> Tensor:
-    """Labels of a control task (Hewitt & Liang 2019, section 2): each token type is given a class at random, once.
+    """Labels of a control task (Hewitt & Liang 2019, section 2): each token type is given a random class, once.
 
-    types: (...) int64 token ids; returns (...) int64 in [0, classes), a function of (type, classes, seed) only.
+    types: (...) int64 token ids; returns (...) int64 in [0, classes), a function of type, classes and seed.
     """
     if types.numel() == 0:
         return types.clone()
@@ -327,3 +327,102 @@ def controlled(
     result["control"] = table["accuracy"].iloc[2 * J] if len(types.unique()) > 1 else np.nan
     result["selectivity"] = result["accuracy"] - result["control"]
     return result
+
+
+# --- curves -------------------------------------------------------------------------------------------------
+
+
+def decode_curve(
+    states: Tensor,
+    times: Sequence[int] | Tensor,
+    tokens: Tensor,
+    lags: Sequence[int] | Tensor,
+    types: Tensor | None = None,
+    **options: Any,
+) -> pd.DataFrame:
+    """Is the identity of token i linearly decodable from h_t after t - i steps?
+
+    states: (n, T, F), states of n sequences after the tokens at `times`, T positions; tokens: (n, L) ids; lags:
+    t - i >= 0, those before the start of the sequence are left out. types: (n, T) for the control task, by
+    default the token at t. One probe for each (t, lag); the classes are the tokens that occur at those places.
+    Rows: time, lag, chance (1 / classes) and the columns of `controlled`, which takes the options.
+    Raises ValueError for times outside the sequences.
+    """
+    if states.dim() != 3 or len(times) != states.shape[1] or len(tokens) != len(states):
+        raise ValueError(
+            f"states must be (n, T, F) for T times and n rows of tokens, not {tuple(states.shape)}"
+        )
+    tables = []
+    for k, t in enumerate(int(t) for t in times):
+        if not 0 <= t < tokens.shape[1]:
+            raise ValueError(f"times must lie in 0 .. {tokens.shape[1] - 1}, but one is {t}")
+        inside = [int(lag) for lag in lags if 0 <= lag <= t]
+        if not inside:
+            continue
+        known, labels = tokens[:, [t - lag for lag in inside]].unique(return_inverse=True)
+        own = tokens[:, t] if types is None else types[:, k]
+        table = controlled(states[:, k], labels, len(known), own, **options)
+        table.insert(0, "time", t)
+        table.insert(1, "lag", inside)
+        tables.append(table.assign(chance=1 / len(known)))
+    if not tables:
+        raise ValueError("no lag reaches a token of the sequences; give lags between 0 and the times")
+    return pd.concat(tables, ignore_index=True)
+
+
+def decode_positions(
+    states: Tensor,
+    tokens: Tensor,
+    symbols: Sequence[int],
+    bins: int | None = None,
+    types: Tensor | None = None,
+    **options: Any,
+) -> pd.DataFrame:
+    """Is the position of a symbol linearly decodable from the state after it? A row per symbol, as `controlled`.
+
+    states: (n, F), after the last of tokens (n, L); symbols: ids, of which the first occurrence counts and
+    sequences without one do not. bins: number of equal parts of the L positions to tell apart (default: L).
+    types: (n,) for the control task, by default the last token. Columns before: symbol; after: chance.
+    """
+    L = tokens.shape[1]
+    classes = L if bins is None else bins
+    here = tokens[:, :, None] == torch.as_tensor(symbols, device=tokens.device)  # (n, L, J)
+    labels = torch.where(here.any(1), here.int().argmax(1) * classes // L, -1)
+    table = controlled(states, labels, classes, tokens[:, -1] if types is None else types, **options)
+    table.insert(0, "symbol", list(symbols))
+    return table.assign(chance=1 / classes)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """recoverable: largest n with mean accuracy over its n tokens >= threshold, 0 if none; expected: largest
+    expected number of tokens recovered; table: tokens (n), accuracy, expected, expected / size of the state."""
+
+    recoverable: int
+    expected: float
+    table: pd.DataFrame
+
+
+def capacity(
+    accuracies: Mapping[int, Sequence[float]], chance: float, state_size: int, threshold: float = 0.5
+) -> Capacity:
+    """How many tokens can be read off a state of `state_size` = d_inner * d_state numbers.
+
+    accuracies: n -> the test accuracies of its n tokens; `{n: curve[:n] for n in ...}` takes the n latest of a
+    decode curve. The expected number of tokens recovered is sum (accuracy - chance) / (1 - chance), in which a
+    guess counts nothing on average (single terms may be negative). Raises ValueError for wrong numbers.
+    """
+    if not 0 <= chance < 1 or state_size < 1 or not accuracies:
+        raise ValueError("capacity needs accuracies, a chance in [0, 1) and a state of at least one number")
+    rows = []
+    for n, values in sorted(accuracies.items()):
+        array = np.asarray(values, dtype=float)
+        if array.shape != (n,) or n < 1 or not ((array >= 0) & (array <= 1)).all():
+            raise ValueError(f"accuracies[{n}] must be {n} numbers in [0, 1], not of shape {array.shape}")
+        expected = float(((array - chance) / (1 - chance)).sum())
+        rows.append(
+            dict(tokens=n, accuracy=array.mean(), expected=expected, per_number=expected / state_size)
+        )
+    table = pd.DataFrame(rows)
+    passed = table.loc[table["accuracy"] >= threshold, "tokens"]
+    return Capacity(int(passed.max()) if len(passed) else 0, float(table["expected"].max()), table)
