@@ -102,10 +102,8 @@ class Moments:
     def add(self, x: Tensor, y: Tensor) -> None:
         """x: (n, F), y: (n, C), any float dtype and device. Raises ValueError for other shapes."""
         if x.shape != (len(y), len(self.x)) or y.shape != (len(x), len(self.y)):
-            raise ValueError(
-                f"x and y must be (n, {len(self.x)}) and (n, {len(self.y)}), not {tuple(x.shape)} "
-                f"and {tuple(y.shape)}"
-            )
+            wanted = f"(n, {len(self.x)}) and (n, {len(self.y)})"
+            raise ValueError(f"x and y must be {wanted}, not {tuple(x.shape)} and {tuple(y.shape)}")
         x, y = x.detach().cpu().double(), y.detach().cpu().double()
         self.n += len(x)
         self.x += x.sum(0)
@@ -202,7 +200,7 @@ def split(n: int, seed: int, validation: float = 0.2, test: float = 0.2) -> Part
 
 
 def control_labels(types: Tensor, classes: int, seed: int) -> Tensor:
-    """Labels of a control task (Hewitt & Liang 2019, section 2): each token type is given a random class, once.
+    """Labels of a control task (Hewitt & Liang 2019, section 2): each token type has a random class.
 
     types: (...) int64 token ids; returns (...) int64 in [0, classes), a function of type, classes and seed.
     """
@@ -237,15 +235,12 @@ def probe(
         raise ValueError(f"labels must lie in 0 .. {classes - 1}, or be -1")
     b = basis(features[parts.train])
     scale = float(b.values.mean()) if len(b.values) else 1.0
-    train, validation, test = (
-        b.coordinates(features[rows]) for rows in (parts.train, parts.validation, parts.test)
-    )
+    where = (parts.train, parts.validation, parts.test)
+    train, validation, test = (b.coordinates(features[r]) for r in where)
     ordered = sorted((p * scale for p in penalties), reverse=True)  # ties: the first, so the largest
     rows = []
     for column in labels.T:
-        gold, gold_validation, gold_test = (
-            column[rows] for rows in (parts.train, parts.validation, parts.test)
-        )
+        gold, gold_validation, gold_test = (column[r] for r in where)
         if method == "ridge":
             maps = _coordinate_ridge(b.values, train, gold, classes, ordered)
         else:
@@ -257,17 +252,8 @@ def probe(
         low, high = wilson(hits, count)
         common = gold[gold >= 0].mode().values if (gold >= 0).any() else torch.tensor(-2)
         majority = float((gold_test[gold_test >= 0] == common).double().mean())
-        rows.append(
-            dict(
-                accuracy=hits / count if count else np.nan,
-                low=low,
-                high=high,
-                count=count,
-                majority=majority,
-                penalty=ordered[best] / scale,
-            )
-        )
-    return pd.DataFrame(rows)
+        rows.append((hits / count if count else np.nan, low, high, count, majority, ordered[best] / scale))
+    return pd.DataFrame(rows, columns=["accuracy", "low", "high", "count", "majority", "penalty"])
 
 
 def _coordinate_ridge(
@@ -342,16 +328,14 @@ def decode_curve(
 ) -> pd.DataFrame:
     """Is the identity of token i linearly decodable from h_t after t - i steps?
 
-    states: (n, T, F), states of n sequences after the tokens at `times`, T positions; tokens: (n, L) ids; lags:
-    t - i >= 0, those before the start of the sequence are left out. types: (n, T) for the control task, by
-    default the token at t. One probe for each (t, lag); the classes are the tokens that occur at those places.
+    states: (n, T, F), those of n sequences after the tokens at T `times`; tokens: (n, L) ids; lags: t - i >= 0,
+    left out where they reach before the sequence. types: (n, T) for the control task, by default the token
+    at t. One probe for each (t, lag); the classes are the tokens that occur at those places of a time.
     Rows: time, lag, chance (1 / classes) and the columns of `controlled`, which takes the options.
-    Raises ValueError for times outside the sequences.
+    Raises ValueError for times outside the sequences, or lags that all reach before them.
     """
     if states.dim() != 3 or len(times) != states.shape[1] or len(tokens) != len(states):
-        raise ValueError(
-            f"states must be (n, T, F) for T times and n rows of tokens, not {tuple(states.shape)}"
-        )
+        raise ValueError(f"states must be (n, T, F) for T times and n token rows, not {tuple(states.shape)}")
     tables = []
     for k, t in enumerate(int(t) for t in times):
         if not 0 <= t < tokens.shape[1]:
@@ -378,7 +362,7 @@ def decode_positions(
     types: Tensor | None = None,
     **options: Any,
 ) -> pd.DataFrame:
-    """Is the position of a symbol linearly decodable from the state after it? A row per symbol, as `controlled`.
+    """Is the position of a symbol linearly decodable from the state? A row per symbol, as `controlled`.
 
     states: (n, F), after the last of tokens (n, L); symbols: ids, of which the first occurrence counts and
     sequences without one do not. bins: number of equal parts of the L positions to tell apart (default: L).
@@ -396,7 +380,7 @@ def decode_positions(
 @dataclass(frozen=True)
 class Capacity:
     """recoverable: largest n with mean accuracy over its n tokens >= threshold, 0 if none; expected: largest
-    expected number of tokens recovered; table: tokens (n), accuracy, expected, expected / size of the state."""
+    expected number of tokens recovered; table: tokens (n), accuracy, expected, and per_number of the state."""
 
     recoverable: int
     expected: float
@@ -408,9 +392,9 @@ def capacity(
 ) -> Capacity:
     """How many tokens can be read off a state of `state_size` = d_inner * d_state numbers.
 
-    accuracies: n -> the test accuracies of its n tokens; `{n: curve[:n] for n in ...}` takes the n latest of a
-    decode curve. The expected number of tokens recovered is sum (accuracy - chance) / (1 - chance), in which a
-    guess counts nothing on average (single terms may be negative). Raises ValueError for wrong numbers.
+    accuracies: n -> the test accuracies of its n tokens; `{n: curve[:n] for n in ...}` takes the n latest of
+    a decode curve. The expected number of tokens recovered is sum (accuracy - chance) / (1 - chance), in which
+    a guess counts nothing on average (terms may be negative). Raises ValueError for numbers out of range.
     """
     if not 0 <= chance < 1 or state_size < 1 or not accuracies:
         raise ValueError("capacity needs accuracies, a chance in [0, 1) and a state of at least one number")
