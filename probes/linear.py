@@ -328,7 +328,7 @@ def decode_curve(
 ) -> pd.DataFrame:
     """Is the identity of token i linearly decodable from h_t after t - i steps?
 
-    states: (n, T, F), those of n sequences after the tokens at T `times`; tokens: (n, L) ids; lags: t - i >= 0,
+    states: (n, T, F), of n sequences after the tokens at T `times`; tokens: (n, L) ids; lags: t - i >= 0,
     left out where they reach before the sequence. types: (n, T) for the control task, by default the token
     at t. One probe for each (t, lag); the classes are the tokens that occur at those places of a time.
     Rows: time, lag, chance (1 / classes) and the columns of `controlled`, which takes the options.
@@ -379,8 +379,8 @@ def decode_positions(
 
 @dataclass(frozen=True)
 class Capacity:
-    """recoverable: largest n with mean accuracy over its n tokens >= threshold, 0 if none; expected: largest
-    expected number of tokens recovered; table: tokens (n), accuracy, expected, and per_number of the state."""
+    """recoverable: largest n whose n tokens have mean accuracy >= threshold, 0 if none; expected: largest
+    expected number of tokens recovered; table: tokens (n), accuracy, expected, per_number of the state."""
 
     recoverable: int
     expected: float
@@ -393,8 +393,8 @@ def capacity(
     """How many tokens can be read off a state of `state_size` = d_inner * d_state numbers.
 
     accuracies: n -> the test accuracies of its n tokens; `{n: curve[:n] for n in ...}` takes the n latest of
-    a decode curve. The expected number of tokens recovered is sum (accuracy - chance) / (1 - chance), in which
-    a guess counts nothing on average (terms may be negative). Raises ValueError for numbers out of range.
+    a decode curve. The expected number of tokens recovered is sum (accuracy - chance) / (1 - chance), in
+    which a guess counts nothing on average (terms may be negative). Raises ValueError for numbers out of range.
     """
     if not 0 <= chance < 1 or state_size < 1 or not accuracies:
         raise ValueError("capacity needs accuracies, a chance in [0, 1) and a state of at least one number")

@@ -42,14 +42,14 @@ class Retention:
 def pairs(scan: Scan, source: Any, at: Any) -> tuple[Tensor, Tensor]:
     """(source, at), both int64 (B, ...): broadcast to each other and to the batch.
 
-    Raises ValueError for positions outside the sequence, or a leading dimension that is not the batch's.
+    A number is a list of one position, and a list holds for every sequence: both give (B, positions). Raises ValueError for positions outside the sequence, or a leading dimension that is not the batch's.
     """
     B, L = scan.x.shape[:2]
     device = scan.x.device
     i, t = torch.broadcast_tensors(*(_inside(torch.as_tensor(p, device=device), L) for p in (source, at)))
     if i.dim() < 2:
-        i, t = i.expand(B, *i.shape[-1:]), t.expand(B, *t.shape[-1:])
-    elif i.shape[0] not in (1, B):
+        i, t = i.reshape(1, -1), t.reshape(1, -1)
+    if i.shape[0] not in (1, B):
         raise ValueError(f"source and at must have leading dimension {B}, the batch's, not {i.shape[0]}")
     shape = (B, *i.shape[1:])
     return i.expand(shape).long(), t.expand(shape).long()
@@ -61,7 +61,7 @@ def contribution_norm(
 ) -> Tensor:
     """Frobenius norm of c(i -> t) over the layer's state (per head: a last dimension H); 0 for t < i.
 
-    source, at: int positions that broadcast to (B, ...); (L,) or a number means the same for every sequence.
+    source, at: int positions that broadcast to (B, ...), the shape of the result; see `pairs`.
     Because c has rank one, ||c||^2 = sum_h dt_i^2 |x_i|^2 sum_n B_in^2 exp(2 A_n sum_{i < s <= t} dt_s): no
     state is formed, only `budget` bytes of pairs x H x N at a time. Raises ValueError as `pairs`.
     """
