@@ -394,7 +394,7 @@ def capacity(
 
     accuracies: n -> the test accuracies of its n tokens; `{n: curve[:n] for n in ...}` takes the n latest of
     a decode curve. The expected number of tokens recovered is sum (accuracy - chance) / (1 - chance), in
-    which a guess counts nothing on average (terms may be negative). Raises ValueError for numbers out of range.
+    which a guess counts nothing on average (terms may be negative). Raises ValueError for other numbers.
     """
     if not 0 <= chance < 1 or state_size < 1 or not accuracies:
         raise ValueError("capacity needs accuracies, a chance in [0, 1) and a state of at least one number")

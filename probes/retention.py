@@ -42,7 +42,8 @@ class Retention:
 def pairs(scan: Scan, source: Any, at: Any) -> tuple[Tensor, Tensor]:
     """(source, at), both int64 (B, ...): broadcast to each other and to the batch.
 
-    A number is a list of one position, and a list holds for every sequence: both give (B, positions). Raises ValueError for positions outside the sequence, or a leading dimension that is not the batch's.
+    A number is a list of one position, and a list holds for every sequence: both give (B, positions).
+    Raises ValueError for positions outside the sequence, or a leading dimension that is not the batch's.
     """
     B, L = scan.x.shape[:2]
     device = scan.x.device

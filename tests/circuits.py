@@ -1,4 +1,4 @@
-"""Tiny systems built by hand whose probes' answers are known: diagonal SSMs, and attention heads that copy."""
+"""Tiny systems built by hand, of which probes have known answers: diagonal SSMs, and heads that copy."""
 
 from __future__ import annotations
 
