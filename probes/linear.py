@@ -203,11 +203,13 @@ def control_labels(types: Tensor, classes: int, seed: int) -> Tensor:
     """Labels of a control task (Hewitt & Liang 2019, section 2): each token type has a random class.
 
     types: (...) int64 token ids; returns (...) int64 in [0, classes), a function of type, classes and seed.
+    Any `classes` consecutive ids k classes .. (k+1) classes - 1 have one class each: independent draws would
+    make some class common, and guessing it would pass for memory.
     """
-    if types.numel() == 0:
-        return types.clone()
-    drawn = torch.randint(classes, (int(types.max()) + 1,), generator=torch.Generator().manual_seed(seed))
-    return drawn.to(types.device)[types]
+    blocks = int(types.max()) // classes + 1 if types.numel() else 0
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randperm(classes, generator=generator) for _ in range(blocks)]
+    return torch.cat(drawn).to(types.device)[types] if drawn else types.clone()
 
 
 def probe(

@@ -150,13 +150,13 @@ def test_random_features_have_no_accuracy_and_no_selectivity(method):
         normal(n, 20), integers(classes, n, 3, seed=1), classes, integers(50, n, seed=2), method=method,
         penalties=(1e-2, 1.0),
     )  # fmt: skip
-    for column in ("accuracy", "shuffled", "control"):
+    for column in ("accuracy", "shuffled", "control"):  # 200 test sequences: a standard error of 0.03
         assert (abs(table[column] - 1 / classes) < 0.12).all()
     assert (abs(table["selectivity"]) < 0.15).all()
 
 
 def test_memorised_types_have_no_selectivity():
-    """Features that only name the token's type read any function of it equally well, the label or the control."""
+    """Features that only name the token's type read any function of it equally well, label or control."""
     types = integers(12, 600)
     features = torch.nn.functional.one_hot(types, 12).double()
     meaning = (types % 3)[:, None]
@@ -177,6 +177,7 @@ def test_control_labels_are_a_function_of_the_type():
             control_labels(types.clamp(max=size), 5, 3)[types <= size], labels[types <= size]
         )
     assert (control_labels(types, 5, seed=4) != labels).any()
+    assert control_labels(torch.arange(40), 5, 3).bincount().tolist() == [8] * 5
     assert control_labels(types[:0], 5, 0).shape == (0, 7)
 
 
