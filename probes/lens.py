@@ -1,0 +1,187 @@
+"""Logit lens, and what a patch did: effect sizes that are 0 for the corrupted run and 1 for the clean one.
+
+The logit lens (nostalgebraist 2020) reads the residual stream after every layer as if it were the last:
+logits = head(norm(residual)). The normalised logit difference is that of Wang et al. 2022 (arXiv 2211.00593)
+and Zhang & Nanda 2023 (arXiv 2309.16042).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from analysis.statistics import mean_interval
+from synthetic.evaluate import wilson
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Lens:
+    """Of each answer, (B, A): log-probability (nats), rank (0: the likeliest token), is it the arg-max?"""
+
+    log_prob: Tensor
+    rank: Tensor
+    correct: Tensor
+
+
+@torch.no_grad()
+def logit_lens(
+    residual: Tensor, norm: Callable[[Tensor], Tensor], head: Callable[[Tensor], Tensor], answers: Tensor
+) -> Lens:
+    """Reads residuals (B, A, D) at the positions where the answers, (B, A) token ids, are due.
+
+    norm, head: the model's last norm and output layer, (..., D) -> (..., D) -> (..., V). The rank counts
+    tokens with a larger logit. Raises ValueError for shapes that differ.
+    """
+    if residual.dim() != 3 or residual.shape[:2] != answers.shape:
+        raise ValueError(
+            f"residual must be (B, A, D) for answers (B, A), not {tuple(residual.shape)} "
+            f"and {tuple(answers.shape)}"
+        )
+    logits = head(norm(residual)).to(torch.promote_types(residual.dtype, torch.float32))
+    own = logits.gather(-1, answers.unsqueeze(-1))
+    return Lens(
+        (own - logits.logsumexp(-1, keepdim=True)).squeeze(-1),
+        (logits > own).sum(-1),
+        logits.argmax(-1) == answers,
+    )
+
+
+def lens_table(
+    residuals: Mapping[Any, Tensor],
+    norm: Callable[[Tensor], Tensor],
+    head: Callable[[Tensor], Tensor],
+    answers: Tensor,
+) -> pd.DataFrame:
+    """One row per layer: layer, accuracy with Wilson interval, log_prob with Student's, median rank, answers.
+
+    residuals: layer -> (B, A, D), e.g. the embedding and the output of every block. The interval of log_prob
+    takes sequences as independent, that of the accuracy answers.
+    """
+    rows = []
+    for layer, residual in residuals.items():
+        lens = logit_lens(residual, norm, head, answers)
+        hits, count = int(lens.correct.sum()), lens.correct.numel()
+        low, high = wilson(hits, count)
+        mean, mean_low, mean_high = mean_interval(lens.log_prob.mean(1).double().cpu().numpy())
+        rows.append(
+            dict(
+                layer=layer,
+                accuracy=hits / count,
+                low=low,
+                high=high,
+                log_prob=mean,
+                log_prob_low=mean_low,
+                log_prob_high=mean_high,
+                median_rank=float(lens.rank.double().median()),
+                answers=count,
+            )
+        )
+    return pd.DataFrame(rows)
+
+
+# --- effects of patches -------------------------------------------------------------------------------------
+
+
+def logit_difference(logits: Tensor, clean_answer: Tensor, corrupted_answer: Tensor) -> Tensor:
+    """(...,): logit of the clean run's answer minus that of the corrupted run's. logits: (..., V)."""
+    return (
+        logits.gather(-1, clean_answer.unsqueeze(-1)) - logits.gather(-1, corrupted_answer.unsqueeze(-1))
+    ).squeeze(-1)
+
+
+def normalised_difference(patched: Tensor, clean: Tensor, corrupted: Tensor, least: float = 1e-6) -> Tensor:
+    """(patched - corrupted) / (clean - corrupted), elementwise over broadcast logit differences.
+
+    1: the patch restored the clean run, 0: it changed nothing, below 0 or above 1: it went further. nan where
+    |clean - corrupted| <= least: there is nothing to restore. Means of this ratio are led by its smallest
+    denominators; `effect` divides means instead.
+    """
+    gap = clean - corrupted
+    return torch.where(gap.abs() > least, (patched - corrupted) / gap, torch.nan)
+
+
+@dataclass(frozen=True)
+class Effect:
+    """value: share of the gap between corrupted and clean that the patch recovers; nan without a gap.
+
+    low, high: bootstrap interval over sequences; nan for one sequence or without a gap. gap: mean of
+    clean - corrupted over the n sequences.
+    """
+
+    value: float
+    low: float
+    high: float
+    gap: float
+    n: int
+
+
+def effect(
+    patched: Any,
+    clean: Any,
+    corrupted: Any,
+    confidence: float = 0.95,
+    resamples: int = RESAMPLES,
+    least: float = 1e-6,
+    seed: int = 0,
+) -> Effect:
+    """mean(patched - corrupted) / mean(clean - corrupted) over n sequences; each (n,), of one metric.
+
+    With logit differences the normalised logit difference, with 0/1 correctness the recovered accuracy. The
+    interval is the percentile bootstrap's of the ratio, which resamples sequences with all three of their
+    numbers; resamples without a gap are left out. Value and bounds are nan if |mean gap| <= least, the bounds
+    also if more than a twentieth of the resamples have no gap. Raises ValueError for unequal lengths, no
+    sequences, or numbers that are not finite.
+    """
+    data = np.stack([_vector(x) for x in _equal(patched, clean, corrupted)])
+    n = data.shape[1]
+    value, gap = _recovered(data.mean(1), least)
+    low = high = np.nan
+    if n > 1 and np.isfinite(value):
+        draws = np.random.default_rng(seed).integers(n, size=(resamples, n))
+        values, _ = _recovered(data[:, draws].mean(2), least)
+        if np.isfinite(values).mean() >= 0.95:
+            tail = (1 - confidence) / 2
+            low, high = np.nanquantile(values, [tail, 1 - tail])
+    return Effect(float(value), float(low), float(high), float(gap), n)
+
+
+def recovered_accuracy(patched: Any, clean: Any, corrupted: Any, **options: Any) -> Effect:
+    """(accuracy patched - corrupted) / (clean - corrupted), from (n,) bools: right about the clean answer?
+
+    As `effect`, and nan where the corrupted run is as accurate as the clean one.
+    """
+    for name, values in dict(patched=patched, clean=clean, corrupted=corrupted).items():
+        if not np.isin(_vector(values), (0, 1)).all():
+            raise ValueError(f"{name} must hold truth values, whether each answer was right")
+    return effect(patched, clean, corrupted, **options)
+
+
+def _recovered(means: np.ndarray, least: float) -> tuple[Any, Any]:
+    """Share and gap of (3, ...) means: patched, clean, corrupted."""
+    patched, clean, corrupted = means
+    gap = clean - corrupted
+    some = np.abs(gap) > least
+    return np.where(some, (patched - corrupted) / np.where(some, gap, 1), np.nan), gap
+
+
+def _vector(values: Any) -> np.ndarray:
+    array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=float)
+    if array.ndim != 1 or not array.size or not np.isfinite(array).all():
+        raise ValueError("patched, clean and corrupted must be vectors of at least one finite number")
+    return array
+
+
+def _equal(*vectors: Any) -> tuple[Any, ...]:
+    if len({len(v) for v in vectors}) != 1:
+        raise ValueError(
+            f"patched, clean and corrupted differ in length: {', '.join(str(len(v)) for v in vectors)}"
+        )
+    return vectors

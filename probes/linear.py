@@ -1,0 +1,412 @@
+"""Linear probes: what can be read off a hidden state by a linear map, and how much of that means anything.
+
+Ridge regression on one-hot labels in closed form (Hoerl & Kennard 1970) and multinomial logistic regression.
+Penalties are chosen on a validation part; accuracies are those of a test part that nothing was chosen on,
+with Wilson intervals. A high accuracy may be the probe's doing, so every one comes with
+
+  - majority: the accuracy of always giving the commonest label of the training part;
+  - shuffled: the accuracy on the same labels dealt to sequences at random, about chance;
+  - control: the accuracy on a control task (Hewitt & Liang 2019, arXiv 1909.03368), labels that are a fixed
+    random function of a token's type, which can only be memorised; selectivity = accuracy - control.
+
+Computed in float64. F is the number of features, d_inner * d_state for a whole state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import optimize
+from torch import Tensor
+from torch.nn import functional as F_
+
+from synthetic.evaluate import wilson
+
+PENALTIES = tuple(
+    10.0**k for k in range(-6, 3)
+)  # in units of the mean eigenvalue of the features' Gram matrix
+METHODS = ("ridge", "logistic")
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """x (..., F) -> x weight + bias (..., C); weight: (F, C), bias: (C,), float64."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.double() @ self.weight + self.bias
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Centred features in their principal directions: mean (F,), directions (F, r), values (r,) eigenvalues.
+
+    r is at most min(n, F): directions without variance are left out. All ridge solutions lie in their span
+    and are diagonal in it, so one decomposition serves every penalty and every target.
+    """
+
+    mean: Tensor
+    directions: Tensor
+    values: Tensor
+
+    def coordinates(self, x: Tensor) -> Tensor:
+        """(n, F) -> (n, r)."""
+        return (x.double() - self.mean) @ self.directions
+
+    def map(self, weight: Tensor, bias: Tensor) -> LinearMap:
+        """The map of features that does to them what weight (r, C), bias (C,) do to coordinates."""
+        full = self.directions @ weight
+        return LinearMap(full, bias - self.mean @ full)
+
+
+def _eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues above rounding, largest first, and their eigenvectors in columns."""
+    values, vectors = torch.linalg.eigh(gram)
+    floor = values[-1:].clamp(min=0) * len(values) * torch.finfo(values.dtype).eps
+    keep = (values > floor).nonzero().squeeze(1).flip(0)
+    return values[keep], vectors[:, keep]
+
+
+def basis(x: Tensor) -> Basis:
+    """Of features x (n, F): from X X^T (dual) if n < F, from X^T X (primal) else, X the centred features."""
+    x = x.double()
+    mean = x.mean(0)
+    centred = x - mean
+    if len(x) < x.shape[1]:
+        values, vectors = _eigen(centred @ centred.T)
+        return Basis(mean, centred.T @ (vectors / values.sqrt()), values)
+    values, vectors = _eigen(centred.T @ centred)
+    return Basis(mean, vectors, values)
+
+
+class Moments:
+    """Sums over samples that arrive in batches, enough for ridge regression without keeping the samples.
+
+    n; x: (F,) and y: (C,) sums; xx: (F, F) = X^T X; xy: (F, C) = X^T Y. Float64, 8 F (F + C) bytes: for few
+    features and many samples. With more features than samples keep those instead, and use `ridge`.
+    """
+
+    def __init__(self, features: int, targets: int):
+        self.n = 0
+        self.x, self.y = (torch.zeros(k, dtype=torch.float64) for k in (features, targets))
+        self.xx = torch.zeros(features, features, dtype=torch.float64)
+        self.xy = torch.zeros(features, targets, dtype=torch.float64)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """x: (n, F), y: (n, C), any float dtype and device. Raises ValueError for other shapes."""
+        if x.shape != (len(y), len(self.x)) or y.shape != (len(x), len(self.y)):
+            wanted = f"(n, {len(self.x)}) and (n, {len(self.y)})"
+            raise ValueError(f"x and y must be {wanted}, not {tuple(x.shape)} and {tuple(y.shape)}")
+        x, y = x.detach().cpu().double(), y.detach().cpu().double()
+        self.n += len(x)
+        self.x += x.sum(0)
+        self.y += y.sum(0)
+        self.xx.addmm_(x.T, x)
+        self.xy.addmm_(x.T, y)
+
+    def ridge(self, penalties: Sequence[float]) -> list[LinearMap]:
+        """What `ridge` gives for all samples added. Raises ValueError before any were."""
+        if not self.n:
+            raise ValueError("no samples were added")
+        mean, y_mean = self.x / self.n, self.y / self.n
+        values, vectors = _eigen(self.xx - torch.outer(mean, self.x))
+        cross = vectors.T @ (self.xy - torch.outer(mean, self.y))
+        return _ridge_maps(Basis(mean, vectors, values), cross, y_mean, penalties)
+
+
+def _ridge_maps(b: Basis, cross: Tensor, y_mean: Tensor, penalties: Sequence[float]) -> list[LinearMap]:
+    if any(p < 0 for p in penalties):
+        raise ValueError(f"penalties must not be negative, but the smallest is {min(penalties)}")
+    return [b.map(cross / (b.values + p)[:, None], y_mean) for p in penalties]
+
+
+def ridge(x: Tensor, y: Tensor, penalties: Sequence[float]) -> list[LinearMap]:
+    """argmin ||X W + b - Y||^2 + p ||W||^2 for every penalty p, from one eigendecomposition.
+
+    x: (n, F), y: (n, C). Costs n F min(n, F) and the cube of min(n, F). b is not penalised. A penalty of 0
+    gives the least-squares solution of least norm. Raises ValueError for negative penalties.
+    """
+    b, y_mean = basis(x), y.double().mean(0)
+    return _ridge_maps(b, b.coordinates(x).T @ (y.double() - y_mean), y_mean, penalties)
+
+
+def logistic(
+    x: Tensor,
+    labels: Tensor,
+    classes: int,
+    penalty: float,
+    start: LinearMap | None = None,
+    iterations: int = 500,
+) -> LinearMap:
+    """argmin mean cross-entropy(X W + b, labels) + penalty / 2 ||W||^2, by L-BFGS; b is not penalised.
+
+    x: (n, F); labels: (n,) int64 in [0, classes), each class a column of W. start: where to begin, say at the
+    solution for another penalty. Separable data without a penalty have no solution; `iterations` stops it.
+    Raises ValueError for labels outside the classes.
+    """
+    if len(labels) == 0 or int(labels.min()) < 0 or int(labels.max()) >= classes:
+        raise ValueError(f"labels must be at least one number in 0 .. {classes - 1}")
+    features, gold = x.double().cpu().numpy(), labels.cpu().numpy()
+    n, width = features.shape
+    rows = np.arange(n)
+
+    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        weight, bias = flat[: width * classes].reshape(width, classes), flat[width * classes :]
+        logits = features @ weight + bias
+        logits -= logits.max(1, keepdims=True)
+        normaliser = np.log(np.exp(logits).sum(1, keepdims=True))
+        loss = float((normaliser[:, 0] - logits[rows, gold]).mean() + penalty / 2 * (weight**2).sum())
+        error = np.exp(logits - normaliser)  # probabilities - one-hot labels
+        error[rows, gold] -= 1
+        error /= n
+        return loss, np.concatenate([(features.T @ error + penalty * weight).ravel(), error.sum(0)])
+
+    first = np.zeros((width + 1) * classes)
+    if start is not None:
+        first = np.concatenate([start.weight.cpu().numpy().ravel(), start.bias.cpu().numpy()])
+    options = dict(maxiter=iterations, maxfun=2 * iterations, ftol=1e-12, gtol=1e-8)
+    best = torch.from_numpy(
+        optimize.minimize(objective, first, jac=True, method="L-BFGS-B", options=options).x
+    )
+    return LinearMap(best[: width * classes].view(width, classes), best[width * classes :])
+
+
+# --- held-out accuracy and its controls ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Row numbers of the three parts of n sequences; a sequence is in one part only."""
+
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+
+
+def split(n: int, seed: int, validation: float = 0.2, test: float = 0.2) -> Parts:
+    """Deals n sequences out at random, by shares. Raises ValueError if a part would be empty."""
+    held, tested = round(n * validation), round(n * test)
+    if min(held, tested, n - held - tested) < 1:
+        raise ValueError(f"{n} sequences leave a part empty; give more of them")
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    return Parts(order[held + tested :], order[:held], order[held : held + tested])
+
+
+def control_labels(types: Tensor, classes: int, seed: int) -> Tensor:
+    """Labels of a control task (Hewitt & Liang 2019, section 2): each token type has a random class.
+
+    types: (...) int64 token ids; returns (...) int64 in [0, classes), a function of type, classes and seed.
+    """
+    if types.numel() == 0:
+        return types.clone()
+    drawn = torch.randint(classes, (int(types.max()) + 1,), generator=torch.Generator().manual_seed(seed))
+    return drawn.to(types.device)[types]
+
+
+def probe(
+    features: Tensor,
+    labels: Tensor,
+    classes: int,
+    parts: Parts,
+    method: str = "ridge",
+    penalties: Sequence[float] = PENALTIES,
+) -> pd.DataFrame:
+    """How well J labelings of n sequences can be read off one state of each, a row per labeling.
+
+    features: (n, F); labels: (n, J) int64 in [0, classes), or -1 for sequences that have none, which count in
+    no accuracy (ridge is trained to give them no class; logistic leaves them out). penalties: in units of the
+    mean eigenvalue of the Gram matrix, so that they mean the same at any scale of the features.
+    Rows: accuracy, low, high, count (test sequences), majority, penalty (chosen; the largest of equally good
+    ones). Without any label in the test part accuracy is nan.
+    Raises ValueError for unknown methods, or labels outside the classes.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method {method!r} is unknown; use one of {', '.join(METHODS)}")
+    if labels.dim() != 2 or len(labels) != len(features):
+        raise ValueError(f"labels must be (n, J) for features (n, F), not {tuple(labels.shape)}")
+    if labels.numel() and not -1 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(f"labels must lie in 0 .. {classes - 1}, or be -1")
+    b = basis(features[parts.train])
+    scale = float(b.values.mean()) if len(b.values) else 1.0
+    where = (parts.train, parts.validation, parts.test)
+    train, validation, test = (b.coordinates(features[r]) for r in where)
+    ordered = sorted((p * scale for p in penalties), reverse=True)  # ties: the first, so the largest
+    rows = []
+    for column in labels.T:
+        gold, gold_validation, gold_test = (column[r] for r in where)
+        if method == "ridge":
+            maps = _coordinate_ridge(b.values, train, gold, classes, ordered)
+        else:
+            maps = _logistic_path(train, gold, classes, [p / len(train) for p in ordered])
+        scores = [_right(m(validation), gold_validation).double().mean().nan_to_num(0) for m in maps]
+        best = int(torch.stack(scores).argmax())
+        right = _right(maps[best](test), gold_test)
+        hits, count = int(right.sum()), len(right)
+        low, high = wilson(hits, count)
+        common = gold[gold >= 0].mode().values if (gold >= 0).any() else torch.tensor(-2)
+        majority = float((gold_test[gold_test >= 0] == common).double().mean())
+        rows.append((hits / count if count else np.nan, low, high, count, majority, ordered[best] / scale))
+    return pd.DataFrame(rows, columns=["accuracy", "low", "high", "count", "majority", "penalty"])
+
+
+def _coordinate_ridge(
+    values: Tensor, train: Tensor, gold: Tensor, classes: int, penalties: Sequence[float]
+) -> list[LinearMap]:
+    targets = F_.one_hot(gold.clamp(min=0), classes).double() * (gold >= 0)[:, None]
+    mean = targets.mean(0)
+    cross = train.T @ (targets - mean)
+    return [LinearMap(cross / (values + p)[:, None], mean) for p in penalties]
+
+
+def _logistic_path(train: Tensor, gold: Tensor, classes: int, penalties: Sequence[float]) -> list[LinearMap]:
+    """From the largest penalty on, each solution the start of the next."""
+    maps: list[LinearMap] = []
+    there = gold >= 0
+    if not there.any():
+        return [LinearMap(train.new_zeros(train.shape[1], classes), train.new_zeros(classes))] * len(
+            penalties
+        )
+    for penalty in penalties:
+        maps.append(logistic(train[there], gold[there], classes, penalty, maps[-1] if maps else None))
+    return maps
+
+
+def _right(scores: Tensor, gold: Tensor) -> Tensor:
+    """(m,) bool of the m rows that have a label."""
+    return (scores.argmax(-1) == gold)[gold >= 0]
+
+
+def controlled(
+    features: Tensor,
+    labels: Tensor,
+    classes: int,
+    types: Tensor,
+    seed: int = 0,
+    method: str = "ridge",
+    penalties: Sequence[float] = PENALTIES,
+) -> pd.DataFrame:
+    """`probe` with its controls; arguments as there, and types (n,), token ids for the control task.
+
+    Further columns: shuffled (labels dealt out anew among the sequences that have one), control (labels
+    `control_labels(types)`, with as many classes; nan if all types are the same) and selectivity. The type
+    should be that of the token whose state is read. Where the label itself is a function of that type, as the
+    identity of the token that was just read, the control task is a mere renaming and selectivity about 0.
+    """
+    parts = split(len(features), seed)
+    mixed = labels.clone()
+    generator = torch.Generator().manual_seed(seed + 1)
+    for j in range(labels.shape[1]):
+        rows = (labels[:, j] >= 0).nonzero().squeeze(1)
+        mixed[rows, j] = labels[rows[torch.randperm(len(rows), generator=generator)], j]
+    control = control_labels(types, classes, seed + 2)[:, None]
+    table = probe(features, torch.cat([labels, mixed, control], 1), classes, parts, method, penalties)
+    J = labels.shape[1]
+    result = table.iloc[:J].copy()
+    result["shuffled"] = table["accuracy"].to_numpy()[J : 2 * J]
+    result["control"] = table["accuracy"].iloc[2 * J] if len(types.unique()) > 1 else np.nan
+    result["selectivity"] = result["accuracy"] - result["control"]
+    return result
+
+
+# --- curves -------------------------------------------------------------------------------------------------
+
+
+def decode_curve(
+    states: Tensor,
+    times: Sequence[int] | Tensor,
+    tokens: Tensor,
+    lags: Sequence[int] | Tensor,
+    types: Tensor | None = None,
+    **options: Any,
+) -> pd.DataFrame:
+    """Is the identity of token i linearly decodable from h_t after t - i steps?
+
+    states: (n, T, F), of n sequences after the tokens at T `times`; tokens: (n, L) ids; lags: t - i >= 0,
+    left out where they reach before the sequence. types: (n, T) for the control task, by default the token
+    at t. One probe for each (t, lag); the classes are the tokens that occur at those places of a time.
+    Rows: time, lag, chance (1 / classes) and the columns of `controlled`, which takes the options.
+    Raises ValueError for times outside the sequences, or lags that all reach before them.
+    """
+    if states.dim() != 3 or len(times) != states.shape[1] or len(tokens) != len(states):
+        raise ValueError(f"states must be (n, T, F) for T times and n token rows, not {tuple(states.shape)}")
+    tables = []
+    for k, t in enumerate(int(t) for t in times):
+        if not 0 <= t < tokens.shape[1]:
+            raise ValueError(f"times must lie in 0 .. {tokens.shape[1] - 1}, but one is {t}")
+        inside = [int(lag) for lag in lags if 0 <= lag <= t]
+        if not inside:
+            continue
+        known, labels = tokens[:, [t - lag for lag in inside]].unique(return_inverse=True)
+        own = tokens[:, t] if types is None else types[:, k]
+        table = controlled(states[:, k], labels, len(known), own, **options)
+        table.insert(0, "time", t)
+        table.insert(1, "lag", inside)
+        tables.append(table.assign(chance=1 / len(known)))
+    if not tables:
+        raise ValueError("no lag reaches a token of the sequences; give lags between 0 and the times")
+    return pd.concat(tables, ignore_index=True)
+
+
+def decode_positions(
+    states: Tensor,
+    tokens: Tensor,
+    symbols: Sequence[int],
+    bins: int | None = None,
+    types: Tensor | None = None,
+    **options: Any,
+) -> pd.DataFrame:
+    """Is the position of a symbol linearly decodable from the state? A row per symbol, as `controlled`.
+
+    states: (n, F), after the last of tokens (n, L); symbols: ids, of which the first occurrence counts and
+    sequences without one do not. bins: number of equal parts of the L positions to tell apart (default: L).
+    types: (n,) for the control task, by default the last token. Columns before: symbol; after: chance.
+    """
+    L = tokens.shape[1]
+    classes = L if bins is None else bins
+    here = tokens[:, :, None] == torch.as_tensor(symbols, device=tokens.device)  # (n, L, J)
+    labels = torch.where(here.any(1), here.int().argmax(1) * classes // L, -1)
+    table = controlled(states, labels, classes, tokens[:, -1] if types is None else types, **options)
+    table.insert(0, "symbol", list(symbols))
+    return table.assign(chance=1 / classes)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """recoverable: largest n whose n tokens have mean accuracy >= threshold, 0 if none; expected: largest
+    expected number of tokens recovered; table: tokens (n), accuracy, expected, per_number of the state."""
+
+    recoverable: int
+    expected: float
+    table: pd.DataFrame
+
+
+def capacity(
+    accuracies: Mapping[int, Sequence[float]], chance: float, state_size: int, threshold: float = 0.5
+) -> Capacity:
+    """How many tokens can be read off a state of `state_size` = d_inner * d_state numbers.
+
+    accuracies: n -> the test accuracies of its n tokens; `{n: curve[:n] for n in ...}` takes the n latest of
+    a decode curve. The expected number of tokens recovered is sum (accuracy - chance) / (1 - chance), in
+    which a guess counts nothing on average (terms may be negative). Raises ValueError for numbers out of range.
+    """
+    if not 0 <= chance < 1 or state_size < 1 or not accuracies:
+        raise ValueError("capacity needs accuracies, a chance in [0, 1) and a state of at least one number")
+    rows = []
+    for n, values in sorted(accuracies.items()):
+        array = np.asarray(values, dtype=float)
+        if array.shape != (n,) or n < 1 or not ((array >= 0) & (array <= 1)).all():
+            raise ValueError(f"accuracies[{n}] must be {n} numbers in [0, 1], not of shape {array.shape}")
+        expected = float(((array - chance) / (1 - chance)).sum())
+        rows.append(
+            dict(tokens=n, accuracy=array.mean(), expected=expected, per_number=expected / state_size)
+        )
+    table = pd.DataFrame(rows)
+    passed = table.loc[table["accuracy"] >= threshold, "tokens"]
+    return Capacity(int(passed.max()) if len(passed) else 0, float(table["expected"].max()), table)
