@@ -1,0 +1,90 @@
+"""What is patched together: one token by its role, or a window of tokens without one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from probes.pairs import Pairs
+from probes.roles import ROLES, role
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """role: of `probes.roles`, or "partner" (the symbol that the corrupted sequence asks for), "last" (the
+    token at which the answer is read, if that is neither the query nor otherwise named), "everything".
+    low, high: the tokens low .. high - 1 it lies in; None if that differs from sequence to sequence.
+    where: (B, L) bool, the tokens patched in each sequence; a row without any leaves its sequence out.
+    """
+
+    role: str
+    low: int | None
+    high: int | None
+    where: Tensor
+
+
+def _span(where: Tensor) -> tuple[int | None, int | None]:
+    """(low, high) of a mask (B, L) whose rows are equal, else Nones."""
+    if not bool((where == where[0]).all()):
+        return None, None
+    places = where[0].nonzero().flatten()
+    return int(places[0]), int(places[-1]) + 1
+
+
+def everything(pairs: Pairs) -> Cell:
+    """All tokens up to the answer."""
+    where = torch.ones_like(pairs.roles[:, : pairs.answer_at + 1], dtype=torch.bool)
+    return Cell("everything", 0, where.shape[1], where)
+
+
+def cells(pairs: Pairs, max_positions: int = 64) -> list[Cell]:
+    """Every token up to the answer, by roles and windows: about `max_positions` cells.
+
+    Tokens with a role of their own are patched exactly: the target and its partner, wherever they stand, the
+    markers, the query, the last token. Row separators are one cell. Distractors are patched one position at
+    a time if the sequence has up to max_positions tokens, else in windows of equal size (the last may be
+    shorter), together; in a window that a token of another role lies in, that token stays as it is.
+    Raises ValueError for max_positions < 1.
+    """
+    if max_positions < 1:
+        raise ValueError(f"max_positions {max_positions} must be at least 1")
+    L = pairs.answer_at + 1
+    roles = pairs.roles[:, :L]
+    places = torch.arange(L, device=roles.device)
+    partner = places == pairs.partner[:, None]
+    exact = [(name, roles == role(name)) for name in ROLES if name != "distractor"]
+    exact.insert(1, ("partner", partner))
+    if bool((roles[:, -1] != role("query")).any()):
+        exact.append(("last", (places == L - 1).expand_as(roles)))
+    found = [Cell(name, *_span(where), where) for name, where in exact if bool(where.any())]
+    context = (roles == role("distractor")) | (roles == role("target"))
+    ordinary = (roles == role("distractor")) & ~partner & (places < (L - 1 if found[-1].role == "last" else L))
+    begin, end = (int(context.any(0).nonzero()[i]) for i in (0, -1))
+    size = 1 if max_positions >= L else -(-(end + 1 - begin) // max(1, max_positions - len(found)))
+    for low in range(begin, end + 1, size):
+        high = min(low + size, end + 1)
+        where = ordinary & (places >= low) & (places < high)
+        if bool(where.any()):
+            found.append(Cell("distractor", low, high, where))
+    return found
+
+
+def chunks(where: Tensor, budget: int) -> Iterator[tuple[list[int], int]]:
+    """Cells that run in one call, and the token from which it runs.
+
+    where: (C, B, L) bool. Each chunk has at most `budget` tokens of one sequence of each cell, or one cell.
+    Cells come in the order of their first token, so that a call has few tokens that nothing can have changed.
+    Cells without any token are left out.
+    """
+    L = where.shape[2]
+    places = torch.arange(L, device=where.device)
+    first = torch.where(where, places, L).amin((1, 2)).tolist()
+    order = sorted((i for i in range(len(first)) if first[i] < L), key=lambda i: first[i])
+    while order:
+        start = first[order[0]]
+        c = max(1, budget // (L - start))
+        yield order[:c], start
+        order = order[c:]

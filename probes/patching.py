@@ -1,0 +1,346 @@
+"""Causal tracing: activations of clean runs are put into corrupted ones, at every layer and position.
+
+A patch's effect is the normalised logit difference (Wang et al. 2022, arXiv 2211.00593; Zhang & Nanda 2023,
+arXiv 2309.16042)
+
+    (LD_patched - LD_corrupted) / (LD_clean - LD_corrupted)      LD = logit[clean answer] - logit[corrupted one]
+
+read where the answer is due: 0 where the patch changes nothing, 1 where it makes the corrupted run the clean
+one. `probes.sites` says what is patched, `probes.cells` which tokens together.
+
+Nothing is computed twice that a patch cannot change: a patch at layer l runs blocks l.. (l + 1.. inside a
+block), on the tokens from the patched one on, from the cached states of the corrupted run, and reads logits
+at the answer only. Patches of several positions run side by side as rows of one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from analysis.statistics import mean_interval
+from models.common import Cache, LanguageModel
+from probes.cells import Cell, cells, chunks, everything
+from probes.lens import logit_difference, normalised_difference
+from probes.pairs import Pairs
+from probes.sites import SITES, Heads, advance, has_site, residuals, run_from, ssm_state
+from synthetic.evaluate import wilson
+
+CONTROLS = ("self", "everything", "unrelated")
+# Numbers a block holds for each token at its peak, in units of d_model: projections, scan or MLP, copies.
+WIDTHS_PER_TOKEN = 32
+
+
+@dataclass(frozen=True)
+class Key:
+    """One patch: site, layer, head (None: no heads), number of the cell, and the control it is ("": none)."""
+
+    site: str
+    layer: int
+    head: int | None
+    cell: int
+    control: str
+
+
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """Patches of B pairs: for each of K keys the logit difference and whether the arg-max is the clean answer.
+
+    difference: (K, B) float32, nan where a pair has no token in the key's cell; right: (K, B) bool; clean,
+    corrupted: (B,) logit differences of the unpatched runs; clean_right, corrupted_right: (B,) bool, whether
+    those answer with the clean answer.
+    """
+
+    keys: list[Key]
+    cells: list[Cell]
+    difference: Tensor
+    right: Tensor
+    clean: Tensor
+    corrupted: Tensor
+    clean_right: Tensor
+    corrupted_right: Tensor
+
+    def effects(self) -> Tensor:
+        """(K, B) normalised logit differences; nan also where clean and corrupted runs do not differ."""
+        return normalised_difference(self.difference, self.clean, self.corrupted)
+
+    def table(self) -> pd.DataFrame:
+        """One row per key, see `patch`."""
+        each = self.effects()
+        rows = []
+        for i, key in enumerate(self.keys):
+            cell = self.cells[key.cell]
+            known = ~self.difference[i].isnan()
+            hits, n = int(self.right[i][known].sum()), int(known.sum())
+            accuracy_low, accuracy_high = wilson(hits, n)
+            row: dict[str, Any] = dict(
+                site=key.site, layer=key.layer, head=key.head, role=cell.role, low=cell.low, high=cell.high,
+                control=key.control, n=n,
+            )  # fmt: skip
+            row |= _named("effect", ratio_of_means(self.difference[i], self.clean, self.corrupted))
+            row |= _named("effect_each", _mean(each[i]))
+            row |= _named("accuracy", (hits / n if n else np.nan, accuracy_low, accuracy_high))
+            rows.append(row)
+        table = pd.DataFrame(rows).astype(dict(head="Int64", low="Int64", high="Int64"))
+        return table.assign(
+            gap=float((self.clean - self.corrupted).double().mean()),
+            accuracy_clean=float(self.clean_right.double().mean()),
+            accuracy_corrupted=float(self.corrupted_right.double().mean()),
+        )
+
+
+def _named(name: str, values: tuple[float, float, float]) -> dict[str, float]:
+    return dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
+
+
+def _mean(values: Tensor) -> tuple[float, float, float]:
+    data = values[~values.isnan()].double().cpu().numpy()
+    return mean_interval(data) if len(data) else (np.nan, np.nan, np.nan)
+
+
+def ratio_of_means(patched: Tensor, clean: Tensor, corrupted: Tensor) -> tuple[float, float, float]:
+    """mean(patched - corrupted) / mean(clean - corrupted) over examples (B,), with its 95 % interval.
+
+    Unlike the mean of ratios it is not led by examples that the model hardly tells apart. The interval is
+    Student's, of the linearised ratio (delta method): values r + (p_i - r g_i) / mean(g), whose mean is r,
+    with p and g the two differences. nan in `patched` leaves an example out; nan without a gap.
+    """
+    known = ~patched.isnan()
+    p, g = ((t - corrupted)[known].double().cpu() for t in (patched, clean))
+    if not len(p) or abs(float(g.mean())) < 1e-6:
+        return np.nan, np.nan, np.nan
+    r = p.mean() / g.mean()
+    return mean_interval((r + (p - r * g) / g.mean()).numpy())
+
+
+def patch(
+    model: LanguageModel,
+    pairs: Pairs,
+    sites: Iterable[str] = SITES,
+    *,
+    layers: Iterable[int] | None = None,
+    max_positions: int = 64,
+    controls: bool = True,
+    memory_mb: int = 512,
+    progress: Callable[[int, int], None] | None = None,
+) -> pd.DataFrame:
+    """The patching grid of a model as a tidy table: one row per site, layer, head and cell of tokens.
+
+    Columns: site; layer (residual: what enters block `layer`, n_layer is the final one; state and head:
+    of block `layer`); head (<NA> without); role, low, high of the tokens low .. high - 1 (`probes.cells.Cell`);
+    control; n pairs; effect, the ratio of mean differences, and effect_each, the mean over pairs of their
+    normalised logit differences, each with _low and _high (95 %); accuracy, the share of pairs that answer with the clean answer, with its Wilson interval; gap (mean
+    of LD_clean - LD_corrupted), accuracy_clean and accuracy_corrupted, the same in every row.
+
+    A state has one value a token, so a cell of several tokens replaces the last one's: it holds what was
+    written before. control is "" for the patches themselves, and
+
+        self         the corrupted run's own activation: effect 0, bit for bit
+        everything   (residual) all positions of a layer: effect 1
+        unrelated    the activation of another pair's clean run, scaled to the norm of the one it stands for
+
+    Sites that the model does not have are left out. memory_mb bounds activations, about.
+    progress: called with (done, all) patched pairs of each chunk.
+    Raises ValueError for unknown sites or layers.
+    """
+    traced = trace(
+        model, pairs, cells(pairs, max_positions), sites,
+        layers=layers, controls=controls, memory_mb=memory_mb, progress=progress,
+    )  # fmt: skip
+    return traced.table()
+
+
+@torch.no_grad()
+def trace(
+    model: LanguageModel,
+    pairs: Pairs,
+    what: list[Cell],
+    sites: Iterable[str] = SITES,
+    *,
+    layers: Iterable[int] | None = None,
+    controls: bool = True,
+    memory_mb: int = 512,
+    progress: Callable[[int, int], None] | None = None,
+) -> Traced:
+    """As `patch`, for chosen cells; results of every pair."""
+    layers = _layers(model, layers)
+    sites = list(sites)
+    for site in sites:
+        if site not in SITES:
+            raise ValueError(f"unknown site {site!r}; valid: {', '.join(SITES)}")
+    what = [*what, everything(pairs)]
+    keys = list(_keys(model, sites, layers, len(what), controls))
+    number = {key: i for i, key in enumerate(keys)}
+    B, L = len(pairs), pairs.answer_at + 1
+    difference = torch.full((len(keys), B), torch.nan)
+    right = torch.zeros(len(keys), B, dtype=torch.bool)
+    plain = []  # LD and correctness of clean and corrupted runs
+    budget = memory_mb * 2**20 // (4 * model.config.d_model)  # vectors of the residual stream
+    kept = 3 * (model.config.n_layer + 1) * L  # of one pair
+    rows = max(1, min(B, budget // 2 // max(kept, WIDTHS_PER_TOKEN * L)))
+    for begin in range(0, B, rows):
+        part = slice(begin, begin + rows)
+        work = _Work(model, pairs, part, what, budget // 2 // WIDTHS_PER_TOKEN // len(range(B)[part]))
+        plain.append([work.measured(work.plain(name)) for name in ("clean", "corrupted")])
+        for key_group, ld, hit in work.patches(sites, layers, controls):
+            index = [number[key] for key in key_group]
+            where = torch.stack([what[key.cell].where[part].any(1) for key in key_group]).cpu()
+            difference[index, part] = ld.float().cpu().masked_fill(~where, torch.nan)
+            right[index, part] = hit.cpu() & where
+            if progress is not None:
+                progress(begin, B)
+        if progress is not None:
+            progress(min(begin + rows, B), B)
+    (clean, clean_right), (corrupted, corrupted_right) = (
+        [torch.cat([block[i][j].flatten() for block in plain]).cpu() for j in (0, 1)] for i in (0, 1)
+    )
+    return Traced(keys, what, difference, right, clean.float(), corrupted.float(), clean_right, corrupted_right)
+
+
+def _layers(model: LanguageModel, layers: Iterable[int] | None) -> list[int]:
+    n = model.config.n_layer
+    chosen = list(range(n + 1)) if layers is None else sorted(set(layers))
+    if not chosen or chosen[0] < 0 or chosen[-1] > n:
+        raise ValueError(f"layers {chosen} must be some of 0 .. n_layer = {n}")
+    return chosen
+
+
+def _heads(model: LanguageModel, site: str, layer: int) -> list[int | None]:
+    """The heads of a site in a layer: [None] where there are none, [] where there is no such site."""
+    if site == "residual":
+        return [None]
+    if layer == model.config.n_layer or not has_site(model.parts()[1][layer], site):
+        return []
+    return list(range(model.config.n_head)) if site == "head" else [None]
+
+
+def _keys(
+    model: LanguageModel, sites: list[str], layers: list[int], count: int, controls: bool
+) -> Iterator[Key]:
+    """All keys in the order of the table; the last of `count` cells is "everything"."""
+    for site in sites:
+        for layer in layers:
+            for head in _heads(model, site, layer):
+                for cell in range(count - 1):
+                    yield Key(site, layer, head, cell, "")
+                if controls:
+                    yield Key(site, layer, head, count - 1, "self")
+                    if site == "residual":
+                        yield Key(site, layer, head, count - 1, "everything")
+                    for cell in range(count - 1):
+                        yield Key(site, layer, head, cell, "unrelated")
+
+
+class _Work:
+    """The patches of some of the pairs: runs recorded once, then patched chunk by chunk."""
+
+    def __init__(self, model: LanguageModel, pairs: Pairs, part: slice, what: list[Cell], budget: int):
+        self.model, self.budget = model, budget
+        self.at = pairs.answer_at
+        self.answer, self.wrong = pairs.answer[part], pairs.corrupted_answer[part]
+        ids = {name: getattr(pairs, name).input_ids[:, : self.at + 1] for name in ("clean", "corrupted")}
+        ids["unrelated"] = ids["clean"].roll(1, dims=0)
+        self.ids = {name: rows[part] for name, rows in ids.items()}
+        self.x = {name: residuals(model, rows) for name, rows in self.ids.items()}
+        self.where = torch.stack([cell.where[part] for cell in what])  # (C, B, L)
+
+    def plain(self, name: str) -> Tensor:
+        """Logits (1, B, V) of a run as it is."""
+        return run_from(self.model, self.model.config.n_layer, self.x[name][-1][None], None, self.at)
+
+    def measured(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Logit difference and correctness, (c, B) each, of logits (c, B, V)."""
+        c = len(logits)
+        answer, wrong = (t.expand(c, -1) for t in (self.answer, self.wrong))
+        return logit_difference(logits, answer, wrong), logits.argmax(-1) == answer
+
+    def patches(
+        self, sites: list[str], layers: list[int], controls: bool
+    ) -> Iterator[tuple[list[Key], Tensor, Tensor]]:
+        """Groups of keys with their logit differences and correctness, (keys, B) each."""
+        last = len(self.where) - 1
+        cache = self.model.init_cache()
+        sources = {"": "clean"} | ({"unrelated": "unrelated"} if controls else {})
+        for chosen, start in chunks(self.where[:last], self.budget):
+            advance(self.model, self.ids["corrupted"], cache, start)
+            yield from self._group(sites, layers, sources, chosen, start, cache)
+        if controls:  # from the first token, with as many rows: the very same arithmetic as unpatched
+            everywhere = {"self": "corrupted"}
+            yield from self._group(sites, layers, everywhere, [last], 0, None)
+            if "residual" in sites:
+                yield from self._group(["residual"], layers, {"everything": "clean"}, [last], 0, None)
+
+    def _group(
+        self, sites: list[str], layers: list[int], sources: dict[str, str], chosen: list[int], start: int,
+        cache: Cache | None,
+    ) -> Iterator[tuple[list[Key], Tensor, Tensor]]:  # fmt: skip
+        where = self.where[chosen]
+        for site in sites:
+            for layer in layers:
+                if not _heads(self.model, site, layer):
+                    continue
+                for control, head, x in getattr(self, f"_{site}")(layer, where, start, sources):
+                    behind = layer + (site != "residual")
+                    logits = run_from(self.model, behind, x, cache, self.at - start)
+                    yield [Key(site, layer, head, i, control) for i in chosen], *self.measured(logits)
+
+    # Each site gives (control, head, residual stream (c, B, T, D) after its patches), source after source.
+
+    def _residual(
+        self, layer: int, where: Tensor, start: int, sources: dict[str, str]
+    ) -> Iterator[tuple[str, int | None, Tensor]]:
+        corrupted, clean = self.x["corrupted"][layer][:, start:], self.x["clean"][layer][:, start:]
+        for control, name in sources.items():
+            x = self.x[name][layer][:, start:]
+            if control == "unrelated":
+                x = of_norm(x, clean, 1)
+            yield control, None, torch.where(where[:, :, start:, None], x, corrupted)
+
+    def _state(
+        self, layer: int, where: Tensor, start: int, sources: dict[str, str]
+    ) -> Iterator[tuple[str, int | None, Tensor]]:
+        block = self.model.parts()[1][layer]
+        at = torch.where(where, torch.arange(where.shape[2], device=where.device), -1).amax(2).clamp(min=0)
+        positions, index = at.unique(return_inverse=True)
+        rows = torch.arange(at.shape[1], device=at.device)
+
+        def states(name: str) -> Tensor:  # (c, B, *state)
+            return ssm_state(block, self.x[name][layer]).states(positions.tolist())[rows, index]
+
+        corrupted = ssm_state(block, self.x["corrupted"][layer])
+        before = corrupted.states(positions.tolist())[rows, index]
+        clean = states("clean")
+        for control, name in sources.items():
+            h = before if name == "corrupted" else clean if name == "clean" else states(name)
+            if control == "unrelated":
+                h = of_norm(h, clean, h.dim() - 2)
+            x = self.x["corrupted"][layer + 1][:, start:] + corrupted.added(h - before, at, start)
+            yield control, None, x
+
+    def _head(
+        self, layer: int, where: Tensor, start: int, sources: dict[str, str]
+    ) -> Iterator[tuple[str, int | None, Tensor]]:
+        block: Any = self.model.parts()[1][layer]
+        runs = {name: Heads(block, self.x[name][layer]) for name in {"clean", "corrupted", *sources.values()}}
+        corrupted = runs["corrupted"]
+        mask = where[:, :, start:, None]
+        for control, name in sources.items():
+            for head in range(corrupted.z.shape[2]):
+                z = {run: heads.z[:, start:, head] for run, heads in runs.items()}
+                new = of_norm(z[name], z["clean"], 1) if control == "unrelated" else z[name]
+                delta = torch.where(mask, new - z["corrupted"], 0)
+                x = self.x["corrupted"][layer + 1][:, start:] + corrupted.added(delta, head, start)
+                yield control, head, x
+
+
+def of_norm(x: Tensor, like: Tensor, dims: int) -> Tensor:
+    """x with the norms of `like` over the last `dims` axes."""
+    axes = tuple(range(-dims, 0))
+    norm, wanted = (torch.linalg.vector_norm(t, dim=axes, keepdim=True) for t in (x, like))
+    return x * (wanted / norm.clamp(min=torch.finfo(norm.dtype).tiny))

@@ -1,0 +1,51 @@
+"""What each token of a position-type sequence is for: the axis along which probes are averaged and compared.
+
+Tasks position, position-varlen and grid, in any layout, with one query. Example, suffix layout, N = 4:
+
+    tokens   <bos> <s5>       <s1>   <s2>       <s4>       <query>      <s1>
+    role     bos   distractor target distractor distractor query_marker query
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from synthetic.tasks import Batch, Task
+from synthetic.tasks.position import Position
+
+ROLES = ("bos", "distractor", "target", "separator", "query_marker", "query", "task", "answer")
+
+
+def role(name: str) -> int:
+    """The number that stands for a role in the tensors of `roles`."""
+    return ROLES.index(name)
+
+
+def roles(task: Task, batch: Batch) -> Tensor:
+    """The role of every token, (B, L) int64 indices into `ROLES`.
+
+    target is the context symbol that the query asks for, distractor every other one; separator the markers
+    of an image's rows and of its frame (grid); answer a position token that is fed in (supervise_bos), and
+    <bos> is "bos" wherever it stands. Raises ValueError, in one line, for tasks or batches where a single
+    target is not defined.
+    """
+    if not isinstance(task, Position):
+        raise ValueError(f"roles are not defined for task {task.name}: use position, position-varlen or grid")
+    if batch.target_index.shape[1] != 1:
+        raise ValueError(
+            f"roles are not defined for {batch.target_index.shape[1]} queries a sequence: use queries=1"
+        )
+    v, ids = task.vocabulary, batch.input_ids
+    result = ids.new_full(ids.shape, role("separator"))  # what no line below claims is a marker
+    result[ids == v.bos] = role("bos")
+    result[ids == v.query] = role("query_marker")
+    result[ids == v.task] = role("task")
+    result[(ids >= v.first_position) & (ids < v.task)] = role("answer")
+    symbol = (ids >= v.first_symbol) & (ids < v.first_position)
+    query = (ids == v.query).roll(1, dims=1)  # the queried symbol follows its marker, in every layout
+    result[symbol] = role("distractor")
+    result[query] = role("query")
+    context = symbol & ~query
+    place = context.cumsum(1) - 1  # 0-based number of a context symbol
+    result[context & (place == batch.target_index)] = role("target")
+    return result

@@ -1,0 +1,232 @@
+"""Where activations are swapped, and what a swap does to the residual stream behind the layer it is made in.
+
+Three sites, named as their hook points:
+
+    residual  blocks.l.hook_resid_pre             x_l itself; l = n_layer is what the last norm reads
+    state     blocks.l.mixer.hook_ssm_state       h_t replaced, the recurrence goes on from it
+    head      blocks.l.attn.hook_z                what one head gives to one position, before W_O
+
+Every block adds to the residual stream, so a swap inside block l is known from what it adds to x_{l+1}: blocks
+up to l never run again. The recurrences are linear in their state (dt, B and C depend on the layer's input
+alone), so with D_t = h'_t - h_t a replaced state adds to the outputs
+
+    y'_s - y_s = C_s . (A_bar_s ... A_bar_{t+1} D_t)       s >= t
+
+which is a scan that starts from D_t and writes nothing.
+
+Letters as in `models.common`; c = patches side by side, T = tokens from `start` on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.common import Cache, Context, LanguageModel, LayerCache
+from models.mamba import MambaMixer
+from models.mamba2 import Mamba2Mixer, ssd
+from models.ops.causal_conv1d import causal_conv1d
+from models.ops.linear import linear
+from models.ops.selective_scan import selective_scan
+from models.transformer import TransformerBlock
+
+SITES = ("residual", "state", "head")
+
+
+def has_site(block: Any, site: str) -> bool:
+    """Whether a block has states (SSM) or heads (attention); every one has a residual stream."""
+    return site == "residual" or isinstance(block, TransformerBlock) == (site == "head")
+
+
+def residuals(model: LanguageModel, input_ids: Tensor) -> list[Tensor]:
+    """x_0 .. x_n: the residual stream (B, L, D) before each block, and before the last norm."""
+    context = Context(positions=torch.arange(input_ids.shape[1], device=input_ids.device))
+    x = model.embed(input_ids, cast(Tensor, context.positions))
+    x = x.to(torch.promote_types(x.dtype, torch.float32)) if model.config.residual_in_fp32 else x
+    result = [x]
+    for block in model.parts()[1]:
+        result.append(block(result[-1], context))
+    return result
+
+
+def advance(model: LanguageModel, input_ids: Tensor, cache: Cache, stop: int) -> None:
+    """Let `cache`, of the same sequences, remember the tokens before `stop`."""
+    if stop > cache.length:
+        nothing = torch.zeros(0, dtype=torch.int64, device=input_ids.device)
+        model.hidden(input_ids[:, cache.length : stop], at=nothing, cache=cache)
+
+
+def run_from(model: LanguageModel, layer: int, x: Tensor, cache: Cache | None, at: int | Tensor) -> Tensor:
+    """Logits (c, B, V) when blocks layer.. run on x (c, B, T, D), a residual stream x_layer.
+
+    cache: what the unpatched sequences (B) leave before x begins; None if x begins with the first token.
+    at: index in x of the token whose logits are wanted, or (A,) of them, then (c, B, A, V).
+    """
+    _, blocks, norm, head = model.parts()
+    c, B, T, _ = x.shape
+    start = 0 if cache is None else cache.length
+    context = Context(positions=torch.arange(start, start + T, device=x.device))
+    rows = x.flatten(0, 1)
+    for block, past in zip(blocks[layer:], _layers(model, cache)[layer:], strict=True):
+        rows = block(rows, context, None if past is None else repeated(past, c))
+    return head(norm(rows[:, at])).unflatten(0, (c, B))
+
+
+def _layers(model: LanguageModel, cache: Cache | None) -> list[LayerCache | None]:
+    return [None] * model.config.n_layer if cache is None or cache.length == 0 else list(cache.layers)
+
+
+def repeated(cache: LayerCache, c: int) -> LayerCache:
+    """c copies of a layer's cache below each other, (c * B, ...)."""
+    return {name: t.expand(c, *t.shape).flatten(0, 1) for name, t in cache.items()}
+
+
+@contextmanager
+def captured(**modules: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """The last argument and result of modules, as `name_in` and `name_out`."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            found[f"{name}_in"], found[f"{name}_out"] = inputs[0], output
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _context(x: Tensor) -> Context:
+    return Context(positions=torch.arange(x.shape[1], device=x.device))
+
+
+class MambaState:
+    """One Mamba block at work on x (B, L, D): its states, and what a change of one adds to its output."""
+
+    def __init__(self, block: Any, x: Tensor):
+        self.mixer: MambaMixer = block.mixer
+        config = self.mixer.config
+        with captured(input=self.mixer.in_proj, ssm=self.mixer.x_proj) as seen:
+            block(x, _context(x))
+        self.z = seen["input_out"].chunk(2, dim=-1)[1]  # (B, L, E)
+        self.u = seen["ssm_in"]
+        dt, self.B, self.C = seen["ssm_out"].split([config.rank, config.d_state, config.d_state], dim=-1)
+        self.dt = linear(dt, self.mixer.dt_proj.weight)  # (B, L, E), before bias and softplus
+        self.A = -torch.exp(self.mixer.A_log.to(torch.promote_types(self.mixer.A_log.dtype, torch.float32)))
+
+    def _scan(self, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, **options: Any) -> Any:
+        options |= dict(dt_bias=self.mixer.dt_proj.bias, dt_softplus=True)
+        return selective_scan(u, dt, self.A, B, C, backend=self.mixer.config.scan_backend, **options)
+
+    def states(self, positions: list[int]) -> Tensor:
+        """h_t (B, P, E, N) after each of P positions."""
+        stop = max(positions) + 1
+        arguments = (t[:, :stop] for t in (self.u, self.dt, self.B, self.C))
+        return self._scan(*arguments, states_at=positions)[-1]
+
+    def added(self, delta: Tensor, at: Tensor, start: int) -> Tensor:
+        """(c, B, T, D) that replacing h_t by h_t + delta, (c, B, E, N), at t = at, (c, B), adds."""
+        c, rows = len(delta), delta.shape[0] * delta.shape[1]
+        time = torch.arange(start, self.u.shape[1], device=at.device)
+        early = (time < at[..., None]).flatten(0, 1)[..., None]  # (c * B, T, 1)
+        frozen = (time <= at[..., None]).flatten(0, 1)[..., None]  # h_t has decayed by A_bar_t already
+        dt, B, C, z = (_rows(t[:, start:], c) for t in (self.dt, self.B, self.C, self.z))
+        y = self._scan(  # softplus(-1e4) = 0: such a step is the identity on the state
+            torch.zeros_like(dt), dt.masked_fill(frozen, -1e4), B, C, initial_state=delta.reshape(rows, *delta.shape[2:])
+        )
+        y = y.masked_fill(early, 0) * F.silu(z)
+        return self.mixer.out_proj(y).unflatten(0, (c, -1))
+
+
+class Mamba2State:
+    """As `MambaState`, for a Mamba-2 block; states are (H, P, N)."""
+
+    def __init__(self, block: Any, x: Tensor):
+        self.mixer: Mamba2Mixer = block.mixer
+        config = self.mixer.config
+        E, H, G, N = config.d_inner, config.n_head, config.ngroups, config.d_state
+        with captured(input=self.mixer.in_proj, norm=self.mixer.norm) as seen:
+            block(x, _context(x))
+        self.y = seen["norm_in"]  # (B, L, E), what the gated norm reads
+        self.z, xBC, dt = seen["input_out"].split([E, E + 2 * G * N, H], dim=-1)
+        conv = self.mixer.conv1d
+        xBC = causal_conv1d(xBC, conv.weight.squeeze(1), conv.bias, activation="silu")
+        u, B, C = xBC.split([E, G * N, G * N], dim=-1)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        self.u, self.B, self.C = u.unflatten(-1, (H, -1)), B.unflatten(-1, (G, N)), C.unflatten(-1, (G, N))
+        self.dt = F.softplus(dt.to(wide) + self.mixer.dt_bias)  # (B, L, H)
+        self.A = -torch.exp(self.mixer.A_log.to(wide))
+        self.log_decay = (self.dt * self.A).double().cumsum(1)  # double: differences of long sums
+
+    def states(self, positions: list[int]) -> Tensor:
+        """h_t (B, P, H, P, N) after each of P positions."""
+        found: dict[int, Tensor] = {}
+        done, h = 0, None
+        for stop in sorted(set(positions)):
+            piece = (t[:, done : stop + 1] for t in (self.u, self.dt))
+            rest = (t[:, done : stop + 1] for t in (self.B, self.C))
+            size = self.mixer.config.chunk_size
+            _, h = ssd(*piece, self.A, *rest, initial_state=h, chunk_size=size, return_last_state=True)
+            found[stop], done = h, stop + 1
+        return torch.stack([found[t] for t in positions], dim=1)
+
+    def added(self, delta: Tensor, at: Tensor, start: int) -> Tensor:
+        """(c, B, T, D) that replacing h_t by h_t + delta, (c, B, H, P, N), at t = at, (c, B), adds."""
+        c, H, G = len(delta), self.u.shape[2], self.C.shape[2]
+        time = torch.arange(start, self.u.shape[1], device=at.device)
+        total = self.log_decay.gather(1, at.t()[..., None].expand(-1, -1, H)).transpose(0, 1)  # (c, B, H)
+        decay = (self.log_decay[:, start:] - total[:, :, None]).to(delta.dtype)  # (c, B, T, H)
+        decay = decay.masked_fill((time < at[..., None])[..., None], -torch.inf).exp()
+        C = self.C[:, start:].repeat_interleave(H // G, dim=2)  # (B, T, H, N)
+        y = torch.einsum("bthn,cbhpn->cbthp", C, delta) * decay[..., None]
+        before, z = self.y[:, start:], self.z[:, start:]
+        change = self.mixer.norm(before + y.flatten(-2), z) - self.mixer.norm(before, z)
+        return self.mixer.out_proj(change)
+
+
+def ssm_state(block: Any, x: Tensor) -> Any:
+    """The `MambaState` or `Mamba2State` of an SSM block."""
+    return Mamba2State(block, x) if isinstance(block.mixer, Mamba2Mixer) else MambaState(block, x)
+
+
+class Heads:
+    """One attention block at work on x (B, L, D): its heads' outputs, and what a change of one adds."""
+
+    def __init__(self, block: TransformerBlock, x: Tensor):
+        self.block = block
+        self.dense = block.attention.dense
+        with captured(dense=self.dense) as seen:
+            block(x, _context(x))
+        self.z = seen["dense_in"].unflatten(-1, (block.attention.config.n_head, -1))  # (B, L, H, P)
+        self.middle = x + seen["dense_out"]
+
+    def added(self, delta: Tensor, head: int, start: int) -> Tensor:
+        """(c, B, T, D) that adding delta, (c, B, T, P), to the output of one head adds to the block's."""
+        width = delta.shape[-1]
+        x = linear(delta, self.dense.weight[:, head * width : (head + 1) * width])
+        return self.through_mlp(x, start)
+
+    def through_mlp(self, x: Tensor, start: int) -> Tensor:
+        """What a change x (c, B, T, D) of the attention's output adds to the block's output."""
+        if self.block.parallel_residual:  # the MLP reads what was there before the attention
+            return x
+        before = self.middle[:, start:]
+
+        def mlp(v: Tensor) -> Tensor:
+            return self.block.mlp(self.block.post_attention_layernorm(v))
+
+        return x + mlp(before + x) - mlp(before)
+
+
+def _rows(t: Tensor, c: int) -> Tensor:
+    """(B, ...) -> (c * B, ...)."""
+    return t.expand(c, *t.shape).flatten(0, 1)
