@@ -249,6 +249,17 @@ def legend(figure: Figure, looks: dict[str, dict[str, Any]]) -> None:
     figure.legend(handles=lines, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
 
 
+def plain_log(axis: Any) -> None:
+    """Ticks of a log axis as plain numbers, at 1, 2 and 5 times powers of ten where few of those are seen."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = sorted(axis.get_view_interval())
+    subs = (1.0, 2.0, 5.0) if low > 0 and high / low < 100 else (1.0,)
+    axis.set_major_locator(LogLocator(subs=subs, numticks=9))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def error_bars(part: pd.DataFrame) -> np.ndarray:
     """(2, rows) lengths for matplotlib; none where there is no interval."""
     bars = np.stack([part["value"] - part["low"], part["high"] - part["value"]])

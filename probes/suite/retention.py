@@ -34,6 +34,7 @@ from probes.suite.common import (
     map_rows,
     markdown,
     panels,
+    plain_log,
     recorded,
     require_roles,
     rows_within,
@@ -54,7 +55,7 @@ LEAST = 1e-8  # below which curves are not drawn
 
 
 def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
-    """Rows by layer: curve by `role` and `distance`, contrast, map by `query` and `key`, reconstruction."""
+    """Rows by layer: curve by `role` and `distance` (tokens before the answer), contrast, map by `query` and `key`, reconstruction."""
     layers = ssm_layers(model)
     require_roles(task, "retention")
     long = task.seq_len > 128
@@ -182,8 +183,8 @@ def draw_curves(table: pd.DataFrame) -> Figure:
                     ax.fill_between(
                         part["distance"], part["low"].clip(LEAST), part["high"], color=look["color"], alpha=0.2, lw=0
                     )
-                ax.set(xscale="log", yscale="log")
-                ax.set_ylim(bottom=max(LEAST, ax.get_ylim()[0]))
+                ax.set(xscale="log" if mine["distance"].max() > 64 else "linear", yscale="log")
+                plain_log(ax.yaxis)
                 if k == 0:
                     ax.set_title(f"{NAMES[family]}, layer {layer}", fontsize=9)
                 if k == len(QUANTITIES) - 1:

@@ -28,6 +28,7 @@ from probes.suite.common import (
     interval_row,
     legend,
     panels,
+    plain_log,
     recorded,
     require_roles,
     rows_within,
@@ -172,6 +173,7 @@ def draw_roles(table: pd.DataFrame) -> Figure:
             ax.grid(axis="x", visible=False)
             if quantity != "decay":
                 ax.set_yscale("log")
+                plain_log(ax.yaxis)
             if j == 0:
                 ax.set_ylabel(label, fontsize=8)
             if i == 0:
