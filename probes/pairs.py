@@ -27,7 +27,7 @@ class Pairs:
     """B pairs, one query each; the two batches have equal shapes and ask at the same place.
 
     answer, corrupted_answer: (B,) int64 token ids; never equal.
-    changed: (B, C) int64, the sequence indices in which the two differ, increasing; C = 1 (kind "query") or 2.
+    changed: (B, C) int64, the sequence indices in which they differ, increasing; C = 1 (kind "query") or 2.
     roles: (B, L) int64, roles of the clean tokens (`probes.roles`).
     partner: (B,) int64, sequence index of the context symbol that the corrupted sequence asks for.
     """
@@ -90,7 +90,7 @@ def pairs(task: Task, examples: int, length: int | None = None, kind: str = "que
 def _draw(
     task: Task, rng: np.random.Generator, rows: int, length: int, swap: bool
 ) -> tuple[IntArray, IntArray]:
-    """Held-out contexts (rows, length) and two targets each; with `swap` their swapped ones are held out too."""
+    """Held-out contexts (rows, length), two targets each; with `swap` held out also after the swap."""
     contexts, targets, have = [], [], 0
     while have < rows:
         wanted = (rows - have) * (2**sampling.HELDOUT_BITS if swap else 1)
