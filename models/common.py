@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.hooks import Hooked, points
 from models.ops.cross_entropy import linear_cross_entropy
 
 LayerCache = dict[str, Tensor]
@@ -126,13 +127,24 @@ def unpack(x: Tensor, seq_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return rows.index_put((row, column), x), row, column
 
 
-class LanguageModel(nn.Module):
+def chosen(x: Tensor, packing: list[Tensor], at: Tensor | None) -> Tensor:
+    """x (B, L, D) with rows packed again as `unpack` found them, then the indices `at`: (A,) or (B, A)."""
+    if packing:
+        row, column = packing
+        x = x[row, column]
+    if at is None:
+        return x
+    return x[:, at] if at.dim() == 1 else x.take_along_dim(at[..., None], dim=1)
+
+
+class LanguageModel(Hooked, nn.Module):
     """Causal language model: tokens or embeddings in, next-token logits out.
 
     Subclasses set `config` (with `vocab_size`, `d_model`, `n_layer`) and implement `parts()`.
     """
 
     config: Any
+    hook_axes: ClassVar = {"hook_embed": "B L D", "ln_final.hook_normalized": "B L D"}
 
     def parts(self) -> tuple[nn.Embedding, list[Block], nn.Module, nn.Linear]:
         """The embedding, the blocks in order, the final norm, the head."""
@@ -209,20 +221,24 @@ class LanguageModel(nn.Module):
         )
         tokens = cast(Tensor, input_ids if inputs_embeds is None else inputs_embeds)
         _, blocks, norm, _ = self.parts()
+        packing: list[Tensor] = []
         if seq_ids is not None:  # embed rows, so that learned positions restart with each sequence
             vectors = tokens if inputs_embeds is not None else tokens.unsqueeze(-1)
-            vectors, row, column = unpack(vectors, seq_ids)
+            vectors, *packing = unpack(vectors, seq_ids)
             tokens = vectors if inputs_embeds is not None else vectors.squeeze(-1)
+        if self.hook is not None:
+            B, L = tokens.shape[:2]
+            self.hook.begin(B, L, L if cache is None else L + cache.length)
         context = self._context(tokens, attention_mask, cache)
         x = tokens if inputs_embeds is not None else self.embed(tokens, cast(Tensor, context.positions))
+        if self.hook is not None:
+            x = self.hook("hook_embed", x)
         x = x.to(torch.promote_types(x.dtype, torch.float32)) if self.config.residual_in_fp32 else x
         for i, block in enumerate(blocks):
             x = block(x, context, None if cache is None else cache.layers[i])
-        if seq_ids is not None:
-            x = x[row, column]
-        if at is not None:
-            x = x[:, at] if at.dim() == 1 else x.take_along_dim(at[..., None], dim=1)
-        return norm(x)
+        if self.hook is not None:  # normalise all, so that the hook sees the axes of every other name
+            return chosen(self.hook("ln_final.hook_normalized", norm(x)), packing, at)
+        return norm(chosen(x, packing, at))
 
     def _context(self, tokens: Tensor, mask: Tensor | None, cache: Cache | None) -> Context:
         B, L = tokens.shape[:2]
@@ -240,6 +256,16 @@ class LanguageModel(nn.Module):
         if key_mask is not None:  # positions count real tokens only, so left padding shifts nothing
             positions = (key_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
         return Context(mask=mask, key_mask=key_mask, positions=positions)
+
+    def hook_children(self) -> dict[str, Hooked]:
+        return {f"blocks.{i}.": cast(Hooked, block) for i, block in enumerate(self.parts()[1])}
+
+    def hook_sizes(self) -> dict[str, int]:
+        return {"D": self.config.d_model}
+
+    def hook_names(self) -> list[str]:
+        """Every name that `probes.record` and `probes.intervene` take (`probes.NAMES` describes them)."""
+        return list(points(self))
 
     def init_cache(self) -> Cache:
         """An empty cache; its tensors are made by the first call that uses it."""

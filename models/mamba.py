@@ -17,13 +17,15 @@ Parameter names are those of state-spaces/mamba; `backbone.embeddings.weight`, t
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from models.common import Block, Config, Context, LanguageModel, LayerCache, make_norm, require
+from models.hooks import STATE_NAMES, Hook, Hooked, hooked_scan, masked_hook
 from models.ops.causal_conv1d import causal_conv1d
 from models.ops.linear import Linear, linear
 from models.ops.selective_scan import selective_scan
@@ -65,8 +67,65 @@ class MambaConfig(Config):
         return self.dt_rank or math.ceil(self.d_model / 16)
 
 
-class MambaMixer(nn.Module):
+@dataclass(frozen=True)
+class SelectiveRecurrence:
+    """The arguments of one `selective_scan` as a `models.hooks.Recurrence`: states (B, E, N), y (B, L, E)."""
+
+    u: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor
+    z: Tensor | None
+    dt_bias: Tensor | None
+    dt_softplus: bool
+    backend: str
+
+    @property
+    def length(self) -> int:
+        return self.u.shape[1]
+
+    def scan(self, start: int, stop: int, h: Tensor | None, at: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        u, dt, B, C = (x[:, start:stop] for x in (self.u, self.dt, self.B, self.C))
+        z = None if self.z is None else self.z[:, start:stop]
+        fixed = (self.dt_bias, self.dt_softplus, h, at, True, self.backend)
+        return selective_scan(u, dt, self.A, B, C, self.D, z, *fixed)
+
+    def delta(self, dt: Tensor) -> Tensor:
+        """The step sizes that the scan makes of dt (B, ..., E)."""
+        wide = torch.promote_types(dt.dtype, torch.float32)
+        dt = dt.to(wide) if self.dt_bias is None else dt.to(wide) + self.dt_bias.to(wide)
+        return F.softplus(dt) if self.dt_softplus else dt
+
+    def decay(self, positions: list[int]) -> Tensor:
+        return torch.exp(self.delta(self.dt[:, positions]).unsqueeze(-1) * self.A)  # (B, P, E, N)
+
+    def step(self, t: int, h: Tensor | None, decay: Tensor) -> Tensor:
+        write = (self.delta(self.dt[:, t]) * self.u[:, t]).unsqueeze(-1) * self.B[:, t, None]
+        return write if h is None else decay * h + write
+
+    def read(self, t: int, h: Tensor) -> Tensor:
+        y = (h * self.C[:, t, None]).sum(-1) + self.D.to(h.dtype) * self.u[:, t]
+        y = y if self.z is None else y * F.silu(self.z[:, t].to(h.dtype))
+        return y.to(self.u.dtype).unsqueeze(1)
+
+
+class MambaMixer(Hooked, nn.Module):
     """The selective state space layer: (B, L, D) -> (B, L, D)."""
+
+    hook_axes: ClassVar = {
+        "hook_in": "B L E",
+        "hook_conv": "B L E",
+        "hook_dt": "B L E",
+        "hook_B": "B L N",
+        "hook_C": "B L N",
+        "hook_A_bar": "B L E N",
+        "hook_ssm_state": "B L E N",
+        "hook_ssm_readout": "B L E N",
+        "hook_gate": "B L E",
+        "hook_y": "B L E",
+    }
 
     def __init__(self, config: MambaConfig):
         super().__init__()
@@ -95,6 +154,8 @@ class MambaMixer(nn.Module):
         x, z = self.in_proj(hidden).chunk(2, dim=-1)  # (B, L, E) each
         if mask is not None:  # before the convolution: padding must not reach later windows ...
             x = x * mask.unsqueeze(-1)
+        if self.hook is not None:
+            x = masked_hook(self.hook, "hook_in", x, mask)
         state = {} if cache is None else cache
         u = causal_conv1d(
             x,
@@ -108,31 +169,84 @@ class MambaMixer(nn.Module):
             u, cache["conv"] = u
         if mask is not None:  # ... and after it: the bias makes padding non-zero again
             u = u * mask.unsqueeze(-1)
+        if self.hook is not None:
+            u = masked_hook(self.hook, "hook_conv", u, mask)
         dt, Bt, Ct = self.x_proj(u).split([config.rank, config.d_state, config.d_state], dim=-1)
         dt = linear(dt, self.dt_proj.weight)  # (B, L, E); the scan adds the bias and softplus
         if mask is not None:  # softplus(-1e4) = 0: a padded step is the identity on the state
             dt = dt.masked_fill(~mask.unsqueeze(-1), -1e4)
-        y = selective_scan(
-            u,
-            dt,
-            -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))),
-            Bt,
-            Ct,
-            D=self.D,
-            z=z,
-            dt_bias=self.dt_proj.bias,
-            dt_softplus=True,
-            initial_state=state.get("ssm"),
-            return_last_state=cache is not None,
-            backend=config.scan_backend,
-        )
+        A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+        h, bias = state.get("ssm"), self.dt_proj.bias
+        if self.hook is not None:
+            Bt, Ct = self.hook("hook_B", Bt), self.hook("hook_C", Ct)
+            recurrence = SelectiveRecurrence(u, dt, A, Bt, Ct, self.D, z, bias, True, config.scan_backend)
+            y = run_hooked(self.hook, recurrence, h, mask, cache is not None)
+        else:
+            y = selective_scan(
+                u,
+                dt,
+                A,
+                Bt,
+                Ct,
+                D=self.D,
+                z=z,
+                dt_bias=bias,
+                dt_softplus=True,
+                initial_state=h,
+                return_last_state=cache is not None,
+                backend=config.scan_backend,
+            )
         if cache is not None:
             y, cache["ssm"] = y
         return self.out_proj(y)
 
+    def hook_sizes(self) -> dict[str, int]:
+        return {"E": self.config.d_inner, "N": self.config.d_state}
 
-class MambaBlock(nn.Module):
+
+def run_hooked(
+    hook: Hook,
+    recurrence: SelectiveRecurrence,
+    h: Tensor | None,
+    mask: Tensor | None,
+    return_last_state: bool,
+) -> Any:
+    """What `selective_scan` returns for these arguments, with the hooks from dt to y.
+
+    dt and the gate are made beside the fused kernel and replace its own only where an edit changes them.
+    y before the gate is not made inside it at all: for hook_y the gate is applied outside.
+    """
+    if hook.wants("hook_dt"):
+        dt = recurrence.delta(recurrence.dt)
+        new = masked_hook(hook, "hook_dt", dt, mask)
+        if new is not dt:
+            recurrence = replace(recurrence, dt=new, dt_bias=None, dt_softplus=False)
+    gate = None
+    if hook.wants("hook_gate") or hook.wants("hook_y"):
+        z = cast(Tensor, recurrence.z)
+        silu = F.silu(z.to(torch.promote_types(z.dtype, torch.float32)))
+        gate = hook("hook_gate", silu)
+        if gate is silu and not hook.wants("hook_y"):
+            gate = None
+        else:
+            recurrence = replace(recurrence, z=None)
+    if any(hook.wants(name) for name in STATE_NAMES):
+        y, last = hooked_scan(hook, recurrence, h)
+    else:
+        y, last, _ = recurrence.scan(0, recurrence.length, h, [])
+    if gate is not None:
+        y = (hook("hook_y", y) * gate).to(y.dtype)
+    return (y, last) if return_last_state else y
+
+
+class MambaBlock(Hooked, nn.Module):
     """Norm -> mixer -> add. (state-spaces/mamba fuses this as add -> norm -> mixer; same function.)"""
+
+    hook_axes: ClassVar = {
+        "hook_resid_pre": "B L D",
+        "hook_mixer_out": "B L D",
+        "hook_resid_post": "B L D",
+    }
 
     def __init__(self, config: Any, mixer: type[nn.Module] = MambaMixer):
         super().__init__()
@@ -140,7 +254,21 @@ class MambaBlock(nn.Module):
         self.mixer = mixer(config)
 
     def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
-        return x + self.mixer(self.norm(x), context.mask, cache)
+        if self.hook is not None:
+            x = self.hook("hook_resid_pre", x)
+        out = self.mixer(self.norm(x), context.mask, cache)
+        if self.hook is not None:
+            out = self.hook("hook_mixer_out", out)
+        x = x + out
+        if self.hook is not None:
+            x = self.hook("hook_resid_post", x)
+        return x
+
+    def hook_sizes(self) -> dict[str, int]:
+        return {"D": cast(Any, self.mixer).config.d_model}
+
+    def hook_children(self) -> dict[str, Hooked]:
+        return {"mixer.": cast(Hooked, self.mixer)}
 
 
 class MambaBackbone(nn.Module):

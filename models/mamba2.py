@@ -17,14 +17,16 @@ Parameter names are those of state-spaces/mamba2-* and `transformers`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.common import Config, LayerCache, require
+from models.hooks import STATE_NAMES, Hook, Hooked, hooked_scan, masked_hook
 from models.mamba import MambaForCausalLM
 from models.ops.causal_conv1d import causal_conv1d
 from models.ops.linear import Linear
@@ -107,20 +109,23 @@ def ssd(
     initial_state: Tensor | None = None,
     chunk_size: int = 64,
     return_last_state: bool = False,
+    states_at: Sequence[int] | None = None,
 ) -> Any:
     """State space duality by chunks (listing 1 of the paper), with matrix products only.
 
     x: (b, L, H, P); dt: (b, L, H) positive; A: (H,) negative; B, C: (b, L, G, N), G dividing H;
-    initial_state: (b, H, P, N). Returns y (b, L, H, P), with return_last_state also the last state
-    (b, H, P, N).
+    initial_state: (b, H, P, N); states_at: positions in [0, L), any order. Returns y (b, L, H, P), with
+    return_last_state also the last state (b, H, P, N), with states_at also h_t (b, positions, H, P, N); in
+    this order as a tuple.
     Decays are exponentials of sums that are masked to -inf before the exponential, so neither the
     values nor the gradients overflow. Cost: L * chunk_size * (N + P) per head, linear in L.
     """
     b, L, H, P = x.shape
     G, N = B.shape[2:]
     dtype, last = x.dtype, x.new_zeros(b, H, P, N) if initial_state is None else initial_state
+    states = None if states_at is None else x.new_empty(b, 0, H, P, N)
     if L == 0:
-        return (torch.zeros_like(x), last) if return_last_state else torch.zeros_like(x)
+        return _given(torch.zeros_like(x), last if return_last_state else None, states)
     Q = min(chunk_size, L)
     pad = -L % Q
     if pad:  # dt = 0 makes the added tokens the identity on the state
@@ -139,7 +144,7 @@ def ssd(
     weights = (decay.unflatten(1, (G, H // G)) * scores.unsqueeze(2)).flatten(1, 2)
     y = weights.to(dtype) @ x
 
-    if c > 1 or initial_state is not None or return_last_state:
+    if c > 1 or initial_state is not None or return_last_state or states_at is not None:
         # what each chunk adds to the state, then the state before each chunk
         to_end = (log_decay[..., -1:] - log_decay).exp().unsqueeze(-1)  # (b, H, c, Q, 1)
         Bh, Ch = (t.repeat_interleave(H // G, dim=1) for t in (B, C))
@@ -149,11 +154,43 @@ def ssd(
         for i in range(c):
             before.append(last)
             last = whole[i] * last + added[i]
+        if states_at:
+            states = _states(x, Bh, log_decay, before, states_at)
         carried = torch.stack(before, dim=2)  # (b, H, c, P, N)
         from_start = log_decay.exp().unsqueeze(-1)
         y = y + from_start * (Ch.to(carried.dtype) @ carried.transpose(-1, -2))
     y = y.permute(0, 2, 3, 1, 4).reshape(b, L + pad, H, P)[:, :L].to(dtype)
-    return (y, last) if return_last_state else y
+    return _given(y, last if return_last_state else None, states)
+
+
+def _given(*out: Tensor | None) -> Any:
+    """Those that are not None, as a tuple if there are several."""
+    given = tuple(x for x in out if x is not None)
+    return given if len(given) > 1 else given[0]
+
+
+def _states(
+    x: Tensor, B: Tensor, log_decay: Tensor, before: list[Tensor], states_at: Sequence[int]
+) -> Tensor:
+    """States (b, positions, H, P, N) after chosen tokens, by chunks; tensors as inside `ssd`.
+
+    Within a chunk each wanted state is made from the one wanted before it (at first from the state that the
+    chunk began with), so that every token's write is computed once, whatever the number of positions.
+    x: (b, H, c, Q, P), times dt already; B: (b, H, c, Q, N); log_decay: (b, H, c, Q); before: c states.
+    """
+    Q = x.shape[3]
+    found: dict[int, Tensor] = {}
+    chunk, start, h = -1, 0, before[0]
+    for t in sorted(set(states_at)):
+        if t // Q != chunk:
+            chunk, start, h = t // Q, 0, before[t // Q]
+        part, log = slice(start, t % Q + 1), log_decay[:, :, chunk]
+        since = log[..., t % Q] - (log[..., start - 1] if start else 0.0)  # (b, H)
+        weight = (log[..., t % Q, None] - log[..., part]).exp().unsqueeze(-1)
+        write = (x[:, :, chunk, part] * weight).transpose(-1, -2) @ B[:, :, chunk, part].to(weight.dtype)
+        h = since.exp()[..., None, None] * h + write
+        found[t], start = h, t % Q + 1
+    return torch.stack([found[t] for t in states_at], dim=1)
 
 
 class GatedRMSNorm(nn.Module):
@@ -164,15 +201,69 @@ class GatedRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(d))
         self.ngroups, self.eps = ngroups, eps
 
-    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+    def forward(self, y: Tensor, z: Tensor, gate: Tensor | None = None) -> Tensor:
+        """y, z: (B, L, E); gate: silu(z) if the caller has it."""
         dtype = torch.promote_types(y.dtype, torch.float32)
-        gated = (y.to(dtype) * F.silu(z.to(dtype))).unflatten(-1, (self.ngroups, -1))
+        gate = F.silu(z.to(dtype)) if gate is None else gate
+        gated = (y.to(dtype) * gate).unflatten(-1, (self.ngroups, -1))
         normed = F.rms_norm(gated, gated.shape[-1:], eps=self.eps).flatten(-2)
         return normed.to(self.weight.dtype) * self.weight
 
 
-class Mamba2Mixer(nn.Module):
+@dataclass(frozen=True)
+class DualRecurrence:
+    """The arguments of one `ssd` and its skip D, as a `models.hooks.Recurrence`: states (B, H, P, N),
+    y (B, L, H, P)."""
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor
+    chunk_size: int
+
+    @property
+    def length(self) -> int:
+        return self.x.shape[1]
+
+    def scan(self, start: int, stop: int, h: Tensor | None, at: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        x, dt, B, C = (t[:, start:stop] for t in (self.x, self.dt, self.B, self.C))
+        y, last, states = ssd(x, dt, self.A, B, C, h, self.chunk_size, return_last_state=True, states_at=at)
+        return y + self.D[:, None] * x, last, states
+
+    def decay(self, positions: list[int]) -> Tensor:
+        return torch.exp(self.dt[:, positions] * self.A)  # (B, positions, H)
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        """(B, G, N) -> (B, H, N)"""
+        return x.repeat_interleave(self.x.shape[2] // x.shape[1], dim=1)
+
+    def step(self, t: int, h: Tensor | None, decay: Tensor) -> Tensor:
+        scaled = self.dt[:, t].unsqueeze(-1) * self.x[:, t]  # (B, H, P)
+        write = scaled.unsqueeze(-1) * self._by_head(self.B[:, t]).unsqueeze(-2)
+        return write if h is None else decay[..., None, None] * h + write
+
+    def read(self, t: int, h: Tensor) -> Tensor:
+        y = (h @ self._by_head(self.C[:, t]).to(h.dtype).unsqueeze(-1)).squeeze(-1)
+        return (y.to(self.x.dtype) + self.D[:, None] * self.x[:, t]).unsqueeze(1)
+
+
+class Mamba2Mixer(Hooked, nn.Module):
     """The state space dual layer: (B, L, D) -> (B, L, D)."""
+
+    hook_axes: ClassVar = {
+        "hook_in": "B L J",
+        "hook_conv": "B L H P",
+        "hook_dt": "B L H",
+        "hook_B": "B L G N",
+        "hook_C": "B L G N",
+        "hook_A_bar": "B L H",
+        "hook_ssm_state": "B L H P N",
+        "hook_ssm_readout": "B L H P N",
+        "hook_y": "B L H P",
+        "hook_gate": "B L H P",
+    }
 
     def __init__(self, config: Mamba2Config):
         super().__init__()
@@ -196,6 +287,8 @@ class Mamba2Mixer(nn.Module):
         z, xBC, dt = self.in_proj(hidden).split([E, E + 2 * G * N, H], dim=-1)
         if mask is not None:
             xBC = xBC * mask.unsqueeze(-1)
+        if self.hook is not None:
+            xBC = masked_hook(self.hook, "hook_in", xBC, mask)
         state = {} if cache is None else cache
         xBC = causal_conv1d(
             xBC,
@@ -213,20 +306,53 @@ class Mamba2Mixer(nn.Module):
         if mask is not None:  # dt = 0: a padded step is the identity on the state
             dt = dt * mask.unsqueeze(-1)
         x = x.unflatten(-1, (H, config.headdim))
-        y = ssd(
-            x,
-            dt,
-            -torch.exp(self.A_log.to(wide)),
-            B.unflatten(-1, (G, N)),
-            C.unflatten(-1, (G, N)),
-            initial_state=state.get("ssm"),
-            chunk_size=config.chunk_size,
-            return_last_state=cache is not None,
-        )
+        A, B, C = -torch.exp(self.A_log.to(wide)), B.unflatten(-1, (G, N)), C.unflatten(-1, (G, N))
+        gate: Tensor | None = None
+        if self.hook is not None:
+            x, dt = self.hook("hook_conv", x), masked_hook(self.hook, "hook_dt", dt, mask)
+            B, C = self.hook("hook_B", B), self.hook("hook_C", C)
+            recurrence = DualRecurrence(x, dt, A, B, C, self.D, config.chunk_size)
+            y, last = run_hooked(self.hook, recurrence, state.get("ssm"))
+            gate = hooked_gate(self.hook, z, H)
+        else:
+            y = ssd(
+                x,
+                dt,
+                A,
+                B,
+                C,
+                initial_state=state.get("ssm"),
+                chunk_size=config.chunk_size,
+                return_last_state=cache is not None,
+            )
+            if cache is not None:
+                y, last = y
+            y = y + self.D[:, None] * x
         if cache is not None:
-            y, cache["ssm"] = y
-        y = y + self.D[:, None] * x
-        return self.out_proj(self.norm(y.flatten(-2), z))
+            cache["ssm"] = last
+        return self.out_proj(self.norm(y.flatten(-2), z, gate))
+
+    def hook_sizes(self) -> dict[str, int]:
+        config = self.config
+        own = {"H": config.n_head, "P": config.headdim, "G": config.ngroups, "N": config.d_state}
+        return {"J": self.conv1d.in_channels, **own}
+
+
+def run_hooked(hook: Hook, recurrence: DualRecurrence, h: Tensor | None) -> tuple[Tensor, Tensor]:
+    """y = C h + D x (B, L, H, P) and the last state, with the hooks from A_bar to y."""
+    if any(hook.wants(name) for name in STATE_NAMES):
+        y, last = hooked_scan(hook, recurrence, h)
+    else:
+        y, last, _ = recurrence.scan(0, recurrence.length, h, [])
+    return hook("hook_y", y), last
+
+
+def hooked_gate(hook: Hook, z: Tensor, n_head: int) -> Tensor | None:
+    """silu(z) (B, L, E) after the hook, which sees it by head; None if nobody asks."""
+    if not hook.wants("hook_gate"):
+        return None
+    gate = F.silu(z.to(torch.promote_types(z.dtype, torch.float32)))
+    return hook("hook_gate", gate.unflatten(-1, (n_head, -1))).flatten(-2)
 
 
 class Mamba2ForCausalLM(MambaForCausalLM):

@@ -19,13 +19,14 @@ Parameter names are those of EleutherAI/pythia-*; `gpt_neox.embed_pos` exists on
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.common import Block, Config, Context, LanguageModel, LayerCache, make_norm, require
+from models.hooks import Hook, Hooked
 from models.ops.linear import Linear
 
 POSITIONS = ("rope", "learned", "none")
@@ -109,8 +110,19 @@ def attention_mask(L: int, key_mask: Tensor | None, S: int, device: torch.device
     return (causal & key_mask[:, None, None, :]) | itself
 
 
-class Attention(nn.Module):
+class Attention(Hooked, nn.Module):
     """Multi-head causal self-attention: (B, L, D) -> (B, L, D)."""
+
+    hook_axes: ClassVar = {
+        "hook_q": "B L H P",
+        "hook_k": "B L H P",
+        "hook_v": "B L H P",
+        "hook_rot_q": "B L H P",
+        "hook_rot_k": "B L H P",
+        "hook_attn_scores": "B H L S",
+        "hook_pattern": "B H L S",
+        "hook_z": "B L H P",
+    }
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -123,12 +135,17 @@ class Attention(nn.Module):
         B, L, _ = hidden.shape
         qkv = self.query_key_value(hidden).view(B, L, config.n_head, 3 * config.d_head)
         q, k, v = qkv.transpose(1, 2).chunk(3, dim=-1)  # (B, H, L, P) each
+        if self.hook is not None:
+            q, k = _by_token(self.hook, "hook_q", q), _by_token(self.hook, "hook_k", k)
+            v = _by_token(self.hook, "hook_v", v)
         if config.rotary_dims > 0:
             assert context.positions is not None
             cos, sin = rope_tables(context.positions, config.rotary_dims, config.rope_theta)
             if cos.dim() == 3:  # one row of positions per sequence: broadcast over heads
                 cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            if self.hook is not None:
+                q, k = _by_token(self.hook, "hook_rot_q", q), _by_token(self.hook, "hook_rot_k", k)
         if cache is not None:
             if "k" in cache:
                 k, v = torch.cat([cache["k"], k], dim=2), torch.cat([cache["v"], v], dim=2)
@@ -139,20 +156,78 @@ class Attention(nn.Module):
         else:
             mask = attention_mask(L, context.key_mask, S, q.device)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        if self.hook is not None:
+            pattern = hooked_pattern(self.hook, q, k, context.key_mask)
+            y = _by_token(self.hook, "hook_z", y if pattern is None else pattern @ v)
         return self.dense(y.transpose(1, 2).reshape(B, L, config.d_model))
 
+    def hook_points(self) -> list[str]:
+        rotated = ("hook_rot_q", "hook_rot_k") if self.config.rotary_dims == 0 else ()
+        return [name for name in self.hook_axes if name not in rotated]
 
-class MLP(nn.Module):
+    def hook_sizes(self) -> dict[str, int]:
+        return {"H": self.config.n_head, "P": self.config.d_head}
+
+
+def _by_token(hook: Hook, name: str, x: Tensor) -> Tensor:
+    """x (B, H, L, P) after a hook that sees (B, L, H, P), the order of TransformerLens."""
+    seen = x.transpose(1, 2)
+    new = hook(name, seen)
+    return x if new is seen else new.transpose(1, 2)
+
+
+def hooked_pattern(hook: Hook, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor | None:
+    """The attention pattern (B, H, L, S) if an edit changes it; None leaves the fused kernel's output alone.
+
+    Scores are masked with -inf and scaled, as in TransformerLens. What is only recorded is computed for the
+    recorded queries alone.
+    """
+    L, S = q.shape[2], k.shape[2]
+    names = ("hook_attn_scores", "hook_pattern")
+    edited = any(hook.edits(name) for name in names)
+    rows = list(range(L)) if edited else sorted({t for name in names for t in hook.records(name)})
+    if not rows:
+        return None
+    allowed = attention_mask(L, key_mask, S, q.device)[:, :, rows]
+    plain = (q[:, :, rows] @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).masked_fill(~allowed, -torch.inf)
+    scores = hook.edit("hook_attn_scores", plain, rows)
+    hook.record("hook_attn_scores", scores, rows)
+    weights = scores.softmax(dim=-1)
+    pattern = hook.edit("hook_pattern", weights, rows)
+    hook.record("hook_pattern", pattern, rows)
+    return None if scores is plain and pattern is weights else pattern.to(q.dtype)
+
+
+class MLP(Hooked, nn.Module):
+    hook_axes: ClassVar = {"hook_pre": "B L M", "hook_post": "B L M"}
+
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.dense_h_to_4h = Linear(config.d_model, config.mlp_width)
         self.dense_4h_to_h = Linear(config.mlp_width, config.d_model)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x)))
+        x = self.dense_h_to_4h(x)
+        if self.hook is not None:
+            x = self.hook("hook_pre", x)
+        x = F.gelu(x)
+        if self.hook is not None:
+            x = self.hook("hook_post", x)
+        return self.dense_4h_to_h(x)
+
+    def hook_sizes(self) -> dict[str, int]:
+        return {"M": self.dense_h_to_4h.out_features}
 
 
-class TransformerBlock(nn.Module):
+class TransformerBlock(Hooked, nn.Module):
+    hook_axes: ClassVar = {
+        "hook_resid_pre": "B L D",
+        "hook_attn_out": "B L D",
+        "hook_resid_mid": "B L D",
+        "hook_mlp_out": "B L D",
+        "hook_resid_post": "B L D",
+    }
+
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.parallel_residual = config.parallel_residual
@@ -162,11 +237,33 @@ class TransformerBlock(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+        if self.hook is not None:
+            x = self.hook("hook_resid_pre", x)
         attended = self.attention(self.input_layernorm(x), context, cache)
+        if self.hook is not None:
+            attended = self.hook("hook_attn_out", attended)
         if self.parallel_residual:
-            return x + attended + self.mlp(self.post_attention_layernorm(x))
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x))
+            mid = x
+        else:
+            mid = x + attended
+            if self.hook is not None:
+                mid = self.hook("hook_resid_mid", mid)
+        mlp = self.mlp(self.post_attention_layernorm(mid))
+        if self.hook is not None:
+            mlp = self.hook("hook_mlp_out", mlp)
+        x = x + attended + mlp if self.parallel_residual else mid + mlp
+        if self.hook is not None:
+            x = self.hook("hook_resid_post", x)
+        return x
+
+    def hook_points(self) -> list[str]:
+        return [name for name in self.hook_axes if name != "hook_resid_mid" or not self.parallel_residual]
+
+    def hook_sizes(self) -> dict[str, int]:
+        return {"D": self.mlp.dense_h_to_4h.in_features}
+
+    def hook_children(self) -> dict[str, Hooked]:
+        return {"attn.": self.attention, "mlp.": self.mlp}
 
 
 def init_linear(module: nn.Module, std: float) -> None:
