@@ -52,7 +52,7 @@ class Key:
 class Traced:
     """Patches of B pairs: for each of K keys the logit difference, and whether the clean answer is arg-max.
 
-    difference: (K, B) float32, nan where a pair has no token in the key's cell; right: (K, B) bool; clean,
+    difference: (K, B) float64, nan where a pair has no token in the key's cell; right: (K, B) bool; clean,
     corrupted: (B,) logit differences of the unpatched runs; clean_right, corrupted_right: (B,) bool, whether
     those answer with the clean answer.
     """
@@ -184,7 +184,7 @@ def trace(
     keys = list(_keys(model, sites, layers, len(what), controls))
     number = {key: i for i, key in enumerate(keys)}
     B, L = len(pairs), pairs.answer_at + 1
-    difference = torch.full((len(keys), B), torch.nan)
+    difference = torch.full((len(keys), B), torch.nan, dtype=torch.float64)
     right = torch.zeros(len(keys), B, dtype=torch.bool)
     plain = []  # LD and correctness of clean and corrupted runs
     budget = memory_mb * 2**20 // (4 * model.config.d_model)  # vectors of the residual stream
@@ -197,7 +197,7 @@ def trace(
         for key_group, ld, hit in work.patches(sites, layers, controls):
             index = [number[key] for key in key_group]
             where = torch.stack([what[key.cell].where[part].any(1) for key in key_group]).cpu()
-            difference[index, part] = ld.float().cpu().masked_fill(~where, torch.nan)
+            difference[index, part] = ld.double().cpu().masked_fill(~where, torch.nan)
             right[index, part] = hit.cpu() & where
             if progress is not None:
                 progress(begin, B)
@@ -207,7 +207,7 @@ def trace(
         [torch.cat([block[i][j].flatten() for block in plain]).cpu() for j in (0, 1)] for i in (0, 1)
     )
     return Traced(
-        keys, what, difference, right, clean.float(), corrupted.float(), clean_right, corrupted_right
+        keys, what, difference, right, clean.double(), corrupted.double(), clean_right, corrupted_right
     )
 
 
