@@ -222,8 +222,8 @@ def probe(
     features: (n, F); labels: (n, J) int64 in [0, classes), or -1 for sequences that have none, which count in
     no accuracy (ridge is trained to give them no class; logistic leaves them out). penalties: in units of the
     mean eigenvalue of the Gram matrix, so that they mean the same at any scale of the features.
-    Rows: accuracy (nan without a label in the test part), low, high, count (test sequences), majority, penalty
-    (chosen; the largest of equally good ones). Raises ValueError for unknown methods and labels.
+    Rows: accuracy (nan without a label in the test part), low, high, count (test sequences), majority,
+    penalty (chosen; the largest of equally good ones). Raises ValueError for unknown methods and labels.
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r} is unknown; use one of {', '.join(METHODS)}")

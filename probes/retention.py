@@ -4,7 +4,7 @@ Unrolling the recurrence of `probes.updates.Scan`, token i's contribution to the
 
     c(i -> t) = prod_{i < s <= t} exp(dt_s A) * dt_i x_i B_i^T        h_t = sum_{i <= t} c(i -> t)
 
-and reading it out gives the hidden attention of Ali, Zimerman & Wolf 2024 (arXiv 2403.01590, equation 12),
+and reading it out gives the hidden attention of Ali, Zimerman & Wolf 2024 (arXiv 2403.01590),
 
     alpha(t, i) = C_t prod_{i < s <= t} exp(dt_s A) dt_i B_i          y_t = sum_{i <= t} alpha(t, i) x_i
 
