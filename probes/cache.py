@@ -161,8 +161,8 @@ class Recorder(Probe):
         if self._folder is None:
             raise ValueError(
                 f"recording needs {gib(need)} for this call ({shape}) and holds {gib(held)}, more than the "
-                f"budget of {gib(self._budget)}; choose positions=, layers= or channels=, give folder= to write "
-                "to disk, or raise budget="
+                f"budget of {gib(self._budget)}; choose positions=, layers= or channels=, "
+                "give folder= to write to disk, or raise budget="
             )
         name = max(whole, key=lambda n: whole[n])
         if whole[name] > self._budget:
