@@ -293,7 +293,9 @@ def _legend(figure: Figure, looks: dict[str, dict[str, Any]], extra: list[Any] |
     lines = [Line2D([], [], label=name, **look) for name, look in looks.items()]
     lines += [Line2D([], [], label=name, **{"color": "0.3", **look}) for name, look in extra or []]
     columns = max(2, min(len(lines), int(figure.get_figwidth() // 2.2)))
-    figure.legend(handles=lines, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+    figure.legend(
+        handles=lines, loc="outside lower center", ncols=columns, frameon=False, fontsize=8, handlelength=3
+    )
 
 
 def _chance(ax: Axes, chance: float) -> None:

@@ -26,6 +26,8 @@ TRAINING_VERSION = 1
 PAPER_EXAMPLES = 20_000_000  # training budget, batch and learning rate of Retrievit's position scripts
 PAPER_BATCH = 128
 PAPER_LR = 5e-5
+# Retrievit's schedule, steps of warm-up and between evaluations (1 / so much of all steps), by kind of task.
+PAPER_COURSE = {"position": ("cosine", 10, 100), "ngram": ("linear", 20, 1000)}
 TASK_OPTIONS = (
     "seq_len",
     "num_symbols",
@@ -126,13 +128,15 @@ Default 0.98, the papers' 0.95."""
     weight_decay: float = 0.0
     """AdamW weight decay of the matrices (never of norms, biases, embeddings or SSM parameters)."""
     warmup: int | None = None
-    """Steps over which the learning rate rises to its peak. Default 50, the papers' a tenth of all steps."""
+    """Steps over which the learning rate rises to its peak. Default 50, the papers' a tenth of all steps \
+(n-grams: a twentieth)."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """Course of the learning rate after the warm-up, over the whole budget."""
     grad_clip: float = 1.0
     """Largest norm of the gradient; 0 = no clipping."""
     eval_every: int | None = None
-    """Steps between evaluations. Default 100, the papers' a hundredth of all steps."""
+    """Steps between evaluations. Default 100, the papers' a hundredth of all steps (n-grams: a \
+thousandth)."""
     eval_examples: int = 128
     """Held-out sequences per evaluation."""
     final_eval_examples: int = 1024
@@ -197,7 +201,8 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
     from synthetic import tasks
 
     paper = config.protocol == "paper"
-    _check(config, paper)
+    course = PAPER_COURSE["ngram" if config.task.startswith("ngram") else "position"]
+    _check(config, paper, course[0])
     options = _task_options(config)
     task = tasks.build(config.task, **options)
     most = task.max_queries(config.seq_len)
@@ -262,10 +267,10 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
         batch_tokens=config.batch_tokens,
         batch_size=PAPER_BATCH if paper else None,
         weight_decay=config.weight_decay,
-        warmup=(total // 10 if paper else 50) if config.warmup is None else config.warmup,
-        schedule="cosine" if paper else config.schedule,
+        warmup=(total // course[1] if paper else 50) if config.warmup is None else config.warmup,
+        schedule=course[0] if paper else config.schedule,
         grad_clip=config.grad_clip,
-        eval_every=config.eval_every or (max(1, total // 100) if paper else 100),
+        eval_every=config.eval_every or (max(1, total // course[2]) if paper else 100),
         betas=(0.9, 0.999) if paper else (0.9, 0.98),
         eval_examples=config.eval_examples,
         final_eval_examples=config.final_eval_examples,
@@ -293,8 +298,8 @@ def _task_options(config: RunConfig) -> dict[str, Any]:
     known = tasks.options(config.task)
     paper = config.protocol == "paper"
     check(
-        not paper or "supervise_bos" in known,
-        f"--protocol paper is that of the position tasks; leave it out for --task {config.task}",
+        not paper or "supervise_bos" in known or "answer_size" in known,
+        f"--protocol paper is for positions and n-grams; leave it out for --task {config.task}",
     )
     options: dict[str, Any] = {}
     for name in TASK_OPTIONS:
@@ -312,7 +317,7 @@ def _task_options(config: RunConfig) -> dict[str, Any]:
     return options
 
 
-def _check(config: RunConfig, paper: bool) -> None:
+def _check(config: RunConfig, paper: bool, schedule: str) -> None:
     for name in ("seq_len", "batch_tokens", "eval_examples", "final_eval_examples"):
         value = getattr(config, name)
         check(value >= 1, f"--{name.replace('_', '-')} {value} must be at least 1")
@@ -341,8 +346,8 @@ def _check(config: RunConfig, paper: bool) -> None:
         f"--queries {config.queries} contradicts --protocol paper, which has 1; leave one of them out",
     )
     check(
-        not paper or config.schedule in ("constant", "cosine"),
-        f"--schedule {config.schedule} contradicts --protocol paper, which has cosine; leave one out",
+        not paper or config.schedule in ("constant", schedule),
+        f"--schedule {config.schedule} contradicts --protocol paper, which has {schedule}; leave one out",
     )
     check(
         not paper or config.curriculum in (None, 0),

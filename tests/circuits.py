@@ -1,4 +1,4 @@
-"""Tiny systems built by hand whose probes' answers are known: diagonal SSMs, and attention heads that copy."""
+"""Tiny systems built by hand, of which probes have known answers: diagonal SSMs, and heads that copy."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def leaky_integrator(tau: float, u: Tensor) -> Scan:
 
 
 def one_token_store(tokens: Tensor, flag: Tensor, vocab: int, kind: str = "mamba") -> Scan:
-    """A store of the flagged token: dt is 1 there, 0 elsewhere, so that only it is written and nothing decays.
+    """A store of the flagged token: dt is 1 there, 0 elsewhere, so that only it is written and then kept.
 
     tokens: (B, L) ids, flag: (B, L) bool, one per sequence. State of channel v: 1 once v was stored, else 0.
     """
@@ -86,8 +86,8 @@ def copying_head(tokens: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
 
 
 def induction_head(tokens: Tensor, vocab: int) -> Tensor:
-    """Pattern (B, 1, L, L) of the second of two layers: the previous-token head writes token t - 1 beside token
-    t, and this head's query, token t, is compared with that. Reads what followed the token before."""
+    """Pattern (B, 1, L, L) of the second of two layers: the previous-token head writes token t - 1 beside
+    token t, and this head's query, token t, is compared with that. Reads what followed the token before."""
     x = torch.nn.functional.one_hot(tokens, vocab).double()
     before = (previous_token_head(tokens) @ x[:, None])[:, 0]
     before[:, 0] = 0  # position 0 read itself, for want of a token before

@@ -50,6 +50,17 @@ def test_locality_of_an_arc_a_line_and_of_noise():
         geometry.locality(np.eye(2))
 
 
+def test_shuffled_range_is_that_of_shuffled_maps():
+    cosine = geometry.cosines(np.random.default_rng(3).normal(size=(12, 5)).cumsum(axis=0))
+    rng = np.random.default_rng(7)
+    values = []
+    for _ in range(50):
+        order = rng.permutation(12)
+        values.append(geometry.locality(cosine[np.ix_(order, order)]))
+    found = geometry.shuffled_locality(cosine, shuffles=50, seed=7)
+    assert found == pytest.approx(tuple(np.quantile(values, [0.025, 0.975])), abs=1e-9)
+
+
 @settings(max_examples=20)
 @given(st.integers(0, 2**32 - 1))
 def test_locality_does_not_depend_on_the_direction(seed):

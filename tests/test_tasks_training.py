@@ -271,7 +271,8 @@ BAD = [
     (["--task", "ngram", "--blocks", "3"], "--blocks 3 is no option of --task ngram"),
     (["--task", "induction", "--num-pairs", "3"], "--num-pairs 3 is no option of --task induction"),
     (["--task", "grid", "--seq-len", "1000"], "seq_len 1000 is no square"),
-    (["--task", "ngram", "--protocol", "paper"], "--protocol paper is that of the position tasks"),
+    (["--task", "mqar", "--protocol", "paper"], "--protocol paper is for positions and n-grams"),
+    (["--task", "ngram", "--protocol", "paper", "--schedule", "cosine"], "which has linear"),
     (
         ["--task", "ngram", "--queries", "2"],
         "--queries 2 is more than a context of 1024 allows; use at most 1",
@@ -298,3 +299,14 @@ def test_a_run_through_the_command_line(tmp_path):
     assert folder.name.startswith("mqar-L20-mamba-s0-")
     rows = [json.loads(line) for line in (folder / "by_position.jsonl").read_text().splitlines()]
     assert [row["position"] for row in rows] == [0, 2, 4] and sum(row["count"] for row in rows) == 12
+
+
+def test_paper_protocol_of_ngrams():
+    """Retrievit's n-gram scripts: linear decay, 5 % warm-up, an evaluation every 0.1 % of 20 M sequences."""
+    config = RunConfig(task="ngram", seq_len=100, min_seq_len=50, protocol="paper", device="cpu")
+    p = plan(config, "mamba")
+    assert (p.schedule, p.warmup, p.eval_every) == ("linear", 156_250 // 20, 156)
+    assert (p.budget, p.batch_size, p.queries, p.curriculum, p.stop_at) == (20_000_000, 128, 1, 0, 0.95)
+    assert p.task_options["min_seq_len"] == 50 and "supervise_bos" not in p.task_options
+    task = tasks.build(p.task, **p.task_options)
+    assert (task.vocabulary.num_symbols, task.query_size, task.answer_size) == (30, 2, 3)
