@@ -168,13 +168,10 @@ def logistic(
         error /= n
         return loss, np.concatenate([(features.T @ error + penalty * weight).ravel(), error.sum(0)])
 
-    first = np.zeros((width + 1) * classes)
-    if start is not None:
-        first = np.concatenate([start.weight.cpu().numpy().ravel(), start.bias.cpu().numpy()])
+    first = torch.cat([start.weight.flatten(), start.bias]) if start else torch.zeros((width + 1) * classes)
     options = dict(maxiter=iterations, maxfun=2 * iterations, ftol=1e-12, gtol=1e-8)
-    best = torch.from_numpy(
-        optimize.minimize(objective, first, jac=True, method="L-BFGS-B", options=options).x
-    )
+    found = optimize.minimize(objective, first.cpu().numpy(), jac=True, method="L-BFGS-B", options=options)
+    best = torch.from_numpy(found.x)
     return LinearMap(best[: width * classes].view(width, classes), best[width * classes :])
 
 
@@ -225,9 +222,8 @@ def probe(
     features: (n, F); labels: (n, J) int64 in [0, classes), or -1 for sequences that have none, which count in
     no accuracy (ridge is trained to give them no class; logistic leaves them out). penalties: in units of the
     mean eigenvalue of the Gram matrix, so that they mean the same at any scale of the features.
-    Rows: accuracy, low, high, count (test sequences), majority, penalty (chosen; the largest of equally good
-    ones). Without any label in the test part accuracy is nan.
-    Raises ValueError for unknown methods, or labels outside the classes.
+    Rows: accuracy (nan without a label in the test part), low, high, count (test sequences), majority,
+    penalty (chosen; the largest of equally good ones). Raises ValueError for unknown methods and labels.
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r} is unknown; use one of {', '.join(METHODS)}")
@@ -269,15 +265,11 @@ def _coordinate_ridge(
 
 def _logistic_path(train: Tensor, gold: Tensor, classes: int, penalties: Sequence[float]) -> list[LinearMap]:
     """From the largest penalty on, each solution the start of the next."""
-    maps: list[LinearMap] = []
     there = gold >= 0
-    if not there.any():
-        return [LinearMap(train.new_zeros(train.shape[1], classes), train.new_zeros(classes))] * len(
-            penalties
-        )
-    for penalty in penalties:
-        maps.append(logistic(train[there], gold[there], classes, penalty, maps[-1] if maps else None))
-    return maps
+    maps = [LinearMap(train.new_zeros(train.shape[1], classes), train.new_zeros(classes))]
+    for penalty in penalties if there.any() else ():
+        maps.append(logistic(train[there], gold[there], classes, penalty, start=maps[-1]))
+    return maps[1:] or maps * len(penalties)
 
 
 def _right(scores: Tensor, gold: Tensor) -> Tensor:
@@ -286,15 +278,9 @@ def _right(scores: Tensor, gold: Tensor) -> Tensor:
 
 
 def controlled(
-    features: Tensor,
-    labels: Tensor,
-    classes: int,
-    types: Tensor,
-    seed: int = 0,
-    method: str = "ridge",
-    penalties: Sequence[float] = PENALTIES,
+    features: Tensor, labels: Tensor, classes: int, types: Tensor, seed: int = 0, **options: Any
 ) -> pd.DataFrame:
-    """`probe` with its controls; arguments as there, and types (n,), token ids for the control task.
+    """`probe` with its controls; arguments and options as there, types: (n,) token ids for the control task.
 
     Further columns: shuffled (labels dealt out anew among the sequences that have one), control (labels
     `control_labels(types)`, with as many classes; nan if all types are the same) and selectivity. The type
@@ -308,7 +294,7 @@ def controlled(
         rows = (labels[:, j] >= 0).nonzero().squeeze(1)
         mixed[rows, j] = labels[rows[torch.randperm(len(rows), generator=generator)], j]
     control = control_labels(types, classes, seed + 2)[:, None]
-    table = probe(features, torch.cat([labels, mixed, control], 1), classes, parts, method, penalties)
+    table = probe(features, torch.cat([labels, mixed, control], 1), classes, parts, **options)
     J = labels.shape[1]
     result = table.iloc[:J].copy()
     result["shuffled"] = table["accuracy"].to_numpy()[J : 2 * J]
@@ -406,9 +392,7 @@ def capacity(
         if array.shape != (n,) or n < 1 or not ((array >= 0) & (array <= 1)).all():
             raise ValueError(f"accuracies[{n}] must be {n} numbers in [0, 1], not of shape {array.shape}")
         expected = float(((array - chance) / (1 - chance)).sum())
-        rows.append(
-            dict(tokens=n, accuracy=array.mean(), expected=expected, per_number=expected / state_size)
-        )
-    table = pd.DataFrame(rows)
+        rows.append((n, array.mean(), expected, expected / state_size))
+    table = pd.DataFrame(rows, columns=["tokens", "accuracy", "expected", "per_number"])
     passed = table.loc[table["accuracy"] >= threshold, "tokens"]
     return Capacity(int(passed.max()) if len(passed) else 0, float(table["expected"].max()), table)

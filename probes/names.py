@@ -12,8 +12,8 @@ from models.hooks import points
 _STATE = "B L E N; Mamba-2 B L H P N"
 _HEADS = "B L E; Mamba-2 B L H P"
 
-# Name within a layer: (axes, meaning). B batch, L tokens of this call, S keys, D d_model, E d_inner, N d_state,
-# H heads, P width of a head, M width of the MLP, G groups of heads sharing B and C, J = E + 2 G N.
+# Name within a layer: (axes, meaning). B batch, L tokens of this call, S keys, D d_model, E d_inner,
+# N d_state, H heads, P width of a head, M width of the MLP, G groups of heads sharing B and C, J = E + 2 G N.
 NAMES: dict[str, tuple[str, str]] = {
     "hook_embed": ("B L D", "embeddings, learned positions included"),
     "hook_resid_pre": ("B L D", "residual stream before the block"),

@@ -4,7 +4,7 @@ Unrolling the recurrence of `probes.updates.Scan`, token i's contribution to the
 
     c(i -> t) = prod_{i < s <= t} exp(dt_s A) * dt_i x_i B_i^T        h_t = sum_{i <= t} c(i -> t)
 
-and reading it out gives the hidden attention of Ali, Zimerman & Wolf 2024 (arXiv 2403.01590, equation 12),
+and reading it out gives the hidden attention of Ali, Zimerman & Wolf 2024 (arXiv 2403.01590),
 
     alpha(t, i) = C_t prod_{i < s <= t} exp(dt_s A) dt_i B_i          y_t = sum_{i <= t} alpha(t, i) x_i
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from probes.updates import BUDGET, Scan, _inside, chunks, state_changes
 
 RESULT_LIMIT = 2**30  # bytes of a result, above which a function refuses and says what to ask for instead
+MAP_BUDGET = 2**25  # bytes of working memory of the maps: heads that fit in a cache together are fastest
 BLOCK = 32  # rows of a map computed at once; decays within a block are not factorised
 
 
@@ -196,7 +197,10 @@ def _row_blocks(L: int) -> Iterator[tuple[int, int]]:
 
 @torch.no_grad()
 def hidden_attention(
-    scan: Scan, heads: Sequence[int] | Tensor | None = None, budget: int = BUDGET, limit: int = RESULT_LIMIT
+    scan: Scan,
+    heads: Sequence[int] | Tensor | None = None,
+    budget: int = MAP_BUDGET,
+    limit: int = RESULT_LIMIT,
 ) -> Tensor:
     """alpha (B, K, L, L) of the K chosen heads (Mamba: channels; None: all); 0 above the diagonal.
 
@@ -218,7 +222,7 @@ def attention_rows(
     scan: Scan,
     at: Any,
     heads: Sequence[int] | Tensor | None = None,
-    budget: int = BUDGET,
+    budget: int = MAP_BUDGET,
     limit: int = RESULT_LIMIT,
 ) -> Tensor:
     """Rows t = at of `hidden_attention`: (B, K, positions, L), what those positions read from every token.
@@ -251,7 +255,7 @@ def apply_attention(alpha: Tensor, x: Tensor, D: Tensor | None = None) -> Tensor
 
 
 @torch.no_grad()
-def attention_output(scan: Scan, D: Tensor | None = None, budget: int = BUDGET) -> Tensor:
+def attention_output(scan: Scan, D: Tensor | None = None, budget: int = MAP_BUDGET) -> Tensor:
     """y (B, L, H, P): every head's map times its input, without keeping a map. Equal to the layer's scan."""
     B, L, H, P, _ = scan.shape
     y = scan.x.new_empty(B, L, H, P)
@@ -262,7 +266,9 @@ def attention_output(scan: Scan, D: Tensor | None = None, budget: int = BUDGET) 
 
 
 @torch.no_grad()
-def mean_attention(scan: Scan, heads: Sequence[int] | Tensor | None = None, budget: int = BUDGET) -> Tensor:
+def mean_attention(
+    scan: Scan, heads: Sequence[int] | Tensor | None = None, budget: int = MAP_BUDGET
+) -> Tensor:
     """(B, L, L) mean of |alpha| over the chosen heads (Mamba: channels; None: all), one block at a time."""
     chosen = _heads(scan, heads)
     if not len(chosen):

@@ -213,8 +213,8 @@ def horizon(scan: Scan, at: Any) -> Horizon:
     (B, L, H), M = scan.dt.shape, scan.A.shape[1]
     elapsed = scan.elapsed().transpose(1, 2).contiguous()  # (B, H, L)
     start = elapsed[..., positions].unsqueeze(-1)  # (B, H, positions, 1)
-    goal = start - 1 / scan.A.double()[:, None]  # -inf for A = -0: sums of dt are compared with inf below
-    goal = torch.where(scan.A[:, None] == 0, torch.inf, goal)
+    goal = start - 1 / scan.A.double()[:, None]
+    goal = torch.where(scan.A[:, None] == 0, torch.inf, goal)  # the sign of a zero must not decide
     index = torch.searchsorted(elapsed, goal.flatten(2)).view(B, H, -1, M)  # first t with elapsed_t >= goal
     reached = index < L
     index = torch.maximum(index, positions[:, None] + 1)  # where dt A is so large that goal rounds to start
