@@ -1,7 +1,7 @@
 """`python -m probes.run RUN_DIR --probe updates|retention|linear|patch|attention|lens|all`: probes of a run.
 
     RUN_DIR/probes/<probe>.<family>.parquet   tidy table (`probes.suite.common` says what all have in common)
-                   <probe>.<family>.json      what it was made with; while that holds the probe is not run again
+                   <probe>.<family>.json      what it was made with; not run again while that holds
                    <probe>.csv                the same of all families
                    <probe>*.png .pdf          figures, families side by side
                    summary.md                 what was measured, with intervals and controls
@@ -17,6 +17,7 @@ import io
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -90,7 +91,9 @@ def run(options: Options, out: Path) -> int:
         torch.set_num_threads(options.threads)
     names = chosen(options.probe)
     if options.examples is not None and options.examples < 2:
-        raise ValueError(f"--examples {options.examples}: intervals need at least 2 sequences; give 2 or more")
+        raise ValueError(
+            f"--examples {options.examples}: intervals need at least 2 sequences; give 2 or more"
+        )
     if not 0 <= options.seed < 2**63:
         raise ValueError(f"--seed {options.seed} must lie in 0 .. 2**63 - 1; choose another")
     models = trained(options.run)
@@ -132,12 +135,19 @@ def trained(folder: Path) -> dict[str, tuple[Path, Task]]:
         if (place / "model.safetensors").exists():
             found[plan["family"]] = place, tasks.build(plan["task"], **plan["task_options"])
     if not found:
-        raise ValueError(f"RUN_DIR {folder} has no finished model; let synthetic.run finish training it first")
+        raise ValueError(
+            f"RUN_DIR {folder} has no finished model; let synthetic.run finish training it first"
+        )
     return found
 
 
 def _probe_all(
-    options: Options, names: list[str], models: dict[str, tuple[Path, Task]], out: Path, console: Any, say: Say
+    options: Options,
+    names: list[str],
+    models: dict[str, tuple[Path, Task]],
+    out: Path,
+    console: Any,
+    say: Say,
 ) -> int:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -162,7 +172,7 @@ def _probe_all(
                     continue
                 line = bar.add_task(f"{name} {family}", total=1.0)
                 try:
-                    table = _measure(PROBES[name], options, folder, task, lambda x, i=line: bar.update(i, completed=x))
+                    table = _measure(PROBES[name], options, folder, task, partial(_advance, bar, line))
                 except NotApplicable as reason:
                     bar.remove_task(line)
                     missing.append(f"{name} {family}: left out, {reason}")
@@ -180,6 +190,10 @@ def _probe_all(
     summarise(options.run, out, list(models), missing)
     say(f"{out / 'summary.md'}")
     return 0
+
+
+def _advance(bar: Any, line: Any, share: float) -> None:
+    bar.update(line, completed=share)
 
 
 def _configuration(name: str, probe: Probe, options: Options, folder: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What heads attend to: retrieval, induction and previous-token scores, of attention and hidden attention.
 
-An SSM layer's hidden attention is |alpha| with rows normalised: by head in Mamba-2, the mean over the channels
-in Mamba, which count as head 0. Parts of the table: "score" (by quantity, layer, head, with the baseline of
+An SSM layer's hidden attention is |alpha| with rows normalised: by head in Mamba-2, the mean over channels in
+Mamba, which count as head 0. Parts of the table: "score" (by quantity, layer, head, with the baseline of
 uniform attention) and "map" (one sequence, the head that retrieves best in each layer).
 """
 
@@ -65,9 +65,9 @@ def patterns(model: LanguageModel, ids: Tensor) -> dict[int, Tensor]:
     for i in ssm:
         scan = scan_of(model, cache, i)
         if scan.A.shape[1] == 1:  # Mamba-2: few heads, a map each
-            found[i] = normalise_rows(hidden_attention(scan, budget=BUDGET).abs())
+            found[i] = normalise_rows(hidden_attention(scan).abs())
         else:
-            found[i] = normalise_rows(mean_attention(scan, budget=BUDGET)).unsqueeze(1)
+            found[i] = normalise_rows(mean_attention(scan)).unsqueeze(1)
     return dict(sorted(found.items()))
 
 
@@ -104,14 +104,16 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
             continue
         for row in joined.table().to_dict("records"):
             table.append(
-                dict(layer=layer, part="score", quantity=name, head=row["head"], value=row["score"], low=row["low"],
-                     high=row["high"], baseline=row["baseline"], n=row["sequences"])
+                dict(layer=layer, part="score", quantity=name, head=row["head"], value=row["score"],
+                     low=row["low"], high=row["high"], baseline=row["baseline"], n=row["sequences"])
             )  # fmt: skip
         if name == "retrieval" or layer not in best:
             best[layer] = int(joined.value.nanmean(0).argmax())
     for layer, pattern in first.items():
         small, size = coarse(pattern[best.get(layer, 0)])
-        shared = dict(layer=layer, part="map", quantity="pattern", head=best.get(layer, 0), n=1, target=target)
+        shared = dict(
+            layer=layer, part="map", quantity="pattern", head=best.get(layer, 0), n=1, target=target
+        )
         table += map_rows(small, size, **shared)
     return pd.DataFrame(table).astype({"head": "Int64"})
 
@@ -123,8 +125,10 @@ def _target(task: Task, batch: Batch) -> Tensor | None:
     return (roles(task, batch) == role("target")).int().argmax(1)
 
 
-def _label(row: Any) -> str:
-    return f"{int(row['layer'])}.{int(row['head'])}"
+def _labels(part: pd.DataFrame) -> list[str]:
+    """layer.head, or the layer where every layer has one."""
+    single = part["head"].nunique() == 1
+    return [f"{r.layer}" if single else f"{r.layer}.{r.head}" for r in part.itertuples()]
 
 
 def draw_scores(table: pd.DataFrame) -> Figure:
@@ -137,26 +141,31 @@ def draw_scores(table: pd.DataFrame) -> Figure:
             ax, color = axes[i, j], family_colors()[family]
             mine = table[(table["family"] == family) & (table["quantity"] == quantity)]
             mine = mine.sort_values(["layer", "head"])
-            labels = list(dict.fromkeys(_label(r) for r in mine.to_dict("records")))
+            mine = mine.assign(label=_labels(mine))
+            labels = list(dict.fromkeys(mine["label"]))
             for weights in WEIGHTS:
                 part = mine[mine["weights"] == weights]
-                x = np.array([labels.index(_label(r)) for r in part.to_dict("records")])
+                x = np.array([labels.index(label) for label in part["label"]])
                 if weights == "trained":
-                    ax.errorbar(x - 0.1, part["value"], yerr=error_bars(part), fmt="o", color=color, capsize=2, ms=5)
+                    ax.errorbar(
+                        x - 0.1, part["value"], yerr=error_bars(part), fmt="o", color=color, capsize=2, ms=5
+                    )
                     ax.plot(x, part["baseline"], ls="", marker="_", ms=14, mew=1.5, color="0.3")
                 else:
                     ax.plot(x + 0.15, part["value"], "o", color=color, mfc="none", ms=4, alpha=0.8)
             step = max(1, len(labels) // 12)
             ax.set_xticks(range(0, len(labels), step), labels[::step])
             ax.set_xlim(-0.6, len(labels) - 0.4)
-            ax.set_ylim(-0.03, 1.03)
+            shown = table.loc[table["quantity"] == quantity, ["value", "high"]]
+            top = float(np.nanmax(shown.to_numpy(dtype=float)))
+            ax.set_ylim(-0.03 * top, min(1.03, 1.15 * top))
             ax.grid(axis="x", visible=False)
             if i == 0:
                 ax.set_title(NAMES[family])
             if j == 0:
                 ax.set_ylabel(QUANTITIES[quantity], fontsize=8)
             if i == len(rows) - 1:
-                ax.set_xlabel("layer.head" if len(labels) > table["layer"].nunique() else "layer (mean of channels)")
+                ax.set_xlabel("layer.head" if "." in labels[0] else "layer (mean over channels)")
     looks: dict[str, dict[str, Any]] = {
         NAMES[name]: dict(color=family_colors()[name], marker="o", ls="") for name in names
     }
@@ -169,7 +178,7 @@ def draw_scores(table: pd.DataFrame) -> Figure:
 
 
 def draw_maps(table: pd.DataFrame) -> Figure:
-    """One sequence: the pattern of each layer's best retrieving head; a triangle marks the target's column."""
+    """One sequence: the pattern of each layer's best retrieving head; a triangle is below the target."""
     from matplotlib.colors import LogNorm
 
     maps = table[(table["part"] == "map") & (table["weights"] == "trained")]
@@ -189,21 +198,24 @@ def draw_maps(table: pd.DataFrame) -> Figure:
             if np.isfinite(target):
                 starts = np.sort(part["key"].unique())
                 column = int(np.searchsorted(starts, target, side="right")) - 1
-                ax.plot(column, len(starts) - 0.3, marker=7, color="crimson", ms=8, clip_on=False, zorder=5)
-            ax.set_title(f"{NAMES[family]}, layer {layer}, head {part['head'].iloc[0]}", fontsize=8)
+                ax.plot(column, len(starts) - 0.5, marker=6, color="crimson", ms=8, clip_on=False, zorder=5)
+                ax.set(xlim=(-0.5, len(starts) - 0.5), ylim=(len(starts) - 0.5, -0.5))
+            single = table[(table["family"] == family) & (table["part"] == "score")]["head"].nunique() == 1
+            which = "mean over channels" if single else f"head {part['head'].iloc[0]}"
+            ax.set_title(f"{NAMES[family]}, layer {layer}\n{which}", fontsize=8)
             ax.set_xlabel("key")
             if j == 0:
                 ax.set_ylabel("query")
     figure.colorbar(image, ax=axes, shrink=0.8, label="attention in a cell")
-    legend(figure, {"the target's column": dict(color="crimson", marker=7, ls="", ms=8)})
+    legend(figure, {"the target's column": dict(color="crimson", marker=6, ls="", ms=8)})
     return figure
 
 
 def summary(table: pd.DataFrame) -> str:
     words = (
-        "Attention mass with Student's 95 % interval over sequences, beside uniform attention over the visible "
-        f"tokens and untrained weights; the {SHOWN} best heads of each score. SSM layers: hidden attention "
-        "|alpha|, rows normalised, by head (Mamba-2) or as the mean over channels (Mamba).\n\n"
+        "Attention mass with Student's 95 % interval over sequences, beside uniform attention over the "
+        f"visible tokens and untrained weights; the {SHOWN} best heads of each score. SSM layers: hidden "
+        "attention |alpha|, rows normalised, by head (Mamba-2) or as the mean over channels (Mamba).\n\n"
     )
     keys = ["family", "quantity", "layer", "head"]
     score = table[table["part"] == "score"]

@@ -135,7 +135,7 @@ def scan_names(layers: Sequence[int], *more: str) -> list[str]:
 
 
 def scan_bytes(model: LanguageModel, layers: Sequence[int]) -> int:
-    """Bytes per token of what `scan_names` records: x and dt of every channel, three times over for copies."""
+    """Bytes per token of what `scan_names` records: x and dt of every channel, with copies."""
     mixers: list[Any] = [model.parts()[1][i] for i in layers]
     return sum(4 * 3 * block.mixer.config.d_inner for block in mixers)
 
@@ -146,6 +146,12 @@ def scan_of(model: LanguageModel, cache: Recording, layer: int) -> Scan:
     block: Any = model.parts()[1][layer]
     A = -torch.exp(block.mixer.A_log.detach().float())
     return Scan.mamba2(A, dt, Bt, Ct, x) if Bt.dim() == 4 else Scan.mamba(A, dt, Bt, Ct, x)
+
+
+def one_sequence(scan: Scan, b: int) -> Scan:
+    """The recurrence of sequence b, as a batch of one."""
+    at = slice(b, b + 1)
+    return Scan(scan.A, scan.dt[at], scan.Bt[at], scan.Ct[at], scan.x[at])
 
 
 def run_silently(model: LanguageModel, ids: Tensor) -> None:
@@ -215,9 +221,7 @@ def markdown(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
 
 
-def beside(
-    table: pd.DataFrame, by: Sequence[str], headers: Sequence[str] = (), digits: int = 3
-) -> str:
+def beside(table: pd.DataFrame, by: Sequence[str], headers: Sequence[str] = (), digits: int = 3) -> str:
     """Markdown: a row per combination of `by`, trained numbers with intervals beside those untrained."""
     rows = []
     groups: Any = table.groupby(list(by), sort=False, dropna=False)

@@ -59,8 +59,9 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
                       high=table["high"], chance=chance)
     )  # fmt: skip
     log_prob = pd.DataFrame(
-        shared | dict(part="log_prob", quantity="log_prob", value=table["log_prob"], low=table["log_prob_low"],
-                      high=table["log_prob_high"], chance=-np.log(model.config.vocab_size))
+        shared | dict(part="log_prob", quantity="log_prob", value=table["log_prob"],
+                      low=table["log_prob_low"], high=table["log_prob_high"],
+                      chance=-np.log(model.config.vocab_size))
     )  # fmt: skip
     return pd.concat([accuracy, log_prob], ignore_index=True)
 
@@ -77,7 +78,9 @@ def draw(table: pd.DataFrame) -> Figure:
                 look: dict[str, Any] = dict(color=family_colors()[family])
                 look |= dict(marker="o", ms=4) if weights == "trained" else dict(ls="--", lw=1, alpha=0.7)
                 ax.plot(line["layer"], line["value"], **look)
-                ax.fill_between(line["layer"], line["low"], line["high"], color=look["color"], alpha=0.15, lw=0)
+                ax.fill_between(
+                    line["layer"], line["low"], line["high"], color=look["color"], alpha=0.15, lw=0
+                )
         ax.axhline(mine["chance"].iloc[0], color="0.4", ls=":", lw=1)
         ax.set(xlabel="blocks passed (0 = embedding)", ylabel=label)
         ax.set_xticks(range(int(mine["layer"].max()) + 1))

@@ -1,6 +1,6 @@
-"""Linear probes at the answer: which context tokens, and the answer itself, can be read off a state linearly?
+"""Linear probes at the answer: which context tokens, and the answer itself, can be read off linearly?
 
-Read at the position where the answer is due: the residual stream after every block, and the whole state h_t of
+Read at the position where the answer is due: the residual stream after every block, and the state h_t of
 every SSM layer (d_inner * d_state numbers, none left out). Parts of the table: "token" (accuracy by lag, the
 number of context symbols since), "answer" (which of equal parts of the context holds the target) and
 "capacity" (expected number of tokens that can be recovered, from the accuracies at all lags).
@@ -71,7 +71,7 @@ class Plan:
         return cls(n - 1 - lags, lags, classes, pooled)
 
     def seeded(self, rng: np.random.Generator, context: IntArray) -> IntArray:
-        """Contexts (rows, N) in which every probed place j holds a symbol of j classes .. (j+1) classes - 1."""
+        """Contexts (rows, N) in which probed place j holds a symbol of j classes .. (j+1) classes - 1."""
         if not self.pooled:
             return context
         context, rows = context.copy(), np.arange(len(context))
@@ -132,7 +132,9 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
     for k, (site, i) in enumerate(sites):
         size = blocks[i].mixer.config.d_inner * blocks[i].mixer.config.d_state if site == "state" else 0
         x = torch.cat(features.pop((site, i)))
-        tables.append(_probed(x, *gold, plan, min(POOL, task.seq_len), options.seed, size).assign(site=site, layer=i))
+        tables.append(
+            _probed(x, *gold, plan, min(POOL, task.seq_len), options.seed, size).assign(site=site, layer=i)
+        )
         options.progress(0.7 + 0.3 * (k + 1) / len(sites))
     return pd.concat(tables, ignore_index=True)
 
@@ -152,14 +154,16 @@ def _probed(
         column = tokens["accuracy" if name == "value" else name]
         # between the lags that were probed, what a straight line says
         each = np.interp(lags, plan.lags, column)
-        count[name] = float(capacity({len(each): each}, 1 / plan.classes, max(1, size)).table["expected"].iloc[0])
+        count[name] = float(
+            capacity({len(each): each}, 1 / plan.classes, max(1, size)).table["expected"].iloc[0]
+        )
     row = count | dict(part="capacity", quantity="expected tokens", n=len(lags), features=x.shape[1])
     return pd.concat([table.drop(columns="penalty"), pd.DataFrame([row])], ignore_index=True)
 
 
 def draw(table: pd.DataFrame) -> Figure:
     """Accuracy against lag, a panel per site and family: layers from light to dark, controls grey."""
-    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     token, names = table[table["part"] == "token"], families(table)
     rows = [(f, s) for s in SITES for f in names if ((token["family"] == f) & (token["site"] == s)).any()]
@@ -177,7 +181,9 @@ def draw(table: pd.DataFrame) -> Figure:
                     look = dict(color="0.6", lw=0.8, ls=":")
                 ax.plot(part["lag"] + 1, part["value"], **look)
                 if weights == "trained":
-                    ax.fill_between(part["lag"] + 1, part["low"], part["high"], color=look["color"], alpha=0.12, lw=0)
+                    ax.fill_between(
+                        part["lag"] + 1, part["low"], part["high"], color=look["color"], alpha=0.12, lw=0
+                    )
         trained = mine[mine["weights"] == "trained"]
         shuffled = trained.groupby("lag")["shuffled"].mean()
         ax.plot(shuffled.index + 1, shuffled, color="0.2", lw=1, ls="--")
@@ -186,11 +192,12 @@ def draw(table: pd.DataFrame) -> Figure:
         ax.title.set_color(family_colors()[family])
         if mine["lag"].max() > 32:
             ax.set_xscale("log", base=2)
-            ax.xaxis.set_major_formatter(plt.FuncFormatter(lambda v, _: f"{v:g}"))
+            ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        else:
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0, 0].set_ylabel("test accuracy of the symbol's identity")
     looks: dict[str, dict[str, Any]] = {
-        f"layer {k}" if depth == len(layers) or depth > 1 else "layer": dict(color=_shade(k, depth), marker=".")
-        for k in range(depth)
+        f"layer {k}": dict(color=_shade(k, depth), marker=".") for k in range(depth)
     }
     looks |= {
         "untrained weights": dict(color="0.6", ls=":"), "shuffled labels": dict(color="0.2", ls="--"),
@@ -222,7 +229,9 @@ def draw_answer(table: pd.DataFrame) -> Figure:
                     if part.empty:
                         continue
                     look: dict[str, Any] = dict(color=family_colors()[family], marker=marker, ms=5)
-                    look |= dict(lw=1.5) if weights == "trained" else dict(lw=1, ls=":", mfc="none", alpha=0.8)
+                    look |= (
+                        dict(lw=1.5) if weights == "trained" else dict(lw=1, ls=":", mfc="none", alpha=0.8)
+                    )
                     ax.plot(part["layer"], part["value"], **look)
                     if weights == "trained":
                         ax.fill_between(
@@ -247,11 +256,12 @@ def draw_answer(table: pd.DataFrame) -> Figure:
 
 def summary(table: pd.DataFrame) -> str:
     words = (
-        "Ridge probes of what stands where the answer is due, on held-out sequences, with accuracies of a test "
-        "part (Wilson 95 % intervals). Shuffled: the same labels dealt out at random; selectivity: accuracy minus "
-        "that of a control task (Hewitt & Liang 2019) of random labels for the last token; untrained: weights as "
-        "initialised. Capacity: sum over lags of (accuracy - chance) / (1 - chance), interpolated between the "
-        "lags probed; its bounds are those of all accuracies at once, so wider than 95 %.\n\n"
+        "Ridge probes of what stands where the answer is due, on held-out sequences, with accuracies of a "
+        "test part (Wilson 95 % intervals). Shuffled: the same labels dealt out at random; selectivity: "
+        "accuracy minus that of a control task (Hewitt & Liang 2019) of random labels for the last token; "
+        "untrained: weights as initialised. Capacity: sum over lags of (accuracy - chance) / (1 - chance), "
+        "interpolated between the lags probed; its bounds are those of all accuracies at once, so wider than "
+        "95 %.\n\n"
     )
     text = [words, "Which part of the context holds the target:\n\n"]
     keys = ["family", "site", "layer"]

@@ -1,4 +1,4 @@
-"""Causal tracing: which activations, at which layer and token, carry the answer from a clean to a corrupted run?
+"""Causal tracing: which activations, at which layer and token, carry the answer from run to run?
 
 Part of the table is the kind of corruption: "query" (another symbol is asked for) or "target" (the queried
 symbol has changed places). quantity is "effect", the share of the logit difference that a patch restores; the
@@ -53,7 +53,7 @@ def _column(row: Any) -> tuple[int, int, str]:
     if row["role"] != "distractor":
         order = ("bos", "task", "target", "partner", "separator", "query_marker", "query", "last", "answer")
         place = order.index(row["role"]) if row["role"] in order else len(order)
-        return 0, place, str(row["role"]).replace("_", " ")
+        return 0, place, "marker" if row["role"] == "query_marker" else str(row["role"])
     start, stop = int(row["start"]), int(row["stop"])
     return 1, start, str(start) if stop == start + 1 else f"{start}-{stop - 1}"
 
@@ -74,12 +74,14 @@ def _grid(part: pd.DataFrame) -> tuple[np.ndarray, list[Any], list[Any]]:
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """Layer x tokens, a row of panels per kind and site; each patch beside its control, an unrelated run's."""
+    """Layer x tokens, a row of panels per kind and site; each patch beside its control."""
     names = families(table)
-    shown = [(kind, site) for kind in KINDS for site in SITES if ((table["site"] == site)).any()]
+    shown = [(kind, site) for kind in KINDS for site in SITES if (table["site"] == site).any()]
     controls = (("", "patch"), ("unrelated", "control: unrelated"))
-    most = max(len(_grid(part)[1]) for _, part in table[table["control"] == ""].groupby(["family", "part", "site"]))
-    size = (5.2, max(2.2, 0.16 * most + 1.4))
+    most = max(
+        len(_grid(part)[1]) for _, part in table[table["control"] == ""].groupby(["family", "part", "site"])
+    )
+    size = (4.6, max(2.2, 0.16 * most + 1.4))
     figure, axes = panels(len(shown), len(names) * len(controls), size=size)
     image = None
     for i, (kind, site) in enumerate(shown):
@@ -108,14 +110,24 @@ def draw(table: pd.DataFrame) -> Figure:
 def summary(table: pd.DataFrame) -> str:
     first = table.drop_duplicates(["family", "part"])
     words = [
-        "Share of the logit difference between clean and corrupted run that a patch restores (ratio of means over "
-        "pairs, 95 % interval by the delta method). Layer n of the residual stream is what n blocks have made.\n\n"
+        "Share of the logit difference between clean and corrupted run that a patch restores (ratio of means "
+        "over pairs, 95 % interval by the delta method). Layer n of the residual stream is what n blocks "
+        "have made. Controls: the run's own activation (self), another clean run's of equal norm (unrelated), "
+        "all positions at once (everything).\n\n"
     ]
     gaps = [
-        [r["family"], r["part"], f"{r['gap']:.3g}", f"{r['accuracy_clean']:.3g}", f"{r['accuracy_corrupted']:.3g}"]
+        [
+            r["family"],
+            r["part"],
+            f"{r['gap']:.3g}",
+            f"{r['accuracy_clean']:.3g}",
+            f"{r['accuracy_corrupted']:.3g}",
+        ]
         for r in first.to_dict("records")
     ]
-    words.append(markdown(["family", "other", "gap of logits", "accuracy clean", "corrupted, clean's answer"], gaps))
+    words.append(
+        markdown(["family", "other", "gap of logits", "accuracy clean", "corrupted, clean's answer"], gaps)
+    )
     words.append("\nThe strongest patches of each site, and controls over all its patches:\n\n")
     rows = []
     groups: Any = table.groupby(["family", "part", "site"], sort=False)
@@ -128,7 +140,17 @@ def summary(table: pd.DataFrame) -> str:
         beside = [f"{v:.3g}" if np.isfinite(v) else "" for v in limits.values()]
         for row in patches.sort_values("value", ascending=False).head(3).to_dict("records"):
             rows.append([*key, _row(row)[2], _column(row)[2], interval(row), *beside])
-    head = ["family", "other", "site", "layer", "tokens", "effect", "self (largest)", "unrelated (largest)", "everything"]
+    head = [
+        "family",
+        "other",
+        "site",
+        "layer",
+        "tokens",
+        "effect",
+        "self (largest)",
+        "unrelated (largest)",
+        "everything",
+    ]
     return "".join(words) + markdown(head, rows)
 
 

@@ -7,6 +7,7 @@ error of map @ x + D x against the layer's own scan).
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,6 @@ from models.common import LanguageModel
 from probes.retention import attention_output, mean_attention, normalise_rows, retention
 from probes.roles import role, roles
 from probes.suite.common import (
-    BUDGET,
     Options,
     Probe,
     answer_at,
@@ -33,6 +33,7 @@ from probes.suite.common import (
     map_axes,
     map_rows,
     markdown,
+    one_sequence,
     panels,
     plain_log,
     recorded,
@@ -55,7 +56,7 @@ LEAST = 1e-8  # below which curves are not drawn
 
 
 def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
-    """Rows by layer: curve by `role` and `distance` (tokens before the answer), contrast, map by `query` and `key`, reconstruction."""
+    """Rows by layer: curve by `role` and `distance`, contrast, map by `query` and `key`, reconstruction."""
     layers = ssm_layers(model)
     require_roles(task, "retention")
     long = task.seq_len > 128
@@ -72,9 +73,11 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
         at = answer_at(batch)
         ids = batch.input_ids[:, : at + 1]
         cache = recorded(model, ids, scan_names(layers))
+        last = recorded(model, ids, [f"blocks.{i}.mixer.hook_ssm_state" for i in layers], positions=[at])
         for layer in layers:
             scan = scan_of(model, cache, layer)
-            left = retention(scan, torch.arange(at + 1), at)
+            norm = last[f"blocks.{layer}.mixer.hook_ssm_state"].flatten(1).norm(dim=1, keepdim=True)
+            left = retention(scan, torch.arange(at + 1), at, state_norm=norm.expand(-1, at + 1))
             for name in QUANTITIES:
                 found.setdefault((layer, name), []).append(getattr(left, name))
         if done < mapped:
@@ -103,7 +106,10 @@ def _maps(
     totals = {}
     for layer in layers:
         scan = scan_of(model, cache, layer)
-        totals[layer] = normalise_rows(mean_attention(scan, budget=BUDGET)).sum(0)
+        total = torch.zeros(1)
+        for b in range(len(ids)):  # one at a time, because a batch of maps leaves the cache
+            total = total + normalise_rows(mean_attention(one_sequence(scan, b)))[0]
+        totals[layer] = total
     if not errors:
         # apart, because to hand out y the layer leaves its fused scan
         names = scan_names(layers, "mixer.hook_y")
@@ -111,7 +117,7 @@ def _maps(
         for layer in layers:
             block: Any = model.parts()[1][layer]
             own = cache[f"blocks.{layer}.mixer.hook_y"]
-            made = attention_output(scan_of(model, cache, layer), block.mixer.D.detach(), budget=BUDGET)
+            made = attention_output(scan_of(model, cache, layer), block.mixer.D.detach())
             errors[layer] = float((made.view_as(own) - own).norm() / own.norm())
     return totals
 
@@ -128,7 +134,7 @@ def _curve(values: np.ndarray, kinds: np.ndarray, at: int, layer: int, name: str
     edges = _edges(at)
     for kind in ("target", "distractor"):
         mine = kinds == role(kind)
-        for low, high in zip(edges[:-1], edges[1:], strict=True):
+        for low, high in pairwise(edges.tolist()):
             chosen = mine & (distance >= low) & (distance < high)
             count = chosen.sum(1)
             mean = (values * chosen).sum(1)[count > 0] / count[count > 0]
@@ -160,6 +166,8 @@ def _contrast(values: np.ndarray, kinds: np.ndarray, layer: int, name: str) -> l
 
 def draw_curves(table: pd.DataFrame) -> Figure:
     """Per layer against distance: target, distractors, and the target with untrained weights."""
+    from matplotlib.ticker import MaxNLocator
+
     table, names = table[table["part"] == "curve"], families(table)
     count = max(table.loc[table["family"] == name, "layer"].nunique() for name in names)
     figure, axes = panels(len(names) * len(QUANTITIES), count, size=(2.5, 2.2), sharex=True, sharey="row")
@@ -181,10 +189,20 @@ def draw_curves(table: pd.DataFrame) -> Figure:
                     part = part[part["value"] > LEAST]
                     ax.plot(part["distance"], part["value"], **look)
                     ax.fill_between(
-                        part["distance"], part["low"].clip(LEAST), part["high"], color=look["color"], alpha=0.2, lw=0
+                        part["distance"],
+                        part["low"].clip(LEAST),
+                        part["high"],
+                        color=look["color"],
+                        alpha=0.2,
+                        lw=0,
                     )
-                ax.set(xscale="log" if mine["distance"].max() > 64 else "linear", yscale="log")
+                ax.set_yscale("log")
                 plain_log(ax.yaxis)
+                if mine["distance"].max() > 64:
+                    ax.set_xscale("log")
+                    plain_log(ax.xaxis)
+                else:
+                    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
                 if k == 0:
                     ax.set_title(f"{NAMES[family]}, layer {layer}", fontsize=9)
                 if k == len(QUANTITIES) - 1:
@@ -219,7 +237,9 @@ def draw_maps(table: pd.DataFrame) -> Figure:
             image = ax.imshow(grid_of(part).clip(1e-4), norm=LogNorm(1e-4, 1), cmap="viridis", aspect="equal")
             map_axes(ax, part)
             error = trained[
-                (trained["part"] == "reconstruction") & (trained["family"] == family) & (trained["layer"] == layer)
+                (trained["part"] == "reconstruction")
+                & (trained["family"] == family)
+                & (trained["layer"] == layer)
             ]["value"].iloc[0]
             ax.set_title(f"{NAMES[family]}, layer {layer}\nreconstruction error {error:.0e}", fontsize=8)
             ax.set_xlabel("token written")
@@ -233,9 +253,10 @@ def summary(table: pd.DataFrame) -> str:
     contrast = table[table["part"] == "contrast"].sort_values(["family", "quantity", "layer"])
     errors = table[table["part"] == "reconstruction"].sort_values(["family", "layer"])
     words = (
-        "What is left of a token at the answer's position, exactly, from the linear recurrence: of what it wrote "
-        "(kept), and relative to the state (share). Target over the distractors around it, geometric mean over "
-        "sequences with 95 % interval; 1 says that the target is kept no better than its neighbours.\n\n"
+        "What is left of a token at the answer's position, exactly, from the linear recurrence: of what it "
+        "wrote (kept), and relative to the state (share). Target over the distractors around it, geometric "
+        "mean over sequences with 95 % interval; 1 says that the target is kept no better than its "
+        "neighbours.\n\n"
     )
     found = markdown(
         ["family", "weights", "layer", "relative error"],

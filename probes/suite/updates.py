@@ -22,11 +22,13 @@ from probes.suite.common import (
     Options,
     Probe,
     batches,
-    beside,
     error_bars,
     families,
+    interval,
     interval_row,
     legend,
+    markdown,
+    one_sequence,
     panels,
     plain_log,
     recorded,
@@ -89,9 +91,7 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
         steps, reached = zip(*outcomes, strict=True)
         value, low, high = bootstrap_median_time(steps, reached, resamples=500)
         bound = dict(zip(("value", "low", "high"), (value, low, high), strict=True))
-        rows.append(
-            dict(layer=layer, part="role", quantity="horizon", role=name, n=len(steps), **bound)
-        )
+        rows.append(dict(layer=layer, part="role", quantity="horizon", role=name, n=len(steps), **bound))
     return pd.DataFrame(rows)
 
 
@@ -103,7 +103,7 @@ def _horizons(scan: Scan, kinds: Tensor) -> list[tuple[str, tuple[float, bool]]]
     found = []
     L = kinds.shape[1]
     for b in range(len(kinds)):
-        one = Scan(scan.A, scan.dt[b : b + 1], scan.Bt[b : b + 1], scan.Ct[b : b + 1], scan.x[b : b + 1])
+        one = one_sequence(scan, b)
         for number in kinds[b].unique().tolist():
             places = (kinds[b, : L - max(1, L // 8)] == number).nonzero().flatten()
             if len(places):
@@ -112,12 +112,14 @@ def _horizons(scan: Scan, kinds: Tensor) -> list[tuple[str, tuple[float, bool]]]
                 steps, reached = lasting.steps.flatten(), lasting.reached.flatten()
                 middle = int(steps.where(reached, torch.inf).argsort()[len(steps) // 2])
                 done = bool(reached[middle])
-                found.append((ROLES[number], (float(steps[middle] if done else steps[~reached].median()), done)))
+                found.append(
+                    (ROLES[number], (float(steps[middle] if done else steps[~reached].median()), done))
+                )
     return found
 
 
 def _aligned(relative: Tensor, kinds: Tensor, layer: int) -> list[dict[str, Any]]:
-    """Around the target, the ratio to the mean over the sequences in which a distractor stands at that place."""
+    """Around the target, the ratio to the mean of the sequences with a distractor at that place."""
     numbers = relative.double().numpy().copy()
     target = (kinds == role("target")).int().argmax(1).numpy()
     context = np.isin(kinds.numpy(), (role("target"), role("distractor")))
@@ -141,7 +143,9 @@ def role_colors() -> dict[str, Any]:
 
     palette = seaborn.color_palette("dark", 10)
     order = ("target", "distractor", "query", "query_marker", "bos", "task", "separator", "answer")
-    return dict(zip(order, (palette[3], palette[7], palette[0], palette[9], palette[8], *palette[4:7]), strict=True))
+    return dict(
+        zip(order, (palette[3], palette[7], palette[0], palette[9], palette[8], *palette[4:7]), strict=True)
+    )
 
 
 def draw_roles(table: pd.DataFrame) -> Figure:
@@ -160,8 +164,15 @@ def draw_roles(table: pd.DataFrame) -> Figure:
                     part = mine[(mine["role"] == name) & (mine["weights"] == weights)].sort_values("layer")
                     part = part.assign(x=[layers.index(v) + shift for v in part["layer"]])
                     endless = part[np.isinf(part["value"])]
-                    ax.plot(endless["x"], np.full(len(endless), 0.97), "^", color=color, ms=4,
-                            mfc=color if weights == "trained" else "none", transform=ax.get_xaxis_transform())
+                    ax.plot(
+                        endless["x"],
+                        np.full(len(endless), 0.97),
+                        "^",
+                        color=color,
+                        ms=4,
+                        mfc=color if weights == "trained" else "none",
+                        transform=ax.get_xaxis_transform(),
+                    )
                     part = part[np.isfinite(part["value"])]
                     style: Any = (
                         dict(yerr=error_bars(part), capsize=2, ms=5)
@@ -216,16 +227,23 @@ def draw_aligned(table: pd.DataFrame) -> Figure:
 
 
 def summary(table: pd.DataFrame) -> str:
-    """Target beside distractor and query, by layer; the other roles are in the table."""
-    part = table[(table["part"] == "role") & table["role"].isin(["target", "distractor", "query"])]
-    part = part.sort_values(["family", "layer", "quantity", "role"])
+    """Target beside distractor, trained beside untrained; the other roles are in the table."""
     words = (
-        "Norm of what a token writes, share of the state it keeps, relative update of the state (means over "
-        "sequences with Student's 95 % interval) and horizon, the tokens until what is there has decayed to "
-        "1/e (median over sequences with bootstrap interval; a lower bound where it exceeds what was left). "
-        "Hypothesis 1 says that target and distractor do not differ unless the query is known before.\n\n"
+        "Norm of what a token writes, share of the state it keeps (mean decay), relative update of the state "
+        "(means over sequences with Student's 95 % interval) and horizon, the tokens until what is there has "
+        "decayed to 1/e (median over sequences with bootstrap interval; inf: half of the state outlasts the "
+        "sequence). Hypothesis 1 says that target and distractor do not differ unless the query is known "
+        "before. Other roles are in updates.csv.\n\n"
     )
-    return words + beside(part, ["family", "layer", "quantity", "role"])
+    part = table[table["part"] == "role"].sort_values(["family", "layer"])
+    rows = []
+    groups: Any = part.groupby(["family", "layer", "quantity"], sort=False)
+    for key, group in groups:
+        cells = group.set_index(["weights", "role"])
+        columns = [(w, r) for w in WEIGHTS for r in ("target", "distractor")]
+        rows.append([*key, *(interval(cells.loc[c]) if c in cells.index else "" for c in columns)])
+    named = [f"{r}, {w}" if w != "trained" else r for w in WEIGHTS for r in ("target", "distractor")]
+    return words + markdown(["family", "layer", "quantity", *named], rows)
 
 
 PROBE = Probe(
