@@ -112,7 +112,7 @@ def summary(table: pd.DataFrame) -> str:
     words = [
         "Share of the logit difference between clean and corrupted run that a patch restores (ratio of means "
         "over pairs, 95 % interval by the delta method). Layer n of the residual stream is what n blocks "
-        "have made. Controls: the run's own activation (self), another clean run's of equal norm (unrelated), "
+        "have made. Controls: the run's own activation (self), another clean run's of its norm (unrelated), "
         "all positions at once (everything).\n\n"
     ]
     gaps = [
