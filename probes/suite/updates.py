@@ -182,7 +182,8 @@ def draw_roles(table: pd.DataFrame) -> Figure:
                     ax.errorbar(part["x"], part["value"], fmt="o", color=color, lw=1, **style)
             ax.set_xticks(range(len(layers)), layers)
             ax.grid(axis="x", visible=False)
-            if quantity != "decay":
+            finite = mine["value"][np.isfinite(mine["value"])]
+            if quantity != "decay" and (finite > 0).any():
                 ax.set_yscale("log")
                 plain_log(ax.yaxis)
             if j == 0:
