@@ -13,6 +13,7 @@ every state of every layer is recorded by
     ours         probes.record(model, "*.mixer.hook_ssm_state")
     compute      run_with_cache and compute_ssm_state, the peer's call for states, which makes a tensor
                  channels x d_state x length x length; up to the longest length within --memory-gib
+    at 64        ours at 64 positions, the way states of long sequences are recorded; no ratio is taken
     eager_scan   run_with_cache with the peer's opt-in loop over time, whose hook_ssm_state has the states
 
 and the grid of residual patches, layers x positions, is measured with the peer's `get_act_patch_resid_pre`
@@ -97,17 +98,22 @@ def tokens(length: int, batch: int = 1) -> Tensor:
 # --- every state of every layer -----------------------------------------------------------------------------
 
 
-def our_states(length: int) -> Callable[[], list[Tensor]]:
-    """(1, L, E, N) of each layer."""
+def our_states(length: int, positions: list[int] | None = None) -> Callable[[], list[Tensor]]:
+    """(1, L or positions, E, N) of each layer."""
     model, ids = our_model("mamba"), tokens(length)
 
     @torch.no_grad()
     def call() -> list[Tensor]:
-        with probes.record(model, "*.mixer.hook_ssm_state", budget=2**40) as cache:
+        with probes.record(model, "*.mixer.hook_ssm_state", positions=positions, budget=2**40) as cache:
             model(ids)
         return [cache[f"blocks.{i}.mixer.hook_ssm_state"] for i in range(N_LAYER)]
 
     return call
+
+
+def our_states_at_64(length: int) -> Callable[[], list[Tensor]]:
+    """(1, 64, E, N) of each layer, at equally spaced positions."""
+    return our_states(length, torch.linspace(0, length - 1, min(64, length)).round().long().tolist())
 
 
 def peer_states(length: int) -> Callable[[], list[Tensor]]:
@@ -224,7 +230,7 @@ def compare() -> None:
     worst = scale = 0.0
     for i, block in enumerate(model.parts()[1]):
         dt, B, C, u = (record[f"blocks.{i}.mixer.hook_{name}"] for name in names)
-        mixer: Any = block.mixer  # type: ignore[attr-defined]
+        mixer: Any = block.mixer
         alpha = hidden_attention(Scan.mamba(-mixer.A_log.exp(), dt, B, C, u))
         theirs = peer.blocks[i].mixer.compute_effective_attention(cache, i, include_dt_scaling=True)
         worst, scale = max(worst, deviation(alpha, theirs)), max(scale, float(alpha.abs().max()))
@@ -278,17 +284,16 @@ def main() -> None:
 
     sizes = longest(options.memory_gib * 1024)
     length = max(sizes)
-    repeats = 1 if options.quick else 5
+    repeats = 1 if options.quick else 3
     print(f"states of {N_LAYER} layers, d_inner {2 * D_MODEL}, d_state {D_STATE}, one sequence")
     for n in sorted({length, GRID_LENGTH}):
-        makers = {"ours": our_states, "eager_scan": eager_states} | (
-            {"compute": peer_states} if n == length else {}
-        )
+        makers = {"ours": our_states, "at 64": our_states_at_64, "eager_scan": eager_states}
+        makers |= {"compute": peer_states} if n == length else {}
         times = seconds({name: make(n) for name, make in makers.items()}, repeats)
         memory = {name: peak_memory(make, (16,), (n,)) for name, make in makers.items()}
         for name, time in times.items():
             print(f"  length {n:5}  {name:11} {time * 1e3:9.1f} ms  peak {memory[name]:7.0f} MiB")
-        for name in times.keys() - {"ours"}:
+        for name in times.keys() - {"ours", "at 64"}:
             suffix = "" if name == "compute" else f"_eager_scan_{n}"
             ratios[f"record_states_vs_transformer_lens{suffix}"] = times[name] / times["ours"]
             ratios[f"record_states_memory_vs_transformer_lens{suffix}"] = memory[name] / memory["ours"]
