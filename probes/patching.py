@@ -35,6 +35,8 @@ from synthetic.evaluate import wilson
 CONTROLS = ("self", "everything", "unrelated")
 # Numbers a block holds for each token at its peak, in units of d_model: projections, scan or MLP, copies.
 WIDTHS_PER_TOKEN = 32
+# On a CPU, rows in one call save nothing beyond this, and cost the tokens before the patch of each.
+CPU_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -190,9 +192,12 @@ def trace(
     budget = memory_mb * 2**20 // (4 * model.config.d_model)  # vectors of the residual stream
     kept = 3 * (model.config.n_layer + 1) * L  # of one pair
     rows = max(1, min(B, budget // 2 // max(kept, WIDTHS_PER_TOKEN * L)))
+    tokens = budget // 2 // WIDTHS_PER_TOKEN
+    if pairs.answer.device.type == "cpu":
+        tokens = min(tokens, CPU_TOKENS)
     for begin in range(0, B, rows):
         part = slice(begin, begin + rows)
-        work = _Work(model, pairs, part, what, budget // 2 // WIDTHS_PER_TOKEN // len(range(B)[part]))
+        work = _Work(model, pairs, part, what, tokens // len(range(B)[part]))
         plain.append([work.measured(work.plain(name)) for name in ("clean", "corrupted")])
         for key_group, ld, hit in work.patches(sites, layers, controls):
             index = [number[key] for key in key_group]
