@@ -232,7 +232,8 @@ class LanguageModel(Hooked, nn.Module):
         context = self._context(tokens, attention_mask, cache)
         x = tokens if inputs_embeds is not None else self.embed(tokens, cast(Tensor, context.positions))
         if self.hook is not None:
-            x = self.hook("hook_embed", x)
+            # a copy of what the caller owns: a recording must not change with it
+            x = self.hook("hook_embed", x if inputs_embeds is None else x.clone())
         x = x.to(torch.promote_types(x.dtype, torch.float32)) if self.config.residual_in_fp32 else x
         for i, block in enumerate(blocks):
             x = block(x, context, None if cache is None else cache.layers[i])

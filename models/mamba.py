@@ -87,10 +87,20 @@ class SelectiveRecurrence:
         return self.u.shape[1]
 
     def scan(self, start: int, stop: int, h: Tensor | None, at: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        if at:
+            return self._run(start, stop, h, at, True)
+        y, last = self._run(start, stop, h, None, True)  # CUDA's kernel returns no states
+        return y, last, last.new_empty(last.shape[0], 0, *last.shape[1:])
+
+    def output(self, h: Tensor | None, return_last_state: bool) -> Any:
+        """What the `selective_scan` of these arguments returns."""
+        return self._run(0, self.length, h, None, return_last_state)
+
+    def _run(self, start: int, stop: int, h: Tensor | None, at: list[int] | None, last: bool) -> Any:
         u, dt, B, C = (x[:, start:stop] for x in (self.u, self.dt, self.B, self.C))
         z = None if self.z is None else self.z[:, start:stop]
-        fixed = (self.dt_bias, self.dt_softplus, h, at, True, self.backend)
-        return selective_scan(u, dt, self.A, B, C, self.D, z, *fixed)
+        bias, softplus = self.dt_bias, self.dt_softplus
+        return selective_scan(u, dt, self.A, B, C, self.D, z, bias, softplus, h, at, last, self.backend)
 
     def delta(self, dt: Tensor) -> Tensor:
         """The step sizes that the scan makes of dt (B, ..., E)."""
@@ -230,10 +240,13 @@ def run_hooked(
             gate = None
         else:
             recurrence = replace(recurrence, z=None)
+    last = None
     if any(hook.wants(name) for name in STATE_NAMES):
         y, last = hooked_scan(hook, recurrence, h)
     else:
-        y, last, _ = recurrence.scan(0, recurrence.length, h, [])
+        y = recurrence.output(h, return_last_state)
+        if return_last_state:
+            y, last = y
     if gate is not None:
         y = (hook("hook_y", y) * gate).to(y.dtype)
     return (y, last) if return_last_state else y

@@ -94,12 +94,15 @@ def record(
 
     Numbers of the output do not change, bit for bit; `mixer.hook_y` of Mamba alone takes the gate out of the
     fused scan, which changes roundings. With `seq_ids` rows are single sequences, as `models.common.unpack`
-    makes them. Raises ValueError for unknown names, layers, positions, channels, and before anything is
+    makes them. On CUDA states need the reference scan, token by token: mamba-ssm's kernel returns none.
+    Raises ValueError for unknown names, layers, positions, channels, and before anything is
     computed for a call that needs more memory than the budget and has no folder.
     """
     found, known = resolve(model, names, layers), points(model)
     if grad and folder is not None:
         raise ValueError("grad=True keeps tensors in memory; it cannot be combined with folder=")
+    if positions is not None and len(positions) == 0:
+        raise ValueError("positions=[] records nothing; give positions, or None for all")
     path = None if folder is None else Path(folder)
     if path is not None and path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"folder={str(path)!r} is not an empty folder; name a new one")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -142,7 +144,8 @@ def test_hybrid_has_the_names_of_the_block_that_stands_there():
         ("blocks.0.*", dict(layers=[1]), "means no hook"),
         ("*.hook_conv", dict(channels=[32]), "hook_conv has channels 0 to 31, not 32"),
         ("*", dict(grad=True, folder="x"), "cannot be combined with folder="),
-        ("*", dict(folder="tests"), "is not an empty folder"),
+        ("*", dict(folder=Path(__file__).parent), "is not an empty folder"),
+        ("*", dict(positions=[]), "records nothing"),
     ],
 )
 def test_bad_requests_give_one_line(names, options, said):
@@ -418,6 +421,52 @@ def test_attention_probes_with_masks_and_caches():
 
 
 @torch.no_grad()
+def test_edits_at_padding_reach_no_real_token(model):
+    """All positions shifted by one: as in the sequence alone. (States and patterns are edited as told.)"""
+    mask = torch.ones(B, L, dtype=torch.bool)
+    mask[0, :4] = mask[1, 9:] = False
+    for name in model.hook_names():
+        if name.endswith(("hook_ssm_state", "hook_pattern")):
+            continue
+        with probes.intervene(model, {name: lambda x: x + 1}):
+            got = model(IDS, attention_mask=mask)
+            alone = [model(IDS[row, mask[row]][None])[0] for row in range(B)]
+        torch.testing.assert_close(got[mask], torch.cat(alone), msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "autocast"])
+@torch.no_grad()
+def test_low_precision(family, dtype):
+    """Every name can be recorded and edited, and identities are exact there too."""
+    model = build(family, torch.float32 if dtype == "autocast" else dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "autocast"):
+        want = model(IDS)
+        for name in model.hook_names():
+            with probes.intervene(model, {name: probes.at([3, 8], lambda x: x)}):
+                got = model(IDS)
+            if local_name(name) != ROUNDED:
+                assert torch.equal(got, want), name
+            with (
+                probes.intervene(model, {name: probes.at([3, 8], halve)}),
+                probes.record(model, name) as cache,
+            ):
+                got = model(IDS)
+            assert got.dtype == torch.bfloat16 and got.isfinite().all() and len(cache[name]) == B
+            assert not torch.equal(got, want), name
+
+
+@torch.no_grad()
+def test_recordings_do_not_change_with_the_callers_tensor():
+    model = build("transformer")
+    embeds = model.embed(IDS, torch.arange(L))
+    with probes.record(model, "hook_embed") as cache:
+        model(inputs_embeds=embeds)
+    before = embeds.clone()
+    embeds.zero_()
+    assert torch.equal(cache["hook_embed"], before)
+
+
+@torch.no_grad()
 def test_loss_packing_and_chosen_logits_under_probes(model):
     seq_ids = torch.tensor([0] * 5 + [1] * 8).expand(B, L)
     at = torch.tensor([4, 12])
@@ -556,8 +605,9 @@ def test_budget_refuses_before_computing_or_streams(model, tmp_path):
 
 @torch.no_grad()
 def test_recordings_keep_no_larger_tensor_alive():
-    cache, _ = recorded(build("mamba"), "*hook_B", positions=[1])
-    assert all(x.untyped_storage().nbytes() == x.numel() * 8 for x in cache.values())
+    for options in ({}, dict(positions=[1]), dict(channels=[1])):
+        cache, _ = recorded(build("mamba"), "*.mixer.*", **options)
+        assert all(x.untyped_storage().nbytes() == x.numel() * 8 for x in cache.values())
 
 
 # --- models of the hub -------------------------------------------------------------------------------
