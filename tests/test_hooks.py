@@ -605,8 +605,9 @@ def test_budget_refuses_before_computing_or_streams(model, tmp_path):
 
 @torch.no_grad()
 def test_recordings_keep_no_larger_tensor_alive():
-    cache, _ = recorded(build("mamba"), "*hook_B", positions=[1])
-    assert all(x.untyped_storage().nbytes() == x.numel() * 8 for x in cache.values())
+    for options in ({}, dict(positions=[1]), dict(channels=[1])):
+        cache, _ = recorded(build("mamba"), "*.mixer.*", **options)
+        assert all(x.untyped_storage().nbytes() == x.numel() * 8 for x in cache.values())
 
 
 # --- models of the hub -------------------------------------------------------------------------------
