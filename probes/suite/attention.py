@@ -153,7 +153,7 @@ def draw_scores(table: pd.DataFrame) -> Figure:
                     ax.plot(x, part["baseline"], ls="", marker="_", ms=14, mew=1.5, color="0.3")
                 else:
                     ax.plot(x + 0.15, part["value"], "o", color=color, mfc="none", ms=4, alpha=0.8)
-            step = max(1, len(labels) // 12)
+            step = -(-len(labels) // 8)
             ax.set_xticks(range(0, len(labels), step), labels[::step])
             ax.set_xlim(-0.6, len(labels) - 0.4)
             shown = table.loc[table["quantity"] == quantity, ["value", "high"]]
@@ -206,7 +206,7 @@ def draw_maps(table: pd.DataFrame) -> Figure:
             ax.set_xlabel("key")
             if j == 0:
                 ax.set_ylabel("query")
-    figure.colorbar(image, ax=axes, shrink=0.8, label="attention in a cell")
+    figure.colorbar(image, ax=axes, shrink=0.8, aspect=30, label="attention in a cell")
     legend(figure, {"the target's column": dict(color="crimson", marker=6, ls="", ms=8)})
     return figure
 

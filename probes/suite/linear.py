@@ -166,17 +166,20 @@ def draw(table: pd.DataFrame) -> Figure:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     token, names = table[table["part"] == "token"], families(table)
-    rows = [(f, s) for s in SITES for f in names if ((token["family"] == f) & (token["site"] == s)).any()]
-    figure, axes = panels(1, len(rows), size=(3.4, 3.2), sharey=True)
-    depth = 0
-    for ax, (family, site) in zip(axes[0], rows, strict=True):
+    sites = [site for site in SITES if (token["site"] == site).any()]
+    figure, axes = panels(len(sites), len(names), size=(3.4, 2.7), sharey=True)
+    depth = int(token["layer"].max()) + 1
+    for (i, j), ax in np.ndenumerate(axes):
+        family, site = names[j], sites[i]
         mine = token[(token["family"] == family) & (token["site"] == site)]
+        if mine.empty:
+            ax.set_axis_off()
+            continue
         layers = sorted(mine["layer"].unique())
-        depth = max(depth, len(layers))
         for weights in reversed(WEIGHTS):
-            for k, layer in enumerate(layers):
+            for layer in layers:
                 part = mine[(mine["layer"] == layer) & (mine["weights"] == weights)].sort_values("lag")
-                look: dict[str, Any] = dict(color=_shade(k, len(layers)), lw=1.5, marker=".")
+                look: dict[str, Any] = dict(color=_shade(layer, depth), lw=1.5, marker=".")
                 if weights == "untrained":
                     look = dict(color="0.6", lw=0.8, ls=":")
                 ax.plot(part["lag"] + 1, part["value"], **look)
@@ -195,7 +198,10 @@ def draw(table: pd.DataFrame) -> Figure:
             ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
         else:
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[0, 0].set_ylabel("test accuracy of the symbol's identity")
+    for row in axes:
+        first = next(ax for ax in row if ax.axison)
+        first.set_ylabel("test accuracy of\nthe symbol's identity", fontsize=9)
+        first.tick_params(labelleft=True)
     looks: dict[str, dict[str, Any]] = {
         f"layer {k}": dict(color=_shade(k, depth), marker=".") for k in range(depth)
     }
@@ -216,7 +222,7 @@ def _shade(k: int, count: int) -> Any:
 def draw_answer(table: pd.DataFrame) -> Figure:
     """By layer: is the target's place decodable (left), and how many tokens are (right)?"""
     names = families(table)
-    figure, axes = panels(1, 2, size=(4.0, 3.2))
+    figure, axes = panels(1, 2, size=(4.8, 3.8))
     looks: dict[str, dict[str, Any]] = {}
     for ax, part_name in zip(axes[0], ("answer", "capacity"), strict=True):
         mine = table[table["part"] == part_name]
@@ -244,8 +250,9 @@ def draw_answer(table: pd.DataFrame) -> Figure:
         ax.plot(shuffled.index, shuffled, color="0.2", lw=1, ls="--")
     answer = table[table["part"] == "answer"]
     axes[0, 0].axhline(answer["chance"].iloc[0], color="0.4", ls=":", lw=1)
-    axes[0, 0].set(ylim=(-0.03, 1.03), ylabel="test accuracy: part of the context\nthat holds the target")
-    axes[0, 1].set(ylabel="expected number of\nsymbols recovered")
+    axes[0, 0].set_ylim(-0.03, 1.03)
+    axes[0, 0].set_ylabel("accuracy: part of the context\nthat holds the target", fontsize=9)
+    axes[0, 1].set_ylabel("expected number of\nsymbols recovered", fontsize=9)
     looks |= {
         "untrained weights": dict(color="0.4", ls=":", marker="o", mfc="none"),
         "shuffled labels": dict(color="0.2", ls="--"), "chance": dict(color="0.4", ls=":"),

@@ -7,6 +7,7 @@ other columns are those of `probes.patching.patch`, with its controls: self (0),
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -73,22 +74,22 @@ def _grid(part: pd.DataFrame) -> tuple[np.ndarray, list[Any], list[Any]]:
     return grid, rows, columns
 
 
-def draw(table: pd.DataFrame) -> Figure:
-    """Layer x tokens, a row of panels per kind and site; each patch beside its control."""
+def draw(table: pd.DataFrame, kind: str) -> Figure:
+    """Layer x tokens, families side by side: for each site the patches, and below them their control."""
+    table = table[(table["part"] == kind) & (table["role"] != "everything")]
     names = families(table)
-    shown = [(kind, site) for kind in KINDS for site in SITES if (table["site"] == site).any()]
-    controls = (("", "patch"), ("unrelated", "control: unrelated"))
-    most = max(
-        len(_grid(part)[1]) for _, part in table[table["control"] == ""].groupby(["family", "part", "site"])
-    )
-    size = (4.6, max(2.2, 0.16 * most + 1.4))
-    figure, axes = panels(len(shown), len(names) * len(controls), size=size)
+    sites = [site for site in SITES if (table["site"] == site).any()]
+    controls = (("", "patch"), ("unrelated", "control: unrelated run"))
+    shown = [(site, *control) for site in sites for control in controls]
+    most = max(len(_grid(part)[1]) for _, part in table[table["control"] == ""].groupby(["family", "site"]))
+    size = (4.3, max(1.9, 0.14 * most + 1.2))
+    figure, axes = panels(len(shown), len(names), size=size)
     image = None
-    for i, (kind, site) in enumerate(shown):
-        for j, (family, (control, title)) in enumerate((f, c) for f in names for c in controls):
+    for i, (site, control, title) in enumerate(shown):
+        for j, family in enumerate(names):
             ax = axes[i, j]
-            mine = table[(table["family"] == family) & (table["part"] == kind) & (table["site"] == site)]
-            part = mine[(mine["control"] == control) & (mine["role"] != "everything")]
+            mine = table[(table["family"] == family) & (table["site"] == site)]
+            part = mine[mine["control"] == control]
             if part.empty:
                 ax.set_axis_off()
                 continue
@@ -100,10 +101,11 @@ def draw(table: pd.DataFrame) -> Figure:
             named = sum(c[0] == 0 for c in columns)
             ax.axvline(named - 0.5, color="0.3", lw=1)
             ax.grid(False)
-            ax.set_title(f"{NAMES[family]}, {site}, other {kind}: {title}", fontsize=8)
-            if j == 0:
-                ax.set_ylabel("layer.head" if site == "head" else "layer")
-    figure.colorbar(image, ax=axes, shrink=0.6, label="effect: share of the logit difference restored")
+            ax.set_title(f"{NAMES[family]}, {site}: {title}", fontsize=9)
+            ax.set_ylabel("layer.head" if site == "head" else "layer", fontsize=8)
+    figure.suptitle(f"clean and corrupted run differ in the {kind}", fontsize=10)
+    bar = figure.colorbar(image, ax=axes, shrink=0.6, aspect=30)
+    bar.set_label("effect: share of the logit difference restored", fontsize=9)
     return figure
 
 
@@ -154,4 +156,10 @@ def summary(table: pd.DataFrame) -> str:
     return "".join(words) + markdown(head, rows)
 
 
-PROBE = Probe("Which activations carry the answer?", measure, {"": draw}, summary, untrained=False)
+PROBE = Probe(
+    "Which activations carry the answer?",
+    measure,
+    {f"_{kind}": partial(draw, kind=kind) for kind in KINDS},
+    summary,
+    untrained=False,
+)

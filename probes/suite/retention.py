@@ -206,9 +206,12 @@ def draw_curves(table: pd.DataFrame) -> Figure:
                 if k == 0:
                     ax.set_title(f"{NAMES[family]}, layer {layer}", fontsize=9)
                 if k == len(QUANTITIES) - 1:
-                    ax.set_xlabel("tokens before the answer")
+                    ax.set_xlabel("tokens before the answer", fontsize=9)
+                    ax.tick_params(labelbottom=True)
                 if j == 0:
                     ax.set_ylabel(label.replace(" / ", " /\n").replace(" that ", "\nthat "), fontsize=8)
+            seen = mine.loc[mine["value"] > LEAST, "value"]
+            axes[i * len(QUANTITIES) + k, 0].set_ylim(seen.min() / 2, seen.max() * 2)  # not to a band's 0
     looks: dict[str, dict[str, Any]] = {
         f"target, {NAMES[name]}": dict(color=family_colors()[name], lw=1.8) for name in names
     }

@@ -218,7 +218,8 @@ def draw_aligned(table: pd.DataFrame) -> Figure:
                 ax.plot(part["offset"], part["value"], color=color, lw=1.6 if weights == "trained" else 1)
                 ax.fill_between(part["offset"], part["low"], part["high"], color=color, alpha=0.2, lw=0)
             ax.set_title(f"{NAMES[family]}, layer {layer}", fontsize=9)
-            ax.set_xlabel("tokens from the target")
+            ax.set_xlabel("tokens from the target", fontsize=9)
+            ax.tick_params(labelbottom=True)
             if j == 0:
                 ax.set_ylabel("relative update /\nmean at that position")
     looks: dict[str, dict[str, Any]] = {NAMES[name]: dict(color=family_colors()[name]) for name in names}
