@@ -1,7 +1,8 @@
 """What every token does to an SSM's state, by its role: is the queried symbol written differently?
 
-Parts of the table: "role" (quantity by layer and role) and "aligned" (relative update around the target,
-divided by the mean of distractors at the same position, so that 1 is what any token there does).
+Parts of the table: "role" (quantity by layer and role); "contrast" (of the target, divided by the mean of
+distractors at the same position: what the first symbols do to an empty state would otherwise decide) and
+"aligned" (the same ratio of relative updates at tokens around the target). 1 is what any token there does.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from probes.suite.common import (
     Options,
     Probe,
     batches,
+    beside,
     error_bars,
     families,
     interval,
@@ -52,12 +54,11 @@ QUANTITIES = {  # name: axis label
     "horizon": "horizon (tokens to 1/e)",
 }
 WINDOW = 12  # tokens on either side of the target
-SOURCES = 4  # positions of a role from which the horizon of one sequence is taken
 NAMED = dict(enumerate(ROLES))
 
 
 def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
-    """Rows by layer: part role with quantities by `role`, part aligned by `offset` from the target."""
+    """Rows by layer: part role by `role`, part contrast, part aligned by `offset` from the target."""
     layers = ssm_layers(model)
     require_roles(task, "updates")
     examples = options.examples or (32 if task.seq_len > 256 else 128)
@@ -74,7 +75,7 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
             )
             for name, numbers in found.items():
                 values.setdefault((layer, name), []).append(numbers)
-            for name, outcome in _horizons(scan, kinds[-1]):
+            for name, outcome in _horizons(scan, kinds[-1], options.seed + 1000 * len(kinds)):
                 lasting.setdefault((layer, name), []).append(outcome)
     where = torch.cat(kinds)
     rows = []
@@ -85,8 +86,7 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
                 dict(layer=layer, part="role", quantity=name, role=row["role"], value=row["mean"],
                      low=row["low"], high=row["high"], n=row["sequences"])
             )  # fmt: skip
-        if name == "relative":
-            rows += _aligned(numbers, where, layer)
+        rows += _contrast(numbers, where, layer, name)
     for (layer, name), outcomes in lasting.items():
         steps, reached = zip(*outcomes, strict=True)
         value, low, high = bootstrap_median_time(steps, reached, resamples=500)
@@ -95,39 +95,42 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _horizons(scan: Scan, kinds: Tensor) -> list[tuple[str, tuple[float, bool]]]:
+def _horizons(scan: Scan, kinds: Tensor, seed: int) -> list[tuple[str, tuple[float, bool]]]:
     """(role, (median tokens over channels and states, was it reached?)) of every sequence.
 
+    Of each role one token drawn at random, so that roles with one and with many tokens are censored alike.
     The last eighth of a sequence is left out: it says of nothing that it lasts longer than that.
     """
     found = []
+    generator = torch.Generator().manual_seed(seed)
     L = kinds.shape[1]
     for b in range(len(kinds)):
         one = one_sequence(scan, b)
         for number in kinds[b].unique().tolist():
             places = (kinds[b, : L - max(1, L // 8)] == number).nonzero().flatten()
             if len(places):
-                chosen = places[torch.linspace(0, len(places) - 1, min(SOURCES, len(places))).long()]
-                lasting = horizon(one, chosen)
+                drawn = int(torch.randint(len(places), (1,), generator=generator))
+                lasting = horizon(one, places[drawn : drawn + 1])
                 steps, reached = lasting.steps.flatten(), lasting.reached.flatten()
                 middle = int(steps.where(reached, torch.inf).argsort()[len(steps) // 2])
                 done = bool(reached[middle])
-                found.append(
-                    (ROLES[number], (float(steps[middle] if done else steps[~reached].median()), done))
-                )
+                found.append((ROLES[number], (float(steps[middle] if done else steps.max()), done)))
     return found
 
 
-def _aligned(relative: Tensor, kinds: Tensor, layer: int) -> list[dict[str, Any]]:
-    """Around the target, the ratio to the mean of the sequences with a distractor at that place."""
-    numbers = relative.double().numpy().copy()
+def _contrast(values: Tensor, kinds: Tensor, layer: int, name: str) -> list[dict[str, Any]]:
+    """Ratios to the mean of the sequences with a distractor at that place: of the target, and of the tokens
+    around it."""
+    numbers = values.double().numpy()
     target = (kinds == role("target")).int().argmax(1).numpy()
     context = np.isin(kinds.numpy(), (role("target"), role("distractor")))
     ordinary = (kinds.numpy() == role("distractor")) & np.isfinite(numbers)
     usual = np.where(ordinary, numbers, 0).sum(0) / np.where(ordinary.any(0), ordinary.sum(0), np.nan)
     ratio = np.where(context, numbers / usual, np.nan)
-    L, rows = numbers.shape[1], []
-    for offset in range(-min(WINDOW, L), min(WINDOW, L) + 1):
+    own = ratio[np.arange(len(target)), target]
+    rows = [interval_row(own, layer=layer, part="contrast", quantity=name)]
+    L = numbers.shape[1]
+    for offset in range(-min(WINDOW, L), min(WINDOW, L) + 1) if name == "relative" else ():
         at = target + offset
         inside = (at >= 0) & (at < L)
         row = interval_row(
@@ -229,23 +232,27 @@ def draw_aligned(table: pd.DataFrame) -> Figure:
 
 
 def summary(table: pd.DataFrame) -> str:
-    """Target beside distractor, trained beside untrained; the other roles are in the table."""
+    """The target over distractors at the same position, and horizons; the other roles are in the table."""
     words = (
-        "Norm of what a token writes, share of the state it keeps (mean decay), relative update of the state "
-        "(means over sequences with Student's 95 % interval) and horizon, the tokens until what is there has "
-        "decayed to 1/e (median over sequences with bootstrap interval; inf: half of the state outlasts the "
-        "sequence). Hypothesis 1 says that target and distractor do not differ unless the query is known "
-        "before. Other roles are in updates.csv.\n\n"
+        "What the target token does, divided by what distractors at the same position do (mean over "
+        "sequences with Student's 95 % interval; the mean decay is the share of the state that a token keeps). "
+        "Hypothesis 1 says that this is 1 unless the query is known before. All roles are in updates.csv.\n\n"
     )
-    part = table[table["part"] == "role"].sort_values(["family", "layer"])
+    part = table[table["part"] == "contrast"].sort_values(["family", "quantity", "layer"])
+    text = words + beside(part, ["family", "quantity", "layer"])
     rows = []
-    groups: Any = part.groupby(["family", "layer", "quantity"], sort=False)
+    lasting = table[(table["part"] == "role") & (table["quantity"] == "horizon")]
+    groups: Any = lasting.sort_values(["family", "layer"]).groupby(["family", "layer"], sort=False)
+    columns = [(w, r) for w in WEIGHTS for r in ("target", "distractor")]
     for key, group in groups:
         cells = group.set_index(["weights", "role"])
-        columns = [(w, r) for w in WEIGHTS for r in ("target", "distractor")]
         rows.append([*key, *(interval(cells.loc[c]) if c in cells.index else "" for c in columns)])
-    named = [f"{r}, {w}" if w != "trained" else r for w in WEIGHTS for r in ("target", "distractor")]
-    return words + markdown(["family", "layer", "quantity", *named], rows)
+    named = [r if w == "trained" else f"{r}, {w}" for w, r in columns]
+    horizons = (
+        "\nHorizon, the tokens until half of the state's entries have decayed to 1/e (median over "
+        "sequences with bootstrap interval; inf: it outlasts the sequence):\n\n"
+    )
+    return text + horizons + markdown(["family", "layer", *named], rows)
 
 
 PROBE = Probe(
