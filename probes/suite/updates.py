@@ -235,7 +235,7 @@ def summary(table: pd.DataFrame) -> str:
     """The target over distractors at the same position, and horizons; the other roles are in the table."""
     words = (
         "What the target token does, divided by what distractors at the same position do (mean over "
-        "sequences with Student's 95 % interval; the mean decay is the share of the state that a token keeps). "
+        "sequences with Student's 95 % interval; mean decay: the share of the state that a token keeps). "
         "Hypothesis 1 says that this is 1 unless the query is known before. All roles are in updates.csv.\n\n"
     )
     part = table[table["part"] == "contrast"].sort_values(["family", "quantity", "layer"])
