@@ -134,9 +134,9 @@ def state_table(evaluations: pd.DataFrame) -> pd.DataFrame:
     table = table[table["d_state"].notna()]
     if table.empty:
         return table
-    reach = reachable_length(table, THRESHOLD).set_index("run")
+    reach = reachable_length(table, THRESHOLD)[["run", "model", "value"]]
     outcomes = examples_to_threshold(table, THRESHOLD)
-    outcomes["longest"] = outcomes["run"].map(reach["value"])
+    outcomes = outcomes.merge(reach.rename(columns={"value": "longest"}), on=["run", "model"])
     cell = ["variant", "setting", "seq_len"]
     outcomes = outcomes[outcomes.groupby(cell)["d_state"].transform("nunique") > 1]
     columns = [*KEYS, "seq_len", "d_state", "seed", "run", "longest", "value", "reached", "accuracy"]
