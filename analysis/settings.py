@@ -45,7 +45,8 @@ def label(table: pd.DataFrame) -> pd.DataFrame:
                 lambda v: f"{v:g}" if is_number(v) else str(v)
             )
             table.loc[differs, "variant"] += words
-    usual = {key: _usual_state(*key) for key, _ in table.groupby(["model", "preset"])}
+    sizes = table[["model", "preset"]].drop_duplicates().itertuples(index=False, name=None)
+    usual = {(model, preset): _usual_state(model, preset) for model, preset in sizes}
     state = pd.Series([usual[key] for key in zip(table["model"], table["preset"], strict=True)], table.index)
     table["usual_state"] = table["d_state"].isna() | (table["d_state"] == state)
     return table

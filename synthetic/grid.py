@@ -113,7 +113,11 @@ def _check_values(run: RunConfig) -> None:
             check(
                 one in choices or (isinstance(one, types) and not isinstance(one, bool)),
                 f"{name} {one!r} is not valid; "
-                + (f"choose from {', '.join(map(str, choices))}" if choices else f"its type is {kind}"),
+                + (
+                    f"choose from {', '.join(map(str, choices))}"
+                    if choices
+                    else f"its type is {getattr(kind, '__name__', kind)}"
+                ),
             )
 
 

@@ -151,7 +151,7 @@ def layout_tests(table: pd.DataFrame) -> str:
 def cost(table: pd.DataFrame) -> str:
     final = table[table["kind"] == "final"]
     rows = [
-        [purpose, str(len(part)), f"{part['seconds'].sum() / 60:.0f}"]
+        [str(purpose), str(len(part)), f"{part['seconds'].sum() / 60:.0f}"]
         for purpose, part in final.groupby("purpose")
     ]
     return markdown(["runs", "number", "minutes on one thread"], rows)
