@@ -119,6 +119,8 @@ def cost_vs_length(table: pd.DataFrame) -> Figure:
             box = dict(facecolor="white", alpha=0.85, edgecolor="none", pad=1.5)
             words = "exponent [95 % CI]\n" + "\n".join(texts)
             ax.text(0.98, 0.02, words, transform=ax.transAxes, fontsize=7, ha="right", va="bottom", bbox=box)
+    low, high = axes[0, 0].get_ylim()
+    axes[0, 0].set_ylim(low / (high / low) ** 0.35, high)  # room for the exponents below the points
     axes[0, 0].set_ylabel(f"{UNITS[table['unit'].iloc[0]]} to {THRESHOLD}")
     _legend(figure, looks, extra=[("not reached by the run's end", dict(marker="^", mfc="none", ls=""))])
     return figure
@@ -265,16 +267,17 @@ def by_position(table: pd.DataFrame) -> Figure:
     columns = sorted(table["setting"].unique(), key=_setting_order)
     figure, axes = _panels(1, len(columns), sharey=True, size=(3.4, 3.2))
     for ax, setting in zip(axes[0], columns, strict=True):
+        lengths = []
         for name, cell in table[table["setting"] == setting].groupby(["variant", "seq_len"]):
             look = looks[str(name[0])]
             bars = [cell["accuracy"] - cell["ci_low"], cell["ci_high"] - cell["accuracy"]]
             ax.errorbar(cell["relative"], cell["accuracy"], yerr=bars, capsize=2, lw=1.5, ms=4, **look)
-            last = cell.iloc[-1]
-            ax.annotate(
-                f"{name[1]}", (last["relative"], last["accuracy"]), xytext=(6, -3), fontsize=7,
-                textcoords="offset points", color=look["color"],
-            )  # fmt: skip
-        ax.set(title=setting, xlabel="place of the target in the context", xlim=(0, 1.06), ylim=(-0.03, 1.05))
+            lengths.append(f"{name[0]}: {name[1]}")
+        words = "context length\n" + "\n".join(lengths)
+        box = dict(facecolor="white", alpha=0.85, edgecolor="none", pad=1.5)
+        ax.text(0.98, 0.02, words, transform=ax.transAxes, fontsize=7, ha="right", va="bottom", bbox=box)
+        ax.set(title=setting, xlabel="place of the target in the context", xlim=(0, 1), ylim=(-0.35, 1.05))
+    axes[0, 0].set_yticks([0, 0.25, 0.5, 0.75, 1.0])
     axes[0, 0].set_ylabel("final held-out accuracy")
     _legend(figure, looks)
     return figure

@@ -87,7 +87,10 @@ def variants(table: pd.DataFrame) -> list[str]:
     first = table.drop_duplicates("variant")
     order = {family: i for i, family in enumerate(FAMILIES)}
     rows = zip(
-        first["model"].map(order), first["position"].fillna("").map(str), first["variant"], strict=True
+        first["model"].map(order),
+        first["position"].astype(object).fillna("").map(str),
+        first["variant"],
+        strict=True,
     )
     return [name for *_, name in sorted(rows)]
 
