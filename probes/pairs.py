@@ -20,6 +20,7 @@ from synthetic.tasks.position import Position
 from synthetic.tasks.sampling import IntArray
 
 KINDS = ("query", "target")
+MAX_ROUNDS = 100  # of draws, for contexts that are still held out with two symbols swapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +28,7 @@ class Pairs:
     """B pairs, one query each; the two batches have equal shapes and ask at the same place.
 
     answer, corrupted_answer: (B,) int64 token ids; never equal.
-    changed: (B, C) int64, the sequence indices in which the two differ, increasing; C = 1 (kind "query") or 2.
+    changed: (B, C) int64, the sequence indices in which they differ, increasing; C = 1 (kind "query") or 2.
     roles: (B, L) int64, roles of the clean tokens (`probes.roles`).
     partner: (B,) int64, sequence index of the context symbol that the corrupted sequence asks for.
     """
@@ -57,8 +58,8 @@ def pairs(task: Task, examples: int, length: int | None = None, kind: str = "que
     kind "target": the same query, but its symbol has changed places with another context symbol.
     The other symbol occurs once in its context and is uniform over those that the task's own draw of two
     queries could ask for. supervise_bos is left out: nothing it adds stands before the answer.
-    A function of its arguments only. Raises ValueError, in one line, for tasks without roles and for
-    contexts without two symbols to ask for.
+    A function of its arguments only. Raises ValueError, in one line, for tasks without roles, for contexts
+    without two symbols to ask for, and where hardly any context stays held out after the swap.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r} of pairs; valid: {', '.join(KINDS)}")
@@ -90,9 +91,9 @@ def pairs(task: Task, examples: int, length: int | None = None, kind: str = "que
 def _draw(
     task: Task, rng: np.random.Generator, rows: int, length: int, swap: bool
 ) -> tuple[IntArray, IntArray]:
-    """Held-out contexts (rows, length) and two targets each; with `swap` their swapped ones are held out too."""
+    """Held-out contexts (rows, length), two targets each; with `swap` held out also after the swap."""
     contexts, targets, have = [], [], 0
-    while have < rows:
+    for _ in range(MAX_ROUNDS):  # an eighth of the swapped contexts is held out, unless there are very few
         wanted = (rows - have) * (2**sampling.HELDOUT_BITS if swap else 1)
         context, target = sampling.draw_split(
             lambda n: task.draw(rng, n, length, 2),
@@ -106,7 +107,12 @@ def _draw(
         contexts.append(context)
         targets.append(target)
         have += len(context)
-    return np.concatenate(contexts)[:rows], np.concatenate(targets)[:rows]
+        if have >= rows:
+            return np.concatenate(contexts)[:rows], np.concatenate(targets)[:rows]
+    raise ValueError(
+        f"hardly any context of length {length} with num_symbols {task.vocabulary.num_symbols} is held out "
+        "together with its swapped one: use kind 'query', more symbols or a longer context"
+    )
 
 
 def _swapped(context: IntArray, target: IntArray) -> IntArray:

@@ -3,7 +3,7 @@
 A patch's effect is the normalised logit difference (Wang et al. 2022, arXiv 2211.00593; Zhang & Nanda 2023,
 arXiv 2309.16042)
 
-    (LD_patched - LD_corrupted) / (LD_clean - LD_corrupted)      LD = logit[clean answer] - logit[corrupted one]
+    (LD_patched - LD_corrupted) / (LD_clean - LD_corrupted)    LD = logit[clean answer] - logit[corrupted one]
 
 read where the answer is due: 0 where the patch changes nothing, 1 where it makes the corrupted run the clean
 one. `probes.sites` says what is patched, `probes.cells` which tokens together.
@@ -35,6 +35,8 @@ from synthetic.evaluate import wilson
 CONTROLS = ("self", "everything", "unrelated")
 # Numbers a block holds for each token at its peak, in units of d_model: projections, scan or MLP, copies.
 WIDTHS_PER_TOKEN = 32
+# On a CPU, rows in one call save nothing beyond this, and cost the tokens before the patch of each.
+CPU_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,9 @@ class Key:
 
 @dataclass(frozen=True, eq=False)
 class Traced:
-    """Patches of B pairs: for each of K keys the logit difference and whether the arg-max is the clean answer.
+    """Patches of B pairs: for each of K keys the logit difference, and whether the clean answer is arg-max.
 
-    difference: (K, B) float32, nan where a pair has no token in the key's cell; right: (K, B) bool; clean,
+    difference: (K, B) float64, nan where a pair has no token in the key's cell; right: (K, B) bool; clean,
     corrupted: (B,) logit differences of the unpatched runs; clean_right, corrupted_right: (B,) bool, whether
     those answer with the clean answer.
     """
@@ -132,11 +134,17 @@ def patch(
 ) -> pd.DataFrame:
     """The patching grid of a model as a tidy table: one row per site, layer, head and cell of tokens.
 
-    Columns: site; layer (residual: what enters block `layer`, n_layer is the final one; state and head:
-    of block `layer`); head (<NA> without); role, low, high of the tokens low .. high - 1 (`probes.cells.Cell`);
-    control; n pairs; effect, the ratio of mean differences, and effect_each, the mean over pairs of their
-    normalised logit differences, each with _low and _high (95 %); accuracy, the share of pairs that answer with the clean answer, with its Wilson interval; gap (mean
-    of LD_clean - LD_corrupted), accuracy_clean and accuracy_corrupted, the same in every row.
+    Columns
+        site, layer, head     layer l of residual is what enters block l, n_layer the last norm; of state and
+                              head it is block l; head is <NA> but for site head
+        role, low, high       the tokens low .. high - 1, see `probes.cells.Cell`
+        control, n            below; pairs that have a token in this cell
+        effect                ratio of mean differences (`ratio_of_means`); its 95 % interval _low, _high
+        effect_each           mean over pairs of their normalised logit differences; _low, _high
+        accuracy              share of pairs that answer with the clean answer; Wilson's _low, _high
+        gap, accuracy_clean, accuracy_corrupted
+                              the same in every row: mean of LD_clean - LD_corrupted, and how often the
+                              unpatched runs give the clean answer
 
     A state has one value a token, so a cell of several tokens replaces the last one's: it holds what was
     written before. control is "" for the patches themselves, and
@@ -178,20 +186,23 @@ def trace(
     keys = list(_keys(model, sites, layers, len(what), controls))
     number = {key: i for i, key in enumerate(keys)}
     B, L = len(pairs), pairs.answer_at + 1
-    difference = torch.full((len(keys), B), torch.nan)
+    difference = torch.full((len(keys), B), torch.nan, dtype=torch.float64)
     right = torch.zeros(len(keys), B, dtype=torch.bool)
     plain = []  # LD and correctness of clean and corrupted runs
     budget = memory_mb * 2**20 // (4 * model.config.d_model)  # vectors of the residual stream
     kept = 3 * (model.config.n_layer + 1) * L  # of one pair
     rows = max(1, min(B, budget // 2 // max(kept, WIDTHS_PER_TOKEN * L)))
+    tokens = budget // 2 // WIDTHS_PER_TOKEN
+    if pairs.answer.device.type == "cpu":
+        tokens = min(tokens, CPU_TOKENS)
     for begin in range(0, B, rows):
         part = slice(begin, begin + rows)
-        work = _Work(model, pairs, part, what, budget // 2 // WIDTHS_PER_TOKEN // len(range(B)[part]))
+        work = _Work(model, pairs, part, what, tokens // len(range(B)[part]))
         plain.append([work.measured(work.plain(name)) for name in ("clean", "corrupted")])
         for key_group, ld, hit in work.patches(sites, layers, controls):
             index = [number[key] for key in key_group]
             where = torch.stack([what[key.cell].where[part].any(1) for key in key_group]).cpu()
-            difference[index, part] = ld.float().cpu().masked_fill(~where, torch.nan)
+            difference[index, part] = ld.double().cpu().masked_fill(~where, torch.nan)
             right[index, part] = hit.cpu() & where
             if progress is not None:
                 progress(begin, B)
@@ -200,7 +211,9 @@ def trace(
     (clean, clean_right), (corrupted, corrupted_right) = (
         [torch.cat([block[i][j].flatten() for block in plain]).cpu() for j in (0, 1)] for i in (0, 1)
     )
-    return Traced(keys, what, difference, right, clean.float(), corrupted.float(), clean_right, corrupted_right)
+    return Traced(
+        keys, what, difference, right, clean.double(), corrupted.double(), clean_right, corrupted_right
+    )
 
 
 def _layers(model: LanguageModel, layers: Iterable[int] | None) -> list[int]:

@@ -6,9 +6,9 @@ Three sites, named as their hook points:
     state     blocks.l.mixer.hook_ssm_state       h_t replaced, the recurrence goes on from it
     head      blocks.l.attn.hook_z                what one head gives to one position, before W_O
 
-Every block adds to the residual stream, so a swap inside block l is known from what it adds to x_{l+1}: blocks
-up to l never run again. The recurrences are linear in their state (dt, B and C depend on the layer's input
-alone), so with D_t = h'_t - h_t a replaced state adds to the outputs
+Every block adds to the residual stream, so a swap inside block l is known from what it adds to x_{l+1}, and
+blocks up to l never run again. The recurrences are linear in their state (dt, B and C depend on the layer's
+input alone), so with D_t = h'_t - h_t a replaced state adds to the outputs
 
     y'_s - y_s = C_s . (A_bar_s ... A_bar_{t+1} D_t)       s >= t
 
@@ -43,9 +43,14 @@ def has_site(block: Any, site: str) -> bool:
     return site == "residual" or isinstance(block, TransformerBlock) == (site == "head")
 
 
+def context_of(x: Tensor) -> Context:
+    """What a block must know of whole, unpadded sequences x (B, L, ...)."""
+    return Context(positions=torch.arange(x.shape[1], device=x.device))
+
+
 def residuals(model: LanguageModel, input_ids: Tensor) -> list[Tensor]:
     """x_0 .. x_n: the residual stream (B, L, D) before each block, and before the last norm."""
-    context = Context(positions=torch.arange(input_ids.shape[1], device=input_ids.device))
+    context = context_of(input_ids)
     x = model.embed(input_ids, cast(Tensor, context.positions))
     x = x.to(torch.promote_types(x.dtype, torch.float32)) if model.config.residual_in_fp32 else x
     result = [x]
@@ -105,10 +110,6 @@ def captured(**modules: nn.Module) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
-def _context(x: Tensor) -> Context:
-    return Context(positions=torch.arange(x.shape[1], device=x.device))
-
-
 class MambaState:
     """One Mamba block at work on x (B, L, D): its states, and what a change of one adds to its output."""
 
@@ -116,7 +117,7 @@ class MambaState:
         self.mixer: MambaMixer = block.mixer
         config = self.mixer.config
         with captured(input=self.mixer.in_proj, ssm=self.mixer.x_proj) as seen:
-            block(x, _context(x))
+            block(x, context_of(x))
         self.z = seen["input_out"].chunk(2, dim=-1)[1]  # (B, L, E)
         self.u = seen["ssm_in"]
         dt, self.B, self.C = seen["ssm_out"].split([config.rank, config.d_state, config.d_state], dim=-1)
@@ -135,13 +136,17 @@ class MambaState:
 
     def added(self, delta: Tensor, at: Tensor, start: int) -> Tensor:
         """(c, B, T, D) that replacing h_t by h_t + delta, (c, B, E, N), at t = at, (c, B), adds."""
-        c, rows = len(delta), delta.shape[0] * delta.shape[1]
+        c = len(delta)
         time = torch.arange(start, self.u.shape[1], device=at.device)
         early = (time < at[..., None]).flatten(0, 1)[..., None]  # (c * B, T, 1)
         frozen = (time <= at[..., None]).flatten(0, 1)[..., None]  # h_t has decayed by A_bar_t already
         dt, B, C, z = (_rows(t[:, start:], c) for t in (self.dt, self.B, self.C, self.z))
         y = self._scan(  # softplus(-1e4) = 0: such a step is the identity on the state
-            torch.zeros_like(dt), dt.masked_fill(frozen, -1e4), B, C, initial_state=delta.reshape(rows, *delta.shape[2:])
+            torch.zeros_like(dt),
+            dt.masked_fill(frozen, -1e4),
+            B,
+            C,
+            initial_state=delta.flatten(0, 1),
         )
         y = y.masked_fill(early, 0) * F.silu(z)
         return self.mixer.out_proj(y).unflatten(0, (c, -1))
@@ -155,7 +160,7 @@ class Mamba2State:
         config = self.mixer.config
         E, H, G, N = config.d_inner, config.n_head, config.ngroups, config.d_state
         with captured(input=self.mixer.in_proj, norm=self.mixer.norm) as seen:
-            block(x, _context(x))
+            block(x, context_of(x))
         self.y = seen["norm_in"]  # (B, L, E), what the gated norm reads
         self.z, xBC, dt = seen["input_out"].split([E, E + 2 * G * N, H], dim=-1)
         conv = self.mixer.conv1d
@@ -172,16 +177,15 @@ class Mamba2State:
         found: dict[int, Tensor] = {}
         done, h = 0, None
         for stop in sorted(set(positions)):
-            piece = (t[:, done : stop + 1] for t in (self.u, self.dt))
-            rest = (t[:, done : stop + 1] for t in (self.B, self.C))
+            u, dt, B, C = (t[:, done : stop + 1] for t in (self.u, self.dt, self.B, self.C))
             size = self.mixer.config.chunk_size
-            _, h = ssd(*piece, self.A, *rest, initial_state=h, chunk_size=size, return_last_state=True)
+            _, h = ssd(u, dt, self.A, B, C, initial_state=h, chunk_size=size, return_last_state=True)
             found[stop], done = h, stop + 1
         return torch.stack([found[t] for t in positions], dim=1)
 
     def added(self, delta: Tensor, at: Tensor, start: int) -> Tensor:
         """(c, B, T, D) that replacing h_t by h_t + delta, (c, B, H, P, N), at t = at, (c, B), adds."""
-        c, H, G = len(delta), self.u.shape[2], self.C.shape[2]
+        H, G = self.u.shape[2], self.C.shape[2]
         time = torch.arange(start, self.u.shape[1], device=at.device)
         total = self.log_decay.gather(1, at.t()[..., None].expand(-1, -1, H)).transpose(0, 1)  # (c, B, H)
         decay = (self.log_decay[:, start:] - total[:, :, None]).to(delta.dtype)  # (c, B, T, H)
@@ -205,15 +209,15 @@ class Heads:
         self.block = block
         self.dense = block.attention.dense
         with captured(dense=self.dense) as seen:
-            block(x, _context(x))
+            block(x, context_of(x))
         self.z = seen["dense_in"].unflatten(-1, (block.attention.config.n_head, -1))  # (B, L, H, P)
         self.middle = x + seen["dense_out"]
 
     def added(self, delta: Tensor, head: int, start: int) -> Tensor:
         """(c, B, T, D) that adding delta, (c, B, T, P), to the output of one head adds to the block's."""
         width = delta.shape[-1]
-        x = linear(delta, self.dense.weight[:, head * width : (head + 1) * width])
-        return self.through_mlp(x, start)
+        weight = self.dense.weight[:, head * width : (head + 1) * width]
+        return self.through_mlp(linear(delta, weight), start)
 
     def through_mlp(self, x: Tensor, start: int) -> Tensor:
         """What a change x (c, B, T, D) of the attention's output adds to the block's output."""

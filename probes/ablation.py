@@ -1,0 +1,152 @@
+"""Knocking out heads of attention and channels of SSM layers: what do a model's answers lose without them?
+
+The vector that a mixer's last projection reads, (B, L, W), is split: by heads in attention (z, W = H * P), by
+equal groups of channels in SSM layers (y * silu(z) of Mamba, the gated norm's output of Mamba-2, W = E). A
+part is replaced at all positions by zero, or by its mean over the sequences at each position ("mean
+ablation", Wang et al. 2022, arXiv 2211.00593), which keeps what it says whatever the sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from analysis.statistics import mean_interval
+from models.common import LanguageModel
+from models.ops.linear import linear
+from models.transformer import TransformerBlock
+from probes.sites import Heads, captured, context_of, residuals, run_from
+from synthetic.evaluate import wilson
+from synthetic.tasks import Batch
+
+REPLACEMENTS = ("zero", "mean")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Channels low .. high - 1 of what the last projection of block `layer`'s mixer reads."""
+
+    layer: int
+    kind: str  # "head" or "channels"
+    number: int
+    low: int
+    high: int
+
+
+def parts(model: LanguageModel, layer: int, groups: int = 16) -> list[Part]:
+    """The heads of an attention block; `groups` equal groups of channels of an SSM block, its heads if it
+    is Mamba-2. Raises ValueError if groups does not divide d_inner."""
+    block: Any = model.parts()[1][layer]
+    if isinstance(block, TransformerBlock):
+        kind, width, count = "head", model.config.d_model, model.config.n_head
+    else:
+        config = block.mixer.config
+        kind, width, count = "channels", config.d_inner, getattr(config, "n_head", groups)
+        if width % count:
+            raise ValueError(f"groups {count} must divide the {width} channels of block {layer}")
+    size = width // count
+    return [Part(layer, kind, i, i * size, (i + 1) * size) for i in range(count)]
+
+
+@torch.no_grad()
+def knock_out(
+    model: LanguageModel,
+    batch: Batch,
+    chosen: Iterable[Part] | None = None,
+    *,
+    replacement: str = "mean",
+    rows: int = 64,
+    control: bool = True,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Accuracy without each part (default: all parts of all layers), one row each.
+
+    Columns: layer, kind, number, low, high; replacement; control; n answers; accuracy with Wilson interval
+    _low, _high; drop, the mean of right before - right after over sequences, with Student's interval.
+    control "" for the part itself, "random" for a random subspace of as many dimensions, one per layer
+    (number <NA>): what losing that much costs anywhere. accuracy_intact is the same in every row.
+    rows: sequences run side by side. Raises ValueError for an unknown replacement.
+    """
+    if replacement not in REPLACEMENTS:
+        raise ValueError(f"unknown replacement {replacement!r}; valid: {', '.join(REPLACEMENTS)}")
+    wanted = list(chosen) if chosen is not None else _all_parts(model)
+    generator = torch.Generator().manual_seed(seed)
+    x = residuals(model, batch.input_ids)
+    at = batch.answer_at[..., : batch.retrieved]
+    intact = _right(model, model.config.n_layer, x[-1], batch, at, rows)
+    table = []
+    for layer in sorted({part.layer for part in wanted}):
+        mixer = _Mixer(model, layer, x[layer], replacement)
+        here = [part for part in wanted if part.layer == layer]
+        trials: list[tuple[Part, str, Tensor]] = [(p, "", mixer.channels(p.low, p.high)) for p in here]
+        if control:
+            size = here[0].high - here[0].low
+            trials.append((here[0], "random", mixer.random(size, generator)))
+        for part, name, basis in trials:
+            right = _right(model, layer + 1, x[layer + 1] + mixer.without(basis), batch, at, rows)
+            table.append(_row(part, name, replacement, intact, right))
+    frame = pd.DataFrame(table).astype(dict(number="Int64", low="Int64", high="Int64"))
+    return frame.assign(accuracy_intact=float(intact.double().mean()))
+
+
+def _all_parts(model: LanguageModel) -> list[Part]:
+    return [part for layer in range(model.config.n_layer) for part in parts(model, layer)]
+
+
+def _row(part: Part, control: str, replacement: str, intact: Tensor, right: Tensor) -> dict[str, Any]:
+    hits, n = int(right.sum()), right.numel()
+    low, high = wilson(hits, n)
+    drop = mean_interval((intact.double() - right.double()).mean(1).cpu().numpy(), bounds=(-1, 1))
+    named = dict(number=part.number, low=part.low, high=part.high)
+    return dict(
+        layer=part.layer, kind=part.kind, **(named if not control else dict.fromkeys(named, None)),
+        replacement=replacement, control=control, n=n,
+        accuracy=hits / n, accuracy_low=low, accuracy_high=high,
+        drop=drop[0], drop_low=drop[1], drop_high=drop[2],
+    )  # fmt: skip
+
+
+def _right(model: LanguageModel, layer: int, x: Tensor, batch: Batch, at: Tensor, rows: int) -> Tensor:
+    """(B, K) bool: which answers are right when blocks layer.. run on x (B, L, D)."""
+    found = []
+    for begin in range(0, len(x), rows):
+        part = slice(begin, begin + rows)
+        places = at if at.dim() == 1 else at[part]
+        logits = run_from(model, layer, x[None, part], None, places)
+        found.append(logits[0].argmax(-1))
+    return batch.right(torch.cat(found))
+
+
+class _Mixer:
+    """One block at work: what its last projection reads, and what the block's output loses without a part."""
+
+    def __init__(self, model: LanguageModel, layer: int, x: Tensor, replacement: str):
+        block: Any = model.parts()[1][layer]
+        self.heads = Heads(block, x) if isinstance(block, TransformerBlock) else None
+        self.projection = block.attention.dense if self.heads else block.mixer.out_proj
+        if self.heads:
+            self.read = self.heads.z.flatten(-2)
+        else:
+            with captured(out=self.projection) as seen:
+                block(x, context_of(x))
+            self.read = seen["out_in"]
+        self.base = self.read.mean(0) if replacement == "mean" else torch.zeros_like(self.read[0])
+
+    def channels(self, low: int, high: int) -> Tensor:
+        """(W, high - low) orthonormal basis of some channels."""
+        return torch.eye(self.read.shape[-1], dtype=self.read.dtype, device=self.read.device)[:, low:high]
+
+    def random(self, size: int, generator: torch.Generator) -> Tensor:
+        """(W, size) orthonormal basis of a uniformly random subspace."""
+        matrix = torch.randn(self.read.shape[-1], size, generator=generator)
+        return torch.linalg.qr(matrix).Q.to(self.read)
+
+    def without(self, basis: Tensor) -> Tensor:
+        """(B, L, D) that replacing what `read` has in the span of the basis adds to the block's output."""
+        change = linear((self.base - self.read) @ basis, self.projection.weight @ basis)
+        return self.heads.through_mlp(change[None], 0)[0] if self.heads else change

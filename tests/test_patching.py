@@ -1,0 +1,430 @@
+"""Patches against interventions in a full forward pass, circuits whose effects are known, and identities."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from task_solvers import SMALL, read, small, solve_position
+
+import models
+import probes
+from probes import ablation, lens, patching
+from probes.cells import cells, chunks
+from probes.pairs import KINDS, pairs
+from probes.roles import ROLES, role, roles
+from synthetic import tasks
+from synthetic.tasks import sampling
+
+POSITION_TYPE = ("position", "position-varlen", "grid")
+TASK = tasks.build("position", seq_len=8, num_symbols=24)
+FAMILIES = {
+    "transformer": dict(n_layer=3, n_head=4),
+    "sequential-transformer": dict(n_layer=3, n_head=4, parallel_residual=False, position="learned"),
+    "mamba": dict(n_layer=3, d_state=5),
+    "mamba2": dict(n_layer=3, d_state=6, headdim=8, ngroups=2, chunk_size=4),
+    "hybrid": dict(n_layer=4, ssm_per_attention=1, n_head=4, ssm="mamba2", headdim=16),
+}
+
+
+def tiny(family: str, **changes):
+    """A random model, float64, whose weights are large enough that every patch has an effect."""
+    name = f"{family.removeprefix('sequential-')}-tiny"
+    options = (
+        dict(d_model=16, vocab_size=TASK.vocab_size, tie_word_embeddings=False) | FAMILIES[family] | changes
+    )
+    model = models.build(name, dtype=torch.float64, **options)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    return model.eval()
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    return tiny(request.param)
+
+
+# --- roles and pairs ----------------------------------------------------------------------------------------
+
+
+def role_of(token: str, place: int, tokens: list[str]) -> str:
+    """Independent of the ids: what a rendered token is."""
+    if place and tokens[place - 1] == "<query>":
+        return "query"
+    if token.startswith("<s"):
+        return "target" if token == tokens[tokens.index("<query>") + 1] else "distractor"
+    known = {
+        "<bos>": "bos",
+        "<query>": "query_marker",
+        "<task>": "task",
+        "###": "separator",
+        "&&": "separator",
+    }
+    return known.get(token, "answer")
+
+
+@pytest.mark.parametrize("layout", tasks.LAYOUTS)
+@pytest.mark.parametrize("name", POSITION_TYPE)
+def test_roles_of_rendered_tokens(name, layout):
+    for options in ({}, dict(supervise_bos=True)):
+        task = small(name, layout, **options)
+        batch = task.batch(6, seed=0, index=0, length=11)
+        found = roles(task, batch)
+        for row in range(6):
+            tokens, _ = read(task, batch, row)
+            names = [role_of(token, i, tokens) for i, token in enumerate(tokens)]
+            assert [ROLES[i] for i in found[row].tolist()] == names
+            assert names.count("target") == 1
+
+
+def test_roles_are_refused_where_there_is_no_single_target():
+    other = small("mqar")
+    with pytest.raises(ValueError, match="not defined for task mqar"):
+        roles(other, other.batch(2, seed=0, index=0))
+    with pytest.raises(ValueError, match="3 queries"):
+        roles(TASK, TASK.batch(2, seed=0, index=0, queries=3))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", tasks.LAYOUTS)
+@pytest.mark.parametrize("name", POSITION_TYPE)
+def test_pairs_are_examples_that_differ_where_they_say(name, layout, kind):
+    task = small(name, layout, supervise_bos=True)
+    made = pairs(task, 40, 13, kind, seed=3)
+    clean, corrupted = made.clean, made.corrupted
+    for row in range(40):
+        for batch, answer in ((clean, made.answer), (corrupted, made.corrupted_answer)):
+            tokens, labels = read(task, batch, row)
+            assert labels == solve_position(tokens, task)
+            assert labels == {made.answer_at: task.vocabulary.tokens[answer[row]]}
+        differs = (clean.input_ids[row] != corrupted.input_ids[row]).nonzero().flatten()
+        assert differs.tolist() == made.changed[row].tolist()
+        changed = sorted(ROLES[i] for i in made.roles[row, differs].tolist())
+        assert changed == (["query"] if kind == "query" else ["distractor", "target"])
+    assert (made.answer != made.corrupted_answer).all()
+    rows = torch.arange(40)
+    asked = clean.input_ids[made.roles == role("query")]
+    if kind == "target":  # the partner's place is where the queried symbol went
+        assert (corrupted.input_ids[rows, made.partner] == asked).all()
+        assert (corrupted.input_ids[made.roles == role("query")] == asked).all()
+    else:
+        assert (clean.input_ids[rows, made.partner] == corrupted.input_ids[made.roles == role("query")]).all()
+    for batch in (clean, corrupted):
+        ids = batch.input_ids - task.vocabulary.first_symbol
+        context = (made.roles == role("target")) | (made.roles == role("distractor"))
+        assert sampling.is_heldout(ids[context].view(40, 13).numpy()).all()
+    assert len({tuple(ids) for ids in clean.input_ids.tolist()}) > 35
+    again = pairs(task, 40, 13, kind, seed=3)
+    assert torch.equal(again.corrupted.input_ids, corrupted.input_ids)
+    assert not torch.equal(pairs(task, 40, 13, kind, seed=4).clean.input_ids, clean.input_ids)
+
+
+def test_pairs_refuse_what_cannot_be(monkeypatch):
+    with pytest.raises(ValueError, match="unknown kind 'both'"):
+        pairs(TASK, 2, kind="both")
+    with pytest.raises(ValueError, match="not defined for task ngram"):
+        pairs(small("ngram"), 2)
+    with pytest.raises(ValueError, match=r"queries 2 must be in 1 \.\. 1"):
+        pairs(tasks.build("position-varlen", seq_len=100, num_symbols=2), 2)
+    monkeypatch.setattr(sampling, "is_heldout", lambda contexts: contexts[:, 0] < contexts[:, 1])
+    with pytest.raises(ValueError, match="hardly any context of length 2"):
+        pairs(TASK, 3, 2, "target")
+    with pytest.raises(ValueError, match="examples 0"):
+        pairs(TASK, 0)
+
+
+# --- cells --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", tasks.LAYOUTS)
+@pytest.mark.parametrize("name", POSITION_TYPE)
+@pytest.mark.parametrize("max_positions", [12, 64])
+def test_cells_hold_every_token_once(name, layout, max_positions):
+    made = pairs(tasks.build(name, **SMALL[name] | dict(seq_len=25, layout=layout)), 30, 24, "target")
+    found = cells(made, max_positions)
+    assert len(found) <= max_positions
+    covered = sum(cell.where.int() for cell in found)
+    shared = torch.arange(made.answer_at + 1) == made.answer_at  # in layout prefix also target or partner
+    assert (covered[:, ~shared[0] if shared.dim() == 2 else ~shared] == 1).all()
+    assert ((covered[:, -1] == 1) | (covered[:, -1] == 2)).all()
+    sizes = {cell.high - cell.low for cell in found if cell.role == "distractor"}
+    assert sizes == {1} if max_positions == 64 else len(sizes) <= 2
+    target = next(cell for cell in found if cell.role == "target")
+    assert torch.equal(target.where, made.roles[:, : made.answer_at + 1] == role("target"))
+    assert (target.low, target.high) == (None, None)
+    with pytest.raises(ValueError, match="max_positions 0"):
+        cells(made, 0)
+
+
+def test_chunks_keep_to_the_budget():
+    where = torch.zeros(7, 2, 10, dtype=torch.bool)
+    for cell, place in enumerate([9, 0, 4, 4, 2, 8]):  # the last one is empty
+        where[cell, 0, place] = where[cell, 1, 9] = True
+    parts = list(chunks(where, budget=20))
+    assert [i for part, _ in parts for i in part] == [1, 4, 2, 3, 5, 0]
+    assert parts == [([1, 4], 0), ([2, 3, 5], 4), ([0], 9)]
+    assert [part for part, _ in chunks(where, budget=1)] == [[1], [4], [2], [3], [5], [0]]
+
+
+# --- patches against a full forward pass --------------------------------------------------------------------
+
+
+def recorded(model, ids, names):
+    with torch.no_grad(), probes.record(model, names) as cache:
+        model(ids)
+    return cache
+
+
+@torch.no_grad()
+def naive(model, made, key, where, source):
+    """Logit differences (B,) of the corrupted run, whole, with an intervention by name."""
+    ids = {"clean": made.clean.input_ids, "other": made.clean.input_ids.roll(1, 0)}
+    n = model.config.n_layer
+    names = {"residual": "hook_resid_pre", "state": "mixer.hook_ssm_state", "head": "attn.hook_z"}
+    name = f"blocks.{min(key.layer, n - 1)}.{names[key.site]}"
+    if key.layer == n:
+        name = f"blocks.{n - 1}.hook_resid_post"
+    x = recorded(model, ids["clean"], [name])[name]
+    if source == "unrelated":
+        new = recorded(model, ids["other"], [name])[name]
+        axes = (2, 3) if key.site == "state" and x.dim() == 4 else (2, 3, 4) if key.site == "state" else (-1,)
+        x = new * x.pow(2).sum(axes, keepdim=True).sqrt() / new.pow(2).sum(axes, keepdim=True).sqrt()
+    L = x.shape[1]
+    if key.site == "state":  # at the last token of the cell
+        places = torch.arange(L)
+        last = torch.where(where, places, -1).amax(1)
+
+        def replaced(t):
+            mine = (last == t).view(-1, *(1,) * (x.dim() - 1))
+            return probes.at(t, lambda h: torch.where(mine, x[:, t : t + 1], h))
+
+        change = [replaced(t) for t in range(L)]
+    else:
+        mask = where.view(*where.shape, *(1,) * (x.dim() - 2))
+        if key.head is not None:
+            mask = mask & (torch.arange(x.shape[2]) == key.head)[:, None]
+        change = lambda now: torch.where(mask, x, now)  # noqa: E731
+    with probes.intervene(model, {name: change}):
+        logits = model(made.corrupted.input_ids)[:, made.answer_at]
+    rows = torch.arange(len(made))
+    return logits[rows, made.answer] - logits[rows, made.corrupted_answer], logits.argmax(-1) == made.answer
+
+
+@pytest.mark.parametrize("layout, kind", [("suffix", "target"), ("prefix", "query")])
+def test_every_patch_equals_an_intervention_in_a_full_pass(model, layout, kind):
+    made = pairs(tasks.build("position", seq_len=8, num_symbols=24, layout=layout), 5, 6, kind)
+    traced = patching.trace(model, made, cells(made))
+    checked = set()
+    for i, key in enumerate(traced.keys):
+        cell = traced.cells[key.cell]
+        if key.control not in ("", "unrelated") or (key.cell + key.layer + (key.head or 0)) % 3:
+            continue  # every third one
+        want, right = naive(model, made, key, cell.where, key.control)
+        known = cell.where.any(1)
+        torch.testing.assert_close(traced.difference[i][known], want[known], rtol=1e-9, atol=1e-10)
+        assert torch.equal(traced.right[i], right & known)
+        assert traced.difference[i][~known].isnan().all()
+        checked.add((key.site, key.layer, key.control))
+    has_states, has_heads = ("mixer" in str(model), "attention" in str(model))
+    sites = {"residual"} | ({"state"} if has_states else set()) | ({"head"} if has_heads else set())
+    assert {site for site, _, _ in checked} == sites
+    assert {layer for site, layer, _ in checked if site == "residual"} == set(range(model.config.n_layer + 1))
+
+
+@torch.no_grad()
+def test_residual_patch_equals_a_torch_hook(model):
+    made = pairs(TASK, 4, 7, "target")
+    traced = patching.trace(model, made, cells(made), ["residual"], controls=False)
+    rows = torch.arange(4)
+    for i, key in list(enumerate(traced.keys))[::5]:
+        if key.layer == model.config.n_layer:
+            continue
+        block, where = model.parts()[1][key.layer], traced.cells[key.cell].where
+        seen = []
+        handle = block.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
+        model(made.clean.input_ids)
+        handle.remove()
+
+        def swap(_, inputs, where=where, seen=seen):
+            return torch.where(where[..., None], seen[0], inputs[0]), *inputs[1:]
+
+        handle = block.register_forward_pre_hook(swap)
+        logits = model(made.corrupted.input_ids)[:, -1]
+        handle.remove()
+        want = logits[rows, made.answer] - logits[rows, made.corrupted_answer]
+        known = where.any(1)
+        torch.testing.assert_close(traced.difference[i][known], want[known], rtol=1e-9, atol=1e-10)
+
+
+# --- identities and controls --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_self_patch_changes_no_bit_and_everything_is_the_clean_run(family):
+    """In float32, where roundings would show."""
+    model, made = tiny(family).float(), pairs(TASK, 6, 8, "target")
+    traced = patching.trace(model, made, cells(made))
+    seen = set()
+    for i, key in enumerate(traced.keys):
+        if key.control == "self":
+            assert torch.equal(traced.difference[i], traced.corrupted), key
+        elif key.control == "everything":
+            assert torch.equal(traced.difference[i], traced.clean), key
+        seen.add((key.site, key.control))
+    assert {("residual", "self"), ("residual", "everything")} < seen
+    table = traced.table()
+    assert (table.query("control == 'self'")["effect"] == 0).all()
+    assert (table.query("control == 'everything'")["effect"] - 1).abs().max() < 1e-12
+    unrelated = table.query("control == 'unrelated' and layer == 1 and role == 'target'")
+    assert (unrelated["effect"] != 0).all() and len(unrelated)
+
+
+def test_memory_decides_nothing_but_memory(model):
+    made = pairs(TASK, 40, 8, "target")
+    wide, narrow = (patching.trace(model, made, cells(made), memory_mb=m) for m in (512, 1))
+    torch.testing.assert_close(wide.difference, narrow.difference, rtol=1e-9, atol=1e-10, equal_nan=True)
+    assert torch.equal(wide.right, narrow.right) and wide.keys == narrow.keys
+    torch.testing.assert_close(wide.clean, narrow.clean)
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_state_behind_all_changes_carries_everything(family):
+    """One layer, kind "target": behind the changed tokens, out of the convolution's sight of them, the runs
+    differ in their states only, so the clean state makes the clean run; before them, nothing differs."""
+    model, made = tiny(family, n_layer=1), pairs(TASK, 60, 8, "target")
+    width = model.config.d_conv
+    traced = patching.trace(model, made, cells(made), ["state"], controls=False)
+    effects, behind, before = traced.effects(), 0, 0
+    for i, key in enumerate(traced.keys):
+        cell = traced.cells[key.cell]
+        last = torch.where(cell.where, torch.arange(cell.where.shape[1]), -1).amax(1)
+        late = (last >= made.changed[:, 1] + width) & cell.where.any(1)
+        early = (last < made.changed[:, 0]) & cell.where.any(1)
+        torch.testing.assert_close(effects[i][late], torch.ones(int(late.sum())).double(), rtol=0, atol=1e-6)
+        assert (effects[i][early] == 0).all()
+        behind, before = behind + int(late.sum()), before + int(early.sum())
+    assert behind > 30 and before > 30
+
+
+# --- a circuit whose effects are known ----------------------------------------------------------------------
+
+
+def copying_transformer(task, length):
+    """One layer; head 0 attends to tokens equal to the one it stands on and copies their position's answer.
+
+    Residual stream: one-hot token, one-hot position, answers. Every embedding has the same norm.
+    """
+    V, L, n = task.vocab_size, task.max_length(), length
+    half = max(V, L)
+    model = models.build(
+        "transformer-tiny", vocab_size=V, d_model=2 * half, n_layer=1, n_head=2, position="learned",
+        norm="rms", max_position_embeddings=L, tie_word_embeddings=False, d_mlp=4, dtype=torch.float64,
+    )  # fmt: skip
+    token, place, answer = 0, V, V + L
+    assert answer + n <= 2 * half
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.zero_() if "norm" not in name else p
+        neox = model.gpt_neox
+        neox.embed_in.weight[:, token : token + V] = torch.eye(V)
+        neox.embed_pos.weight[:, place : place + L] = torch.eye(L)
+        attention = neox.layers[0].attention
+        q, k, v = attention.query_key_value.weight[: 3 * half].split(half)
+        q[:V, token : token + V] = k[:V, token : token + V] = 100 * torch.eye(V)
+        v[:n, place + 1 : place + 1 + n] = torch.eye(n)  # the context begins behind <bos>
+        attention.dense.weight[answer : answer + n, :n] = torch.eye(n)
+        first = task.vocabulary.first_position
+        model.embed_out.weight[first : first + n, answer : answer + n] = torch.eye(n)
+    return model.eval()
+
+
+def test_effects_in_a_head_that_copies():
+    task = tasks.build("position", seq_len=8, num_symbols=24)
+    model = copying_transformer(task, 8)
+    for kind in KINDS:
+        made = pairs(task, 30, 8, kind)
+        table = patching.patch(model, made)
+        assert (table["accuracy_clean"] == 1).all() and (table["accuracy_corrupted"] == 0).all()
+        plain = table.query("control == ''")
+
+        def effects(site, layer, head=None, plain=plain):
+            rows = plain[(plain.site == site) & (plain.layer == layer)]
+            rows = rows if head is None else rows[rows["head"] == head]
+            return {r.role: r for r in rows.itertuples() if abs(r.effect) > 1e-6}
+
+        if kind == "query":
+            assert effects("residual", 0).keys() == {"query"}
+        else:  # after one of two symbols the query finds both places, or none: between the two answers
+            found = effects("residual", 0)
+            assert found.keys() == {"target", "partner"}
+            assert all(abs(r.effect - 0.5) < 1e-6 and abs(r.effect_each - 0.5) < 1e-6 for r in found.values())
+        for found in (effects("residual", 1), effects("head", 0, 0)):
+            assert found.keys() == {"query"}
+            row = found["query"]
+            assert abs(row.effect - 1) < 1e-6 and row.effect_high - row.effect_low < 1e-6
+            assert row.accuracy == 1 and row.n == 30
+        assert effects("head", 0, 1) == {}
+    out = ablation.knock_out(model, made.clean, replacement="zero").set_index(["control", "number"])
+    assert out.loc[("", 0), "drop"] == 1 and out.loc[("", 1), "drop"] == 0
+    assert (out["accuracy_intact"] == 1).all()
+
+
+# --- knocking out -------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("replacement", ablation.REPLACEMENTS)
+def test_knock_out_equals_a_torch_hook(model, replacement):
+    task = tasks.build("position", seq_len=8, num_symbols=24)
+    batch = task.batch(50, seed=0, index=0, queries=3)
+    batch.labels[:] = model(batch.input_ids, logits_at=batch.answer_at).argmax(-1)  # all right when intact
+    table = ablation.knock_out(model, batch, replacement=replacement, rows=16)
+    assert (table["accuracy_intact"] == 1).all()
+    for row in table[table["control"] == ""].iloc[::3].itertuples():
+        block = model.parts()[1][row.layer]
+        projection = block.attention.dense if row.kind == "head" else block.mixer.out_proj
+
+        def without(_, inputs, row=row):
+            x = inputs[0].clone()
+            part = x[..., row.low : row.high]
+            x[..., row.low : row.high] = 0 if replacement == "zero" else part.mean(0)
+            return (x,)
+
+        handle = projection.register_forward_pre_hook(without)
+        right = batch.right(model(batch.input_ids, logits_at=batch.answer_at).argmax(-1))
+        handle.remove()
+        assert row.accuracy == float(right.double().mean())
+        assert row.drop == pytest.approx(1 - row.accuracy)
+        assert row.drop_low <= row.drop <= row.drop_high
+    assert sorted(table.query("control == 'random'")["layer"]) == list(range(model.config.n_layer))
+    assert table["drop"].max() > 0
+
+
+def test_refusals_are_one_line():
+    model, made = tiny("mamba"), pairs(TASK, 2, 8)
+    with pytest.raises(ValueError, match="unknown site 'heads'"):
+        patching.patch(model, made, ["heads"])
+    with pytest.raises(ValueError, match="n_layer = 3"):
+        patching.patch(model, made, layers=[4])
+    with pytest.raises(ValueError, match="unknown replacement"):
+        ablation.knock_out(model, made.clean, replacement="noise")
+    with pytest.raises(ValueError, match="groups 5 must divide the 32 channels"):
+        ablation.parts(model, 0, groups=5)
+
+
+def test_ratio_of_means_has_the_bootstraps_interval():
+    generator = torch.Generator().manual_seed(0)
+    corrupted = torch.randn(400, generator=generator)
+    clean = corrupted + 3 + torch.randn(400, generator=generator)
+    patched = corrupted + 0.4 * (clean - corrupted) + 0.5 * torch.randn(400, generator=generator)
+    value, low, high = patching.ratio_of_means(patched, clean, corrupted)
+    other = lens.effect(patched, clean, corrupted)
+    assert value == pytest.approx(other.value, rel=1e-5)
+    assert (low, high) == pytest.approx((other.low, other.high), abs=0.1 * (high - low))
+    assert patching.ratio_of_means(corrupted, corrupted, corrupted)[0] != 0  # nan: there is no gap
+    some = patched.clone()
+    some[100:] = torch.nan
+    assert patching.ratio_of_means(some, clean, corrupted) == pytest.approx(
+        patching.ratio_of_means(patched[:100], clean[:100], corrupted[:100])
+    )
