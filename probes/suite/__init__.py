@@ -1,0 +1,17 @@
+"""The probes that `python -m probes.run` knows, by name: a file each, a line each in `PROBES`."""
+
+from __future__ import annotations
+
+from probes.suite import attention, lens, linear, patch, retention, updates
+from probes.suite.common import NotApplicable, Options, Probe
+
+__all__ = ["PROBES", "NotApplicable", "Options", "Probe"]
+
+PROBES: dict[str, Probe] = {
+    "updates": updates.PROBE,
+    "retention": retention.PROBE,
+    "linear": linear.PROBE,
+    "patch": patch.PROBE,
+    "attention": attention.PROBE,
+    "lens": lens.PROBE,
+}

@@ -1,0 +1,292 @@
+"""Linear probes at the answer: which context tokens, and the answer itself, can be read off linearly?
+
+Read at the position where the answer is due: the residual stream after every block, and the state h_t of
+every SSM layer (d_inner * d_state numbers, none left out). Parts of the table: "token" (accuracy by lag, the
+number of context symbols since), "answer" (which of equal parts of the context holds the target) and
+"capacity" (expected number of tokens that can be recovered, from the accuracies at all lags).
+
+There are as many symbols as places, far too many classes for a probe. Where there are more than 64, each
+probed place gets one of a few symbols of its own in every sequence (they change places with what was there,
+so contexts are still permutations, held out as ever): the probe tells those apart. They all occur in every
+context, so that knowing which symbols there are does not help.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from analysis.style import NAMES, family_colors
+from models.common import LanguageModel
+from probes.linear import capacity, controlled
+from probes.suite.common import (
+    WEIGHTS,
+    NotApplicable,
+    Options,
+    Probe,
+    answer_at,
+    families,
+    interval,
+    layers_with,
+    legend,
+    markdown,
+    panels,
+    recorded,
+    require_roles,
+    rows_within,
+    single_query,
+)
+from synthetic.tasks import Batch, Task, sampling
+from synthetic.tasks.sampling import IntArray
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FEW = 64  # symbols up to which all of them are classes
+POOL = 16  # symbols of a probed place, and parts of the context, otherwise
+LEAST = 20  # sequences that can be split in three
+SITES = {"residual": "blocks.{}.hook_resid_post", "state": "blocks.{}.mixer.hook_ssm_state"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Places probed, their lags (symbols since: 0 is the last one), and the classes of each."""
+
+    places: IntArray
+    lags: IntArray
+    classes: int
+    pooled: bool
+
+    @classmethod
+    def of(cls, task: Task) -> Plan:
+        n, symbols = task.seq_len, task.vocabulary.num_symbols
+        lags = np.arange(n) if n <= 32 else np.unique(np.geomspace(1, n, 14).round().astype(int)) - 1
+        pooled = symbols > FEW and task.name == "position"
+        classes = min(POOL, symbols // len(lags)) if pooled else symbols
+        return cls(n - 1 - lags, lags, classes, pooled)
+
+    def seeded(self, rng: np.random.Generator, context: IntArray) -> IntArray:
+        """Contexts (rows, N) in which probed place j holds a symbol of j classes .. (j+1) classes - 1."""
+        if not self.pooled:
+            return context
+        context, rows = context.copy(), np.arange(len(context))
+        drawn = rng.integers(self.classes, size=(len(context), len(self.places)))
+        for j, place in enumerate(self.places):
+            symbol = drawn[:, j] + j * self.classes
+            here = (context == symbol[:, None]).argmax(1)
+            context[rows, here], context[rows, place] = context[rows, place], symbol
+        return context
+
+    def labels(self, context: Tensor) -> Tensor:
+        """(B, places) classes of contexts (B, N) of 0-based symbols."""
+        found = context[:, self.places]
+        return found - torch.arange(len(self.places)) * self.classes if self.pooled else found
+
+
+def _contexts(task: Task, plan: Plan, rows: int, seed: int, index: int) -> tuple[Batch, IntArray]:
+    rng = sampling.stream(seed, "heldout", index)
+
+    def draw(count: int) -> tuple[IntArray, IntArray]:
+        context, target = task.draw(rng, count, task.seq_len, 1)
+        queried = np.take_along_axis(context, target, axis=1)
+        context = plan.seeded(rng, context)
+        return context, (context == queried).argmax(1)[:, None] if plan.pooled else target
+
+    cells = max(task.seq_len, task.vocabulary.num_symbols)
+    context, target = sampling.draw_split(draw, rows, "heldout", row_cells=cells)
+    return task.assemble(context, target), context
+
+
+def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
+    """Rows by site and layer, with shuffled, control and selectivity beside the accuracy, and chance."""
+    require_roles(task, "linear")
+    task, plan = single_query(task), Plan.of(task)
+    if plan.classes < 2:
+        raise NotApplicable(f"{task.vocabulary.num_symbols} symbols are too few for {len(plan.lags)} places")
+    examples = options.examples or 1024
+    if examples < LEAST:
+        raise NotApplicable(f"{examples} sequences cannot be split in three; give --examples {LEAST} or more")
+    blocks: list[Any] = list(model.parts()[1])
+    sites = [(site, i) for site in SITES for i in layers_with(model, SITES[site].partition(".{}.")[2])]
+    features: dict[tuple[str, int], list[Tensor]] = {site: [] for site in sites}
+    labels, parts, types = [], [], []
+    rows = rows_within(task, 4 * 16 * model.config.d_model)
+    for index, start in enumerate(range(0, examples, rows)):
+        batch, context = _contexts(task, plan, min(rows, examples - start), options.seed, index)
+        at = answer_at(batch)
+        ids = batch.input_ids[:, : at + 1]
+        cache = recorded(model, ids, [SITES[site].format(i) for site, i in sites], positions=[at])
+        for site, i in sites:
+            features[site, i].append(cache[SITES[site].format(i)].flatten(1))
+        labels.append(plan.labels(torch.from_numpy(context)))
+        parts.append(batch.target_index[:, 0] * min(POOL, task.seq_len) // task.seq_len)
+        types.append(ids[:, -1])
+        options.progress(0.7 * (start + len(ids)) / examples)
+    gold = (torch.cat(labels), torch.cat(parts)[:, None], torch.cat(types))
+    tables = []
+    for k, (site, i) in enumerate(sites):
+        size = blocks[i].mixer.config.d_inner * blocks[i].mixer.config.d_state if site == "state" else 0
+        x = torch.cat(features.pop((site, i)))
+        tables.append(
+            _probed(x, *gold, plan, min(POOL, task.seq_len), options.seed, size).assign(site=site, layer=i)
+        )
+        options.progress(0.7 + 0.3 * (k + 1) / len(sites))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _probed(
+    x: Tensor, labels: Tensor, parts: Tensor, types: Tensor, plan: Plan, spans: int, seed: int, size: int
+) -> pd.DataFrame:
+    """Accuracies of one site and layer, and the capacity that they come to; x: (n, F)."""
+    tokens = controlled(x, labels, plan.classes, types, seed)
+    tokens = tokens.assign(part="token", quantity="accuracy", lag=plan.lags, chance=1 / plan.classes)
+    answer = controlled(x, parts, spans, types, seed)
+    answer = answer.assign(part="answer", quantity="accuracy", chance=1 / spans)
+    table = pd.concat([tokens, answer]).rename(columns=dict(accuracy="value", count="n"))
+    lags = np.arange(int(plan.lags.max()) + 1)
+    count = {}
+    for name in ("value", "low", "high", "shuffled"):
+        column = tokens["accuracy" if name == "value" else name]
+        # between the lags that were probed, what a straight line says
+        each = np.interp(lags, plan.lags, column)
+        count[name] = float(
+            capacity({len(each): each}, 1 / plan.classes, max(1, size)).table["expected"].iloc[0]
+        )
+    row = count | dict(part="capacity", quantity="expected tokens", n=len(lags), features=x.shape[1])
+    return pd.concat([table.drop(columns="penalty"), pd.DataFrame([row])], ignore_index=True)
+
+
+def draw(table: pd.DataFrame) -> Figure:
+    """Accuracy against lag, a panel per site and family: layers from light to dark, controls grey."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    token, names = table[table["part"] == "token"], families(table)
+    sites = [site for site in SITES if (token["site"] == site).any()]
+    figure, axes = panels(len(sites), len(names), size=(3.4, 2.7), sharey=True)
+    depth = int(token["layer"].max()) + 1
+    for (i, j), ax in np.ndenumerate(axes):
+        family, site = names[j], sites[i]
+        mine = token[(token["family"] == family) & (token["site"] == site)]
+        if mine.empty:
+            ax.set_axis_off()
+            continue
+        layers = sorted(mine["layer"].unique())
+        for weights in reversed(WEIGHTS):
+            for layer in layers:
+                part = mine[(mine["layer"] == layer) & (mine["weights"] == weights)].sort_values("lag")
+                look: dict[str, Any] = dict(color=_shade(layer, depth), lw=1.5, marker=".")
+                if weights == "untrained":
+                    look = dict(color="0.6", lw=0.8, ls=":")
+                ax.plot(part["lag"] + 1, part["value"], **look)
+                if weights == "trained":
+                    ax.fill_between(
+                        part["lag"] + 1, part["low"], part["high"], color=look["color"], alpha=0.12, lw=0
+                    )
+        trained = mine[mine["weights"] == "trained"]
+        shuffled = trained.groupby("lag")["shuffled"].mean()
+        ax.plot(shuffled.index + 1, shuffled, color="0.2", lw=1, ls="--")
+        ax.axhline(trained["chance"].iloc[0], color="0.4", ls=":", lw=1)
+        ax.set(title=f"{NAMES[family]}, {site}", ylim=(-0.03, 1.03), xlabel="symbols since (1 = the last)")
+        ax.title.set_color(family_colors()[family])
+        if mine["lag"].max() > 32:
+            ax.set_xscale("log", base=2)
+            ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        else:
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for row in axes:
+        first = next(ax for ax in row if ax.axison)
+        first.set_ylabel("test accuracy of\nthe symbol's identity", fontsize=9)
+        first.tick_params(labelleft=True)
+    looks: dict[str, dict[str, Any]] = {
+        f"layer {k}": dict(color=_shade(k, depth), marker=".") for k in range(depth)
+    }
+    looks |= {
+        "untrained weights": dict(color="0.6", ls=":"), "shuffled labels": dict(color="0.2", ls="--"),
+        "chance": dict(color="0.4", ls=":"),
+    }  # fmt: skip
+    legend(figure, looks)
+    return figure
+
+
+def _shade(k: int, count: int) -> Any:
+    import matplotlib
+
+    return matplotlib.colormaps["viridis_r"](0.15 + 0.8 * k / max(1, count - 1))
+
+
+def draw_answer(table: pd.DataFrame) -> Figure:
+    """By layer: is the target's place decodable (left), and how many tokens are (right)?"""
+    names = families(table)
+    figure, axes = panels(1, 2, size=(4.8, 3.8))
+    looks: dict[str, dict[str, Any]] = {}
+    for ax, part_name in zip(axes[0], ("answer", "capacity"), strict=True):
+        mine = table[table["part"] == part_name]
+        for family in names:
+            for site, marker in (("residual", "o"), ("state", "s")):
+                for weights in WEIGHTS:
+                    part = mine[
+                        (mine["family"] == family) & (mine["site"] == site) & (mine["weights"] == weights)
+                    ].sort_values("layer")
+                    if part.empty:
+                        continue
+                    look: dict[str, Any] = dict(color=family_colors()[family], marker=marker, ms=5)
+                    look |= (
+                        dict(lw=1.5) if weights == "trained" else dict(lw=1, ls=":", mfc="none", alpha=0.8)
+                    )
+                    ax.plot(part["layer"], part["value"], **look)
+                    if weights == "trained":
+                        ax.fill_between(
+                            part["layer"], part["low"], part["high"], color=look["color"], alpha=0.12, lw=0
+                        )
+                        looks[f"{NAMES[family]}, {site}"] = look
+        ax.set(xlabel="layer")
+        ax.set_xticks(sorted(mine["layer"].unique().astype(int)))
+        shuffled = mine[mine["weights"] == "trained"].groupby("layer")["shuffled"].mean()
+        ax.plot(shuffled.index, shuffled, color="0.2", lw=1, ls="--")
+    answer = table[table["part"] == "answer"]
+    axes[0, 0].axhline(answer["chance"].iloc[0], color="0.4", ls=":", lw=1)
+    axes[0, 0].set_ylim(-0.03, 1.03)
+    axes[0, 0].set_ylabel("accuracy: part of the context\nthat holds the target", fontsize=9)
+    axes[0, 1].set_ylabel("expected number of\nsymbols recovered", fontsize=9)
+    looks |= {
+        "untrained weights": dict(color="0.4", ls=":", marker="o", mfc="none"),
+        "shuffled labels": dict(color="0.2", ls="--"), "chance": dict(color="0.4", ls=":"),
+    }  # fmt: skip
+    legend(figure, looks)
+    return figure
+
+
+def summary(table: pd.DataFrame) -> str:
+    words = (
+        "Ridge probes of what stands where the answer is due, on held-out sequences, with accuracies of a "
+        "test part (Wilson 95 % intervals). Shuffled: the same labels dealt out at random; selectivity: "
+        "accuracy minus that of a control task (Hewitt & Liang 2019) of random labels for the last token; "
+        "untrained: weights as initialised. Capacity: sum over lags of (accuracy - chance) / (1 - chance), "
+        "interpolated between the lags probed; its bounds are those of all accuracies at once, so wider than "
+        "95 %.\n\n"
+    )
+    text = [words, "Which part of the context holds the target:\n\n"]
+    keys = ["family", "site", "layer"]
+    for part, name in (("answer", "accuracy"), ("capacity", "expected symbols recovered")):
+        mine = table[table["part"] == part]
+        untrained = mine[mine["weights"] == "untrained"].set_index(keys)["value"]
+        rows = []
+        for row in mine[mine["weights"] == "trained"].sort_values(keys).to_dict("records"):
+            key = tuple(row[k] for k in keys)
+            more = [f"{row['selectivity']:.2f}", f"{row['chance']:.3g}"] if part == "answer" else []
+            rows.append([*key, interval(row), f"{untrained[key]:.3g}", f"{row['shuffled']:.3g}", *more])
+        more = ["selectivity", "chance"] if part == "answer" else []
+        text.append(markdown([*keys, name, "untrained", "shuffled", *more], rows))
+        if part == "answer":
+            text.append("\nHow many context symbols can be read off:\n\n")
+    return "".join(text)
+
+
+PROBE = Probe(
+    "What can be read off the state linearly?", measure, {"": draw, "_answer": draw_answer}, summary
+)

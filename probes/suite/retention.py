@@ -1,0 +1,281 @@
+"""What is left of each context token in an SSM's state when the answer is due, and the hidden attention map.
+
+Parts of the table: "curve" (by role and distance), "contrast" (target over its neighbours, which have the
+same distance on average), "map" (mean |alpha| over channels, rows normalised) and "reconstruction" (relative
+error of map @ x + D x against the layer's own scan).
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from analysis.style import NAMES, family_colors
+from models.common import LanguageModel
+from probes.retention import attention_output, mean_attention, normalise_rows, retention
+from probes.roles import role, roles
+from probes.suite.common import (
+    Options,
+    Probe,
+    answer_at,
+    batches,
+    beside,
+    coarse,
+    families,
+    grid_of,
+    interval_row,
+    legend,
+    map_axes,
+    map_rows,
+    markdown,
+    one_sequence,
+    panels,
+    plain_log,
+    recorded,
+    require_roles,
+    rows_within,
+    scan_bytes,
+    scan_names,
+    scan_of,
+    ssm_layers,
+)
+from synthetic.tasks import Task
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+QUANTITIES = {"kept": "share of its write that is left", "share": "norm of what is left / norm of the state"}
+NEIGHBOURS = 4  # distractors on either side of the target that it is compared with
+MAX_BINS = 12  # of distances
+LEAST = 1e-8  # below which curves are not drawn
+
+
+def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
+    """Rows by layer: curve by `role` and `distance`, contrast, map by `query` and `key`, reconstruction."""
+    layers = ssm_layers(model)
+    require_roles(task, "retention")
+    long = task.seq_len > 128
+    examples = options.examples or (64 if long else 256)
+    mapped = min(examples, 2 if task.seq_len > 512 else 8 if long else 32)
+    found: dict[tuple[int, str], list[Tensor]] = {}
+    maps: dict[int, Tensor] = {}
+    errors: dict[int, float] = {}
+    kinds: list[Tensor] = []
+    at = 0
+    for batch in batches(task, examples, rows_within(task, scan_bytes(model, layers)), options):
+        done = sum(len(k) for k in kinds)
+        kinds.append(roles(task, batch))
+        at = answer_at(batch)
+        ids = batch.input_ids[:, : at + 1]
+        cache = recorded(model, ids, scan_names(layers))
+        last = recorded(model, ids, [f"blocks.{i}.mixer.hook_ssm_state" for i in layers], positions=[at])
+        for layer in layers:
+            scan = scan_of(model, cache, layer)
+            norm = last[f"blocks.{layer}.mixer.hook_ssm_state"].flatten(1).norm(dim=1, keepdim=True)
+            left = retention(scan, torch.arange(at + 1), at, state_norm=norm.expand(-1, at + 1))
+            for name in QUANTITIES:
+                found.setdefault((layer, name), []).append(getattr(left, name))
+        if done < mapped:
+            count = min(mapped - done, len(ids))
+            for layer, total in _maps(model, ids[:count], layers, errors).items():
+                maps[layer] = maps.get(layer, 0) + total / mapped
+    where = torch.cat(kinds)[:, : at + 1]
+    rows: list[dict[str, Any]] = []
+    for (layer, name), parts in found.items():
+        values = torch.cat(parts).double().numpy()
+        rows += _curve(values, where.numpy(), at, layer, name) + _contrast(values, where.numpy(), layer, name)
+    for layer, weights in maps.items():
+        small, size = coarse(weights)
+        rows += map_rows(small, size, layer=layer, part="map", quantity="mean |alpha|", n=mapped)
+        rows.append(
+            dict(layer=layer, part="reconstruction", quantity="relative error", value=errors[layer], n=1)
+        )
+    return pd.DataFrame(rows)
+
+
+def _maps(
+    model: LanguageModel, ids: Tensor, layers: list[int], errors: dict[int, float]
+) -> dict[int, Tensor]:
+    """Sums over sequences of row-normalised maps (T, T) by layer; of the first sequence also the error."""
+    cache = recorded(model, ids, scan_names(layers))
+    totals = {}
+    for layer in layers:
+        scan = scan_of(model, cache, layer)
+        total = torch.zeros(1)
+        for b in range(len(ids)):  # one at a time, because a batch of maps leaves the cache
+            total = total + normalise_rows(mean_attention(one_sequence(scan, b)))[0]
+        totals[layer] = total
+    if not errors:
+        # apart, because to hand out y the layer leaves its fused scan
+        names = scan_names(layers, "mixer.hook_y")
+        cache = recorded(model, ids[:1], names)
+        for layer in layers:
+            block: Any = model.parts()[1][layer]
+            own = cache[f"blocks.{layer}.mixer.hook_y"]
+            made = attention_output(scan_of(model, cache, layer), block.mixer.D.detach())
+            errors[layer] = float((made.view_as(own) - own).norm() / own.norm())
+    return totals
+
+
+def _edges(at: int) -> np.ndarray:
+    """Bins of the distances 1 .. at: single ones up to 32, then of equal ratio."""
+    if at <= 32:
+        return np.arange(1, at + 2)
+    return np.unique(np.geomspace(1, at + 1, MAX_BINS + 1).round().astype(int))
+
+
+def _curve(values: np.ndarray, kinds: np.ndarray, at: int, layer: int, name: str) -> list[dict[str, Any]]:
+    rows, distance = [], at - np.arange(at + 1)
+    edges = _edges(at)
+    for kind in ("target", "distractor"):
+        mine = kinds == role(kind)
+        for low, high in pairwise(edges.tolist()):
+            chosen = mine & (distance >= low) & (distance < high)
+            count = chosen.sum(1)
+            mean = (values * chosen).sum(1)[count > 0] / count[count > 0]
+            if len(mean):
+                rows.append(
+                    interval_row(
+                        mean, bounds=(0, np.inf), layer=layer, part="curve", quantity=name, role=kind,
+                        distance=(low * (high - 1)) ** 0.5,
+                    )
+                )  # fmt: skip
+    return rows
+
+
+def _contrast(values: np.ndarray, kinds: np.ndarray, layer: int, name: str) -> list[dict[str, Any]]:
+    """Geometric mean over sequences of target over its neighbours' mean."""
+    logs = []
+    for row, kind in zip(values, kinds, strict=True):
+        place = int((kind == role("target")).argmax())
+        near = slice(max(0, place - NEIGHBOURS), place + NEIGHBOURS + 1)
+        # before and after in equal numbers, so that their mean distance is the target's
+        sides = min(place - near.start, min(near.stop, len(row)) - place - 1)
+        near = slice(place - sides, place + sides + 1)
+        others = row[near][kind[near] == role("distractor")]
+        if len(others) and row[place] > 0 and (others > 0).all():
+            logs.append(np.log(row[place]) - np.log(others).mean())
+    result = interval_row(logs, layer=layer, part="contrast", quantity=name)
+    return [result | {key: float(np.exp(result[key])) for key in ("value", "low", "high")}]
+
+
+def draw_curves(table: pd.DataFrame) -> Figure:
+    """Per layer against distance: target, distractors, and the target with untrained weights."""
+    from matplotlib.ticker import MaxNLocator
+
+    table, names = table[table["part"] == "curve"], families(table)
+    count = max(table.loc[table["family"] == name, "layer"].nunique() for name in names)
+    figure, axes = panels(len(names) * len(QUANTITIES), count, size=(2.5, 2.2), sharex=True, sharey="row")
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for i, family in enumerate(names):
+        for k, (quantity, label) in enumerate(QUANTITIES.items()):
+            mine = table[(table["family"] == family) & (table["quantity"] == quantity)]
+            lines = (
+                ("target", "trained", dict(color=family_colors()[family], lw=1.8)),
+                ("distractor", "trained", dict(color="0.2", lw=1.2, ls="--")),
+                ("target", "untrained", dict(color="0.6", lw=1.2, ls=":")),
+            )
+            for j, (layer, rows) in enumerate(mine.groupby("layer")):
+                ax = axes[i * len(QUANTITIES) + k, j]
+                ax.set_axis_on()
+                for name, weights, look in lines:
+                    part = rows[(rows["role"] == name) & (rows["weights"] == weights)].sort_values("distance")
+                    part = part[part["value"] > LEAST]
+                    ax.plot(part["distance"], part["value"], **look)
+                    ax.fill_between(
+                        part["distance"],
+                        part["low"].clip(LEAST),
+                        part["high"],
+                        color=look["color"],
+                        alpha=0.2,
+                        lw=0,
+                    )
+                ax.set_yscale("log")
+                plain_log(ax.yaxis)
+                if mine["distance"].max() > 64:
+                    ax.set_xscale("log")
+                    plain_log(ax.xaxis)
+                else:
+                    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+                if k == 0:
+                    ax.set_title(f"{NAMES[family]}, layer {layer}", fontsize=9)
+                if k == len(QUANTITIES) - 1:
+                    ax.set_xlabel("tokens before the answer", fontsize=9)
+                    ax.tick_params(labelbottom=True)
+                if j == 0:
+                    ax.set_ylabel(label.replace(" / ", " /\n").replace(" that ", "\nthat "), fontsize=8)
+            seen = mine.loc[mine["value"] > LEAST, "value"]
+            axes[i * len(QUANTITIES) + k, 0].set_ylim(seen.min() / 2, seen.max() * 2)  # not to a band's 0
+    looks: dict[str, dict[str, Any]] = {
+        f"target, {NAMES[name]}": dict(color=family_colors()[name], lw=1.8) for name in names
+    }
+    looks |= {
+        "distractors": dict(color="0.2", ls="--"), "target, untrained weights": dict(color="0.6", ls=":"),
+    }  # fmt: skip
+    legend(figure, looks)
+    return figure
+
+
+def draw_maps(table: pd.DataFrame) -> Figure:
+    """The hidden attention of every layer, trained; its reconstruction error is in the title."""
+    from matplotlib.colors import LogNorm
+
+    trained = table[table["weights"] == "trained"]
+    maps, names = trained[trained["part"] == "map"], families(trained)
+    count = max(maps.loc[maps["family"] == name, "layer"].nunique() for name in names)
+    figure, axes = panels(len(names), count, size=(2.7, 2.7))
+    image = None
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for i, family in enumerate(names):
+        for j, (layer, part) in enumerate(maps[maps["family"] == family].groupby("layer")):
+            ax = axes[i, j]
+            ax.set_axis_on()
+            image = ax.imshow(grid_of(part).clip(1e-4), norm=LogNorm(1e-4, 1), cmap="viridis", aspect="equal")
+            map_axes(ax, part)
+            error = trained[
+                (trained["part"] == "reconstruction")
+                & (trained["family"] == family)
+                & (trained["layer"] == layer)
+            ]["value"].iloc[0]
+            ax.set_title(f"{NAMES[family]}, layer {layer}\nreconstruction error {error:.0e}", fontsize=8)
+            ax.set_xlabel("token written")
+            if j == 0:
+                ax.set_ylabel("token reading")
+    figure.colorbar(image, ax=axes, shrink=0.8, label="share of the row's mean |alpha| in a cell")
+    return figure
+
+
+def summary(table: pd.DataFrame) -> str:
+    contrast = table[table["part"] == "contrast"].sort_values(["family", "quantity", "layer"])
+    errors = table[table["part"] == "reconstruction"].sort_values(["family", "layer"])
+    words = (
+        "What is left of a token at the answer's position, exactly, from the linear recurrence: of what it "
+        "wrote (kept), and relative to the state (share). Target over the distractors around it, geometric "
+        "mean over sequences with 95 % interval; 1 says that the target is kept no better than its "
+        "neighbours.\n\n"
+    )
+    found = markdown(
+        ["family", "weights", "layer", "relative error"],
+        [[r["family"], r["weights"], r["layer"], f"{r['value']:.1e}"] for r in errors.to_dict("records")],
+    )
+    return (
+        words
+        + beside(contrast, ["family", "quantity", "layer"])
+        + "\nThe hidden attention map times the layer's input, against the layer's own scan:\n\n"
+        + found
+    )
+
+
+PROBE = Probe(
+    "What is left of the target when the answer is due?",
+    measure,
+    {"": draw_curves, "_maps": draw_maps},
+    summary,
+)

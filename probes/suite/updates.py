@@ -1,0 +1,256 @@
+"""What every token does to an SSM's state, by its role: is the queried symbol written differently?
+
+Parts of the table: "role" (quantity by layer and role) and "aligned" (relative update around the target,
+divided by the mean of distractors at the same position, so that 1 is what any token there does).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from analysis.statistics import bootstrap_median_time
+from analysis.style import NAMES, family_colors
+from models.common import LanguageModel
+from probes.roles import ROLES, role, roles
+from probes.suite.common import (
+    WEIGHTS,
+    Options,
+    Probe,
+    batches,
+    error_bars,
+    families,
+    interval,
+    interval_row,
+    legend,
+    markdown,
+    one_sequence,
+    panels,
+    plain_log,
+    recorded,
+    require_roles,
+    rows_within,
+    scan_bytes,
+    scan_names,
+    scan_of,
+    ssm_layers,
+)
+from probes.updates import Scan, decay, horizon, split_by_role, state_changes, write_norm
+from synthetic.tasks import Task
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+QUANTITIES = {  # name: axis label
+    "write": "write norm |dt x B|",
+    "decay": "mean decay exp(dt A)",
+    "relative": "relative update\n|h_t - h_{t-1}| / |h_{t-1}|",
+    "horizon": "horizon (tokens to 1/e)",
+}
+WINDOW = 12  # tokens on either side of the target
+SOURCES = 4  # positions of a role from which the horizon of one sequence is taken
+NAMED = dict(enumerate(ROLES))
+
+
+def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
+    """Rows by layer: part role with quantities by `role`, part aligned by `offset` from the target."""
+    layers = ssm_layers(model)
+    require_roles(task, "updates")
+    examples = options.examples or (32 if task.seq_len > 256 else 128)
+    values: dict[tuple[int, str], list[Tensor]] = {}
+    lasting: dict[tuple[int, str], list[tuple[float, bool]]] = {}
+    kinds = []
+    for batch in batches(task, examples, rows_within(task, scan_bytes(model, layers)), options):
+        kinds.append(roles(task, batch))
+        cache = recorded(model, batch.input_ids, scan_names(layers))
+        for layer in layers:
+            scan = scan_of(model, cache, layer)
+            found = dict(
+                write=write_norm(scan), decay=decay(scan).mean, relative=state_changes(scan).relative
+            )
+            for name, numbers in found.items():
+                values.setdefault((layer, name), []).append(numbers)
+            for name, outcome in _horizons(scan, kinds[-1]):
+                lasting.setdefault((layer, name), []).append(outcome)
+    where = torch.cat(kinds)
+    rows = []
+    for (layer, name), parts in values.items():
+        numbers = torch.cat(parts)
+        for row in split_by_role(numbers, where, NAMED).to_dict("records"):
+            rows.append(
+                dict(layer=layer, part="role", quantity=name, role=row["role"], value=row["mean"],
+                     low=row["low"], high=row["high"], n=row["sequences"])
+            )  # fmt: skip
+        if name == "relative":
+            rows += _aligned(numbers, where, layer)
+    for (layer, name), outcomes in lasting.items():
+        steps, reached = zip(*outcomes, strict=True)
+        value, low, high = bootstrap_median_time(steps, reached, resamples=500)
+        bound = dict(zip(("value", "low", "high"), (value, low, high), strict=True))
+        rows.append(dict(layer=layer, part="role", quantity="horizon", role=name, n=len(steps), **bound))
+    return pd.DataFrame(rows)
+
+
+def _horizons(scan: Scan, kinds: Tensor) -> list[tuple[str, tuple[float, bool]]]:
+    """(role, (median tokens over channels and states, was it reached?)) of every sequence.
+
+    The last eighth of a sequence is left out: it says of nothing that it lasts longer than that.
+    """
+    found = []
+    L = kinds.shape[1]
+    for b in range(len(kinds)):
+        one = one_sequence(scan, b)
+        for number in kinds[b].unique().tolist():
+            places = (kinds[b, : L - max(1, L // 8)] == number).nonzero().flatten()
+            if len(places):
+                chosen = places[torch.linspace(0, len(places) - 1, min(SOURCES, len(places))).long()]
+                lasting = horizon(one, chosen)
+                steps, reached = lasting.steps.flatten(), lasting.reached.flatten()
+                middle = int(steps.where(reached, torch.inf).argsort()[len(steps) // 2])
+                done = bool(reached[middle])
+                found.append(
+                    (ROLES[number], (float(steps[middle] if done else steps[~reached].median()), done))
+                )
+    return found
+
+
+def _aligned(relative: Tensor, kinds: Tensor, layer: int) -> list[dict[str, Any]]:
+    """Around the target, the ratio to the mean of the sequences with a distractor at that place."""
+    numbers = relative.double().numpy().copy()
+    target = (kinds == role("target")).int().argmax(1).numpy()
+    context = np.isin(kinds.numpy(), (role("target"), role("distractor")))
+    ordinary = (kinds.numpy() == role("distractor")) & np.isfinite(numbers)
+    usual = np.where(ordinary, numbers, 0).sum(0) / np.where(ordinary.any(0), ordinary.sum(0), np.nan)
+    ratio = np.where(context, numbers / usual, np.nan)
+    L, rows = numbers.shape[1], []
+    for offset in range(-min(WINDOW, L), min(WINDOW, L) + 1):
+        at = target + offset
+        inside = (at >= 0) & (at < L)
+        row = interval_row(
+            ratio[inside, at[inside]], layer=layer, part="aligned", quantity="relative", offset=offset
+        )
+        if row["n"] > 1:
+            rows.append(row)
+    return rows
+
+
+def role_colors() -> dict[str, Any]:
+    import seaborn
+
+    palette = seaborn.color_palette("dark", 10)
+    order = ("target", "distractor", "query", "query_marker", "bos", "task", "separator", "answer")
+    return dict(
+        zip(order, (palette[3], palette[7], palette[0], palette[9], palette[8], *palette[4:7]), strict=True)
+    )
+
+
+def draw_roles(table: pd.DataFrame) -> Figure:
+    """Layer x role: filled trained with intervals, hollow untrained; a triangle outlasts the sequence."""
+    table, names = table[table["part"] == "role"], families(table)
+    colors = {name: color for name, color in role_colors().items() if name in set(table["role"])}
+    figure, axes = panels(len(QUANTITIES), len(names), size=(3.8, 2.1), sharex="col")
+    for i, (quantity, label) in enumerate(QUANTITIES.items()):
+        for j, family in enumerate(names):
+            ax = axes[i, j]
+            mine = table[(table["family"] == family) & (table["quantity"] == quantity)]
+            layers = sorted(mine["layer"].unique())
+            for k, (name, color) in enumerate(colors.items()):
+                shift = (k - (len(colors) - 1) / 2) * 0.7 / len(colors)
+                for weights in WEIGHTS:
+                    part = mine[(mine["role"] == name) & (mine["weights"] == weights)].sort_values("layer")
+                    part = part.assign(x=[layers.index(v) + shift for v in part["layer"]])
+                    endless = part[np.isinf(part["value"])]
+                    ax.plot(
+                        endless["x"],
+                        np.full(len(endless), 0.97),
+                        "^",
+                        color=color,
+                        ms=4,
+                        mfc=color if weights == "trained" else "none",
+                        transform=ax.get_xaxis_transform(),
+                    )
+                    part = part[np.isfinite(part["value"])]
+                    style: Any = (
+                        dict(yerr=error_bars(part), capsize=2, ms=5)
+                        if weights == "trained"
+                        else dict(mfc="none", ms=4, alpha=0.7)
+                    )
+                    ax.errorbar(part["x"], part["value"], fmt="o", color=color, lw=1, **style)
+            ax.set_xticks(range(len(layers)), layers)
+            ax.grid(axis="x", visible=False)
+            finite = mine["value"][np.isfinite(mine["value"])]
+            if quantity != "decay" and (finite > 0).any():
+                ax.set_yscale("log")
+                plain_log(ax.yaxis)
+            if j == 0:
+                ax.set_ylabel(label, fontsize=8)
+            if i == 0:
+                ax.set_title(NAMES[family])
+            if i == len(QUANTITIES) - 1:
+                ax.set_xlabel("layer")
+    looks: dict[str, dict[str, Any]] = {
+        name: dict(color=color, marker="o", ls="") for name, color in colors.items()
+    }
+    legend(figure, looks | {"untrained weights": dict(color="0.3", marker="o", mfc="none", ls="")})
+    return figure
+
+
+def draw_aligned(table: pd.DataFrame) -> Figure:
+    """A panel per layer: the relative update around the target, 1 being the mean at the same positions."""
+    table, names = table[table["part"] == "aligned"], families(table)
+    count = max(table.loc[table["family"] == name, "layer"].nunique() for name in names)
+    figure, axes = panels(len(names), count, size=(2.4, 2.3), sharex=True, sharey="row")
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for i, family in enumerate(names):
+        mine = table[table["family"] == family]
+        for j, (layer, rows) in enumerate(mine.groupby("layer")):
+            ax = axes[i, j]
+            ax.set_axis_on()
+            ax.axhline(1, color="0.4", ls=":", lw=1)
+            ax.axvline(0, color="0.4", ls="--", lw=1)
+            for weights, color in zip(WEIGHTS, (family_colors()[family], "0.5"), strict=True):
+                part = rows[rows["weights"] == weights].sort_values("offset")
+                ax.plot(part["offset"], part["value"], color=color, lw=1.6 if weights == "trained" else 1)
+                ax.fill_between(part["offset"], part["low"], part["high"], color=color, alpha=0.2, lw=0)
+            ax.set_title(f"{NAMES[family]}, layer {layer}", fontsize=9)
+            ax.set_xlabel("tokens from the target", fontsize=9)
+            ax.tick_params(labelbottom=True)
+            if j == 0:
+                ax.set_ylabel("relative update /\nmean at that position")
+    looks: dict[str, dict[str, Any]] = {NAMES[name]: dict(color=family_colors()[name]) for name in names}
+    looks |= {"untrained weights": dict(color="0.5"), "any token there": dict(color="0.4", ls=":")}
+    legend(figure, looks)
+    return figure
+
+
+def summary(table: pd.DataFrame) -> str:
+    """Target beside distractor, trained beside untrained; the other roles are in the table."""
+    words = (
+        "Norm of what a token writes, share of the state it keeps (mean decay), relative update of the state "
+        "(means over sequences with Student's 95 % interval) and horizon, the tokens until what is there has "
+        "decayed to 1/e (median over sequences with bootstrap interval; inf: half of the state outlasts the "
+        "sequence). Hypothesis 1 says that target and distractor do not differ unless the query is known "
+        "before. Other roles are in updates.csv.\n\n"
+    )
+    part = table[table["part"] == "role"].sort_values(["family", "layer"])
+    rows = []
+    groups: Any = part.groupby(["family", "layer", "quantity"], sort=False)
+    for key, group in groups:
+        cells = group.set_index(["weights", "role"])
+        columns = [(w, r) for w in WEIGHTS for r in ("target", "distractor")]
+        rows.append([*key, *(interval(cells.loc[c]) if c in cells.index else "" for c in columns)])
+    named = [f"{r}, {w}" if w != "trained" else r for w in WEIGHTS for r in ("target", "distractor")]
+    return words + markdown(["family", "layer", "quantity", *named], rows)
+
+
+PROBE = Probe(
+    "What does every token do to the state?",
+    measure,
+    {"": draw_roles, "_aligned": draw_aligned},
+    summary,
+)

@@ -1,0 +1,183 @@
+"""`python -m probes.run`: every probe of a tiny run, files and columns, resuming, bad input."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from probes import run as cli
+from probes.suite import PROBES, NotApplicable, Options, linear
+from probes.suite.common import coarse
+from synthetic import run as synthetic_run
+from synthetic import tasks
+
+SHARED = ["family", "weights", "layer", "part", "quantity", "value", "low", "high", "n"]
+OWN = {
+    "updates": ["role", "offset"],
+    "retention": ["role", "distance", "query", "key"],
+    "linear": ["site", "lag", "chance", "shuffled", "control", "selectivity"],
+    "patch": ["site", "head", "role", "start", "stop", "control", "gap"],
+    "attention": ["head", "baseline", "query", "key", "target"],
+    "lens": ["chance"],
+}
+SSM_ONLY = ("updates", "retention")
+
+
+def make(folder, task, *more):
+    arguments = ["--task", task, "--steps", "2", "--eval-examples", "4", "--final-eval-examples", "4"]
+    assert synthetic_run.main([*arguments, "--batch-tokens", "64", *more, "--out", str(folder)]) == 0
+    (path,) = (p for p in folder.iterdir() if (p / "config.json").exists())
+    return path
+
+
+@pytest.fixture(scope="module")
+def position(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return make(folder, "position", "--seq-len", "8", "--model", "transformer", "mamba")
+
+
+@pytest.fixture(scope="module")
+def probed(position):
+    assert cli.main([str(position), "--examples", "24"]) == 0
+    return position / "probes"
+
+
+def test_every_probe_leaves_tables_figures_and_a_summary(probed):
+    text = (probed / "summary.md").read_text()
+    for name, probe in PROBES.items():
+        for suffix in probe.figures:
+            assert (probed / f"{name}{suffix}.png").read_bytes().startswith(b"\x89PNG")
+            assert (probed / f"{name}{suffix}.pdf").read_bytes().startswith(b"%PDF")
+        families = ("mamba",) if name in SSM_ONLY else ("mamba", "transformer")
+        tables = [pd.read_parquet(probed / f"{name}.{family}.parquet") for family in families]
+        assert len(pd.read_csv(probed / f"{name}.csv")) == sum(map(len, tables))
+        for table in tables:
+            assert not [c for c in (*SHARED, *OWN[name]) if c not in table]
+            assert set(table["weights"]) == ({"trained", "untrained"} if probe.untrained else {"trained"})
+            bounded = table[table["low"].notna() & np.isfinite(table["value"])]
+            assert len(bounded)
+            slack = 1e-9 * bounded["value"].abs().clip(1)
+            assert (bounded["low"] <= bounded["value"] + slack).all()
+            assert (bounded["value"] <= bounded["high"] + slack).all()
+        assert f"## {name}: {probe.title}" in text
+    for name in SSM_ONLY:
+        assert not (probed / f"{name}.transformer.parquet").exists()
+        assert f"{name} transformer: left out, it has no SSM layers" in text
+    assert not list(probed.glob(".*.tmp"))
+
+
+def test_identities_hold(probed):
+    retention = pd.read_parquet(probed / "retention.mamba.parquet")
+    assert (retention.loc[retention["part"] == "reconstruction", "value"] < 1e-5).all()
+    rows = retention[(retention["part"] == "map") & (retention["weights"] == "trained")]
+    assert np.allclose(rows.groupby(["layer", "query"])["value"].sum(), 1, atol=1e-5)
+    for family in ("mamba", "transformer"):
+        patch = pd.read_parquet(probed / f"patch.{family}.parquet")
+        assert (patch.loc[patch["control"] == "self", "value"] == 0).all()
+        assert np.allclose(patch.loc[patch["control"] == "everything", "value"], 1, atol=1e-3)
+
+
+def test_what_is_finished_is_skipped(position, probed, capsys):
+    before = {p.name: p.stat().st_mtime_ns for p in probed.iterdir() if p.name != "summary.md"}
+    assert cli.main([str(position), "--examples", "24"]) == 0
+    assert "lens mamba: finished before" in capsys.readouterr().out
+    assert {p.name: p.stat().st_mtime_ns for p in probed.iterdir() if p.name != "summary.md"} == before
+
+
+def test_other_options_run_again(position, tmp_path, capsys):
+    call = [str(position), "--probe", "lens", "--examples", "4", "--out", str(tmp_path), "--seed"]
+    found = []
+    for seed in ("0", "1"):
+        assert cli.main([*call, seed]) == 0
+        assert "finished before" not in capsys.readouterr().out
+        found.append(
+            (json.loads((tmp_path / "lens.mamba.json").read_text()), (tmp_path / "lens.csv").read_bytes())
+        )
+    (first, numbers), (second, others) = found
+    assert first["hash"] != second["hash"] and numbers != others
+    assert (first["seed"], second["seed"], second["examples"]) == (0, 1, 4)
+
+
+def test_a_stop_between_table_and_record_is_repaired(position, tmp_path, capsys):
+    call = [str(position), "--probe", "lens", "--examples", "4", "--out", str(tmp_path)]
+    assert cli.main(call) == 0
+    whole = (tmp_path / "lens.csv").read_bytes()
+    (tmp_path / "lens.mamba.json").write_text("{")
+    (tmp_path / ".lens.mamba.parquet.1.tmp").write_bytes(b"half")
+    capsys.readouterr()
+    assert cli.main(call) == 0
+    assert "lens transformer: finished before" in capsys.readouterr().out
+    assert (tmp_path / "lens.csv").read_bytes() == whole
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_another_task_works_or_says_why_not(tmp_path, capsys):
+    more = ["--seq-len", "16", "--num-pairs", "2", "--model", "mamba"]
+    folder = make(tmp_path, "mqar", *more)
+    assert cli.main([str(folder), "--examples", "4"]) == 0
+    words = capsys.readouterr().out
+    for name in ("updates", "retention", "linear", "patch"):
+        assert f"{name} mamba: left out, {name} needs the roles of tokens, which task mqar lacks" in words
+    assert (folder / "probes" / "lens.png").exists() and (folder / "probes" / "attention.png").exists()
+    assert cli.main([str(folder), "--probe", "patch"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: nothing was measured: patch mamba") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--probe", "lense"], "--probe lense is unknown; use updates"),
+        (["--examples", "1"], "--examples 1: intervals need at least 2 sequences"),
+        (["--seed", "-1"], "--seed -1 must lie in"),
+    ],
+)
+def test_bad_options(position, more, words, capsys):
+    assert cli.main([str(position), *more]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {words}") and error.count("\n") == 1
+
+
+def test_bad_folders(position, tmp_path, capsys):
+    assert cli.main([str(tmp_path)]) == 2
+    assert "has no config.json; give the folder of one run" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text((position / "config.json").read_text())
+    assert cli.main([str(tmp_path)]) == 2
+    assert "has no finished model" in capsys.readouterr().err
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert cli.main([str(position), "--probe", "lens", "--out", str(blocked / "x")]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --out {blocked}")
+
+
+def test_too_few_sequences_for_a_split():
+    task = tasks.build("position", seq_len=8)
+    with pytest.raises(NotApplicable, match="give --examples 20 or more"):
+        linear.measure(None, task, Options(examples=4))
+
+
+@pytest.mark.parametrize("seq_len", [16, 200])
+def test_probed_places_hold_symbols_of_their_own(seq_len):
+    task = tasks.build("position", seq_len=seq_len)
+    plan = linear.Plan.of(task)
+    batch, context = linear._contexts(task, plan, 40, seed=3, index=0)
+    assert (np.sort(context, axis=1) == np.arange(seq_len)).all()  # still permutations
+    symbols = batch.input_ids - task.vocabulary.first_symbol
+    asked = np.take_along_axis(context, batch.target_index.numpy(), axis=1)[:, 0]
+    assert (symbols[:, -1].numpy() == asked).all()  # the query is the target's symbol
+    labels = plan.labels(torch.from_numpy(context))
+    assert plan.pooled == (seq_len == 200)
+    assert int(labels.min()) >= 0 and int(labels.max()) < plan.classes
+
+
+def test_coarse_maps_keep_their_mass():
+    weights = torch.rand(300, 300).tril()
+    weights /= weights.sum(1, keepdim=True)
+    small, size = coarse(weights)
+    assert size == 5 and small.shape == (60, 60)
+    assert torch.allclose(small.sum(1), torch.ones(60))
+    assert coarse(weights[:100, :100])[1] == 1
