@@ -81,9 +81,9 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
     first: dict[int, Tensor] = {}
     target: int | None = None
     for batch in batches(task, examples, rows, options):
-        at = answer_at(batch)
-        ids = batch.input_ids[:, : at + 1]
         match = _target(task, batch)
+        at = batch.input_ids.shape[1] - 1 if match is None else answer_at(batch)
+        ids = batch.input_ids[:, : at + 1]
         for layer, pattern in patterns(model, ids).items():
             found = {"induction": induction_score(pattern, ids), "previous": previous_token_score(pattern)}
             if match is not None:
