@@ -118,6 +118,16 @@ def test_figures_of_the_retrieval_study_come_from_its_results(tmp_path):
         pd.testing.assert_frame_equal(pd.read_csv(text), kept)
 
 
+def test_snippet_of_the_probes_page():
+    text = (ROOT / "docs" / "probes.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    names: dict = {}
+    exec(snippet, names)
+    assert names["state"].shape == (2, 2, 256, 16)
+    assert not torch.equal(names["gone"][:, 6:], names["unread"][:, 6:])  # one edit goes on, the other does not
+    torch.testing.assert_close(names["gone"][:, :5], names["unread"][:, :5])
+
+
 def test_readme_starts_with_the_two_commands():
     first, second = re.search(r"```bash\n(.*?)\n(.*?)\n```", README).groups()
     assert first.endswith("&& python -m synthetic.run") and "pip install -c constraints.txt" in first
