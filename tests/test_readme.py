@@ -124,7 +124,9 @@ def test_snippet_of_the_probes_page():
     names: dict = {}
     exec(snippet, names)
     assert names["state"].shape == (2, 2, 256, 16)
-    assert not torch.equal(names["gone"][:, 6:], names["unread"][:, 6:])  # one edit goes on, the other does not
+    assert not torch.equal(
+        names["gone"][:, 6:], names["unread"][:, 6:]
+    )  # one edit goes on, the other does not
     torch.testing.assert_close(names["gone"][:, :5], names["unread"][:, :5])
 
 
