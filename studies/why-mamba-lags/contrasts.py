@@ -3,8 +3,8 @@
     python studies/why-mamba-lags/contrasts.py RUNS PROBES
 
 RUNS is the folder of that sweep, PROBES one with the output of
-`python -m probes.run RUNS/<id> --out PROBES/<id>` for each probed run. Writes results.csv beside this file (one
-row per run, layer and quantity), the figure, and replaces what stands between `<!-- NAME -->` and
+`python -m probes.run RUNS/<id> --out PROBES/<id>` for each probed run. Writes results.csv beside this file
+(one row per run, layer and quantity), the figure, and replaces what stands between `<!-- NAME -->` and
 `<!-- /NAME -->` in README.md. Without arguments it starts from results.csv.
 """
 
@@ -131,6 +131,7 @@ def draw(table: pd.DataFrame) -> Any:
     import matplotlib.pyplot as plt
 
     part = table[(table["queries"] == "single") & (table["seq_len"] == 16) & (table["weights"] == "trained")]
+    part = part[part["quantity"].isin(QUANTITIES)]
     models = [m for m in ("mamba", "mamba2") if m in set(part["model"])]
     shape = (3.3 * len(QUANTITIES), 2.6 * len(models) + 0.5)
     figure, axes = plt.subplots(
@@ -142,7 +143,8 @@ def draw(table: pd.DataFrame) -> Any:
         sharey="col",
         layout="constrained",
     )
-    for row, model in zip(axes, models, strict=True):
+    for i, model in enumerate(models):
+        row = axes[i]
         for ax, (quantity, title) in zip(row, QUANTITIES.items(), strict=True):
             for layout, style in STYLES.items():
                 cell = part[
@@ -154,9 +156,9 @@ def draw(table: pd.DataFrame) -> Any:
                 ax.plot(mean.index, mean, color=color, label=SETTINGS[layout], **style)
             ax.axhline(1, color="0.4", linestyle=":", lw=1)
             ax.set(yscale="log", xticks=sorted(part["layer"].unique()))
-            if row is axes[0]:
+            if i == 0:
                 ax.set_title(title, fontsize=9)
-            if row is axes[-1]:
+            if i == len(models) - 1:
                 ax.set_xlabel("layer")
         row[0].set_ylabel(f"{NAMES[model]}\nratio (log)")
         row[0].legend(fontsize=8)
