@@ -12,22 +12,27 @@ from analysis.statistics import holm, paired_sign_test
 
 
 def comparisons(thresholds: pd.DataFrame) -> pd.DataFrame:
-    """Who needs fewer sequences to the threshold, pairing runs of the same length and seed.
+    """Who gets to the threshold with less, pairing runs of the same length and seed.
 
-    thresholds: `analysis.plots.threshold_table`. kind "variant" pairs architectures in the same setting,
-    "setting" pairs layouts (and numbers of queries) of the same architecture. The fields are those of
-    `SignTest`; p_holm corrects over all rows of one kind. Pairs with nothing in common are left out.
+    thresholds: `analysis.plots.threshold_table`, best in tokens, of which equal budgets are spent. kind
+    "variant" pairs architectures in the same setting, "layout" layouts of the same architecture that differ
+    in nothing else. The fields are those of `SignTest`; p_holm corrects over all rows of one kind. Pairs with
+    nothing in common are left out.
     """
+    table = thresholds.copy()
+    parts = table["setting"].str.partition(", ")
+    table["layout"], table["supervision"] = parts[0], parts[2]
+    table["where"] = table["variant"] + ", " + table["supervision"]
     rows: list[dict[str, Any]] = []
-    for factor, within in (("variant", "setting"), ("setting", "variant")):
+    for kind, factor, within in (("variant", "variant", "setting"), ("layout", "layout", "where")):
         found = []
-        for level, part in thresholds.groupby(within):
+        for level, part in table.groupby(within):
             for a, b in combinations(sorted(part[factor].unique()), 2):
                 keys = part[part[factor] == a][["seq_len", "seed"]]
                 if keys.merge(part[part[factor] == b], on=["seq_len", "seed"]).empty:
                     continue
                 test = paired_sign_test(part, a, b, on=("seq_len", "seed"), factor=factor)
-                found.append({"kind": factor, "within": level, **dataclasses.asdict(test)})
+                found.append({"kind": kind, "within": level, **dataclasses.asdict(test)})
         for row, corrected in zip(found, holm([row["p"] for row in found]) if found else [], strict=True):
             rows.append({**row, "p_holm": float(corrected)})
     return pd.DataFrame(rows)

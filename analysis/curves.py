@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
 import tyro
 
-DIGITS = 6  # of numbers in CSV files
+DIGITS = 10  # of numbers in CSV files
 
 Table = pd.DataFrame
 Drawn = tuple[str, Table, Callable[[], Any] | None]  # name, table behind it, figure (None: a table only)
@@ -53,14 +54,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def write(runs: Path, out: Path) -> Iterator[str]:
     """Write all figures and tables; yields a line on each. Raises ValueError if there are no runs."""
+    from analysis.settings import DENSE
     from analysis.style import theme
     from analysis.tables import load
 
-    evaluations, targets = load(runs), load(runs, "targets")
-    evaluations, targets = (t[t["purpose"] == "report"] for t in (evaluations, targets))
+    evaluations = load(runs)
+    evaluations = evaluations[evaluations["purpose"] == "report"]
     if evaluations.empty:
         raise ValueError(f"{runs} has no reported runs yet, only validation; let the sweep go on")
+    try:
+        targets = load(runs, "targets")
+        targets = targets[targets["purpose"] == "report"]
+    except ValueError:
+        yield "no targets beside the results: figures by position are left out"
+        targets = evaluations.iloc[:0]
     out.mkdir(parents=True, exist_ok=True)
+    begun = (
+        evaluations["length"].eq(evaluations["seq_len"]).groupby([evaluations["run"], evaluations["model"]])
+    )
+    evaluations, early = evaluations[begun.transform("any")], int((~begun.any()).sum())
+    if early:
+        yield f"{early} runs have no evaluation at their full length yet and are left out"
+    if evaluations.empty:
+        return
     tasks = sorted(evaluations["task"].unique())
     with theme():
         for task in tasks:
@@ -68,22 +84,23 @@ def write(runs: Path, out: Path) -> Iterator[str]:
             prefix = f"{task}-" if len(tasks) > 1 else ""
             for name, table, draw in figures(*mine):
                 yield _write(out / f"{prefix}{name}", table, draw)
-        if runs.is_dir():
-            for name, table, draw in _geometry(runs):
-                yield _write(out / name, table, draw)
+            if runs.is_dir() and task in DENSE:  # the tasks whose answers are positions
+                for name, table, draw in _geometry(runs, task):
+                    yield _write(out / f"{prefix}{name}", table, draw)
 
 
 def figures(evaluations: Table, targets: Table) -> Iterator[Drawn]:
     """Everything that can be said from the two tables of the results store, for one task."""
     from analysis import plots, scaling
     from analysis.comparisons import comparisons
+    from analysis.settings import cell_of
 
-    varying = [name for name in ("lr", "queries") if evaluations[name].nunique() > 1]
-    yield "summary", scaling.summarise(evaluations, by=[*scaling.CELL, *varying]), None
+    yield "summary", scaling.summarise(evaluations, by=cell_of(evaluations)), None
     curves = plots.accuracy_table(evaluations)
     yield "accuracy_curves", curves, lambda: plots.accuracy_curves(curves)
-    thresholds = plots.threshold_table(evaluations)
-    yield "examples_vs_length", thresholds, lambda: plots.examples_vs_length(thresholds)
+    for unit in plots.UNITS:
+        thresholds = plots.threshold_table(evaluations, unit)
+        yield f"{unit}_vs_length", thresholds, partial(plots.cost_vs_length, thresholds)
     yield "scaling", plots.scaling_table(evaluations), None
     yield "comparisons", comparisons(thresholds), None
     states = plots.state_table(evaluations)
@@ -95,10 +112,10 @@ def figures(evaluations: Table, targets: Table) -> Iterator[Drawn]:
         yield "by_position", final, (lambda: plots.by_position(final)) if len(final) else None
 
 
-def _geometry(runs: Path) -> Iterator[Drawn]:
+def _geometry(runs: Path, task: str) -> Iterator[Drawn]:
     from analysis import geometry
 
-    summary, maps, points = geometry.measure(runs)
+    summary, maps, points = geometry.measure(runs, task)
     if len(summary):
         yield "position_geometry", summary, lambda: geometry.geometry(summary, maps, points)
         yield "position_geometry_cosines", maps, None

@@ -88,15 +88,15 @@ def _standardised(values: np.ndarray) -> np.ndarray:
 def position_rows(folder: Path) -> dict[str, np.ndarray]:
     """(N, d) rows of each of TABLES that a trained model has; `folder` is runs/<id>/<family>.
 
-    "input" only where it is not the readout itself (tied embeddings), "learned" for contexts in the suffix
-    layout, where position k of the context is input k + 1. Raises ValueError if the model or its task has no
-    position tokens.
+    "input" only where it is not the readout itself (tied embeddings); "learned" are the rows of the places
+    where a context's symbols stand. Raises ValueError if the task has no position tokens.
     """
     from synthetic import store, tasks
 
     saved = store.read_json(folder.parent / "config.json")
     (plan,) = (p for p in saved["plans"] if p["family"] == folder.name)
-    vocabulary = tasks.build(plan["task"], **plan["task_options"]).vocabulary
+    task = tasks.build(plan["task"], **plan["task_options"])
+    vocabulary = task.vocabulary
     if not vocabulary.num_positions:
         raise ValueError(f"task {plan['task']} of {folder} has no position tokens")
     n, first = plan["seq_len"], vocabulary.first_position
@@ -105,22 +105,33 @@ def position_rows(folder: Path) -> dict[str, np.ndarray]:
     found = {"readout": head.weight[first : first + n]}
     if head.weight is not embedding.weight:
         found["input"] = embedding.weight[first : first + n]
-    if plan["task_options"].get("layout") == "suffix":
-        for name, table in model.named_parameters():
-            if "embed_pos" in name:
-                found["learned"] = table[1 : 1 + n]
+    for name, table in model.named_parameters():
+        if "embed_pos" in name:
+            found["learned"] = table[context_places(task)]
     return {name: rows.detach().float().numpy() for name, rows in found.items()}
 
 
-def measure(runs: str | Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """(summary, map, points) of the position tokens of the finished models below a folder of runs.
+def context_places(task: Any) -> list[int]:
+    """Places of the N symbols of a full context in an input with one query, read off an example."""
+    rng = np.random.default_rng(0)
+    context, target = task.draw(rng, 1, task.seq_len, 1)
+    ids = task.assemble(context, target).input_ids[0].tolist()
+    symbols = (context[0] + task.vocabulary.first_symbol).tolist()
+    query = symbols[int(target[0, 0])]
+    if ids.index(query) < ids.index(task.vocabulary.bos):  # asked before the context
+        ids[ids.index(query)] = -1
+    return [ids.index(symbol) for symbol in symbols]
+
+
+def measure(runs: str | Path, task: str = "position") -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """(summary, map, points) of the position tokens of one task's finished models in a folder of runs.
 
     summary: a row per run and table: locality with the range it has for shuffled names, variance of two PCA
     components. map: cosines of SHOWN positions, points: PCA coordinates, both of the first seed. Models of a
-    family's usual state size, at the longest length (8 at least) that every seed learned to 0.95.
+    family's usual state size, at the longest length, 8 or more, that every seed learned to 0.95.
     """
     table = load(runs)
-    table = label(table[table["purpose"] == "report"])
+    table = label(table[(table["purpose"] == "report") & (table["task"] == task)])
     final = table[(table["kind"] == "final") & table["usual_state"]]
     final = final[
         (final["layout"] == "suffix") & (final["setting"].str.contains("dense")) & (final["seq_len"] >= 8)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 THRESHOLD = 0.95
+UNITS = {"examples": "training sequences", "tokens": "training tokens"}
 PANEL = 2.6  # inches
 KEYS = ["variant", "setting", "model", "position"]
 
@@ -74,20 +75,25 @@ def carried(cell: pd.DataFrame, by: str) -> pd.DataFrame:
 # --- what it takes to get there ---------------------------------------------------------------------------
 
 
-def threshold_table(evaluations: pd.DataFrame) -> pd.DataFrame:
-    """Training sequences until 0.95 for every run, reached = False where that is only a lower bound."""
+def threshold_table(evaluations: pd.DataFrame, by: str = "examples") -> pd.DataFrame:
+    """What every run had spent until 0.95, reached = False where that is only a lower bound.
+
+    by: "examples" (training sequences) or "tokens". A length curriculum makes sequences a treacherous unit: a
+    run that is stuck at short contexts sees many per step. Tokens per step are the same for all.
+    """
     table = settings.label(evaluations)
-    outcomes = examples_to_threshold(table[table["usual_state"]], THRESHOLD)
-    return outcomes[[*KEYS, "seq_len", "seed", "run", "value", "lower", "reached", "accuracy"]]
+    outcomes = examples_to_threshold(table[table["usual_state"]], THRESHOLD, by).assign(unit=by)
+    return outcomes[[*KEYS, "seq_len", "seed", "run", "unit", "value", "lower", "reached", "accuracy"]]
 
 
 def scaling_table(evaluations: pd.DataFrame) -> pd.DataFrame:
-    """Power laws of the context length behind the fitted lines, by variant and setting."""
-    return fit_power_laws(threshold_table(evaluations), by=("variant", "setting"))
+    """Power laws of the context length behind the fitted lines, by unit, variant and setting."""
+    tables = [threshold_table(evaluations, unit) for unit in UNITS]
+    return fit_power_laws(pd.concat(tables), by=("unit", "variant", "setting"))
 
 
-def examples_vs_length(table: pd.DataFrame) -> Figure:
-    """log-log: filled points reached 0.95, hollow triangles had not when they stopped; medians and fits."""
+def cost_vs_length(table: pd.DataFrame) -> Figure:
+    """log-log: filled points reached 0.95, hollow triangles had not when they ended; fitted power laws."""
     looks = settings.looks(table)
     laws = fit_power_laws(table, by=("variant", "setting")).set_index(["variant", "setting"])
     columns = sorted(table["setting"].unique(), key=_setting_order)
@@ -113,8 +119,10 @@ def examples_vs_length(table: pd.DataFrame) -> Figure:
             box = dict(facecolor="white", alpha=0.85, edgecolor="none", pad=1.5)
             words = "exponent [95 % CI]\n" + "\n".join(texts)
             ax.text(0.98, 0.02, words, transform=ax.transAxes, fontsize=7, ha="right", va="bottom", bbox=box)
-    axes[0, 0].set_ylabel(f"training sequences to {THRESHOLD}")
-    _legend(figure, looks, extra=[("not reached when the budget ended", dict(marker="^", mfc="none", ls=""))])
+    low, high = axes[0, 0].get_ylim()
+    axes[0, 0].set_ylim(low / (high / low) ** 0.35, high)  # room for the exponents below the points
+    axes[0, 0].set_ylabel(f"{UNITS[table['unit'].iloc[0]]} to {THRESHOLD}")
+    _legend(figure, looks, extra=[("not reached by the run's end", dict(marker="^", mfc="none", ls=""))])
     return figure
 
 
@@ -129,14 +137,14 @@ def _runs(ax: Axes, cell: pd.DataFrame, look: dict[str, Any], shift: float) -> N
 
 
 def state_table(evaluations: pd.DataFrame) -> pd.DataFrame:
-    """Longest context learned and sequences to 0.95 of every run in cells where the state size varies."""
+    """Longest context learned and tokens to 0.95 of every run in cells where the state size varies."""
     table = settings.label(evaluations)
     table = table[table["d_state"].notna()]
     if table.empty:
         return table
-    reach = reachable_length(table, THRESHOLD).set_index("run")
-    outcomes = examples_to_threshold(table, THRESHOLD)
-    outcomes["longest"] = outcomes["run"].map(reach["value"])
+    reach = reachable_length(table, THRESHOLD)[["run", "model", "value"]]
+    outcomes = examples_to_threshold(table, THRESHOLD, "tokens")
+    outcomes = outcomes.merge(reach.rename(columns={"value": "longest"}), on=["run", "model"])
     cell = ["variant", "setting", "seq_len"]
     outcomes = outcomes[outcomes.groupby(cell)["d_state"].transform("nunique") > 1]
     columns = [*KEYS, "seq_len", "d_state", "seed", "run", "longest", "value", "reached", "accuracy"]
@@ -144,7 +152,7 @@ def state_table(evaluations: pd.DataFrame) -> pd.DataFrame:
 
 
 def state_size(table: pd.DataFrame) -> Figure:
-    """Left: the longest context learned against the state size, right: sequences to 0.95 at full length."""
+    """Left: the longest context learned against the state size, right: tokens to 0.95 at full length."""
     looks = settings.looks(table)
     cells = list(table.groupby(["setting", "seq_len"]))
     figure, axes = _panels(len(cells), 2, sharex=True, size=(3.8, 3.0))
@@ -153,9 +161,13 @@ def state_size(table: pd.DataFrame) -> Figure:
             look, shift = looks[str(name)], 1.04 ** (k - 0.5)
             states = cell.groupby("d_state")
             mean = states["longest"].apply(lambda v: mean_interval(v)[0])
-            row[0].plot(mean.index, mean, color=look["color"], linestyle=look["linestyle"])
+            row[0].plot(mean.index, mean.clip(lower=1), color=look["color"], linestyle=look["linestyle"])
             row[0].plot(
-                cell["d_state"] * shift, cell["longest"], look["marker"], color=look["color"], alpha=0.7
+                cell["d_state"] * shift,
+                cell["longest"].clip(lower=1),
+                look["marker"],
+                color=look["color"],
+                alpha=0.7,
             )
             _runs(row[1], cell.assign(seq_len=cell["d_state"]), look, shift)
             median = states.apply(lambda c: bootstrap_median_time(c["value"], c["reached"], resamples=10)[0])
@@ -165,12 +177,15 @@ def state_size(table: pd.DataFrame) -> Figure:
             xscale="log", yscale="log", ylabel="longest length learned", title=f"{setting}, length {seq_len}"
         )
         row[1].set(
-            xscale="log", yscale="log", ylabel=f"sequences to {THRESHOLD}", title="cost of the full length"
+            xscale="log",
+            yscale="log",
+            ylabel=f"training tokens to {THRESHOLD}",
+            title="cost of the full length",
         )
         _counts(row[1].yaxis)
         for ax in row:
             _powers_of_two(ax.xaxis, table["d_state"])
-        _powers_of_two(row[0].yaxis, [*table["longest"][table["longest"] > 0], seq_len])
+        _powers_of_two(row[0].yaxis, [*table["longest"].clip(lower=1), seq_len])
     for ax in axes[-1]:
         ax.set_xlabel("states per channel (d_state)")
     _legend(
@@ -178,7 +193,7 @@ def state_size(table: pd.DataFrame) -> Figure:
         looks,
         extra=[
             ("the goal of the run", dict(color="0.4", ls="--")),
-            ("not reached when the budget ended", dict(marker="^", mfc="none", ls="")),
+            ("not reached by the run's end", dict(marker="^", mfc="none", ls="")),
         ],
     )
     return figure
@@ -252,16 +267,17 @@ def by_position(table: pd.DataFrame) -> Figure:
     columns = sorted(table["setting"].unique(), key=_setting_order)
     figure, axes = _panels(1, len(columns), sharey=True, size=(3.4, 3.2))
     for ax, setting in zip(axes[0], columns, strict=True):
+        lengths = []
         for name, cell in table[table["setting"] == setting].groupby(["variant", "seq_len"]):
             look = looks[str(name[0])]
             bars = [cell["accuracy"] - cell["ci_low"], cell["ci_high"] - cell["accuracy"]]
             ax.errorbar(cell["relative"], cell["accuracy"], yerr=bars, capsize=2, lw=1.5, ms=4, **look)
-            last = cell.iloc[-1]
-            ax.annotate(
-                f"{name[1]}", (last["relative"], last["accuracy"]), xytext=(6, -3), fontsize=7,
-                textcoords="offset points", color=look["color"],
-            )  # fmt: skip
-        ax.set(title=setting, xlabel="place of the target in the context", xlim=(0, 1.06), ylim=(-0.03, 1.05))
+            lengths.append(f"{name[0]}: {name[1]}")
+        words = "context length\n" + "\n".join(lengths)
+        box = dict(facecolor="white", alpha=0.85, edgecolor="none", pad=1.5)
+        ax.text(0.98, 0.02, words, transform=ax.transAxes, fontsize=7, ha="right", va="bottom", bbox=box)
+        ax.set(title=setting, xlabel="place of the target in the context", xlim=(0, 1), ylim=(-0.35, 1.05))
+    axes[0, 0].set_yticks([0, 0.25, 0.5, 0.75, 1.0])
     axes[0, 0].set_ylabel("final held-out accuracy")
     _legend(figure, looks)
     return figure

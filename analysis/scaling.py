@@ -95,11 +95,12 @@ def examples_to_threshold(
 
 
 def reachable_length(evaluations: pd.DataFrame, threshold: float = 0.95) -> pd.DataFrame:
-    """value = the longest context of each run with held-out accuracy >= threshold while it, or the goal, was
-    in training; 0 if none.
+    """value = the longest context that each run learned; 0 if none.
 
-    at_goal: value is seq_len, so the run might have gone further. The largest of several noisy evaluations:
-    compare runs with equally many sequences per evaluation. Raises ValueError as `examples_to_threshold`.
+    Learned is what the curriculum passed (column longest_length of a finished run: running training accuracy
+    above 0.95), or what had held-out accuracy >= threshold while it, or the goal, was in training; the
+    curriculum may pass short contexts between two evaluations. at_goal: value is seq_len, so the run might
+    have gone further. Raises ValueError as `examples_to_threshold`.
     """
     _threshold(threshold)
 
@@ -107,6 +108,8 @@ def reachable_length(evaluations: pd.DataFrame, threshold: float = 0.95) -> pd.D
         fair = (rows["length"] == rows["train_length"]) | (rows["length"] == rows["seq_len"])
         passed = rows[fair & (rows["kind"] == "during") & (rows["accuracy"] >= threshold)]
         longest = 0 if passed.empty else int(passed["length"].max())
+        if "longest_length" in rows and rows["longest_length"].notna().any():
+            longest = max(longest, int(rows["longest_length"].max()))
         return dict(value=longest, at_goal=longest == int(rows["seq_len"].iloc[0]))
 
     return _per_run(evaluations, ["train_length"], outcome)

@@ -5,42 +5,73 @@ from __future__ import annotations
 from typing import Any
 
 import pandas as pd
+from pandas.api.types import is_number
 
+from analysis.scaling import CELL
 from analysis.style import FAMILIES, NAMES, family_colors
+from synthetic.results import CONFIG
 
 POSITION_NAMES = {"rope": "RoPE", "none": "no positions"}  # learned positions, the default, go without saying
-TELLING = ("preset", "n_layer", "lr")  # named in a label only where runs of one label differ in them
+SIZES = ("preset", "n_layer")  # named in a label wherever runs of one label differ in them
+DENSE = ("position", "position-varlen", "grid")  # tasks whose number of queries is a choice
+# Columns that a label never names: what a figure shows anyway, and what only identifies a run.
+SHOWN = ("run", "purpose", "commit", "task", "seq_len", "d_state", "seed", "task_options", "layout", "model",
+         "parameters", "parameters_without_embeddings", "position", "rotary_pct")  # fmt: skip
 DASHES = {"learned": "-", "rope": "--", "none": ":"}
 MARKERS = {"learned": "o", "rope": "s", "none": "D"}
 
 
 def label(table: pd.DataFrame) -> pd.DataFrame:
-    """`table` with the columns variant (architecture and position scheme), setting (layout and number of
-    queries per training sequence) and usual_state (False for state sizes other than the family's usual one).
+    """`table` with the columns variant (architecture, position scheme, and whatever it takes to tell runs
+    apart), setting (layout and number of queries per training sequence) and usual_state (False for state
+    sizes other than the preset's).
 
-    The usual state size of a family is the one that most of its rows have. Raises ValueError if a config
-    column of the results store is missing or there are no rows.
+    Raises ValueError if a column of the results store is missing or there are no rows.
     """
-    needed = ["model", "position", "rotary_pct", "d_state", "layout", "queries", "seq_len", *TELLING]
-    missing = [name for name in needed if name not in table]
+    missing = [name for name in CONFIG if name not in table]
     if missing or table.empty:
         raise ValueError(f"table lacks {', '.join(missing) or 'rows'}; it must be one of the results store's")
     table = table.copy()
+    needed = ["model", "position", "rotary_pct"]
     table["variant"] = [_variant(row) for row in table[needed].to_dict("records")]
-    for name in TELLING:
-        differs = table.groupby("variant")[name].transform("nunique") > 1
-        if differs.any():
-            table.loc[differs, "variant"] += f", {name} " + table.loc[differs, name].map(str)
     dense = table["queries"].gt(1).map({True: "dense queries", False: "single query"})
-    table["setting"] = table["layout"].fillna("").map(lambda x: f"{x}, " if x else "") + dense
-    # by number of different lengths first: a sweep over states has many sizes at a single length
-    usual = {}
-    for family, rows in table.groupby("model"):
-        lengths = rows.groupby("d_state")["seq_len"].nunique()
-        usual[family] = lengths.idxmax() if len(lengths) else None
-    state = table["model"].map(usual)
+    dense = dense.where(table["task"].isin(DENSE), "")
+    layout = table["layout"].fillna("")
+    table["setting"] = (layout + ", " + dense).str.strip(", ").replace("", "its own layout")
+    for name in (*SIZES, *apart(table, ["task", "variant", "setting", "seq_len", "d_state", "seed"])):
+        differs = table.groupby("variant")[name].transform(lambda column: column.nunique(dropna=False)) > 1
+        if differs.any():
+            words = f", {name} " + table.loc[differs, name].map(
+                lambda v: f"{v:g}" if is_number(v) else str(v)
+            )
+            table.loc[differs, "variant"] += words
+    sizes = table[["model", "preset"]].drop_duplicates().itertuples(index=False, name=None)
+    usual = {(model, preset): _usual_state(model, preset) for model, preset in sizes}
+    state = pd.Series([usual[key] for key in zip(table["model"], table["preset"], strict=True)], table.index)
     table["usual_state"] = table["d_state"].isna() | (table["d_state"] == state)
     return table
+
+
+def apart(table: pd.DataFrame, cell: list[str]) -> list[str]:
+    """Columns of the configuration that differ within a cell, so that a seed stands in it more than once."""
+    others = [name for name in CONFIG if name not in cell and name not in SHOWN and name not in SIZES]
+    counts = table.groupby(cell, dropna=False)[others].nunique(dropna=False)
+    return [name for name in others if (counts[name] > 1).any()]
+
+
+def cell_of(table: pd.DataFrame) -> list[str]:
+    """Columns that make cells in which a seed stands once: `scaling.CELL` and all that differs within it."""
+    cell = list(CELL)
+    return [*cell, *apart(table, [*cell, "seed"])]
+
+
+def _usual_state(model: str, preset: str) -> float | None:
+    import models
+
+    try:
+        return getattr(models.config(f"{model}-{preset}"), "d_state", None)
+    except ValueError:  # a preset of another version
+        return None
 
 
 def _variant(row: dict[Any, Any]) -> str:
@@ -56,7 +87,10 @@ def variants(table: pd.DataFrame) -> list[str]:
     first = table.drop_duplicates("variant")
     order = {family: i for i, family in enumerate(FAMILIES)}
     rows = zip(
-        first["model"].map(order), first["position"].fillna("").map(str), first["variant"], strict=True
+        first["model"].map(order),
+        first["position"].astype(object).fillna("").map(str),
+        first["variant"],
+        strict=True,
     )
     return [name for *_, name in sorted(rows)]
 

@@ -7,11 +7,9 @@ Where `value` comes with `reached`, value is what was needed if reached and what
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -344,30 +342,3 @@ def holm(p: Any) -> np.ndarray:
     corrected = np.empty_like(data)
     corrected[order] = np.minimum(np.maximum.accumulate(data[order] * np.arange(len(data), 0, -1)), 1)
     return corrected
-
-
-def compare_families(
-    outcomes: pd.DataFrame,
-    on: Sequence[str] = ("layout", "seq_len", "seed"),
-    factor: str = "model",
-    value: str = "value",
-) -> pd.DataFrame:
-    """All pairs of levels of `factor`: one row each with the fields of the test and p_holm over all pairs.
-
-    outcomes: result of `scaling.examples_to_threshold`. Its censored `value` goes to `paired_sign_test`, any
-    other column (accuracy) to `paired_test`. Raises ValueError for a single level, and as these.
-    """
-    require(outcomes, [factor, *on, value], "outcomes")
-    levels = outcomes[factor].dropna().unique()
-    if len(levels) < 2:
-        raise ValueError(f"outcomes has {len(levels)} level of {factor}; a comparison needs two")
-    rows: list[dict[str, Any]] = []
-    for a, b in combinations(levels, 2):
-        test: PairedTest | SignTest
-        if value == "value":
-            test = paired_sign_test(outcomes, a, b, on, factor=factor)
-        else:
-            test = paired_test(outcomes, a, b, on, value, factor)
-        rows.append(dataclasses.asdict(test))
-    table = pd.DataFrame(rows)
-    return table.assign(p_holm=holm(table["p"]))

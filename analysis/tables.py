@@ -13,19 +13,26 @@ ORDER = ["run", "model", "kind", "step", "length"]  # rows are sorted by these, 
 
 
 def load(runs: str | Path | Iterable[str | Path], table: str = "results") -> pd.DataFrame:
-    """All evaluations below one or several places, one row each, sorted by run and step.
+    """All evaluations in one or several places, one row each, sorted by run and step.
 
     runs: a folder of runs (what --out names), or a Parquet file of the same columns, such as a study's
-        committed results. table: "results", or "targets" for right answers by part of the context.
-        Columns and their meaning: `synthetic.results.EVALUATION` and `TARGET`.
-    Raises ValueError, in one line, if there is nothing to read.
+        committed results. table: "results", or "targets" for right answers by part of the context (of a
+        file results.parquet: targets.parquet beside it). Columns and their meaning:
+        `synthetic.results.EVALUATION` and `TARGET`.
+    Raises ValueError, in one line, if there is nothing to read, or it is not of the results store.
     """
     import pandas as pd
 
     places = [runs] if isinstance(runs, (str, Path)) else list(runs)
-    frames = [pd.read_parquet(path) for place in places for path in _files(Path(place), table)]
+    frames = []
+    for path in (path for place in places for path in _files(Path(place), table)):
+        frames.append(pd.read_parquet(path))
+        missing = [name for name in (*ORDER, "purpose", "accuracy")[: None if table == "results" else -1]
+                   if name not in frames[-1]]  # fmt: skip
+        if missing:
+            raise ValueError(f"{path} lacks {', '.join(missing)}; it is not a file of the results store")
     if not frames:
-        raise ValueError(f"no runs in {', '.join(map(str, places))}; train some, or give another folder")
+        raise ValueError(f"no {table} in {', '.join(map(str, places))}; train some, or give another folder")
     frame = _concat(frames)
     keys = [name for name in (*ORDER, "target_low") if name in frame]
     return frame.sort_values(keys, kind="stable", ignore_index=True)
@@ -33,9 +40,10 @@ def load(runs: str | Path | Iterable[str | Path], table: str = "results") -> pd.
 
 def _files(place: Path, table: str) -> list[Path]:
     if place.is_file():
-        # a study's other table lies beside the one that is named
-        other = place.with_name(place.name.replace("results", table))
-        return [other] if other.exists() else []
+        if table == "results":
+            return [place]
+        beside = place.with_name(f"{table}.parquet")
+        return [beside] if place.name == "results.parquet" and beside.exists() else []
     if not place.is_dir():
         raise ValueError(f"{place} does not exist; give a folder of runs or a Parquet file")
     own = place / f"{table}.parquet"

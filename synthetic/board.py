@@ -69,7 +69,7 @@ class Board:
         else:
             self.state[job.folder] = "waiting"
         if not self.console.is_terminal:
-            self.console.print(self._line(job, problem, final), highlight=False, soft_wrap=True)
+            self.console.print(self._line(job, problem, final), highlight=False, markup=False, soft_wrap=True)
 
     def _line(self, job: Job, problem: str | None, final: bool) -> str:
         counts = Counter(self.state.values())
@@ -113,11 +113,11 @@ class Board:
     def _cells(self, job: Job) -> list[Text | str]:
         state, note = self.state[job.folder], self.note.get(job.folder, {})
         if "problem" in note:
-            return [Text(state, style=COLORS[state]), "", "", note["problem"][:40], ""]
-        total = job.plan.steps or "?"
+            return [Text(state, style=COLORS[state]), "", "", Text(note["problem"][:40]), ""]
+        total = f"/{job.plan.steps:,}" if job.plan.steps is not None else ""
         return [
             Text(state, style=COLORS[state]),
-            f"{note['step']:,}/{total:,}" if note else "",
+            f"{note['step']:,}{total}" if note else "",
             str(note["length"]) if note else "",
             f"{note['heldout']:.3f}" if note else "",
             f"{note['seconds']:.0f}" if note else "",

@@ -14,7 +14,6 @@ from rich.table import Table
 from analysis.style import NAMES
 from synthetic.config import Plan
 
-SHOWN = ("task", "layout", "queries", "seq_len", "model", "preset", "position", "d_state", "n_layer", "lr")
 MARKERS = {"transformer": "T", "mamba": "M", "mamba2": "2", "hybrid": "H"}
 
 
@@ -109,14 +108,13 @@ def cells(evaluations: pd.DataFrame) -> Table:
 
     evaluations: rows of the results store (`analysis.load`).
     """
-    from analysis.scaling import CELL, summarise
+    from analysis.scaling import summarise
+    from analysis.settings import cell_of
 
-    more = [name for name in SHOWN if name not in CELL and evaluations[name].nunique(dropna=False) > 1]
-    rows = summarise(evaluations, by=[*CELL, *more])
+    keys = cell_of(evaluations)
+    rows = summarise(evaluations, by=keys)
     # what only tells families apart, as the depth of a preset, goes without saying
-    differs = (
-        rows.groupby("model")[[n for n in SHOWN if n in rows and n != "model"]].nunique(dropna=False) > 1
-    )
+    differs = rows.groupby("model")[[name for name in keys if name != "model"]].nunique(dropna=False) > 1
     varying = ["model", *differs.columns[differs.any()]]
     table = Table(title="Held-out accuracy over seeds", box=box.SIMPLE_HEAD, padding=(0, 1))
     for name in varying:

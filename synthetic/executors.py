@@ -22,7 +22,10 @@ from typing import Any, Protocol
 from synthetic.config import Plan, RunConfig
 
 HEARTBEAT = 1.0  # seconds between the notes a run leaves for the live table
-LOCK_SECONDS = 15.0  # that a run waits for the last owner of its folder, a killed sweep's worker, to be gone
+
+
+class Unavailable(Exception):
+    """What executes the runs is not installed or cannot be reached; one line with the remedy."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,20 @@ class Job:
     def finished(self) -> bool:
         return (self.own / "result.json").exists()
 
+    def bring_up_to_date(self) -> None:
+        """Mend what a kill after a run's last word, or another sweep's purpose for the run, left behind."""
+        from synthetic import results, store
+
+        if not self.finished():
+            return
+        path = self.folder / "config.json"
+        saved = store.read_json(path)
+        if saved.get("purpose") != self.purpose:
+            store.write_json(path, saved | {"purpose": self.purpose})
+        elif not results.behind(self.folder, self.plan.family):
+            return
+        results.record(self.folder, self.plan.family)
+
 
 class Handle(Protocol):
     """What `concurrent.futures.Future` and submitit's jobs have in common."""
@@ -60,11 +77,11 @@ class Executor(Protocol):
 def execute(job: Job) -> None:
     """Train a job's model, resuming what is there, and keep its part of the results store up to date.
 
-    Raises whatever training raises, after leaving its traceback in <folder>/error.txt, and RuntimeError if
-    another process is at work in the folder.
+    Waits while another process is at work in the folder: a worker of a killed sweep, or another sweep's.
+    Raises whatever training raises, after leaving its traceback in <folder>/error.txt.
     """
     import torch
-    from filelock import FileLock, Timeout
+    from filelock import FileLock
 
     from models.ops.memory import keep_freed_memory
     from synthetic import results, store
@@ -85,13 +102,11 @@ def execute(job: Job) -> None:
 
     job.folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(job.folder / ".lock", timeout=LOCK_SECONDS):
+        with FileLock(job.folder / ".lock"):
             store.prepare(job.folder, vars(job.config), [job.plan.to_dict()], job.threads, job.purpose)
             train(job.plan, job.folder, listener)
             results.record(job.folder, family)
             (job.folder / "error.txt").unlink(missing_ok=True)
-    except Timeout:
-        raise RuntimeError(f"another process is working in {job.folder}") from None
     except Exception:
         store.write_bytes(job.folder / "error.txt", traceback.format_exc().encode())
         raise
@@ -124,8 +139,10 @@ def _start_worker(counter: Synchronized[int], gpus: int, threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which stops its workers
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if gpus:
+        allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = allowed.split(",") if allowed else [str(i) for i in range(gpus)]
         with counter.get_lock():
-            os.environ["CUDA_VISIBLE_DEVICES"] = str(counter.value % gpus)
+            os.environ["CUDA_VISIBLE_DEVICES"] = names[counter.value % len(names)]
             counter.value += 1
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
@@ -147,7 +164,7 @@ class Ray:
         try:
             import ray
         except ImportError as error:
-            raise ValueError('--executor ray needs Ray: pip install -e ".[ray]"') from error
+            raise Unavailable('--executor ray needs Ray: pip install -e ".[ray]"') from error
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # This driver asks for no GPU, which shall not hide them from a local cluster's tasks.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -155,7 +172,7 @@ class Ray:
         try:
             ray.init(address=address, log_to_driver=False, **here)
         except ConnectionError as error:
-            raise ValueError(f"--address {address}: no Ray cluster there ({error})") from error
+            raise Unavailable(f"--address {address}: no Ray cluster there ({error})") from error
         self.ray = ray
         options = dict(
             num_cpus=threads,
@@ -187,7 +204,7 @@ class Slurm:
         try:
             import submitit
         except ImportError as error:
-            raise ValueError('--executor slurm needs submitit: pip install -e ".[slurm]"') from error
+            raise Unavailable('--executor slurm needs submitit: pip install -e ".[slurm]"') from error
         given = dict(parameters)
         cluster = given.pop("cluster", "slurm")
         defaults = dict(cpus_per_task=threads, name="sweep", timeout_min=24 * 60, gpus_per_node=int(gpu))
@@ -195,7 +212,7 @@ class Slurm:
             self.executor = submitit.AutoExecutor(folder=folder / "slurm", cluster=cluster)
             self.executor.update_parameters(**(defaults | given))
         except (RuntimeError, NameError) as error:  # no sbatch here; a parameter that it does not know
-            raise ValueError(f"--executor slurm: {error}") from error
+            raise Unavailable(f"--executor slurm: {error}") from error
         self.jobs: list[Any] = []
 
     def submit(self, job: Job) -> Handle:

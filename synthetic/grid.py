@@ -56,7 +56,11 @@ class Sweep:
 
     def __post_init__(self) -> None:
         check(len(self.runs) > 0, "runs is empty; give at least one RunConfig")
+        for name in ("runs", "learning_rates", "validation_seeds"):
+            value = getattr(self, name)
+            check(isinstance(value, (tuple, list)), f"{name} {value!r} must be a list or tuple")
         for run in self.runs:
+            _check_values(run)
             check(len(run.model) == 1, f"model {run.model} of a sweep's run must be a single one")
         both = set(self.validation_seeds) & {run.seed for run in self.runs}
         check(not both, f"seeds {sorted(both)} both choose learning rates and are reported; separate them")
@@ -80,11 +84,12 @@ def grid(base: RunConfig | None = None, **axes: Any) -> list[RunConfig]:
     values = [list(v) if _several(v) else [v] for v in axes.values()]
     runs = []
     for combination in itertools.product(*values):
-        chosen = dict(zip(axes, combination, strict=True))
+        plain = (v.item() if isinstance(v, np.generic) else v for v in combination)
+        chosen = dict(zip(axes, plain, strict=True))
         if isinstance(chosen.get("model"), str):
             chosen["model"] = (chosen["model"],)
         run = dataclasses.replace(base or RunConfig(), **chosen)
-        _check_choices(run)
+        _check_values(run)
         runs.append(run)
     return runs
 
@@ -99,26 +104,33 @@ def _known(options: Mapping[str, Any]) -> None:
         check(name in valid, f"a sweep has no option {name!r}; valid: {', '.join(valid)}")
 
 
-def _check_choices(run: RunConfig) -> None:
+def _check_values(run: RunConfig) -> None:
     """The command line checks these by itself; a Python file has nobody else to do it."""
     for name, kind in typing.get_type_hints(RunConfig).items():
-        choices = _choices(kind)
         value = getattr(run, name)
+        choices, types = _allowed(kind)
         for one in value if isinstance(value, tuple) else (value,):
             check(
-                not choices or one in choices,
-                f"{name} {one!r} is not valid; choose from {', '.join(map(str, choices))}",
+                one in choices or (isinstance(one, types) and not isinstance(one, bool)),
+                f"{name} {one!r} is not valid; "
+                + (
+                    f"choose from {', '.join(map(str, choices))}"
+                    if choices
+                    else f"its type is {getattr(kind, '__name__', kind)}"
+                ),
             )
 
 
-def _choices(kind: Any) -> tuple[Any, ...]:
-    """The members of a Literal, also inside tuple[...] and with None."""
+def _allowed(kind: Any) -> tuple[tuple[Any, ...], tuple[type, ...]]:
+    """The values of the Literals in a type, None if it is in it, and its plain types; int counts as float."""
     if typing.get_origin(kind) is typing.Literal:
-        return typing.get_args(kind)
-    found: tuple[Any, ...] = ()
-    for part in typing.get_args(kind):
-        found += _choices(part)
-    return (*found, None) if found and type(None) in typing.get_args(kind) else found
+        return typing.get_args(kind), ()
+    if kind is type(None):
+        return (None,), ()
+    parts = [_allowed(part) for part in typing.get_args(kind) if part is not Ellipsis]
+    if not parts:
+        return (), (int, float) if kind is float else (kind,)
+    return sum((p[0] for p in parts), ()), sum((p[1] for p in parts), ())
 
 
 def load(file: Path) -> Sweep:
@@ -161,25 +173,32 @@ def validation_runs(sweep: Sweep) -> dict[Group, dict[float, list[RunConfig]]]:
     first: dict[Group, RunConfig] = {}
     for run in sweep.runs:
         first.setdefault(group(run), run)
+    try:
+        tuned = {name: sweep.tune(run) for name, run in first.items()}
+    except Exception as error:  # anything: it is the user's program
+        raise ValueError(f"tune: {type(error).__name__}: {error}") from error
+    for run in tuned.values():
+        check(isinstance(run, RunConfig), f"tune returns {type(run).__name__}, not a RunConfig")
+        _check_values(run)
     return {
         name: {
-            lr: [dataclasses.replace(sweep.tune(run), lr=lr, seed=s) for s in sweep.validation_seeds]
+            lr: [dataclasses.replace(run, lr=lr, seed=seed) for seed in sweep.validation_seeds]
             for lr in sweep.learning_rates
         }
-        for name, run in first.items()
+        for name, run in tuned.items()
     }
 
 
-def score(rows: Sequence[Row], steps: int) -> float:
+def score(rows: Sequence[Row], total: int, by: str = "step") -> float:
     """Mean held-out accuracy over the whole budget of one run: it rewards learning fast and learning far.
 
-    rows: the run's evaluations at its full length, in order (columns step, accuracy). The accuracy between
-    two evaluations counts as the earlier one's, that before the first as 0, and that after an early stop as
-    the last one's.
+    rows: the run's evaluations at its full length, in order (columns `by` and accuracy). total: its whole
+    budget in the same unit, "step" or "examples". The accuracy between two evaluations counts as the earlier
+    one's, that before the first as 0, and that after an early stop as the last one's.
     """
-    at = np.array([0, *(row["step"] for row in rows), steps], dtype=float)
+    at = np.minimum([0, *(row[by] for row in rows), total], total)
     accuracy = np.array([0.0, *(row["accuracy"] for row in rows)])
-    return float((np.diff(at) * accuracy).sum() / steps)
+    return float((np.diff(at) * accuracy).sum() / total)
 
 
 def choose(scores: Mapping[float, Sequence[float]]) -> float:

@@ -77,6 +77,7 @@ EVALUATION = {
     "ci_low": ("float64", "Wilson 95 % interval of this evaluation alone"),
     "ci_high": ("float64", "its upper end"),
     "chance": ("float64", "accuracy of a guess"),
+    "longest_length": ("int64", "longest context whose training accuracy passed 0.95; in final rows only"),
 }
 TARGET = {
     **CONFIG,
@@ -99,6 +100,13 @@ def record(folder: Path, family: str) -> None:
         path = folder.parent / name / f"{folder.name}.{family}.parquet"
         path.parent.mkdir(exist_ok=True)
         store.write_bytes(path, to_parquet(content, columns))
+
+
+def behind(folder: Path, family: str) -> bool:
+    """Whether the data sets lack something of a finished run, because a process ended before `record` did."""
+    result = (folder / family / "result.json").stat().st_mtime_ns
+    paths = (folder.parent / name / f"{folder.name}.{family}.parquet" for name in (RESULTS, TARGETS))
+    return any(not path.exists() or path.stat().st_mtime_ns < result for path in paths)
 
 
 def tables(folder: Path, family: str) -> tuple[list[Row], list[Row]]:

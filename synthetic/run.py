@@ -24,9 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(config)
     except (ValueError, ImportError) as error:
-        return _fail(str(error))
+        return fail(str(error))
     except OSError as error:
-        return _fail(_explain(error, config.out))
+        return fail(explain(error, config.out))
     except KeyboardInterrupt:  # the second Ctrl-C: the last checkpoint is what remains
         return INTERRUPTED
 
@@ -37,12 +37,12 @@ def write_anything() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
-def _fail(message: str) -> int:
+def fail(message: str) -> int:
     print("error: " + " ".join(message.split()), file=sys.stderr)
     return BAD_INPUT
 
 
-def _explain(error: OSError, out: str) -> str:
+def explain(error: OSError, out: str) -> str:
     if error.errno == errno.ENOSPC:
         return f"--out {out}: the disk is full; free some space and run the same command to resume"
     if isinstance(error, PermissionError) or error.errno == errno.EROFS:
@@ -63,7 +63,7 @@ def run(config: RunConfig) -> int:
     if config.threads:
         torch.set_num_threads(config.threads)
     if not config.model:
-        return _fail("--model needs at least one of " + ", ".join(FAMILIES))
+        return fail("--model needs at least one of " + ", ".join(FAMILIES))
     plans = [plan(config, family) for family in config.model]
     folder = Path(config.out) / run_id(plans)
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def run(config: RunConfig) -> int:
             store.prepare(folder, vars(config), [p.to_dict() for p in plans], torch.get_num_threads())
             return _train_all(plans, folder)
     except Timeout:
-        return _fail(f"--out {config.out}: another process is working in {folder}; wait for it or stop it")
+        return fail(f"--out {config.out}: another process is working in {folder}; wait for it or stop it")
 
 
 def _train_all(plans: list[Plan], folder: Path) -> int:

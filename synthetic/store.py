@@ -20,6 +20,7 @@ import os
 import platform
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -38,7 +39,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
     Several processes may write the same file: each has a temporary one of its own, and the last one stays.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from synthetic.run import write_anything
+from synthetic.run import explain, fail, write_anything
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from synthetic.executors import Executor, Handle, Job
     from synthetic.grid import Group, Sweep
 
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+FAILED, INTERRUPTED = 1, 130
 POLL_SECONDS = 0.1
 REFRESH_SECONDS = 1.0
 
@@ -60,18 +60,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 if runs failed, 2 for bad input, 130 if stopped."""
     write_anything()
     options = tyro.cli(Options, args=argv, prog="python -m synthetic.sweep")
+    from synthetic.executors import Unavailable
+
+    try:
+        wanted = Wanted.read(options)
+    except ValueError as error:
+        return fail(str(error))
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return sweep(options)
-    except (ValueError, ImportError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        return BAD_INPUT
+        return sweep(wanted)
+    except Unavailable as error:
+        return fail(str(error))
     except OSError as error:
-        print(
-            f"error: --out: {error.strerror or error}; mend the cause and run the same command",
-            file=sys.stderr,
-        )
-        return BAD_INPUT
+        return fail(explain(error, str(wanted.out)))
     except KeyboardInterrupt:
         print(
             "stopped; what ran goes on from its last checkpoint when the same command is given",
@@ -86,60 +87,82 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def sweep(options: Options) -> int:
+@dataclass(frozen=True)
+class Wanted:
+    """A sweep's file, read and planned: what can be refused has been refused."""
+
+    options: Options
+    sweep: Sweep
+    out: Path
+    tuning: dict[Group, dict[float, list[Job]]]  # validation runs of every candidate
+    reported: list[Job]  # with default learning rates where these are to be chosen
+
+    @classmethod
+    def read(cls, options: Options) -> Wanted:
+        """Raises ValueError, in one line, for bad options, files and runs."""
+        from synthetic import grid
+        from synthetic.config import check
+
+        for name in ("workers", "threads", "retries"):
+            value, least = getattr(options, name), 1 if name == "threads" else 0
+            check(value >= least, f"--{name} {value} must be at least {least}")
+        check(
+            options.address is None or options.executor == "ray",
+            f"--address {options.address} is for --executor ray; give both or neither",
+        )
+        wanted = grid.load(options.file)
+        out = Path(options.out or wanted.out or grid.default_out(options.file)).resolve()
+        try:
+            validation = grid.validation_runs(wanted) if wanted.learning_rates else {}
+            tuning = {
+                name: {
+                    lr: [_job(run, out, options, "validation") for run in runs] for lr, runs in rates.items()
+                }
+                for name, rates in validation.items()
+            }
+            reported = [_job(run, out, options) for run in wanted.runs]
+        except ValueError as error:
+            raise ValueError(f"FILE {options.file}: {error}") from error
+        return cls(options, wanted, out, tuning, reported)
+
+    def validation(self) -> list[Job]:
+        return [job for rates in self.tuning.values() for jobs in rates.values() for job in jobs]
+
+
+def _job(
+    config: RunConfig, out: Path, options: Options, purpose: str = "report", lr: float | None = None
+) -> Job:
+    import dataclasses
+
+    from synthetic.config import plan, run_id
+    from synthetic.executors import Job
+
+    if lr is not None:
+        config = dataclasses.replace(config, lr=lr)
+    settled = plan(config, config.model[0], elsewhere=options.executor != "local")
+    return Job(config, settled, out / run_id([settled]), purpose, options.threads)
+
+
+def sweep(wanted: Wanted) -> int:
     """Choose learning rates, train the reported runs, print the summary."""
     from rich.console import Console
 
     from synthetic import grid
-    from synthetic.config import check
 
-    for name in ("workers", "threads", "retries"):
-        value, least = getattr(options, name), 1 if name == "threads" else 0
-        check(value >= least, f"--{name} {value} must be at least {least}")
-    check(
-        options.address is None or options.executor == "ray",
-        f"--address {options.address} is for --executor ray; give both or neither",
-    )
-    wanted = grid.load(options.file)
-    out = Path(options.out or wanted.out or grid.default_out(options.file)).resolve()
-    console = Console()
-    make = _JobMaker(out, options)
-    validation = grid.validation_runs(wanted) if wanted.learning_rates else {}
-    tuning = {
-        name: {lr: [make(run, "validation") for run in runs] for lr, runs in candidates.items()}
-        for name, candidates in validation.items()
-    }
-    first = [job for rates in tuning.values() for jobs in rates.values() for job in jobs]
-    reported = [make(run) for run in wanted.runs]  # also with settled rates to come: finds bad input now
+    console, options, out, reported = Console(), wanted.options, wanted.out, wanted.reported
     if options.dry_run:
-        return _list(first, wanted, reported, console)
+        return _list(wanted, console)
     out.mkdir(parents=True, exist_ok=True)
-    with _Pool(options, wanted, out, [*first, *reported]) as pool:
-        failed = _run_all(first, pool, options, console)
-        rates = choose_rates(tuning, failed)
-        if tuning:
-            _report_rates(rates, tuning, failed, out, console)
-            kept = [run for run in wanted.runs if grid.group(run) in rates]
-            reported = [make(run, lr=rates[grid.group(run)]) for run in kept]
-        failed += _run_all(_distinct(reported), pool, options, console)
+    with _Pool(wanted) as pool:
+        failed = _run_all(wanted.validation(), pool, options, console)
+        if wanted.tuning:
+            rates = choose_rates(wanted.tuning, failed)
+            _report_rates(rates, wanted.tuning, failed, out, console)
+            kept = [run for run in wanted.sweep.runs if grid.group(run) in rates]
+            reported = [_job(run, out, options, lr=rates[grid.group(run)]) for run in kept]
+        failed += _run_all(reported, pool, options, console)
     _summary(_distinct(reported), out, console)
-    return _report_failures(failed, len(wanted.runs) - len(reported), console)
-
-
-class _JobMaker:
-    def __init__(self, out: Path, options: Options):
-        self.out, self.options = out, options
-
-    def __call__(self, config: RunConfig, purpose: str = "report", lr: float | None = None) -> Job:
-        import dataclasses
-
-        from synthetic.config import plan, run_id
-        from synthetic.executors import Job
-
-        if lr is not None:
-            config = dataclasses.replace(config, lr=lr)
-        settled = plan(config, config.model[0], elsewhere=self.options.executor != "local")
-        return Job(config, settled, self.out / run_id([settled]), purpose, self.options.threads)
+    return _report_failures(failed, len(wanted.reported) - len(reported), console)
 
 
 def _distinct(jobs: list[Job]) -> list[Job]:
@@ -149,11 +172,12 @@ def _distinct(jobs: list[Job]) -> list[Job]:
 class _Pool:
     """Makes the executor when the first job needs it: a finished sweep starts no process."""
 
-    def __init__(self, options: Options, wanted: Sweep, out: Path, jobs: list[Job]):
+    def __init__(self, wanted: Wanted):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.options, self.wanted, self.out = options, wanted, out
+        self.options, self.wanted = wanted.options, wanted
+        jobs = [*wanted.validation(), *wanted.reported]
         self.gpu = any(job.plan.device == "cuda" for job in jobs)
-        self.workers = options.workers or max(1, cores // options.threads)
+        self.workers = self.options.workers or max(1, cores // self.options.threads)
         self.executor: Executor | None = None
 
     @property
@@ -176,7 +200,7 @@ class _Pool:
         if o.executor == "ray":
             return executors.Ray(self.workers, o.threads, o.address, self.gpu)
         if o.executor == "slurm":
-            return executors.Slurm(self.out, o.threads, self.wanted.slurm, self.gpu)
+            return executors.Slurm(self.wanted.out, o.threads, self.wanted.sweep.slurm, self.gpu)
         return executors.Local(self.workers, o.threads)
 
     def __enter__(self) -> _Pool:
@@ -197,6 +221,8 @@ def _run_all(jobs: list[Job], pool: _Pool, options: Options, console: Console) -
     jobs = _distinct(jobs)
     if not jobs:
         return []
+    for job in jobs:
+        job.bring_up_to_date()
     failures: list[Failure] = []
     with Board(jobs, console, pool.words) as board:
         running = {pool.submit(job): (job, 0) for job in jobs if not job.finished()}
@@ -243,7 +269,9 @@ def _score(job: Job) -> float:
     from synthetic import grid, store
 
     rows = [r for r in store.read_rows(job.folder / "metrics.jsonl") if r["length"] == job.plan.seq_len]
-    return grid.score(rows, job.plan.steps or rows[-1]["step"])
+    if job.plan.steps is not None:
+        return grid.score(rows, job.plan.steps)
+    return grid.score(rows, job.plan.budget or 1, by="examples")
 
 
 def _report_rates(
@@ -274,13 +302,14 @@ def _report_rates(
     store.write_json(out / "learning_rates.json", rows)
 
 
-def _list(first: list[Job], wanted: Sweep, reported: list[Job], console: Console) -> int:
-    for job in _distinct(first):
+def _list(wanted: Wanted, console: Console) -> int:
+    for job in _distinct(wanted.validation()):
         console.print(f"{_state(job)}  validation  {job.folder.name}", highlight=False, soft_wrap=True)
-    if wanted.learning_rates:
-        print(f"and {len(_distinct(reported))} reported runs with the learning rates chosen from these")
+    reported = _distinct(wanted.reported)
+    if wanted.tuning:
+        print(f"and {len(reported)} reported runs, named once learning rates are chosen from these")
         return 0
-    for job in _distinct(reported):
+    for job in reported:
         console.print(f"{_state(job)}  report      {job.folder.name}", highlight=False, soft_wrap=True)
     return 0
 
@@ -295,24 +324,20 @@ def _summary(jobs: list[Job], out: Path, console: Console) -> None:
     from synthetic import results
     from synthetic.display import cells
 
-    done = [job for job in jobs if job.finished()]
-    for job in done:  # a run of an earlier version, or one that was killed just before its last word
-        if not (out / results.RESULTS / f"{job.folder.name}.{job.plan.family}.parquet").exists():
-            results.record(job.folder, job.plan.family)
-    if not done:
-        return
-    table = analysis.load(out)
-    console.print(cells(table[table["run"].isin([job.folder.name for job in done])]))
-    console.print(f"results: {out / results.RESULTS} (Parquet)", highlight=False, soft_wrap=True)
+    done = [job.folder.name for job in jobs if job.finished()]
+    if done:
+        table = analysis.load(out)
+        console.print(cells(table[table["run"].isin(done)]))
+        console.print(f"results: {out / results.RESULTS} (Parquet)", highlight=False, soft_wrap=True)
 
 
 def _report_failures(failed: list[Failure], blocked: int, console: Console) -> int:
     for job, problem in failed:
-        console.print(f"[red]failed[/]: {job.folder}: {problem}", highlight=False, soft_wrap=True)
+        console.print(f"failed: {job.folder}: {problem}", highlight=False, markup=False, soft_wrap=True)
     if blocked > 0:
-        console.print(f"[red]not run[/]: {blocked} runs, for want of a learning rate", highlight=False)
+        console.print(f"not run: {blocked} runs, for want of a learning rate", highlight=False)
     if failed or blocked > 0:
-        console.print("each failed run has an error.txt; the same command tries them again", highlight=False)
+        console.print("error.txt in a failed run's folder says more; the same command tries them again")
         return FAILED
     return 0
 

@@ -128,11 +128,10 @@ class Session:
 
     def _evaluate(self, train_loss: float, train_accuracy: float) -> None:
         plan, now = self.plan, self.progress
-        for length in sorted({now.length, plan.seq_len}):
-            result = self._heldout(plan.eval_examples, length)
-            if length == plan.seq_len:
-                now.heldout = result.accuracy
-            now.seconds = time.monotonic() - self.started
+        results = [self._heldout(plan.eval_examples, n) for n in sorted({now.length, plan.seq_len})]
+        now.heldout = results[-1].accuracy
+        now.seconds = time.monotonic() - self.started
+        for result in results:
             row = self._row(result, train_loss=train_loss, train_accuracy=train_accuracy)
             row["targets"] = result.by_target(TARGET_BINS)
             store.append_row(self.metrics, row)

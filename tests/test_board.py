@@ -75,6 +75,19 @@ def test_what_does_not_fit_is_counted(jobs):
     assert not any("run-0" in line for line in text)  # the finished one
 
 
+def test_runs_that_count_sequences_and_problems_with_brackets(tmp_path):
+    (run,) = grid(model="mamba", seq_len=8, budget=500, device="cpu")
+    job = Job(run, plan(run, "mamba"), tmp_path / "run-0")
+    (job.folder / "mamba").mkdir(parents=True)
+    board = Board([job], terminal(), "2 processes")
+    note(job, 20)
+    board.refresh()
+    (line,) = (line for line in shown(board) if "run-0" in line)
+    assert line.split()[1:3] == ["running", "20"]
+    board.ended(job, "RuntimeError: [/x] no memory", final=True)
+    assert any("[/x] no memory" in line for line in shown(board))
+
+
 def test_without_a_terminal_there_is_a_line_per_run(jobs):
     file = io.StringIO()
     with Board(jobs, Console(file=file, width=100), "2 processes") as board:

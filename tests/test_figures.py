@@ -52,7 +52,7 @@ def test_position_schemes_and_whatever_else_differs_are_named():
         run_rows("transformer", 8, 1, [0.5], position="rope", rotary_pct=1.0),
         run_rows("transformer", 8, 2, [0.5], position="none"),
         run_rows("transformer", 8, 3, [0.5], lr=1e-3),
-        run_rows("transformer", 8, 4, [0.5], lr=2e-3),
+        run_rows("transformer", 8, 3, [0.5], lr=2e-3),
     ]
     table = settings.label(tables(runs)[0])
     assert set(table["variant"]) == {
@@ -92,14 +92,14 @@ def test_accuracy_curves_have_a_panel_per_setting_and_length(sweep):
     assert [t.get_text() for t in axes[3].texts] == ["not run"]
 
 
-def test_examples_vs_length_shows_every_run_and_the_fit(sweep):
-    table = plots.threshold_table(sweep[0])
+def test_cost_vs_length_shows_every_run_and_the_fit(sweep):
+    table = plots.threshold_table(sweep[0], "examples")
     dense = table[table["setting"] == "suffix, dense queries"]
     transformer = dense[dense["variant"] == "Transformer"]
     assert (transformer["value"] == 1000 * transformer["seq_len"] / 8).all() and transformer["reached"].all()
     mamba = dense[(dense["variant"] == "Mamba") & (dense["seq_len"] == 16)]
     assert not mamba["reached"].any() and (mamba["value"] == 4000).all()
-    ax = plots.examples_vs_length(table).axes[0]
+    ax = plots.cost_vs_length(table).axes[0]
     hollow = [line for line in ax.get_lines() if line.get_marker() == "^"]
     assert sum(len(line.get_xdata()) for line in hollow) == 3
     fits = [line for line in ax.get_lines() if line.get_linestyle() == "-" and len(line.get_xdata()) == 2]
@@ -109,15 +109,16 @@ def test_examples_vs_length_shows_every_run_and_the_fit(sweep):
 
 
 def test_scaling_and_comparisons(sweep):
-    laws = plots.scaling_table(sweep[0]).set_index(["variant", "setting"])
-    assert laws.loc[("Transformer", "suffix, dense queries"), "exponent"] == pytest.approx(1.0)
-    table = comparisons(plots.threshold_table(sweep[0]))
+    laws = plots.scaling_table(sweep[0]).set_index(["unit", "variant", "setting"])
+    for unit in ("examples", "tokens"):  # in proportion in these runs
+        assert laws.loc[(unit, "Transformer", "suffix, dense queries"), "exponent"] == pytest.approx(1.0)
+    table = comparisons(plots.threshold_table(sweep[0], "tokens"))
     pair = table[table["kind"] == "variant"].iloc[0]
     assert (pair["a"], pair["b"], pair["n"]) == ("Mamba", "Transformer", 6)
     assert pair["b_first"] == 6 and pair["p"] == pytest.approx(2 / 2**6)
-    layouts = table[(table["kind"] == "setting") & table["a"].eq("prefix, single query")]
-    single = layouts[layouts["b"] == "suffix, single query"].iloc[0]
-    assert (single["within"], single["n"], single["a_first"]) == ("Mamba", 3, 3)
+    (single,) = table[table["kind"] == "layout"].to_dict("records")  # dense against single is no question
+    assert (single["within"], single["a"], single["b"]) == ("Mamba, single query", "prefix", "suffix")
+    assert (single["n"], single["a_first"], single["p_holm"]) == (3, 3, single["p"])
 
 
 def test_state_size(sweep):
@@ -152,6 +153,54 @@ def test_accuracy_by_position(sweep):
     assert len(figure.axes) == 3 and figure.axes[0].get_ylabel() == "final held-out accuracy"
 
 
+def test_runs_that_would_stand_in_one_cell_are_told_apart():
+    runs = [run_rows("mamba", 8, 0, [0.5], steps=steps) for steps in (300, 600)]
+    table = settings.label(tables(runs)[0])
+    assert settings.variants(table) == ["Mamba, steps 300", "Mamba, steps 600"]
+    assert "steps" in settings.cell_of(tables(runs)[0])
+
+
+def test_the_usual_state_is_the_presets():
+    """Mamba-2 has 64 states at `tiny` and 128 at the published sizes."""
+    sizes = (("tiny", 64), ("tiny", 16), ("130m", 128), ("130m", 64))
+    runs = [run_rows("mamba2", 8, 0, [0.5], preset=preset, d_state=state) for preset, state in sizes]
+    table = settings.label(tables(runs)[0])
+    usual = table[table["usual_state"]]
+    assert set(zip(usual["preset"], usual["d_state"], strict=True)) == {("tiny", 64), ("130m", 128)}
+    assert settings.variants(table) == ["Mamba-2, preset 130m", "Mamba-2, preset tiny"]
+
+
+def test_other_tasks_have_no_dense_queries():
+    table = settings.label(tables([run_rows("mamba", 8, 0, [0.5], task="mqar", layout=None)])[0])
+    assert set(table["setting"]) == {"its own layout"}
+
+
+def test_two_models_of_one_folder_and_an_unfinished_run(tmp_path, capsys):
+    """As `synthetic.run --model mamba mamba2` leaves them; a third run has only begun."""
+    runs = []
+    for model in ("mamba", "mamba2"):
+        for state in (4, 16):
+            rows, targets = run_rows(model, 8, 0, [0.5, 0.97], d_state=state)
+            renamed = [[row | {"run": f"both-{state}"} for row in part] for part in (rows, targets)]
+            runs.append(tuple(renamed))
+    rows, targets = run_rows("mamba", 16, 1, [0.2])
+    runs.append(([row | {"length": 4, "kind": "during"} for row in rows[:1]], []))
+    for name, table, columns in zip(
+        ("results", "targets"), tables(runs), (results.EVALUATION, results.TARGET), strict=True
+    ):
+        rows = table.astype(object).where(table.notna(), None).to_dict("records")
+        store.write_bytes(tmp_path / f"{name}.parquet", results.to_parquet(rows, columns))
+    assert curves.main([str(tmp_path / "results.parquet"), "--out", str(tmp_path / "out")]) == 0
+    assert "1 runs have no evaluation at their full length yet" in capsys.readouterr().out
+    states = pd.read_csv(tmp_path / "out" / "state_size.csv")
+    assert sorted(zip(states["model"], states["d_state"], states["longest"], strict=True)) == [
+        ("mamba", 4, 8), ("mamba", 16, 8), ("mamba2", 4, 8), ("mamba2", 16, 8),
+    ]  # fmt: skip
+    (tmp_path / "targets.parquet").unlink()
+    assert curves.main([str(tmp_path / "results.parquet"), "--out", str(tmp_path / "less")]) == 0
+    assert not (tmp_path / "less" / "by_position.csv").exists()
+
+
 # --- the command -------------------------------------------------------------------------------------------
 
 
@@ -169,7 +218,14 @@ def study(sweep, tmp_path_factory):
 
 def test_the_command_writes_every_figure_with_its_table(study, tmp_path, capsys):
     assert curves.main([str(study / "results.parquet"), "--out", str(tmp_path)]) == 0
-    drawn = ("accuracy_curves", "examples_vs_length", "state_size", "position_step", "by_position")
+    drawn = (
+        "accuracy_curves",
+        "examples_vs_length",
+        "tokens_vs_length",
+        "state_size",
+        "position_step",
+        "by_position",
+    )
     tabled = ("summary", "scaling", "comparisons")
     names = {f"{name}.{kind}" for name in drawn for kind in ("png", "pdf", "csv")}
     assert {path.name for path in tmp_path.iterdir()} == names | {f"{name}.csv" for name in tabled}
@@ -195,13 +251,15 @@ def test_loading_a_study_gives_its_rows_in_order(study, sweep):
 
 BAD = [
     (["nowhere"], "nowhere does not exist"),
-    (["."], "no runs in"),
+    (["."], "no results in"),
+    (["other.parquet"], "it is not a file of the results store"),
 ]
 
 
 @pytest.mark.parametrize("words, message", BAD)
 def test_bad_input_gives_one_line_and_status_2(words, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    pd.DataFrame({"a": [1]}).to_parquet("other.parquet")
     assert curves.main([*words, "--out", str(tmp_path / "figures")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error

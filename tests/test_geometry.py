@@ -101,6 +101,17 @@ def test_rows_are_those_of_the_position_tokens(tmp_path):
     np.testing.assert_array_equal(found["learned"], table[1:9].detach())  # <bos> stands at 0
 
 
+@pytest.mark.parametrize("layout", ["suffix", "prefix", "instruction"])
+@pytest.mark.parametrize("name", ["position", "grid"])
+def test_places_of_the_context(name, layout):
+    """Whichever symbols an example has, those of its context stand there, in order."""
+    task = tasks.build(name, seq_len=16, layout=layout)
+    places = geometry.context_places(task)
+    context, target = task.draw(np.random.default_rng(5), 3, 16, 1)
+    ids = task.assemble(context, target).input_ids.numpy()
+    np.testing.assert_array_equal(ids[:, places], context + task.vocabulary.first_symbol)
+
+
 def test_tied_embeddings_are_one_table(tmp_path):
     own, _ = finished_run(tmp_path, "mamba", 0)
     assert set(geometry.position_rows(own)) == {"readout"}

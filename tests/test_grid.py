@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -46,11 +47,38 @@ BAD = [
 ]
 
 
+BAD += [
+    (lambda: grid(model="mamba", seq_len="16"), "seq_len '16' is not valid; its type is int"),
+    (lambda: grid(model="mamba", seq_len=16.0), "seq_len 16.0 is not valid"),
+    (lambda: grid(model="mamba", lr=True), "lr True is not valid"),
+    (lambda: Sweep(runs=[RunConfig(model=("mamba",), schedule="cosin")]), "schedule 'cosin' is not valid"),
+    (
+        lambda: Sweep(runs=grid(model="mamba"), learning_rates=1e-3, validation_seeds=(9,)),
+        "learning_rates 0.001 must be a list or tuple",
+    ),
+    (
+        lambda: grids.validation_runs(
+            Sweep(grid(model="mamba"), (1e-3,), (9,), tune=lambda run: run.no_such_option)
+        ),
+        "tune: AttributeError",
+    ),
+    (
+        lambda: grids.validation_runs(Sweep(grid(model="mamba"), (1e-3,), (9,), tune=lambda run: None)),
+        "tune returns NoneType, not a RunConfig",
+    ),
+]
+
+
 @pytest.mark.parametrize("make, message", BAD)
 def test_impossible_sweeps_are_refused(make, message):
     with pytest.raises(ValueError, match=message) as error:
         make()
     assert "\n" not in str(error.value)
+
+
+def test_numbers_of_numpy_are_plain_numbers():
+    (first, *_) = grid(model="mamba", seed=np.arange(2), lr=np.array([1e-3]), steps=np.int64(3))
+    assert [type(x) for x in (first.seed, first.lr, first.steps)] == [int, float, int]
 
 
 FILES = [
@@ -100,7 +128,13 @@ def test_validation_runs_are_one_per_group_rate_and_seed():
 
 def test_score_is_the_area_under_the_accuracy_curve():
     rows = [dict(step=10, accuracy=0.2), dict(step=30, accuracy=1.0)]
-    assert score(rows, steps=100) == pytest.approx((10 * 0 + 20 * 0.2 + 70 * 1.0) / 100)
+    assert score(rows, total=100) == pytest.approx((10 * 0 + 20 * 0.2 + 70 * 1.0) / 100)
+
+
+def test_budgets_of_sequences_count_what_was_left_unused():
+    fast = [dict(examples=50, accuracy=0.5), dict(examples=100, accuracy=0.98)]
+    slow = [dict(examples=n, accuracy=0.6) for n in range(50, 1001, 50)]
+    assert score(fast, 1000, by="examples") > 0.9 > score(slow, 1000, by="examples")
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.integers(0, 5))

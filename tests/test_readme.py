@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import json
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -13,12 +16,13 @@ import torch
 import tyro
 from scipy import stats
 
+import analysis
 from analysis import curves
 from studies.learnability import report
 from studies.learnability.run import BASE, DIETS, VARIANTS, grid, tuning
 from synthetic import sweep
-from synthetic.config import RunConfig, plan
-from synthetic.grid import load
+from synthetic.config import RunConfig, plan, run_id
+from synthetic.grid import group, load
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -76,7 +80,54 @@ def test_sweep_file_of_the_documents(tmp_path):
     study = ROOT / "studies" / "retrieval-cpu" / "results.parquet"
     names: dict = {}
     exec(second.replace('"runs/retrieval-cpu"', repr(str(study))), names)
-    assert set(names["laws"]["model"]) == {"transformer", "mamba", "mamba2", "hybrid"}
+    assert {"Transformer", "Mamba", "Mamba-2", "Hybrid"} < set(names["laws"]["variant"])
+
+
+def test_tables_of_the_retrieval_study_are_its_results():
+    """If not: `python studies/retrieval-cpu/report.py`."""
+    folder = ROOT / "studies" / "retrieval-cpu"
+    made = runpy.run_path(str(folder / "report.py"))["filled"]
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert made(text) == text
+
+
+def test_results_of_the_retrieval_study_are_all_of_its_runs_and_no_others():
+    folder = ROOT / "studies" / "retrieval-cpu"
+    wanted = load(folder / "config.py")
+    rates = json.loads((folder / "learning_rates.json").read_text())
+    chosen = {(r["task"], r["model"], r["preset"], r["position"], r["layers"]): r["lr"] for r in rates}
+    runs = [dataclasses.replace(run, lr=chosen[group(run)]) for run in wanted.runs]
+    planned = {run_id([plan(run, run.model[0])]) for run in runs}
+    table = analysis.load(folder / "results.parquet")
+    assert set(table.loc[table["purpose"] == "report", "run"]) == planned
+    tuning = {name for row in rates for name in row["runs"]}
+    assert set(table.loc[table["purpose"] == "validation", "run"]) == tuning
+    for kind, part in table.groupby("kind"):
+        assert kind == "during" or not part["run"].duplicated().any()
+
+
+def test_figures_of_the_retrieval_study_come_from_its_results(tmp_path):
+    """The tables behind them, number by number; the geometry needs the trained models."""
+    folder = ROOT / "studies" / "retrieval-cpu"
+    from analysis.curves import figures
+
+    table, targets = (analysis.load(folder / "results.parquet", name) for name in ("results", "targets"))
+    for name, made, _ in figures(*(t[t["purpose"] == "report"] for t in (table, targets))):
+        kept = pd.read_csv(folder / "figures" / f"{name}.csv")
+        text = io.StringIO(made.to_csv(index=False, float_format="%.10g"))
+        pd.testing.assert_frame_equal(pd.read_csv(text), kept)
+
+
+def test_snippet_of_the_probes_page():
+    text = (ROOT / "docs" / "probes.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    names: dict = {}
+    exec(snippet, names)
+    assert names["state"].shape == (2, 2, 256, 16)
+    assert not torch.equal(
+        names["gone"][:, 6:], names["unread"][:, 6:]
+    )  # one edit goes on, the other does not
+    torch.testing.assert_close(names["gone"][:, :5], names["unread"][:, :5])
 
 
 def test_readme_starts_with_the_two_commands():

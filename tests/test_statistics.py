@@ -15,7 +15,6 @@ from scipy import stats
 from analysis.statistics import (
     bootstrap,
     bootstrap_median_time,
-    compare_families,
     holm,
     kaplan_meier,
     mean_interval,
@@ -237,26 +236,6 @@ def test_holm_lies_between_no_correction_and_bonferronis(p):
     assert (corrected >= p).all() and (corrected <= np.minimum(1, np.array(p) * len(p))).all()
 
 
-def test_compare_families():
-    seeds = range(8)
-    rows = [
-        dict(model=m, layout="suffix", seq_len=64, seed=s, value=v + s, reached=m != "c", accuracy=acc)
-        for m, v, acc in (("a", 10, 0.9), ("b", 100, 0.8), ("c", 1000, 0.1))
-        for s in seeds
-    ]
-    table = compare_families(pd.DataFrame(rows))
-    assert list(zip(table["a"], table["b"], strict=True)) == [("a", "b"), ("a", "c"), ("b", "c")]
-    np.testing.assert_allclose(table["p"], 2 / 2**8)
-    np.testing.assert_allclose(table["p_holm"], 3 * 2 / 2**8)
-    assert (table["a_first"] == 8).all()
-    accuracy = compare_families(pd.DataFrame(rows), value="accuracy")
-    np.testing.assert_allclose(accuracy["difference"], [0.1, 0.8, 0.7])
-    np.testing.assert_allclose(accuracy["p"], 2 / 2**8)
-
-
-# --- bad input ---
-
-
 @pytest.mark.parametrize(
     "call, message",
     [
@@ -276,7 +255,6 @@ def test_compare_families():
         (lambda: paired_test(pairs_of([1.0, np.nan]), "a", "b", on=["seed"]), "missing accuracy"),
         (lambda: paired_test(outcomes_of(CASES), "a", "b", ["seed"], "value"), "use paired_sign_test"),
         (lambda: paired_test(pairs_of([1.0]).assign(k=[1, 2]), "a", "b", on=["k"]), "name fewer columns"),
-        (lambda: compare_families(pairs_of([1.0]).query("model == 'a'"), ["seed"], value="accuracy"), "two"),
     ],
 )
 def test_bad_input_is_one_clear_line(call, message):

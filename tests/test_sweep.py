@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -136,6 +137,29 @@ def test_a_failed_run_is_reported_and_the_next_sweep_repeats_it(finished, tmp_pa
     same(analysis.load(out), analysis.load(finished))
 
 
+def test_what_a_kill_at_the_last_moment_left_out_is_made_up_for(finished, tmp_path):
+    """The store is behind the run's own records, which say that it is finished."""
+    before = analysis.load(finished)
+    (path,) = (p for p in (finished / "results").glob("*mamba-s1*"))
+    rows = pd.read_parquet(path)
+    rows[rows["kind"] == "during"].to_parquet(path)
+    result = next(finished.glob("*mamba-s1*/mamba/result.json"))
+    os.utime(path, ns=(0, result.stat().st_mtime_ns - 1))
+    assert len(analysis.load(finished)) == len(before) - 1
+    assert sweep.main([write(tmp_path), "--out", str(finished)]) == 0
+    same(analysis.load(finished), before)
+
+
+def test_a_seed_that_is_reported_after_all_is_no_longer_validation(finished, tmp_path):
+    path = next(finished.glob("*mamba-s1*/config.json"))
+    before = analysis.load(finished)
+    store.write_json(path, store.read_json(path) | {"purpose": "validation"})
+    results.record(path.parent, "mamba")
+    assert "validation" in set(analysis.load(finished)["purpose"])
+    assert sweep.main([write(tmp_path), "--out", str(finished)]) == 0
+    same(analysis.load(finished), before)
+
+
 def test_learning_rates_are_chosen_on_validation_seeds(tmp_path):
     text = """Sweep(grid(BASE, model="transformer", seed=(0, 1), steps=16),
         learning_rates=(1e-5, 3e-3), validation_seeds=(7,), 
@@ -223,7 +247,7 @@ def test_two_writers_at_once_lose_nothing_and_readers_see_whole_files(tmp_path):
 def test_nothing_to_load(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         analysis.load(tmp_path / "runs")
-    with pytest.raises(ValueError, match="no runs in"):
+    with pytest.raises(ValueError, match="no results in"):
         analysis.load(tmp_path)
 
 

@@ -13,6 +13,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -31,7 +32,7 @@ def main(runs: str | None) -> None:
     if runs is not None:
         for name, columns in (("results", results.EVALUATION), ("targets", results.TARGET)):
             table = analysis.load(runs, name)
-            rows = table.astype(object).where(table.notna(), None).to_dict("records")
+            rows: Any = table.astype(object).where(table.notna(), None).to_dict("records")
             store.write_bytes(HERE / f"{name}.parquet", results.to_parquet(rows, columns))
         store.write_bytes(RATES, (Path(runs) / RATES.name).read_bytes())
     text = (HERE / "README.md").read_text(encoding="utf-8")
@@ -74,12 +75,12 @@ def cells(table: pd.DataFrame, usual: bool) -> str:
     """A line per architecture, setting and length: seeds that got there, cost, accuracy."""
     table = settings.label(table)
     table = table[table["usual_state"]] if usual else table
-    outcomes = plots.threshold_table(table)
+    outcomes = plots.threshold_table(table, "tokens")
     final = table[table["kind"] == "final"].set_index("run")["accuracy"]
     longest = reachable_length(table).set_index("run")["value"]
     rows = []
     order = settings.variants(table)
-    groups = outcomes.groupby(["variant", "setting", "seq_len"])
+    groups: Any = outcomes.groupby(["variant", "setting", "seq_len"])
     for (variant, setting, length), cell in sorted(groups, key=lambda g: (order.index(g[0][0]), *g[0][1:])):
         median = bootstrap_median_time(cell["value"], cell["reached"])
         accuracy = mean_interval(final[cell["run"]], bounds=(0, 1))
@@ -94,7 +95,7 @@ def cells(table: pd.DataFrame, usual: bool) -> str:
                 ", ".join(str(n) for n in longest[cell["run"]]),
             ]
         )
-    header = ["model", "setting", "length", "seeds at 0.95", "sequences to 0.95, median [95 %]"]
+    header = ["model", "setting", "length", "seeds at 0.95", "tokens to 0.95, median [range]"]
     return markdown([*header, "final accuracy, mean [95 %]", "longest length learned, by seed"], rows)
 
 
@@ -113,44 +114,44 @@ def states(table: pd.DataFrame) -> str:
                 ", ".join(str(n) for n in cell["longest"]),
             ]
         )
-    header = ["model", "states per channel", "seeds at 0.95", "sequences to 0.95, median [95 %]"]
+    header = ["model", "states per channel", "seeds at 0.95", "tokens to 0.95, median [range]"]
     return markdown([*header, "final accuracy, mean [95 %]", "longest length learned, by seed"], rows)
 
 
 def exponents(table: pd.DataFrame) -> str:
     laws = plots.scaling_table(table)
-    rows = []
+    rows: list[list[Any]] = []
     for law in laws.to_dict("records"):
         known = not math.isnan(law["exponent"])
         value = between(law["exponent"], law["exponent_low"], law["exponent_high"], 2) if known else "–"
         if not known and not math.isnan(law["exponent_low"]):
             value = f"[{law['exponent_low']:.2f}, {law['exponent_high']:.2f}]"
         runs = f"{law['n_reached']} of {law['n']}"
-        rows.append([law["variant"], law["setting"], value, runs, str(law["note"])])
-    return markdown(["model", "setting", "exponent [95 %]", "runs at 0.95", "note"], rows)
+        rows.append([law["variant"], law["setting"], law["unit"], value, runs, str(law["note"])])
+    return markdown(["model", "setting", "unit", "exponent [95 %]", "runs at 0.95", "note"], rows)
 
 
 def layout_tests(table: pd.DataFrame) -> str:
-    found = comparisons(plots.threshold_table(table))
-    single = ("prefix, single query", "suffix, single query")
-    found = found[(found["kind"] == "setting") & found["a"].isin(single) & found["b"].isin(single)]
-    rows = [
+    found = comparisons(plots.threshold_table(table, "tokens"))
+    found = found[found["kind"] == "layout"]
+    rows: list[list[Any]] = [
         [
             *(str(r[name]) for name in ("within", "n", "a_first", "b_first")),
             str(r["unknown"] + r["ties"]),
             f"{r['p']:.3g}",
+            f"{r['p_holm']:.3g}",
             f"{r['p_smallest']:.3g}",
         ]
         for r in found.to_dict("records")
     ]
     header = ["model", "pairs", "query first was faster", "query last was faster", "undecided"]
-    return markdown([*header, "p", "smallest p possible"], rows)
+    return markdown([*header, "p", "p, Holm", "smallest p possible"], rows)
 
 
 def cost(table: pd.DataFrame) -> str:
     final = table[table["kind"] == "final"]
     rows = [
-        [purpose, str(len(part)), f"{part['seconds'].sum() / 60:.0f}"]
+        [str(purpose), str(len(part)), f"{part['seconds'].sum() / 60:.0f}"]
         for purpose, part in final.groupby("purpose")
     ]
     return markdown(["runs", "number", "minutes on one thread"], rows)
@@ -161,10 +162,10 @@ def rates(rows: list[dict]) -> str:
     lines = []
     for key in dict.fromkeys((row["model"], row["position"]) for row in rows):
         mine = [row for row in rows if (row["model"], row["position"]) == key]
-        scores = [f"{sum(r['scores']) / len(r['scores']):.3f}" for r in mine]
+        scores = [", ".join(f"{score:.3f}" for score in r["scores"]) for r in mine]
         lines.append([key[0] + names[key[1]], *scores, f"{mine[0]['lr']:g}"])
     candidates = list(dict.fromkeys(f"{row['candidate']:g}" for row in rows))
-    return markdown(["model", *(f"score at {c}" for c in candidates), "chosen"], lines)
+    return markdown(["model", *(f"scores at {c}" for c in candidates), "chosen"], lines)
 
 
 if __name__ == "__main__":
