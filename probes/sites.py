@@ -216,7 +216,7 @@ class Heads:
     def added(self, delta: Tensor, head: int, start: int) -> Tensor:
         """(c, B, T, D) that adding delta, (c, B, T, P), to the output of one head adds to the block's."""
         width = delta.shape[-1]
-        weight = self.dense.weight[:, head * width : (head + 1) * width]
+        weight = self.dense.weight[:, head * width : (head + 1) * width].contiguous()  # else oneDNN is slow
         return self.through_mlp(linear(delta, weight), start)
 
     def through_mlp(self, x: Tensor, start: int) -> Tensor:
