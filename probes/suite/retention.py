@@ -1,8 +1,8 @@
 """What is left of each context token in an SSM's state when the answer is due, and the hidden attention map.
 
-Parts of the table: "curve" (by role and distance), "contrast" (target over its neighbours, which have the
-same distance on average), "map" (mean |alpha| over channels, rows normalised) and "reconstruction" (relative
-error of map @ x + D x against the layer's own scan).
+Parts of the table: "curve" (by role and distance), "contrast" (target over distractors at the same place),
+"map" (mean |alpha| over channels, rows normalised) and "reconstruction" (relative error of map @ x + D x
+against the layer's own scan).
 """
 
 from __future__ import annotations
