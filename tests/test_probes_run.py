@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
+import models
 from probes import run as cli
 from probes.suite import PROBES, NotApplicable, Options, linear
 from probes.suite.common import coarse
@@ -79,6 +80,27 @@ def test_identities_hold(probed):
         patch = pd.read_parquet(probed / f"patch.{family}.parquet")
         assert (patch.loc[patch["control"] == "self", "value"] == 0).all()
         assert np.allclose(patch.loc[patch["control"] == "everything", "value"], 1, atol=1e-3)
+
+
+def test_untrained_weights_treat_the_target_as_any_symbol():
+    """Where nothing is known of the query, the ratios of target to distractors are 1."""
+    task = tasks.build("position", seq_len=16)
+    model = models.build("mamba-tiny", vocab_size=task.vocab_size, n_layer=1, d_model=16).eval()
+    for name in SSM_ONLY:
+        table = PROBES[name].measure(model, task, Options(examples=512))
+        contrast = table[table["part"] == "contrast"]
+        assert (contrast["low"] < 1.05).all() and (contrast["high"] > 0.95).all()
+        assert ((contrast["value"] - 1).abs() < 0.05).all()
+
+
+def test_capacity_is_not_noise():
+    plan = linear.Plan.of(tasks.build("position", seq_len=1024))
+    tokens = pd.DataFrame(
+        dict(accuracy=1 / 16, low=0.03, high=0.1, shuffled=0.07, count=200), index=plan.lags
+    )
+    assert linear._capacity(tokens, plan, 4096)["value"] == pytest.approx(0)
+    tokens.loc[[0, 1, 2], ["accuracy", "low", "high"]] = 1.0
+    assert 3 <= linear._capacity(tokens, plan, 4096)["value"] < 5
 
 
 def test_what_is_finished_is_skipped(position, probed, capsys):

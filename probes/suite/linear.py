@@ -41,6 +41,7 @@ from probes.suite.common import (
     rows_within,
     single_query,
 )
+from synthetic.evaluate import wilson
 from synthetic.tasks import Batch, Task, sampling
 from synthetic.tasks.sampling import IntArray
 
@@ -148,17 +149,30 @@ def _probed(
     answer = controlled(x, parts, spans, types, seed)
     answer = answer.assign(part="answer", quantity="accuracy", chance=1 / spans)
     table = pd.concat([tokens, answer]).rename(columns=dict(accuracy="value", count="n"))
-    lags = np.arange(int(plan.lags.max()) + 1)
-    count = {}
-    for name in ("value", "low", "high", "shuffled"):
-        column = tokens["accuracy" if name == "value" else name]
-        # between the lags that were probed, what a straight line says
-        each = np.interp(lags, plan.lags, column)
-        count[name] = float(
-            capacity({len(each): each}, 1 / plan.classes, max(1, size)).table["expected"].iloc[0]
-        )
-    row = count | dict(part="capacity", quantity="expected tokens", n=len(lags), features=x.shape[1])
+    row = _capacity(tokens, plan, size) | dict(part="capacity", quantity="expected tokens")
+    row |= dict(n=int(plan.lags.max()) + 1, features=x.shape[1])
     return pd.concat([table.drop(columns="penalty"), pd.DataFrame([row])], ignore_index=True)
+
+
+def _capacity(tokens: pd.DataFrame, plan: Plan, size: int) -> dict[str, float]:
+    """Expected number of symbols recovered: value, low, high, and with shuffled labels.
+
+    Between lags that were probed, what a straight line says. There lags whose interval reaches down to chance
+    count nothing: else the noise of one, times the hundreds it stands for, would be the result.
+    """
+    lags, chance = np.arange(int(plan.lags.max()) + 1), 1 / plan.classes
+    counts = tokens["count"].to_numpy()
+    hits = (tokens["shuffled"] * counts).round().astype(int)
+    mixed = np.array([wilson(h, c)[0] for h, c in zip(hits, counts, strict=True)])
+    found = {}
+    for name in ("value", "low", "high", "shuffled"):
+        column = tokens["accuracy" if name == "value" else name].to_numpy()
+        if len(lags) > len(plan.lags):
+            least = mixed if name == "shuffled" else tokens["low"].to_numpy()
+            column = np.where(least > chance, column, chance)
+        each = np.interp(lags, plan.lags, column)
+        found[name] = float(capacity({len(each): each}, chance, max(1, size)).table["expected"].iloc[0])
+    return found
 
 
 def draw(table: pd.DataFrame) -> Figure:
@@ -267,8 +281,8 @@ def summary(table: pd.DataFrame) -> str:
         "test part (Wilson 95 % intervals). Shuffled: the same labels dealt out at random; selectivity: "
         "accuracy minus that of a control task (Hewitt & Liang 2019) of random labels for the last token; "
         "untrained: weights as initialised. Capacity: sum over lags of (accuracy - chance) / (1 - chance), "
-        "interpolated between the lags probed; its bounds are those of all accuracies at once, so wider than "
-        "95 %.\n\n"
+        "interpolated between the lags probed, where only those above chance count; its bounds are those of "
+        "all accuracies at once, so wider than 95 %.\n\n"
     )
     text = [words, "Which part of the context holds the target:\n\n"]
     keys = ["family", "site", "layer"]
@@ -288,5 +302,9 @@ def summary(table: pd.DataFrame) -> str:
 
 
 PROBE = Probe(
-    "What can be read off the state linearly?", measure, {"": draw, "_answer": draw_answer}, summary
+    "What can be read off the state linearly?",
+    measure,
+    {"": draw, "_answer": draw_answer},
+    summary,
+    version=2,
 )

@@ -115,7 +115,8 @@ def summary(table: pd.DataFrame) -> str:
         "Share of the logit difference between clean and corrupted run that a patch restores (ratio of means "
         "over pairs, 95 % interval by the delta method). Layer n of the residual stream is what n blocks "
         "have made. Controls: the run's own activation (self), another clean run's of its norm (unrelated), "
-        "all positions at once (everything).\n\n"
+        "all positions at once (everything). Of a model that does not answer the clean run right, or whose "
+        "gap is near 0, these shares say nothing.\n\n"
     ]
     gaps = [
         [

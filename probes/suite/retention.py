@@ -50,7 +50,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 QUANTITIES = {"kept": "share of its write that is left", "share": "norm of what is left / norm of the state"}
-NEIGHBOURS = 4  # distractors on either side of the target that it is compared with
 MAX_BINS = 12  # of distances
 LEAST = 1e-8  # below which curves are not drawn
 
@@ -149,18 +148,17 @@ def _curve(values: np.ndarray, kinds: np.ndarray, at: int, layer: int, name: str
 
 
 def _contrast(values: np.ndarray, kinds: np.ndarray, layer: int, name: str) -> list[dict[str, Any]]:
-    """Geometric mean over sequences of target over its neighbours' mean."""
-    logs = []
-    for row, kind in zip(values, kinds, strict=True):
-        place = int((kind == role("target")).argmax())
-        near = slice(max(0, place - NEIGHBOURS), place + NEIGHBOURS + 1)
-        # before and after in equal numbers, so that their mean distance is the target's
-        sides = min(place - near.start, min(near.stop, len(row)) - place - 1)
-        near = slice(place - sides, place + sides + 1)
-        others = row[near][kind[near] == role("distractor")]
-        if len(others) and row[place] > 0 and (others > 0).all():
-            logs.append(np.log(row[place]) - np.log(others).mean())
-    result = interval_row(logs, layer=layer, part="contrast", quantity=name)
+    """Of the target, over distractors at the same place in other sequences; geometric means.
+
+    Not over its neighbours: what is left falls with distance along a convex curve, so that their mean would
+    exceed it where nothing tells the target apart.
+    """
+    logs = np.log(values, out=np.full_like(values, np.nan), where=values > 0)  # without what has underflown
+    ordinary = (kinds == role("distractor")) & np.isfinite(logs)
+    usual = np.where(ordinary, logs, 0).sum(0) / np.where(ordinary.any(0), ordinary.sum(0), np.nan)
+    target = (kinds == role("target")).argmax(1)
+    own = (logs - usual)[np.arange(len(target)), target]
+    result = interval_row(own, layer=layer, part="contrast", quantity=name)
     return [result | {key: float(np.exp(result[key])) for key in ("value", "low", "high")}]
 
 
@@ -257,9 +255,8 @@ def summary(table: pd.DataFrame) -> str:
     errors = table[table["part"] == "reconstruction"].sort_values(["family", "layer"])
     words = (
         "What is left of a token at the answer's position, exactly, from the linear recurrence: of what it "
-        "wrote (kept), and relative to the state (share). Target over the distractors around it, geometric "
-        "mean over sequences with 95 % interval; 1 says that the target is kept no better than its "
-        "neighbours.\n\n"
+        "wrote (kept), and relative to the state (share). Target over distractors at the same place, "
+        "geometric mean over sequences with 95 % interval; 1 says that the target is kept no better.\n\n"
     )
     found = markdown(
         ["family", "weights", "layer", "relative error"],
@@ -278,4 +275,5 @@ PROBE = Probe(
     measure,
     {"": draw_curves, "_maps": draw_maps},
     summary,
+    version=2,
 )

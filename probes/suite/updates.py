@@ -260,4 +260,5 @@ PROBE = Probe(
     measure,
     {"": draw_roles, "_aligned": draw_aligned},
     summary,
+    version=2,
 )
