@@ -84,18 +84,16 @@ def execute(job: Job) -> None:
     from filelock import FileLock
 
     from models.ops.memory import keep_freed_memory
-    from synthetic import results, store
-    from synthetic.train import train
+    from synthetic import store
+    from synthetic.results import train_recorded
 
     torch.set_num_threads(job.threads)
     keep_freed_memory()
-    family, told = job.plan.family, 0.0
+    told = 0.0
 
     def listener(event: str, row: dict[str, Any]) -> None:
         nonlocal told
-        if event == "evaluation":
-            results.record(job.folder, family)
-        elif time.monotonic() - told > HEARTBEAT:
+        if event == "step" and time.monotonic() - told > HEARTBEAT:
             told = time.monotonic()
             note = {key: row[key] for key in ("step", "length", "accuracy", "heldout", "seconds")}
             store.write_json(job.folder / "progress.json", note)
@@ -104,8 +102,7 @@ def execute(job: Job) -> None:
     try:
         with FileLock(job.folder / ".lock"):
             store.prepare(job.folder, vars(job.config), [job.plan.to_dict()], job.threads, job.purpose)
-            train(job.plan, job.folder, listener)
-            results.record(job.folder, family)
+            train_recorded(job.plan, job.folder, listener)
             (job.folder / "error.txt").unlink(missing_ok=True)
     except Exception:
         store.write_bytes(job.folder / "error.txt", traceback.format_exc().encode())

@@ -13,12 +13,17 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from synthetic import store
 from synthetic.store import Row
+
+if TYPE_CHECKING:
+    from synthetic.config import Plan
+    from synthetic.train import Listener
 
 RESULTS, TARGETS = "results", "targets"  # folders beside the runs
 
@@ -100,6 +105,26 @@ def record(folder: Path, family: str) -> None:
         path = folder.parent / name / f"{folder.name}.{family}.parquet"
         path.parent.mkdir(exist_ok=True)
         store.write_bytes(path, to_parquet(content, columns))
+
+
+def train_recorded(
+    plan: Plan,
+    folder: Path,
+    listener: Listener = lambda event, row: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Row:
+    """`synthetic.train.train`, with the data sets brought up to date at every evaluation and the end."""
+    from synthetic.train import train
+
+    def recording(event: str, row: Row) -> None:
+        listener(event, row)
+        # an evaluation has a row for each length; the full length is its last
+        if event == "evaluation" and row["length"] == plan.seq_len:
+            record(folder, plan.family)
+
+    result = train(plan, folder, recording, should_stop)
+    record(folder, plan.family)
+    return result
 
 
 def behind(folder: Path, family: str) -> bool:

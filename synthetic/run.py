@@ -78,9 +78,9 @@ def run(config: RunConfig) -> int:
 def _train_all(plans: list[Plan], folder: Path) -> int:
     from rich.console import Console
 
-    from synthetic import results as dataset
     from synthetic.display import Display
-    from synthetic.train import Interrupted, train
+    from synthetic.results import train_recorded
+    from synthetic.train import Interrupted
 
     console = Console()
     console.print(f"[bold]{folder}[/]", highlight=False, soft_wrap=True)
@@ -94,15 +94,8 @@ def _train_all(plans: list[Plan], folder: Path) -> int:
                 soft_wrap=True,
             )
         with Display(p, console) as display, stop:
-
-            def listener(event: str, row: dict, p: Plan = p, show: Display = display) -> None:
-                show(event, row)
-                if event == "evaluation":
-                    dataset.record(folder, p.family)
-
             try:
-                results.append(train(p, folder, listener, stop.asked))
-                dataset.record(folder, p.family)
+                results.append(train_recorded(p, folder, display, stop.asked))
             except Interrupted as reason:
                 console.print(
                     f"{p.family} {reason}; nothing is lost: the same command resumes", highlight=False

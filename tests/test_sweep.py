@@ -211,6 +211,29 @@ def test_impossible_runs_are_found_before_anything_starts(tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+def test_the_store_is_written_once_per_evaluation_and_at_the_end(tmp_path, monkeypatch):
+    from synthetic import grid as grids
+
+    (run, *_) = grids.load(Path(write(tmp_path))).runs
+    p = plan(run, run.model[0])
+    folder = tmp_path / "runs" / run_id([p])
+    store.prepare(folder, vars(run), [p.to_dict()], 1)
+    real, steps = results.record, []
+
+    def counted(*words):
+        real(*words)
+        steps.append(len(store.read_rows(folder / "metrics.jsonl")))
+
+    monkeypatch.setattr(results, "record", counted)
+    heard = []
+    results.train_recorded(p, folder, lambda event, row: heard.append((event, row["step"])))
+    # the curriculum makes two rows of an evaluation, at its own and at the full length
+    assert steps == [2, 4, 4] and [h for h in heard if h[0] == "evaluation"] == [
+        ("evaluation", n) for n in (4, 4, 8, 8)
+    ]
+    assert len(analysis.load(tmp_path / "runs")) == 5
+
+
 # --- the store under concurrent writers ------------------------------------------------------------------
 
 
