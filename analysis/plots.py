@@ -11,6 +11,7 @@ import pandas as pd
 from analysis import settings
 from analysis.scaling import accuracy_by_position, examples_to_threshold, fit_power_laws, reachable_length
 from analysis.statistics import bootstrap_median_time, mean_interval
+from analysis.style import legend, panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,7 +41,7 @@ def accuracy_curves(table: pd.DataFrame) -> Figure:
     """
     looks, lengths = settings.looks(table), sorted(table["seq_len"].unique())
     rows = sorted(table["setting"].unique(), key=_setting_order)
-    figure, axes = _panels(len(rows), len(lengths), sharex=True, sharey=True)
+    figure, axes = panels(len(rows), len(lengths), (PANEL, PANEL), sharex=True, sharey=True)
     for i, j in np.ndindex(axes.shape):
         ax, part = axes[i, j], table[(table["setting"] == rows[i]) & (table["seq_len"] == lengths[j])]
         for name, cell in part.groupby("variant"):
@@ -97,7 +98,7 @@ def cost_vs_length(table: pd.DataFrame) -> Figure:
     looks = settings.looks(table)
     laws = fit_power_laws(table, by=("variant", "setting")).set_index(["variant", "setting"])
     columns = sorted(table["setting"].unique(), key=_setting_order)
-    figure, axes = _panels(1, len(columns), sharex=True, sharey=True, size=(3.6, 3.8))
+    figure, axes = panels(1, len(columns), sharex=True, sharey=True, size=(3.6, 3.8))
     for ax, setting in zip(axes[0], columns, strict=True):
         part = table[table["setting"] == setting]
         texts = []
@@ -155,7 +156,7 @@ def state_size(table: pd.DataFrame) -> Figure:
     """Left: the longest context learned against the state size, right: tokens to 0.95 at full length."""
     looks = settings.looks(table)
     cells = list(table.groupby(["setting", "seq_len"]))
-    figure, axes = _panels(len(cells), 2, sharex=True, size=(3.8, 3.0))
+    figure, axes = panels(len(cells), 2, sharex=True, size=(3.8, 3.0))
     for row, ((setting, seq_len), part) in zip(axes, cells, strict=True):
         for k, (name, cell) in enumerate(part.groupby("variant")):
             look, shift = looks[str(name)], 1.04 ** (k - 0.5)
@@ -230,7 +231,7 @@ def position_step(table: pd.DataFrame) -> Figure:
     cells: list[Any] = list(table.groupby(["setting", "variant", "seq_len"]))
     cells.sort(key=lambda c: (_setting_order(c[0][0]), settings.variants(table).index(c[0][1])))
     columns = min(4, len(cells))
-    figure, axes = _panels(-(-len(cells) // columns), columns, size=(3.0, 2.4))
+    figure, axes = panels(-(-len(cells) // columns), columns, size=(3.0, 2.4))
     for ax, ((setting, name, seq_len), cell) in zip(axes.flat, cells, strict=False):
         wide = cell.pivot_table(index="target_low", columns="step", values="accuracy")
         ticks = max(1, len(wide.columns) // 4)
@@ -265,7 +266,7 @@ def by_position(table: pd.DataFrame) -> Figure:
     """Accuracy against where the target stood (0 = first, 1 = last), a panel per setting."""
     looks = settings.looks(table)
     columns = sorted(table["setting"].unique(), key=_setting_order)
-    figure, axes = _panels(1, len(columns), sharey=True, size=(3.4, 3.2))
+    figure, axes = panels(1, len(columns), sharey=True, size=(3.4, 3.2))
     for ax, setting in zip(axes[0], columns, strict=True):
         lengths = []
         for name, cell in table[table["setting"] == setting].groupby(["variant", "seq_len"]):
@@ -296,22 +297,10 @@ def _setting_order(setting: str) -> tuple[bool, bool, str]:
     return "dense" not in setting, "suffix" not in setting, setting
 
 
-def _panels(rows: int, columns: int, size: tuple[float, float] = (PANEL, PANEL), **more: Any) -> Any:
-    import matplotlib.pyplot as plt
-
-    shape = (max(4.5, size[0] * columns), size[1] * rows + 0.5)
-    return plt.subplots(rows, columns, figsize=shape, squeeze=False, layout="constrained", **more)
-
-
 def _legend(figure: Figure, looks: dict[str, dict[str, Any]], extra: list[Any] | None = None) -> None:
-    from matplotlib.lines import Line2D
-
-    lines = [Line2D([], [], label=name, **look) for name, look in looks.items()]
-    lines += [Line2D([], [], label=name, **{"color": "0.3", **look}) for name, look in extra or []]
-    columns = max(2, min(len(lines), int(figure.get_figwidth() // 2.2)))
-    figure.legend(
-        handles=lines, loc="outside lower center", ncols=columns, frameon=False, fontsize=8, handlelength=3
-    )
+    """That of the variants, with further entries in grey."""
+    more = {name: {"color": "0.3", **look} for name, look in extra or []}
+    legend(figure, looks | more, width=2.2, handlelength=3)
 
 
 def _chance(ax: Axes, chance: float) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # One colour per family everywhere, from seaborn's colour-blind-safe palette.
 FAMILIES = ("transformer", "mamba", "mamba2", "hybrid")
@@ -16,6 +19,23 @@ def family_colors() -> dict[str, Any]:
 
     palette = seaborn.color_palette("colorblind")
     return dict(zip(FAMILIES, (palette[0], palette[1], palette[2], palette[4]), strict=True))
+
+
+def panels(rows: int, columns: int, size: tuple[float, float], **more: Any) -> Any:
+    """Figure and 2-D array of axes; size: inches of one panel; more: options of `plt.subplots`."""
+    import matplotlib.pyplot as plt
+
+    shape = (max(4.5, size[0] * columns), size[1] * rows + 0.5)
+    return plt.subplots(rows, columns, figsize=shape, squeeze=False, layout="constrained", **more)
+
+
+def legend(figure: Figure, looks: dict[str, dict[str, Any]], width: float = 1.6, **more: Any) -> None:
+    """One for all panels, below them. looks: label -> properties of a line; width: inches of an entry."""
+    from matplotlib.lines import Line2D
+
+    lines = [Line2D([], [], label=name, **look) for name, look in looks.items()]
+    columns = max(2, min(len(lines), int(figure.get_figwidth() // width)))
+    figure.legend(handles=lines, loc="outside lower center", ncols=columns, frameon=False, fontsize=8, **more)
 
 
 @contextmanager

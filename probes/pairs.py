@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from probes.roles import role, roles
@@ -120,10 +119,3 @@ def _swapped(context: IntArray, target: IntArray) -> IntArray:
     result = context.copy()
     np.put_along_axis(result, target, np.take_along_axis(context, target[:, ::-1], axis=1), axis=1)
     return result
-
-
-def on_device(pairs: Pairs, device: torch.device | str) -> Pairs:
-    """The same pairs with their tensors on `device`."""
-    names = ("answer", "corrupted_answer", "changed", "roles", "partner")
-    moved = {name: getattr(pairs, name).to(device) for name in names}
-    return replace(pairs, clean=pairs.clean.to(device), corrupted=pairs.corrupted.to(device), **moved)

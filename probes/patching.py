@@ -32,7 +32,6 @@ from probes.pairs import Pairs
 from probes.sites import SITES, Heads, advance, has_site, residuals, run_from, ssm_state
 from synthetic.evaluate import wilson
 
-CONTROLS = ("self", "everything", "unrelated")
 # Numbers a block holds for each token at its peak, in units of d_model: projections, scan or MLP, copies.
 WIDTHS_PER_TOKEN = 32
 # On a CPU, rows in one call save nothing beyond this, and cost the tokens before the patch of each.

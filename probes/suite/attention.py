@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.style import NAMES, family_colors
+from analysis.style import NAMES, family_colors, legend, panels
 from models.common import LanguageModel
 from probes.heads import HeadScores, induction_score, previous_token_score, retrieval_score
 from probes.retention import hidden_attention, mean_attention, normalise_rows
@@ -30,14 +30,11 @@ from probes.suite.common import (
     coarse,
     error_bars,
     families,
-    grid_of,
     interval,
     layers_with,
-    legend,
-    map_axes,
+    map_panels,
     map_rows,
     markdown,
-    panels,
     recorded,
     scan_names,
     scan_of,
@@ -179,34 +176,20 @@ def draw_scores(table: pd.DataFrame) -> Figure:
 
 def draw_maps(table: pd.DataFrame) -> Figure:
     """One sequence: the pattern of each layer's best retrieving head; a triangle is below the target."""
-    from matplotlib.colors import LogNorm
-
     maps = table[(table["part"] == "map") & (table["weights"] == "trained")]
-    names = families(maps)
-    count = max(maps.loc[maps["family"] == name, "layer"].nunique() for name in names)
-    figure, axes = panels(len(names), count, size=(2.7, 2.7))
-    image = None
-    for ax in axes.flat:
-        ax.set_axis_off()
-    for i, family in enumerate(names):
-        for j, (layer, part) in enumerate(maps[maps["family"] == family].groupby("layer")):
-            ax = axes[i, j]
-            ax.set_axis_on()
-            image = ax.imshow(grid_of(part).clip(1e-4), norm=LogNorm(1e-4, 1), cmap="viridis", aspect="equal")
-            map_axes(ax, part)
-            target = part["target"].iloc[0]
-            if np.isfinite(target):
-                starts = np.sort(part["key"].unique())
-                column = int(np.searchsorted(starts, target, side="right")) - 1
-                ax.plot(column, len(starts) - 0.5, marker=6, color="crimson", ms=8, clip_on=False, zorder=5)
-                ax.set(xlim=(-0.5, len(starts) - 0.5), ylim=(len(starts) - 0.5, -0.5))
-            single = table[(table["family"] == family) & (table["part"] == "score")]["head"].nunique() == 1
-            which = "mean over channels" if single else f"head {part['head'].iloc[0]}"
-            ax.set_title(f"{NAMES[family]}, layer {layer}\n{which}", fontsize=8)
-            ax.set_xlabel("key")
-            if j == 0:
-                ax.set_ylabel("query")
-    figure.colorbar(image, ax=axes, shrink=0.8, aspect=30, label="attention in a cell")
+
+    def decorate(ax: Any, family: str, layer: int, part: pd.DataFrame) -> None:
+        target = part["target"].iloc[0]
+        if np.isfinite(target):
+            starts = np.sort(part["key"].unique())
+            column = int(np.searchsorted(starts, target, side="right")) - 1
+            ax.plot(column, len(starts) - 0.5, marker=6, color="crimson", ms=8, clip_on=False, zorder=5)
+            ax.set(xlim=(-0.5, len(starts) - 0.5), ylim=(len(starts) - 0.5, -0.5))
+        single = table[(table["family"] == family) & (table["part"] == "score")]["head"].nunique() == 1
+        which = "mean over channels" if single else f"head {part['head'].iloc[0]}"
+        ax.set_title(f"{NAMES[family]}, layer {layer}\n{which}", fontsize=8)
+
+    figure = map_panels(maps, ("key", "query"), "attention in a cell", decorate)
     legend(figure, {"the target's column": dict(color="crimson", marker=6, ls="", ms=8)})
     return figure
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from analysis.statistics import mean_interval
-from analysis.style import FAMILIES
+from analysis.style import FAMILIES, panels
 from models.common import LanguageModel
 from probes.cache import Recording, record
 from probes.updates import Scan
@@ -237,22 +237,6 @@ def beside(table: pd.DataFrame, by: Sequence[str], headers: Sequence[str] = (), 
 # --- panels -------------------------------------------------------------------------------------------------
 
 
-def panels(rows: int, columns: int, size: tuple[float, float] = (2.9, 2.5), **more: Any) -> Any:
-    import matplotlib.pyplot as plt
-
-    shape = (max(4.5, size[0] * columns), size[1] * rows + 0.5)
-    return plt.subplots(rows, columns, figsize=shape, squeeze=False, layout="constrained", **more)
-
-
-def legend(figure: Figure, looks: dict[str, dict[str, Any]]) -> None:
-    """Below the panels: label -> properties of a line."""
-    from matplotlib.lines import Line2D
-
-    lines = [Line2D([], [], label=name, **look) for name, look in looks.items()]
-    columns = max(2, min(len(lines), int(figure.get_figwidth() // 1.6)))
-    figure.legend(handles=lines, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
-
-
 def plain_log(axis: Any) -> None:
     """Ticks of a log axis as plain numbers, at 1, 2 and 5 times powers of ten where few of those are seen."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -273,6 +257,34 @@ def error_bars(part: pd.DataFrame) -> np.ndarray:
 def grid_of(part: pd.DataFrame) -> np.ndarray:
     """The map that `map_rows` took apart; nan above the diagonal."""
     return part.pivot_table(index="query", columns="key", values="value").to_numpy()
+
+
+def map_panels(maps: pd.DataFrame, words: tuple[str, str], unit: str, decorate: Any) -> Figure:
+    """Maps of one sequence on a common log scale: a row per family, a panel per layer.
+
+    words: labels of the key and the query axis; unit: of the colour bar; decorate(ax, family, layer, part)
+    adds title and marks.
+    """
+    from matplotlib.colors import LogNorm
+
+    names = families(maps)
+    count = max(maps.loc[maps["family"] == name, "layer"].nunique() for name in names)
+    figure, axes = panels(len(names), count, size=(2.7, 2.7))
+    image = None
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for i, family in enumerate(names):
+        for j, (layer, part) in enumerate(maps[maps["family"] == family].groupby("layer")):
+            ax = axes[i, j]
+            ax.set_axis_on()
+            image = ax.imshow(grid_of(part).clip(1e-4), norm=LogNorm(1e-4, 1), cmap="viridis", aspect="equal")
+            map_axes(ax, part)
+            ax.set_xlabel(words[0])
+            if j == 0:
+                ax.set_ylabel(words[1])
+            decorate(ax, family, layer, part)
+    figure.colorbar(image, ax=axes, shrink=0.8, aspect=30, label=unit)
+    return figure
 
 
 def map_axes(ax: Any, part: pd.DataFrame) -> None:

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.style import NAMES, family_colors
+from analysis.style import NAMES, family_colors, legend, panels
 from models.common import LanguageModel
 from probes.lens import lens_table
 from probes.suite.common import (
@@ -22,8 +22,6 @@ from probes.suite.common import (
     batches,
     beside,
     families,
-    legend,
-    panels,
     recorded,
     rows_within,
 )

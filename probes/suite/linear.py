@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.style import NAMES, family_colors
+from analysis.style import NAMES, family_colors, legend, panels
 from models.common import LanguageModel
 from probes.linear import capacity, controlled
 from probes.suite.common import (
@@ -33,9 +33,7 @@ from probes.suite.common import (
     families,
     interval,
     layers_with,
-    legend,
     markdown,
-    panels,
     recorded,
     require_roles,
     rows_within,

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from analysis.style import NAMES
+from analysis.style import NAMES, panels
 from models.common import LanguageModel
 from probes.pairs import KINDS, pairs
 from probes.patching import patch
-from probes.suite.common import Options, Probe, families, interval, markdown, panels, require_roles
+from probes.suite.common import Options, Probe, families, interval, markdown, require_roles
 from synthetic.tasks import Task
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.style import NAMES, family_colors
+from analysis.style import NAMES, family_colors, legend, panels
 from models.common import LanguageModel
 from probes.retention import attention_output, mean_attention, normalise_rows, retention
 from probes.roles import role, roles
@@ -27,14 +27,11 @@ from probes.suite.common import (
     beside,
     coarse,
     families,
-    grid_of,
     interval_row,
-    legend,
-    map_axes,
+    map_panels,
     map_rows,
     markdown,
     one_sequence,
-    panels,
     plain_log,
     recorded,
     require_roles,
@@ -222,32 +219,16 @@ def draw_curves(table: pd.DataFrame) -> Figure:
 
 def draw_maps(table: pd.DataFrame) -> Figure:
     """The hidden attention of every layer, trained; its reconstruction error is in the title."""
-    from matplotlib.colors import LogNorm
-
     trained = table[table["weights"] == "trained"]
-    maps, names = trained[trained["part"] == "map"], families(trained)
-    count = max(maps.loc[maps["family"] == name, "layer"].nunique() for name in names)
-    figure, axes = panels(len(names), count, size=(2.7, 2.7))
-    image = None
-    for ax in axes.flat:
-        ax.set_axis_off()
-    for i, family in enumerate(names):
-        for j, (layer, part) in enumerate(maps[maps["family"] == family].groupby("layer")):
-            ax = axes[i, j]
-            ax.set_axis_on()
-            image = ax.imshow(grid_of(part).clip(1e-4), norm=LogNorm(1e-4, 1), cmap="viridis", aspect="equal")
-            map_axes(ax, part)
-            error = trained[
-                (trained["part"] == "reconstruction")
-                & (trained["family"] == family)
-                & (trained["layer"] == layer)
-            ]["value"].iloc[0]
-            ax.set_title(f"{NAMES[family]}, layer {layer}\nreconstruction error {error:.0e}", fontsize=8)
-            ax.set_xlabel("token written")
-            if j == 0:
-                ax.set_ylabel("token reading")
-    figure.colorbar(image, ax=axes, shrink=0.8, label="share of the row's mean |alpha| in a cell")
-    return figure
+    errors = trained[trained["part"] == "reconstruction"]
+
+    def decorate(ax: Any, family: str, layer: int, part: pd.DataFrame) -> None:
+        error = errors[(errors["family"] == family) & (errors["layer"] == layer)]["value"].iloc[0]
+        ax.set_title(f"{NAMES[family]}, layer {layer}\nreconstruction error {error:.0e}", fontsize=8)
+
+    unit = "share of the row's mean |alpha| in a cell"
+    maps = trained[trained["part"] == "map"]
+    return map_panels(maps, ("token written", "token reading"), unit, decorate)
 
 
 def summary(table: pd.DataFrame) -> str:

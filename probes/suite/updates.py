@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from analysis.statistics import bootstrap_median_time
-from analysis.style import NAMES, family_colors
+from analysis.style import NAMES, family_colors, legend, panels
 from models.common import LanguageModel
 from probes.roles import ROLES, role, roles
 from probes.suite.common import (
@@ -28,10 +28,8 @@ from probes.suite.common import (
     families,
     interval,
     interval_row,
-    legend,
     markdown,
     one_sequence,
-    panels,
     plain_log,
     recorded,
     require_roles,
