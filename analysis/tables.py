@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,15 @@ def load(runs: str | Path | Iterable[str | Path], table: str = "results") -> pd.
     frame = _concat(frames)
     keys = [name for name in (*ORDER, "target_low") if name in frame]
     return frame.sort_values(keys, kind="stable", ignore_index=True)
+
+
+def fill(text: str, tables: Mapping[str, str]) -> str:
+    """A document with what stands between `<!-- NAME -->` and `<!-- /NAME -->` replaced by tables[NAME]."""
+    for name, made in tables.items():
+        before, rest = text.split(f"<!-- {name} -->")
+        after = rest.split(f"<!-- /{name} -->")[1]
+        text = f"{before}<!-- {name} -->\n{made}\n<!-- /{name} -->{after}"
+    return text
 
 
 def _files(place: Path, table: str) -> list[Path]:

@@ -83,10 +83,11 @@ def test_sweep_file_of_the_documents(tmp_path):
     assert {"Transformer", "Mamba", "Mamba-2", "Hybrid"} < set(names["laws"]["variant"])
 
 
-def test_tables_of_the_retrieval_study_are_its_results():
-    """If not: `python studies/retrieval-cpu/report.py`."""
-    folder = ROOT / "studies" / "retrieval-cpu"
-    made = runpy.run_path(str(folder / "report.py"))["filled"]
+@pytest.mark.parametrize("study, script", [("retrieval-cpu", "report"), ("why-mamba-lags", "contrasts")])
+def test_tables_of_a_study_are_its_results(study, script):
+    """If not: run the script."""
+    folder = ROOT / "studies" / study
+    made = runpy.run_path(str(folder / f"{script}.py"))["filled"]
     text = (folder / "README.md").read_text(encoding="utf-8")
     assert made(text) == text
 

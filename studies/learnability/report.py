@@ -7,6 +7,8 @@ from pathlib import Path
 import pandas as pd
 from scipy import stats
 
+from analysis.tables import fill
+
 HERE = Path(__file__).parent
 DOCUMENT = HERE.parents[1] / "docs" / "learnability.md"
 
@@ -65,13 +67,8 @@ TABLES = {"grid": grid_table, "tuning": tuning_table}
 
 def main() -> None:
     """Replace what stands between the markers `<!-- grid -->` and `<!-- /grid -->`, and so for tuning."""
-    text = DOCUMENT.read_text(encoding="utf-8")
-    for name, table in TABLES.items():
-        before, rest = text.split(f"<!-- {name} -->")
-        after = rest.split(f"<!-- /{name} -->")[1]
-        made = table(pd.read_csv(HERE / f"{name}.csv"))
-        text = f"{before}<!-- {name} -->\n{made}\n<!-- /{name} -->{after}"
-    DOCUMENT.write_text(text, encoding="utf-8")
+    made = {name: table(pd.read_csv(HERE / f"{name}.csv")) for name, table in TABLES.items()}
+    DOCUMENT.write_text(fill(DOCUMENT.read_text(encoding="utf-8"), made), encoding="utf-8")
 
 
 if __name__ == "__main__":

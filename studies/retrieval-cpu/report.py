@@ -22,6 +22,7 @@ from analysis import plots, settings
 from analysis.comparisons import comparisons
 from analysis.scaling import reachable_length
 from analysis.statistics import bootstrap_median_time, mean_interval
+from analysis.tables import fill
 from synthetic import results, store
 
 HERE = Path(__file__).parent
@@ -52,10 +53,7 @@ def filled(text: str) -> str:
         "layout-tests": layout_tests(table),
         "cost": cost(everything),
     }
-    for name, made in tables.items():
-        before, rest = text.split(f"<!-- {name} -->")
-        text = f"{before}<!-- {name} -->\n{made}\n<!-- /{name} -->{rest.split(f'<!-- /{name} -->')[1]}"
-    return text
+    return fill(text, tables)
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:

@@ -20,6 +20,7 @@ import pandas as pd
 
 from analysis.statistics import mean_interval
 from analysis.style import NAMES, family_colors, theme
+from analysis.tables import fill
 from synthetic import store
 
 HERE = Path(__file__).parent
@@ -57,11 +58,8 @@ def measured(folder: Path) -> list[dict[str, Any]]:
     rows: list[Any] = []
     if (folder / "updates.csv").exists():
         table = pd.read_csv(folder / "updates.csv")
-        table = table[(table["part"] == "role") & (table["quantity"] == "write")]
-        keys = ["weights", "layer"]
-        sides = [table[table["role"] == role].set_index(keys)["value"] for role in ("target", "distractor")]
-        ratio = (sides[0] / sides[1]).rename("value").reset_index()
-        rows += ratio.assign(quantity="write").to_dict("records")
+        table = table[(table["part"] == "contrast") & (table["quantity"] == "write")]
+        rows += table[["weights", "layer", "quantity", "value"]].to_dict("records")
     if (folder / "retention.csv").exists():
         table = pd.read_csv(folder / "retention.csv")
         table = table[table["part"] == "contrast"]
@@ -165,6 +163,12 @@ def draw(table: pd.DataFrame) -> Any:
     return figure
 
 
+def filled(text: str) -> str:
+    """README with its tables made anew from results.csv."""
+    table = pd.read_csv(HERE / "results.csv")
+    return fill(text, {"contrasts": contrasts(table), "tokens": tokens(table)})
+
+
 def main(arguments: list[str]) -> None:
     import matplotlib
 
@@ -179,10 +183,7 @@ def main(arguments: list[str]) -> None:
             content = io.BytesIO()
             figure.savefig(content, format=kind, **more)
             store.write_bytes(HERE / f"contrast.{kind}", content.getvalue())
-    text = (HERE / "README.md").read_text(encoding="utf-8")
-    for name, made in {"contrasts": contrasts(table), "tokens": tokens(table)}.items():
-        before, rest = text.split(f"<!-- {name} -->")
-        text = f"{before}<!-- {name} -->\n{made}\n<!-- /{name} -->{rest.split(f'<!-- /{name} -->')[1]}"
+    text = filled((HERE / "README.md").read_text(encoding="utf-8"))
     store.write_bytes(HERE / "README.md", text.encode())
 
 
