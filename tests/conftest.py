@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 import pytest
+from hook_models import FAMILIES, build
 
 PEERS = ("mamba_ssm.modules.mamba_simple", "mamba_ssm.ops.selective_scan_interface",
          "causal_conv1d.causal_conv1d_interface")  # fmt: skip
@@ -38,3 +39,15 @@ def _peers() -> dict[str, Any]:
         if name.partition(".")[0] in (*KERNELS, "mamba_ssm", "causal_conv1d"):
             del sys.modules[name]
     return peers
+
+
+@pytest.fixture(params=FAMILIES, scope="module")
+def family(request):
+    """Every architecture of `hook_models` in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(family):
+    """The model of `family`, shared by a file: tests leave it as it is."""
+    return build(family)

@@ -1,0 +1,82 @@
+"""Small models of every architecture, and their recurrence written out, for the tests of hooks."""
+
+from __future__ import annotations
+
+import torch
+
+import models
+import probes
+
+FAMILIES = {
+    "transformer": ("transformer-tiny", dict(n_head=2)),
+    "transformer-sequential": (
+        "transformer-tiny",
+        dict(n_head=2, parallel_residual=False, position="learned"),
+    ),
+    "mamba": ("mamba-tiny", dict(d_state=5)),
+    "mamba2": ("mamba2-tiny", dict(d_state=6, ngroups=2, headdim=8, chunk_size=4)),
+    "hybrid-mamba": ("hybrid-tiny", dict(n_head=2)),
+    "hybrid-mamba2": ("hybrid-tiny", dict(n_head=2, ssm="mamba2", headdim=8)),
+}
+SSM, ATTENTION = ("mamba", "mamba2"), ("transformer", "transformer-sequential")
+VOCAB, B, L = 23, 2, 13
+IDS = torch.randint(0, VOCAB, (B, L), generator=torch.Generator().manual_seed(0))
+OTHER = torch.randint(0, VOCAB, (B, L), generator=torch.Generator().manual_seed(1))
+# the one name whose use takes part of the computation out of a fused kernel
+ROUNDED = "mixer.hook_y"
+
+
+def build(family, dtype=torch.float64, **more):
+    """A small model with weights far from their initial symmetry."""
+    name, options = FAMILIES[family]
+    model = models.build(name, vocab_size=VOCAB, d_model=16, **{**options, **more}).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    return model.eval()
+
+
+def recorded(model, names="*", ids=IDS, **options):
+    """Name -> tensor of one pass, and its logits."""
+    call = {k: options.pop(k) for k in ("attention_mask", "seq_ids", "cache") if k in options}
+    with torch.no_grad(), probes.record(model, names, **options) as cache:
+        logits = model(ids, **call)
+    return cache, logits
+
+
+def recurrence(model, i, t, h0=None, edit_state=None, edit_read=None, edit_decay=None):
+    """h_t and y_t of layer i, token by token, from the recorded dt, B, C and u in t (name -> tensor).
+
+    Edits map a position to a function. Mamba: h (B, E, N). Mamba-2: h (B, H, P, N).
+    """
+    mixer, at = model.backbone.layers[i].mixer, f"blocks.{i}.mixer.hook_"
+    u, dt, Bt, Ct = (t[at + name] for name in ("conv", "dt", "B", "C"))
+    A, D = -mixer.A_log.exp(), mixer.D
+    if u.dim() == 4:  # Mamba-2: one A, dt and D per head, one B and C per group
+        Bt, Ct = (x.repeat_interleave(u.shape[2] // x.shape[2], dim=2) for x in (Bt, Ct))
+    h, states, ys = 0.0 if h0 is None else h0, [], []
+    for s in range(u.shape[1]):
+        if u.dim() == 4:
+            decay = torch.exp(torch.einsum("bh,h->bh", dt[:, s], A))
+            write = torch.einsum("bh,bhp,bhn->bhpn", dt[:, s], u[:, s], Bt[:, s])
+        else:
+            decay = torch.exp(torch.einsum("be,en->ben", dt[:, s], A))
+            write = torch.einsum("be,be,bn->ben", dt[:, s], u[:, s], Bt[:, s])
+        decay = (edit_decay or {}).get(s, lambda x: x)(decay)
+        h = (decay[..., None, None] if u.dim() == 4 else decay) * h + write
+        h = (edit_state or {}).get(s, lambda x: x)(h)
+        read = (edit_read or {}).get(s, lambda x: x)(h)
+        if u.dim() == 4:
+            y = torch.einsum("bhpn,bhn->bhp", read, Ct[:, s]) + D[:, None] * u[:, s]
+        else:
+            y = torch.einsum("ben,bn->be", read, Ct[:, s]) + D * u[:, s]
+        states.append(h)
+        ys.append(y)
+    return torch.stack(states, 1), torch.stack(ys, 1)
+
+
+def halve(x):
+    """Every other element halved, in place: no norm, softmax or mask is blind to that."""
+    x[..., ::2] *= 0.5
+    return x
