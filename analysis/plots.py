@@ -277,7 +277,7 @@ def by_position(table: pd.DataFrame) -> Figure:
         words = "context length\n" + "\n".join(lengths)
         box = dict(facecolor="white", alpha=0.85, edgecolor="none", pad=1.5)
         ax.text(0.98, 0.02, words, transform=ax.transAxes, fontsize=7, ha="right", va="bottom", bbox=box)
-        ax.set(title=setting, xlabel="place of the target in the context", xlim=(0, 1), ylim=(-0.35, 1.05))
+        ax.set(title=setting, xlabel="place of the target in the context", xlim=(0, 1), ylim=(-0.65, 1.05))
     axes[0, 0].set_yticks([0, 0.25, 0.5, 0.75, 1.0])
     axes[0, 0].set_ylabel("final held-out accuracy")
     _legend(figure, looks)
