@@ -39,6 +39,20 @@ class Recording(Mapping[str, Tensor]):
     def __init__(self, names: Iterable[str]):
         self._calls: dict[str, list[Tensor | Path]] = {name: [] for name in names}
 
+    @classmethod
+    def read(cls, folder: str | os.PathLike[str]) -> Recording:
+        """What an earlier `record(folder=...)` has streamed to disk; calls that fitted the budget are not there.
+
+        Raises ValueError for a folder without recordings.
+        """
+        files = sorted(Path(folder).glob("[0-9]*/*.safetensors"))
+        if not files:
+            raise ValueError(f"folder={str(folder)!r} holds no recordings; give one that record() has written")
+        recording = cls(dict.fromkeys(path.stem for path in files))
+        for path in files:
+            recording.add(path.stem, path)
+        return recording
+
     def calls(self, name: str) -> list[Tensor]:
         """The tensors of one name, one per forward pass. Raises KeyError for a name that is not recorded."""
         return [load_file(x)["x"] if isinstance(x, Path) else x for x in self._calls[name]]

@@ -255,6 +255,10 @@ def test_budget_refuses_before_computing_or_streams(model, tmp_path):
         assert torch.equal(cache[name], torch.cat([whole[name]] * 2))
     assert len(list((tmp_path / "states" / "00001").glob("*.safetensors"))) == len(whole)
     assert not list((tmp_path / "states").rglob("*.part"))
+    again_read = probes.Recording.read(tmp_path / "states")  # as a later session does
+    assert set(again_read) == set(whole) and all(torch.equal(again_read[n], cache[n]) for n in whole)
+    with pytest.raises(ValueError, match=r"folder='.*none' holds no recordings"):
+        probes.Recording.read(tmp_path / "none")
     with pytest.raises(ValueError, match=r"alone needs .*choose positions= or raise budget="):
         recorded(model, ids=again, budget=largest, folder=tmp_path / "more")
 

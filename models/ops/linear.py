@@ -53,7 +53,8 @@ def _processor() -> str:
 
 
 def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a b^T + bias of float32 matrices (M, K), (N, K) by oneDNN; strides are free."""
+    """a b^T + bias of float32 matrices (M, K), (N, K) by oneDNN; matrices that are neither
+    contiguous nor transposed are copied there."""
     return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
 
 

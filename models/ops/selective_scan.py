@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn import functional as F
 
 from models.ops import LANES
@@ -259,8 +260,14 @@ _NO_POSITIONS = np.zeros(0, np.int64)
 
 
 def _flat(x: Tensor | None, dtype: torch.dtype) -> np.ndarray:
-    """The numbers of a contiguous tensor as a 1-D array; an absent argument as an empty one."""
-    return _NONE[dtype] if x is None else x.detach().numpy().reshape(-1)
+    """The numbers of a contiguous tensor as a 1-D array; an absent argument as an empty one.
+
+    Parameters are copied (they are small): NumPy pins the storage of what it has seen, which FSDP resizes.
+    """
+    if x is None:
+        return _NONE[dtype]
+    x = x.detach().clone() if isinstance(x, Parameter) else x.detach()
+    return x.numpy().reshape(-1)
 
 
 def _scaled(arguments: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:

@@ -1,16 +1,17 @@
-"""Tables and figure of this study, from probed runs of studies/retrieval-cpu:
+"""Tables and figures of this study, from probed runs of studies/retrieval-cpu:
 
-    python studies/why-mamba-lags/contrasts.py RUNS PROBES
+    python studies/why-mamba-lags/contrasts.py [RUNS PROBES]
 
 RUNS is the folder of that sweep, PROBES one with the output of
-`python -m probes.run RUNS/<id> --out PROBES/<id>` for each probed run. Writes results.csv beside this file
-(one row per run, layer and quantity), the figure, and replaces what stands between `<!-- NAME -->` and
-`<!-- /NAME -->` in README.md. Without arguments it starts from results.csv.
+`python -m probes.run RUNS/<id> --out PROBES/<id>` for each probed run. Writes measured.parquet beside this
+file (one row per run, weights, site, layer, quantity, role and lag), the figures (figures.py) and what stands
+between `<!-- NAME -->` and `<!-- /NAME -->` in README.md. Without arguments it starts from measured.parquet.
+
+Runs are the units: every interval is Student's 95 % over seeds.
 """
 
 from __future__ import annotations
 
-import io
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,172 +20,297 @@ import numpy as np
 import pandas as pd
 
 from analysis.statistics import mean_interval
-from analysis.style import NAMES, family_colors, theme
+from analysis.style import NAMES
 from analysis.tables import fill
 from synthetic import store
 
 HERE = Path(__file__).parent
-QUANTITIES = {  # name: (title of the panel, value that means "no difference")
-    "write": "written by the target\n/ by a distractor",
-    "kept": "kept of what the target wrote\n/ of what distractors wrote",
-    "share": "target's part of the state\n/ a distractor's, at the answer",
-}
-SETTINGS = {"suffix": "query last", "prefix": "query first"}
-STYLES = {"suffix": dict(linestyle="--", marker="s", mfc="white"), "prefix": dict(linestyle="-", marker="o")}
+MEASURED = HERE / "measured.parquet"
+LAYOUTS = {"suffix": "query last", "prefix": "query first"}
+WORDS = {"write": "written", "kept": "kept", "share": "part of the state"}
+RUN = ["run", "model", "position", "layout", "queries", "seq_len", "d_state", "seed", "accuracy"]
+USUAL_STATE = {"mamba": 16, "mamba2": 64}
+SITES = {"residual": "residual stream", "state": "state"}
+
+
+# --- from probed runs to one tidy table ---------------------------------------------------------------------
 
 
 def collect(runs: Path, probes: Path) -> pd.DataFrame:
-    """One row per run, weights, layer and quantity; only single-query runs and those of length 32."""
-    rows: list[dict[str, Any]] = []
+    """One row per run, weights, site, layer, quantity, role and lag."""
+    tables = []
     for folder in sorted(path.parent for path in probes.glob("*/summary.md")):
-        saved = store.read_json(runs / folder.name / "config.json")
-        plan = saved["plans"][0]
+        plan = store.read_json(runs / folder.name / "config.json")["plans"][0]
         result = store.read_json(runs / folder.name / plan["family"] / "result.json")
-        fixed = dict(
-            run=folder.name,
-            model=plan["family"],
-            layout=plan["task_options"]["layout"],
-            queries="single" if plan["queries"] == 1 else "dense",
-            seq_len=plan["seq_len"],
-            seed=plan["seed"],
-            accuracy=result["accuracy"],
+        overrides = plan["model_overrides"]
+        values = [
+            folder.name,
+            plan["family"],
+            overrides.get("position", ""),
+            plan["task_options"]["layout"],
+            "single" if plan["queries"] == 1 else "dense",
+            plan["seq_len"],
+            overrides.get("d_state", USUAL_STATE.get(plan["family"], 0)),
+            plan["seed"],
+            result["accuracy"],
+        ]
+        tables.append(measured(folder).assign(**dict(zip(RUN, values, strict=True))))
+    table = pd.concat(tables, ignore_index=True)
+    texts = ("run", "model", "position", "layout", "queries", "weights", "site", "quantity", "role")
+    return table.astype({"value": "float32", **{name: "category" for name in texts}})
+
+
+def measured(folder: Path) -> pd.DataFrame:
+    """weights, site, layer, quantity, role, lag, value of one probed run, from the tables of its probes."""
+    parts = [
+        _part(folder, "updates", "contrast", "write"),
+        _part(folder, "retention", "contrast", "share"),
+        _part(folder, "retention", "contrast", "kept"),
+        _part(folder, "retention", "curve", "kept", name="kept curve", lag="distance"),
+        _part(folder, "linear", "token", "accuracy", name="decoded", lag="lag"),
+        _part(folder, "linear", "answer", "accuracy", name="answer decoded"),
+        _part(folder, "linear", "capacity", "expected tokens", name="tokens"),
+        _part(folder, "lens", "accuracy", "accuracy", name="lens"),
+        _part(folder, "patch", "target", "effect", name="moved"),
+        _part(folder, "patch", "target", "effect", name="moved, unrelated", control="unrelated"),
+        _part(folder, "attention", "score", "retrieval", name="retrieval"),
+    ]
+    columns = ["weights", "site", "layer", "quantity", "role", "lag", "value"]
+    table = pd.concat([part.reindex(columns=columns) for part in parts], ignore_index=True)
+    return table.fillna({"site": "", "role": "", "lag": -1}).astype({"layer": int, "lag": int})
+
+
+def _part(
+    folder: Path, probe: str, part: str, quantity: str, *, name: str = "", lag: str = "", control: str = ""
+) -> pd.DataFrame:
+    path = folder / f"{probe}.csv"
+    if not path.exists():
+        return pd.DataFrame()
+    table = pd.read_csv(path)
+    table = table[(table["part"] == part) & (table["quantity"] == quantity)]
+    if probe == "patch":  # residual stream and state; a mean over the distractors, whose number differs
+        table = table[table["control"].fillna("").eq(control) & table["site"].isin(list(SITES))]
+        table = table.groupby(["weights", "site", "layer", "role"])["value"].mean().reset_index()
+    if probe == "attention":  # the best head of each layer
+        table = table.groupby(["weights", "layer"])["value"].max().reset_index()
+    table = table.assign(quantity=name or quantity)
+    return table.rename(columns={lag: "lag"}) if lag else table
+
+
+# --- selections ---------------------------------------------------------------------------------------------
+
+
+def cells(table: pd.DataFrame, *, any_state: bool = False, **fixed: Any) -> pd.DataFrame:
+    """Rows with these values; of the usual state size unless any_state is given."""
+    usual = table["d_state"] == table["model"].map(USUAL_STATE).astype(float).fillna(0)
+    table = table if any_state else table[usual]
+    for name, value in fixed.items():
+        table = table[table[name].isin(value) if isinstance(value, tuple) else table[name] == value]
+    return table
+
+
+def best_layer(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """The largest value over layers of every run and `by`."""
+    return table.groupby([*RUN, *by], observed=True)["value"].max().reset_index()
+
+
+def ratio(values: Any) -> str:
+    """Geometric mean of ratios with Student's 95 % interval of the logarithm."""
+    mean, low, high = np.exp(mean_interval(np.log(np.asarray(values, float))))
+    return f"{_short(mean)} [{_short(low)}, {_short(high)}]"
+
+
+def mean(values: Any, digits: int = 2) -> str:
+    """Mean with Student's 95 % interval."""
+    return "{0:.{3}f} [{1:.{3}f}, {2:.{3}f}]".format(*mean_interval(np.asarray(values, float)), digits)
+
+
+def _short(value: float) -> str:
+    return f"{value:.2g}" if value >= 10 or value < 0.1 else f"{value:.2f}"
+
+
+def difference(a: Any, b: Any, digits: int = 2) -> str:
+    """Mean of a minus mean of b with Welch's 95 % interval; Hedges' g, its standardised size, behind it."""
+    from scipy import stats
+
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    low, high = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
+    pooled = np.sqrt(((len(a) - 1) * a.var(ddof=1) + (len(b) - 1) * b.var(ddof=1)) / (len(a) + len(b) - 2))
+    g = (a.mean() - b.mean()) / pooled * (1 - 3 / (4 * (len(a) + len(b)) - 9))
+    return f"{a.mean() - b.mean():+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}], g = {g:.1f}"
+
+
+def markdown(header: list[str], rows: list[list[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def variant(model: Any, position: Any) -> str:
+    """How a row of a table calls a model."""
+    return NAMES[str(model)] + (" (RoPE)" if position == "rope" else "")
+
+
+# --- tables -------------------------------------------------------------------------------------------------
+
+
+def runs_table(table: pd.DataFrame) -> str:
+    """Which runs are behind this page, and what they came to."""
+    once = table.drop_duplicates("run").sort_values(["seq_len", "layout", "model", "d_state"])
+    rows = []
+    keys = ["seq_len", "layout", "queries", "model", "position", "d_state"]
+    for key, cell in once.groupby(keys, observed=True, sort=True):
+        length, layout, queries, model, position, d_state = key
+        accuracy = ", ".join(f"{a:.2f}" for a in cell.sort_values("seed")["accuracy"])
+        rows.append(
+            [variant(model, position), length, f"{LAYOUTS[str(layout)]}, {queries}", d_state or "–", accuracy]
         )
-        rows += [{**fixed, **row} for row in measured(folder)]
-    return pd.DataFrame(rows)
-
-
-def measured(folder: Path) -> list[dict[str, Any]]:
-    """weights, layer, quantity, value of one probed run."""
-    rows: list[Any] = []
-    if (folder / "updates.csv").exists():
-        table = pd.read_csv(folder / "updates.csv")
-        table = table[(table["part"] == "contrast") & (table["quantity"] == "write")]
-        rows += table[["weights", "layer", "quantity", "value"]].to_dict("records")
-    if (folder / "retention.csv").exists():
-        table = pd.read_csv(folder / "retention.csv")
-        table = table[table["part"] == "contrast"]
-        rows += table[["weights", "layer", "quantity", "value"]].to_dict("records")
-    for name, part, quantity in (
-        ("lens", "accuracy", "lens"),
-        ("linear", "capacity", "tokens"),
-        ("linear", "answer", "answer"),
-    ):
-        if (folder / f"{name}.csv").exists():
-            table = pd.read_csv(folder / f"{name}.csv")
-            table = table[table["part"] == part]
-            if "site" in table:
-                table = table[table["site"] == "state"]
-            rows += table[["weights", "layer", "value"]].assign(quantity=quantity).to_dict("records")
-    return rows
-
-
-def ratio_interval(values: pd.Series) -> tuple[float, float, float]:
-    """Geometric mean of ratios over seeds with Student's 95 % interval of the logarithm."""
-    mean, low, high = mean_interval(np.log(values))
-    return float(np.exp(mean)), float(np.exp(low)), float(np.exp(high))
+    return markdown(["model", "length", "query", "d_state", "final accuracy, by seed"], rows)
 
 
 def contrasts(table: pd.DataFrame) -> str:
-    """Markdown: target over distractor, query last against first, by layer."""
-    part = table[
-        (table["queries"] == "single") & (table["seq_len"] == 16) & table["quantity"].isin(QUANTITIES)
-    ]
-    lines = [
-        "| model | quantity | layer | query last | query first | query first, untrained |",
-        "|---|---|---|---|---|---|",
-    ]
-    for (model, quantity, layer), cell in part.groupby(["model", "quantity", "layer"]):
-        found = []
-        for layout, weights in (("suffix", "trained"), ("prefix", "trained"), ("prefix", "untrained")):
-            values = cell.loc[(cell["layout"] == layout) & (cell["weights"] == weights), "value"]
-            found.append("–" if values.empty else "{:.2f} [{:.2f}, {:.2f}]".format(*ratio_interval(values)))
-        head = f"| {NAMES[str(model)]} | {quantity} | {int(float(str(layer)))} | "
-        lines.append(head + " | ".join(found) + " |")
-    return "\n".join(lines)
+    """Target over distractor in the last layer, query last against first, by length; and untrained."""
+    rows = []
+    for model in USUAL_STATE:
+        for quantity in WORDS:
+            for length in (16, 32):
+                part = cells(table, model=model, quantity=quantity, seq_len=length)
+                part = part[part["layer"] == part["layer"].max()]
+                first = part[(part["layout"] == "prefix") & (part["weights"] == "trained")]
+                last = part[(part["layout"] == "suffix") & (part["weights"] == "trained")]
+                last = last[last["queries"] == ("single" if length == 16 else "dense")]
+                plain = part[(part["layout"] == "prefix") & (part["weights"] == "untrained")]
+                found = [ratio(rows_["value"]) for rows_ in (last, first)]
+                seeds = ", ".join(_short(v) for v in first.sort_values("seed")["value"])
+                fresh = f"{np.exp(np.log(plain['value']).mean()):.2f}"
+                rows.append([NAMES[model], WORDS[quantity], length, *found, seeds, fresh])
+    head = ["model", "quantity", "length", "query last", "query first", "its seeds", "untrained"]
+    return markdown(head, rows)
 
 
 def tokens(table: pd.DataFrame) -> str:
-    """Markdown: expected number of context symbols that the best layer's state gives up to a linear probe."""
-    part = table[table["quantity"] == "tokens"]
-    best = part.groupby(["model", "layout", "queries", "seq_len", "weights", "seed", "run"])["value"].max()
-    accuracy = table.drop_duplicates("run").set_index("run")["accuracy"]
-    lines = [
-        "| model | layout, queries | length | final accuracy, by seed | symbols decodable | untrained |",
-        "|---|---|---|---|---|---|",
-    ]
-    frame = best.reset_index()
-    for (model, layout, queries, length), cell in frame.groupby(["model", "layout", "queries", "seq_len"]):
-        found = []
-        for weights in ("trained", "untrained"):
-            values = cell.loc[cell["weights"] == weights, "value"]
-            found.append("{:.1f} [{:.1f}, {:.1f}]".format(*mean_interval(values)))
-        scores = ", ".join(f"{accuracy[run]:.2f}" for run in cell.sort_values("seed")["run"].unique())
-        setting = f"{SETTINGS[str(layout)]}, {queries}"
-        lines.append(f"| {NAMES[str(model)]} | {setting} | {length} | {scores} | " + " | ".join(found) + " |")
-    return "\n".join(lines)
+    """Context symbols that a linear probe finds in the state, beside those that the model itself finds."""
+    part = best_layer(cells(table, quantity="tokens", site="state"), ["weights"])
+    rows = []
+    for key, cell in part.groupby(["model", "layout", "queries", "seq_len"], observed=True):
+        model, layout, queries, length = (*key[:3], int(str(key[3])))
+        trained = cell[cell["weights"] == "trained"].sort_values("seed")
+        fresh = cell[cell["weights"] == "untrained"].sort_values("seed")
+        rows.append(
+            [
+                NAMES[str(model)],
+                f"{LAYOUTS[str(layout)]}, {queries}",
+                length,
+                mean(trained["accuracy"] * length, 1) if layout == "suffix" else "–",
+                mean(trained["value"], 1),
+                f"{fresh['value'].mean():.1f}",
+            ]
+        )
+    head = ["model", "query", "length N", "accuracy x N", "decodable", "decodable, untrained"]
+    return markdown(head, rows)
 
 
-def draw(table: pd.DataFrame) -> Any:
-    """Target over distractor by layer: a row per SSM family, a panel per quantity, seeds as points."""
-    import matplotlib.pyplot as plt
-
-    part = table[(table["queries"] == "single") & (table["seq_len"] == 16) & (table["weights"] == "trained")]
-    part = part[part["quantity"].isin(QUANTITIES)]
-    models = [m for m in ("mamba", "mamba2") if m in set(part["model"])]
-    shape = (3.3 * len(QUANTITIES), 2.6 * len(models) + 0.5)
-    figure, axes = plt.subplots(
-        len(models),
-        len(QUANTITIES),
-        figsize=shape,
-        squeeze=False,
-        sharex=True,
-        sharey="col",
-        layout="constrained",
+def state_sizes(table: pd.DataFrame) -> str:
+    """The same at length 16 for states of different size."""
+    part = best_layer(
+        cells(table, any_state=True, quantity="tokens", site="state", seq_len=16, queries="dense"),
+        ["weights"],
     )
-    for i, model in enumerate(models):
-        row = axes[i]
-        for ax, (quantity, title) in zip(row, QUANTITIES.items(), strict=True):
-            for layout, style in STYLES.items():
-                cell = part[
-                    (part["model"] == model) & (part["layout"] == layout) & (part["quantity"] == quantity)
-                ]
-                color = family_colors()[model]
-                ax.plot(cell["layer"], cell["value"], ".", color=color, alpha=0.5)
-                mean = np.exp(np.log(cell["value"]).groupby(cell["layer"]).mean())
-                ax.plot(mean.index, mean, color=color, label=SETTINGS[layout], **style)
-            ax.axhline(1, color="0.4", linestyle=":", lw=1)
-            ax.set(yscale="log", xticks=sorted(part["layer"].unique()))
-            if i == 0:
-                ax.set_title(title, fontsize=9)
-            if i == len(models) - 1:
-                ax.set_xlabel("layer")
-        row[0].set_ylabel(f"{NAMES[model]}\nratio (log)")
-        row[0].legend(fontsize=8)
-    return figure
+    rows = []
+    for (model, d_state), cell in part.groupby(["model", "d_state"], observed=True):
+        trained, fresh = (cell[cell["weights"] == w] for w in ("trained", "untrained"))
+        accuracy = ", ".join(f"{a:.2f}" for a in trained.sort_values("seed")["accuracy"])
+        numbers = f"{256 * int(str(d_state)):,}"
+        found = [mean(trained["value"], 1), f"{fresh['value'].mean():.1f}"]
+        rows.append([NAMES[str(model)], d_state, numbers, accuracy, *found])
+    head = ["model", "d_state", "numbers per layer", "accuracy, by seed", "decodable", "decodable, untrained"]
+    return markdown(head, rows)
+
+
+def effects(table: pd.DataFrame) -> str:
+    """Differences of the number of decodable symbols, with Welch's interval and Hedges' g."""
+    part = cells(table, any_state=True, quantity="tokens", site="state", weights="trained")
+    part = best_layer(part, [])
+    rows = []
+    for model, usual in USUAL_STATE.items():
+        mine = part[part["model"] == model]
+        plain = dict(layout="suffix", queries="dense", seq_len=16, d_state=usual)
+        for name, a, b in (
+            (
+                "query first - last, single, N = 16",
+                dict(queries="single", layout="prefix"),
+                dict(queries="single"),
+            ),
+            ("N = 32 - N = 16, query last, dense", dict(seq_len=32), {}),
+            ("d_state 64 - 4, query last, dense, N = 16", dict(d_state=64), dict(d_state=4)),
+        ):
+            values = [cells(mine, any_state=True, **{**plain, **some})["value"] for some in (a, b)]
+            rows.append([NAMES[model], name, difference(*values, digits=1)])
+    return markdown(["model", "comparison", "difference in decodable symbols"], rows)
+
+
+def where(table: pd.DataFrame) -> str:
+    """By layer: share of the logit difference restored from the context symbols and from the last token."""
+    rows = []
+    for name, part in settings(table):
+        moved = part[(part["quantity"] == "moved") & (part["site"] == "residual")]
+        for layer in sorted(moved["layer"].unique()):
+            here = moved[moved["layer"] == layer]
+            found = []
+            for roles in (("target", "partner"), ("last", "query")):
+                some = here[here["role"].isin(roles)]
+                found.append(mean(some.groupby("run", observed=True)["value"].sum()))
+            decoded = part[
+                (part["quantity"] == "answer decoded")
+                & (part["site"] == "residual")
+                & (part["weights"] == "trained")
+                & (part["layer"] == layer - 1)
+            ]
+            found.append(mean(decoded["value"]) if len(decoded) else "–")
+            rows.append([name, layer, *found])
+    head = ["setting", "after block", "context symbols (both)", "last token", "place decodable there"]
+    return markdown(head, rows)
+
+
+def settings(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """What is compared where: models that have learned the task (accuracy above 0.5), by name."""
+    found = []
+    wanted = (
+        ("transformer", "suffix", "dense", 16, "learned"),
+        ("mamba", "suffix", "dense", 16, ""),
+        ("mamba2", "suffix", "dense", 16, ""),
+        ("mamba", "prefix", "single", 16, ""),
+        ("mamba2", "prefix", "single", 16, ""),
+    )
+    for model, layout, queries, length, position in wanted:
+        part = cells(table, model=model, layout=layout, queries=queries, seq_len=length, position=position)
+        part = part[part["accuracy"] > 0.5]
+        found.append((f"{NAMES[model]}, {LAYOUTS[layout]}", part))
+    return found
 
 
 def filled(text: str) -> str:
-    """README with its tables made anew from results.csv."""
-    table = pd.read_csv(HERE / "results.csv")
-    return fill(text, {"contrasts": contrasts(table), "tokens": tokens(table)})
+    """README with its tables made anew from measured.parquet."""
+    table = pd.read_parquet(MEASURED)
+    made = dict(
+        runs=runs_table(table),
+        contrasts=contrasts(table),
+        where=where(table),
+        tokens=tokens(table),
+        sizes=state_sizes(table),
+        effects=effects(table),
+    )
+    return fill(text, made)
 
 
 def main(arguments: list[str]) -> None:
-    import matplotlib
+    import figures  # beside this file
 
-    matplotlib.use("Agg")
     if arguments:
         table = collect(Path(arguments[0]), Path(arguments[1]))
-        store.write_bytes(HERE / "results.csv", table.to_csv(index=False, float_format="%.6g").encode())
-    table = pd.read_csv(HERE / "results.csv")
-    with theme():
-        figure = draw(table)
-        for kind, more in (("png", dict(dpi=150)), ("pdf", dict(metadata={"CreationDate": None}))):
-            content = io.BytesIO()
-            figure.savefig(content, format=kind, **more)
-            store.write_bytes(HERE / f"contrast.{kind}", content.getvalue())
-    text = filled((HERE / "README.md").read_text(encoding="utf-8"))
-    store.write_bytes(HERE / "README.md", text.encode())
+        store.write_bytes(MEASURED, table.to_parquet(index=False, compression="zstd"))
+    figures.write(pd.read_parquet(MEASURED))
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    store.write_bytes(HERE / "README.md", filled(text).encode())
 
 
 if __name__ == "__main__":
