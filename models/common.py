@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Protocol, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from models.hooks import Hooked, points
 from models.ops.cross_entropy import linear_cross_entropy
@@ -144,6 +145,9 @@ class LanguageModel(Hooked, nn.Module):
     """
 
     config: Any
+    # Training keeps each block's input only and runs the block again for its gradients (Chen et al. 2016,
+    # arXiv 1604.06174): same numbers, less memory, about a third more time. Not with a cache or hooks.
+    checkpointing: bool = False
     hook_axes: ClassVar = {"hook_embed": "B L D", "ln_final.hook_normalized": "B L D"}
 
     def parts(self) -> tuple[nn.Embedding, list[Block], nn.Module, nn.Linear]:
@@ -235,8 +239,13 @@ class LanguageModel(Hooked, nn.Module):
             # a copy of what the caller owns: a recording must not change with it
             x = self.hook("hook_embed", x if inputs_embeds is None else x.clone())
         x = x.to(torch.promote_types(x.dtype, torch.float32)) if self.config.residual_in_fp32 else x
+        # a block that records or updates something must not run twice
+        again = self.checkpointing and torch.is_grad_enabled() and cache is None and self.hook is None
         for i, block in enumerate(blocks):
-            x = block(x, context, None if cache is None else cache.layers[i])
+            if again:
+                x = checkpoint(block, x, context, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, context, None if cache is None else cache.layers[i])
         if self.hook is not None:  # normalise all, so that the hook sees the axes of every other name
             return chosen(self.hook("ln_final.hook_normalized", norm(x)), packing, at)
         return norm(chosen(x, packing, at))

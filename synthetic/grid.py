@@ -29,7 +29,7 @@ import numpy as np
 from synthetic.config import RunConfig, check
 from synthetic.store import Row
 
-NOT_SWEPT = ("out", "threads")  # a sweep has one of each
+NOT_SWEPT = ("out", "threads", "plan")  # a sweep has one of each, and trains
 
 
 @dataclass(frozen=True)

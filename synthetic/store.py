@@ -31,6 +31,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from synthetic.optimizers import restore_state, state_tensors
+
 Row = dict[str, Any]
 
 
@@ -116,13 +118,9 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], Row]:
 
 
 def checkpoint_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Weights as `model.*` and AdamW's moments as `exp_avg.*`, `exp_avg_sq.*`; tied weights once."""
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        tensors[f"model.{name}"] = parameter
-        for moment in ("exp_avg", "exp_avg_sq"):
-            tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
-    return tensors
+    """Weights as `model.*`, the optimizer's state as `exp_avg.*`, ... (`state_tensors`); tied weights once."""
+    weights = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
+    return weights | state_tensors(model, optimizer)
 
 
 @torch.no_grad()
@@ -130,12 +128,9 @@ def restore(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], step: int
 ) -> None:
     """Copy a checkpoint into a model and an optimiser made for it."""
+    restore_state(model, optimizer, tensors, step)
     for name, parameter in model.named_parameters():
         parameter.copy_(tensors[f"model.{name}"])
-        state: dict[str, Tensor] = {"step": torch.tensor(float(step))}
-        for moment in ("exp_avg", "exp_avg_sq"):
-            state[moment] = torch.empty_like(parameter).copy_(tensors[f"{moment}.{name}"])
-        optimizer.state[parameter] = state
 
 
 def load_model(folder: str | Path) -> Any:

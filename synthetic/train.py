@@ -1,6 +1,6 @@
 """Train one model on one task: `train(plan, folder)`; nothing global, so sweeps call it too.
 
-The whole state of a run is (weights, AdamW moments, `Progress`): batches are functions of the step number, so
+The whole state of a run is (weights, optimiser state, `Progress`): batches are functions of the step number, so
 saving those three and restarting gives bit for bit the numbers of an uninterrupted run.
 """
 
@@ -18,9 +18,11 @@ from torch import Tensor
 
 import models
 from models import LanguageModel
+from models.ops.cross_entropy import IGNORE
 from synthetic import store, tasks
 from synthetic.config import Plan
 from synthetic.evaluate import Evaluation, autocast, evaluate, wilson
+from synthetic.optimizers import make_optimizer
 from synthetic.tasks import Batch, Task
 
 # Whoever changes one of these three raises config.TRAINING_VERSION.
@@ -89,6 +91,7 @@ class Session:
         self.metrics = folder / "metrics.jsonl"
         self.task = tasks.build(plan.task, **plan.task_options)
         self.model = models.build(plan.model, seed=plan.seed, device=plan.device, **plan.model_overrides)
+        self.model.checkpointing = plan.checkpointing
         self.optimizer = make_optimizer(self.model, plan)
         self.progress = Progress(length=plan.curriculum or plan.seq_len)
         self.checkpoint_seconds = CHECKPOINT_SECONDS
@@ -176,7 +179,7 @@ class Session:
         )
 
     def checkpoint(self) -> None:
-        """Write weights, moments and progress; slow disks get longer intervals."""
+        """Write weights, optimiser state and progress; slow disks get longer intervals."""
         before = time.monotonic()
         self.progress.seconds = before - self.started
         tensors = store.checkpoint_tensors(self.model, self.optimizer)
@@ -240,15 +243,39 @@ def next_batch(task: Task, plan: Plan, now: Progress) -> Batch:
 def update(
     model: LanguageModel, optimizer: torch.optim.Optimizer, batch: Batch, plan: Plan
 ) -> tuple[float, float]:
-    """One optimiser step on the mean cross-entropy of all answers: loss, accuracy of the queries."""
-    with autocast(plan.device, plan.precision):
-        loss, predicted = model.loss(batch.input_ids, labels=batch.labels, logits_at=batch.answer_at)
-    optimizer.zero_grad()
-    loss.backward()
+    """One optimiser step on the mean cross-entropy of all answers: loss, accuracy of the queries.
+
+    With plan.accumulate the rows are taken in that many parts one after the other. Each part's mean counts by
+    its share of the labels, so that gradients add up to those of the whole batch.
+    """
+    optimizer.zero_grad()  # before the forward pass, which then need not hold them beside its activations
+    parts = micro_batches(batch, plan.accumulate)
+    labels = int((batch.labels != IGNORE).sum())
+    total, predictions = 0.0, []
+    for ids, targets, at in parts:
+        with autocast(plan.device, plan.precision):
+            loss, predicted = model.loss(ids, labels=targets, logits_at=at)
+        if len(parts) > 1:
+            loss = loss * (int((targets != IGNORE).sum()) / labels)
+        loss.backward()
+        total += loss.item()
+        predictions.append(predicted)
     if plan.grad_clip > 0:
         torch.nn.utils.clip_grad_norm_(model.parameters(), plan.grad_clip)
     optimizer.step()
-    return loss.item(), batch.right(predicted).float().mean().item()
+    return total, batch.right(torch.cat(predictions)).float().mean().item()
+
+
+def micro_batches(batch: Batch, parts: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(input_ids, labels, answer_at) of `parts` nearly equal shares of the rows, at least a row in each.
+
+    Every row of a task's batch has labels, so every part has a mean.
+    """
+    parts = min(parts, batch.input_ids.shape[0])
+    ids, labels = batch.input_ids.tensor_split(parts), batch.labels.tensor_split(parts)
+    shared = batch.answer_at.dim() == 1
+    at = [batch.answer_at] * parts if shared else batch.answer_at.tensor_split(parts)
+    return list(zip(ids, labels, at, strict=True))
 
 
 def advance(plan: Plan, now: Progress) -> None:
@@ -269,19 +296,3 @@ def longest_passed(plan: Plan, now: Progress) -> int:
     while min(2 * length, plan.seq_len) < now.length:
         length *= 2
     return length
-
-
-def make_optimizer(model: LanguageModel, plan: Plan) -> torch.optim.Optimizer:
-    """AdamW; weight decay on matrices only, and not on embeddings or what Mamba's authors exempt."""
-    embeddings = {id(p) for part in (model.parts()[0], model.parts()[3]) for p in part.parameters()}
-    exempt = ("A_log", "embed_pos", "conv1d")
-    decayed: list[Tensor] = []
-    plain: list[Tensor] = []
-    for name, p in model.named_parameters():
-        spared = p.dim() < 2 or id(p) in embeddings or any(word in name for word in exempt)
-        (plain if spared else decayed).append(p)
-    groups = [
-        {"params": decayed, "weight_decay": plan.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=plan.lr, betas=plan.betas, fused=True)

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from synthetic import run, store, tasks, train
 from synthetic.config import RunConfig, plan, run_id
 from synthetic.evaluate import evaluate
+from synthetic.optimizers import make_optimizer
 
 SMALL = RunConfig(
     seq_len=16,
@@ -363,7 +364,7 @@ def test_weight_decay_spares_norms_biases_embeddings_and_ssm_parameters():
     p = plan(dataclasses.replace(SMALL, weight_decay=0.1), "hybrid")
     model = models.build(p.model, **p.model_overrides)
     decay = {
-        id(w): g["weight_decay"] for g in train.make_optimizer(model, p).param_groups for w in g["params"]
+        id(w): g["weight_decay"] for g in make_optimizer(model, p).param_groups for w in g["params"]
     }
     decayed = {name.split(".", 3)[-1] for name, w in model.named_parameters() if decay[id(w)] > 0}
     assert decayed == {
