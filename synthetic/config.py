@@ -154,6 +154,8 @@ steps are relative to the weights, so it wants a larger --lr."""
     """Parts of a batch that are computed one after the other: same gradient, less memory."""
     checkpointing: bool = False
     """Keep only the inputs of blocks for the backward pass: less memory, about a third more time."""
+    lora: int = 0
+    """Rank of low-rank adapters that are trained, with the embedding, instead of all weights (needs peft)."""
     plan: bool = False
     """Print the memory that the run needs and the smallest machine that has it, and train nothing."""
     threads: int = 0
@@ -195,6 +197,7 @@ class Plan:
     optimizer: str = "adamw"
     accumulate: int = 1
     checkpointing: bool = False
+    lora: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         late = {f.name: f.default for f in dataclasses.fields(self) if f.default is not dataclasses.MISSING}
@@ -295,6 +298,7 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
         optimizer=config.optimizer,
         accumulate=config.accumulate,
         checkpointing=config.checkpointing,
+        lora=config.lora,
     )
 
 
@@ -342,7 +346,7 @@ def _check(config: RunConfig, paper: bool, schedule: str) -> None:
     for name in ("queries", "steps", "budget", "eval_every"):
         value = getattr(config, name)
         check(value is None or value >= 1, f"--{name.replace('_', '-')} {value} must be at least 1")
-    for name in ("seed", "warmup", "threads", "grad_clip", "weight_decay"):
+    for name in ("seed", "warmup", "threads", "grad_clip", "weight_decay", "lora"):
         value = getattr(config, name)
         check(value is None or value >= 0, f"--{name.replace('_', '-')} {value} must not be negative")
     check(

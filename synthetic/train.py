@@ -22,6 +22,7 @@ from models.ops.cross_entropy import IGNORE
 from synthetic import store, tasks
 from synthetic.config import Plan
 from synthetic.evaluate import Evaluation, autocast, evaluate, wilson
+from synthetic.lora import add_adapters, merge_adapters
 from synthetic.optimizers import make_optimizer
 from synthetic.tasks import Batch, Task
 
@@ -92,6 +93,8 @@ class Session:
         self.task = tasks.build(plan.task, **plan.task_options)
         self.model = models.build(plan.model, seed=plan.seed, device=plan.device, **plan.model_overrides)
         self.model.checkpointing = plan.checkpointing
+        if plan.lora:
+            add_adapters(self.model, plan.lora, plan.seed)
         self.optimizer = make_optimizer(self.model, plan)
         self.progress = Progress(length=plan.curriculum or plan.seq_len)
         self.checkpoint_seconds = CHECKPOINT_SECONDS
@@ -192,6 +195,8 @@ class Session:
         """The final evaluation, the final files, and last the result that marks the run as finished."""
         plan, now = self.plan, self.progress
         self.checkpoint()
+        if plan.lora:
+            merge_adapters(self.model)
         final = self._heldout(plan.final_eval_examples, plan.seq_len)
         path = self.folder / "by_position.jsonl"
         others = [row for row in store.read_rows(path) if row["model"] != plan.family]
