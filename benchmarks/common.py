@@ -25,7 +25,7 @@ def seconds(calls: dict[str, Callable[[], Any]], repeats: int, warmup: int = 1) 
     return {name: sorted(t)[len(t) // 2] for name, t in times.items()}
 
 
-def _peak() -> float:
+def peak() -> float:
     """MiB of memory this process has held at most. (On Linux ru_maxrss would count the parent's too.)"""
     if sys.platform == "linux":
         with open("/proc/self/status") as file:
@@ -36,9 +36,9 @@ def _peak() -> float:
 def _measure(make: Callable[..., Callable[[], Any]], small: tuple, large: tuple, pipe: Any) -> None:
     make(*small)()  # compiles, starts threads, fills caches
     call = make(*large)
-    before = _peak()
+    before = peak()
     call()
-    pipe.send(_peak() - before)
+    pipe.send(peak() - before)
 
 
 def peak_memory(make: Callable[..., Callable[[], Any]], small: tuple, large: tuple) -> float:

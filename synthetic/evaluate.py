@@ -89,10 +89,14 @@ def autocast(device: str, precision: str) -> AbstractContextManager[object]:
     return torch.autocast(device, dtype=torch.bfloat16)
 
 
+def rows_at_once(task: Task, examples: int, length: int) -> int:
+    """Sequences of a batch of `heldout`."""
+    return max(1, min(examples, EVAL_TOKENS // task.max_length(task.usual_queries(length))))
+
+
 def heldout(task: Task, examples: int, length: int) -> Iterator[Batch]:
     """Exactly `examples` held-out sequences, in batches of about EVAL_TOKENS tokens."""
-    queries = task.usual_queries(length)
-    rows = max(1, min(examples, EVAL_TOKENS // task.max_length(queries)))
+    queries, rows = task.usual_queries(length), rows_at_once(task, examples, length)
     for index, start in enumerate(range(0, examples, rows)):
         size = min(rows, examples - start)
         yield task.batch(size, seed=EVAL_SEED, index=index, split="heldout", queries=queries, length=length)

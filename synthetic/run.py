@@ -64,7 +64,9 @@ def run(config: RunConfig) -> int:
         torch.set_num_threads(config.threads)
     if not config.model:
         return fail("--model needs at least one of " + ", ".join(FAMILIES))
-    plans = [plan(config, family) for family in config.model]
+    plans = [plan(config, family, elsewhere=config.plan) for family in config.model]
+    if config.plan:
+        return _show_memory(plans)
     folder = Path(config.out) / run_id(plans)
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -73,6 +75,15 @@ def run(config: RunConfig) -> int:
             return _train_all(plans, folder)
     except Timeout:
         return fail(f"--out {config.out}: another process is working in {folder}; wait for it or stop it")
+
+
+def _show_memory(plans: list[Plan]) -> int:
+    from rich.console import Console
+
+    from synthetic.memory import table
+
+    Console().print(table(plans))
+    return 0
 
 
 def _train_all(plans: list[Plan], folder: Path) -> int:

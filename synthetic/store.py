@@ -15,20 +15,23 @@ Whole files are written under a temporary name, flushed to the disk and renamed.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from synthetic.optimizers import restore_state, state_tensors
@@ -37,15 +40,21 @@ Row = dict[str, Any]
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace a file as a whole or not at all. Raises OSError and leaves the old file if that fails.
+    """Replace a file as a whole or not at all. Raises OSError and leaves the old file if that fails."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name to write to, whose file takes the place of `path` at the end, flushed to the disk.
 
     Several processes may write the same file: each has a temporary one of its own, and the last one stays.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError:
@@ -102,9 +111,18 @@ def drop_rows_after(path: Path, family: str, step: int) -> None:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Row) -> None:
-    """One safetensors file whose header carries JSON values beside the tensors."""
+    """One safetensors file whose header carries JSON values beside the tensors. Raises OSError.
+
+    Written straight from the tensors: as bytes first, they would be in memory three times.
+    """
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    write_bytes(path, save(plain, metadata={"state": json.dumps(header)}))
+    with replacing(path) as temporary:
+        try:
+            save_file(plain, temporary, metadata={"state": json.dumps(header)})
+        except SafetensorError as error:  # the library's own error, with the system's number in its text
+            number = re.search(r"os error (\d+)", str(error))
+            code = int(number[1]) if number else errno.EIO
+            raise OSError(code, os.strerror(code), str(path)) from error
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], Row]:

@@ -237,12 +237,17 @@ def learning_rate(plan: Plan, now: Progress) -> float:
 
 def next_batch(task: Task, plan: Plan, now: Progress) -> Batch:
     """Training batch number now.step at the current length: the same for every model at that length."""
-    # at full length the task draws its own: shorter ones, too, if it has a min_seq_len
-    length = now.length if now.length < plan.seq_len else None
-    queries = min(plan.queries, task.max_queries(length))
-    tokens = task.max_length(queries) - task.seq_len + now.length
-    rows = plan.batch_size or max(MIN_ROWS, plan.batch_tokens // tokens)
+    rows, queries, length = batch_shape(task, plan, now.length)
     return task.batch(rows, seed=plan.seed, index=now.step, queries=queries, length=length)
+
+
+def batch_shape(task: Task, plan: Plan, at: int) -> tuple[int, int, int | None]:
+    """Rows, queries and the length to ask the task for, of training batches at context length `at`."""
+    # at full length the task draws its own: shorter ones, too, if it has a min_seq_len
+    length = at if at < plan.seq_len else None
+    queries = min(plan.queries, task.max_queries(length))
+    tokens = task.max_length(queries) - task.seq_len + at
+    return plan.batch_size or max(MIN_ROWS, plan.batch_tokens // tokens), queries, length
 
 
 def update(
@@ -253,7 +258,6 @@ def update(
     With plan.accumulate the rows are taken in that many parts one after the other. Each part's mean counts by
     its share of the labels, so that gradients add up to those of the whole batch.
     """
-    optimizer.zero_grad()  # before the forward pass, which then need not hold them beside its activations
     parts = micro_batches(batch, plan.accumulate)
     labels = int((batch.labels != IGNORE).sum())
     total, predictions = 0.0, []
@@ -268,6 +272,7 @@ def update(
     if plan.grad_clip > 0:
         torch.nn.utils.clip_grad_norm_(model.parameters(), plan.grad_clip)
     optimizer.step()
+    optimizer.zero_grad()  # now: neither evaluation nor the next forward pass has to hold them beside its own
     return total, batch.right(torch.cat(predictions)).float().mean().item()
 
 

@@ -1,0 +1,109 @@
+"""`python -m synthetic.run --plan`: what each model of a run needs in memory, without training it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rich import box
+from rich.table import Table
+
+import models
+from analysis.style import NAMES
+from models.planning import Memory, Step, evaluation_memory, smallest_machine, step_memory
+from synthetic import tasks
+from synthetic.config import Plan
+from synthetic.evaluate import rows_at_once
+from synthetic.lora import add_adapters
+from synthetic.train import batch_shape
+
+REMEDY = "try --checkpointing, --accumulate or --optimizer adafactor"
+
+
+def meta_model(plan: Plan) -> models.LanguageModel:
+    """The model that a plan trains, adapters included, with shapes only."""
+    model = models.build(plan.model, device="meta", **plan.model_overrides)
+    if plan.lora:
+        add_adapters(model, plan.lora, plan.seed)
+    return model
+
+
+def training_steps(plan: Plan) -> list[Step]:
+    """The training step at every length of the curriculum, the longest last."""
+    task = tasks.build(plan.task, **plan.task_options)
+    lengths = [plan.curriculum or plan.seq_len]
+    while lengths[-1] < plan.seq_len:
+        lengths.append(min(2 * lengths[-1], plan.seq_len))
+    steps = []
+    for at in lengths:
+        rows, queries, length = batch_shape(task, plan, at)
+        row = task.batch(1, seed=plan.seed, index=0, queries=queries, length=length)
+        steps.append(
+            Step(
+                rows=rows,
+                length=row.input_ids.shape[1],
+                answers=row.answer_at.shape[-1],
+                bfloat16=plan.precision == "bfloat16",
+                optimizer=plan.optimizer,
+                accumulate=plan.accumulate,
+                checkpointing=plan.checkpointing,
+            )
+        )
+    return steps
+
+
+def evaluation_step(plan: Plan) -> Step:
+    """The largest forward pass of an evaluation."""
+    task = tasks.build(plan.task, **plan.task_options)
+    examples = max(plan.eval_examples, plan.final_eval_examples)
+    row = task.batch(1, seed=plan.seed, index=0, queries=task.usual_queries(plan.seq_len))
+    rows = rows_at_once(task, examples, plan.seq_len)
+    at = row.answer_at[..., : row.retrieved]
+    return Step(rows, row.input_ids.shape[1], at.shape[-1], bfloat16=plan.precision == "bfloat16")
+
+
+def table(plans: list[Plan]) -> Table:
+    """A column a model: numbers of its parameters, bytes by purpose at the largest step, and the machine."""
+    found = Table(title="Memory of training", box=box.SIMPLE_HEAD, padding=0)
+    found.add_column("", no_wrap=True)
+    rows: dict[str, list[str]] = {}
+    for plan in plans:
+        found.add_column(f"{NAMES[plan.family]} {plan.model.partition('-')[2]}", justify="right")
+        for name, value in column(plan).items():
+            rows.setdefault(name, []).append(value)
+    for name, values in rows.items():
+        found.add_row(name, *values, end_section=name in ("parameters", "tokens at once", "evaluation"))
+    return found
+
+
+def column(plan: Plan) -> dict[str, str]:
+    """What `table` says about one model."""
+    model, evaluation = meta_model(plan), evaluation_step(plan)
+    steps = training_steps(plan)
+
+    def largest(checkpointing: bool) -> tuple[Memory, Step]:
+        each = [replace(step, checkpointing=checkpointing) for step in steps]
+        return max(((step_memory(model, s), s) for s in each), key=lambda pair: pair[0].peak)
+
+    memory, step = largest(plan.checkpointing)
+    kept = {c: largest(c)[0].activations for c in (False, True)}
+    always = memory.weights + memory.optimizer
+    machine = smallest_machine(model, step, evaluation)
+    return {
+        "parameters": f"{memory.parameters:,}",
+        "trained": f"{memory.gradients // 4:,}",
+        "tokens at once": f"{step.at_once} x {step.length:,}",
+        "weights, float32": size(memory.weights),
+        "gradients, float32": size(memory.gradients),
+        f"optimizer ({plan.optimizer})": size(memory.optimizer),
+        f"activations ({plan.precision})": size(kept[False]),
+        "  with --checkpointing": size(kept[True]),
+        "final norm and loss": size(memory.head),
+        "a block's backward pass": size(memory.working),
+        "peak of a step": size(memory.peak),
+        "peak of an evaluation": size(always + evaluation_memory(model, evaluation)),
+        "smallest machine": machine.name if machine else f"none of these; {REMEDY}",
+    }
+
+
+def size(number: int) -> str:
+    return f"{number / 2**20:,.1f} MiB" if number < 2**30 else f"{number / 2**30:,.1f} GiB"
