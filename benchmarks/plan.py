@@ -1,10 +1,12 @@
 """What `synthetic.run --plan` predicts of a training step's memory against what a process takes.
 
-    python -m benchmarks.plan [--quick]
+    python -m benchmarks.plan [--quick] [--family mamba]
 
-Each row is a fresh process with the allocator as in `synthetic.run`. It compiles and loads everything on a
-smaller run, notes the memory it has, then builds the model, its optimizer and makes three updates:
-`synthetic.train.update` on the run's own batches at full length. Measured is how far the process grew at most.
+Each row is a fresh process on one thread. It makes an update, so that everything is compiled and loaded
+(which leaves some 9 MiB that are not counted), and notes the memory it has; then it builds the model and its
+optimizer anew and makes three: `synthetic.train.update` on the run's own batches at full length. Measured is
+how far the process grew at most, with freed memory returned, as in a run with --checkpointing or
+--accumulate; rows marked "kept" keep it, as other runs do, and show what fragments cost.
 Linux only: the peak is reset through /proc.
 """
 
@@ -15,15 +17,17 @@ import ctypes
 import gc
 import itertools
 import multiprocessing
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from benchmarks.common import machine, peak
-from models.ops.memory import keep_freed_memory
+from models.ops.memory import keep_freed_memory, return_freed_memory
 from synthetic.config import FAMILIES, Plan, RunConfig, plan
 
+LENGTHS = (256, 1024)
 SIZES: dict[str, dict[str, int]] = {  # without and with a language model's vocabulary
     "tiny": {},
     "256 wide": {"d_model": 256, "n_layer": 6},
@@ -43,8 +47,8 @@ def make_plan(family: str, size: str, seq_len: int, precision: str, **options: A
     return replace(settled, model_overrides=settled.model_overrides | SIZES[size])
 
 
-def updates(settled: Plan) -> None:
-    """Three optimizer steps of a run at full length."""
+def updates(settled: Plan, steps: int) -> None:
+    """Optimizer steps of a run at full length."""
     import models
     from synthetic import tasks, train
     from synthetic.optimizers import make_optimizer
@@ -53,7 +57,7 @@ def updates(settled: Plan) -> None:
     model.checkpointing = settled.checkpointing
     optimizer = make_optimizer(model, settled)
     task = tasks.build(settled.task, **settled.task_options)
-    for i in range(3):
+    for i in range(steps):
         batch = train.next_batch(task, settled, train.Progress(step=i, length=settled.seq_len))
         train.update(model, optimizer, batch, settled)
 
@@ -63,30 +67,30 @@ def _resident() -> float:
         return next(int(line.split()[1]) for line in file if line.startswith("VmRSS")) / 1024
 
 
-def _measure(small: Plan, large: Plan, pipe: Any) -> None:
+def _measure(settled: Plan, keep: bool, pipe: Any) -> None:
     torch.set_num_threads(1)
-    updates(small)
-    keep_freed_memory()
+    keep_freed_memory() if keep else return_freed_memory()
+    updates(settled, steps=1)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     before = _resident()
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # VmHWM starts anew
-    updates(large)
+    updates(settled, steps=3)
     pipe.send(peak() - before)
 
 
-def measured(small: Plan, large: Plan) -> float:
-    """MiB by which `updates(large)` makes a process grow at most."""
+def measured(settled: Plan, keep: bool = False) -> float:
+    """MiB by which `updates` makes a process grow at most."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=_measure, args=(small, large, there))
+    process = context.Process(target=_measure, args=(settled, keep, there))
     process.start()
     there.close()
     try:
         grown = here.recv()
     except EOFError:
-        raise RuntimeError(f"the process measuring {large.model} died") from None
+        raise RuntimeError(f"the process measuring {settled.model} died") from None
     process.join()
     return float(grown)
 
@@ -99,39 +103,47 @@ def predicted(settled: Plan) -> float:
     return step_memory(meta_model(settled), training_steps(settled)[-1]).peak / 2**20
 
 
-def cases(quick: bool) -> list[dict[str, Any]]:
-    sizes, lengths = list(SIZES), (256, 1024, 4096)
+def cases(families: Sequence[str], quick: bool) -> list[dict[str, Any]]:
     every: list[dict[str, Any]] = []
-    for family in FAMILIES:
-        for size, n in itertools.product(sizes[:2], lengths[:1] if quick else lengths):
+    for family in families:
+        for size, n in itertools.product(list(SIZES)[:2], LENGTHS[:1] if quick else LENGTHS):
             for precision, checkpointing in itertools.product(("float32", "bfloat16"), (False, True)):
                 row = dict(family=family, size=size, seq_len=n, precision=precision)
                 every.append(row | ({"checkpointing": True} if checkpointing else {}))
         if not quick:
-            large = dict(family=family, size=sizes[2], seq_len=1024, precision="float32")
+            large = dict(family=family, size=list(SIZES)[2], seq_len=1024, precision="float32")
             every += [large, *(large | variant for variant in VARIANTS)]
     return every
+
+
+def compare(case: dict[str, Any], keep: bool = False) -> float:
+    """Print and return predicted / measured."""
+    settled = make_plan(**case)
+    guess, found = predicted(settled), measured(settled, keep)
+    chosen = {name: value for name, value in case.items() if name in RunConfig.__dataclass_fields__}
+    words = [name if value is True else f"{name} {value}" for name, value in chosen.items()][2:]
+    print(
+        f"{case['family']:<12} {case['size']:<24} {case['seq_len']:>5} {case['precision']:<9} "
+        f"{' '.join(words + ['kept'] * keep):<27} {guess:>9.1f} {found:>9.1f} {guess / found:>6.2f}",
+        flush=True,
+    )
+    return guess / found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one length, no other optimizers")
-    rows, ratios = cases(parser.parse_args().quick), []
+    parser.add_argument("--family", nargs="+", choices=FAMILIES, default=FAMILIES)
+    asked = parser.parse_args()
     print(machine())
-    print("family       size                     length precision  options  predicted  measured MiB  ratio")
-    for case in rows:
-        large = make_plan(**case)
-        small = make_plan(**(case | {"size": "tiny", "seq_len": 64}))
-        guess, found = predicted(large), measured(small, large)
-        ratios.append(guess / found)
-        options = " ".join(str(k) if v is True else str(v) for k, v in case.items() if k in VARIANTS[1] or k == "optimizer")
-        print(
-            f"{case['family']:<12} {case['size']:<24} {case['seq_len']:>5} {case['precision']:<9} {options:<16}"
-            f" {guess:>9.1f} {found:>9.1f} {ratios[-1]:>7.3f}",
-            flush=True,
-        )
+    print(f"{'family':<12} {'size':<24} length precision {'options':<27} predicted  measured MiB ratio")
+    rows = cases(asked.family, asked.quick)
+    ratios = [compare(case) for case in rows]
     off = sum(abs(ratio - 1) > 0.15 for ratio in ratios)
-    print(f"ratio plan_memory_worst {min(ratios):.3f} to {max(ratios):.3f}; {off} of {len(ratios)} off by > 15 %")
+    print(f"ratio plan_memory {min(ratios):.2f} to {max(ratios):.2f}, {off} of {len(ratios)} off by > 15 %")
+    kept = [compare(case, keep=True) for case in rows if len(case) == 4 and case["seq_len"] == LENGTHS[-1]]
+    if kept:
+        print(f"ratio plan_memory_kept {min(kept):.2f} to {max(kept):.2f}")
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ class BlockMemory:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a training step; `peak` is less than the sum of the others, which are not all there at once."""
+    """Bytes of a training step; `peak` is less than the sum: the others are not all there at once."""
 
     parameters: int  # numbers, not bytes
     weights: int
@@ -202,7 +202,8 @@ def attention(config: TransformerConfig, step: Step) -> BlockMemory:
     kept = x + 2 * (_norm(config.norm, T, D) + c * T * D)
     kept += 0 if config.parallel_residual else x
     kept += 3 * c * T * D + F32 * B * H * L  # qkv, log of the softmax's sums
-    kept += 2 * c * T * D  # output, by head and by token
+    # the output; rotated queries are contiguous by head, and so is what comes from them: turned, it is a copy
+    kept += (2 if config.rotary_dims > 0 else 1) * c * T * D
     if config.rotary_dims > 0:
         kept += 2 * c * T * D + 2 * F32 * L * config.rotary_dims
     kept += 2 * c * T * M  # before and after the activation function
@@ -245,7 +246,9 @@ def mamba2(config: Mamba2Config, step: Step) -> BlockMemory:
     kept += c * P * E  # x times dt, as a matrix product reads it
     if chunks > 1:
         kept += 2 * F32 * P * H + 2 * c * P * E + 2 * c * P * H * N  # to the end, from the start; x, B, C
-        kept += F32 * (chunks - 1) * state + c * state + c * chunks * state + c * P * E  # states, their outputs
+        kept += (
+            F32 * (chunks - 1) * state + c * state + c * chunks * state + c * P * E
+        )  # states, their outputs
     kept += c * T * (J + E + H) if c == 4 else F32 * T * E  # z
     kept += 3 * F32 * T * E + F32 * T * G + F32 * T * E + c * T * E  # gate, y, gated norm, out_proj
     casts = 2 * (D * (J + E + H) + E * D) if step.bfloat16 else 0

@@ -193,7 +193,7 @@ class Plan:
     seed: int
     device: str
     precision: str
-    # Younger than the first runs: left out of the dictionary at these defaults, so that those keep their names.
+    # Younger than the first runs: not in the dictionary at their defaults, so that those keep their names.
     optimizer: str = "adamw"
     accumulate: int = 1
     checkpointing: bool = False

@@ -2,8 +2,8 @@
 
     y = W x + (alpha / r) B A x            A: (r, in) random, B: (out, r) zero at the start, W frozen
 
-Adapters stand beside every projection that is called as a module. The exceptions are those whose weight the
-fused code reads by itself, past any adapter: dt_proj (a fusion of its bias into the scan), the convolution and
+Adapters stand beside every projection that is called as a module. The exceptions are those whose weight
+the fused code reads by itself, past any adapter: dt_proj (its bias goes into the scan), the convolution and
 the head. The embedding, and the head where it is not tied, train in full: new symbols have to be learned.
 """
 

@@ -3,7 +3,7 @@
     adamw        torch's fused AdamW: two float32 moments, 8 bytes a parameter
     adamw-8bit   bitsandbytes' (Dettmers et al. 2022, arXiv 2110.02861): moments in blocks of 256 bytes with
                  a scale each, about 2 bytes a parameter; tensors below 4,096 numbers keep float32
-    adafactor    torch's (Shazeer & Stern 2018, arXiv 1804.04235): a row and a column per matrix, almost nothing;
+    adafactor    torch's (Shazeer & Stern 2018, arXiv 1804.04235): a row and a column of every matrix;
                  its steps are relative to the size of the weights, so --lr means something else
 
 Whatever the precision of the products, weights are float32 and so their own master weights.
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from synthetic.config import Plan
 
 EXEMPT = ("A_log", "embed_pos", "conv1d")  # of weight decay, by Mamba's authors
-EIGHT_BIT_HELP = "--optimizer adamw-8bit needs bitsandbytes: pip install bitsandbytes (or --optimizer adafactor)"
+EIGHT_BIT_HELP = (
+    "--optimizer adamw-8bit needs bitsandbytes: pip install bitsandbytes (or --optimizer adafactor)"
+)
 
 
 def make_optimizer(model: LanguageModel, plan: Plan) -> torch.optim.Optimizer:

@@ -55,11 +55,12 @@ def run(config: RunConfig) -> int:
     import torch
     from filelock import FileLock, Timeout
 
-    from models.ops.memory import keep_freed_memory
+    from models.ops.memory import keep_freed_memory, return_freed_memory
     from synthetic import store
     from synthetic.config import plan, run_id
 
-    keep_freed_memory()
+    save_memory = config.checkpointing or config.accumulate > 1
+    return_freed_memory() if save_memory else keep_freed_memory()  # numbers are the same either way
     if config.threads:
         torch.set_num_threads(config.threads)
     if not config.model:

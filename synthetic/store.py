@@ -136,7 +136,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], Row]:
 
 
 def checkpoint_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Weights as `model.*`, the optimizer's state as `exp_avg.*`, ... (`state_tensors`); tied weights once."""
+    """Weights as `model.*`, the optimiser's as `exp_avg.*`, ... (see `state_tensors`); tied weights once."""
     weights = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
     return weights | state_tensors(model, optimizer)
 

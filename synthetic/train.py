@@ -1,7 +1,7 @@
 """Train one model on one task: `train(plan, folder)`; nothing global, so sweeps call it too.
 
-The whole state of a run is (weights, optimiser state, `Progress`): batches are functions of the step number, so
-saving those three and restarting gives bit for bit the numbers of an uninterrupted run.
+The whole state of a run is (weights, optimiser state, `Progress`): batches are functions of the step
+number, so saving those three and restarting gives bit for bit the numbers of an uninterrupted run.
 """
 
 from __future__ import annotations

@@ -363,9 +363,7 @@ def test_weight_decay_spares_norms_biases_embeddings_and_ssm_parameters():
 
     p = plan(dataclasses.replace(SMALL, weight_decay=0.1), "hybrid")
     model = models.build(p.model, **p.model_overrides)
-    decay = {
-        id(w): g["weight_decay"] for g in make_optimizer(model, p).param_groups for w in g["params"]
-    }
+    decay = {id(w): g["weight_decay"] for g in make_optimizer(model, p).param_groups for w in g["params"]}
     decayed = {name.split(".", 3)[-1] for name, w in model.named_parameters() if decay[id(w)] > 0}
     assert decayed == {
         "mixer.in_proj.weight", "mixer.x_proj.weight", "mixer.dt_proj.weight", "mixer.out_proj.weight",

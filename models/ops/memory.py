@@ -1,4 +1,4 @@
-"""Keep freed memory in the process.
+"""Keep freed memory in the process, or do not.
 
 glibc returns every large block to the kernel as soon as it is freed and gets fresh, zeroed pages for the next
 one. A training step frees and takes hundreds of megabytes, so a large part of its time on a CPU can go into
@@ -17,13 +17,23 @@ def keep_freed_memory() -> bool:
     """Tell glibc to reuse large freed blocks instead of returning them. False where there is no glibc.
 
     For programs to call once at their start; libraries should not decide this for their users.
-    The process keeps its peak memory until it ends.
+    The process keeps its peak memory until it ends, and fragments of freed blocks add to that: a step takes
+    1.2 to 2 times what it has allocated at once (`benchmarks/plan.py`).
     """
+    return _mallopt(mmap=2**30, trim=2**31 - 1)
+
+
+def return_freed_memory() -> bool:
+    """The opposite: every block from 128 KiB on is the kernel's again once freed, so that a process takes
+    no more than it has allocated, and is slower. False where there is no glibc."""
+    return _mallopt(mmap=2**17, trim=2**17)
+
+
+def _mallopt(mmap: int, trim: int) -> bool:
     if not sys.platform.startswith("linux"):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    largest = 2**31 - 1
-    return bool(mallopt(_M_MMAP_THRESHOLD, 2**30) and mallopt(_M_TRIM_THRESHOLD, largest))
+    return bool(mallopt(_M_MMAP_THRESHOLD, mmap) and mallopt(_M_TRIM_THRESHOLD, trim))
