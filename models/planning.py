@@ -19,7 +19,7 @@ bfloat16), torch's reference scan keeps far more (every state).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -174,7 +174,11 @@ def block_configs(config: Any) -> list[Any]:
 
 
 def block_memory(config: Any, step: Step) -> BlockMemory:
-    kinds = {TransformerConfig: attention, MambaConfig: mamba, Mamba2Config: mamba2}
+    kinds: dict[type, Callable[[Any, Step], BlockMemory]] = {
+        TransformerConfig: attention,
+        MambaConfig: mamba,
+        Mamba2Config: mamba2,
+    }
     return kinds[type(config)](config, step)
 
 

@@ -111,7 +111,7 @@ def _check_values(run: RunConfig) -> None:
         choices, types = _allowed(kind)
         for one in value if isinstance(value, tuple) else (value,):
             check(
-                one in choices or (isinstance(one, types) and not isinstance(one, bool)),
+                one in choices or (isinstance(one, types) and isinstance(one, bool) == (bool in types)),
                 f"{name} {one!r} is not valid; "
                 + (
                     f"choose from {', '.join(map(str, choices))}"
