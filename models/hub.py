@@ -105,8 +105,8 @@ def weight_files(folder: Path) -> list[Path]:
         if (folder / name).exists():
             return [folder / name]
         if (index := folder / (name + INDEX)).exists():
-            shards = read_json(index).get("weight_map")
-            require(isinstance(shards, dict) and len(shards) > 0, f"{index} lists no weights; fetch it again")
+            shards = read_json(index).get("weight_map") or {}
+            require(len(shards) > 0, f"{index} lists no weights; fetch it again")
             files = [folder / shard for shard in sorted(set(shards.values()))]
             missing = [file.name for file in files if not file.exists()]
             require(not missing, f"{folder} lacks {', '.join(missing)}; fetch what {index.name} lists")

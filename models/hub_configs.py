@@ -254,6 +254,6 @@ def write_config(config: Config, dtype: str | None) -> dict[str, Any]:
 def _representable(name: str, value: Any, supported: Any) -> None:
     require(
         value == supported,
-        f"transformers cannot open a model with {name}={value!r} (only {supported!r}); keep it with "
-        "safetensors.torch.save_model(model, file), and build it again by models.from_config(model.config)",
+        f"transformers cannot open a model with {name}={value!r} (only {supported!r}); "
+        "use safetensors.torch: save_model(model, file), and load_model(models.from_config(model.config), file, strict=False)",
     )

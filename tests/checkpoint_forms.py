@@ -71,7 +71,9 @@ def original(model, folder, **changed):
     more = {}
     if theirs.model_type == "mamba2":
         ssm |= {"layer": "Mamba2", "headdim": theirs.head_dim, "ngroups": theirs.n_groups}
-        more = dict(d_intermediate=0, attn_layer_idx=[], attn_cfg={}, tie_embeddings=theirs.tie_word_embeddings)
+        more = dict(
+            d_intermediate=0, attn_layer_idx=[], attn_cfg={}, tie_embeddings=theirs.tie_word_embeddings
+        )
     config = dict(
         d_model=WIDTH, n_layer=LAYERS, vocab_size=VOCAB - 1, ssm_cfg=ssm, rms_norm=True,
         residual_in_fp32=True, fused_add_norm=True, pad_vocab_size_multiple=VOCAB, **more,
