@@ -3,9 +3,9 @@
     python -m benchmarks.checkpoint_memory --folder /tmp/checkpoints
     python -m benchmarks.checkpoint_memory --models mamba-130m --folder /tmp/checkpoints
 
-Random bfloat16 weights; each step in a process of its own. What is printed is the most that the process ever had
-resident (VmHWM: Python and torch, mapped pages of files and everything else included). It takes disk for a
-copy of a model at a time, which is deleted, and memory for 1.2 of it.
+Random bfloat16 weights; each step in a process of its own. What is printed is the most that the process ever
+had resident (VmHWM: Python and torch, mapped pages of files and everything else included). It takes disk for
+a copy of a model at a time, which is deleted, and memory for 1.2 of it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def random_model(name: str) -> models.LanguageModel:
 def digest(model: nn.Module) -> str:
     found = hashlib.sha256()
     for parameter in model.parameters():
-        found.update(parameter.detach().contiguous().view(torch.uint8).numpy())
+        found.update(parameter.detach().contiguous().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

@@ -77,14 +77,15 @@ def _download(name: str, revision: str | None, weights: str) -> Path:
         reason = "asks for its licence to be accepted on its page, and for `hf auth login`"
         raise ValueError(f"{name} on the hub {reason}") from error
     except RepositoryNotFoundError as error:
-        raise ValueError(f"the hub has no model {name!r}, or hides it; check the spelling") from error
+        raise ValueError(f"{name} is no folder here, and no (public) model on the hub; check it") from error
     except RevisionNotFoundError as error:
         raise ValueError(f"{name} on the hub has no revision {revision!r}; see its page for those") from error
     except Exception as error:  # whatever the network stack raises, for which the library has no base class
         at = "" if revision is None else f" at revision {revision!r}"
+        reason = str(error).split("\n")[0][:120]
         raise ValueError(
-            f"{name}{at} is not (wholly) in the hub's cache and could not be downloaded "
-            f"({type(error).__name__}); mend the network, or copy its files and give their folder"
+            f"{name}{at} is no folder here, not (wholly) in the hub's cache, and could not be downloaded "
+            f"({type(error).__name__}: {reason}); mend the network, or copy its files and give their folder"
         ) from error
 
 

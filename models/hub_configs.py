@@ -88,7 +88,8 @@ def _state_spaces(raw: _Strict, norm: str) -> Config:
     require(not unknown, f"{ssm.where}: {', '.join(unknown)} is not supported; only {', '.join(shape)}")
     for name, supported in fixed.items():
         ssm.only(name, supported[0], supported)
-    multiple = raw.get("pad_vocab_size_multiple", 8)
+    multiple = raw.need("pad_vocab_size_multiple") if "pad_vocab_size_multiple" in raw else 8
+    require(multiple >= 1, f"{raw.where}: pad_vocab_size_multiple={multiple} must be at least 1")
     disguised = norm == "layer" and raw.get("rms_norm", True)  # see `read_config`
     options: dict[str, Any] = {name: ssm.need(name) for name in shape if name in ssm}
     options |= dict(
@@ -254,6 +255,7 @@ def write_config(config: Config, dtype: str | None) -> dict[str, Any]:
 def _representable(name: str, value: Any, supported: Any) -> None:
     require(
         value == supported,
-        f"transformers cannot open a model with {name}={value!r} (only {supported!r}); "
-        "use safetensors.torch: save_model(model, file), and load_model(models.from_config(model.config), file, strict=False)",
+        f"transformers cannot open a model with {name}={value!r} (only {supported!r}); keep it with "
+        "safetensors.torch.save_model(model, file), and open it with "
+        "load_model(models.from_config(model.config), file, strict=False)",
     )

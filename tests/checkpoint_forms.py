@@ -9,6 +9,7 @@ import json
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 VOCAB, WIDTH, LAYERS = 61, 32, 2
 IDS = torch.randint(0, VOCAB, (2, 37), generator=torch.Generator().manual_seed(0))
@@ -103,3 +104,23 @@ def relative_error(model, theirs, ids=IDS):
     with torch.no_grad():
         got, want = model(ids), theirs(ids).logits
     return float((got - want).abs().max() / want.abs().max())
+
+
+def checkpoint(folder, family="mamba", form="safetensors"):
+    """The folder of a new checkpoint in `folder`."""
+    write(family, form, folder / "checkpoint")
+    return folder / "checkpoint"
+
+
+def edit(folder, **fields):
+    """Change fields of config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def change(folder, changed):
+    """Rewrite model.safetensors by a function of its tensors."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    changed(tensors)
+    save_file(tensors, file)
