@@ -1,6 +1,19 @@
 """Mamba, Mamba-2, Transformer (GPT-NeoX / Pythia) and hybrids, each in one file, behind one signature."""
 
+from models.checkpoints import load, save
 from models.common import Cache, LanguageModel
 from models.registry import build, config, from_config, presets, resolve
+from models.vocabulary import grow_vocabulary
 
-__all__ = ["Cache", "LanguageModel", "build", "config", "from_config", "presets", "resolve"]
+__all__ = [
+    "Cache",
+    "LanguageModel",
+    "build",
+    "config",
+    "from_config",
+    "grow_vocabulary",
+    "load",
+    "presets",
+    "resolve",
+    "save",
+]

@@ -104,6 +104,11 @@ class LayerNorm(nn.LayerNorm):
         return super().forward(x.to(self.weight.dtype))
 
 
+def respell(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Hook before `load_state_dict`: `LanguageModel.accept_hub_spellings`."""
+    cast(LanguageModel, module).accept_hub_spellings(state_dict, prefix)
+
+
 def make_norm(kind: str, d: int, eps: float) -> nn.Module:
     """`kind` is "rms" or "layer"."""
     return {"rms": RMSNorm, "layer": LayerNorm}[kind](d, eps=eps)
@@ -153,6 +158,12 @@ class LanguageModel(Hooked, nn.Module):
     def parts(self) -> tuple[nn.Embedding, list[Block], nn.Module, nn.Linear]:
         """The embedding, the blocks in order, the final norm, the head."""
         raise NotImplementedError
+
+    def accept_hub_spellings(self, named: dict[str, Any], prefix: str = "") -> None:
+        """Give tensors, or whatever stands for them in `named`, the names they have here, in place.
+
+        Families that other code publishes under other names override this.
+        """
 
     def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """(B, L) int64 -> (B, L, D). Position schemes that add to the embedding override this."""

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.common import Block, Config, Context, LanguageModel, LayerCache, make_norm, require
+from models.common import Block, Config, Context, LanguageModel, LayerCache, make_norm, require, respell
 from models.hooks import STATE_NAMES, Hook, Hooked, hooked_scan, masked_hook
 from models.ops.causal_conv1d import causal_conv1d
 from models.ops.linear import Linear, linear
@@ -307,7 +307,16 @@ class MambaForCausalLM(LanguageModel):
             self.lm_head.weight = self.backbone.embedding.weight
         for block in self.backbone.layers:
             rescale_out_proj(block, config.n_layer)
-        self.register_load_state_dict_pre_hook(_accept_hub_spellings)
+        self.register_load_state_dict_pre_hook(respell)
+
+    def accept_hub_spellings(self, named: dict[str, Any], prefix: str = "") -> None:
+        """`transformers` says `embeddings`; both it and the originals may leave a tied head out."""
+        ours = prefix + "backbone.embedding.weight"
+        theirs = prefix + "backbone.embeddings.weight"
+        if theirs in named:
+            named[ours] = named.pop(theirs)
+        if self.config.tie_word_embeddings and ours in named:
+            named.setdefault(prefix + "lm_head.weight", named[ours])
 
     def parts(self) -> tuple[nn.Embedding, list[Block], nn.Module, nn.Linear]:
         backbone = self.backbone
@@ -318,14 +327,3 @@ def rescale_out_proj(block: nn.Module, n_layer: int) -> None:
     """Divide out_proj by sqrt(number of residual layers), as GPT-2 and state-spaces/mamba do."""
     with torch.no_grad():
         cast(Any, block).mixer.out_proj.weight.div_(math.sqrt(n_layer))
-
-
-def _accept_hub_spellings(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """`transformers` says `embeddings`; both it and the originals may leave a tied head out."""
-    ours = prefix + "backbone.embedding.weight"
-    theirs = prefix + "backbone.embeddings.weight"
-    if theirs in state_dict:
-        state_dict[ours] = state_dict.pop(theirs)
-    head = prefix + "lm_head.weight"
-    if cast(Any, module).config.tie_word_embeddings and ours in state_dict:
-        state_dict.setdefault(head, state_dict[ours])

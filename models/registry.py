@@ -98,7 +98,12 @@ def resolve(name: str) -> str:
 
 
 def config(name: str, **overrides: Any) -> Any:
-    """The frozen config of a preset, with fields replaced. Raises ValueError for unknown names."""
+    """The frozen config of a preset, with fields replaced. Raises ValueError for unknown names.
+
+    A family alone, "mamba", is its config's defaults: for overrides that say everything.
+    """
+    if name in FAMILIES:
+        return FAMILIES[name][0]().replace(**overrides)
     preset = resolve(name)
     family = FAMILIES[preset.partition("-")[0]][0]
     return family().replace(**{**PRESETS[preset], **overrides})

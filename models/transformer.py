@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.common import Block, Config, Context, LanguageModel, LayerCache, make_norm, require
+from models.common import Block, Config, Context, LanguageModel, LayerCache, make_norm, require, respell
 from models.hooks import Hook, Hooked
 from models.ops.linear import Linear
 
@@ -299,11 +299,23 @@ class TransformerForCausalLM(LanguageModel):
             nn.init.normal_(self.gpt_neox.embed_pos.weight, std=config.embedding_std)
         if config.tie_word_embeddings:
             self.embed_out.weight = self.gpt_neox.embed_in.weight
-        self.register_load_state_dict_pre_hook(_accept_hub_spellings)
+        self.register_load_state_dict_pre_hook(respell)
 
     def parts(self) -> tuple[nn.Embedding, list[Block], nn.Module, nn.Linear]:
         neox = self.gpt_neox
         return neox.embed_in, cast(list[Block], list(neox.layers)), neox.final_layer_norm, self.embed_out
+
+    def accept_hub_spellings(self, named: dict[str, Any], prefix: str = "") -> None:
+        """Drop the constants (causal mask, rotary frequencies) that older checkpoints carry among the
+        weights; accept the head's name in recent `transformers`; let a tied head be absent."""
+        old = ("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq")
+        for key in [k for k in named if k.startswith(prefix) and k.endswith(old)]:
+            del named[key]
+        embedding, head = prefix + "gpt_neox.embed_in.weight", prefix + "embed_out.weight"
+        if prefix + "lm_head.weight" in named:
+            named[head] = named.pop(prefix + "lm_head.weight")
+        if self.config.tie_word_embeddings and embedding in named:
+            named.setdefault(head, named[embedding])
 
     def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         x = self.gpt_neox.embed_in(input_ids)
@@ -323,16 +335,3 @@ def add_learned_positions(x: Tensor, positions: Tensor, table: nn.Embedding) -> 
         f"sequence of {longest} tokens exceeds max_position_embeddings={limit}; build the model with more",
     )
     return x + table(positions)
-
-
-def _accept_hub_spellings(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Drop the constants (causal mask, rotary frequencies) that older checkpoints carry among the weights;
-    accept the head's name in recent `transformers`; let a tied head be absent."""
-    old = ("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq")
-    for key in [k for k in state_dict if k.startswith(prefix) and k.endswith(old)]:
-        del state_dict[key]
-    embedding, head = prefix + "gpt_neox.embed_in.weight", prefix + "embed_out.weight"
-    if prefix + "lm_head.weight" in state_dict:
-        state_dict[head] = state_dict.pop(prefix + "lm_head.weight")
-    if cast(Any, module).config.tie_word_embeddings and embedding in state_dict:
-        state_dict.setdefault(head, state_dict[embedding])

@@ -47,7 +47,9 @@ class Recording(Mapping[str, Tensor]):
         """
         files = sorted(Path(folder).glob("[0-9]*/*.safetensors"))
         if not files:
-            raise ValueError(f"folder={str(folder)!r} holds no recordings; give one that record() has written")
+            raise ValueError(
+                f"folder={str(folder)!r} holds no recordings; give one that record() has written"
+            )
         recording = cls(dict.fromkeys(path.stem for path in files))
         for path in files:
             recording.add(path.stem, path)

@@ -11,6 +11,8 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from synthetic.checks import check, check_values
+
 if TYPE_CHECKING:  # torch takes seconds to import, which a help page can spare
     from synthetic.tasks import Task
 
@@ -19,6 +21,7 @@ FAMILIES = ("transformer", "mamba", "mamba2", "hybrid")
 # What serves every family best at the tiny preset (docs/learnability.md). The learning rate falls with
 # sqrt(width) for wider models.
 DEFAULT_LR = 2e-3
+PRETRAINED_LR = 1e-4  # with --init, at width 768, where pretraining peaks at 6e-4 or more
 DEFAULT_CURRICULUM = 2
 DEFAULT_STEPS = 3000
 # Raise it whenever the trainer comes to other numbers for the same plan: it is part of every run's identity.
@@ -100,6 +103,10 @@ position-varlen one more than it at least. Evaluation has --seq-len always. Defa
     """How attention learns about order (Transformer and hybrid). Default learned; the papers' is rope."""
     rotary_pct: float = 0.25
     """Share of each head's dimensions that RoPE rotates (with --position rope)."""
+    init: str | None = None
+    """Published weights to start from instead of random ones: a folder, or a name on the Hugging Face hub \
+such as state-spaces/mamba-130m, with the one --model that it holds. Shape and positions are the \
+checkpoint's; the task's tokens are added to its vocabulary."""
     layers: int | None = None
     """Number of blocks; default: the preset's (tiny: Transformer 2, hybrid 3, Mamba and Mamba-2 4)."""
     d_state: int | None = None
@@ -115,7 +122,7 @@ symbols."""
     """Context length at which training starts; doubled whenever training accuracy passes 0.95. 0 trains at \
 --seq-len only. Default 2."""
     lr: float | None = None
-    """Peak learning rate of AdamW. Default: 2e-3, less for wider models."""
+    """Peak learning rate of AdamW. Default: 2e-3, less for wider models (with --init 1e-4 at width 768)."""
     steps: int | None = None
     """Optimiser steps at most. Default 3000."""
     budget: int | None = None
@@ -198,16 +205,17 @@ class Plan:
     accumulate: int = 1
     checkpointing: bool = False
     lora: int = 0
+    init: dict[str, str] | None = None  # path and sha256 of the checkpoint that training starts from
 
     def to_dict(self) -> dict[str, Any]:
         late = {f.name: f.default for f in dataclasses.fields(self) if f.default is not dataclasses.MISSING}
         found = dataclasses.asdict(self)
         return {name: value for name, value in found.items() if name not in late or value != late[name]}
 
-
-def check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+    def identity(self) -> dict[str, Any]:
+        """What decides the numbers: where a checkpoint lies does not, what is in it does."""
+        fields = self.to_dict()
+        return fields if self.init is None else fields | {"init": self.init["sha256"]}
 
 
 def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
@@ -215,13 +223,16 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
 
     elsewhere: the run is for another machine, so the device it names need not be here.
     """
-    import models
-    from synthetic import tasks
+    from synthetic import pretrained, tasks
 
     paper = config.protocol == "paper"
     course = PAPER_COURSE["ngram" if config.task.startswith("ngram") else "position"]
-    _check(config, paper, course[0])
+    check_values(config, paper, course[0])
     options = _task_options(config)
+    start = None
+    if config.init is not None:
+        start = pretrained.find(config, config.init, family)
+        options["first_id"] = start.config.vocab_size
     task = tasks.build(config.task, **options)
     most = task.max_queries(config.seq_len)
     check(
@@ -230,31 +241,7 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
     )
     queries = 1 if paper else config.queries or task.dense_queries()
     task.check(config.seq_len, queries)
-    overrides: dict[str, Any] = {"vocab_size": task.vocab_size}
-    if family in ("transformer", "hybrid"):
-        # the longest evaluation and training sequence, whichever layout
-        overrides |= {
-            "max_position_embeddings": task.max_length(queries) + 1,
-            "position": config.position or ("rope" if paper else "learned"),
-            "rotary_pct": config.rotary_pct,
-        }
-    name = f"{family}-{config.preset}"
-    try:
-        usual: Any = models.config(name)
-    except ValueError as error:
-        raise ValueError(f"--preset {config.preset}: {error}") from error
-    # whoever asks for what the preset has anyway gets the same run as without asking
-    if config.layers is not None and config.layers != usual.n_layer:
-        overrides["n_layer"] = config.layers
-    if config.d_state is not None and family != "transformer" and config.d_state != usual.d_state:
-        overrides["d_state"] = config.d_state
-    width = models.config(name, **overrides).d_model
-    if not paper:
-        overrides["embedding_std"] = 0.1
-    if (
-        family in ("transformer", "hybrid") and not paper
-    ):  # as wide as torch's default, which the SSM blocks have
-        overrides["init_std"] = round((3 * width) ** -0.5, 6)
+    name, overrides, width = _model(config, family, task, queries) if start is None else start.model(task)
     curriculum = config.curriculum
     if curriculum is None:
         curriculum = first_length(task)
@@ -268,7 +255,8 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
         steps, budget = (None, PAPER_EXAMPLES) if paper else (DEFAULT_STEPS, None)
     total = steps or (budget or 0) // PAPER_BATCH  # steps of a run by the papers' protocol
     device = resolve_device(config.device, elsewhere)
-    default_lr = PAPER_LR if paper else DEFAULT_LR * (128 / width) ** 0.5
+    at, usual = (128, DEFAULT_LR) if start is None else (768, PRETRAINED_LR)
+    default_lr = PAPER_LR if paper else usual * (at / width) ** 0.5
     return Plan(
         family=family,
         model=name,
@@ -299,7 +287,40 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
         accumulate=config.accumulate,
         checkpointing=config.checkpointing,
         lora=config.lora,
+        init=None if start is None else start.record,
     )
+
+
+def _model(config: RunConfig, family: str, task: Task, queries: int) -> tuple[str, dict[str, Any], int]:
+    """Registry name, overrides and width of a model that starts from random weights."""
+    import models
+
+    paper = config.protocol == "paper"
+    attention = family in ("transformer", "hybrid")
+    overrides: dict[str, Any] = {"vocab_size": task.vocab_size}
+    if attention:
+        # the longest evaluation and training sequence, whichever layout
+        overrides |= {
+            "max_position_embeddings": task.max_length(queries) + 1,
+            "position": config.position or ("rope" if paper else "learned"),
+            "rotary_pct": config.rotary_pct,
+        }
+    name = f"{family}-{config.preset}"
+    try:
+        usual: Any = models.config(name)
+    except ValueError as error:
+        raise ValueError(f"--preset {config.preset}: {error}") from error
+    # whoever asks for what the preset has anyway gets the same run as without asking
+    if config.layers is not None and config.layers != usual.n_layer:
+        overrides["n_layer"] = config.layers
+    if config.d_state is not None and family != "transformer" and config.d_state != usual.d_state:
+        overrides["d_state"] = config.d_state
+    width = models.config(name, **overrides).d_model
+    if not paper:
+        overrides["embedding_std"] = 0.1
+        if attention:  # as wide as torch's default, which the SSM blocks have
+            overrides["init_std"] = round((3 * width) ** -0.5, 6)
+    return name, overrides, width
 
 
 def first_length(task: Task) -> int:
@@ -339,44 +360,6 @@ def _task_options(config: RunConfig) -> dict[str, Any]:
     return options
 
 
-def _check(config: RunConfig, paper: bool, schedule: str) -> None:
-    for name in ("seq_len", "batch_tokens", "eval_examples", "final_eval_examples", "accumulate"):
-        value = getattr(config, name)
-        check(value >= 1, f"--{name.replace('_', '-')} {value} must be at least 1")
-    for name in ("queries", "steps", "budget", "eval_every"):
-        value = getattr(config, name)
-        check(value is None or value >= 1, f"--{name.replace('_', '-')} {value} must be at least 1")
-    for name in ("seed", "warmup", "threads", "grad_clip", "weight_decay", "lora"):
-        value = getattr(config, name)
-        check(value is None or value >= 0, f"--{name.replace('_', '-')} {value} must not be negative")
-    check(
-        config.curriculum is None or config.curriculum >= 0, f"--curriculum {config.curriculum} is negative"
-    )
-    check(config.lr is None or 0 < config.lr < 10, f"--lr {config.lr} must lie between 0 and 10")
-    check(config.seed < 2**63, f"--seed {config.seed} must be less than 2**63")
-    for name, most in (("seq_len", 2**20), ("batch_tokens", 2**24)):
-        value = getattr(config, name)
-        check(value <= most, f"--{name.replace('_', '-')} {value} is too large; use at most {most}")
-    check(config.stop_at is None or config.stop_at > 0, f"--stop-at {config.stop_at} must be positive")
-    check(len(set(config.model)) == len(config.model), f"--model {' '.join(config.model)} names one twice")
-    check(
-        config.steps is None or config.budget is None,
-        f"--steps {config.steps} and --budget {config.budget} exclude each other; give one of them",
-    )
-    check(
-        not paper or config.queries in (None, 1),
-        f"--queries {config.queries} contradicts --protocol paper, which has 1; leave one of them out",
-    )
-    check(
-        not paper or config.schedule in ("constant", schedule),
-        f"--schedule {config.schedule} contradicts --protocol paper, which has {schedule}; leave one out",
-    )
-    check(
-        not paper or config.curriculum in (None, 0),
-        f"--curriculum {config.curriculum} contradicts --protocol paper, which has none; leave one out",
-    )
-
-
 def resolve_device(device: str, elsewhere: bool = False) -> str:
     """auto -> cuda or cpu (Apple's mps has no fast scan, so it must be asked for).
 
@@ -414,7 +397,7 @@ def run_id(plans: list[Plan]) -> str:
 
     first = plans[0]
     versions = [TRAINING_VERSION, tasks.TASKS[first.task].version]
-    text = json.dumps([versions, *(p.to_dict() for p in plans)], sort_keys=True)
+    text = json.dumps([versions, *(p.identity() for p in plans)], sort_keys=True)
     families = "+".join(p.family for p in plans)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     layout = f"-{first.task_options['layout']}" if "layout" in first.task_options else ""

@@ -164,8 +164,8 @@ Group = tuple[str, str, str, str | None, int | None]
 
 
 def group(run: RunConfig) -> Group:
-    """Runs that share a learning rate: task, family, size, position scheme, depth."""
-    return run.task, run.model[0], run.preset, run.position, run.layers
+    """Runs that share a learning rate: task, family, size (or the checkpoint), position scheme, depth."""
+    return run.task, run.model[0], run.init or run.preset, run.position, run.layers
 
 
 def validation_runs(sweep: Sweep) -> dict[Group, dict[float, list[RunConfig]]]:

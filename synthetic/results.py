@@ -178,7 +178,8 @@ def config_columns(plan: Row) -> Row:
         "layout": options.get("layout"),
         "num_symbols": _num_symbols(plan["task"], json.dumps(options)),
         "model": family,
-        "preset": plan["model"].removeprefix(f"{family}-"),
+        # models from one checkpoint are of one size, and to be told from those of a preset
+        "preset": plan["init"]["path"] if "init" in plan else plan["model"].removeprefix(f"{family}-"),
         "position": shape.position if attention else None,
         "rotary_pct": shape.rotary_pct if attention and shape.position == "rope" else None,
         "n_layer": shape.n_layer,

@@ -19,7 +19,7 @@ from torch import Tensor
 import models
 from models import LanguageModel
 from models.ops.cross_entropy import IGNORE
-from synthetic import store, tasks
+from synthetic import pretrained, store, tasks
 from synthetic.config import Plan
 from synthetic.evaluate import Evaluation, autocast, evaluate, wilson
 from synthetic.lora import add_adapters, merge_adapters
@@ -91,14 +91,17 @@ class Session:
         self.own = folder / plan.family
         self.metrics = folder / "metrics.jsonl"
         self.task = tasks.build(plan.task, **plan.task_options)
-        self.model = models.build(plan.model, seed=plan.seed, device=plan.device, **plan.model_overrides)
+        path = self.own / "checkpoint.safetensors"
+        if plan.init is None or path.exists():
+            self.model = models.build(plan.model, seed=plan.seed, device=plan.device, **plan.model_overrides)
+        else:
+            self.model = pretrained.first_model(plan)
         self.model.checkpointing = plan.checkpointing
         if plan.lora:
             add_adapters(self.model, plan.lora, plan.seed)
         self.optimizer = make_optimizer(self.model, plan)
         self.progress = Progress(length=plan.curriculum or plan.seq_len)
         self.checkpoint_seconds = CHECKPOINT_SECONDS
-        path = self.own / "checkpoint.safetensors"
         if path.exists():
             tensors, header = store.load_tensors(path)
             self.progress = Progress(**header)

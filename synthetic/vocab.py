@@ -9,6 +9,8 @@
 | 3+V .. 3+V+P-1 | <p0> .. <p{P-1}>       | positions, the answers                                 |
 | 3+V+P          | <task>                 | generic instruction; last, so that no id above moves   |
 | 4+V+P ..       | extra                  | further markers, of the tasks that have any            |
+
+All of them are higher by `first_id` if the tokens are added to the vocabulary of a trained model.
 """
 
 from __future__ import annotations
@@ -31,23 +33,38 @@ SPECIAL = (PAD, BOS, QUERY)
 class Vocabulary:
     """`num_symbols` (V) symbols, `num_positions` (P, may be 0) position tokens, `extra` marker strings.
 
-    Raises ValueError if num_symbols < 1 or num_positions < 0.
+    first_id: the id of the first token; lower ones belong to others.
+    Raises ValueError if num_symbols < 1, or num_positions or first_id < 0.
     """
 
     num_symbols: int
     num_positions: int
     extra: tuple[str, ...] = ()
-
-    pad = SPECIAL.index(PAD)
-    bos = SPECIAL.index(BOS)
-    query = SPECIAL.index(QUERY)
-    first_symbol = len(SPECIAL)
+    first_id: int = 0
 
     def __post_init__(self) -> None:
         if self.num_symbols < 1:
             raise ValueError(f"num_symbols {self.num_symbols} must be at least 1")
         if self.num_positions < 0:
             raise ValueError(f"num_positions {self.num_positions} must not be negative")
+        if self.first_id < 0:
+            raise ValueError(f"first_id {self.first_id} must not be negative")
+
+    @property
+    def pad(self) -> int:
+        return self.first_id + SPECIAL.index(PAD)
+
+    @property
+    def bos(self) -> int:
+        return self.first_id + SPECIAL.index(BOS)
+
+    @property
+    def query(self) -> int:
+        return self.first_id + SPECIAL.index(QUERY)
+
+    @property
+    def first_symbol(self) -> int:
+        return self.first_id + len(SPECIAL)
 
     @property
     def first_position(self) -> int:
@@ -58,7 +75,7 @@ class Vocabulary:
         return self.first_position + self.num_positions
 
     def __len__(self) -> int:
-        return self.task + 1 + len(self.extra)
+        return len(SPECIAL) + self.num_symbols + self.num_positions + 1 + len(self.extra)
 
     def marker(self, token: str) -> int:
         """Id of one of `extra`."""
@@ -66,7 +83,7 @@ class Vocabulary:
 
     @cached_property
     def tokens(self) -> tuple[str, ...]:
-        """All token strings; the index is the id."""
+        """All token strings; the index is the id less `first_id`."""
         symbols = (f"<s{i}>" for i in range(self.num_symbols))
         positions = (f"<p{k}>" for k in range(self.num_positions))
         return (*SPECIAL, *symbols, *positions, TASK, *self.extra)
@@ -74,7 +91,7 @@ class Vocabulary:
     @cached_property
     def ids(self) -> dict[str, int]:
         """Token string -> id."""
-        return {token: i for i, token in enumerate(self.tokens)}
+        return {token: i for i, token in enumerate(self.tokens, self.first_id)}
 
     def encode(self, tokens: Iterable[str] | str) -> list[int]:
         """Ids of `tokens`, given as strings or as one string with blanks between them.
@@ -96,5 +113,5 @@ class Vocabulary:
         Ids outside the vocabulary give `<UNK>`: a model whose table was padded to a round number
         of rows can predict them.
         """
-        size = len(self)
-        return [self.tokens[i] if 0 <= i < size else UNKNOWN for i in map(int, ids)]
+        places = (int(i) - self.first_id for i in ids)
+        return [self.tokens[place] if 0 <= place < len(self) else UNKNOWN for place in places]

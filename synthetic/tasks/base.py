@@ -99,6 +99,7 @@ class Task(ABC):
     version: ClassVar[int]
 
     seq_len: int  # N, the longest context
+    first_id: int = 0  # of the vocabulary: how many ids of a model's table belong to other tokens
 
     @property
     @abstractmethod
@@ -169,6 +170,7 @@ class Task(ABC):
 
     @property
     def vocab_size(self) -> int:
+        """Number of tokens; ids are below first_id + vocab_size."""
         return len(self.vocabulary)
 
     def batch(

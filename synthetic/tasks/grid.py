@@ -44,7 +44,7 @@ class Grid(Position):
     @cached_property
     def vocabulary(self) -> Vocabulary:
         num_symbols = self.seq_len if self.num_symbols is None else self.num_symbols
-        return Vocabulary(num_symbols, num_positions=self.seq_len, extra=(IMAGE, ROW))
+        return Vocabulary(num_symbols, num_positions=self.seq_len, extra=(IMAGE, ROW), first_id=self.first_id)
 
     def _settle(self) -> None:
         g = self.side

@@ -45,7 +45,7 @@ class Induction(Task):
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        return Vocabulary(self.num_symbols, num_positions=0)
+        return Vocabulary(self.num_symbols, num_positions=0, first_id=self.first_id)
 
     def max_length(self, queries: int = 1) -> int:
         return self.seq_len + 1

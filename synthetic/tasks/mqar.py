@@ -73,7 +73,7 @@ class Mqar(Task):
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        return Vocabulary(self.num_symbols, num_positions=0, extra=(WHITE,))
+        return Vocabulary(self.num_symbols, num_positions=0, extra=(WHITE,), first_id=self.first_id)
 
     def pairs(self, length: int | None = None) -> int:
         """Number of pairs in a context of `length`."""

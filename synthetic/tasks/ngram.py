@@ -68,7 +68,7 @@ class Ngram(Task):
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        return Vocabulary(self.num_symbols, num_positions=0)
+        return Vocabulary(self.num_symbols, num_positions=0, first_id=self.first_id)
 
     def lengths(self) -> tuple[int, int]:
         return self.seq_len if self.min_seq_len is None else self.min_seq_len, self.seq_len

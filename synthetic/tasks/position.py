@@ -54,7 +54,7 @@ class Position(Task):
     @cached_property
     def vocabulary(self) -> Vocabulary:
         num_symbols = self.seq_len if self.num_symbols is None else self.num_symbols
-        return Vocabulary(num_symbols, num_positions=self.seq_len)
+        return Vocabulary(num_symbols, num_positions=self.seq_len, first_id=self.first_id)
 
     def max_queries(self, length: int | None = None) -> int:
         return self.lengths()[0] if length is None else length

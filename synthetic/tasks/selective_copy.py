@@ -48,7 +48,7 @@ class SelectiveCopy(Task):
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        return Vocabulary(self.num_symbols, num_positions=0, extra=(WHITE, COPY))
+        return Vocabulary(self.num_symbols, num_positions=0, extra=(WHITE, COPY), first_id=self.first_id)
 
     def max_queries(self, length: int | None = None) -> int:
         return self.num_tokens if length is None else min(self.num_tokens, length)

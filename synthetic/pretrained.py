@@ -1,0 +1,92 @@
+"""Runs that start from published weights: `--init`.
+
+The task's tokens become new rows behind all those that the checkpoint's table has, as in the paper's first
+experiment, so their ids begin at its vocabulary's size (`Task.first_id`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import models
+from models.checkpoints import Checkpoint, examine
+from models.registry import FAMILIES
+from synthetic.checks import check
+
+if TYPE_CHECKING:
+    from synthetic.config import Plan, RunConfig
+    from synthetic.tasks import Task
+
+SHAPE_OPTIONS = ("preset", "layers", "d_state", "position", "rotary_pct")  # which the checkpoint settles
+
+
+@dataclass(frozen=True)
+class Start:
+    """A checkpoint that a run starts from. record: its path or name, and the hash of its contents."""
+
+    family: str
+    config: Any
+    record: dict[str, str]
+
+    def model(self, task: Task) -> tuple[str, dict[str, Any], int]:
+        """Registry name, overrides and width of the model with the task's tokens: all of its config."""
+        grown = self.config.replace(vocab_size=self.config.vocab_size + task.vocab_size)
+        return self.family, grown.to_dict(), grown.d_model
+
+
+def find(config: RunConfig, init: str, family: str) -> Start:
+    """What --init names. Raises ValueError if there is no such checkpoint, or options contradict it."""
+    for name in SHAPE_OPTIONS:
+        value = getattr(config, name)
+        check(
+            value == getattr(type(config), name),
+            f"--{name.replace('_', '-')} {value} contradicts --init {init}, which has its own; leave one out",
+        )
+    try:
+        checkpoint = examine(init)
+    except ValueError as error:
+        raise ValueError(f"--init {init}: {error}") from error
+    found = next(name for name, (kind, _) in FAMILIES.items() if type(checkpoint.config) is kind)
+    check(
+        family == found,
+        f"--model {family} contradicts --init {init}, which is a {found}; use --model {found}",
+    )
+    path = Path(init)
+    record = {"path": str(path.resolve()) if path.is_dir() else init, "sha256": fingerprint(checkpoint)}
+    return Start(found, checkpoint.config, record)
+
+
+def first_model(plan: Plan) -> models.LanguageModel:
+    """The model that a plan with `init` starts from, in float32. Raises ValueError if it has changed."""
+    assert plan.init is not None
+    path = plan.init["path"]
+    check(
+        fingerprint(examine(path)) == plan.init["sha256"],
+        f"--init {path} has changed since this run was planned; run the command again",
+    )
+    model = models.load(path, dtype=torch.float32, device=plan.device)
+    rows = plan.model_overrides["vocab_size"] - model.config.vocab_size
+    return models.grow_vocabulary(model, rows, seed=plan.seed)
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """A hash of config.json and every byte of the weights, wherever they lie."""
+    files = [checkpoint.folder / "config.json", *checkpoint.files]
+    digests = [_digest(file.resolve(), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+@lru_cache(maxsize=256)
+def _digest(file: Path, size: int, changed: int) -> str:
+    """Of a file's contents, read once as long as its size and time of change stay."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while part := opened.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
