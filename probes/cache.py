@@ -41,7 +41,7 @@ class Recording(Mapping[str, Tensor]):
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> Recording:
-        """What an earlier `record(folder=...)` has streamed to disk; calls that fitted the budget are not there.
+        """What an earlier `record(folder=...)` has streamed to disk; calls within the budget are not there.
 
         Raises ValueError for a folder without recordings.
         """

@@ -165,6 +165,9 @@ steps are relative to the weights, so it wants a larger --lr."""
     """Rank of low-rank adapters that are trained, with the embedding, instead of all weights (needs peft)."""
     plan: bool = False
     """Print the memory that the run needs and the smallest machine that has it, and train nothing."""
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """What several processes (torchrun, accelerate launch) share: ddp the batch, fsdp also weights and \
+optimizer state. auto: what accelerate's configuration says, else ddp. Not part of the run's identity."""
     threads: int = 0
     """CPU threads; 0 = torch's default. Recorded, but not part of the run's identity."""
     out: str = "runs"

@@ -69,20 +69,16 @@ def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
 
 
 @torch.no_grad()
-def restore_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], step: int
-) -> None:
-    """Fill a new optimizer with what `state_tensors` gave after `step` steps. Moves the weights: restore them
-    afterwards.
+def make_state(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Let a new optimizer make its state, to be filled with what `state_tensors` gave after `step` steps.
 
-    Every optimizer makes its state in its first step, each in its own form; so it does one on zeros.
+    Moves the weights: restore them afterwards. Every optimizer makes its state in its first step, each in its
+    own form; so it does one on zeros.
     """
     for _, parameter in trained(model):
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-    for name, value in state_tensors(model, optimizer).items():
-        value.copy_(tensors[name])
     for _, parameter in trained(model):
         state: dict[str, Any] = optimizer.state[parameter]
         if isinstance(state["step"], Tensor):

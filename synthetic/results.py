@@ -23,6 +23,7 @@ from synthetic.store import Row
 
 if TYPE_CHECKING:
     from synthetic.config import Plan
+    from synthetic.distributed import World
     from synthetic.train import Listener
 
 RESULTS, TARGETS = "results", "targets"  # folders beside the runs
@@ -112,9 +113,13 @@ def train_recorded(
     folder: Path,
     listener: Listener = lambda event, row: None,
     should_stop: Callable[[], bool] = lambda: False,
+    world: World | None = None,
 ) -> Row:
     """`synthetic.train.train`, with the data sets brought up to date at every evaluation and the end."""
+    from synthetic.distributed import World
     from synthetic.train import train
+
+    world = world or World()
 
     def recording(event: str, row: Row) -> None:
         listener(event, row)
@@ -122,8 +127,9 @@ def train_recorded(
         if event == "evaluation" and row["length"] == plan.seq_len:
             record(folder, plan.family)
 
-    result = train(plan, folder, recording, should_stop)
-    record(folder, plan.family)
+    result = train(plan, folder, recording, should_stop, world)
+    if world.main:
+        record(folder, plan.family)
     return result
 
 

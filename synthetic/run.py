@@ -9,10 +9,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from synthetic.config import FAMILIES, Plan, RunConfig
 
-BAD_INPUT, INTERRUPTED = 2, 130
+if TYPE_CHECKING:
+    from synthetic.distributed import World
+
+BAD_INPUT, INTERRUPTED, LOST = 2, 130, 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,6 +62,7 @@ def run(config: RunConfig) -> int:
     from models.ops.memory import keep_freed_memory, return_freed_memory
     from synthetic import store
     from synthetic.config import plan, run_id
+    from synthetic.distributed import Lost, joined
 
     save_memory = config.checkpointing or config.accumulate > 1
     return_freed_memory() if save_memory else keep_freed_memory()  # numbers are the same either way
@@ -69,13 +74,21 @@ def run(config: RunConfig) -> int:
     if config.plan:
         return _show_memory(plans)
     folder = Path(config.out) / run_id(plans)
-    folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / ".lock", timeout=0):
-            store.prepare(folder, vars(config), [p.to_dict() for p in plans], torch.get_num_threads())
-            return _train_all(plans, folder)
+        with joined(config.parallel, plans[0]) as world:
+            if not world.main:
+                world.barrier()  # until the folder is there
+                return _follow(plans, folder, world)
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / ".lock", timeout=0):
+                store.prepare(folder, vars(config), [p.to_dict() for p in plans], torch.get_num_threads())
+                world.barrier()
+                return _train_all(plans, folder, world)
     except Timeout:
         return fail(f"--out {config.out}: another process is working in {folder}; wait for it or stop it")
+    except Lost as error:
+        print(f"error: {error}", file=sys.stderr)
+        return LOST
 
 
 def _show_memory(plans: list[Plan]) -> int:
@@ -87,7 +100,21 @@ def _show_memory(plans: list[Plan]) -> int:
     return 0
 
 
-def _train_all(plans: list[Plan], folder: Path) -> int:
+def _follow(plans: list[Plan], folder: Path, world: World) -> int:
+    """What every process but the first does: train, and leave writing and showing to the first."""
+    from synthetic.train import Interrupted, train
+
+    stop = _StopSignals()
+    for p in plans:
+        with stop:
+            try:
+                train(p, folder, should_stop=stop.asked, world=world)
+            except Interrupted:
+                return INTERRUPTED
+    return 0
+
+
+def _train_all(plans: list[Plan], folder: Path, world: World) -> int:
     from rich.console import Console
 
     from synthetic.display import Display
@@ -107,7 +134,7 @@ def _train_all(plans: list[Plan], folder: Path) -> int:
             )
         with Display(p, console) as display, stop:
             try:
-                results.append(train_recorded(p, folder, display, stop.asked))
+                results.append(train_recorded(p, folder, display, stop.asked, world))
             except Interrupted as reason:
                 console.print(
                     f"{p.family} {reason}; nothing is lost: the same command resumes", highlight=False

@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from synthetic.optimizers import restore_state, state_tensors
+from synthetic.optimizers import make_state, state_tensors
 
 Row = dict[str, Any]
 
@@ -145,10 +145,12 @@ def checkpoint_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer)
 def restore(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], step: int
 ) -> None:
-    """Copy a checkpoint into a model and an optimiser made for it."""
-    restore_state(model, optimizer, tensors, step)
-    for name, parameter in model.named_parameters():
-        parameter.copy_(tensors[f"model.{name}"])
+    """Copy a checkpoint into a model, whole or sharded, and an optimiser made for it."""
+    from synthetic.distributed import fill
+
+    make_state(model, optimizer, step)
+    for name, target in checkpoint_tensors(model, optimizer).items():
+        fill(target, tensors[name])
 
 
 def load_model(folder: str | Path) -> Any:

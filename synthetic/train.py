@@ -19,11 +19,12 @@ from torch import Tensor
 import models
 from models import LanguageModel
 from models.ops.cross_entropy import IGNORE
-from synthetic import pretrained, store, tasks
+from synthetic import distributed, pretrained, store, tasks
 from synthetic.config import Plan
-from synthetic.evaluate import Evaluation, autocast, evaluate, wilson
+from synthetic.distributed import ALONE, World
+from synthetic.evaluate import Evaluation, autocast, heldout, wilson
 from synthetic.lora import add_adapters, merge_adapters
-from synthetic.optimizers import make_optimizer
+from synthetic.optimizers import make_optimizer, make_state
 from synthetic.tasks import Batch, Task
 
 # Whoever changes one of these three raises config.TRAINING_VERSION.
@@ -32,6 +33,7 @@ PASS = 0.95  # training accuracy at which the context length doubles
 MIN_ROWS = 8  # sequences per batch, however long: fewer make a noisy gradient
 TARGET_BINS = 16  # equal parts of the context by which evaluations in training count right answers
 CHECKPOINT_SECONDS = 3.0  # between checkpoints, at least
+SINGLE = "checkpoint.safetensors"  # of one process; distributed.POINTER leads to those of several
 CHECKPOINT_SHARE = 0.05  # of the time, at most, goes into writing checkpoints
 
 
@@ -61,6 +63,7 @@ def train(
     folder: Path,
     listener: Listener = lambda event, row: None,
     should_stop: Callable[[], bool] = lambda: False,
+    world: World = ALONE,
 ) -> dict[str, Any]:
     """Train plan.family in folder/<family>, resuming what is there; returns the result row.
 
@@ -68,16 +71,17 @@ def train(
     final accuracy by position to folder/by_position.jsonl.
     Raises Interrupted when should_stop() turned true, and OSError when the disk is full; either way the
     next call continues from the last checkpoint.
+    world: the processes that all call this; the first one alone writes rows and hears of events.
     """
     own = folder / plan.family
     own.mkdir(parents=True, exist_ok=True)
     finished = own / "result.json"
     if finished.exists():
         return store.read_json(finished)
-    session = Session(plan, folder, listener)
+    session = Session(plan, folder, listener, world)
     while not session.done():
         session.step()
-        if should_stop():
+        if any(world.sums(float(should_stop()))):
             session.checkpoint()
             raise Interrupted(f"stopped at step {session.progress.step}")
     return session.finish()
@@ -86,29 +90,43 @@ def train(
 class Session:
     """One sitting of a training run."""
 
-    def __init__(self, plan: Plan, folder: Path, listener: Listener):
-        self.plan, self.folder, self.listener = plan, folder, listener
+    def __init__(self, plan: Plan, folder: Path, listener: Listener, world: World):
+        self.plan, self.folder, self.listener, self.world = plan, folder, listener, world
         self.own = folder / plan.family
         self.metrics = folder / "metrics.jsonl"
         self.task = tasks.build(plan.task, **plan.task_options)
-        path = self.own / "checkpoint.safetensors"
-        if plan.init is None or path.exists():
+        begun = (self.own / SINGLE).exists() or distributed.saved(self.own) is not None
+        if plan.init is None or begun:
             self.model = models.build(plan.model, seed=plan.seed, device=plan.device, **plan.model_overrides)
         else:
             self.model = pretrained.first_model(plan)
         self.model.checkpointing = plan.checkpointing
         if plan.lora:
             add_adapters(self.model, plan.lora, plan.seed)
+        self.loss_of = distributed.spread(self.model, world)
         self.optimizer = make_optimizer(self.model, plan)
         self.progress = Progress(length=plan.curriculum or plan.seq_len)
         self.checkpoint_seconds = CHECKPOINT_SECONDS
-        if path.exists():
-            tensors, header = store.load_tensors(path)
-            self.progress = Progress(**header)
-            store.restore(self.model, self.optimizer, tensors, self.progress.step)
-        store.drop_rows_after(self.metrics, plan.family, self.progress.step)
+        self._resume()
+        if world.main:
+            store.drop_rows_after(self.metrics, plan.family, self.progress.step)
         self.started = time.monotonic() - self.progress.seconds
         self.saved = time.monotonic()
+
+    def _resume(self) -> None:
+        """Go on from the latest checkpoint, whether one process or several have written it."""
+        path, sharded = self.own / SINGLE, distributed.saved(self.own)
+        tensors, header = store.load_tensors(path) if path.exists() else ({}, {"step": -1})
+        if sharded is not None and sharded[1]["step"] >= header["step"]:
+            place, header = sharded
+            make_state(self.model, self.optimizer, header["step"])
+            targets = store.checkpoint_tensors(self.model, self.optimizer)
+            distributed.load(place, targets, self.world)
+        elif tensors:
+            store.restore(self.model, self.optimizer, tensors, header["step"])
+        else:
+            return
+        self.progress = Progress(**header)
 
     def done(self) -> bool:
         plan, now = self.plan, self.progress
@@ -121,18 +139,19 @@ class Session:
         for group in self.optimizer.param_groups:
             group["lr"] = plan.lr * learning_rate(plan, now)
         batch = next_batch(self.task, plan, now).to(plan.device)
-        loss, accuracy = update(self.model, self.optimizer, batch, plan)
+        loss, accuracy = update(self.model, self.optimizer, batch, plan, self.loss_of, self.world)
         now.step += 1
         now.examples += batch.input_ids.shape[0]
         now.tokens += batch.input_ids.numel()
         now.accuracy = EMA * now.accuracy + (1 - EMA) * accuracy
         now.seconds = time.monotonic() - self.started
-        self.listener("step", {**dataclasses.asdict(now), "loss": loss, "model": plan.family})
+        if self.world.main:
+            self.listener("step", {**dataclasses.asdict(now), "loss": loss, "model": plan.family})
         advance(plan, now)
         if now.step % plan.eval_every == 0 or self.done():
             self._evaluate(loss, accuracy)
-        since = time.monotonic() - self.saved
-        if since > self.checkpoint_seconds:
+        due = self.world.main and time.monotonic() - self.saved > self.checkpoint_seconds
+        if any(self.world.sums(float(due))):
             self.checkpoint()
 
     def _evaluate(self, train_loss: float, train_accuracy: float) -> None:
@@ -140,7 +159,7 @@ class Session:
         results = [self._heldout(plan.eval_examples, n) for n in sorted({now.length, plan.seq_len})]
         now.heldout = results[-1].accuracy
         now.seconds = time.monotonic() - self.started
-        for result in results:
+        for result in results if self.world.main else ():
             row = self._row(result, train_loss=train_loss, train_accuracy=train_accuracy)
             row["targets"] = result.by_target(TARGET_BINS)
             store.append_row(self.metrics, row)
@@ -149,14 +168,9 @@ class Session:
 
     def _heldout(self, examples: int, length: int) -> Evaluation:
         plan = self.plan
-        return evaluate(
-            self.model,
-            self.task,
-            examples=examples,
-            length=length,
-            device=plan.device,
-            precision=plan.precision,
-        )
+        batches = heldout(self.task, examples, length)
+        how = dict(device=plan.device, precision=plan.precision)
+        return distributed.score(self.model, batches, self.world, **how)
 
     def _row(self, result: Evaluation, **more: Any) -> dict[str, Any]:
         plan, now = self.plan, self.progress
@@ -188,8 +202,14 @@ class Session:
         """Write weights, optimiser state and progress; slow disks get longer intervals."""
         before = time.monotonic()
         self.progress.seconds = before - self.started
-        tensors = store.checkpoint_tensors(self.model, self.optimizer)
-        store.save_tensors(self.own / "checkpoint.safetensors", tensors, dataclasses.asdict(self.progress))
+        tensors, header = (
+            store.checkpoint_tensors(self.model, self.optimizer),
+            dataclasses.asdict(self.progress),
+        )
+        if self.world.size > 1:
+            distributed.save(self.own, tensors, header, self.world)
+        else:
+            store.save_tensors(self.own / SINGLE, tensors, header)
         self.saved = time.monotonic()
         cost = (self.saved - before) / CHECKPOINT_SHARE
         self.checkpoint_seconds = max(self.checkpoint_seconds, cost)
@@ -201,6 +221,19 @@ class Session:
         if plan.lora:
             merge_adapters(self.model)
         final = self._heldout(plan.final_eval_examples, plan.seq_len)
+        weights = {name: distributed.full(p) for name, p in self.model.named_parameters()}
+        result = self._row(final)
+        result |= dict(
+            reached=now.stopped,
+            longest_length=longest_passed(plan, now),
+        )
+        if self.world.main:
+            self._write(final, weights, result)
+        self.world.barrier()
+        return result
+
+    def _write(self, final: Evaluation, weights: dict[str, Tensor], result: dict[str, Any]) -> None:
+        plan, now = self.plan, self.progress
         path = self.folder / "by_position.jsonl"
         others = [row for row in store.read_rows(path) if row["model"] != plan.family]
         mine = [
@@ -215,16 +248,9 @@ class Session:
             for row in final.by_position()
         ]
         store.write_rows(path, others + mine)
-        weights = {name: p for name, p in self.model.named_parameters()}
         store.save_tensors(self.own / "model.safetensors", weights, {"step": now.step})
         store.write_json(self.own / "config.json", {"name": plan.model, "config": plan.model_overrides})
-        result = self._row(final)
-        result |= dict(
-            reached=now.stopped,
-            longest_length=longest_passed(plan, now),
-        )
         store.write_json(self.own / "result.json", result)
-        return result
 
 
 def learning_rate(plan: Plan, now: Progress) -> float:
@@ -254,29 +280,42 @@ def batch_shape(task: Task, plan: Plan, at: int) -> tuple[int, int, int | None]:
 
 
 def update(
-    model: LanguageModel, optimizer: torch.optim.Optimizer, batch: Batch, plan: Plan
+    model: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    plan: Plan,
+    loss_of: distributed.Loss | None = None,
+    world: World = ALONE,
 ) -> tuple[float, float]:
     """One optimiser step on the mean cross-entropy of all answers: loss, accuracy of the queries.
 
     With plan.accumulate the rows are taken in that many parts one after the other. Each part's mean counts by
-    its share of the labels, so that gradients add up to those of the whole batch.
+    its share of the labels, so that gradients add up to those of the whole batch; with several processes,
+    each takes its rows and gradients are averaged.
     """
-    parts = micro_batches(batch, plan.accumulate)
-    labels = int((batch.labels != IGNORE).sum())
+    loss_of = model.loss if loss_of is None else loss_of
+    labels = int((batch.labels != IGNORE).sum()) / world.size  # of a process, on average
+    least = batch.input_ids.shape[0] // world.size  # rows of a process
+    batch = distributed.share(batch, world)
+    parts = micro_batches(batch, min(plan.accumulate, least))
     total, predictions = 0.0, []
     for ids, targets, at in parts:
         with autocast(plan.device, plan.precision):
-            loss, predicted = model.loss(ids, labels=targets, logits_at=at)
-        if len(parts) > 1:
+            loss, predicted = loss_of(ids, labels=targets, logits_at=at)
+        if len(parts) > 1 or world.size > 1:
             loss = loss * (int((targets != IGNORE).sum()) / labels)
         loss.backward()
-        total += loss.item()
+        total += loss.item() / world.size
         predictions.append(predicted)
     if plan.grad_clip > 0:
         torch.nn.utils.clip_grad_norm_(model.parameters(), plan.grad_clip)
     optimizer.step()
     optimizer.zero_grad()  # now: neither evaluation nor the next forward pass has to hold them beside its own
-    return total, batch.right(torch.cat(predictions)).float().mean().item()
+    right = batch.right(torch.cat(predictions))
+    if world.size == 1:
+        return total, right.float().mean().item()
+    total, hits, count = world.sums(total, float(right.sum()), right.numel())
+    return total, hits / count
 
 
 def micro_batches(batch: Batch, parts: int) -> list[tuple[Tensor, Tensor, Tensor]]:
