@@ -14,6 +14,7 @@ Only the first process writes results.
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -114,6 +115,7 @@ def joined(strategy: str, plan: Plan) -> Iterator[World]:
             f"process {world.rank} of {size} lost the connection to another one, which has ended; the same "
             "command resumes from the last checkpoint"
         ) from error
+    gc.collect()  # sharded models, which hold the group, before it
     dist.destroy_process_group()
 
 
