@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,10 +18,10 @@ from synthetic import distributed, store, tasks
 from synthetic.distributed import World
 
 ROOT = Path(__file__).parent.parent
-RUN = (
+RUN = shlex.split(
     "-m synthetic.run --model mamba --seq-len 16 --layers 2 --eval-every 5 --eval-examples 33 --threads 1 "
     "--final-eval-examples 65 --precision float32 --batch-tokens 512 --curriculum 4 --stop-at 1.01"
-).split()
+)
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
 
 

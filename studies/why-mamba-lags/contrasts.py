@@ -243,8 +243,8 @@ def effects(table: pd.DataFrame) -> str:
             ("N = 32 - N = 16, query last, dense", dict(seq_len=32), {}),
             ("d_state 64 - 4, query last, dense, N = 16", dict(d_state=64), dict(d_state=4)),
         ):
-            values = [cells(mine, any_state=True, **{**plain, **some})["value"] for some in (a, b)]
-            rows.append([NAMES[model], name, difference(*values, digits=1)])
+            x, y = (cells(mine, any_state=True, **{**plain, **some})["value"] for some in (a, b))
+            rows.append([NAMES[model], name, difference(x, y, digits=1)])
     return markdown(["model", "comparison", "difference in decodable symbols"], rows)
 
 

@@ -130,7 +130,7 @@ def _band(ax: Any, x: pd.Series, y: pd.Series, look: dict[str, Any], log: bool =
     """Mean over seeds (log: geometric) and Student's interval by x."""
     values = y.astype(float).map(np.log) if log else y.astype(float)
     bounds = pd.DataFrame({k: mean_interval(v.to_numpy()) for k, v in values.groupby(x)}).T
-    bounds = np.exp(bounds) if log else bounds
+    bounds = bounds.map(np.exp) if log else bounds
     ax.plot(bounds.index, bounds[0], lw=1.5, **look)
     ax.fill_between(bounds.index, bounds[1], bounds[2], color=look["color"], alpha=0.12, lw=0)
 
