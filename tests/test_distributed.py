@@ -75,7 +75,7 @@ def test_ddp_and_fsdp_have_the_curve_of_one_process(single, tmp_path):
         found = ran(tmp_path / strategy, "--steps", "15", "--parallel", strategy, launcher=tuple(TORCHRUN))
         assert_same_numbers(single, found)
         files = [path.name for path in (found / "mamba").rglob("*.safetensors")]
-        assert sum(name.startswith("shard-") for name in files) == (2 if strategy == "fsdp" else 1), files
+        assert sum(name.startswith("shard-") for name in files) == 2, files
         assert (found.parent / "results").exists()  # written once, by the first process
 
 
