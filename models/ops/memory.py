@@ -18,7 +18,7 @@ def keep_freed_memory() -> bool:
 
     For programs to call once at their start; libraries should not decide this for their users.
     The process keeps its peak memory until it ends, and fragments of freed blocks add to that: a step takes
-    1.2 to 2 times what it has allocated at once (`benchmarks/plan.py`).
+    1.2 to 2.15 times what it has allocated at once (`benchmarks/plan.py`).
     """
     return _mallopt(mmap=2**30, trim=2**31 - 1)
 
