@@ -2,6 +2,7 @@
 
 from models.checkpoints import load, save
 from models.common import Cache, LanguageModel
+from models.decoding import generate
 from models.registry import build, config, from_config, presets, resolve
 from models.vocabulary import grow_vocabulary
 
@@ -11,6 +12,7 @@ __all__ = [
     "build",
     "config",
     "from_config",
+    "generate",
     "grow_vocabulary",
     "load",
     "presets",

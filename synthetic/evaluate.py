@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from models import LanguageModel
+from models import LanguageModel, generate
 from synthetic.tasks import Batch, Task
 
 EVAL_SEED = 2409_05395  # of the held-out stream; the same for every training seed, model and length
@@ -147,15 +147,6 @@ def extrapolate(
         evaluate(model, task.at(n), examples=examples, length=n, device=device, precision=precision)
         for n in lengths
     ]
-
-
-@torch.no_grad()
-def generate(model: LanguageModel, input_ids: torch.Tensor, tokens: int) -> torch.Tensor:
-    """(B, tokens) greedy continuation of input_ids (B, T)."""
-    ids, last = input_ids, torch.tensor([-1], device=input_ids.device)
-    for _ in range(tokens):
-        ids = torch.cat([ids, model(ids, logits_at=last).argmax(-1)], dim=1)
-    return ids[:, input_ids.shape[1] :]
 
 
 def evaluate_blocks(

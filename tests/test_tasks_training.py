@@ -12,7 +12,7 @@ from task_solvers import SOLVERS, answers_by_block, kinds, small
 import models
 from synthetic import run, tasks, train
 from synthetic.config import RunConfig, plan, run_id
-from synthetic.evaluate import evaluate, evaluate_blocks, extrapolate, generate, heldout, score, wilson
+from synthetic.evaluate import evaluate, evaluate_blocks, extrapolate, heldout, score, wilson
 
 HOW = dict(device="cpu", precision="float32")
 CPU = dict(
@@ -161,19 +161,6 @@ def test_blocks_of_a_task_with_one_answer_are_refused():
     task = small("ngram")
     with pytest.raises(ValueError, match="evaluate_blocks is for ngram-duplicate"):
         evaluate_blocks(Oracle(task), task, examples=2, length=16, **HOW)
-
-
-def test_greedy_generation_agrees_with_recurrent_decoding():
-    model = models.build("mamba-tiny", vocab_size=20, n_layer=2)
-    ids = torch.randint(0, 20, (3, 7), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        generated = generate(model, ids, 4)
-        cache = model.init_cache()
-        token, steps = model(ids, cache=cache)[:, -1].argmax(-1), []
-        for _ in range(4):
-            steps.append(token)
-            token = model.step(token, cache).argmax(-1)
-    assert torch.equal(generated, torch.stack(steps, dim=1))
 
 
 # --- longer contexts than in training ----------------------------------------------------------------

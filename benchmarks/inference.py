@@ -1,0 +1,174 @@
+"""Prefill and recurrent decoding in bfloat16 on a CPU, against transformers with the same weights.
+
+    python -m benchmarks.inference [--preset 2.8b] [--family mamba transformer] [--length 1024] [--tokens 32]
+
+Weights are random and shared: both models read the same tensors, so that two of 2.8 B fit into 24 GiB. Peer:
+MambaForCausalLM on its path for CPUs (a loop over time), GPTNeoXForCausalLM with sdpa; both with their cache.
+Peak memory is that of a fresh process that has our model alone. Ends with a line per ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import models
+from benchmarks.common import machine, peak
+from models.hub_configs import write_config
+
+DTYPE = torch.bfloat16
+
+
+def ours(name: str) -> models.LanguageModel:
+    """A model with random weights in bfloat16, made without a float32 copy."""
+    model = models.build(name, device="meta", dtype=DTYPE)
+    model = model.to_empty(device="cpu").eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for key, parameter in model.named_parameters():
+        if key.endswith("A_log"):  # decay rates 1 .. d_state, as initialised
+            parameter.copy_(torch.arange(1.0, parameter.shape[-1] + 1).log().expand_as(parameter))
+        elif ("norm" in key and key.endswith("weight")) or key.endswith(".D"):
+            parameter.fill_(1)
+        elif key.endswith("dt_proj.bias"):  # softplus of it is 0.001 .. 0.01
+            parameter.uniform_(-6.9, -4.6, generator=generator)
+        else:
+            parameter.normal_(0, 0.02, generator=generator)
+    return model
+
+
+def library(model: models.LanguageModel) -> torch.nn.Module:
+    """The same architecture in transformers, on the same storage."""
+    import transformers
+
+    fields = write_config(model.config, "bfloat16")
+    (name,) = fields["architectures"]
+    config = getattr(transformers, name.replace("ForCausalLM", "Config"))(**fields)
+    with torch.device("meta"):
+        peer = getattr(transformers, name)(config).to(DTYPE)
+    state = {
+        key.replace("backbone.embedding.", "backbone.embeddings."): p for key, p in model.state_dict().items()
+    }
+    known = peer.state_dict()
+    if "embed_out.weight" not in known and "embed_out.weight" in state:
+        state["lm_head.weight"] = state.pop("embed_out.weight")
+    peer.load_state_dict(state, strict=True, assign=True)
+    for module in peer.modules():  # constants that no checkpoint has
+        if hasattr(module, "rotary_emb"):
+            module.rotary_emb = type(module.rotary_emb)(config)
+    return peer.eval().requires_grad_(False)
+
+
+def our_run(model: models.LanguageModel, ids: Tensor, tokens: int) -> tuple[float, float, Tensor]:
+    """Seconds of the prefill, seconds of decoding, and the tokens."""
+    cache, last = model.init_cache(), torch.tensor([ids.shape[1] - 1])
+    started = time.perf_counter()
+    token = model(ids, logits_at=last, cache=cache)[:, -1].argmax(-1)
+    filled = time.perf_counter()
+    found = [token]
+    for _ in range(tokens):
+        token = model.step(token, cache).argmax(-1)
+        found.append(token)
+    return filled - started, time.perf_counter() - filled, torch.stack(found, 1)
+
+
+def their_run(model: Any, ids: Tensor, tokens: int) -> tuple[float, float, Tensor]:
+    """The same by the library's forward pass and cache."""
+    mamba = "Mamba" in type(model).__name__
+    name = "cache_params" if mamba else "past_key_values"
+    started = time.perf_counter()
+    out = model(ids, use_cache=True, logits_to_keep=1)
+    token = out.logits[:, -1].argmax(-1)
+    filled = time.perf_counter()
+    found = [token]
+    for _ in range(tokens):
+        out = model(token[:, None], use_cache=True, **{name: out[name]})
+        token = out.logits[:, -1].argmax(-1)
+        found.append(token)
+    return filled - started, time.perf_counter() - filled, torch.stack(found, 1)
+
+
+@torch.inference_mode()
+def alone(name: str, length: int, tokens: int, pipe: Any) -> None:
+    """Peak MiB of a process that has our model only, and the size of its weights."""
+    model = ours(name)
+    our_run(model, _ids(model, length), tokens)
+    pipe.send((peak(), sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20))
+
+
+def _ids(model: models.LanguageModel, length: int) -> Tensor:
+    return torch.randint(0, model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(1))
+
+
+def in_process(target: Callable[..., None], *arguments: Any) -> Any:
+    """What a fresh process sends back."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=target, args=(*arguments, there))
+    process.start()
+    there.close()
+    try:
+        return here.recv()
+    except EOFError:
+        raise RuntimeError(f"the process measuring {arguments[0]} died") from None
+    finally:
+        process.join()
+
+
+@torch.inference_mode()
+def compare(name: str, length: int, tokens: int, repeats: int) -> dict[str, float]:
+    """Median speeds; ours and theirs take turns."""
+    model = ours(name)
+    peer, ids = library(model), _ids(model, length)
+    runs: dict[str, list[tuple[float, float]]] = {"ours": [], "transformers": []}
+    our_run(model, ids[:, :16], 2)  # compiles
+    same = 0.0
+    for _ in range(repeats):
+        *ours_took, mine = our_run(model, ids, tokens)
+        *theirs_took, other = their_run(peer, ids, tokens)
+        runs["ours"].append((ours_took[0], ours_took[1]))
+        runs["transformers"].append((theirs_took[0], theirs_took[1]))
+        same = float((mine == other).float().mean())
+    median = {
+        side: [sorted(t)[len(t) // 2] for t in zip(*times, strict=True)] for side, times in runs.items()
+    }
+    for side, (prefill, decode) in median.items():
+        print(
+            f"  {side:14} prefill {prefill:8.2f} s {length / prefill:9.1f} tokens/s"
+            f"   decoding {decode:8.2f} s {tokens / decode:8.2f} tokens/s"
+        )
+    print(f"  share of equal greedy tokens {same:.2f} (bfloat16 rounds differently in each)")
+    (ours_prefill, ours_decode), (their_prefill, their_decode) = median["ours"], median["transformers"]
+    return {"prefill": their_prefill / ours_prefill, "decode": their_decode / ours_decode}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--preset", default="2.8b")
+    parser.add_argument(
+        "--family", nargs="+", default=["mamba", "transformer"], choices=["mamba", "mamba2", "transformer"]
+    )
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=1)
+    options = parser.parse_args()
+    print(machine())
+    ratios = {}
+    for family in options.family:
+        name = f"{family}-{options.preset}"
+        print(f"{name}, bfloat16, batch 1, {options.length} tokens of context, {options.tokens} generated")
+        most, weights = in_process(alone, name, options.length, options.tokens)
+        print(f"  peak memory of our process {most / 1024:.2f} GiB, weights {weights / 1024:.2f} GiB")
+        for what, ratio in compare(name, options.length, options.tokens, options.repeats).items():
+            ratios[f"{what}_{family}_{options.preset}_vs_transformers"] = ratio
+    for name, ratio in ratios.items():
+        print(f"ratio {name} {ratio:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""`models.generate` against the greedy generation of `transformers`, on checkpoints that it has written."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from checkpoint_forms import IDS, PEERS, peer
+
+import models
+
+FAMILIES = [name for name in PEERS if name in ("mamba", "mamba2", "neox")]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
+    theirs = peer(name)
+    theirs.save_pretrained(tmp_path / "checkpoint")
+    ours = models.load(tmp_path / "checkpoint")
+    mask = torch.ones_like(IDS)
+    options = dict(max_new_tokens=9, do_sample=False, pad_token_id=0, eos_token_id=None)
+    expected = theirs.generate(IDS, attention_mask=mask, **options)[:, IDS.shape[1] :]
+    assert torch.equal(models.generate(ours, IDS, 9), expected)
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "transformer", "hybrid"])
+def test_left_padding_changes_nothing_and_the_state_stays_small(family):
+    model = models.build(f"{family}-tiny", vocab_size=40, n_layer=3, seed=1).double().eval()
+    ids = torch.randint(1, 40, (2, 12), generator=torch.Generator().manual_seed(3))
+    padded = torch.cat([torch.zeros(2, 5, dtype=torch.int64), ids], dim=1)
+    mask = (padded != 0).long()
+    assert torch.equal(models.generate(model, padded, 6, attention_mask=mask), models.generate(model, ids, 6))
+    with pytest.raises(ValueError, match="pads on the right; pad on the left"):
+        models.generate(model, ids, 6, attention_mask=torch.tensor([[1] * 11 + [0]] * 2))
+
+
+def test_sequences_end_with_their_end_token():
+    model = models.build("mamba-tiny", vocab_size=12, n_layer=1, seed=2).eval()
+    ids = torch.randint(0, 12, (4, 6), generator=torch.Generator().manual_seed(0))
+    free = models.generate(model, ids, 8)
+    end = int(free[0, 2])
+    stopped = models.generate(model, ids, 8, eos_token_id=end)
+    for row, wanted in zip(stopped, free, strict=True):
+        found = (wanted == end).nonzero()
+        first = int(found[0]) if len(found) else stopped.shape[1]
+        assert torch.equal(row[:first], wanted[:first][: len(row)]) and (row[first:] == end).all()
+    assert stopped.shape[1] <= 8
+    with pytest.raises(ValueError, match="max_new_tokens=0 must be at least 1"):
+        models.generate(model, ids, 0)
