@@ -99,8 +99,10 @@ def test_capacity_is_not_noise():
         dict(accuracy=1 / 16, low=0.03, high=0.1, shuffled=0.07, count=200), index=plan.lags
     )
     assert linear._capacity(tokens, plan, 4096)["value"] == pytest.approx(0)
-    tokens.loc[[0, 1, 2], ["accuracy", "low", "high"]] = 1.0
-    assert 3 <= linear._capacity(tokens, plan, 4096)["value"] < 5
+    tokens.loc[[0, 1, 3], ["accuracy", "low", "high"]] = 1.0
+    assert 4 <= linear._capacity(tokens, plan, 4096)["value"] < 6
+    tokens.loc[[1023], ["accuracy", "low", "high"]] = 1.0  # the first symbol, and it alone
+    assert 5 <= linear._capacity(tokens, plan, 4096)["value"] < 7
 
 
 def test_what_is_finished_is_skipped(position, probed, capsys):

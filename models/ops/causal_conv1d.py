@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from models.ops import LANES
 from models.ops._threads import run_tasks
-from models.ops.selective_scan import BACKENDS, CUDA_HELP, _flat, _wide, pad_channels
+from models.ops.selective_scan import BACKENDS, CUDA_HELP, _flat, _wide, one_line, pad_channels
 
 
 def causal_conv1d(
@@ -149,8 +149,8 @@ def _cuda(
         raise ValueError("backend='cuda' does not take initial_state in this layout; use backend='auto'")
     try:
         from causal_conv1d import causal_conv1d_fn
-    except ImportError as error:
-        raise ImportError(CUDA_HELP) from error
+    except (ImportError, OSError) as error:  # absent, too old, or built for another torch
+        raise ImportError(f"{CUDA_HELP}; importing it said: {one_line(error)}") from error
     return in_causal_conv1d_layout(causal_conv1d_fn, x, weight, bias, activation)
 
 

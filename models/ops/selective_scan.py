@@ -352,11 +352,15 @@ def _cuda(u: Tensor, *rest: Any) -> Output:
     """mamba-ssm's kernel, imported here and nowhere else."""
     try:
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-    except ImportError as error:
-        raise ImportError(CUDA_HELP) from error
+    except (ImportError, OSError) as error:  # absent, too old, or built for another torch
+        raise ImportError(f"{CUDA_HELP}; importing it said: {one_line(error)}") from error
     if u.device.type != "cuda":
         raise ValueError(f"backend='cuda' got tensors on {u.device}; move them to a GPU or use backend='cpu'")
     return in_mamba_ssm_layout(selective_scan_fn, u, *rest)
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def in_mamba_ssm_layout(

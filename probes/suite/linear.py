@@ -48,8 +48,15 @@ if TYPE_CHECKING:
 
 FEW = 64  # symbols up to which all of them are classes
 POOL = 16  # symbols of a probed place, and parts of the context, otherwise
+ENDS = 10  # places probed from each end of a long context
 LEAST = 20  # sequences that can be split in three
 SITES = {"residual": "blocks.{}.hook_resid_post", "state": "blocks.{}.mixer.hook_ssm_state"}
+
+
+def spread(n: int) -> IntArray:
+    """Lags 0 .. n - 1, dense at both ends: the last and the first symbols are those that states keep."""
+    near = np.unique(np.geomspace(1, n // 2, ENDS).round().astype(int)) - 1
+    return np.concatenate([near, n - 1 - near[::-1]])
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ class Plan:
     @classmethod
     def of(cls, task: Task) -> Plan:
         n, symbols = task.seq_len, task.vocabulary.num_symbols
-        lags = np.arange(n) if n <= 32 else np.unique(np.geomspace(1, n, 14).round().astype(int)) - 1
+        lags = np.arange(n) if n <= 32 else spread(n)
         pooled = symbols > FEW and task.name == "position"
         classes = min(POOL, symbols // len(lags)) if pooled else symbols
         return cls(n - 1 - lags, lags, classes, pooled)
@@ -175,7 +182,7 @@ def _capacity(tokens: pd.DataFrame, plan: Plan, size: int) -> dict[str, float]:
 
 def draw(table: pd.DataFrame) -> Figure:
     """Accuracy against lag, a panel per site and family: layers from light to dark, controls grey."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import MaxNLocator
 
     token, names = table[table["part"] == "token"], families(table)
     sites = [site for site in SITES if (token["site"] == site).any()]
@@ -206,8 +213,7 @@ def draw(table: pd.DataFrame) -> Figure:
         ax.set(title=f"{NAMES[family]}, {site}", ylim=(-0.03, 1.03), xlabel="symbols since (1 = the last)")
         ax.title.set_color(family_colors()[family])
         if mine["lag"].max() > 32:
-            ax.set_xscale("log", base=2)
-            ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+            _folded(ax, int(mine["lag"].max()) + 1)
         else:
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     for row in axes:
@@ -223,6 +229,24 @@ def draw(table: pd.DataFrame) -> Figure:
     }  # fmt: skip
     legend(figure, looks)
     return figure
+
+
+def _folded(ax: Any, n: int) -> None:
+    """An x axis 1 .. n that is logarithmic from both ends."""
+    middle = np.log2((n + 1) / 2)
+
+    def there(x: Any) -> Any:
+        x = np.clip(np.asarray(x, float), 0.5, n + 0.5)
+        return np.where(x <= (n + 1) / 2, np.log2(x), 2 * middle - np.log2(n + 1 - x))
+
+    def back(y: Any) -> Any:
+        y = np.asarray(y, float)
+        return np.where(y <= middle, 2.0**y, n + 1 - 2.0 ** (2 * middle - y))
+
+    ends = [k for k in (1, 4, 16, 64) if k < n / 4]
+    ax.set_xscale("function", functions=(there, back))
+    ax.set_xticks([*ends, *(n + 1 - k for k in reversed(ends))])
+    ax.tick_params(axis="x", labelsize=7)
 
 
 def _shade(k: int, count: int) -> Any:
@@ -304,5 +328,5 @@ PROBE = Probe(
     measure,
     {"": draw, "_answer": draw_answer},
     summary,
-    version=2,
+    version=3,
 )

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 SHORT = 40  # tokens up to which every position has a cell of its own
 CELLS = 20  # otherwise
 SITES = ("residual", "state", "head")
+ANSWERS = 0.5  # accuracy of clean runs below which a share of the logit difference says nothing
 
 
 def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
@@ -84,7 +85,6 @@ def draw(table: pd.DataFrame, kind: str) -> Figure:
     most = max(len(_grid(part)[1]) for _, part in table[table["control"] == ""].groupby(["family", "site"]))
     size = (4.3, max(1.9, 0.14 * most + 1.2))
     figure, axes = panels(len(shown), len(names), size=size)
-    image = None
     for i, (site, control, title) in enumerate(shown):
         for j, family in enumerate(names):
             ax = axes[i, j]
@@ -101,10 +101,18 @@ def draw(table: pd.DataFrame, kind: str) -> Figure:
             named = sum(c[0] == 0 for c in columns)
             ax.axvline(named - 0.5, color="0.3", lw=1)
             ax.grid(False)
+            if part["accuracy_clean"].iloc[0] < ANSWERS:
+                image.set_alpha(0.15)
+                said = "shares mean nothing: the model does\nnot answer the clean run"
+                ax.text(0.5, 0.5, said, transform=ax.transAxes, ha="center", va="center", fontsize=9)
             ax.set_title(f"{NAMES[family]}, {site}: {title}", fontsize=9)
             ax.set_ylabel("layer.head" if site == "head" else "layer", fontsize=8)
     figure.suptitle(f"clean and corrupted run differ in the {kind}", fontsize=10)
-    bar = figure.colorbar(image, ax=axes, shrink=0.6, aspect=30)
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    scale = ScalarMappable(Normalize(-1, 1), "RdBu_r")
+    bar = figure.colorbar(scale, ax=axes, shrink=0.6, aspect=30)
     bar.set_label("effect: share of the logit difference restored", fontsize=9)
     return figure
 
