@@ -3,8 +3,8 @@
     python -m benchmarks.cuda [--quick]
 
 First the largest difference of outputs and gradients between backend="cuda" and backend="reference" in
-float32, relative to the largest number. Then tokens/s and peak memory of Mamba with these kernels, of Mamba with
-the reference scan, and of GPT-NeoX, forward and training step in bfloat16, for presets up to 2.8 B as far as
+float32, relative to the largest number. Then tokens/s and peak memory of Mamba with these kernels, with the
+reference scan, and of GPT-NeoX, forward and training step in bfloat16, for presets up to 2.8 B as far as
 they fit. Ends with a line per ratio; exit status 2 where there is no GPU or no kernels.
 """
 
