@@ -276,7 +276,11 @@ def test_varlen_repeats_symbols_and_may_have_fewer_than_places():
 BAD_OPTIONS = [
     ("nothing", dict(seq_len=8), "unknown task 'nothing'; valid: position, position-varlen"),
     ("position", dict(seq_len=8, layout="infix"), "unknown layout 'infix'; valid: suffix, prefix, instr"),
-    ("position", dict(seq_len=8, seqlen=8), "no option 'seqlen'; valid: seq_len, num_symbols, layout"),
+    (
+        "position",
+        dict(seq_len=8, seqlen=8),
+        "no option 'seqlen'; valid: seq_len, first_id, num_symbols, layout",
+    ),
     ("position", dict(seq_len=8, min_seq_len=8), "task position has no option 'min_seq_len'"),
     ("position", dict(num_symbols=8), "task position needs the option seq_len"),
     ("position", dict(seq_len=0), "seq_len 0 must be at least 1"),
@@ -329,7 +333,7 @@ def test_one_query_limit_of_supervised_bos_and_of_few_symbols():
 
 def test_registry_and_default_symbols():
     assert tasks.names()[:2] == list(POSITION_TASKS)
-    assert tasks.options("position") == ["seq_len", "num_symbols", "layout", "supervise_bos"]
+    assert tasks.options("position") == ["seq_len", "first_id", "num_symbols", "layout", "supervise_bos"]
     task = tasks.build("position", seq_len=12)
     assert task.num_symbols == 12 and task == tasks.build("position", seq_len=12, num_symbols=12)
     context, _, _ = read(task.render(task.batch(1, seed=0, index=0)))
