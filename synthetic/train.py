@@ -90,7 +90,7 @@ def train(
 class Session:
     """One sitting of a training run."""
 
-    def __init__(self, plan: Plan, folder: Path, listener: Listener, world: World):
+    def __init__(self, plan: Plan, folder: Path, listener: Listener, world: World = ALONE):
         self.plan, self.folder, self.listener, self.world = plan, folder, listener, world
         self.own = folder / plan.family
         self.metrics = folder / "metrics.jsonl"

@@ -69,7 +69,7 @@ def test_sweeps_of_the_documents_can_be_planned(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     options = tyro.cli(sweep.Options, args=shlex.split(command)[3:])
     for run in load(options.file).runs:
-        assert plan(run, run.model[0]).seq_len == run.seq_len
+        assert plan(run, run.model[0], elsewhere=True).seq_len == run.seq_len
 
 
 @pytest.mark.parametrize("command", CURVES)

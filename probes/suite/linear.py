@@ -243,7 +243,7 @@ def _folded(ax: Any, n: int) -> None:
         y = np.asarray(y, float)
         return np.where(y <= middle, 2.0**y, n + 1 - 2.0 ** (2 * middle - y))
 
-    ends = [k for k in (1, 4, 16, 64) if k < n / 4]
+    ends = [k for k in (1, 8, 64) if k < n / 4]
     ax.set_xscale("function", functions=(there, back))
     ax.set_xticks([*ends, *(n + 1 - k for k in reversed(ends))])
     ax.tick_params(axis="x", labelsize=7)
