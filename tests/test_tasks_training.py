@@ -139,6 +139,17 @@ class Chooser(Oracle):
             answer = [*answer[:-1], "<bos>"]
         return {last + i: token for i, token in enumerate(answer)}
 
+    def init_cache(self):
+        return []
+
+    def __call__(self, input_ids, logits_at, attention_mask=None, cache=None):
+        cache.append(input_ids)  # all tokens so far are what it remembers
+        return super().__call__(input_ids, logits_at)
+
+    def step(self, token, cache):
+        ids = torch.cat([cache.pop(), token[:, None]], dim=1)
+        return self(ids, torch.tensor([ids.shape[1] - 1]), cache=cache)[:, -1]
+
 
 @pytest.mark.parametrize("block", [0, 1, 2])
 def test_which_block_was_answered(block):
