@@ -67,7 +67,7 @@ class VLM(nn.Module):
         """Mean over examples of each one's mean cross-entropy, in nats: long answers weigh no more.
 
         input_ids, labels: (B, L) int64, labels not shifted, -100 = not supervised. Sequences are padded on
-        the right, where causal models need no mask. Raises ValueError for an example without supervised tokens.
+        the right, where causal models need no mask. Raises ValueError for an example without answers.
         """
         supervised = (labels[:, 1:] != IGNORE).any(1)
         if not bool(supervised.all()):
