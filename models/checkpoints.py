@@ -68,8 +68,24 @@ def load(
     model = from_config(checkpoint.config, device="meta")
     sources = dict(checkpoint.stored)
     model.accept_hub_spellings(sources)
+    fill(model, sources, checkpoint.folder, dtype=dtype, device=device)
+    return model.eval()
+
+
+def fill(
+    model: nn.Module,
+    sources: dict[str, hub.Stored],
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: Any = None,
+) -> None:
+    """Give a module that was made on "meta" its weights, tensor by tensor. sources: by the module's names.
+
+    Raises ValueError if they are not exactly those of the module.
+    """
     homes = _homes(model)
-    _compare(sources, {name: shape for names, shape in homes for name in names}, checkpoint.folder)
+    _compare(sources, {name: shape for names, shape in homes for name in names}, folder)
     names_of = {names[0]: names for names, _ in homes}
     source_of = {sources[name]: name for name in names_of}
     for stored, tensor in hub.tensors(source_of):
@@ -77,7 +93,6 @@ def load(
         mapped = stored.file.suffix != ".safetensors"
         _assign(model, names_of[source_of[stored]], tensor.to(device=device, dtype=dtype, copy=mapped))
     _check_ties(model, homes, sources)
-    return model.eval()
 
 
 def _homes(model: nn.Module) -> list[tuple[list[str], tuple[int, ...]]]:

@@ -15,14 +15,16 @@ from models.common import LanguageModel, require
 @torch.no_grad()
 def generate(
     model: LanguageModel,
-    input_ids: Tensor,
+    input_ids: Tensor | None,
     max_new_tokens: int,
     *,
+    inputs_embeds: Tensor | None = None,
     attention_mask: Tensor | None = None,
     eos_token_id: int | None = None,
 ) -> Tensor:
     """Greedy continuation of (B, L) int64 input_ids: (B, n) int64, n <= max_new_tokens.
 
+    inputs_embeds: (B, L, D) instead of input_ids, for what is not tokens alone.
     attention_mask: (B, L), non-zero = real token; padding stands on the left.
     eos_token_id: a sequence that has generated it goes on with it, and all stop when every one has.
     Raises ValueError for padding on the right, behind which nothing can be generated.
@@ -30,9 +32,14 @@ def generate(
     require(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be at least 1")
     if attention_mask is not None:
         require(bool(attention_mask[:, -1].bool().all()), "attention_mask pads on the right; pad on the left")
-    cache, last = model.init_cache(), torch.tensor([input_ids.shape[1] - 1], device=input_ids.device)
-    logits = model(input_ids, attention_mask=attention_mask, logits_at=last, cache=cache)[:, -1]
-    ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    given = input_ids if inputs_embeds is None else inputs_embeds
+    require(given is not None, "give input_ids or inputs_embeds")
+    assert given is not None
+    cache, last = model.init_cache(), torch.tensor([given.shape[1] - 1], device=given.device)
+    logits = model(
+        input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask, logits_at=last, cache=cache
+    )[:, -1]
+    ended = torch.zeros(len(given), dtype=torch.bool, device=given.device)
     tokens: list[Tensor] = []
     while True:
         token = logits.argmax(-1)

@@ -142,7 +142,7 @@ class Chooser(Oracle):
     def init_cache(self):
         return []
 
-    def __call__(self, input_ids, logits_at, attention_mask=None, cache=None):
+    def __call__(self, input_ids, logits_at, inputs_embeds=None, attention_mask=None, cache=None):
         cache.append(input_ids)  # all tokens so far are what it remembers
         return super().__call__(input_ids, logits_at)
 

@@ -1,0 +1,91 @@
+"""An image and chunks of text as one sequence of token ids, and the image's vectors spliced into it.
+
+    ### patches && patches && ... patches ###
+
+Ordinary tokens of the GPT-NeoX vocabulary mark begin, end and rows; patches are placeholders that `splice`
+replaces. A grid of g x g patches takes g (g + 1) + 1 places: 601 at 336 pixels, 1,191 at 480.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from vlm.prompts import Chunk, image_place
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BEGIN = END = 4118  # "###"
+ROW = 10494  # "&&"
+PATCH = -200  # placeholder, no token
+IGNORE = -100  # label of what is not supervised
+Encode = Callable[[str], list[int]]
+
+
+def grid_side(pixels: int, patch: int = 14) -> int:
+    """Patches along a side; what is left over (4 pixels of 480) is not seen. Raises ValueError for none."""
+    if pixels < patch:
+        raise ValueError(f"an image of {pixels} pixels has no patch of {patch}; use a larger one")
+    return pixels // patch
+
+
+def image_ids(side: int) -> list[int]:
+    """Ids of an image of side x side patches; a row's separator stands before the next row."""
+    ids = [BEGIN]
+    for row in range(side):
+        ids += [PATCH] * side + [ROW if row < side - 1 else END]
+    return ids
+
+
+def sequence(
+    chunks: Sequence[Chunk],
+    encode: Encode,
+    side: int,
+    layout: str = "agnostic",
+    max_length: int | None = None,
+) -> tuple[list[int], list[int]]:
+    """input_ids and labels of an image and its chunks, equally long, labels not shifted.
+
+    encode: text -> ids, without special tokens. max_length: cuts the sequence, as published training does.
+    Raises ValueError if that would cut the image, or leave no supervised token where there was one.
+    """
+    place = image_place(chunks, layout)
+    ids: list[int] = []
+    labels: list[int] = []
+    for i in range(len(chunks) + 1):
+        if i == place:
+            ids += image_ids(side)
+            labels += [IGNORE] * (side * (side + 1) + 1)
+            image_stop = len(ids)
+        if i < len(chunks):
+            found = encode(chunks[i].text)
+            ids += found
+            labels += found if chunks[i].supervised else [IGNORE] * len(found)
+    if max_length is None or len(ids) <= max_length:
+        return ids, labels
+    if image_stop > max_length:
+        raise ValueError(
+            f"max_length={max_length} cuts the image, which ends at token {image_stop}; use at least that"
+        )
+    answered = any(label != IGNORE for label in labels)
+    ids, labels = ids[:max_length], labels[:max_length]
+    if answered and all(label == IGNORE for label in labels):
+        raise ValueError(
+            f"max_length={max_length} leaves no token of an answer; shorten the prompt or raise it"
+        )
+    return ids, labels
+
+
+def splice(table: Tensor, input_ids: Tensor, patches: Tensor) -> Tensor:
+    """Vectors of a batch: rows of `table` (V, D), and at placeholders those of `patches` (B, P, D), in order.
+
+    input_ids: (B, L) int64 with exactly P negative ids a row. Returns (B, L, D) in the table's dtype,
+    differentiable in both. Raises ValueError if placeholders and patches differ in number.
+    """
+    holes = input_ids < 0
+    counts = sorted(set(holes.sum(1).tolist()))
+    if counts != [patches.shape[1]]:
+        raise ValueError(f"{counts} placeholders a row for {patches.shape[1]} patches; they must be equal")
+    vectors = table[input_ids.clamp(min=0)]
+    return vectors.masked_scatter(holes[..., None], patches.to(vectors.dtype))

@@ -1,0 +1,221 @@
+"""What a VLM is asked and what it must answer, as chunks of text, in the published wording.
+
+A prompt is a list of chunks, each tokenised on its own; supervised ones are answers. The image stands before
+all of them ("agnostic"), behind the first ("instruction-first", the paper's task-aware condition: the model
+knows the kind of task, but not the query) or behind everything that precedes the first answer ("query-first",
+the stronger condition of the synthetic task). Every function here is one task; the tests have the SHA-256 of
+the released instructions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+END = "<|endoftext|>"
+LAYOUTS = ("agnostic", "instruction-first", "query-first")
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+INSTRUCTIONS = {
+    "captioning": "Provide a one-sentence caption for the provided image.",
+    "grounded captioning": "Provide a one-sentence caption for the image and mention each entity.",
+    "vqa": "Answer the question using a single word or phrase.",
+    "multiple choice": "Answer with the option's letter from the given choices directly.",
+    "dense captioning": "Provide a short description of the region:",
+    "grounding": "Locate the region that is described by:",
+    "image-text match": "Determine if the image matches the description:",
+}
+
+Box = tuple[float, float, float, float]  # x_min, y_min, x_max, y_max in pixels
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of text that is tokenised on its own; supervised: an answer."""
+
+    text: str
+    supervised: bool = False
+
+
+# --- text and boxes -----------------------------------------------------------------------------------------
+
+
+def sentence(text: str, *, keep_case: bool = False) -> str:
+    """Stripped, only the first letter upper-case, and a period unless it ends in . ? or !
+
+    keep_case: for diagrams and documents (AI2D, DocVQA, InfographicVQA), whose capitals mean something.
+    """
+    text = text.strip()
+    if not text:
+        return text
+    text = text if keep_case else text[0].upper() + text[1:].lower()
+    return text if text.endswith((".", "?", "!")) else text + "."
+
+
+def answer_text(text: str) -> str:
+    """As `sentence`, without a period: choices are printed so."""
+    text = text.strip()
+    return text[:1].upper() + text[1:].lower()
+
+
+def box_text(box: Box, width: float, height: float) -> str:
+    """`[x_min,y_min,x_max,y_max]`, as shares of the image with two decimals.
+
+    Raises ValueError for a negative coordinate, an empty box or an image without area.
+    """
+    if width <= 0 or height <= 0:
+        raise ValueError(f"an image of {width} x {height} pixels has no boxes; give its size")
+    x0, y0, x1, y1 = box
+    if min(box) < 0 or x1 <= x0 or y1 <= y0:
+        raise ValueError(f"box {box} must be x_min < x_max, y_min < y_max, from 0 on; clip or drop it")
+    shares = (x0 / width, y0 / height, x1 / width, y1 / height)
+    return "[" + ",".join(f"{share:.2f}" for share in shares) + "]"
+
+
+def parse_box(text: str, width: float, height: float) -> Box | None:
+    """The box that an answer names, in pixels; None if it names none (which counts as wrong)."""
+    found = re.search(r"\[([^\[\]]*)\]", text)
+    parts = found.group(1).split(",") if found else []
+    try:
+        x0, y0, x1, y1 = (float(part) for part in parts)
+    except ValueError:
+        return None
+    return x0 * width, y0 * height, x1 * width, y1 * height
+
+
+# --- tasks --------------------------------------------------------------------------------------------------
+
+
+def captioning(caption: str | None = None) -> list[Chunk]:
+    """One caption; None: to be generated."""
+    return [Chunk(INSTRUCTIONS["captioning"] + "\n"), *_answer(caption)]
+
+
+def vqa(turns: Sequence[tuple[str, str | None]], *, keep_case: bool = False) -> list[Chunk]:
+    """Questions about one image and their answers."""
+    chunks = [Chunk(INSTRUCTIONS["vqa"])]
+    for question, answer in turns:
+        chunks.append(Chunk(f"\nQuestion: {sentence(question, keep_case=keep_case)}\nAnswer: "))
+        chunks += _answer(answer, keep_case=keep_case)
+    return chunks
+
+
+def multiple_choice(
+    turns: Sequence[tuple[str, Sequence[str], int | None]],
+    *,
+    ocr: Sequence[str] = (),
+    keep_case: bool = False,
+) -> list[Chunk]:
+    """(question, choices, index of the right one) about one image. ocr: lines of text in it (AI2D)."""
+    first = INSTRUCTIONS["multiple choice"]
+    chunks = [Chunk(first + "\nOCR text:\n" + "\n".join(ocr) if ocr else first)]
+    for question, choices, right in turns:
+        chunks.append(Chunk(f"\nQuestion: {sentence(question, keep_case=keep_case)}\n"))
+        chunks += _choices([answer_text(choice) for choice in choices], right)
+    return chunks
+
+
+def pointing(
+    turns: Sequence[tuple[str, Sequence[Box], int | None]], width: float, height: float
+) -> list[Chunk]:
+    """(question, boxes, index of the right one): the letter of a printed box (Visual7W pointing)."""
+    chunks = [Chunk(INSTRUCTIONS["multiple choice"] + "\n")]
+    for question, boxes, right in turns:
+        chunks.append(Chunk(f"\nQuestion: {sentence(question)}\n"))
+        chunks += _choices([box_text(box, width, height) + "." for box in boxes], right)
+    return chunks
+
+
+def grounding(turns: Sequence[tuple[str, Box | None]], width: float, height: float) -> list[Chunk]:
+    """(phrase, its box) in one image; None: to be generated."""
+    chunks = [Chunk(INSTRUCTIONS["grounding"])]
+    for phrase, box in turns:
+        chunks.append(Chunk(f"\n{sentence(phrase)}\n"))
+        if box is not None:
+            chunks.append(Chunk(box_text(box, width, height) + "." + END, supervised=True))
+    return chunks
+
+
+def dense_captioning(turns: Sequence[tuple[Box, str | None]], width: float, height: float) -> list[Chunk]:
+    """(box, what is there); the end token stands behind the last description only."""
+    chunks = [Chunk(INSTRUCTIONS["dense captioning"] + "\n")]
+    for i, (box, phrase) in enumerate(turns):
+        chunks.append(Chunk(box_text(box, width, height) + ".\n"))
+        if phrase is not None:
+            last = END if i == len(turns) - 1 else ""
+            chunks.append(Chunk(sentence(phrase) + "\n" + last, supervised=True))
+    return chunks
+
+
+def image_text_match(caption: str, label: bool | None = None) -> list[Chunk]:
+    """Whether the caption fits the image (VSR)."""
+    chunks = [Chunk(INSTRUCTIONS["image-text match"] + "\n"), Chunk(sentence(caption) + "\n")]
+    return chunks if label is None else [*chunks, Chunk(f"{bool(label)}." + END, supervised=True)]
+
+
+def grounded_captioning(
+    caption: str, spans: Sequence[tuple[int, int, Sequence[Box]]], width: float, height: float
+) -> list[Chunk]:
+    """A caption with the boxes of its phrases, `||phrase [box][box]||`; spans: (start, stop, boxes).
+
+    Spans may come in any order; the released code gave unsorted ones the wrong boxes.
+    Raises ValueError for spans that overlap or leave the caption.
+    """
+    text, end = "", 0
+    for start, stop, boxes in sorted(spans, key=lambda span: span[:2]):
+        if not end <= start < stop <= len(caption):
+            raise ValueError(
+                f"span {start}..{stop} overlaps another or leaves the caption {caption!r}; drop it"
+            )
+        printed = "".join(box_text(box, width, height) for box in boxes)
+        text += f"{caption[end:start]}||{caption[start:stop]} {printed}||"
+        end = stop
+    text += caption[end:]
+    return [Chunk(INSTRUCTIONS["grounded captioning"] + "\n"), Chunk(text + END, supervised=True)]
+
+
+def chat(turns: Sequence[tuple[str, str]]) -> list[Chunk]:
+    """(role, text) of a conversation, role "human" or "gpt"; only the model's turns are supervised."""
+    chunks = []
+    for i, (role, text) in enumerate(turns):
+        if role not in ("human", "gpt"):
+            raise ValueError(f"role {role!r} is unknown; use 'human' or 'gpt'")
+        text = re.sub(r"\n?<image>\n?", "", text) if i == 0 else text
+        last = END if i == len(turns) - 1 else ""
+        chunks.append(Chunk(text + "\n" + last, supervised=role == "gpt"))
+    return chunks
+
+
+def _answer(text: str | None, *, keep_case: bool = False) -> list[Chunk]:
+    return [] if text is None else [Chunk(sentence(text, keep_case=keep_case) + END, supervised=True)]
+
+
+def _choices(printed: Sequence[str], right: int | None) -> list[Chunk]:
+    """`A: ...` a chunk each, the last one with the prompt for the letter, and the letter."""
+    if not 2 <= len(printed) <= len(LETTERS):
+        raise ValueError(f"{len(printed)} choices: a question needs 2 to {len(LETTERS)}")
+    lines = [f"{letter}: {choice}\n" for letter, choice in zip(LETTERS, printed, strict=False)]
+    chunks = [Chunk(line) for line in lines[:-1]] + [Chunk(lines[-1] + "Answer: ")]
+    if right is None:
+        return chunks
+    if not 0 <= right < len(printed):
+        raise ValueError(f"right choice {right} is none of 0 .. {len(printed) - 1}")
+    return [*chunks, Chunk(f"{LETTERS[right]}." + END, supervised=True)]
+
+
+# --- where the image stands ---------------------------------------------------------------------------------
+
+
+def image_place(chunks: Sequence[Chunk], layout: str) -> int:
+    """Number of chunks before the image.
+
+    Of several turns "query-first" has the first query before the image, and the later ones behind it.
+    A prompt whose answer follows its first chunk (captioning) has nothing else to be put first.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout {layout!r} is unknown; use {', '.join(LAYOUTS)}")
+    if layout == "agnostic":
+        return 0
+    first = next((i for i, chunk in enumerate(chunks) if chunk.supervised), len(chunks))
+    return min(1, first) if layout == "instruction-first" else first
