@@ -109,6 +109,13 @@ def respell(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any)
     cast(LanguageModel, module).accept_hub_spellings(state_dict, prefix)
 
 
+def init_normal(weight: Tensor, std: float) -> None:
+    """Fill with normal(0, std) drawn in float32, whatever the dtype: the same weights at every precision."""
+    with torch.no_grad():
+        drawn = torch.empty(weight.shape, device=weight.device)
+        weight.copy_(drawn.normal_(std=std))
+
+
 def make_norm(kind: str, d: int, eps: float) -> nn.Module:
     """`kind` is "rms" or "layer"."""
     return {"rms": RMSNorm, "layer": LayerNorm}[kind](d, eps=eps)

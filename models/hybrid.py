@@ -12,9 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
-from models.common import Block, Config, LanguageModel, make_norm, require
+from models.common import Block, Config, LanguageModel, init_normal, make_norm, require
 from models.mamba import MambaBlock, MambaConfig, MambaMixer, rescale_out_proj
 from models.mamba2 import Mamba2Config, Mamba2Mixer
 from models.ops.linear import Linear
@@ -76,12 +77,12 @@ class HybridConfig(Config):
 
 
 class HybridBackbone(nn.Module):
-    def __init__(self, config: HybridConfig):
+    def __init__(self, config: HybridConfig, dtype: torch.dtype | None = None):
         super().__init__()
         mixer = Mamba2Mixer if config.ssm == "mamba2" else MambaMixer
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model).to(dtype)
         if config.position == "learned":
-            self.embed_pos = nn.Embedding(config.max_position_embeddings, config.d_model)
+            self.embed_pos = nn.Embedding(config.max_position_embeddings, config.d_model).to(dtype)
         blocks: list[nn.Module] = []
         for layer in range(config.n_layer):
             if config.is_attention(layer):
@@ -90,23 +91,23 @@ class HybridBackbone(nn.Module):
             else:
                 block = MambaBlock(config.ssm_config(), mixer)
                 rescale_out_proj(block, config.n_layer)
-            blocks.append(block)
+            blocks.append(block.to(dtype))
         self.layers = nn.ModuleList(blocks)
-        self.norm_f = make_norm(config.norm, config.d_model, config.norm_eps)
+        self.norm_f = make_norm(config.norm, config.d_model, config.norm_eps).to(dtype)
 
 
 class HybridForCausalLM(LanguageModel):
     """Interleaved hybrid language model."""
 
-    def __init__(self, config: HybridConfig):
+    def __init__(self, config: HybridConfig, dtype: torch.dtype | None = None):
         super().__init__()
         self.config = config
-        self.backbone = HybridBackbone(config)
-        self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
-        nn.init.normal_(self.backbone.embedding.weight, std=config.embedding_std)
-        nn.init.normal_(self.lm_head.weight, std=config.embedding_std)
+        self.backbone = HybridBackbone(config, dtype)
+        self.lm_head = Linear(config.d_model, config.vocab_size, bias=False).to(dtype)
+        init_normal(self.backbone.embedding.weight, std=config.embedding_std)
+        init_normal(self.lm_head.weight, std=config.embedding_std)
         if config.position == "learned":
-            nn.init.normal_(self.backbone.embed_pos.weight, std=config.embedding_std)
+            init_normal(self.backbone.embed_pos.weight, std=config.embedding_std)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.backbone.embedding.weight
 

@@ -24,7 +24,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.common import Block, Config, Context, LanguageModel, LayerCache, make_norm, require, respell
+from models.common import (
+    Block,
+    Config,
+    Context,
+    LanguageModel,
+    LayerCache,
+    init_normal,
+    make_norm,
+    require,
+    respell,
+)
 from models.hooks import STATE_NAMES, Hook, Hooked, hooked_scan, masked_hook
 from models.ops.causal_conv1d import causal_conv1d
 from models.ops.linear import Linear, linear
@@ -285,11 +295,12 @@ class MambaBlock(Hooked, nn.Module):
 
 
 class MambaBackbone(nn.Module):
-    def __init__(self, config: Any, mixer: type[nn.Module]):
+    def __init__(self, config: Any, mixer: type[nn.Module], dtype: torch.dtype | None = None):
         super().__init__()
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList(MambaBlock(config, mixer) for _ in range(config.n_layer))
-        self.norm_f = make_norm(config.norm, config.d_model, config.norm_eps)
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model).to(dtype)
+        blocks = (MambaBlock(config, mixer) for _ in range(config.n_layer))
+        self.layers = nn.ModuleList(rescale_out_proj(block, config.n_layer).to(dtype) for block in blocks)
+        self.norm_f = make_norm(config.norm, config.d_model, config.norm_eps).to(dtype)
 
 
 class MambaForCausalLM(LanguageModel):
@@ -297,16 +308,14 @@ class MambaForCausalLM(LanguageModel):
 
     mixer: type[nn.Module] = MambaMixer
 
-    def __init__(self, config: Any):
+    def __init__(self, config: Any, dtype: torch.dtype | None = None):
         super().__init__()
         self.config = config
-        self.backbone = MambaBackbone(config, self.mixer)
-        self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
-        nn.init.normal_(self.backbone.embedding.weight, std=config.embedding_std)
+        self.backbone = MambaBackbone(config, self.mixer, dtype)
+        self.lm_head = Linear(config.d_model, config.vocab_size, bias=False).to(dtype)
+        init_normal(self.backbone.embedding.weight, std=config.embedding_std)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.backbone.embedding.weight
-        for block in self.backbone.layers:
-            rescale_out_proj(block, config.n_layer)
         self.register_load_state_dict_pre_hook(respell)
 
     def accept_hub_spellings(self, named: dict[str, Any], prefix: str = "") -> None:
@@ -323,7 +332,8 @@ class MambaForCausalLM(LanguageModel):
         return backbone.embedding, cast(list[Block], list(backbone.layers)), backbone.norm_f, self.lm_head
 
 
-def rescale_out_proj(block: nn.Module, n_layer: int) -> None:
+def rescale_out_proj(block: nn.Module, n_layer: int) -> nn.Module:
     """Divide out_proj by sqrt(number of residual layers), as GPT-2 and state-spaces/mamba do."""
     with torch.no_grad():
         cast(Any, block).mixer.out_proj.weight.div_(math.sqrt(n_layer))
+    return block

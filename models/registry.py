@@ -112,15 +112,19 @@ def config(name: str, **overrides: Any) -> Any:
 def from_config(
     config: Any, *, seed: int = 0, device: Any = None, dtype: torch.dtype | None = None
 ) -> LanguageModel:
-    """A freshly initialised model for a config object. The global random state is left untouched."""
-    model = next(model for kind, model in FAMILIES.values() if type(config) is kind)
+    """A freshly initialised model for a config object. The global random state is left untouched.
+
+    The weights are drawn in float32 and rounded to dtype part by part, so that no more than one block is
+    ever held in float32 beside the model, and a bfloat16 model is the rounded float32 one.
+    """
+    model: Any = next(model for kind, model in FAMILIES.values() if type(config) is kind)
     with torch.random.fork_rng(devices=[]):  # initialisation happens on the CPU: same weights everywhere
         torch.manual_seed(seed)
         if device is not None and torch.device(device).type == "meta":
             with torch.device("meta"):
-                built = model(config)
+                built = model(config, dtype)
         else:
-            built = model(config)
+            built = model(config, dtype)
     return built.to(device=device, dtype=dtype)
 
 

@@ -25,7 +25,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.common import Block, Config, Context, LanguageModel, LayerCache, make_norm, require, respell
+from models.common import (
+    Block,
+    Config,
+    Context,
+    LanguageModel,
+    LayerCache,
+    init_normal,
+    make_norm,
+    require,
+    respell,
+)
 from models.hooks import Hook, Hooked
 from models.ops.linear import Linear
 
@@ -270,33 +280,33 @@ def init_linear(module: nn.Module, std: float) -> None:
     """Hugging Face initialisation of GPT-NeoX: weights normal(0, std), biases 0."""
     for child in module.modules():
         if isinstance(child, nn.Linear):
-            nn.init.normal_(child.weight, std=std)
+            init_normal(child.weight, std=std)
             if child.bias is not None:
                 nn.init.zeros_(child.bias)
 
 
 class TransformerBackbone(nn.Module):
-    def __init__(self, config: TransformerConfig):
+    def __init__(self, config: TransformerConfig, dtype: torch.dtype | None = None):
         super().__init__()
-        self.embed_in = nn.Embedding(config.vocab_size, config.d_model)
+        self.embed_in = nn.Embedding(config.vocab_size, config.d_model).to(dtype)
         if config.position == "learned":
-            self.embed_pos = nn.Embedding(config.max_position_embeddings, config.d_model)
-        self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layer))
-        self.final_layer_norm = make_norm(config.norm, config.d_model, config.norm_eps)
+            self.embed_pos = nn.Embedding(config.max_position_embeddings, config.d_model).to(dtype)
+        self.layers = nn.ModuleList(TransformerBlock(config).to(dtype) for _ in range(config.n_layer))
+        self.final_layer_norm = make_norm(config.norm, config.d_model, config.norm_eps).to(dtype)
 
 
 class TransformerForCausalLM(LanguageModel):
     """GPT-NeoX language model (state_dict of EleutherAI/pythia-*)."""
 
-    def __init__(self, config: TransformerConfig):
+    def __init__(self, config: TransformerConfig, dtype: torch.dtype | None = None):
         super().__init__()
         self.config = config
-        self.gpt_neox = TransformerBackbone(config)
-        self.embed_out = Linear(config.d_model, config.vocab_size, bias=False)
+        self.gpt_neox = TransformerBackbone(config, dtype)
+        self.embed_out = Linear(config.d_model, config.vocab_size, bias=False).to(dtype)
         init_linear(self, config.init_std)
-        nn.init.normal_(self.gpt_neox.embed_in.weight, std=config.embedding_std)
+        init_normal(self.gpt_neox.embed_in.weight, std=config.embedding_std)
         if config.position == "learned":
-            nn.init.normal_(self.gpt_neox.embed_pos.weight, std=config.embedding_std)
+            init_normal(self.gpt_neox.embed_pos.weight, std=config.embedding_std)
         if config.tie_word_embeddings:
             self.embed_out.weight = self.gpt_neox.embed_in.weight
         self.register_load_state_dict_pre_hook(respell)
