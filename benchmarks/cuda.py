@@ -1,142 +1,195 @@
-"""The CUDA kernels of mamba-ssm and causal-conv1d against the reference, on a GPU.
+"""The kernels of mamba-ssm and causal-conv1d behind our ops against the reference on the same GPU.
 
-    python -m benchmarks.cuda [--quick]
+    python -m benchmarks.cuda [--presets mamba-130m mamba-2.8b] [--batch 1] [--length 1024]
 
-First the largest difference of outputs and gradients between backend="cuda" and backend="reference" in
-float32, relative to the largest number. Then tokens/s and peak memory of Mamba with these kernels, with the
-reference scan, and of GPT-NeoX, forward and training step in bfloat16, for presets up to 2.8 B as far as
-they fit. Ends with a line per ratio; exit status 2 where there is no GPU or no kernels.
+First the errors: largest difference of outputs, last states and gradients, relative to the largest value, one
+line each. Then for every preset, in bfloat16, a forward pass and a training step (forward, loss, backward,
+AdamW): tokens/s and peak memory with the kernels and without, one line each, and one per ratio (above 1 where
+the kernels are better). What does not fit the GPU says so and is left out of the ratios.
+Exit status 0; 1 if an error exceeds its limit; 2 without a GPU or if a package is missing, broken or too old.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import models
+from benchmarks.common import seconds
+from models.mamba2 import ssd
 from models.ops.causal_conv1d import causal_conv1d
 from models.ops.selective_scan import selective_scan
 
-BATCH, LENGTH = 8, 1024
-PRESETS = ("130m", "370m", "790m", "1.4b", "2.8b")
-Operation = Callable[..., Tensor]
+PRESETS = ["mamba-130m", "mamba-370m", "mamba-1.4b", "mamba-2.8b", "mamba2-130m", "mamba2-2.7b"]
+NO_GPU = (
+    "error: benchmarks.cuda compares kernels on a GPU, but torch.cuda.is_available() is False; run it on a "
+    "machine with an NVIDIA GPU and a CUDA build of torch"
+)
+# Triton multiplies float32 matrices in TF32 (10 bits), which only Mamba-2's kernel does
+LIMITS = {
+    (op, dtype): limit
+    for op, single in (("selective_scan", 1e-3), ("causal_conv1d", 1e-3), ("ssd", 1e-2))
+    for dtype, limit in ((torch.float32, single), (torch.bfloat16, 5e-2))
+}
+SLOW = {"selective_scan": "reference", "causal_conv1d": "reference", "ssd": "chunks"}
+
+Inputs = dict[str, Any]  # tensors by name
 
 
-def operations() -> Iterator[tuple[str, Operation, list[Tensor]]]:
-    """Name, operation taking a backend, and its arguments, at Mamba-130m's width."""
-    generator = torch.Generator().manual_seed(0)
+def op_inputs(op: str, dtype: torch.dtype, device: str) -> Inputs:
+    """Arguments by name, leaves of the graph; made on the CPU, so that every device gets the same."""
+    g = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).cuda().requires_grad_()
+        return torch.randn(*shape, generator=g)
 
-    E, N = 1536, 16
-    A = -torch.arange(1.0, N + 1).repeat(E, 1).cuda().requires_grad_()
-    rest = [normal(2, LENGTH, N), normal(2, LENGTH, N), normal(E), normal(2, LENGTH, E), normal(E)]
-
-    def scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, bias: Tensor,
-             backend: str) -> Tensor:  # fmt: skip
-        return selective_scan(u, dt, A, B, C, D, z=z, dt_bias=bias, dt_softplus=True, backend=backend)
-
-    yield "scan", scan, [normal(2, LENGTH, E), normal(2, LENGTH, E), A, *rest]
-
-    def conv(x: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Tensor:
-        return causal_conv1d(x, weight, bias, activation="silu", backend=backend)
-
-    yield "conv", conv, [normal(2, LENGTH, E), normal(E, 4), normal(E)]
-
-
-def deviation(operation: Operation, arguments: list[Tensor]) -> float:
-    """Largest difference of output and gradients between the backends, relative to the largest number."""
-    found = []
-    for backend in ("cuda", "reference"):
-        y = operation(*arguments, backend=backend)
-        weights = torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y)
-        found.append([y.detach(), *torch.autograd.grad((y * weights).sum(), arguments)])
-    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*found, strict=True))
+    b, L, E, N, H, P = 2, 512, 256, 16, 4, 64
+    if op == "selective_scan":
+        made = dict(u=normal(b, L, E), dt=normal(b, L, E), A=-normal(E, N).exp(), B=normal(b, L, N))
+        made |= dict(C=normal(b, L, N), D=normal(E), z=normal(b, L, E), dt_bias=normal(E))
+        single = {"A", "D", "dt_bias"}
+    elif op == "causal_conv1d":
+        made, single = dict(x=normal(b, L, E), weight=normal(E, 4), bias=normal(E)), set()
+    else:
+        made = dict(x=normal(b, L, H, P), dt=F.softplus(normal(b, L, H)), A=-normal(H).exp())
+        made |= dict(B=normal(b, L, 1, 64), C=normal(b, L, 1, 64), initial_state=normal(b, H, P, 64))
+        single = {"dt", "A", "initial_state"}
+    cast = {name: t.to(device, torch.float32 if name in single else dtype) for name, t in made.items()}
+    return {name: t.requires_grad_() for name, t in cast.items()}
 
 
-def speed(name: str, train: bool, repeats: int, **overrides: Any) -> tuple[float, float]:
-    """Tokens/s and peak GiB of a forward pass, or of a step of AdamW, under bfloat16 autocast."""
-    model = models.build(name, device="cuda", **overrides)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True) if train else None
-    ids = torch.randint(0, model.config.vocab_size, (BATCH, LENGTH), device="cuda")
+def results(op: str, inputs: Inputs, backend: str) -> Inputs:
+    """Output, last state, and the gradient of every input, by name."""
+    if op == "causal_conv1d":
+        y, last = causal_conv1d(**inputs, activation="silu", backend=backend), None
+        outputs = [y]
+    elif op == "selective_scan":  # its kernel has no gradient of the last state
+        y = selective_scan(**inputs, dt_softplus=True, backend=backend)
+        with torch.no_grad():
+            last = selective_scan(**inputs, dt_softplus=True, return_last_state=True, backend=backend)[1]
+        outputs = [y]
+    else:
+        y, last = ssd(**inputs, return_last_state=True, backend=backend)
+        outputs = [y, last]
+    g = torch.Generator().manual_seed(1)
+    weights = [torch.randn(t.shape, generator=g).to(t) for t in outputs]
+    grads = torch.autograd.grad(outputs, list(inputs.values()), weights)
+    found = {"y": y.detach()} | ({} if last is None else {"last_state": last.detach()})
+    return found | {f"d{name}": grad for name, grad in zip(inputs, grads, strict=True)}
 
-    def call() -> None:
-        with torch.autocast("cuda", dtype=torch.bfloat16), torch.set_grad_enabled(train):
-            if optimizer is None:
-                model(ids, logits_at=torch.tensor([LENGTH - 1], device="cuda"))
-                return
-            loss, _ = model.loss(ids, labels=ids.roll(-1, 1))
-        loss.backward()
+
+def errors(op: str, dtype: torch.dtype, device: str, fast: str) -> dict[str, float]:
+    """Largest difference of each result between backend `fast` and the reference, by its largest value."""
+    inputs = op_inputs(op, dtype, device)
+    got, want = results(op, inputs, fast), results(op, inputs, SLOW[op])
+    return {
+        name: float((got[name].float() - want[name].float()).abs().max() / want[name].float().abs().max())
+        for name in want
+    }
+
+
+def report_errors(device: str, fast: Callable[[str], str]) -> bool:
+    """Print one line a result; whether all are within their limits."""
+    fine = True
+    for (op, dtype), limit in LIMITS.items():
+        for name, error in errors(op, dtype, device, fast(op)).items():
+            ok = error <= limit  # False for NaN as well
+            fine &= ok
+            verdict = "" if ok else f"  EXCEEDS {limit:.0e}"
+            print(f"error {op} {str(dtype)[6:]} {name} {error:.1e}{verdict}", flush=True)
+    return fine
+
+
+@contextlib.contextmanager
+def without_kernels() -> Iterator[None]:
+    """Every op that chooses its backend takes the reference."""
+    modules = {"models.ops.selective_scan", "models.ops.causal_conv1d"}
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(mock.patch.object(sys.modules[module], "_choose", lambda *_: "reference"))
+        stack.enter_context(mock.patch.object(sys.modules["models.mamba2"], "_choose", lambda *_: "chunks"))
+        yield
+
+
+def work(what: str, preset: str, batch: int, length: int) -> Callable[[], Any]:
+    """A forward pass or a training step of a new model on the GPU; returns when the GPU is done."""
+    model = models.build(preset, dtype=torch.bfloat16, device="cuda")
+    ids = torch.randint(0, model.config.vocab_size, (batch, length), device="cuda")
+    labels = F.pad(ids[:, 1:], (0, 1), value=-100)
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(ids, logits_at=torch.tensor([-1], device="cuda"))
+        torch.cuda.synchronize()
+
+    if what == "forward":
+        return forward
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def step() -> None:
+        model.loss(ids, labels=labels)[0].backward()
         optimizer.step()
         optimizer.zero_grad()
+        torch.cuda.synchronize()
 
-    call()
+    return step
+
+
+def measure(what: str, args: argparse.Namespace, preset: str) -> tuple[float, float] | None:
+    """Tokens/s and peak GiB of one work, None if the GPU has too little memory."""
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    torch.cuda.synchronize()
-    took = (time.perf_counter() - started) / repeats
-    return BATCH * LENGTH / took, torch.cuda.max_memory_allocated() / 2**30
-
-
-def compare(preset: str, train: bool, repeats: int) -> dict[str, float]:
-    """Ratios of one preset; what does not fit is said and left out."""
-    what = "train" if train else "forward"
-    sides: dict[str, tuple[str, dict[str, Any]]] = {
-        "kernels": (f"mamba-{preset}", dict(scan_backend="cuda")),
-        "reference": (f"mamba-{preset}", dict(scan_backend="reference")),
-        "neox": (f"transformer-{preset}", {}),
-    }
-    found: dict[str, tuple[float, float]] = {}
-    for side, (name, overrides) in sides.items():
-        try:
-            found[side] = speed(name, train, 1 if side == "reference" else repeats, **overrides)
-            print(f"  {name} {what}, {side}: {found[side][0]:.0f} tokens/s, {found[side][1]:.2f} GiB")
-        except torch.cuda.OutOfMemoryError:
-            print(f"  {name} {what}, {side}: does not fit into this GPU")
-        torch.cuda.empty_cache()
-    ratios = {}
-    for other in ("reference", "neox"):
-        if "kernels" in found and other in found:
-            (fast, small), (slow, large) = found["kernels"], found[other]
-            ratios[f"cuda_mamba_{what}_{preset}_vs_{other}"] = fast / slow
-            ratios[f"cuda_mamba_{what}_memory_{preset}_vs_{other}"] = large / small
-    return ratios
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="only the smallest preset, fewer repeats")
-    quick = parser.parse_args().quick
-    if not torch.cuda.is_available():
-        print(
-            "error: benchmarks.cuda needs a CUDA GPU and a CUDA build of torch; there is none here",
-            file=sys.stderr,
-        )
-        return 2
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, batch {BATCH}, length {LENGTH}")
-    ratios = {}
     try:
-        for name, operation, arguments in operations():
-            ratios[f"cuda_{name}_deviation"] = deviation(operation, arguments)
-    except ImportError as error:
+        t = seconds({what: work(what, preset, args.batch, args.length)}, repeats=3)[what]
+    except torch.cuda.OutOfMemoryError:
+        return None
+    return args.batch * args.length / t, torch.cuda.max_memory_allocated() / 2**30
+
+
+def report_models(args: argparse.Namespace) -> None:
+    for preset in args.presets:
+        for what in ("forward", "train_step"):
+            found = {"kernels": measure(what, args, preset)}
+            with without_kernels():
+                found["reference"] = measure(what, args, preset)
+            for name, numbers in found.items():
+                said = f"{numbers[0]:.0f} tokens/s {numbers[1]:.2f} GiB" if numbers else "out of memory"
+                print(f"{what} {preset} {name} {said}", flush=True)
+            fast, slow = found.values()
+            if fast and slow:
+                print(f"ratio {what}_{preset}_kernels_vs_reference {fast[0] / slow[0]:.2f}")
+                print(
+                    f"ratio memory_{what}_{preset}_kernels_vs_reference {slow[1] / fast[1]:.2f}", flush=True
+                )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--presets", nargs="+", default=PRESETS, help="models (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--length", type=int, default=1024)
+    args = parser.parse_args(argv)
+    try:
+        for preset in args.presets:
+            models.config(preset)
+        if not torch.cuda.is_available():
+            print(NO_GPU, file=sys.stderr)
+            return 2
+        print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
+        fine = report_errors("cuda", lambda op: "cuda")
+        report_models(args)
+    except (ImportError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for preset in PRESETS[:1] if quick else PRESETS:
-        for train in (False, True):
-            ratios |= compare(preset, train, 2 if quick else 10)
-    for name, ratio in ratios.items():
-        print(f"ratio {name} {ratio:.3g}")
-    return 0
+    return 0 if fine else 1
 
 
 if __name__ == "__main__":

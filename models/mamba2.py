@@ -28,8 +28,11 @@ from torch.nn import functional as F
 from models.common import Config, LayerCache, require
 from models.hooks import STATE_NAMES, Hook, Hooked, hooked_scan, masked_hook
 from models.mamba import MambaForCausalLM
+from models.ops import _cuda_kernels
 from models.ops.causal_conv1d import causal_conv1d
 from models.ops.linear import Linear
+
+BACKENDS = ("auto", "chunks", "cuda")
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ def ssd(
     chunk_size: int = 64,
     return_last_state: bool = False,
     states_at: Sequence[int] | None = None,
+    backend: str = "auto",
 ) -> Any:
     """State space duality by chunks (listing 1 of the paper), with matrix products only.
 
@@ -117,9 +121,17 @@ def ssd(
     initial_state: (b, H, P, N); states_at: positions in [0, L), any order. Returns y (b, L, H, P), with
     return_last_state also the last state (b, H, P, N), with states_at also h_t (b, positions, H, P, N); in
     this order as a tuple.
+    backend: "chunks" computes here, "cuda" by mamba-ssm's `mamba_chunk_scan_combined` (not with states_at),
+    "auto" takes "cuda" for CUDA tensors where that is installed. Raises ValueError for other names.
     Decays are exponentials of sums that are masked to -inf before the exponential, so neither the
     values nor the gradients overflow. Cost: L * chunk_size * (N + P) per head, linear in L.
     """
+    require(backend in BACKENDS, f"backend={backend!r} is unknown; use one of {', '.join(BACKENDS)}")
+    if backend == "auto":
+        backend = _choose(x, states_at)
+    if backend == "cuda":
+        require(states_at is None, "backend='cuda' cannot return states_at; use backend='auto'")
+        return _given(*_cuda(x, dt, A, B, C, initial_state, return_last_state))
     b, L, H, P = x.shape
     G, N = B.shape[2:]
     dtype, last = x.dtype, x.new_zeros(b, H, P, N) if initial_state is None else initial_state
@@ -161,6 +173,19 @@ def ssd(
         y = y + from_start * (Ch.to(carried.dtype) @ carried.transpose(-1, -2))
     y = y.permute(0, 2, 3, 1, 4).reshape(b, L + pad, H, P)[:, :L].to(dtype)
     return _given(y, last if return_last_state else None, states)
+
+
+def _choose(x: Tensor, states_at: Sequence[int] | None) -> str:
+    able = states_at is None and x.shape[1] > 0 and x.dtype != torch.float64
+    cuda = x.device.type == "cuda" and able and _cuda_kernels.installed("mamba_ssm")
+    return "cuda" if cuda else "chunks"
+
+
+def _cuda(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
+    module, name = "mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined"
+    scan = _cuda_kernels.kernel(module, name, "initial_states", "return_final_states")
+    _cuda_kernels.on_gpu(x)
+    return _cuda_kernels.in_chunk_scan_layout(scan, x, *rest)
 
 
 def _given(*out: Tensor | None) -> Any:

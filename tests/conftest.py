@@ -13,6 +13,7 @@ import pytest
 from hook_models import FAMILIES, build
 
 PEERS = ("mamba_ssm.modules.mamba_simple", "mamba_ssm.ops.selective_scan_interface",
+         "mamba_ssm.ops.triton.ssd_combined",
          "causal_conv1d.causal_conv1d_interface")  # fmt: skip
 KERNELS = ("selective_scan_cuda", "causal_conv1d_cuda")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import types
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from models.ops._threads import _with_pool
-from models.ops.causal_conv1d import causal_conv1d
 from models.ops.selective_scan import selective_scan
 
 NAMES = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
@@ -251,41 +249,11 @@ def test_bad_arguments(change, said):
         selective_scan(**{**good, **change})
 
 
-class _Broken(types.ModuleType):
-    """A package whose compiled part was built for another torch."""
-
-    def __getattr__(self, name):
-        raise OSError(f"undefined symbol: {name}\n  in a library")
-
-
-@pytest.mark.parametrize(
-    "module, said",
-    [
-        (None, "ModuleNotFoundError"),  # not installed
-        (types.ModuleType("old"), "ImportError: cannot import name"),  # a release without the function
-        (_Broken("broken"), "OSError: undefined symbol"),
-    ],
-)
-def test_kernels_that_cannot_be_imported_give_one_line(monkeypatch, module, said):
-    for name in ("mamba_ssm", "mamba_ssm.ops", "causal_conv1d"):
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setitem(sys.modules, "mamba_ssm.ops.selective_scan_interface", module)
-    x, weight = torch.ones(1, 4, 2), torch.ones(2, 3)
-    for call in (
-        lambda: selective_scan(x, x, -torch.ones(2, 3), *torch.ones(2, 1, 4, 3), backend="cuda"),
-        lambda: causal_conv1d(x, weight, backend="cuda"),
-    ):
-        with pytest.raises(ImportError) as caught:
-            call()
-        message = str(caught.value)
-        assert said in message and "pip install" in message and "\n" not in message
-
-
 def test_cuda_backend_says_what_it_needs(monkeypatch):
     a = {k: v.detach() for k, v in inputs(1, 3, 4, 2, torch.float32, absent=("initial_state",)).items()}
     monkeypatch.setitem(sys.modules, "mamba_ssm", None)
     monkeypatch.setitem(sys.modules, "mamba_ssm.ops.selective_scan_interface", None)
-    with pytest.raises(ImportError, match="pip install --no-build-isolation mamba-ssm causal-conv1d"):
+    with pytest.raises(ImportError, match="pip install --no-build-isolation 'mamba-ssm"):
         selective_scan(**a, backend="cuda")
     with pytest.raises(ValueError, match="use backend='auto'"):
         selective_scan(**a, states_at=[1], backend="cuda")

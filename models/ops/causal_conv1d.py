@@ -10,7 +10,6 @@ transposes and the separate silu were the largest item in a Mamba block's profil
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -18,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.ops import LANES
+from models.ops import LANES, _cuda_kernels
 from models.ops._threads import run_tasks
-from models.ops.selective_scan import BACKENDS, CUDA_HELP, _flat, _wide, one_line, pad_channels
+from models.ops.selective_scan import BACKENDS, _flat, _wide, pad_channels
 
 
 def causal_conv1d(
@@ -68,8 +67,8 @@ def _choose(x: Tensor, weight: Tensor, initial_state: Tensor | None) -> str:
     if x.device.type == "cpu":
         return "cpu"
     able = initial_state is None and weight.shape[1] in (2, 3, 4) and x.shape[2] % 8 == 0
-    installed = importlib.util.find_spec("causal_conv1d") is not None
-    return "cuda" if x.device.type == "cuda" and able and installed else "reference"
+    cuda = x.device.type == "cuda" and able and _cuda_kernels.installed("causal_conv1d")
+    return "cuda" if cuda else "reference"
 
 
 def _with_history(x: Tensor, initial_state: Tensor | None, length: int) -> Tensor:
@@ -147,11 +146,9 @@ def _cuda(
 ) -> Tensor:
     if initial_state is not None:
         raise ValueError("backend='cuda' does not take initial_state in this layout; use backend='auto'")
-    try:
-        from causal_conv1d import causal_conv1d_fn
-    except (ImportError, OSError) as error:  # absent, too old, or built for another torch
-        raise ImportError(f"{CUDA_HELP}; importing it said: {one_line(error)}") from error
-    return in_causal_conv1d_layout(causal_conv1d_fn, x, weight, bias, activation)
+    convolve = _cuda_kernels.kernel("causal_conv1d", "causal_conv1d_fn", "activation")
+    _cuda_kernels.on_gpu(x)
+    return in_causal_conv1d_layout(convolve, x, weight, bias, activation)
 
 
 def in_causal_conv1d_layout(

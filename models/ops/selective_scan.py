@@ -22,7 +22,6 @@ So there is one fast CPU path, and no fallback to maintain.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -33,16 +32,11 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn import functional as F
 
-from models.ops import LANES
+from models.ops import LANES, _cuda_kernels
 from models.ops._threads import run_tasks
 
 BACKENDS = ("auto", "reference", "cpu", "cuda")
 MAX_D_STATE = 256
-
-CUDA_HELP = (
-    "backend='cuda' needs mamba-ssm: pip install --no-build-isolation mamba-ssm causal-conv1d "
-    "(both build only where torch is a CUDA build; elsewhere use backend='cpu')"
-)
 
 Output = Tensor | tuple[Tensor, ...]
 
@@ -142,8 +136,8 @@ def _choose(u: Tensor, initial_state: Tensor | None, positions: Tensor | None, n
     if u.device.type == "cpu":
         return "cpu"
     able = initial_state is None and positions is None and not needs_last_grad
-    installed = importlib.util.find_spec("mamba_ssm") is not None
-    return "cuda" if u.device.type == "cuda" and able and installed else "reference"
+    cuda = u.device.type == "cuda" and able and _cuda_kernels.installed("mamba_ssm")
+    return "cuda" if cuda else "reference"
 
 
 def _wide(u: Tensor) -> torch.dtype:
@@ -350,17 +344,10 @@ class _Scan(torch.autograd.Function):
 
 def _cuda(u: Tensor, *rest: Any) -> Output:
     """mamba-ssm's kernel, imported here and nowhere else."""
-    try:
-        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-    except (ImportError, OSError) as error:  # absent, too old, or built for another torch
-        raise ImportError(f"{CUDA_HELP}; importing it said: {one_line(error)}") from error
-    if u.device.type != "cuda":
-        raise ValueError(f"backend='cuda' got tensors on {u.device}; move them to a GPU or use backend='cpu'")
-    return in_mamba_ssm_layout(selective_scan_fn, u, *rest)
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    takes = ("z", "delta_bias", "delta_softplus", "return_last_state")
+    scan = _cuda_kernels.kernel("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn", *takes)
+    _cuda_kernels.on_gpu(u)
+    return in_mamba_ssm_layout(scan, u, *rest)
 
 
 def in_mamba_ssm_layout(
