@@ -1,4 +1,4 @@
-"""Rendered scenes with exact annotation: `sample_scene`, `render`, `make_example`, `question_only_baseline`."""
+"""Rendered, exactly annotated scenes: `sample_scene`, `render`, `make_example`, `question_only_baseline`."""
 
 from vlm.scenes.baseline import question_only_baseline
 from vlm.scenes.questions import CHANCE, TASKS, Example, make_example

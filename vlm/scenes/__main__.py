@@ -1,6 +1,6 @@
 """A contact sheet of scenes, each with one example of a task below it.
 
-    python -m vlm.scenes --out docs/images/scenes.png --seed 0
+python -m vlm.scenes --out docs/images/scenes.png --seed 0
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def contact_sheet(seed: int, split: str):
         "RGB", (_COLUMNS * (side + _PAD) + _PAD, rows * (side + _TEXT + _PAD) + _PAD), (255, 255, 255)
     )
     for k, example in enumerate(examples):
-        row, column = divmod(k, _COLUMNS)
+        row, column = divmod(k, _COLUMNS)  # captions, the longest texts, come first
         x, y = _PAD + column * (side + _PAD), _PAD + row * (side + _TEXT + _PAD)
         sheet.paste(_framed(example, font), (x, y))
         lines = [f"{example.task}", *textwrap.wrap(example.question, 36), *textwrap.wrap(example.answer, 38)]
@@ -55,7 +55,9 @@ def _framed(example: Example, font):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="the PNG to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", choices=SPLITS, default="train")

@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
+from typing import TypeVar
 
 import numpy as np
 
 from vlm.scenes.scene import COLOUR_COUNTS, HELDOUT_PAIRS, Box, Object, Scene, scene_stream
 from vlm.scenes.stamps import COLOURS, SHAPES
 
+T = TypeVar("T")
 LETTERS = "ABCD"
 _QUESTION_INDEX = 2**60  # scenes below this index never share a random stream with a question
 _ATTRIBUTES = ("colour", "name", "size", "texture")
@@ -40,15 +42,18 @@ def make_example(scene: Scene, task: str) -> Example:
     return TASKS[task](scene, rng)
 
 
-def balanced(scene: Scene, ways: int) -> int:
-    """0 .. ways - 1, each once in every `ways` consecutive scenes (from a multiple of it), in random order."""
+def balanced(scene: Scene, task: str, ways: int) -> int:
+    """0 .. ways - 1, each once in every `ways` consecutive scenes (from a multiple of it), in random order.
+
+    The order is the task's own: several questions about one image do not share their answers.
+    """
     block, place = divmod(scene.index, ways)
-    order = scene_stream(scene.seed, scene.split, 2**59 + block * 8 + ways)
+    order = scene_stream(scene.seed, scene.split, 2**59 + block * 16 + list(TASKS).index(task))
     return int(order.permutation(ways)[place])
 
 
-def _pick(rng: np.random.Generator, items: Sequence):
-    return items[rng.integers(len(items))]
+def _pick(rng: np.random.Generator, items: Sequence[T]) -> T:
+    return items[int(rng.integers(len(items)))]
 
 
 def subjects(scene: Scene) -> tuple[Object, ...]:
@@ -59,7 +64,7 @@ def subjects(scene: Scene) -> tuple[Object, ...]:
 
 
 def phrase(item: Object, attributes: Sequence[str]) -> str:
-    """"large striped red star" from the attributes named; "shape" stands for an unnamed shape."""
+    """ "large striped red star" from the attributes named; "shape" stands for an unnamed shape."""
     words = [getattr(item, a) for a in ("size", "texture", "colour") if a in attributes]
     return " ".join([*words, item.name if "name" in attributes else "shape"])
 
@@ -100,7 +105,7 @@ def existence(scene: Scene, rng: np.random.Generator) -> Example:
         # both answers ask about the same pairs: a pair that only "no" asks about would give itself away
         if ((colour, shape) in HELDOUT_PAIRS) == (scene.split == "combination")
     ]
-    yes = balanced(scene, 2) == 1
+    yes = balanced(scene, "existence", 2) == 1
     colour, shape = _pick(rng, [pair for pair in asked if (pair in present) == yes])
     boxes = tuple(o.box for o in scene.shapes if (o.colour, o.name) == (colour, shape))
     return Example(scene, "existence", f"Is there a {colour} {shape}?", "yes" if yes else "no", boxes=boxes)
@@ -112,14 +117,14 @@ def _colour_counts(scene: Scene) -> dict[str, int]:
 
 
 def count(scene: Scene, rng: np.random.Generator) -> Example:
-    answer = balanced(scene, len(COLOUR_COUNTS) + 1)
+    answer = balanced(scene, "count", len(COLOUR_COUNTS) + 1)
     colour = _pick(rng, [name for name, number in _colour_counts(scene).items() if number == answer])
     boxes = tuple(item.box for item in scene.shapes if item.colour == colour)
     return Example(scene, "count", f"How many {colour} shapes are there?", str(answer), boxes=boxes)
 
 
 def attribute(scene: Scene, rng: np.random.Generator) -> Example:
-    first = balanced(scene, len(_ATTRIBUTES))
+    first = balanced(scene, "attribute", len(_ATTRIBUTES))
     # a scene may have no shape that can be named without its colour, say: then another attribute is asked
     for asked in _ATTRIBUTES[first:] + _ATTRIBUTES[:first]:
         others = [name for name in _ATTRIBUTES if name != asked]
@@ -136,7 +141,7 @@ def comparison(scene: Scene, rng: np.random.Generator) -> Example:
     counts = _colour_counts(scene)
     pairs = [(a, b) for a in counts for b in counts if counts[a] > counts[b]]
     more, fewer = _pick(rng, pairs)
-    yes = balanced(scene, 2) == 1
+    yes = balanced(scene, "comparison", 2) == 1
     first, second = (more, fewer) if yes else (fewer, more)
     question = f"Are there more {first} shapes than {second} shapes?"
     return Example(scene, "comparison", question, "yes" if yes else "no")
@@ -152,7 +157,7 @@ def spatial(scene: Scene, rng: np.random.Generator) -> Example:
         if a is not b and (a.box[axis + 2] <= b.box[axis] or b.box[axis + 2] <= a.box[axis])
     ]
     a, b, axis = _pick(rng, pairs)
-    yes = balanced(scene, 2) == 1
+    yes = balanced(scene, "spatial", 2) == 1
     lower, higher = (("left of", "right of"), ("above", "below"))[axis]
     relation = lower if (a.box[axis] < b.box[axis]) == yes else higher
     names = phrase(a, ("colour", "name")), phrase(b, ("colour", "name"))
@@ -172,7 +177,7 @@ def pointing(scene: Scene, rng: np.random.Generator) -> Example:
     item = _pick(rng, subjects(scene))
     others = [o for o in scene.shapes if o is not item]
     candidates = [others[k] for k in rng.permutation(len(others))[: len(LETTERS) - 1]]
-    place = balanced(scene, len(LETTERS))
+    place = balanced(scene, "pointing", len(LETTERS))
     candidates.insert(place, item)
     question = f"Which box shows the {_pick(rng, unique_phrases(scene, item))}?"
     boxes = tuple(o.box for o in candidates)
@@ -196,7 +201,7 @@ TASKS: dict[str, Callable[[Scene, np.random.Generator], Example]] = {
     "reading-digit": partial(reading, kind="digit"),
     "reading-word": partial(reading, kind="word"),
 }
-# Of guessing among the answers that a question allows (training never pairs a colour with its held-out shape).
+# Of guessing among the answers that a question allows (no colour with its held-out shape in training).
 CHANCE = {
     "existence": 1 / 2,
     "count": 1 / 4,

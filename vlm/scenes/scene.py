@@ -16,7 +16,8 @@ Box = tuple[int, int, int, int]  # x1, y1, x2, y2 in pixels; x2 and y2 are the f
 # train; the same distribution with unseen digit images; colour x shape pairs that training never shows
 SPLITS = ("train", "heldout", "combination")
 MIN_SIZE = 96
-# A colour occurs once, another twice, another three times, three never: counts 0 .. 3 can be asked of any scene.
+MAX_INDEX = 2**48  # the streams above serve the questions
+# One colour occurs once, one twice, one three times, three never: any scene can be asked for counts 0 .. 3.
 COLOUR_COUNTS = (1, 2, 3)
 _COMBINATION_INDEX = 2**62  # keeps the random streams of `combination` apart from those of `heldout`
 # One held-out shape a colour and one held-out colour a shape.
@@ -53,21 +54,22 @@ class Scene:
 
 
 def scene_stream(seed: int, split: str, index: int) -> np.random.Generator:
-    """`stream` for the three splits of scenes. Raises ValueError for an unknown split or a bad number."""
+    """`stream` for the three splits of scenes. Raises ValueError for an unknown split or seed."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; valid: {', '.join(SPLITS)}")
-    if not 0 <= index < 2**61:
-        raise ValueError(f"index {index} must be in 0 .. 2**61 - 1")
     if split == "combination":
         return stream(seed, "heldout", index + _COMBINATION_INDEX)
     return stream(seed, split, index)
 
 
-@lru_cache(maxsize=2)
-def digit_sources(split: str) -> npt.NDArray[np.int64]:
-    """Which handwritten images a split uses: every fifth one never occurs in training."""
-    number = np.arange(len(digit_images()[0]))
-    return np.flatnonzero((number % 5 == 4) == (split != "train"))
+@lru_cache(maxsize=len(SPLITS) * 10)
+def digit_sources(split: str, digit: int) -> npt.NDArray[np.int64]:
+    """Which handwritten images of `digit` a split uses: every fifth one never occurs in training.
+
+    Counted within the digit, because the data set lists the digits in turn for long stretches.
+    """
+    images = np.flatnonzero(digit_images()[1] == digit)
+    return images[(np.arange(images.size) % 5 == 4) == (split != "train")]
 
 
 def sample_scene(seed: int, split: str, index: int, size: int = 128) -> Scene:
@@ -78,11 +80,15 @@ def sample_scene(seed: int, split: str, index: int, size: int = 128) -> Scene:
     """
     if size < MIN_SIZE:
         raise ValueError(f"size {size} is too small to read words in: give at least {MIN_SIZE} pixels")
+    if not 0 <= index < MAX_INDEX:
+        raise ValueError(f"index {index} must be in 0 .. 2**48 - 1")
     rng = scene_stream(seed, split, index)
     items = [(("shape", shape, colour), -1) for colour, shape in _draw_pairs(rng, split)]
-    source = int(rng.choice(digit_sources(split)))
+    digit = int(rng.integers(10))
+    sources = digit_sources(split, digit)
+    source = int(sources[rng.integers(sources.size)])
     colours = list(COLOURS)
-    items.append((("digit", str(digit_images()[1][source]), colours[rng.integers(len(colours))]), source))
+    items.append((("digit", str(digit), colours[rng.integers(len(colours))]), source))
     items.append((("word", WORDS[rng.integers(len(WORDS))], colours[rng.integers(len(colours))]), -1))
     cells = rng.permutation(GRID * GRID)[: len(items)]
     objects = []

@@ -138,6 +138,6 @@ def _word_mask(word: str, cell: int) -> Mask:
     from PIL import Image, ImageDraw, ImageFont
 
     picture = Image.new("L", (2 * cell, cell))
-    font = ImageFont.load_default(round(cell * 0.42))  # the font inside Pillow: the same on every machine
+    font = ImageFont.load_default(int(cell * 0.4))  # the font inside Pillow: the same on every machine
     ImageDraw.Draw(picture).text((4, 4), word, fill=255, font=font)
     return _crop(np.asarray(picture) >= 110)
