@@ -2,9 +2,9 @@
 
     python -m benchmarks.scenes
 
-`images_per_second_2_cores`: drawing, asking every task and rendering, in two processes. The peer draws the same
-objects of the same scenes as matplotlib patches and texts into an Agg canvas and reads its pixels, in one
-process, against `render` alone in that process.
+`images_per_second_2_cores`: drawing, asking every task and rendering, in two processes. The peer draws the
+same objects of the same scenes as matplotlib patches and texts into an Agg canvas and reads its pixels,
+in one process, against `render` alone in that process.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import argparse
 import json
 import multiprocessing
 import time
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -38,11 +40,11 @@ def images_per_second(images: int) -> float:
     with multiprocessing.get_context("spawn").Pool(_CORES) as pool:
         pool.map(make_range, [(0, 20)] * _CORES * 2, chunksize=1)  # imports and caches
         start = time.perf_counter()
-        done = sum(pool.map(make_range, list(zip(edges, edges[1:], strict=False)), chunksize=1))
+        done = sum(pool.map(make_range, list(pairwise(edges)), chunksize=1))
         return done / (time.perf_counter() - start)
 
 
-def draw_with_matplotlib(figure, scene: Scene) -> np.ndarray:
+def draw_with_matplotlib(figure: Any, scene: Scene) -> np.ndarray:
     """(size, size, 3) uint8 of the scene's objects as patches and texts; `figure` is reused."""
     from matplotlib.patches import Ellipse, Rectangle
 

@@ -32,7 +32,8 @@ def matching(scene, words):
     """The shapes that every word of a phrase fits ("shape" fits all)."""
     return [
         o for o in scene.objects
-        if o.kind == "shape" and all(w in ("shape", o.name, o.colour, o.size, o.texture) for w in words.split())
+        if o.kind == "shape"
+        and all(w in ("shape", o.name, o.colour, o.size, o.texture) for w in words.split())
     ]  # fmt: skip
 
 
@@ -44,7 +45,7 @@ def the_one(scene, words):
 def solve(example):
     """The answer from the question's words and the list of objects."""
     scene, question = example.scene, example.question
-    if m := re.fullmatch(r"Is there a (\w+ \w+)\?", question):
+    if m := re.fullmatch(r"Is there an? (\w+ \w+)\?", question):
         return "yes" if matching(scene, m[1]) else "no"
     if m := re.fullmatch(r"How many (\w+) shapes are there\?", question):
         return str(len(matching(scene, m[1])))
@@ -131,6 +132,18 @@ def test_answers_are_balanced_exactly():
             assert set(counts.values()) == {200 // answers}, (task, split, counts)
 
 
+def test_answers_to_one_image_do_not_tell_each_other():
+    asked = ("existence", "comparison", "spatial")
+    answers = np.array(
+        [
+            [make_example(sample_scene(2, "train", k), task).answer == "yes" for task in asked]
+            for k in range(600)
+        ]
+    )
+    correlation = np.corrcoef(answers.T)[np.triu_indices(3, 1)]
+    assert abs(correlation).max() < 0.17  # four standard errors
+
+
 def test_the_question_alone_is_near_chance():
     train = [make_example(sample_scene(0, "train", k), task) for k in range(3000) for task in CHANCE]
     test = [make_example(sample_scene(0, "heldout", k), task) for k in range(1000) for task in CHANCE]
@@ -183,7 +196,8 @@ def test_bad_input_is_one_line(call, message):
 def test_contact_sheet_needs_neither_torch_nor_timm(tmp_path):
     code = (
         "import runpy, sys; "
-        f"sys.argv = ['scenes', '--out', {str(tmp_path / 'a.png')!r}]; runpy.run_module('vlm.scenes', run_name='__main__'); "
+        f"sys.argv = ['scenes', '--out', {str(tmp_path / 'a.png')!r}]; "
+        "runpy.run_module('vlm.scenes', run_name='__main__'); "
         "assert not {'torch', 'timm'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

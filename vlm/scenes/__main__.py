@@ -10,16 +10,17 @@ import os
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
 
 from vlm.scenes import SPLITS, TASKS, Example, make_example, render, sample_scene
 
 _COLUMNS, _ZOOM, _PAD, _TEXT = 5, 2, 12, 150
 
 
-def contact_sheet(seed: int, split: str):
+def contact_sheet(seed: int, split: str) -> Image.Image:
     """An RGB Pillow image: scene k with an example of task k; the boxes of its answer are framed."""
-    from PIL import Image, ImageDraw, ImageFont
-
     font = ImageFont.load_default(14)
     examples = [make_example(sample_scene(seed, split, k), task) for k, task in enumerate(TASKS)]
     side = examples[0].scene.size * _ZOOM
@@ -36,9 +37,7 @@ def contact_sheet(seed: int, split: str):
     return sheet
 
 
-def _framed(example: Example, font):
-    from PIL import Image, ImageDraw
-
+def _framed(example: Example, font: Any) -> Image.Image:
     side = example.scene.size * _ZOOM
     image = Image.fromarray(render(example.scene)).resize((side, side), Image.Resampling.NEAREST)
     draw = ImageDraw.Draw(image)
@@ -64,7 +63,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         sheet = contact_sheet(args.seed, args.split)
-    except (ValueError, ModuleNotFoundError) as error:
+    except ValueError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
     args.out.parent.mkdir(parents=True, exist_ok=True)

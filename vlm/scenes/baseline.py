@@ -11,8 +11,8 @@ from vlm.scenes.questions import Example
 def question_only_baseline(train: Iterable[Example], test: Iterable[Example]) -> dict[str, float]:
     """Accuracy per task of answering, unseen, the most frequent training answer to the same question.
 
-    Questions that training never asked get the most frequent answer of their task. Raises ValueError where the
-    test has a task that training lacks.
+    Questions that training never asked get the most frequent answer of their task. Raises ValueError where
+    the test has a task that training lacks.
     """
     by_question: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     by_task: dict[str, Counter[str]] = defaultdict(Counter)

@@ -108,7 +108,10 @@ def existence(scene: Scene, rng: np.random.Generator) -> Example:
     yes = balanced(scene, "existence", 2) == 1
     colour, shape = _pick(rng, [pair for pair in asked if (pair in present) == yes])
     boxes = tuple(o.box for o in scene.shapes if (o.colour, o.name) == (colour, shape))
-    return Example(scene, "existence", f"Is there a {colour} {shape}?", "yes" if yes else "no", boxes=boxes)
+    article = "an" if colour[0] in "aeiou" else "a"
+    return Example(
+        scene, "existence", f"Is there {article} {colour} {shape}?", "yes" if yes else "no", boxes=boxes
+    )
 
 
 def _colour_counts(scene: Scene) -> dict[str, int]:
