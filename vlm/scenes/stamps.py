@@ -130,7 +130,7 @@ def _digit_mask(source: int, cell: int) -> Mask:
 
     side = round(cell * _PIXELS_PER_SIZE["large"])
     picture = Image.fromarray(digit_images()[0][source]).resize((side, side), Image.Resampling.BICUBIC)
-    return _crop(np.asarray(picture) >= 150)  # thin enough that strokes stay apart
+    return _crop(np.asarray(picture) >= 128)
 
 
 @lru_cache(maxsize=512)
