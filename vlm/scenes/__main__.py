@@ -1,0 +1,77 @@
+"""A contact sheet of scenes, each with one example of a task below it.
+
+python -m vlm.scenes --out docs/images/scenes.png --seed 0
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from vlm.scenes import SPLITS, TASKS, Example, make_example, render, sample_scene
+
+_COLUMNS, _ZOOM, _PAD, _TEXT = 5, 2, 12, 150
+
+
+def contact_sheet(seed: int, split: str) -> Image.Image:
+    """An RGB Pillow image: scene k with an example of task k; the boxes of its answer are framed."""
+    font = ImageFont.load_default(14)
+    examples = [make_example(sample_scene(seed, split, k), task) for k, task in enumerate(TASKS)]
+    side = examples[0].scene.size * _ZOOM
+    rows = -(-len(examples) // _COLUMNS)
+    sheet = Image.new(
+        "RGB", (_COLUMNS * (side + _PAD) + _PAD, rows * (side + _TEXT + _PAD) + _PAD), (255, 255, 255)
+    )
+    for k, example in enumerate(examples):
+        row, column = divmod(k, _COLUMNS)  # captions, the longest texts, come first
+        x, y = _PAD + column * (side + _PAD), _PAD + row * (side + _TEXT + _PAD)
+        sheet.paste(_framed(example, font), (x, y))
+        lines = [f"{example.task}", *textwrap.wrap(example.question, 36), *textwrap.wrap(example.answer, 38)]
+        ImageDraw.Draw(sheet).multiline_text((x, y + side + 4), "\n".join(lines), fill=(0, 0, 0), font=font)
+    return sheet
+
+
+def _framed(example: Example, font: Any) -> Image.Image:
+    side = example.scene.size * _ZOOM
+    image = Image.fromarray(render(example.scene)).resize((side, side), Image.Resampling.NEAREST)
+    draw = ImageDraw.Draw(image)
+    if example.task == "caption":  # every object: frames would only hide the scene
+        return image
+    for k, (x1, y1, x2, y2) in enumerate(example.boxes):
+        frame = (x1 * _ZOOM - 2, y1 * _ZOOM - 2, x2 * _ZOOM + 1, y2 * _ZOOM + 1)
+        draw.rectangle(frame, outline=(0, 160, 160), width=2)
+        if example.choices:
+            corner = (frame[0] + 2, frame[1] + 2)
+            draw.rectangle((*corner, corner[0] + 14, corner[1] + 16), fill=(255, 255, 255))
+            draw.text((corner[0] + 2, corner[1]), example.choices[k], fill=(0, 100, 100), font=font)
+    return image
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the PNG to write")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--split", choices=SPLITS, default="train")
+    args = parser.parse_args()
+    try:
+        sheet = contact_sheet(args.seed, args.split)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    partial = args.out.with_name(f".{args.out.name}.{os.getpid()}")
+    sheet.save(partial, format="PNG")
+    partial.replace(args.out)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""Questions about a scene, as pure functions of it; answers are balanced by construction."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
+from typing import TypeVar
+
+import numpy as np
+
+from vlm.scenes.scene import COLOUR_COUNTS, HELDOUT_PAIRS, Box, Object, Scene, scene_stream
+from vlm.scenes.stamps import COLOURS, SHAPES
+
+T = TypeVar("T")
+LETTERS = "ABCD"
+_QUESTION_INDEX = 2**60  # scenes below this index never share a random stream with a question
+_ATTRIBUTES = ("colour", "name", "size", "texture")
+
+
+@dataclass(frozen=True)
+class Example:
+    """`choices`: the valid letters or (); `boxes`: of the answer, or in pointing of the candidates A .. D."""
+
+    scene: Scene
+    task: str
+    question: str
+    answer: str
+    choices: tuple[str, ...] = ()
+    boxes: tuple[Box, ...] = ()
+
+
+def make_example(scene: Scene, task: str) -> Example:
+    """The one example that `task` makes of `scene`. Raises ValueError for an unknown task."""
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}; valid: {', '.join(TASKS)}")
+    number = list(TASKS).index(task)
+    # one stream a task: which other tasks are asked changes nothing
+    rng = scene_stream(scene.seed, scene.split, _QUESTION_INDEX + scene.index * len(TASKS) + number)
+    return TASKS[task](scene, rng)
+
+
+def balanced(scene: Scene, task: str, ways: int) -> int:
+    """0 .. ways - 1, each once in every `ways` consecutive scenes (from a multiple of it), in random order.
+
+    The order is the task's own: several questions about one image do not share their answers.
+    """
+    block, place = divmod(scene.index, ways)
+    order = scene_stream(scene.seed, scene.split, 2**59 + block * 16 + list(TASKS).index(task))
+    return int(order.permutation(ways)[place])
+
+
+def _pick(rng: np.random.Generator, items: Sequence[T]) -> T:
+    return items[int(rng.integers(len(items)))]
+
+
+def subjects(scene: Scene) -> tuple[Object, ...]:
+    """The shapes asked about: all of them, or in the split `combination` those with a held-out pair."""
+    if scene.split != "combination":
+        return scene.shapes
+    return tuple(item for item in scene.shapes if (item.colour, item.name) in HELDOUT_PAIRS)
+
+
+def phrase(item: Object, attributes: Sequence[str]) -> str:
+    """ "large striped red star" from the attributes named; "shape" stands for an unnamed shape."""
+    words = [getattr(item, a) for a in ("size", "texture", "colour") if a in attributes]
+    return " ".join([*words, item.name if "name" in attributes else "shape"])
+
+
+def unique_phrases(scene: Scene, item: Object, attributes: Sequence[str] = _ATTRIBUTES) -> list[str]:
+    """The shortest phrases that fit `item` and no other shape of the scene; [] if none does."""
+    for length in range(1, len(attributes) + 1):
+        found = [
+            phrase(item, chosen)
+            for chosen in combinations(attributes, length)
+            if sum(all(getattr(o, a) == getattr(item, a) for a in chosen) for o in scene.shapes) == 1
+        ]
+        if found:
+            return found
+    return []
+
+
+def caption(scene: Scene, rng: np.random.Generator) -> Example:
+    parts = []
+    for item in scene.objects:
+        if item.kind == "shape":
+            parts.append(f"a {phrase(item, _ATTRIBUTES)}")
+        elif item.kind == "digit":
+            parts.append(f"the {item.colour} digit {item.name}")
+        else:
+            parts.append(f"the {item.colour} word {item.name}")
+    text = ", ".join(parts[:-1]) + f" and {parts[-1]}."
+    boxes = tuple(item.box for item in scene.objects)
+    return Example(scene, "caption", "Describe the image.", text[0].upper() + text[1:], boxes=boxes)
+
+
+def existence(scene: Scene, rng: np.random.Generator) -> Example:
+    present = {(item.colour, item.name) for item in scene.shapes}
+    asked = [
+        (colour, shape)
+        for colour in COLOURS
+        for shape in SHAPES
+        # both answers ask about the same pairs: a pair that only "no" asks about would give itself away
+        if ((colour, shape) in HELDOUT_PAIRS) == (scene.split == "combination")
+    ]
+    yes = balanced(scene, "existence", 2) == 1
+    colour, shape = _pick(rng, [pair for pair in asked if (pair in present) == yes])
+    boxes = tuple(o.box for o in scene.shapes if (o.colour, o.name) == (colour, shape))
+    article = "an" if colour[0] in "aeiou" else "a"
+    return Example(
+        scene, "existence", f"Is there {article} {colour} {shape}?", "yes" if yes else "no", boxes=boxes
+    )
+
+
+def _colour_counts(scene: Scene) -> dict[str, int]:
+    counts = Counter(item.colour for item in scene.shapes)
+    return {colour: counts[colour] for colour in COLOURS}
+
+
+def count(scene: Scene, rng: np.random.Generator) -> Example:
+    answer = balanced(scene, "count", len(COLOUR_COUNTS) + 1)
+    colour = _pick(rng, [name for name, number in _colour_counts(scene).items() if number == answer])
+    boxes = tuple(item.box for item in scene.shapes if item.colour == colour)
+    return Example(scene, "count", f"How many {colour} shapes are there?", str(answer), boxes=boxes)
+
+
+def attribute(scene: Scene, rng: np.random.Generator) -> Example:
+    first = balanced(scene, "attribute", len(_ATTRIBUTES))
+    # a scene may have no shape that can be named without its colour, say: then another attribute is asked
+    for asked in _ATTRIBUTES[first:] + _ATTRIBUTES[:first]:
+        others = [name for name in _ATTRIBUTES if name != asked]
+        options = [(item, p) for item in subjects(scene) if (p := unique_phrases(scene, item, others))]
+        if options:
+            break
+    item, phrases = _pick(rng, options)
+    word = "shape" if asked == "name" else asked
+    question = f"What {word} is the {_pick(rng, phrases)}?"
+    return Example(scene, "attribute", question, getattr(item, asked), boxes=(item.box,))
+
+
+def comparison(scene: Scene, rng: np.random.Generator) -> Example:
+    counts = _colour_counts(scene)
+    pairs = [(a, b) for a in counts for b in counts if counts[a] > counts[b]]
+    more, fewer = _pick(rng, pairs)
+    yes = balanced(scene, "comparison", 2) == 1
+    first, second = (more, fewer) if yes else (fewer, more)
+    question = f"Are there more {first} shapes than {second} shapes?"
+    return Example(scene, "comparison", question, "yes" if yes else "no")
+
+
+def spatial(scene: Scene, rng: np.random.Generator) -> Example:
+    axes = [0, 1]
+    pairs = [
+        (a, b, axis)
+        for a in subjects(scene)
+        for b in scene.shapes
+        for axis in axes
+        if a is not b and (a.box[axis + 2] <= b.box[axis] or b.box[axis + 2] <= a.box[axis])
+    ]
+    a, b, axis = _pick(rng, pairs)
+    yes = balanced(scene, "spatial", 2) == 1
+    lower, higher = (("left of", "right of"), ("above", "below"))[axis]
+    relation = lower if (a.box[axis] < b.box[axis]) == yes else higher
+    names = phrase(a, ("colour", "name")), phrase(b, ("colour", "name"))
+    question = f"Is the {names[0]} {relation} the {names[1]}?"
+    return Example(scene, "spatial", question, "yes" if yes else "no", boxes=(a.box, b.box))
+
+
+def grounding(scene: Scene, rng: np.random.Generator) -> Example:
+    item = _pick(rng, subjects(scene))
+    question = f"Where is the {_pick(rng, unique_phrases(scene, item))}?"
+    # published format: corners as shares of the side with two decimals; `boxes` has the exact pixels
+    answer = "[" + ", ".join(f"{value / scene.size:.2f}" for value in item.box) + "]"
+    return Example(scene, "grounding", question, answer, boxes=(item.box,))
+
+
+def pointing(scene: Scene, rng: np.random.Generator) -> Example:
+    item = _pick(rng, subjects(scene))
+    others = [o for o in scene.shapes if o is not item]
+    candidates = [others[k] for k in rng.permutation(len(others))[: len(LETTERS) - 1]]
+    place = balanced(scene, "pointing", len(LETTERS))
+    candidates.insert(place, item)
+    question = f"Which box shows the {_pick(rng, unique_phrases(scene, item))}?"
+    boxes = tuple(o.box for o in candidates)
+    return Example(scene, "pointing", question, LETTERS[place], tuple(LETTERS), boxes)
+
+
+def reading(scene: Scene, rng: np.random.Generator, kind: str) -> Example:
+    item = next(o for o in scene.objects if o.kind == kind)
+    return Example(scene, f"reading-{kind}", f"Which {kind} is written?", item.name, boxes=(item.box,))
+
+
+TASKS: dict[str, Callable[[Scene, np.random.Generator], Example]] = {
+    "caption": caption,
+    "existence": existence,
+    "count": count,
+    "attribute": attribute,
+    "comparison": comparison,
+    "spatial": spatial,
+    "grounding": grounding,
+    "pointing": pointing,
+    "reading-digit": partial(reading, kind="digit"),
+    "reading-word": partial(reading, kind="word"),
+}
+# Of guessing among the answers that a question allows (no colour with its held-out shape in training).
+CHANCE = {
+    "existence": 1 / 2,
+    "count": 1 / 4,
+    "attribute": (1 / 5 + 1 / 5 + 1 / 2 + 1 / 3) / 4,
+    "comparison": 1 / 2,
+    "spatial": 1 / 2,
+    "pointing": 1 / 4,
+    "reading-digit": 1 / 10,
+    "reading-word": 1 / 16,
+}

@@ -1,0 +1,130 @@
+"""Scenes: which objects, where. A scene is a function of (seed, split, index, size) and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from synthetic.tasks.sampling import stream
+from vlm.scenes.stamps import COLOURS, GRID, MARGIN, SHAPES, SIZES, TEXTURES, WORDS, digit_images, stamp
+
+Box = tuple[int, int, int, int]  # x1, y1, x2, y2 in pixels; x2 and y2 are the first ones outside
+
+# train; the same distribution with unseen digit images; colour x shape pairs that training never shows
+SPLITS = ("train", "heldout", "combination")
+MIN_SIZE = 96
+MAX_INDEX = 2**48  # the streams above serve the questions
+# One colour occurs once, one twice, one three times, three never: any scene can be asked for counts 0 .. 3.
+COLOUR_COUNTS = (1, 2, 3)
+_COMBINATION_INDEX = 2**62  # keeps the random streams of `combination` apart from those of `heldout`
+# One held-out shape a colour and one held-out colour a shape.
+HELDOUT_PAIRS = frozenset((colour, SHAPES[(i + 1) % len(SHAPES)]) for i, colour in enumerate(COLOURS))
+
+
+@dataclass(frozen=True)
+class Object:
+    """kind: "shape", "digit" or "word"; name: the shape, digit or word; source: which digit image (or -1)."""
+
+    kind: str
+    name: str
+    colour: str
+    size: str
+    texture: str
+    box: Box
+    source: int = -1
+
+
+@dataclass(frozen=True)
+class Scene:
+    """`objects` in reading order of their cells; `size` and boxes in pixels; `ground`: grey level behind."""
+
+    objects: tuple[Object, ...]
+    size: int
+    ground: int
+    seed: int
+    split: str
+    index: int
+
+    @property
+    def shapes(self) -> tuple[Object, ...]:
+        return tuple(item for item in self.objects if item.kind == "shape")
+
+
+def scene_stream(seed: int, split: str, index: int) -> np.random.Generator:
+    """`stream` for the three splits of scenes. Raises ValueError for an unknown split or seed."""
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; valid: {', '.join(SPLITS)}")
+    if split == "combination":
+        return stream(seed, "heldout", index + _COMBINATION_INDEX)
+    return stream(seed, split, index)
+
+
+@lru_cache(maxsize=len(SPLITS) * 10)
+def digit_sources(split: str, digit: int) -> npt.NDArray[np.int64]:
+    """Which handwritten images of `digit` a split uses: every fifth one never occurs in training.
+
+    Counted within the digit, because the data set lists the digits in turn for long stretches.
+    """
+    images = np.flatnonzero(digit_images()[1] == digit)
+    return images[(np.arange(images.size) % 5 == 4) == (split != "train")]
+
+
+def sample_scene(seed: int, split: str, index: int, size: int = 128) -> Scene:
+    """Scene `index`: six shapes, a handwritten digit and a word, in eight of nine cells of the image.
+
+    Colour and shape together name one shape of a scene. Raises ValueError for an unknown split, a bad seed or
+    index, or an image too small to read.
+    """
+    if size < MIN_SIZE:
+        raise ValueError(f"size {size} is too small to read words in: give at least {MIN_SIZE} pixels")
+    if not 0 <= index < MAX_INDEX:
+        raise ValueError(f"index {index} must be in 0 .. 2**48 - 1")
+    rng = scene_stream(seed, split, index)
+    items = [(("shape", shape, colour), -1) for colour, shape in _draw_pairs(rng, split)]
+    digit = int(rng.integers(10))
+    sources = digit_sources(split, digit)
+    source = int(sources[rng.integers(sources.size)])
+    colours = list(COLOURS)
+    items.append((("digit", str(digit), colours[rng.integers(len(colours))]), source))
+    items.append((("word", WORDS[rng.integers(len(WORDS))], colours[rng.integers(len(colours))]), -1))
+    cells = rng.permutation(GRID * GRID)[: len(items)]
+    objects = []
+    for k in np.argsort(cells):
+        (kind, name, colour), source = items[k]
+        textured = kind == "shape"
+        item = Object(
+            kind, name, colour,
+            SIZES[rng.integers(len(SIZES))] if textured else "large",
+            TEXTURES[rng.integers(len(TEXTURES))] if textured else "solid",
+            (0, 0, 0, 0), source,
+        )  # fmt: skip
+        objects.append(_place(rng, item, int(cells[k]), size))
+    return Scene(tuple(objects), size, int(rng.integers(225, 250)), seed, split, index)
+
+
+def _draw_pairs(rng: np.random.Generator, split: str) -> list[tuple[str, str]]:
+    """Six distinct (colour, shape); in `combination` each colour shows its held-out shape once."""
+    colours = list(COLOURS)
+    pairs: list[tuple[str, str]] = []
+    for colour_number, count in zip(rng.permutation(len(colours)), COLOUR_COUNTS, strict=False):
+        colour = colours[colour_number]
+        usual = [(colour, shape) for shape in SHAPES if (colour, shape) not in HELDOUT_PAIRS]
+        unseen = [(colour, shape) for shape in SHAPES if (colour, shape) in HELDOUT_PAIRS]
+        chosen = unseen if split == "combination" else []
+        order = rng.permutation(len(usual))[: count - len(chosen)]
+        pairs += chosen + [usual[k] for k in order]
+    return pairs
+
+
+def _place(rng: np.random.Generator, item: Object, cell_number: int, size: int) -> Object:
+    """`item` at a uniform place of its cell, with MARGIN free pixels around: boxes never touch."""
+    height, width = stamp(item, size)[0].shape
+    cell = size // GRID
+    row, column = divmod(cell_number, GRID)
+    x = column * cell + MARGIN + int(rng.integers(cell - 2 * MARGIN - width + 1))
+    y = row * cell + MARGIN + int(rng.integers(cell - 2 * MARGIN - height + 1))
+    box = (x, y, x + width, y + height)
+    return Object(item.kind, item.name, item.colour, item.size, item.texture, box, item.source)
