@@ -26,6 +26,8 @@ def structure(path: Path) -> Iterator[None]:
     except KeyError as error:
         raise ValueError(f"{path}: an entry has no {error}; is this the official file?") from error
     except (TypeError, AttributeError, IndexError, ValueError) as error:
+        if str(path) in str(error):  # it is said already
+            raise
         raise ValueError(f"{path}: not in the official structure ({error})") from error
 
 
