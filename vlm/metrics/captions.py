@@ -10,7 +10,8 @@ import shutil
 from collections.abc import Mapping, Sequence
 
 # What the official tokenizer's result is rid of; words and numbers keep their inner marks, clitics are split off
-_TOKEN = re.compile(r"(?:n't\b)|'(?:s|m|d|ll|re|ve)\b|[^\W_]+?(?=n't\b)|[^\W_]+(?:[.,/&-][^\W_]+)*|[^\w\s]")
+_TOKEN = re.compile(r"(?:n't\b)|'(?:s|m|d|ll|re|ve)\b|[^\W_]+?(?=n't\b)|[^\W_]+(?:[.,:/&-][^\W_]+)*|[^\w\s]")
+_BRACKETS = dict(zip("()[]{}", "-lrb- -rrb- -lsb- -rsb- -lcb- -rcb-".split(), strict=True))
 _DROPPED = frozenset("'' ' `` ` . ? ! , : - -- ... ; [ ] { } \"".split())
 DOMAINS = ("in-domain", "near-domain", "out-domain")
 
@@ -20,7 +21,7 @@ def words(text: str) -> str:
 
     Ordinary captions get the same tokens; rare marks, emoji and abbreviations with full stops may differ.
     """
-    return " ".join(token for token in _TOKEN.findall(text.lower()) if token not in _DROPPED)
+    return " ".join(_BRACKETS.get(token, token) for token in _TOKEN.findall(text.lower()) if token not in _DROPPED)
 
 
 def _tokens(captions: Mapping[str, Sequence[str]], tokenizer: str) -> dict[str, list[str]]:
