@@ -15,7 +15,13 @@ REFS = [REF | {"sentences": [{"sent_id": 1, "raw": "left dog"}, {"sent_id": 2, "
 INSTANCES = {"images": [IMG], "annotations": [{"id": 3, "image_id": 7, "bbox": [10, 20, 30, 40]}]}
 KARPATHY = {
     "images": [
-        {"split": "val", "cocoid": 7, "filepath": "val2014", "filename": "a.jpg", "sentences": [{"raw": "A dog."}]}
+        {
+            "split": "val",
+            "cocoid": 7,
+            "filepath": "val2014",
+            "filename": "a.jpg",
+            "sentences": [{"raw": "A dog."}],
+        }
     ]
 }
 OCR = {"data": [{"image_id": "x", "ocr_tokens": ["STOP"]}]}
@@ -65,7 +71,9 @@ CASES = {
                 "questions": [{"question_id": 9, "image_id": 7, "question": "Q?"}]
             },
             "v2_mscoco_val2014_annotations.json": {
-                "annotations": [{"question_id": 9, "answer_type": "other", "answers": [{"answer": "red"}] * 10}]
+                "annotations": [
+                    {"question_id": 9, "answer_type": "other", "answers": [{"answer": "red"}] * 10}
+                ]
             },
         },
         {"answers": ("red",) * 10, "image": "val2014/COCO_val2014_000000000007.jpg"},
@@ -100,7 +108,13 @@ CASES = {
         "val",
         {
             "aokvqa_v1p0_val.json": [
-                {"question_id": "q", "image_id": 7, "question": "Q?", "choices": list("abcd"), "correct_choice_idx": 2}
+                {
+                    "question_id": "q",
+                    "image_id": 7,
+                    "question": "Q?",
+                    "choices": list("abcd"),
+                    "correct_choice_idx": 2,
+                }
             ]
         },
         {"answer": 2, "choices": tuple("abcd"), "image": "000000000007.jpg"},

@@ -111,7 +111,9 @@ def ocrvqa(folder: Path, split: str) -> Iterator[Question]:
             if row["split"] != number:
                 continue
             if len(row["questions"]) != len(row["answers"]):
-                raise ValueError(f"{key} has {len(row['questions'])} questions and {len(row['answers'])} answers")
+                raise ValueError(
+                    f"{key} has {len(row['questions'])} questions and {len(row['answers'])} answers"
+                )
             ending = PurePosixPath(row["imageURL"]).suffix
             for i, (question, answer) in enumerate(zip(row["questions"], row["answers"], strict=True)):
                 yield Question(

@@ -47,7 +47,9 @@ def json_lines(path: Path) -> Iterator[Any]:
                 try:
                     yield json.loads(line)
                 except ValueError as error:
-                    raise ValueError(f"{path} line {number} is not JSON ({error}); download it again") from error
+                    raise ValueError(
+                        f"{path} line {number} is not JSON ({error}); download it again"
+                    ) from error
 
 
 class _Plain(pickle.Unpickler):
@@ -71,4 +73,6 @@ def load_plain_pickle(path: Path) -> Any:
         with path.open("rb") as file:
             return _Plain(file, encoding="latin1").load()
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise ValueError(f"{path} is not a pickle of plain data ({error}); download the official file") from error
+        raise ValueError(
+            f"{path} is not a pickle of plain data ({error}); download the official file"
+        ) from error

@@ -14,14 +14,14 @@ ROLES = {"human": "human", "gpt": "assistant"}
 def _conversations(source: str, path: Path, split: str) -> Iterator[Conversation]:
     with structure(path):
         for row in load_json(path):
-            if "image" not in row:  # the larger mixes hold conversations on text alone
-                continue
             turns = tuple(
                 Turn(ROLES[turn["from"]], turn["value"].replace("<image>", "").strip())
                 for turn in row["conversations"]
             )
             if len(turns) % 2 or any(t.role != ("human", "assistant")[i % 2] for i, t in enumerate(turns)):
                 raise ValueError(f"turns of {row['id']} do not alternate from human to gpt")
+            if "image" not in row:  # the larger mixes hold conversations on text alone
+                continue
             yield Conversation(id=str(row["id"]), source=source, split=split, image=row["image"], turns=turns)
 
 

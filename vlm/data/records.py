@@ -27,7 +27,9 @@ class Record:
     def __post_init__(self) -> None:
         path = PurePosixPath(self.image)
         if not self.image or path.is_absolute() or ".." in path.parts:
-            raise ValueError(f"{self.source} {self.id}: image {self.image!r} is not a path inside the image folder")
+            raise ValueError(
+                f"{self.source} {self.id}: image {self.image!r} is not a path inside the image folder"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +68,13 @@ class Choice(Record):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.answer is not None and not 0 <= self.answer < len(self.choices):
-            raise ValueError(f"{self.source} {self.id}: answer {self.answer} is none of {len(self.choices)} choices")
+            raise ValueError(
+                f"{self.source} {self.id}: answer {self.answer} is none of {len(self.choices)} choices"
+            )
         if self.boxes and len(self.boxes) != len(self.choices):
-            raise ValueError(f"{self.source} {self.id}: {len(self.boxes)} boxes for {len(self.choices)} choices")
+            raise ValueError(
+                f"{self.source} {self.id}: {len(self.boxes)} boxes for {len(self.choices)} choices"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 
 # What the official tokenizer's result is rid of; words and numbers keep their inner marks, clitics are split off
 _TOKEN = re.compile(r"(?:n't\b)|'(?:s|m|d|ll|re|ve)\b|[^\W_]+?(?=n't\b)|[^\W_]+(?:[.,:/&-][^\W_]+)*|[^\w\s]")
-_BRACKETS = dict(zip("()[]{}", "-lrb- -rrb- -lsb- -rsb- -lcb- -rcb-".split(), strict=True))
-_DROPPED = frozenset("'' ' `` ` . ? ! , : - -- ... ; [ ] { } \"".split())
+_BRACKETS = dict(zip("()[]{}", ["-lrb-", "-rrb-", "-lsb-", "-rsb-", "-lcb-", "-rcb-"], strict=True))
+_DROPPED = frozenset(
+    ["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";", "[", "]", "{", "}", '"']
+)
 DOMAINS = ("in-domain", "near-domain", "out-domain")
 
 
@@ -21,7 +23,9 @@ def words(text: str) -> str:
 
     Ordinary captions get the same tokens; rare marks, emoji and abbreviations with full stops may differ.
     """
-    return " ".join(_BRACKETS.get(token, token) for token in _TOKEN.findall(text.lower()) if token not in _DROPPED)
+    return " ".join(
+        _BRACKETS.get(token, token) for token in _TOKEN.findall(text.lower()) if token not in _DROPPED
+    )
 
 
 def _tokens(captions: Mapping[str, Sequence[str]], tokenizer: str) -> dict[str, list[str]]:
@@ -30,7 +34,9 @@ def _tokens(captions: Mapping[str, Sequence[str]], tokenizer: str) -> dict[str, 
     if tokenizer != "ptb":
         raise ValueError(f"tokenizer={tokenizer!r} must be 'regex' or 'ptb'")
     if shutil.which("java") is None:
-        raise ValueError("tokenizer='ptb' runs Java, which is not on PATH: install a JRE or use tokenizer='regex'")
+        raise ValueError(
+            "tokenizer='ptb' runs Java, which is not on PATH: install a JRE or use tokenizer='regex'"
+        )
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     return PTBTokenizer().tokenize(
@@ -47,7 +53,9 @@ def scores(
     ValueError where ids differ or references are missing, ImportError without pycocoevalcap.
     """
     if predicted.keys() != references.keys() or not predicted:
-        raise ValueError(f"{len(predicted)} predictions and {len(references)} references must have the same ids")
+        raise ValueError(
+            f"{len(predicted)} predictions and {len(references)} references must have the same ids"
+        )
     empty = [key for key, texts in references.items() if not texts]
     if empty:
         raise ValueError(f"image {empty[0]} has no reference caption: a hidden test is scored by its server")
@@ -56,7 +64,9 @@ def scores(
         from pycocoevalcap.cider.cider import Cider
         from pycocoevalcap.rouge.rouge import Rouge
     except ImportError as error:
-        raise ImportError("caption metrics need pycocoevalcap: pip install 'ssm-retrieval[vlm-metrics]'") from error
+        raise ImportError(
+            "caption metrics need pycocoevalcap: pip install 'ssm-retrieval[vlm-metrics]'"
+        ) from error
     gold = _tokens(references, tokenizer)
     said = _tokens({key: [predicted[key]] for key in references}, tokenizer)
     bleu, _ = Bleu(4).compute_score(gold, said, verbose=0)

@@ -52,4 +52,6 @@ def binary(predicted: Sequence[bool], gold: Sequence[bool]) -> dict[str, float]:
 
 def _same_length(predicted: Sequence, gold: Sequence) -> None:
     if len(predicted) != len(gold) or not gold:
-        raise ValueError(f"{len(predicted)} predictions for {len(gold)} gold answers: there must be one for each")
+        raise ValueError(
+            f"{len(predicted)} predictions for {len(gold)} gold answers: there must be one for each"
+        )

@@ -5,24 +5,67 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 NUMBERS = {
     word: str(number)
-    for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
+    for number, word in enumerate(
+        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    )
 } | {"none": "0"}
 ARTICLES = frozenset(("a", "an", "the"))
 
-_NEGATED = "ai are ca could did does do had has have is might must need sha should was were wo would".split()
+_NEGATED = [
+    "ai",
+    "are",
+    "ca",
+    "could",
+    "did",
+    "does",
+    "do",
+    "had",
+    "has",
+    "have",
+    "is",
+    "might",
+    "must",
+    "need",
+    "sha",
+    "should",
+    "was",
+    "were",
+    "wo",
+    "would",
+]
 _CONTRACTIONS = (
     *(f"{verb}n't" for verb in _NEGATED),
     *(f"{verb}n't've" for verb in ("could", "had", "might", "should", "would")),
     *(f"{verb}'ve" for verb in ("could", "might", "must", "should", "would")),
-    *(f"{who}'s" for who in "he she that there what when where who why how somebody someone something".split()),
-    *(f"{who}'ve" for who in "i they we what who you".split()),
-    *(f"{who}'re" for who in "they there what you".split()),
-    *(f"{who}'d" for who in "how it that there they what when where who why you".split()),
-    *(f"{who}'d've" for who in "he i it she there they we who you".split()),
-    *(f"{who}'ll" for who in "it somebody something that they what who why you".split()),
+    *(
+        f"{who}'s"
+        for who in [
+            "he",
+            "she",
+            "that",
+            "there",
+            "what",
+            "when",
+            "where",
+            "who",
+            "why",
+            "how",
+            "somebody",
+            "someone",
+            "something",
+        ]
+    ),
+    *(f"{who}'ve" for who in ["i", "they", "we", "what", "who", "you"]),
+    *(f"{who}'re" for who in ["they", "there", "what", "you"]),
+    *(
+        f"{who}'d"
+        for who in ["how", "it", "that", "there", "they", "what", "when", "where", "who", "why", "you"]
+    ),
+    *(f"{who}'d've" for who in ["he", "i", "it", "she", "there", "they", "we", "who", "you"]),
+    *(f"{who}'ll" for who in ["it", "somebody", "something", "that", "they", "what", "who", "why", "you"]),
     *("i'm", "let's", "ma'am", "o'clock", "y'all", "'twas", "'tis", "not've"),
 )
 
