@@ -20,7 +20,9 @@ def require(folder: str | Path, name: str, what: str) -> Path:
 
 @contextmanager
 def structure(path: Path) -> Iterator[None]:
-    """Turns what goes wrong while entries of ``path`` are read into a ValueError of one line with its name."""
+    """Turns what goes wrong while entries of ``path`` are read into a ValueError of one line with
+    its name.
+    """
     try:
         yield
     except KeyError as error:
@@ -53,7 +55,9 @@ def json_lines(path: Path) -> Iterator[Any]:
 
 
 class _Plain(pickle.Unpickler):
-    """Knows containers, text and numbers; whatever names a class or function is refused before it is imported."""
+    """Knows containers, text and numbers; whatever names a class or function is refused before it
+    is imported.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("builtins", "__builtin__") and name in ("set", "frozenset"):

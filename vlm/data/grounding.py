@@ -105,7 +105,9 @@ def genome_regions(folder: Path, split: str) -> Iterator[Grounded]:
     with structure(path):
         for row in load_json(path):
             image = images.get(row["id"])
-            for region in row["regions"] if image else ():
+            if image is None:
+                continue
+            for region in row["regions"]:
                 if region["width"] <= 0 or region["height"] <= 0 or min(_far_corner(region)) <= 0:
                     continue
                 yield Grounded(
@@ -128,7 +130,9 @@ def genome_questions(folder: Path, split: str) -> Iterator[Question]:
     with structure(path):
         for row in load_json(path):
             image = images.get(row["id"])
-            for qa in row["qas"] if image else ():
+            if image is None:
+                continue
+            for qa in row["qas"]:
                 yield Question(
                     id=str(qa["qa_id"]),
                     source="visual-genome-qa",

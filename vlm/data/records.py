@@ -1,6 +1,7 @@
 """What readers yield: one frozen record per question, caption set, expression or conversation.
 
-Boxes are ``(x_min, y_min, x_max, y_max)`` in pixels of the original image. ``image`` is the image's path below
+Boxes are ``(x_min, y_min, x_max, y_max)`` in pixels of the original image. ``image`` is the
+image's path below
 the folder of images as the official files name it, with "/" between parts; readers never open images.
 """
 
@@ -43,7 +44,9 @@ class Captioned(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Question(Record):
-    """An open question; ``answers`` holds every annotator's answer as written, and is empty for hidden tests."""
+    """An open question; ``answers`` holds every annotator's answer as written, and is empty for
+    hidden tests.
+    """
 
     question: str
     answers: tuple[str, ...]

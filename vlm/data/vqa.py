@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from vlm.data.files import json_lines, load_json, require, structure
 from vlm.data.records import Choice, Question, Statement
@@ -53,7 +54,7 @@ def gqa(folder: Path, split: str) -> Iterator[Question]:
             )
 
 
-def shuffled(right, wrong, key: str) -> tuple[tuple, int]:
+def shuffled(right: Any, wrong: list[Any], key: str) -> tuple[tuple[Any, ...], int]:
     """Right and wrong options in an order that depends on ``key`` only, and where the right one is."""
     options = [right, *wrong]
     order = random.Random(key).sample(range(len(options)), len(options))

@@ -11,7 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 def iou(predicted: ArrayLike, gold: ArrayLike) -> NDArray[np.float64]:
     """Intersection over union, float64 (N,), of boxes (N, 4) as x_min, y_min, x_max, y_max.
 
-    A predicted box with corners out of order, without area or with a NaN (an answer that was no box) scores 0.
+    A predicted box with corners out of order, without area or with a NaN (an answer that was no
+    box) scores 0.
     Raises ValueError for other shapes and for gold boxes that are not boxes.
     """
     p, g = np.asarray(predicted, np.float64), np.asarray(gold, np.float64)
@@ -38,7 +39,8 @@ def scores(predicted: ArrayLike, gold: ArrayLike, threshold: float = 0.5) -> dic
 def parse(text: str, width: float, height: float) -> tuple[float, float, float, float]:
     """Box in pixels from an answer such as ``[0.12,0.34,0.56,0.78].`` with coordinates relative to the image.
 
-    What is between the first "[" and the first "]" must be four numbers; else all four are NaN, which scores 0.
+    What is between the first "[" and the first "]" must be four numbers; else all four are NaN,
+    which scores 0.
     """
     inside = text.partition("[")[2].partition("]")[0].split(",")
     try:

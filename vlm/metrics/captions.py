@@ -9,7 +9,8 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 
-# What the official tokenizer's result is rid of; words and numbers keep their inner marks, clitics are split off
+# What the official tokenizer's result is rid of; words and numbers keep their inner marks, clitics
+# are split off
 _TOKEN = re.compile(r"(?:n't\b)|'(?:s|m|d|ll|re|ve)\b|[^\W_]+?(?=n't\b)|[^\W_]+(?:[.,:/&-][^\W_]+)*|[^\w\s]")
 _BRACKETS = dict(zip("()[]{}", ["-lrb-", "-rrb-", "-lsb-", "-rsb-", "-lcb-", "-rcb-"], strict=True))
 _DROPPED = frozenset(

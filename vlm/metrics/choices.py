@@ -7,7 +7,9 @@ from string import ascii_uppercase
 
 
 def letter(text: str) -> int | None:
-    """Index of the option whose letter stands before the first full stop; None where no single letter does."""
+    """Index of the option whose letter stands before the first full stop; None where no single
+    letter does.
+    """
     said = text.split(".")[0].strip().upper()
     return ascii_uppercase.index(said) if len(said) == 1 and said in ascii_uppercase else None
 

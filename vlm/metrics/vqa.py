@@ -82,7 +82,8 @@ CONTRACTIONS = {wrong: word for word in _CONTRACTIONS for wrong in _without_some
 def normalise(answer: str) -> str:
     """An answer as the official evaluation compares it.
 
-    Punctuation goes where it touches a space, or everywhere once the answer has a comma between digits, and is
+    Punctuation goes where it touches a space, or everywhere once the answer has a comma between
+    digits, and is
     a space elsewhere; full stops go unless a digit follows; then lower case, number words as digits, no
     articles, and contractions with their apostrophes.
     """
@@ -102,7 +103,8 @@ def accuracy(prediction: str, answers: Sequence[str]) -> float:
 
     Each annotator is left out in turn, and the prediction scores a third of the others' agreeing answers, at
     most 1; the result is the mean. Prediction and answers are normalised. (The official code skips this where
-    all annotators wrote the same; doing it always is what the text-VQA benchmarks do.) ValueError without answers.
+    all annotators wrote the same; doing it always is what the text-VQA benchmarks do.) ValueError
+    without answers.
     """
     if not answers:
         raise ValueError("answers is empty: a hidden test set has to be scored by its server")
