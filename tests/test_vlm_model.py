@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,3 +142,12 @@ def test_what_is_no_vlm_says_so(tmp_path):
     models.save(models.build("mamba-tiny", vocab_size=16), tmp_path / "lm")
     with pytest.raises(ValueError, match=r"no vision_embed_tokens\.0\.weight, so it is no VLM"):
         load(tmp_path / "lm")
+
+
+def test_the_snippet_of_the_documentation_runs(capsys):
+    page = (Path(__file__).parents[1] / "docs" / "vlm.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    names: dict = {}
+    exec(snippet, names)
+    assert names["loss"].item() > 0 and names["answer"].shape == (1, 5)
+    assert capsys.readouterr().out.startswith("(10.0")

@@ -1,0 +1,3 @@
+"""Readers of official data set files: ``vlm.data.registry.read(name, folder, split)`` yields typed
+records.
+"""

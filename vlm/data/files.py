@@ -1,0 +1,82 @@
+"""Opening official files so that a missing or malformed one is a single line that names it."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def require(folder: str | Path, name: str, what: str) -> Path:
+    """``folder/name``; raises FileNotFoundError saying in words what to download where it is not there."""
+    path = Path(folder) / name
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: download {what} and put {name} into {folder}")
+    return path
+
+
+@contextmanager
+def structure(path: Path) -> Iterator[None]:
+    """Turns what goes wrong while entries of ``path`` are read into a ValueError of one line with
+    its name.
+    """
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{path}: an entry has no {error}; is this the official file?") from error
+    except (TypeError, AttributeError, IndexError, ValueError) as error:
+        if str(path) in str(error):  # it is said already
+            raise
+        raise ValueError(f"{path}: not in the official structure ({error})") from error
+
+
+def load_json(path: Path) -> Any:
+    """Content of a JSON file; ValueError naming the file where it is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a JSON file ({error}); download it again") from error
+
+
+def json_lines(path: Path) -> Iterator[Any]:
+    """Entries of a file with one JSON value per line, read as it goes; blank lines are skipped."""
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise ValueError(
+                        f"{path} line {number} is not JSON ({error}); download it again"
+                    ) from error
+
+
+class _Plain(pickle.Unpickler):
+    """Knows containers, text and numbers; whatever names a class or function is refused before it
+    is imported.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("builtins", "__builtin__") and name in ("set", "frozenset"):
+            return {"set": set, "frozenset": frozenset}[name]
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise pickle.UnpicklingError("it has persistent ids")
+
+
+def load_plain_pickle(path: Path) -> Any:
+    """Content of a pickle of plain containers, text and numbers (Python 2 or 3); nothing in it is executed.
+
+    Raises ValueError for everything else, and for files that are no pickles.
+    """
+    try:
+        with path.open("rb") as file:
+            return _Plain(file, encoding="latin1").load()
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        raise ValueError(
+            f"{path} is not a pickle of plain data ({error}); download the official file"
+        ) from error

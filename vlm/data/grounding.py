@@ -1,0 +1,177 @@
+"""Phrases and boxes: RefCOCO/+/g, Visual7W pointing, Visual Genome and GRIT."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from vlm.data.files import load_json, load_plain_pickle, require, structure
+from vlm.data.records import Box, Choice, Grounded, GroundedCaption, Question, Span, xywh_box
+from vlm.data.vqa import shuffled
+
+
+def _refer(source: str, refs_name: str, folder: Path, split: str, expressions: str) -> Iterator[Grounded]:
+    if expressions not in ("all", "last"):
+        raise ValueError(f"expressions={expressions!r} must be 'all' or 'last'")
+    what = f"the annotations of {source} (refer)"
+    refs_path, boxes_path = require(folder, refs_name, what), require(folder, "instances.json", what)
+    with structure(boxes_path):
+        instances = load_json(boxes_path)
+        images = {row["id"]: row for row in instances["images"]}
+        boxes = {row["id"]: xywh_box(*row["bbox"]) for row in instances["annotations"]}
+    with structure(refs_path):
+        refs = [ref for ref in load_plain_pickle(refs_path) if ref["split"] == split]
+        if expressions == "last":
+            refs = list({ref["ann_id"]: ref for ref in refs}.values())
+        for ref in refs:
+            image = images[ref["image_id"]]
+            for sentence in ref["sentences"][-1 if expressions == "last" else 0 :]:
+                yield Grounded(
+                    id=str(sentence["sent_id"]),
+                    source=source,
+                    split=split,
+                    image=image["file_name"],
+                    width=image["width"],
+                    height=image["height"],
+                    phrase=sentence["raw"],
+                    box=boxes[ref["ann_id"]],
+                )
+
+
+def refcoco(folder: Path, split: str, expressions: str = "all") -> Iterator[Grounded]:
+    """One record per expression; ``expressions="last"`` keeps one per object, as the paper's numbers do."""
+    return _refer("refcoco", "refs(unc).p", folder, split, expressions)
+
+
+def refcoco_plus(folder: Path, split: str, expressions: str = "all") -> Iterator[Grounded]:
+    """As `refcoco`, on expressions without words of place."""
+    return _refer("refcoco+", "refs(unc).p", folder, split, expressions)
+
+
+def refcocog(folder: Path, split: str, expressions: str = "all") -> Iterator[Grounded]:
+    """As `refcoco`, on long expressions (the split of UMD)."""
+    return _refer("refcocog", "refs(umd).p", folder, split, expressions)
+
+
+def visual7w_pointing(folder: Path, split: str) -> Iterator[Choice]:
+    """One record per question whose four choices are boxes, in an order set by the question's id alone."""
+    what = "the pointing questions of Visual7W"
+    path = require(folder, "dataset_v7w_pointing.json", what)
+    boxes_path = require(folder, "v7w_pointing_answers.json", what)
+    with structure(boxes_path):
+        rows = {row["box_id"]: row for row in load_json(boxes_path)["boxes"]}
+    with structure(path):
+        for image in load_json(path)["images"]:
+            for qa in image["qa_pairs"] if image["split"] == split else ():
+                ids, answer = shuffled(qa["answer"], qa["multiple_choices"], f"visual7w {qa['qa_id']}")
+                yield Choice(
+                    id=str(qa["qa_id"]),
+                    source="visual7w-pointing",
+                    split=split,
+                    image=image["filename"],
+                    question=qa["question"],
+                    choices=tuple(rows[i].get("name", "") for i in ids),
+                    answer=answer,
+                    boxes=tuple(_sized(rows[i]) for i in ids),
+                    kind=qa["type"],
+                )
+
+
+def _sized(row: dict[str, Any]) -> Box:
+    return xywh_box(row["x"], row["y"], row["width"], row["height"])
+
+
+def _genome_images(folder: Path, split: str) -> dict[int, dict[str, Any]]:
+    """Images of a split by id: val are those in Karpathy's validation images of COCO, train all others."""
+    what = "Visual Genome 1.2's image data, and Karpathy's dataset_coco.json"
+    path, karpathy = require(folder, "image_data.json", what), require(folder, "dataset_coco.json", what)
+    with structure(karpathy):
+        held_out = {row["cocoid"] for row in load_json(karpathy)["images"] if row["split"] == "val"}
+    with structure(path):
+        rows = {row["image_id"]: row for row in load_json(path)}
+        return {i: row for i, row in rows.items() if (row["coco_id"] in held_out) == (split == "val")}
+
+
+def _genome_common(image: dict[str, Any], split: str) -> dict[str, Any]:
+    name = "/".join(PurePosixPath(image["url"]).parts[-2:])
+    return {"split": split, "image": name, "width": image["width"], "height": image["height"]}
+
+
+def genome_regions(folder: Path, split: str) -> Iterator[Grounded]:
+    """One record per described region; regions of which nothing is inside the image are left out."""
+    images = _genome_images(folder, split)
+    path = require(folder, "region_descriptions.json", "Visual Genome 1.2's region descriptions")
+    with structure(path):
+        for row in load_json(path):
+            image = images.get(row["id"])
+            if image is None:
+                continue
+            for region in row["regions"]:
+                if region["width"] <= 0 or region["height"] <= 0 or min(_far_corner(region)) <= 0:
+                    continue
+                yield Grounded(
+                    id=str(region["region_id"]),
+                    source="visual-genome-regions",
+                    phrase=region["phrase"],
+                    box=_sized(region),
+                    **_genome_common(image, split),
+                )
+
+
+def _far_corner(row: dict[str, Any]) -> tuple[float, float]:
+    return row["x"] + row["width"], row["y"] + row["height"]
+
+
+def genome_questions(folder: Path, split: str) -> Iterator[Question]:
+    """One record per question with its one answer."""
+    images = _genome_images(folder, split)
+    path = require(folder, "question_answers.json", "Visual Genome 1.2's question answers")
+    with structure(path):
+        for row in load_json(path):
+            image = images.get(row["id"])
+            if image is None:
+                continue
+            for qa in row["qas"]:
+                yield Question(
+                    id=str(qa["qa_id"]),
+                    source="visual-genome-qa",
+                    question=qa["question"],
+                    answers=(qa["answer"],),
+                    **_genome_common(image, split),
+                )
+
+
+def grit(folder: Path, split: str) -> Iterator[GroundedCaption]:
+    """One record per image of the img2dataset shards; chunks with the same characters become one span."""
+    paths = sorted(path for path in Path(folder).glob("*/*.json") if path.with_suffix(".jpg").exists())
+    if not paths:
+        raise FileNotFoundError(
+            f"{folder} has no SHARD/KEY.json next to its KEY.jpg: download GRIT's images with img2dataset"
+        )
+    for path in paths:
+        with structure(path):
+            row = load_json(path)
+            width, height = int(row["width"]), int(row["height"])
+            found: dict[tuple[int, int], list[tuple[Box, float]]] = {}
+            for start, end, x1, y1, x2, y2, score in row["noun_chunks"]:
+                box = (x1 * width, y1 * height, x2 * width, y2 * height)
+                found.setdefault((int(start), int(end)), []).append((box, score))
+            yield GroundedCaption(
+                id=path.stem,
+                source="grit",
+                split=split,
+                image=path.with_suffix(".jpg").relative_to(folder).as_posix(),
+                width=width,
+                height=height,
+                caption=row["caption"],
+                spans=tuple(
+                    Span(
+                        start=start,
+                        end=end,
+                        boxes=tuple(box for box, _ in chunk),
+                        score=max(score for _, score in chunk),
+                    )
+                    for (start, end), chunk in sorted(found.items())
+                ),
+            )

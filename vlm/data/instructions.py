@@ -1,0 +1,37 @@
+"""Conversations: LLaVA's pretraining captions and its instructions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from vlm.data.files import load_json, require, structure
+from vlm.data.records import Conversation, Turn
+
+ROLES = {"human": "human", "gpt": "assistant"}
+
+
+def _conversations(source: str, path: Path, split: str) -> Iterator[Conversation]:
+    with structure(path):
+        for row in load_json(path):
+            turns = tuple(
+                Turn(ROLES[turn["from"]], turn["value"].replace("<image>", "").strip())
+                for turn in row["conversations"]
+            )
+            if len(turns) % 2 or any(t.role != ("human", "assistant")[i % 2] for i, t in enumerate(turns)):
+                raise ValueError(f"turns of {row['id']} do not alternate from human to gpt")
+            if "image" not in row:  # the larger mixes hold conversations on text alone
+                continue
+            yield Conversation(id=str(row["id"]), source=source, split=split, image=row["image"], turns=turns)
+
+
+def llava_pretrain(folder: Path, split: str) -> Iterator[Conversation]:
+    """One record per image: a request for a caption, and the caption."""
+    path = require(folder, "blip_laion_cc_sbu_558k.json", "LLaVA's pretraining set of 558 K captions")
+    return _conversations("llava-pretrain", path, split)
+
+
+def llava_instruct(folder: Path, split: str) -> Iterator[Conversation]:
+    """One record per conversation on an image; entries without an image are left out."""
+    path = require(folder, "llava_instruct_150k.json", "LLaVA-Instruct 150 K")
+    return _conversations("llava-instruct", path, split)

@@ -1,0 +1,50 @@
+"""Overlap of boxes, and the text form in which models write boxes."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+def iou(predicted: ArrayLike, gold: ArrayLike) -> NDArray[np.float64]:
+    """Intersection over union, float64 (N,), of boxes (N, 4) as x_min, y_min, x_max, y_max.
+
+    A predicted box with corners out of order, without area or with a NaN (an answer that was no
+    box) scores 0.
+    Raises ValueError for other shapes and for gold boxes that are not boxes.
+    """
+    p, g = np.asarray(predicted, np.float64), np.asarray(gold, np.float64)
+    if p.shape != g.shape or p.ndim != 2 or p.shape[1] != 4:
+        raise ValueError(f"predicted {p.shape} and gold {g.shape} must both be (N, 4)")
+    if not np.all((g[:, 2:] > g[:, :2]) & np.isfinite(g[:, 2:])):
+        raise ValueError("gold has a box whose corners are not in order x_min, y_min, x_max, y_max")
+    valid = np.all(np.isfinite(p), axis=1) & np.all(p[:, 2:] > p[:, :2], axis=1)
+    p = np.where(valid[:, None], p, g)
+    overlap = np.clip(np.minimum(p[:, 2:], g[:, 2:]) - np.maximum(p[:, :2], g[:, :2]), 0, None)
+    shared = overlap.prod(axis=1)
+    union = (p[:, 2:] - p[:, :2]).prod(axis=1) + (g[:, 2:] - g[:, :2]).prod(axis=1) - shared
+    return np.where(valid, shared / union, 0.0)
+
+
+def scores(predicted: ArrayLike, gold: ArrayLike, threshold: float = 0.5) -> dict[str, float]:
+    """Share of boxes whose IoU is above (not at) the threshold, and the mean IoU."""
+    overlaps = iou(predicted, gold)
+    if not overlaps.size:
+        raise ValueError("gold has no boxes to score")
+    return {"accuracy": float((overlaps > threshold).mean()), "mean_iou": float(overlaps.mean())}
+
+
+def parse(text: str, width: float, height: float) -> tuple[float, float, float, float]:
+    """Box in pixels from an answer such as ``[0.12,0.34,0.56,0.78].`` with coordinates relative to the image.
+
+    What is between the first "[" and the first "]" must be four numbers; else all four are NaN,
+    which scores 0.
+    """
+    inside = text.partition("[")[2].partition("]")[0].split(",")
+    try:
+        x1, y1, x2, y2 = (float(number) for number in inside)
+    except ValueError:
+        return (math.nan,) * 4
+    return x1 * width, y1 * height, x2 * width, y2 * height
