@@ -13,10 +13,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import multiprocessing
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ import torch
 from torch import nn
 
 import models
-from benchmarks.common import machine
+from benchmarks.common import fresh, machine
 from models.checkpoints import load, save
 from models.hub_configs import write_config
 
@@ -84,25 +82,6 @@ def measured(model: nn.Module, before: float, started: float) -> dict[str, Any]:
     counts = {name: memory(name) for name in ("VmHWM", "RssAnon", "RssFile")}
     took = time.perf_counter() - started
     return dict(size=size, before=before, seconds=took, digest=digest(model), **counts)
-
-
-def _in_process(call: Callable[..., dict[str, Any]], pipe: Any, *arguments: Any) -> None:
-    pipe.send(call(*arguments))
-
-
-def fresh(call: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """The result of a call in a new process."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_in_process, args=(call, there, *arguments))
-    process.start()
-    there.close()
-    try:
-        return here.recv()
-    except EOFError:
-        raise RuntimeError(f"the process of {call.__name__} died") from None
-    finally:
-        process.join()
 
 
 FORMS = {"safetensors": write, "pytorch_model.bin": write_pickled}

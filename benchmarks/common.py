@@ -33,12 +33,31 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
 
 
-def _measure(make: Callable[..., Callable[[], Any]], small: tuple, large: tuple, pipe: Any) -> None:
+def _send(call: Callable[..., Any], pipe: Any, *arguments: Any) -> None:
+    pipe.send(call(*arguments))
+
+
+def fresh(call: Callable[..., Any], *arguments: Any) -> Any:
+    """What a module's function returns when it is called in a new process."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_send, args=(call, there, *arguments))
+    process.start()
+    there.close()
+    try:
+        return here.recv()
+    except EOFError:
+        raise RuntimeError(f"the process of {call.__name__} died") from None
+    finally:
+        process.join()
+
+
+def _grown(make: Callable[..., Callable[[], Any]], small: tuple, large: tuple) -> float:
     make(*small)()  # compiles, starts threads, fills caches
     call = make(*large)
     before = peak()
     call()
-    pipe.send(peak() - before)
+    return peak() - before
 
 
 def peak_memory(make: Callable[..., Callable[[], Any]], small: tuple, large: tuple) -> float:
@@ -46,17 +65,7 @@ def peak_memory(make: Callable[..., Callable[[], Any]], small: tuple, large: tup
 
     make(*small) runs there first, to have everything loaded. `make` must be a module's function.
     """
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_measure, args=(make, small, large, there))
-    process.start()
-    there.close()
-    try:
-        peak = here.recv()
-    except EOFError:
-        raise RuntimeError(f"the process measuring {make.__name__} died") from None
-    process.join()
-    return float(peak)
+    return fresh(_grown, make, small, large)
 
 
 def numpy_peak(call: Callable[[], Any]) -> float:

@@ -10,16 +10,14 @@ Peak memory is that of a fresh process that has our model alone. Ends with a lin
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import models
-from benchmarks.common import machine, peak
+from benchmarks.common import fresh, machine, peak
 from models.hub_configs import write_config
 
 DTYPE = torch.bfloat16
@@ -94,30 +92,15 @@ def their_run(model: Any, ids: Tensor, tokens: int) -> tuple[float, float, Tenso
 
 
 @torch.inference_mode()
-def alone(name: str, length: int, tokens: int, pipe: Any) -> None:
+def alone(name: str, length: int, tokens: int) -> tuple[float, float]:
     """Peak MiB of a process that has our model only, and the size of its weights."""
     model = ours(name)
     our_run(model, _ids(model, length), tokens)
-    pipe.send((peak(), sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20))
+    return peak(), sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
 
 
 def _ids(model: models.LanguageModel, length: int) -> Tensor:
     return torch.randint(0, model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(1))
-
-
-def in_process(target: Callable[..., None], *arguments: Any) -> Any:
-    """What a fresh process sends back."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=target, args=(*arguments, there))
-    process.start()
-    there.close()
-    try:
-        return here.recv()
-    except EOFError:
-        raise RuntimeError(f"the process measuring {arguments[0]} died") from None
-    finally:
-        process.join()
 
 
 @torch.inference_mode()
@@ -162,7 +145,7 @@ def main() -> None:
     for family in options.family:
         name = f"{family}-{options.preset}"
         print(f"{name}, bfloat16, batch 1, {options.length} tokens of context, {options.tokens} generated")
-        most, weights = in_process(alone, name, options.length, options.tokens)
+        most, weights = fresh(alone, name, options.length, options.tokens)
         print(f"  peak memory of our process {most / 1024:.2f} GiB, weights {weights / 1024:.2f} GiB")
         for what, ratio in compare(name, options.length, options.tokens, options.repeats).items():
             ratios[f"{what}_{family}_{options.preset}_vs_transformers"] = ratio

@@ -16,14 +16,13 @@ import argparse
 import ctypes
 import gc
 import itertools
-import multiprocessing
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from benchmarks.common import machine, peak
+from benchmarks.common import fresh, machine, peak
 from models.ops.memory import keep_freed_memory, return_freed_memory
 from synthetic.config import FAMILIES, Plan, RunConfig, plan
 
@@ -67,7 +66,7 @@ def _resident() -> float:
         return next(int(line.split()[1]) for line in file if line.startswith("VmRSS")) / 1024
 
 
-def _measure(settled: Plan, keep: bool, pipe: Any) -> None:
+def _grown(settled: Plan, keep: bool) -> float:
     torch.set_num_threads(1)
     keep_freed_memory() if keep else return_freed_memory()
     updates(settled, steps=1)
@@ -77,22 +76,12 @@ def _measure(settled: Plan, keep: bool, pipe: Any) -> None:
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # VmHWM starts anew
     updates(settled, steps=3)
-    pipe.send(peak() - before)
+    return peak() - before
 
 
 def measured(settled: Plan, keep: bool = False) -> float:
     """MiB by which `updates` makes a process grow at most."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_measure, args=(settled, keep, there))
-    process.start()
-    there.close()
-    try:
-        grown = here.recv()
-    except EOFError:
-        raise RuntimeError(f"the process measuring {settled.model} died") from None
-    process.join()
-    return float(grown)
+    return fresh(_grown, settled, keep)
 
 
 def predicted(settled: Plan) -> float:

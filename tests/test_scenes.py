@@ -62,7 +62,7 @@ def solve(example):
         return "yes" if truth else "no"
     if m := re.fullmatch(r"Where is the (.+)\?", question):
         assert example.boxes == (the_one(scene, m[1]).box,)
-        return "[{:.2f}, {:.2f}, {:.2f}, {:.2f}]".format(*(np.array(example.boxes[0]) / scene.size))
+        return "[{:.2f},{:.2f},{:.2f},{:.2f}]".format(*(np.array(example.boxes[0]) / scene.size))
     if m := re.fullmatch(r"Which box shows the (.+)\?", question):
         assert len(set(example.boxes)) == 4
         return "ABCD"[example.boxes.index(the_one(scene, m[1]).box)]

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from vlm.prompts import box_text
 from vlm.scenes.scene import COLOUR_COUNTS, HELDOUT_PAIRS, Box, Object, Scene, scene_stream
 from vlm.scenes.stamps import COLOURS, SHAPES
 
@@ -172,7 +173,7 @@ def grounding(scene: Scene, rng: np.random.Generator) -> Example:
     item = _pick(rng, subjects(scene))
     question = f"Where is the {_pick(rng, unique_phrases(scene, item))}?"
     # published format: corners as shares of the side with two decimals; `boxes` has the exact pixels
-    answer = "[" + ", ".join(f"{value / scene.size:.2f}" for value in item.box) + "]"
+    answer = box_text(item.box, scene.size, scene.size)
     return Example(scene, "grounding", question, answer, boxes=(item.box,))
 
 
