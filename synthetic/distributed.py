@@ -19,7 +19,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -156,7 +156,7 @@ def share(batch: Batch, world: World) -> Batch:
         raise ValueError(
             f"--batch-tokens gives batches of {rows} sequences, too few for {world.size} processes; raise it"
         )
-    return rows_of(batch, [world.rank * rows // world.size, (world.rank + 1) * rows // world.size])
+    return batch.split(world.size)[world.rank]
 
 
 @torch.no_grad()
@@ -168,36 +168,20 @@ def score(
         return evaluate.score(model, batches, device=device, precision=precision)
     mine: list[Evaluation | None] = []
     for batch in batches:
-        rows = batch.input_ids.shape[0]
-        first, stop = (rank * rows // world.size for rank in (world.rank, world.rank + 1))
-        part = rows_of(
-            batch, [first, stop] if first < stop else [0, 1]
-        )  # all take part in every forward pass
-        result = evaluate.score(model, [part], device=device, precision=precision)
-        mine.append(result if first < stop else None)
+        parts = batch.split(world.size)
+        part, empty = parts[world.rank], len(parts[world.rank].labels) == 0
+        # a process without rows takes part in the forward pass all the same
+        result = evaluate.score(model, [parts[0] if empty else part], device=device, precision=precision)
+        mine.append(None if empty else result)
     in_order = zip(*world.gathered(mine), strict=True)  # batch by batch, its parts by rank
-    parts: list[Evaluation] = [part for batch_parts in in_order for part in batch_parts if part is not None]
-    counts = [len(part.correct) for part in parts]
+    found: list[Evaluation] = [result for results in in_order for result in results if result is not None]
+    counts = [len(result.correct) for result in found]
     return Evaluation(
-        parts[0].length,
-        np.concatenate([part.correct for part in parts]),
-        np.concatenate([part.target for part in parts]),
-        float(np.average([part.loss for part in parts], weights=counts)),
-        parts[0].chance,
-    )
-
-
-def rows_of(batch: Batch, bounds: list[int]) -> Batch:
-    """Rows first .. stop - 1 of a batch."""
-    part = slice(*bounds)
-    at, others = batch.answer_at, batch.alternatives
-    return replace(
-        batch,
-        input_ids=batch.input_ids[part],
-        labels=batch.labels[part],
-        answer_at=at if at.dim() == 1 else at[part],
-        target_index=batch.target_index[part],
-        alternatives=None if others is None else others[part],
+        found[0].length,
+        np.concatenate([result.correct for result in found]),
+        np.concatenate([result.target for result in found]),
+        float(np.average([result.loss for result in found], weights=counts)),
+        found[0].chance,
     )
 
 

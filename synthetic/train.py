@@ -297,13 +297,13 @@ def update(
     labels = int((batch.labels != IGNORE).sum()) / world.size  # of a process, on average
     least = batch.input_ids.shape[0] // world.size  # rows of a process
     batch = distributed.share(batch, world)
-    parts = micro_batches(batch, min(plan.accumulate, least))
+    parts = batch.split(min(plan.accumulate, least))
     total, predictions = 0.0, []
-    for ids, targets, at in parts:
+    for part in parts:
         with autocast(plan.device, plan.precision):
-            loss, predicted = loss_of(ids, labels=targets, logits_at=at)
+            loss, predicted = loss_of(part.input_ids, labels=part.labels, logits_at=part.answer_at)
         if len(parts) > 1 or world.size > 1:
-            loss = loss * (int((targets != IGNORE).sum()) / labels)
+            loss = loss * (int((part.labels != IGNORE).sum()) / labels)
         loss.backward()
         total += loss.item() / world.size
         predictions.append(predicted)
@@ -316,18 +316,6 @@ def update(
         return total, right.float().mean().item()
     total, hits, count = world.sums(total, float(right.sum()), right.numel())
     return total, hits / count
-
-
-def micro_batches(batch: Batch, parts: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(input_ids, labels, answer_at) of `parts` nearly equal shares of the rows, at least a row in each.
-
-    Every row of a task's batch has labels, so every part has a mean.
-    """
-    parts = min(parts, batch.input_ids.shape[0])
-    ids, labels = batch.input_ids.tensor_split(parts), batch.labels.tensor_split(parts)
-    shared = batch.answer_at.dim() == 1
-    at = [batch.answer_at] * parts if shared else batch.answer_at.tensor_split(parts)
-    return list(zip(ids, labels, at, strict=True))
 
 
 def advance(plan: Plan, now: Progress) -> None:

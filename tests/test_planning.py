@@ -97,7 +97,7 @@ def test_steps_are_those_of_training():
         batch = train.next_batch(task, p, train.Progress(length=length))
         assert (step.rows, step.length) == tuple(batch.input_ids.shape)
         assert step.answers == batch.answer_at.shape[-1]
-        assert step.at_once == max(len(part[0]) for part in train.micro_batches(batch, 3))
+        assert step.at_once == max(len(part.labels) for part in batch.split(3))
 
 
 def test_adapters_have_the_only_moments():

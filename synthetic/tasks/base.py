@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -80,10 +80,20 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch with its tensors on `device`."""
-        names = ("input_ids", "labels", "answer_at", "target_index", "alternatives")
-        tensors = {n: getattr(self, n) for n in names}
-        moved = {n: t.to(device, non_blocking=non_blocking) for n, t in tensors.items() if t is not None}
+        moved = {n: t.to(device, non_blocking=non_blocking) for n, t in self._tensors().items()}
         return replace(self, **moved)
+
+    def split(self, parts: int) -> list[Batch]:
+        """The rows in `parts` nearly equal shares, in order; the last are empty if there are too few."""
+        shared = ("answer_at",) if self.answer_at.dim() == 1 else ()
+        pieces: dict[str, Any] = {
+            n: t.tensor_split(parts) for n, t in self._tensors().items() if n not in shared
+        }
+        return [replace(self, **{n: piece[i] for n, piece in pieces.items()}) for i in range(parts)]
+
+    def _tensors(self) -> dict[str, Any]:
+        names = ("input_ids", "labels", "answer_at", "target_index", "alternatives")
+        return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
