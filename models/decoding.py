@@ -45,7 +45,7 @@ def generate(
         token = logits.argmax(-1)
         if eos_token_id is not None:
             token = torch.where(ended, eos_token_id, token)
-            ended |= token == eos_token_id
+            ended = token == eos_token_id  # those that had ended have it again
         tokens.append(token)
         if len(tokens) == max_new_tokens or bool(ended.all()):
             return torch.stack(tokens, dim=1)
