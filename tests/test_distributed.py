@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from synthetic import distributed, store, tasks
+import models
+from synthetic import distributed, store, tasks, train
+from synthetic.config import RunConfig, plan
 from synthetic.distributed import World
 
 ROOT = Path(__file__).parent.parent
@@ -127,3 +129,40 @@ def test_shares_of_a_batch_are_the_batch():
             assert torch.equal(torch.cat([getattr(part, field.name) for part in parts]), whole)
     with pytest.raises(ValueError, match=r"batches of 7 sequences, too few for 8 processes; raise it"):
         distributed.share(batch, World(0, 8))
+
+
+class Doubled(World):
+    """One of two processes, where the other one has the same sums."""
+
+    def sums(self, *numbers):
+        return [2 * number for number in numbers]
+
+
+class Kept:
+    """An optimizer that keeps the gradients it is asked to apply."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def step(self):
+        self.gradients = {name: p.grad.clone() for name, p in self.model.named_parameters()}
+
+    def zero_grad(self):
+        self.model.zero_grad()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_gradients_of_uneven_shares_average_to_those_of_the_batch(accumulate):
+    config = RunConfig(seq_len=6, device="cpu", precision="float32", grad_clip=0.0, accumulate=accumulate)
+    settled = plan(config, "mamba")
+    batch = tasks.build(settled.task, **settled.task_options).batch(7, seed=0, index=0, queries=3)
+
+    def gradients(world):
+        model = models.build("mamba-tiny", vocab_size=settled.model_overrides["vocab_size"], n_layer=1)
+        kept = Kept(model)
+        train.update(model, kept, batch, settled, world=world)
+        return kept.gradients
+
+    whole, first, second = gradients(World()), gradients(Doubled(0, 2)), gradients(Doubled(1, 2))
+    for name, wanted in whole.items():
+        torch.testing.assert_close((first[name] + second[name]) / 2, wanted, rtol=1e-4, atol=1e-6)
