@@ -1,0 +1,52 @@
+"""What training and evaluation read: prompts with the picture that they are about."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from vlm.prompts import Chunk
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sequence: the turns about one image.
+
+    id: unique within its source. image: the key of its picture there. task: what kind of question it is, such
+    as "grounding". chunks: prompt and answers (`vlm.prompts`); of evaluation samples without the last answer.
+    target: what metrics need to know of the right answer, by name: JSON values only.
+    """
+
+    id: str
+    source: str
+    image: str
+    task: str
+    chunks: tuple[Chunk, ...]
+    target: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Source(Protocol):
+    """Samples by number, and their pictures by key; reading one must not depend on what was read before.
+
+    fingerprint: names what the pictures are (a seed and a split, a folder), so that a cache of features can
+    tell two sources apart.
+    """
+
+    name: str
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+    def picture(self, image: str) -> npt.NDArray[np.uint8]:
+        """(height, width, 3) uint8, RGB."""
+        ...
+
+    def keys(self) -> Sequence[str]:
+        """Every picture's key once, in a fixed order."""
+        ...
