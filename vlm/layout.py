@@ -23,6 +23,10 @@ IGNORE = -100  # label of what is not supervised
 Encode = Callable[[str], list[int]]
 
 
+class AnswerCut(ValueError):
+    """A sequence whose answers all lie behind its greatest length."""
+
+
 def grid_side(pixels: int, patch: int = 14) -> int:
     """Patches along a side; what is left over (4 pixels of 480) is not seen. Raises ValueError for none."""
     if pixels < patch:
@@ -48,7 +52,8 @@ def sequence(
     """input_ids and labels of an image and its chunks, equally long, labels not shifted.
 
     encode: text -> ids, without special tokens. max_length: cuts the sequence, as published training does.
-    Raises ValueError if that would cut the image, or leave no supervised token where there was one.
+    Raises ValueError if that would cut the image, AnswerCut if it would leave no supervised token where there
+    was one.
     """
     place = image_place(chunks, layout)
     ids: list[int] = []
@@ -71,7 +76,7 @@ def sequence(
     answered = any(label != IGNORE for label in labels)
     ids, labels = ids[:max_length], labels[:max_length]
     if answered and all(label == IGNORE for label in labels):
-        raise ValueError(
+        raise AnswerCut(
             f"max_length={max_length} leaves no token of an answer; shorten the prompt or raise it"
         )
     return ids, labels

@@ -1,0 +1,196 @@
+"""Batches of a mixture: sequences padded to one length, with the features of their images.
+
+Batch number k depends on the seed and k alone, wherever training starts and however many workers prepare it.
+Workers read samples and tokenise; features are fetched by the process that trains, where a cache is mapped
+memory and an encoder may have its GPU.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any, Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vlm.data.mixture import Mixture
+from vlm.data.samples import Sample, Source
+from vlm.layout import IGNORE, AnswerCut, Encode, sequence
+
+CACHED_TEXTS = 1 << 14  # instructions, choices and short answers come again and again
+TRIES = 100
+log = logging.getLogger(__name__)
+
+
+class Features(Protocol):
+    """What the images of samples look like to an encoder (`vlm.data.cache`)."""
+
+    def get(self, source: Source, images: Sequence[str]) -> Tensor:
+        """(B, P, F)."""
+        ...
+
+
+@dataclass(frozen=True)
+class VLMBatch:
+    """input_ids: (B, L) int64, padded on the right with 0, image places negative (`vlm.layout`).
+    labels: (B, L) int64, not shifted, -100 = not supervised. features: (B, P, F). samples: B of them.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    features: Tensor
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A batch without its images."""
+
+    input_ids: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]
+    places: tuple[str, ...]  # the samples' sources, as the mixture names them
+    samples: tuple[Sample, ...]
+
+
+def batches(
+    mixture: Mixture,
+    features: Features,
+    *,
+    batch_size: int,
+    start: int,
+    stop: int,
+    seed: int,
+    encode: Encode,
+    side: int,
+    layout: str,
+    max_length: int | None = None,
+    group: int = 1,
+    workers: int = 0,
+) -> Iterator[VLMBatch]:
+    """Batches number start .. stop - 1 of a mixture's order under `seed`.
+
+    encode: text -> ids, without special tokens. side: patches along an image's side. layout, max_length: of
+    `vlm.layout.sequence`; an example whose prompt leaves no room for an answer is replaced by the next one of
+    its source, and a warning is logged. group: each window of that many batches is sorted by length, cut into
+    batches of like lengths, and these are shuffled. workers: processes that prepare windows ahead; where they
+    are not forked, mixture and encode must be picklable.
+
+    Raises ValueError for a batch size or group below 1 or a negative start, and what reading samples raises.
+    """
+    if min(batch_size, group) < 1 or start < 0:
+        raise ValueError(
+            f"batch_size={batch_size}, group={group} must be at least 1, start={start} at least 0"
+        )
+    windows = _Windows(mixture, batch_size, seed, encode, side, layout, max_length, group)
+    numbers = range(start // group, -(-max(start, stop) // group))
+    made: Iterable[list[_Text] | Exception] = map(windows.__getitem__, numbers)
+    if workers:
+        made = DataLoader(
+            windows,
+            batch_size=None,
+            sampler=cast(Any, numbers),
+            num_workers=workers,
+            collate_fn=_same,
+            generator=torch.Generator().manual_seed(0),  # or it would draw from the global one
+        )
+    for window, texts in zip(numbers, made, strict=True):
+        if isinstance(texts, Exception):
+            raise texts
+        for k, text in enumerate(texts, window * group):
+            if start <= k < stop:
+                yield VLMBatch(
+                    torch.from_numpy(text.input_ids),
+                    torch.from_numpy(text.labels),
+                    _fetch(mixture, features, text),
+                    text.samples,
+                )
+
+
+@dataclass
+class _Windows(Dataset):
+    """Windows of `group` batches, by number."""
+
+    mixture: Mixture
+    batch_size: int
+    seed: int
+    encode: Encode
+    side: int
+    layout: str
+    max_length: int | None
+    group: int
+
+    def __getitem__(self, window: int) -> list[_Text] | Exception:
+        """The window's batches, or why there are none: a worker's traceback would hide the one line."""
+        try:
+            return self._batches(window)
+        except (ValueError, OSError) as error:
+            return error
+
+    def _batches(self, window: int) -> list[_Text]:
+        size = self.group * self.batch_size
+        order = self.mixture.order(self.seed, window * size, (window + 1) * size)
+        rows = [(name, *self._fitting(name, index)) for name, index in order]
+        if self.group == 1:
+            return [_padded(rows)]
+        by_length = sorted(rows, key=lambda row: len(row[2]))  # stable, so ties stay in their random order
+        cut = [by_length[i : i + self.batch_size] for i in range(0, size, self.batch_size)]
+        return [_padded(rows) for rows in random.Random(f"{self.seed} {window}").sample(cut, self.group)]
+
+    @cached_property
+    def cached_encode(self) -> Encode:
+        return lru_cache(CACHED_TEXTS)(self.encode)
+
+    def _fitting(self, name: str, index: int) -> tuple[Sample, list[int], list[int]]:
+        """The sample, or the next of its source whose answers begin within max_length; its ids and labels."""
+        source = self.mixture.sources[name]
+        for tried in range(min(TRIES, len(source))):
+            sample = source[(index + tried) % len(source)]
+            try:
+                return sample, *sequence(
+                    sample.chunks, self.cached_encode, self.side, self.layout, self.max_length
+                )
+            except AnswerCut as error:
+                log.warning("%s %s is left out: %s", name, sample.id, error)
+        raise ValueError(
+            f"{name}: {TRIES} examples in a row from number {index} on leave no room for an answer in "
+            f"max_length={self.max_length}; raise it"
+        )
+
+
+def _padded(rows: Sequence[tuple[str, Sample, list[int], list[int]]]) -> _Text:
+    longest = max(len(ids) for _, _, ids, _ in rows)
+    input_ids = np.zeros((len(rows), longest), np.int64)
+    labels = np.full((len(rows), longest), IGNORE, np.int64)
+    for i, (_, _, ids, supervised) in enumerate(rows):
+        input_ids[i, : len(ids)] = ids
+        labels[i, : len(ids)] = supervised
+    return _Text(input_ids, labels, tuple(row[0] for row in rows), tuple(row[1] for row in rows))
+
+
+def _fetch(mixture: Mixture, features: Features, text: _Text) -> Tensor:
+    """Features of a batch in its order, asked for once a source."""
+    rows: dict[str, list[int]] = {}
+    for i, name in enumerate(text.places):
+        rows.setdefault(name, []).append(i)
+    found = {
+        name: features.get(mixture.sources[name], [text.samples[i].image for i in places])
+        for name, places in rows.items()
+    }
+    if len(found) == 1:
+        return next(iter(found.values()))
+    first = next(iter(found.values()))
+    result = first.new_empty((len(text.samples), *first.shape[1:]))
+    for name, places in rows.items():
+        result[places] = found[name]
+    return result
+
+
+def _same(value: Any) -> Any:
+    return value
