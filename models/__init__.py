@@ -3,10 +3,11 @@
 from models.checkpoints import load, save
 from models.common import Cache, LanguageModel
 from models.decoding import generate
-from models.registry import build, config, from_config, presets, resolve
+from models.registry import FAMILIES, build, config, from_config, presets, resolve
 from models.vocabulary import grow_vocabulary
 
 __all__ = [
+    "FAMILIES",
     "Cache",
     "LanguageModel",
     "build",

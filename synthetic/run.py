@@ -104,7 +104,7 @@ def _follow(plans: list[Plan], folder: Path, world: World) -> int:
     """What every process but the first does: train, and leave writing and showing to the first."""
     from synthetic.train import Interrupted, train
 
-    stop = _StopSignals()
+    stop = StopSignals()
     for p in plans:
         with stop:
             try:
@@ -123,7 +123,7 @@ def _train_all(plans: list[Plan], folder: Path, world: World) -> int:
 
     console = Console()
     console.print(f"[bold]{folder}[/]", highlight=False, soft_wrap=True)
-    stop = _StopSignals()
+    stop = StopSignals()
     results = []
     for p in plans:
         if (folder / p.family / "result.json").exists():
@@ -169,7 +169,7 @@ def _report(results: list[dict], folder: Path, console: object) -> None:
     console.print(f"curve: {folder / 'learning_curve.png'}", highlight=False, soft_wrap=True)
 
 
-class _StopSignals:
+class StopSignals:
     """While active, Ctrl-C and SIGTERM ask for a stop after the current step; a second one is immediate."""
 
     def __init__(self) -> None:

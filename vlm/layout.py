@@ -16,7 +16,7 @@ from vlm.prompts import Chunk, image_place
 if TYPE_CHECKING:
     from torch import Tensor
 
-BEGIN = END = 4118  # "###"
+BEGIN = 4118  # "###"
 ROW = 10494  # "&&"
 PATCH = -200  # placeholder, no token
 IGNORE = -100  # label of what is not supervised
@@ -34,11 +34,15 @@ def grid_side(pixels: int, patch: int = 14) -> int:
     return pixels // patch
 
 
-def image_ids(side: int) -> list[int]:
-    """Ids of an image of side x side patches; a row's separator stands before the next row."""
-    ids = [BEGIN]
+def image_ids(side: int, markers: tuple[int, int] = (BEGIN, ROW)) -> list[int]:
+    """Ids of an image of side x side patches; a row's separator stands before the next row.
+
+    markers: ids of begin and end, and of the separator, in another vocabulary than GPT-NeoX's.
+    """
+    edge, row_mark = markers
+    ids = [edge]
     for row in range(side):
-        ids += [PATCH] * side + [ROW if row < side - 1 else END]
+        ids += [PATCH] * side + [row_mark if row < side - 1 else edge]
     return ids
 
 
@@ -48,10 +52,12 @@ def sequence(
     side: int,
     layout: str = "agnostic",
     max_length: int | None = None,
+    markers: tuple[int, int] = (BEGIN, ROW),
 ) -> tuple[list[int], list[int]]:
     """input_ids and labels of an image and its chunks, equally long, labels not shifted.
 
     encode: text -> ids, without special tokens. max_length: cuts the sequence, as published training does.
+    markers: as for `image_ids`.
     Raises ValueError if that would cut the image, AnswerCut if it would leave no supervised token where there
     was one.
     """
@@ -60,7 +66,7 @@ def sequence(
     labels: list[int] = []
     for i in range(len(chunks) + 1):
         if i == place:
-            ids += image_ids(side)
+            ids += image_ids(side, markers)
             labels += [IGNORE] * (side * (side + 1) + 1)
             image_stop = len(ids)
         if i < len(chunks):

@@ -25,6 +25,11 @@ from vlm.layout import IGNORE, splice
 CONNECTOR, ENCODER = "vision_embed_tokens.", "vision_encoder."  # of the names in released checkpoints
 
 
+def prefix_tokens(encoder: nn.Module) -> int:
+    """Class and register tokens before the patches: 1 unless the encoder says otherwise, as timm's do."""
+    return int(getattr(encoder, "num_prefix_tokens", 1))
+
+
 def connector(features: int, d_model: int) -> nn.Sequential:
     """(..., features) -> (..., d_model): linear, exact GELU, linear."""
     return nn.Sequential(nn.Linear(features, d_model), nn.GELU(), nn.Linear(d_model, d_model))
@@ -33,8 +38,8 @@ def connector(features: int, d_model: int) -> nn.Sequential:
 class VLM(nn.Module):
     """lm: the language model. features: width F of the vision encoder's output.
 
-    encoder: maps (B, 3, S, S) pixels to (B, 1 + P, F), class token first; it is frozen. None where features
-    come from elsewhere, such as a cache on disk.
+    encoder: maps (B, 3, S, S) pixels to (B, 1 + P, F), class token first (`prefix_tokens`); it is
+    frozen. None where features come from elsewhere, such as a cache on disk.
     """
 
     def __init__(self, lm: LanguageModel, features: int = 1024, encoder: nn.Module | None = None):
@@ -48,7 +53,7 @@ class VLM(nn.Module):
         """(B, 3, S, S) normalised pixels -> (B, P, F). Raises ValueError without an encoder."""
         if self.vision_encoder is None:
             raise ValueError("this model has no vision encoder; give VLM(..., encoder=) or features")
-        return self.vision_encoder(pixels)[:, 1:]
+        return self.vision_encoder(pixels)[:, prefix_tokens(self.vision_encoder) :]
 
     def embed(self, input_ids: Tensor, features: Tensor) -> Tensor:
         """Vectors of a sequence with placeholders: (B, L) int64 and (B, P, F) -> (B, L, D)."""
@@ -83,11 +88,26 @@ class VLM(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, input_ids: Tensor, features: Tensor, max_new_tokens: int, *, eos_token_id: int | None = 0
+        self,
+        input_ids: Tensor,
+        features: Tensor,
+        max_new_tokens: int,
+        *,
+        attention_mask: Tensor | None = None,
+        eos_token_id: int | None = 0,
     ) -> Tensor:
-        """Greedy answer, (B, n) int64; the image is read once, in the prefill."""
-        vectors = self.embed(input_ids, features)
-        return generate(self.lm, None, max_new_tokens, inputs_embeds=vectors, eos_token_id=eos_token_id)
+        """Greedy answer, (B, n) int64; the image is read once, in the prefill.
+
+        attention_mask: (B, L), non-zero = real token; shorter prompts are padded on the left.
+        """
+        return generate(
+            self.lm,
+            None,
+            max_new_tokens,
+            inputs_embeds=self.embed(input_ids, features),
+            attention_mask=attention_mask,
+            eos_token_id=eos_token_id,
+        )
 
 
 def load(

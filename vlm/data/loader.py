@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlm.data.mixture import Mixture
 from vlm.data.samples import Sample, Source
-from vlm.layout import IGNORE, AnswerCut, Encode, sequence
+from vlm.layout import BEGIN, IGNORE, ROW, AnswerCut, Encode, sequence
 
 CACHED_TEXTS = 1 << 14  # instructions, choices and short answers come again and again
 TRIES = 100
@@ -69,15 +69,17 @@ def batches(
     seed: int,
     encode: Encode,
     side: int,
-    layout: str,
+    layout: str | Sequence[str],
+    markers: tuple[int, int] = (BEGIN, ROW),
     max_length: int | None = None,
     group: int = 1,
     workers: int = 0,
 ) -> Iterator[VLMBatch]:
     """Batches number start .. stop - 1 of a mixture's order under `seed`.
 
-    encode: text -> ids, without special tokens. side: patches along an image's side. layout, max_length: of
-    `vlm.layout.sequence`; an example whose prompt leaves no room for an answer is replaced by the next one of
+    encode: text -> ids, without special tokens. side: patches along an image's side. layout, markers,
+    max_length: of `vlm.layout.sequence`; of several layouts each window (see group) has the next one in turn;
+    an example whose prompt leaves no room for an answer is replaced by the next one of
     its source, and a warning is logged. group: each window of that many batches is sorted by length, cut into
     batches of like lengths, and these are shuffled. workers: processes that prepare windows ahead; where they
     are not forked, mixture and encode must be picklable.
@@ -88,7 +90,8 @@ def batches(
         raise ValueError(
             f"batch_size={batch_size}, group={group} must be at least 1, start={start} at least 0"
         )
-    windows = _Windows(mixture, batch_size, seed, encode, side, layout, max_length, group)
+    layouts = (layout,) if isinstance(layout, str) else tuple(layout)
+    windows = _Windows(mixture, batch_size, seed, encode, side, layouts, markers, max_length, group)
     numbers = range(start // group, -(-max(start, stop) // group))
     made: Iterable[list[_Text] | Exception] = map(windows.__getitem__, numbers)
     if workers:
@@ -122,7 +125,8 @@ class _Windows(Dataset):
     seed: int
     encode: Encode
     side: int
-    layout: str
+    layouts: tuple[str, ...]
+    markers: tuple[int, int]
     max_length: int | None
     group: int
 
@@ -136,7 +140,8 @@ class _Windows(Dataset):
     def _batches(self, window: int) -> list[_Text]:
         size = self.group * self.batch_size
         order = self.mixture.order(self.seed, window * size, (window + 1) * size)
-        rows = [(name, *self._fitting(name, index)) for name, index in order]
+        layout = self.layouts[window % len(self.layouts)]
+        rows = [(name, *self._fitting(name, index, layout)) for name, index in order]
         if self.group == 1:
             return [_padded(rows)]
         by_length = sorted(rows, key=lambda row: len(row[2]))  # stable, so ties stay in their random order
@@ -147,14 +152,14 @@ class _Windows(Dataset):
     def cached_encode(self) -> Encode:
         return lru_cache(CACHED_TEXTS)(self.encode)
 
-    def _fitting(self, name: str, index: int) -> tuple[Sample, list[int], list[int]]:
+    def _fitting(self, name: str, index: int, layout: str) -> tuple[Sample, list[int], list[int]]:
         """The sample, or the next of its source whose answers begin within max_length; its ids and labels."""
         source = self.mixture.sources[name]
         for tried in range(min(TRIES, len(source))):
             sample = source[(index + tried) % len(source)]
             try:
                 return sample, *sequence(
-                    sample.chunks, self.cached_encode, self.side, self.layout, self.max_length
+                    sample.chunks, self.cached_encode, self.side, layout, self.max_length, self.markers
                 )
             except AnswerCut as error:
                 log.warning("%s %s is left out: %s", name, sample.id, error)

@@ -1,0 +1,190 @@
+"""What a VLM is, what it is trained on and what it is asked: frozen, hashed, written next to every number.
+
+A config file is Python whose get_config() returns a list of `Run`s, such as vlm/configs/cpu_tiny.py. A run
+is a chain of stages; a stage is named by the hash of everything that decides its weights, the stages before
+it included, so runs that begin alike share what they have in common.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from vlm.data.samples import Source
+from vlm.prompts import LAYOUTS
+
+TRAINING_VERSION = 1  # raise it when a config leads to other numbers than before
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Samples of rendered scenes (`vlm.scenes.source.SceneSource`): one task, an image each."""
+
+    task: str
+    images: int
+    split: str = "train"
+    seed: int = 0
+    turns: int = 1
+
+    def build(self, *, answers: bool) -> Source:
+        from vlm.scenes.source import SceneSource
+
+        return SceneSource(
+            self.task, self.images, seed=self.seed, split=self.split, turns=self.turns, answers=answers
+        )
+
+    def chance(self) -> float | None:
+        """Of guessing among the answers that a question allows; None for boxes and captions."""
+        from vlm.scenes import CHANCE
+
+        return CHANCE.get(self.task)
+
+    def training(self) -> Scenes | None:
+        """What a guess without the image learns from; None for captions, which have no single answer."""
+        return None if self.task == "caption" else dataclasses.replace(self, split="train", images=4000)
+
+
+Data = Scenes
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of training.
+
+    data, weights: sources by name and their shares (`vlm.data.mixture.Mixture`). train: "connector", or "all"
+    for connector and language model; the vision encoder is frozen always. layouts: of the prompts, those of
+    consecutive batches taking turns; empty = the run's. warmup: share of the steps. The rate then falls as a
+    cosine to 0. group: batches sorted by length together (`vlm.data.loader.batches`).
+    """
+
+    data: Mapping[str, Data]
+    steps: int
+    batch_size: int
+    lr: float
+    weights: Mapping[str, float] | None = None
+    train: Literal["connector", "all"] = "all"
+    layouts: tuple[str, ...] = ()
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    max_length: int | None = None
+    group: int = 1
+    accumulate: int = 1
+    workers: int = 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model, its stages and what it is evaluated on.
+
+    model, model_overrides: `models.build`; init: a published language model's weights (`models.load`).
+    encoder: "scenes" (trained on rendered scenes when first needed) or a name of timm (`vlm.encoder.build`),
+    whose weights are fetched. tokenizer: "scenes", or a name or folder that `tokenizers` reads. seed: of
+    weights and of the order of data. cache: keep features on disk. evaluation: sources by name.
+    max_new_tokens: of answers.
+    """
+
+    name: str
+    model: str
+    stages: tuple[Stage, ...]
+    evaluation: Mapping[str, Data]
+    model_overrides: Mapping[str, Any] = field(default_factory=dict)
+    init: str | None = None
+    encoder: str = "scenes"
+    image_size: int = 64
+    tokenizer: str = "scenes"
+    layout: str = "agnostic"
+    seed: int = 0
+    precision: Literal["no", "bf16", "fp16"] = "bf16"
+    max_new_tokens: int = 16
+    cache: bool = True
+
+    def __post_init__(self) -> None:
+        for layout in (self.layout, *(name for stage in self.stages for name in stage.layouts)):
+            if layout not in LAYOUTS:
+                raise ValueError(f"layout {layout!r} is unknown; use {', '.join(LAYOUTS)}")
+        if not self.stages:
+            raise ValueError(f"run {self.name!r} has no stages; give at least one")
+        if self.image_size < 16:
+            raise ValueError(
+                f"image_size={self.image_size} of run {self.name!r} is too small; use at least 16"
+            )
+        for stage in self.stages:
+            for name in ("steps", "batch_size", "accumulate", "group"):
+                if getattr(stage, name) < 1:
+                    raise ValueError(f"{name}={getattr(stage, name)} of run {self.name!r} must be at least 1")
+
+    @property
+    def family(self) -> str:
+        """What the language model is: "mamba", "transformer", ..."""
+        import models
+
+        name = self.model if self.model in models.FAMILIES else models.resolve(self.model)
+        return name.partition("-")[0]
+
+    def stage_ids(self) -> list[str]:
+        """The folder name of every stage's outcome."""
+        said: Any = {"version": TRAINING_VERSION} | {
+            name: getattr(self, name)
+            for name in (
+                "model",
+                "model_overrides",
+                "init",
+                "encoder",
+                "image_size",
+                "tokenizer",
+                "seed",
+                "precision",
+            )
+        }
+        names = []
+        for stage in self.stages:
+            settled = dataclasses.asdict(stage) | {"layouts": stage.layouts or (self.layout,)}
+            del settled["workers"]  # they change no number
+            said = {"before": said, "stage": settled}
+            digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+            names.append(f"{self.family}-{self.image_size}px-seed{self.seed}-{digest[:10]}")
+        return names
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def from_dict(saved: Mapping[str, Any]) -> Run:
+    """The run that `Run.to_dict` has written, as read from JSON."""
+    stages = tuple(
+        Stage(**{**stage, "data": _data(stage["data"]), "layouts": tuple(stage["layouts"])})
+        for stage in saved["stages"]
+    )
+    return Run(**{**saved, "stages": stages, "evaluation": _data(saved["evaluation"])})
+
+
+def _data(saved: Mapping[str, Any]) -> dict[str, Data]:
+    return {name: Data(**entry) for name, entry in saved.items()}
+
+
+def read_file(path: str | Path) -> list[Run]:
+    """The runs of a config file. Raises ValueError, in one line, for a file that has none."""
+    path = Path(path)
+    if path.suffix != ".py" or not path.is_file():
+        raise ValueError(
+            f"{path} is no Python file with get_config(); give one such as vlm/configs/cpu_tiny.py"
+        )
+    spec = importlib.util.spec_from_file_location(f"_vlm_config_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    runs: Sequence[Run] = module.get_config() if hasattr(module, "get_config") else ()
+    if not runs or not all(isinstance(run, Run) for run in runs):
+        raise ValueError(f"{path} must have get_config() that returns a list of vlm.config.Run")
+    names = [run.name for run in runs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{path} names two runs {twice[0]!r}; give each a name of its own")
+    return list(runs)

@@ -1,0 +1,100 @@
+"""The parts that a run names: tokenizer, vision encoder, features, model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+import models
+from vlm import encoder as timm_encoder
+from vlm import tokenizer
+from vlm.config import Run
+from vlm.data.cache import FeatureCache, Uncached
+from vlm.layout import grid_side
+from vlm.model import VLM, prefix_tokens
+
+ENCODERS, FEATURES = "encoders", "features"  # folders beside the runs
+
+
+@lru_cache(maxsize=4)
+def text(name: str) -> tokenizer.Text:
+    """The tokenizer "scenes", or one of the hub or a local file or folder."""
+    if name != "scenes":
+        return tokenizer.read(name)
+    from vlm.scenes.source import SceneSource
+
+    packed = [
+        SceneSource(task, 400, turns=7) for task in ("caption", "describe", "vqa", "locate", "pointing")
+    ]
+    texts = [chunk.text for source in packed for i in range(400) for chunk in source[i].chunks]
+    return tokenizer.from_words([*texts, *(f"{i / 100:.2f}" for i in range(101))])
+
+
+@dataclass(frozen=True)
+class Eyes:
+    """A frozen encoder: pictures -> (B, P, F) features. key: names encoder, weights and image size."""
+
+    module: nn.Module
+    key: str
+    width: int
+    side: int
+    as_pixels: Callable[[Sequence[npt.NDArray[np.uint8]]], Tensor]
+
+    @torch.no_grad()
+    def __call__(self, pictures: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
+        device = next(self.module.parameters()).device
+        tokens = self.module(self.as_pixels(pictures).to(device))
+        return tokens[:, prefix_tokens(self.module) :]
+
+
+@lru_cache(maxsize=4)
+def eyes(name: str, image_size: int, out: Path, device: str = "cpu") -> Eyes:
+    """The encoder of a run, trained (scenes) or fetched (timm) when first needed."""
+    if name == "scenes":
+        from vlm.scenes import encoder as scenes
+
+        module: nn.Module = scenes.trained(out / ENCODERS, image_size).to(device)
+        as_pixels = lambda pictures: scenes.as_pixels(pictures, image_size)  # noqa: E731
+        return Eyes(module, scenes.key(image_size), scenes.WIDTH, image_size // scenes.PATCH, as_pixels)
+    from PIL import Image
+
+    built: Any = timm_encoder.build(name, image_size, pretrained=True, device=device)
+    patch = built.patch_embed.patch_size[0]
+
+    def pixels(pictures: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
+        return timm_encoder.pixels([Image.fromarray(picture) for picture in pictures], image_size, patch)
+
+    return Eyes(built, f"{name}-{image_size}px", built.num_features, grid_side(image_size, patch), pixels)
+
+
+def features(run: Run, out: Path, device: str = "cpu") -> FeatureCache | Uncached:
+    seen = eyes(run.encoder, run.image_size, out, device)
+    return FeatureCache(out / FEATURES, seen.key, seen) if run.cache else Uncached(seen)
+
+
+def model(run: Run, width: int) -> VLM:
+    """The language model with fresh (or published, run.init) weights, and a fresh connector.
+
+    Raises ValueError where the tokenizer has more tokens than the model.
+    """
+    words = len(text(run.tokenizer))
+    if run.init is None:
+        lm = models.build(run.model, seed=run.seed, **{"vocab_size": words, **run.model_overrides})
+    else:
+        lm = models.load(run.init)
+    if words > lm.config.vocab_size:
+        raise ValueError(
+            f"tokenizer={run.tokenizer!r} has {words} tokens and the model of run {run.name!r} "
+            f"{lm.config.vocab_size}; use the tokenizer that the model was made with"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)
+        return VLM(lm, width)

@@ -1,0 +1,165 @@
+"""`python -m vlm.predict RUN IMAGE "question"`: ask a trained VLM about a picture; boxes are drawn on it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import tyro
+
+from synthetic import store
+from synthetic.run import explain, fail, write_anything
+from vlm import parts, prompts
+from vlm.config import Run
+from vlm.data.cache import Uncached
+from vlm.data.samples import Sample
+from vlm.evaluate import answer_all, load, saved_run
+from vlm.model import VLM
+
+Picture = npt.NDArray[np.uint8]
+Task = Literal["auto", "vqa", "grounding", "captioning"]
+RIGHT, WRONG, SAID = (0, 130, 60), (200, 30, 30), (0, 90, 200)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Ask a trained VLM one question about a picture."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder that vlm.train printed."""
+    image: Annotated[Path, tyro.conf.Positional]
+    """Picture, in any format that Pillow reads."""
+    question: Annotated[str, tyro.conf.Positional] = ""
+    """What to ask. "Where is the red star?" asks for a box; nothing asks for a caption."""
+    task: Task = "auto"
+    """How the prompt is worded; auto decides by the question."""
+    out: Path | None = None
+    """Picture with the answered box. Default: <image>.answer.png in the current folder."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 2 for bad input."""
+    write_anything()
+    options = tyro.cli(Options, args=argv, prog="python -m vlm.predict")
+    try:
+        return predict(options)
+    except (ValueError, ImportError) as error:
+        return fail(str(error))
+    except OSError as error:
+        return fail(explain(error, str(options.out or ".")))
+
+
+def predict(options: Options) -> int:
+    picture = read_picture(options.image)
+    run, out = saved_run(options.run), options.run.parent
+    said = ask(load(run, out), run, out, picture, options.question, options.task)
+    print(said)
+    height, width = picture.shape[:2]
+    box = prompts.parse_box(said, width, height)
+    if box is not None:
+        path = options.out or Path(f"{options.image.stem}.answer.png")
+        drawn = draw(picture, [(box, SAID, "")], zoom=max(1, 384 // max(width, height)))
+        with store.replacing(path) as temporary:
+            drawn.save(temporary, format="PNG")
+        print(path)
+    return 0
+
+
+def read_picture(path: Path) -> Picture:
+    """(height, width, 3) uint8, RGB. Raises ValueError, in one line, for what is no picture."""
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError as error:
+        raise ImportError('pictures need pillow: pip install -e ".[vlm]"') from error
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except FileNotFoundError:
+        raise ValueError(f"IMAGE {path} does not exist; give a picture") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"IMAGE {path} is no picture that Pillow reads; give a PNG or JPEG file") from None
+
+
+def wording(question: str, task: Task, width: int, height: int) -> list[prompts.Chunk]:
+    """The prompt of a question in the words that training used."""
+    question = question.strip()
+    if task == "auto":
+        task = (
+            "captioning"
+            if not question
+            else "grounding"
+            if question.lower().startswith("where is ")
+            else "vqa"
+        )
+    if task == "captioning":
+        return prompts.captioning()
+    if not question:
+        raise ValueError(f"--task {task} needs a question; give one after the image")
+    if task == "vqa":
+        return prompts.vqa([(question, None)])
+    start = len("where is ") if question.lower().startswith("where is ") else 0
+    return prompts.grounding([(question[start:].rstrip("?"), None)], width, height)
+
+
+class _One:
+    """A source of one picture."""
+
+    name = fingerprint = "picture"
+
+    def __init__(self, sample: Sample, picture: Picture):
+        self.sample, self.seen = sample, picture
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.sample
+
+    def picture(self, image: str) -> Picture:
+        return self.seen
+
+    def keys(self) -> list[str]:
+        return [self.sample.image]
+
+
+def ask(
+    model: VLM, run: Run, out: Path, picture: Picture, question: str, task: Task = "auto", device: str = "cpu"
+) -> str:
+    """The model's answer about a picture (height, width, 3) uint8."""
+    height, width = picture.shape[:2]
+    sample = Sample("0", "picture", "0", task, tuple(wording(question, task, width, height)))
+    features = Uncached(parts.eyes(run.encoder, run.image_size, out, device))
+    with torch.no_grad():
+        return answer_all(model, run, features, _One(sample, picture), [sample], device, out)[0]
+
+
+def draw(
+    picture: Picture, framed: Sequence[tuple[prompts.Box, tuple[int, int, int], str]], zoom: int = 1
+) -> Any:
+    """Pillow image of a picture with boxes (in its pixels), their colours and labels, frames around them."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    height, width = picture.shape[:2]
+    image = Image.fromarray(picture).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(12)
+    for (x0, y0, x1, y1), colour, label in framed:
+        corners = (
+            min(x0, x1) * zoom - 2,
+            min(y0, y1) * zoom - 2,
+            max(x0, x1) * zoom + 1,
+            max(y0, y1) * zoom + 1,
+        )
+        pen.rectangle(corners, outline=colour, width=2)
+        if label:
+            pen.text((corners[0] + 3, corners[1] + 1), label, fill=colour, font=font)
+    return image
+
+
+if __name__ == "__main__":
+    sys.exit(main())

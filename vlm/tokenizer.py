@@ -1,0 +1,81 @@
+"""Tokenizers of a VLM: any of the hub's, or a small one made from the text it must read.
+
+Both are objects of the `tokenizers` library, so that encoding, decoding and files are its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlm.prompts import END
+
+# A piece: a number of a box, a word with the space before it, or one character; nothing is lost or added.
+PIECES = r"<\|endoftext\|>|###|&&|\d\.\d\d| ?[A-Za-z]+|\n|[^A-Za-z]"
+SPECIAL = (END, "###", "&&", "<|unknown|>")
+HELP = 'text needs tokenizers: pip install -e ".[vlm]"'
+
+
+@dataclass(frozen=True)
+class Text:
+    """encode and decode of a `tokenizers.Tokenizer`, without special tokens, and the markers' ids."""
+
+    tokenizer: Any
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a piece of text."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Up to the first end token."""
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=False)
+        return text.partition(END)[0]
+
+    @property
+    def markers(self) -> tuple[int, int]:
+        """Ids of begin and end of an image, and of the row separator. Raises ValueError if they are split."""
+        found = [self.encode(text) for text in ("###", "&&")]
+        if [len(ids) for ids in found] != [1, 1]:
+            raise ValueError(
+                f"the tokenizer splits the image markers '###' and '&&' into {found}; use another one"
+            )
+        return found[0][0], found[1][0]
+
+    def __len__(self) -> int:
+        return self.tokenizer.get_vocab_size()
+
+
+def from_words(texts: Iterable[str]) -> Text:
+    """Every piece of `texts` (see PIECES) a token, the end token first; others become one unknown token."""
+    try:
+        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    except ImportError as error:
+        raise ImportError(HELP) from error
+    split = pre_tokenizers.Split(Regex(PIECES), "removed", invert=True)
+    found = {piece for text in texts for piece, _ in split.pre_tokenize_str(text)}
+    vocabulary = {piece: i for i, piece in enumerate((*SPECIAL, *sorted(found - set(SPECIAL))))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL[-1]))
+    tokenizer.pre_tokenizer = split
+    tokenizer.decoder = decoders.Fuse()
+    return Text(tokenizer)
+
+
+def read(name: str) -> Text:
+    """A tokenizer by its name on the hub, or from a folder with tokenizer.json or such a file.
+
+    Raises ValueError, in one line, where there is none.
+    """
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise ImportError(HELP) from error
+    path = Path(name) / "tokenizer.json" if Path(name).is_dir() else Path(name)
+    try:
+        return Text(Tokenizer.from_file(str(path)) if path.exists() else Tokenizer.from_pretrained(name))
+    except Exception as error:  # the library raises Exception itself, for files and for the network
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"tokenizer={name!r} cannot be read ({said}); give a folder with tokenizer.json"
+        ) from error
