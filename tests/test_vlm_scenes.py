@@ -1,0 +1,207 @@
+"""Scenes as training data: prompts, tokenizer, patch annotation, scores and the guess without the image."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("tokenizers", reason="tokenizers is not installed; .ci/run installs it")
+pytest.importorskip("sklearn", reason="scikit-learn is not installed; .ci/run installs it")
+
+from vlm import parts, prompts, results, tokenizer
+from vlm.data.samples import Sample
+from vlm.scenes import TASKS, render, sample_scene
+from vlm.scenes import encoder as scenes
+from vlm.scenes.source import SOURCES, SceneSource
+
+
+def text(sample: Sample) -> str:
+    return "".join(chunk.text for chunk in sample.chunks)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_question_is_the_sample_without_its_answer(task):
+    asked, told = SceneSource(task, 30, answers=False), SceneSource(task, 30)
+    for i in range(30):
+        assert told[i].chunks[:-1] == asked[i].chunks and told[i].chunks[-1].supervised
+        assert not any(chunk.supervised for chunk in asked[i].chunks)
+        said = told[i].chunks[-1].text.removesuffix(prompts.END)
+        target = asked[i].target
+        if task == "caption":
+            assert said.lower() == target["references"][0].lower()
+        else:
+            assert results.right(asked[i], said) is True
+            assert results.plain(said) == results.plain(target["answer"])
+
+
+def test_packed_turns_are_about_the_scene_and_differ_between_images():
+    for task, turns in (("vqa", 7), ("locate", 6), ("describe", 6)):
+        source = SceneSource(task, 20, turns=turns)
+        answers = [[c.text for c in source[i].chunks if c.supervised] for i in range(20)]
+        assert {len(said) for said in answers} == {turns} and len({str(said) for said in answers}) == 20
+    source = SceneSource("locate", 20, turns=6)
+    for i in range(20):
+        said = [prompts.parse_box(c.text, 128, 128) for c in source[i].chunks if c.supervised]
+        boxes = sorted(item.box for item in sample_scene(0, "train", i).shapes)
+        assert np.allclose(sorted(said), boxes, atol=0.005 * 128 + 1e-9)
+    assert SceneSource("locate", 5)[3] == SceneSource("locate", 5)[3]
+    assert SceneSource("locate", 5, seed=1)[3] != SceneSource("locate", 5)[3]
+
+
+def test_unknown_tasks_are_refused():
+    with pytest.raises(ValueError, match="task 'dance' of scenes is unknown"):
+        SceneSource("dance", 3)
+
+
+def test_all_sources_of_a_split_show_the_same_pictures():
+    a, b = SceneSource("count", 4), SceneSource("locate", 4, turns=3)
+    assert a.fingerprint == b.fingerprint and a.keys() == b.keys()
+    assert np.array_equal(a.picture("2"), b.picture("2"))
+    assert np.array_equal(a.picture("2"), render(sample_scene(0, "train", 2)))
+    others = {
+        SceneSource("count", 4, split="heldout").fingerprint,
+        SceneSource("count", 4, seed=1).fingerprint,
+    }
+    assert len(others | {a.fingerprint}) == 3
+
+
+# --- tokenizer ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", SOURCES)
+@pytest.mark.parametrize("split", ["train", "heldout", "combination"])
+def test_the_tokenizer_knows_every_piece_of_scenes(task, split):
+    words = parts.text("scenes")
+    source = SceneSource(task, 60, split=split, seed=5, turns=6)
+    unknown = words.encode("~")
+    for i in range(60):
+        for chunk in source[i].chunks:
+            ids = words.encode(chunk.text)
+            assert words.tokenizer.decode(ids, skip_special_tokens=False) == chunk.text
+            assert not set(unknown) & set(ids)
+
+
+@given(st.lists(st.floats(0, 1), min_size=4, max_size=4))
+def test_every_box_is_eleven_tokens_with_its_end(numbers):
+    words = parts.text("scenes")
+    box = "[" + ",".join(f"{n:.2f}" for n in numbers) + "]." + prompts.END
+    ids = words.encode(box)
+    assert len(ids) == 11 and ids[-1] == words.encode(prompts.END)[0] == 0
+    assert words.decode(ids) == box.removesuffix(prompts.END)
+
+
+def test_a_tokenizer_is_read_from_a_folder_and_markers_are_single(tmp_path):
+    words = tokenizer.from_words(["A red star.\n"])
+    words.tokenizer.save(str(tmp_path / "tokenizer.json"))
+    for name in (tmp_path, tmp_path / "tokenizer.json"):
+        read = tokenizer.read(str(name))
+        assert read.encode("A red star.") == words.encode("A red star.") and read.markers == words.markers
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"cannot be read .* give a folder with tokenizer.json"):
+        tokenizer.read(str(tmp_path))
+    from tokenizers import Tokenizer, models
+
+    split = tokenizer.Text(Tokenizer(models.BPE(vocab={"#": 0, "&": 1}, merges=[])))
+    with pytest.raises(ValueError, match="splits the image markers"):
+        split.markers  # noqa: B018
+
+
+# --- the encoder's annotation -------------------------------------------------------------------------------
+
+
+def test_patches_belong_to_the_object_that_covers_most_of_them():
+    """Against counting pixels of boxes one by one, at a size where patch edges are pixel edges."""
+    side = 16
+    for index in range(8):
+        scene = sample_scene(3, "train", index)
+        labels, boxes = scenes.annotation(scene, side)
+        for patch in range(side * side):
+            y, x = divmod(patch, side)
+            covered = []
+            for item in scene.objects:
+                x0, y0, x1, y1 = item.box
+                pixels = sum(
+                    x0 <= 8 * x + dx < x1 and y0 <= 8 * y + dy < y1 for dx in range(8) for dy in range(8)
+                )
+                covered.append(pixels / 64)
+            best = int(np.argmax(covered))
+            if covered[best] <= 0.1:
+                assert labels["kind"][patch] == 0 and labels["name"][patch] == -1
+                continue
+            item = scene.objects[best]
+            assert labels["kind"][patch] == ["none", "shape", "digit", "word"].index(item.kind)
+            assert np.allclose(boxes[patch] * scene.size, item.box)
+            assert (labels["size"][patch] >= 0) == (item.kind == "shape")
+
+
+def test_a_few_steps_teach_the_encoder_and_its_file_is_used_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(scenes, "EPOCHS", 4)
+    monkeypatch.setattr(scenes, "BATCH", 16)
+    encoder = scenes.trained(tmp_path, 32, images=64, progress=False)
+    monkeypatch.setattr(scenes, "_train", None)  # a second training would fail
+    again = scenes.trained(tmp_path, 32, images=64, progress=False)
+    x = scenes.as_pixels([render(sample_scene(0, "train", 1))], 32)
+    assert torch.equal(encoder(x), again(x)) and encoder(x).shape == (1, 16, scenes.WIDTH)
+    torch.manual_seed(0)
+    fresh = scenes.SceneEncoder(32)
+    assert not torch.equal(fresh(x), encoder(x))
+    assert not any(p.requires_grad for p in encoder.parameters())
+    with pytest.raises(ValueError, match="image_size=36 must be a multiple"):
+        scenes.trained(tmp_path, 36)
+
+
+# --- scores -------------------------------------------------------------------------------------------------
+
+
+def boxed(box, said="") -> Sample:
+    target = {"answer": prompts.box_text(box, 100, 100), "box": list(box), "width": 100, "height": 100}
+    return Sample("0", "s", "0", "grounding", (prompts.Chunk("Where?"),), target)
+
+
+def test_boxes_are_right_above_half_an_overlap():
+    gold = boxed((0, 0, 40, 40))
+    assert results.right(gold, "[0.00,0.00,0.40,0.40].") and not results.right(gold, "no box")
+    assert not results.right(gold, "[0.00,0.00,0.20,0.40].")  # exactly half
+    rows = results.score([gold, gold], ["[0.00,0.00,0.40,0.40].", "[0.00,0.00,0.20,0.40]."])
+    assert {row["metric"]: row["value"] for row in rows} == {"iou@0.5": 0.5, "mean_iou": 0.75}
+
+
+def answered(question: str, answer: str) -> Sample:
+    return Sample("0", "s", "0", "count", (prompts.Chunk(question),), {"answer": answer})
+
+
+def test_the_guess_without_the_image_knows_the_question_only():
+    train = [
+        answered("a", "1"),
+        answered("a", "1"),
+        answered("a", "2"),
+        answered("b", "3"),
+        answered("c", "3"),
+    ]
+    test = [answered("a", "x"), answered("b", "x"), answered("never asked", "x")]
+    # 1 and 3 are as frequent in all; which one a tie goes to must not change from run to run
+    assert results.question_only(train, test) == ["1", "3", "1"] == results.question_only(train, test)
+    with pytest.raises(ValueError, match="no training samples"):
+        results.question_only([], test)
+
+
+def test_the_best_single_box_is_right_more_often_than_any_other_training_box():
+    rng = np.random.default_rng(0)
+    corners = rng.integers(0, 60, (40, 2))
+    samples = [boxed((int(x), int(y), int(x) + 40, int(y) + 40)) for x, y in corners]
+    guess = results.question_only(samples, samples[:1])[0]
+    hits = [sum(bool(results.right(s, other.target["answer"])) for s in samples) for other in samples]
+    assert sum(bool(results.right(s, guess)) for s in samples) == max(hits)
+
+
+def test_captions_are_scored_by_pycocoevalcap():
+    pytest.importorskip("pycocoevalcap", reason="pycocoevalcap is not installed; .ci/run installs it")
+    source = SceneSource("caption", 5, answers=False)
+    samples = [source[i] for i in range(5)]
+    told = [sample.target["references"][0] for sample in samples]
+    perfect = {row["metric"]: row["value"] for row in results.score(samples, told)}
+    shuffled = {row["metric"]: row["value"] for row in results.score(samples, told[1:] + told[:1])}
+    assert perfect["bleu4"] == pytest.approx(1) and perfect["cider"] > 5 > shuffled["cider"]
