@@ -1,4 +1,4 @@
-"""Training of VLMs by stages: resuming, sharing, freezing, averaging; then evaluation and prediction of them."""
+"""Training of VLMs by stages: resuming, sharing, freezing, averaging; then evaluation and prediction."""
 
 from __future__ import annotations
 
@@ -85,9 +85,10 @@ def test_runs_share_the_stages_that_they_have_in_common_and_no_others():
     a, b = run(layout="agnostic", name="a"), run(layout="query-first", name="b")
     assert a.stage_ids()[0] == b.stage_ids()[0] and a.stage_ids()[1] != b.stage_ids()[1]
     others = [
-        run(seed=1), run(image_size=64), run(precision="bf16"), run("mamba"), run(model_overrides={"n_layer": 2}),
+        run(seed=1), run(image_size=64), run(precision="bf16"), run("mamba"),
+        run(model_overrides={"n_layer": 2}),
         run(stages=(dataclasses.replace(FIRST, lr=1e-3), SECOND)),
-        run(stages=(dataclasses.replace(FIRST, data={"vqa": Scenes("vqa", 41, turns=2)}, weights=None), SECOND)),
+        run(stages=(dataclasses.replace(FIRST, weights={"locate": 2, "vqa": 1}), SECOND)),
     ]  # fmt: skip
     assert len({a.stage_ids()[0], *(other.stage_ids()[0] for other in others)}) == 1 + len(others)
     workers = run(stages=(dataclasses.replace(FIRST, workers=2), SECOND))
@@ -262,7 +263,7 @@ def test_bad_input_of_the_others_is_one_line(command, tmp_path, capsys):
 
 @pytest.mark.parametrize("wrong", [{"layout": "sideways"}, {"stages": ()}, {"image_size": 4}])
 def test_impossible_runs_are_refused(wrong):
-    with pytest.raises(ValueError, match="sideways|no stages|too small"):
+    with pytest.raises(ValueError, match=r"sideways|no stages|too small"):
         run(**wrong)
 
 

@@ -8,10 +8,12 @@ the same order.
 from __future__ import annotations
 
 import math
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -60,7 +62,10 @@ class Options:
     only: str = ""
     """Train only the runs whose name contains this."""
     threads: int = 0
-    """CPU threads; 0 = as PyTorch chooses. Two processes of one thread are faster than one of two."""
+    """CPU threads of a process; 0 = the cores divided by the processes."""
+    jobs: int = 0
+    """Processes that share the runs out among them: one thread each is faster than one of several. 0 = one a \
+core, as far as there are runs; a single one with a GPU or under accelerate launch."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,17 +83,52 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train_all(options: Options) -> int:
-    from rich.console import Console
-
     from models.ops.memory import keep_freed_memory
 
     keep_freed_memory()
-    if options.threads:
-        torch.set_num_threads(options.threads)
     runs = [run for run in read_file(options.config) if options.only in run.name]
     if not runs:
         raise ValueError(f"--only {options.only}: no run of {options.config} has that in its name")
+    for name in ("jobs", "threads"):
+        if getattr(options, name) < 0:
+            raise ValueError(f"--{name} {getattr(options, name)} must be at least 1, or 0 for the default")
     accelerator = accelerate(runs)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    several = accelerator.num_processes > 1 or accelerator.device.type != "cpu"
+    jobs = options.jobs or (1 if several else min(cores, len(runs)))
+    threads = options.threads or (max(1, cores // jobs) if jobs > 1 else 0)
+    if threads:
+        torch.set_num_threads(threads)
+    if jobs > 1:
+        print(f"{jobs} processes share {len(runs)} runs; what follows is the first one's part", flush=True)
+    with helpers(options, jobs - 1, threads):
+        return train_here(options, runs, accelerator)
+
+
+@contextmanager
+def helpers(options: Options, count: int, threads: int) -> Iterator[None]:
+    """Processes with the same command, which take what this one has not begun; waits for them at the end.
+
+    Raises ValueError if one failed: its own line says why.
+    """
+    command = [sys.executable, "-m", "vlm.train", str(options.config), "--out", str(options.out)]
+    command += ["--only", options.only, "--jobs", "1", "--threads", str(threads)]
+    started = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(count)]
+    try:
+        yield
+        failed = [process.wait() for process in started if process.wait() not in (0, INTERRUPTED)]
+        if failed:
+            raise ValueError(f"a process that shared this training ended with status {failed[0]}")
+    finally:
+        for process in started:
+            process.terminate()  # asks it to stop after its step, if it is still there
+            process.wait()
+
+
+def train_here(options: Options, runs: Sequence[Run], accelerator: Any) -> int:
+    """What one process does of the runs; returns the exit status."""
+    from rich.console import Console
+
     console = Console(quiet=not accelerator.is_main_process)
     stop = StopSignals()
     for run, number in shared_out(runs, options.out, alone=accelerator.num_processes == 1):

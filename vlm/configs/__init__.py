@@ -1,0 +1,1 @@
+"""Configs of `python -m vlm.train`: Python files whose get_config() returns vlm.config.Run's."""

@@ -1,0 +1,55 @@
+"""Both VLMs, tiny, on rendered scenes: `python -m vlm.train vlm/configs/cpu_tiny.py`.
+
+A first stage learns to describe boxes and to find what is described, the second everything that is asked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vlm.config import Run, Scenes, Stage
+
+IMAGES, TURNS, HELDOUT = 8000, 6, 400
+TASKS = (
+    "existence", "count", "attribute", "comparison", "spatial",
+    "grounding", "pointing", "reading-digit", "reading-word",
+)  # fmt: skip
+# About half a million weights each; attention in two layers, as its lookups need two steps.
+MODELS: dict[str, dict[str, Any]] = {
+    "transformer-tiny": dict(n_head=2, init_std=0.06),
+    "mamba-tiny": {},
+}
+
+
+def train(task: str) -> Scenes:
+    return Scenes(task, IMAGES, turns=TURNS)
+
+
+ALIGN = Stage(
+    data={name: train(name) for name in ("locate", "describe", "caption")},
+    weights={"locate": 6, "describe": 3, "caption": 1},
+    steps=500,
+    batch_size=32,
+    lr=3e-3,
+)
+ANSWER = Stage(
+    data={name: train(name) for name in ("locate", "vqa", "pointing", "describe", "caption")},
+    weights={"locate": 4, "vqa": 4, "pointing": 1, "describe": 0.5, "caption": 0.5},
+    steps=1500,
+    batch_size=32,
+    lr=2e-3,
+)
+
+
+def get_config() -> list[Run]:
+    evaluation = {task: Scenes(task, HELDOUT, "heldout") for task in TASKS}
+    return [
+        Run(
+            name=model.partition("-")[0],
+            model=model,
+            model_overrides=overrides,
+            stages=(ALIGN, ANSWER),
+            evaluation=evaluation,
+        )
+        for model, overrides in MODELS.items()
+    ]
