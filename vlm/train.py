@@ -64,7 +64,7 @@ class Options:
     threads: int = 0
     """CPU threads of a process; 0 = the cores divided by the processes."""
     jobs: int = 0
-    """Processes that share the runs out among them: one thread each is faster than one of several. 0 = one a \
+    """Processes that share the runs out among them; one thread each is faster than several. 0 = one a \
 core, as far as there are runs; a single one with a GPU or under accelerate launch."""
 
 
