@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlm.data.mixture import Mixture
 from vlm.data.samples import Sample, Source
-from vlm.layout import IGNORE, AnswerCut, Encode, sequence
+from vlm.layout import IGNORE, Encode, TooLong, sequence
 
 CACHED_TEXTS = 1 << 14  # instructions, choices and short answers come again and again
 TRIES = 100
@@ -77,10 +77,10 @@ def batches(
     """Batches number start .. stop - 1 of a mixture's order under `seed`.
 
     encode: text -> ids, without special tokens. side: patches along an image's side. layout, max_length: of
-    `vlm.layout.sequence`; an example whose prompt leaves no room for an answer is replaced by the next one of
-    its source, and a warning is logged. group: each window of that many batches is sorted by length, cut into
-    batches of like lengths, and these are shuffled. workers: processes that prepare windows ahead; where they
-    are not forked, mixture and encode must be picklable.
+    `vlm.layout.sequence`; where a prompt leaves no room for the image or an answer, the next example of its
+    source takes its place, and a warning is logged. group: each window of that many batches is sorted by
+    length, cut into batches of like lengths, and these are shuffled. workers: processes that prepare windows
+    ahead; where they are not forked, mixture and encode must be picklable.
 
     Raises ValueError for a batch size or group below 1 or a negative start, and what reading samples raises.
     """
@@ -148,19 +148,20 @@ class _Windows(Dataset):
         return lru_cache(CACHED_TEXTS)(self.encode)
 
     def _fitting(self, name: str, index: int) -> tuple[Sample, list[int], list[int]]:
-        """The sample, or the next of its source whose answers begin within max_length; its ids and labels."""
+        """The sample, or the next of its source that max_length has room for; its ids and labels."""
         source = self.mixture.sources[name]
-        for tried in range(min(TRIES, len(source))):
+        tries = min(TRIES, len(source))
+        for tried in range(tries):
             sample = source[(index + tried) % len(source)]
             try:
                 return sample, *sequence(
                     sample.chunks, self.cached_encode, self.side, self.layout, self.max_length
                 )
-            except AnswerCut as error:
+            except TooLong as error:
                 log.warning("%s %s is left out: %s", name, sample.id, error)
         raise ValueError(
-            f"{name}: {TRIES} examples in a row from number {index} on leave no room for an answer in "
-            f"max_length={self.max_length}; raise it"
+            f"{name}: {tries} examples in a row from number {index} on leave no room for the image or an "
+            f"answer in max_length={self.max_length}; raise it"
         )
 
 
