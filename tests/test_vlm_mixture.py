@@ -246,7 +246,7 @@ def test_prompts_without_room_for_an_answer_are_replaced_and_named(caplog):
     assert all(batch.input_ids.shape[1] <= fits[5] for batch in found)
     for order in prompts.LAYOUTS:
         with pytest.raises(
-            ValueError, match="13 examples in a row from number .* no room for the image or an"
+            ValueError, match=r"13 examples in a row from number .* no room for the image or an"
         ):
             made(mix, 0, 1, max_length=60, layout=order)
     with pytest.raises(ValueError, match="cuts the image"):
