@@ -23,8 +23,8 @@ IGNORE = -100  # label of what is not supervised
 Encode = Callable[[str], list[int]]
 
 
-class AnswerCut(ValueError):
-    """A sequence whose answers all lie behind its greatest length."""
+class TooLong(ValueError):
+    """A prompt that leaves no room for the image or for an answer."""
 
 
 def grid_side(pixels: int, patch: int = 14) -> int:
@@ -58,8 +58,8 @@ def sequence(
 
     encode: text -> ids, without special tokens. max_length: cuts the sequence, as published training does.
     markers: as for `image_ids`.
-    Raises ValueError if that would cut the image, AnswerCut if it would leave no supervised token where there
-    was one.
+    Raises ValueError if that cuts any image of this size, TooLong (one, too) if only this prompt has it cut,
+    or leaves no supervised token where there was one.
     """
     place = image_place(chunks, layout)
     ids: list[int] = []
@@ -76,15 +76,14 @@ def sequence(
     if max_length is None or len(ids) <= max_length:
         return ids, labels
     if image_stop > max_length:
-        raise ValueError(
+        error = TooLong if side * (side + 1) + 1 <= max_length else ValueError
+        raise error(
             f"max_length={max_length} cuts the image, which ends at token {image_stop}; use at least that"
         )
     answered = any(label != IGNORE for label in labels)
     ids, labels = ids[:max_length], labels[:max_length]
     if answered and all(label == IGNORE for label in labels):
-        raise AnswerCut(
-            f"max_length={max_length} leaves no token of an answer; shorten the prompt or raise it"
-        )
+        raise TooLong(f"max_length={max_length} leaves no token of an answer; shorten the prompt or raise it")
     return ids, labels
 
 

@@ -92,9 +92,10 @@ def captioning(caption: str | None = None) -> list[Chunk]:
     return [Chunk(INSTRUCTIONS["captioning"] + "\n"), *_answer(caption)]
 
 
-def vqa(turns: Sequence[tuple[str, str | None]], *, keep_case: bool = False) -> list[Chunk]:
-    """Questions about one image and their answers."""
-    chunks = [Chunk(INSTRUCTIONS["vqa"])]
+def vqa(turns: Sequence[tuple[str, str | None]], *, ocr: str = "", keep_case: bool = False) -> list[Chunk]:
+    """Questions about one image and their answers. ocr: words in it (TextVQA)."""
+    first = INSTRUCTIONS["vqa"]
+    chunks = [Chunk(f"{first}\nOCR text:\n{ocr}" if ocr else first)]
     for question, answer in turns:
         chunks.append(Chunk(f"\nQuestion: {sentence(question, keep_case=keep_case)}\nAnswer: "))
         chunks += _answer(answer, keep_case=keep_case)

@@ -144,12 +144,9 @@ def genome_questions(folder: Path, split: str) -> Iterator[Question]:
 
 def grit(folder: Path, split: str) -> Iterator[GroundedCaption]:
     """One record per image of the img2dataset shards; chunks with the same characters become one span."""
-    paths = sorted(path for path in Path(folder).glob("*/*.json") if path.with_suffix(".jpg").exists())
-    if not paths:
-        raise FileNotFoundError(
-            f"{folder} has no SHARD/KEY.json next to its KEY.jpg: download GRIT's images with img2dataset"
-        )
-    for path in paths:
+    empty = True
+    for path in _grit_files(folder):
+        empty = False
         with structure(path):
             row = load_json(path)
             width, height = int(row["width"]), int(row["height"])
@@ -175,3 +172,13 @@ def grit(folder: Path, split: str) -> Iterator[GroundedCaption]:
                     for (start, end), chunk in sorted(found.items())
                 ),
             )
+    if empty:
+        raise FileNotFoundError(
+            f"{folder} has no SHARD/KEY.json next to its KEY.jpg: download GRIT's images with img2dataset"
+        )
+
+
+def _grit_files(folder: Path) -> Iterator[Path]:
+    """Descriptions that have an image, a shard's names in memory at a time."""
+    for shard in sorted(path for path in folder.glob("*/") if path.is_dir()):
+        yield from sorted(path for path in shard.glob("*.json") if path.with_suffix(".jpg").exists())

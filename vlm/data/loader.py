@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlm.data.mixture import Mixture
 from vlm.data.samples import Sample, Source
-from vlm.layout import BEGIN, IGNORE, ROW, AnswerCut, Encode, sequence
+from vlm.layout import BEGIN, IGNORE, ROW, Encode, TooLong, sequence
 
 CACHED_TEXTS = 1 << 14  # instructions, choices and short answers come again and again
 TRIES = 100
@@ -79,10 +79,10 @@ def batches(
 
     encode: text -> ids, without special tokens. side: patches along an image's side. layout, markers,
     max_length: of `vlm.layout.sequence`; of several layouts each window (see group) has the next one in turn;
-    an example whose prompt leaves no room for an answer is replaced by the next one of
-    its source, and a warning is logged. group: each window of that many batches is sorted by length, cut into
-    batches of like lengths, and these are shuffled. workers: processes that prepare windows ahead; where they
-    are not forked, mixture and encode must be picklable.
+    where a prompt leaves no room for the image or an answer, the next example of its source takes its place,
+    and a warning is logged. group: each window of that many batches is sorted by length, cut into batches of
+    like lengths, and these are shuffled. workers: processes that prepare windows ahead; where they are not
+    forked, mixture and encode must be picklable.
 
     Raises ValueError for a batch size or group below 1 or a negative start, and what reading samples raises.
     """
@@ -153,19 +153,20 @@ class _Windows(Dataset):
         return lru_cache(CACHED_TEXTS)(self.encode)
 
     def _fitting(self, name: str, index: int, layout: str) -> tuple[Sample, list[int], list[int]]:
-        """The sample, or the next of its source whose answers begin within max_length; its ids and labels."""
+        """The sample, or the next of its source that max_length has room for; its ids and labels."""
         source = self.mixture.sources[name]
-        for tried in range(min(TRIES, len(source))):
+        tries = min(TRIES, len(source))
+        for tried in range(tries):
             sample = source[(index + tried) % len(source)]
             try:
                 return sample, *sequence(
                     sample.chunks, self.cached_encode, self.side, layout, self.max_length, self.markers
                 )
-            except AnswerCut as error:
+            except TooLong as error:
                 log.warning("%s %s is left out: %s", name, sample.id, error)
         raise ValueError(
-            f"{name}: {TRIES} examples in a row from number {index} on leave no room for an answer in "
-            f"max_length={self.max_length}; raise it"
+            f"{name}: {tries} examples in a row from number {index} on leave no room for the image or an "
+            f"answer in max_length={self.max_length}; raise it"
         )
 
 

@@ -70,11 +70,10 @@ class Mixture:
         """As `_shuffled`, by weight: a source against the rest, the next against what remains, ..."""
         assert self.weights is not None
         which, places = np.zeros_like(numbers), np.zeros_like(numbers)
-        open_, left, rest = np.arange(len(numbers)), numbers, math.fsum(self.weights.values())
+        open_, left = np.arange(len(numbers)), numbers
         for i, name in enumerate(self.used):
-            last = i == len(self.used) - 1
-            share = 1 << SHARE_BITS if last else round(self.weights[name] / rest * (1 << SHARE_BITS))
-            rest -= self.weights[name]
+            rest = math.fsum(self.weights[other] for other in self.used[i:])
+            share = round(self.weights[name] / rest * (1 << SHARE_BITS))
             before, after = _taken(left, share), _taken(left + 1, share)  # of this source, until each number
             mine = after > before
             epochs, at = np.divmod(before[mine], self.lengths[i])

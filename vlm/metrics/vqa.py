@@ -124,3 +124,8 @@ def published_accuracy(prediction: str, answers: Sequence[str]) -> float:
     text = prediction.lower().replace(",", "").replace("?", "").replace("'s", " 's")
     agree = sum(answer == normalise(text) for answer in answers)
     return min(1.0, round(0.3 * agree, 1))
+
+
+def exact_match(prediction: str, answer: str) -> float:
+    """GQA's accuracy of one prediction, 0 or 1: the same text but for case, and one final full stop."""
+    return float(prediction.strip().removesuffix(".").lower() == answer.strip().lower())

@@ -1,0 +1,91 @@
+"""JSON values by number: lines of one text with the places where they end, in memory or in a mapped file.
+
+Reading value i neither parses nor holds the others, and processes that read the same file share its memory.
+On disk: NAME.jsonl, and NAME.npy with the ends; the latter is written last, so its presence means whole.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import mmap
+from array import array
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+from filelock import FileLock
+
+from synthetic.store import replacing
+
+
+class Lines:
+    """A sequence of JSON values. text: all lines; ends: (N,) int64, where each one's ends."""
+
+    def __init__(self, text: bytes | mmap.mmap, ends: npt.NDArray[np.int64], path: Path | None = None):
+        self.text, self.ends, self.path = text, ends, path
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(f"line {index} of {len(self)}")
+        return json.loads(self.text[self.ends[index - 1] if index else 0 : self.ends[index]])
+
+    def __reduce__(self) -> tuple[Callable[..., Lines], tuple[Any, ...]]:
+        return (Lines, (self.text, self.ends)) if self.path is None else (opened, (self.path,))
+
+
+def in_memory(values: Iterable[Any]) -> Lines:
+    """Takes what the lines take, about as much as the official files, and 8 bytes a line."""
+    text = io.BytesIO()
+    ends = _write(text, values)
+    return Lines(text.getvalue(), ends)
+
+
+def on_disk(path: Path, values: Callable[[], Iterable[Any]]) -> Lines:
+    """The lines in `path` (.jsonl); written first, by one process while others wait, if they are not there.
+
+    Raises ValueError, in one line, for damaged files.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if not path.with_suffix(".npy").exists():
+            for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a killed process
+                left.unlink()
+            with replacing(path) as temporary, open(temporary, "wb") as file:
+                ends = _write(file, values())
+            with replacing(path.with_suffix(".npy")) as temporary, open(temporary, "wb") as file:
+                np.save(file, ends)
+    return opened(path)
+
+
+def opened(path: Path) -> Lines:
+    """The lines that `on_disk` wrote. Raises ValueError, in one line, for damaged files."""
+    try:
+        ends = np.load(path.with_suffix(".npy"), mmap_mode="r")
+        with open(path, "rb") as file:
+            text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if ends.ndim != 1 or ends.dtype != np.int64 or ends[-1] != len(text):
+            raise ValueError(f"{len(text)} bytes do not fit to the lines' ends")
+    except (OSError, ValueError, EOFError, IndexError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"{path} is damaged ({said}); delete {path.with_suffix('.*')} to make it anew"
+        ) from error
+    return Lines(text, ends, path)
+
+
+def _write(file: BinaryIO, values: Iterable[Any]) -> npt.NDArray[np.int64]:
+    """Write the lines and return their ends. Raises ValueError if there are none."""
+    ends = array("q")
+    end = 0
+    for value in values:
+        end += file.write(json.dumps(value, separators=(",", ":")).encode() + b"\n")
+        ends.append(end)
+    if not end:
+        raise ValueError("there is nothing to write")
+    return np.frombuffer(ends, np.int64)

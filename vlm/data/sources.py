@@ -1,0 +1,132 @@
+"""Official files as a `Source`: samples by number, pictures by name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vlm.data import lines, registry
+from vlm.data.records import Record
+from vlm.data.samples import Sample
+from vlm.data.turns import Rules, samples
+from vlm.prompts import INSTRUCTIONS, Chunk
+
+VERSION = 1  # raise it when records lead to other samples: indices on disk are then made anew
+
+
+class FileSource:
+    """One split of a data set of `vlm.data.registry`, as samples.
+
+    annotation_folder: the official files. image_folder: the pictures, as the files name them below it.
+    rules: what samples are made of the records (`vlm.data.turns.Rules`), for training by default.
+    options: the reader's own, such as expressions="last".
+
+    Official files are read once, in their order, and their samples written as lines with an index of where
+    each one stands; sample i is then one look-up, so any order can be resumed at any place. index_folder None
+    keeps the lines in memory: about the size of the official files. With a folder they stay on disk for the
+    next run, mapped and shared between processes, and memory holds 8 bytes a sample: for Visual Genome, GRIT
+    and LLaVA. That costs the disk, one pass (a JSON file is parsed whole; GRIT, which has a file an image, is
+    read shard by shard), and another one whenever files, rules or options change.
+
+    Raises ValueError and FileNotFoundError, in one line, for unknown names, missing and malformed files.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        annotation_folder: str | Path,
+        image_folder: str | Path,
+        split: str,
+        *,
+        rules: Rules | None = None,
+        index_folder: str | Path | None = None,
+        **options: str,
+    ):
+        self.name, self.split = name, split
+        self.annotations, self.images = Path(annotation_folder), Path(image_folder)
+        self.rules = rules or Rules()
+        self.options = options
+        self.fingerprint = f"files in {self.images.resolve()}"
+        if index_folder is None:
+            self.lines = lines.in_memory(self._rows())
+        else:
+            folder = Path(index_folder)
+            self.lines = lines.on_disk(folder / f"{name}-{split}-{self._state(folder)}.jsonl", self._rows)
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, index: int) -> Sample:
+        id_, image, task, texts, target = self.lines[index]
+        chunks = tuple(Chunk(text, bool(supervised)) for text, supervised in texts)
+        return Sample(id_, self.name, image, task, chunks, target)
+
+    def picture(self, image: str) -> npt.NDArray[np.uint8]:
+        """(height, width, 3) uint8, RGB, as stored. Raises FileNotFoundError or ValueError, in one line."""
+        with _opened(self.images / image, self.name) as found:
+            return np.asarray(found.convert("RGB"))
+
+    def keys(self) -> Sequence[str]:
+        """Every picture's key once, in the order of the samples; one pass over them when first asked for."""
+        return self._keys
+
+    @cached_property
+    def _keys(self) -> list[str]:
+        return list(dict.fromkeys(self.lines[i][1] for i in range(len(self))))
+
+    def _rows(self) -> Iterator[Any]:
+        """The samples as JSON values."""
+        records = registry.read(self.name, self.annotations, self.split, **self.options)
+        empty = True
+        for sample in samples(records, self.rules, self._size):
+            empty = False
+            texts = [(chunk.text, int(chunk.supervised)) for chunk in sample.chunks]
+            yield sample.id, sample.image, sample.task, texts, sample.target
+        if empty:
+            what = "to train on" if self.rules.training else "to ask"
+            raise ValueError(f"{self.name} has nothing {what} in split {self.split!r}; use another split")
+
+    def _size(self, record: Record) -> tuple[int, int]:
+        """Width and height from the header of a picture."""
+        with _opened(self.images / record.image, self.name) as found:
+            return found.size
+
+    def _state(self, index_folder: Path) -> str:
+        """Hash of what the samples depend on: rules, options, and the official files by size and time."""
+        listed = registry.DATASETS[self.name].files if self.name in registry.DATASETS else ()
+        patterns = {re.sub(r"\{.*?\}|SHARD", "*", file).split("/")[0] for file in listed}
+        found = {path for pattern in patterns for path in self.annotations.glob(pattern)}
+        stats = [
+            (path.name, path.stat()) for path in sorted(found) if path.resolve() != index_folder.resolve()
+        ]
+        files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+        folders = [str(self.annotations.resolve()), self.fingerprint]
+        state = [VERSION, INSTRUCTIONS, asdict(self.rules), self.options, folders, files]
+        return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@contextmanager
+def _opened(path: Path, name: str) -> Iterator[Any]:
+    """A picture of Pillow whose pixels are not read yet; what goes wrong until it is closed is one line."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError('pictures need Pillow: pip install -e ".[vlm]"') from error
+    try:
+        with Image.open(path) as image:
+            yield image
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: {name} needs it; complete the image folder") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be read as a picture ({said}); download it again") from error
