@@ -31,7 +31,7 @@ def test_a_question_is_the_sample_without_its_answer(task):
         said = told[i].chunks[-1].text.removesuffix(prompts.END)
         target = asked[i].target
         if task == "caption":
-            assert said.lower() == target["references"][0].lower()
+            assert said.lower() == target["captions"][0].lower()
         else:
             assert results.right(asked[i], said) is True
             assert results.plain(said) == results.plain(target["answer"])
@@ -197,11 +197,49 @@ def test_the_best_single_box_is_right_more_often_than_any_other_training_box():
     assert sum(bool(results.right(s, guess)) for s in samples) == max(hits)
 
 
+def asked(source: str, **target) -> Sample:
+    return Sample(str(len(target)), source, "0", "any", (prompts.Chunk("?"),), target)
+
+
+@pytest.mark.parametrize(
+    ("samples", "answers", "wanted"),
+    [
+        # by hand: 3 of 10 agree -> (3 x 2/3 + 7 x 1) / 10 and 0.9; nobody agrees -> 0
+        (
+            [asked("vqav2", answers=["red"] * 3 + ["blue"] * 7)] * 2,
+            ["Red.", "green"],
+            {"vqa_accuracy": 0.45, "vqa_accuracy_published": 0.45},
+        ),
+        ([asked("gqa", answers=["Table"])] * 2, ["table.", "chair."], {"accuracy": 0.5}),
+        (
+            [asked("pope", answers=["yes"], label=True), asked("pope", answers=["no"], label=False)],
+            ["Yes.", "Yes."],
+            {"accuracy": 0.5, "precision": 0.5, "recall": 1.0, "f1": 2 / 3, "yes_rate": 1.0},
+        ),
+        (
+            [asked("vsr", label=True, relation="on"), asked("vsr", label=False, relation="on")],
+            ["True.", "False."],
+            {"accuracy": 1.0, "precision": 1.0, "recall": 1.0, "f1": 1.0, "yes_rate": 0.5},
+        ),
+        ([asked("ai2d", choices=["a", "b"], answer=1)] * 2, ["B.", "A."], {"accuracy": 0.5}),
+        (
+            [asked("visual7w-pointing", boxes=[[0, 0, 1, 1]] * 2, answer=0, width=9, height=9)],
+            ["A."],
+            {"accuracy": 1.0},
+        ),
+        ([asked("llava-instruct", text="so")], ["so"], {}),
+        ([asked("aokvqa", choices=["a", "b"], answer=None)], ["A."], {}),
+    ],
+)  # fmt: skip
+def test_official_targets_have_their_metrics(samples, answers, wanted):
+    assert {row["metric"]: row["value"] for row in results.score(samples, answers)} == pytest.approx(wanted)
+
+
 def test_captions_are_scored_by_pycocoevalcap():
     pytest.importorskip("pycocoevalcap", reason="pycocoevalcap is not installed; .ci/run installs it")
     source = SceneSource("caption", 5, answers=False)
     samples = [source[i] for i in range(5)]
-    told = [sample.target["references"][0] for sample in samples]
+    told = [sample.target["captions"][0] for sample in samples]
     perfect = {row["metric"]: row["value"] for row in results.score(samples, told)}
     shuffled = {row["metric"]: row["value"] for row in results.score(samples, told[1:] + told[:1])}
     assert perfect["bleu4"] == pytest.approx(1) and perfect["cider"] > 5 > shuffled["cider"]

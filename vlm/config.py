@@ -24,7 +24,7 @@ TRAINING_VERSION = 1  # raise it when a config leads to other numbers than befor
 
 @dataclass(frozen=True)
 class Scenes:
-    """Samples of rendered scenes (`vlm.scenes.source.SceneSource`): one task, an image each."""
+    """Samples of rendered scenes (`vlm.scenes.source.SceneSource`), an image each."""
 
     task: str
     images: int
@@ -46,11 +46,70 @@ class Scenes:
         return CHANCE.get(self.task)
 
     def training(self) -> Scenes | None:
-        """What a guess without the image learns from; None for captions, which have no single answer."""
+        """What a guess without the image learns from; None for captions: no single answer."""
         return None if self.task == "caption" else dataclasses.replace(self, split="train", images=4000)
 
 
-Data = Scenes
+@dataclass(frozen=True)
+class Files:
+    """Samples of official files (`vlm.data.sources.FileSource`).
+
+    dataset, split: of `vlm.data.registry`. annotations, images: folders. first: only as many samples; 0 = all.
+    regions, every_slot, published: of `vlm.data.turns.Rules`; index: folder for what is read by number, for
+    data sets that are too large for memory; options: the reader's own.
+    """
+
+    dataset: str
+    split: str
+    annotations: str
+    images: str
+    first: int = 0
+    regions: str = "grounding"
+    every_slot: bool = True
+    published: bool = False
+    index: str | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    def build(self, *, answers: bool) -> Source:
+        from vlm.data.sources import FileSource
+        from vlm.data.turns import Rules
+
+        rules = Rules(answers, self.regions, self.every_slot, self.published)
+        source = FileSource(
+            self.dataset, self.annotations, self.images, self.split,
+            rules=rules, index_folder=self.index, **self.options,
+        )  # fmt: skip
+        return First(source, self.first) if self.first else source
+
+    def chance(self) -> float | None:
+        """Unknown: official questions differ in their answers."""
+        return None
+
+    def training(self) -> Files | None:
+        """Training questions are another split's, which a guess without the image is not given here."""
+        return None
+
+
+class First:
+    """The first samples of a source, and their pictures alone."""
+
+    def __init__(self, source: Source, count: int):
+        self.source, self.count, self.name = source, min(count, len(source)), source.name
+        self.fingerprint, self.picture = source.fingerprint, source.picture
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        return self.source[index]
+
+    def keys(self) -> Sequence[str]:
+        return list(dict.fromkeys(self.source[i].image for i in range(self.count)))
+
+
+Data = Scenes | Files
 
 
 @dataclass(frozen=True)
@@ -166,7 +225,7 @@ def from_dict(saved: Mapping[str, Any]) -> Run:
 
 
 def _data(saved: Mapping[str, Any]) -> dict[str, Data]:
-    return {name: Data(**entry) for name, entry in saved.items()}
+    return {name: Files(**v) if "dataset" in v else Scenes(**v) for name, v in saved.items()}
 
 
 def read_file(path: str | Path) -> list[Run]:

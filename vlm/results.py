@@ -14,7 +14,8 @@ import numpy as np
 
 from synthetic.evaluate import wilson
 from vlm.data.samples import Sample
-from vlm.metrics import boxes
+from vlm.data.turns import usual
+from vlm.metrics import boxes, choices, vqa
 from vlm.prompts import box_text, parse_box
 
 Row = dict[str, Any]
@@ -46,16 +47,27 @@ COLUMNS = {
 
 
 def right(sample: Sample, said: str) -> bool | None:
-    """Whether an answer is the right one, up to case and a final period; None where no single answer is."""
-    if "box" in sample.target:
+    """Whether an answer is the right one; None where that is no matter of yes or no, or hidden.
+
+    Boxes: IoU above 0.5. Letters, true/false, yes/no: as `vlm.metrics.choices` reads them. Short answers: the
+    same text up to case and a final period, or what most annotators said.
+    """
+    target = sample.target
+    if "width" in target and "box" in target:
         return overlap(sample, said) > 0.5
-    if "answer" not in sample.target:
-        return None
-    return plain(said) == plain(sample.target["answer"])
+    if "label" in target:
+        says = choices.says_yes if sample.source == "pope" else choices.says_true
+        return bool(says(said) == target["label"])
+    if "choices" in target or "boxes" in target:
+        return None if target["answer"] is None else choices.letter(said) == target["answer"]
+    if "answers" in target:
+        most = usual(target["answers"])
+        return None if most is None else vqa.normalise(said) == vqa.normalise(most)
+    return plain(said) == plain(target["answer"]) if "answer" in target else None
 
 
 def plain(text: str) -> str:
-    """Stripped, lower-case, without a final period: exact match as for GQA's short answers."""
+    """Stripped, lower-case, without a final period."""
     return text.strip().rstrip(".").strip().lower()
 
 
@@ -66,35 +78,67 @@ def overlap(sample: Sample, said: str) -> float:
 
 
 def score(samples: Sequence[Sample], answers: Sequence[str]) -> list[Row]:
-    """Rows (metric, value, ci_low, ci_high, count) of one task's samples and the answers to them."""
-    if "references" in samples[0].target:
+    """Rows (metric, value, count, and ci_low, ci_high of shares) of one task's samples and answers to them.
+
+    Which metrics a sample has is decided by its target (`vlm.data.turns`); [] for tasks without one, such as
+    conversations, for captions where pycocoevalcap is missing, and for hidden answers.
+    """
+    first, pairs = samples[0], list(zip(samples, answers, strict=True))
+    if "captions" in first.target and "box" not in first.target:
         return captioning(samples, answers)
-    known = [right(sample, said) for sample, said in zip(samples, answers, strict=True)]
-    hits, count = sum(map(bool, known)), len(known)
-    low, high = wilson(hits, count)
-    grounded = "box" in samples[0].target
-    name = "iou@0.5" if grounded else "accuracy"
-    rows = [dict(metric=name, value=hits / count, ci_low=low, ci_high=high, count=count)]
+    if first.source != "gqa" and first.target.get("answers") and "label" not in first.target:
+        accuracies = {"vqa_accuracy": vqa.accuracy, "vqa_accuracy_published": vqa.published_accuracy}
+        return [
+            dict(
+                metric=name,
+                value=_mean([rule(said, s.target["answers"]) for s, said in pairs]),
+                count=len(pairs),
+            )
+            for name, rule in accuracies.items()
+        ]
+    known = [found for sample, said in pairs if (found := right(sample, said)) is not None]
+    if not known:
+        return []
+    grounded = "box" in first.target
+    rows = [_share("iou@0.5" if grounded else "accuracy", sum(known), len(known))]
     if grounded:
-        overlaps = [overlap(sample, said) for sample, said in zip(samples, answers, strict=True)]
-        rows.append(dict(metric="mean_iou", value=float(np.mean(overlaps)), count=count))
+        rows.append(dict(metric="mean_iou", value=_mean([overlap(s, x) for s, x in pairs]), count=len(pairs)))
+    if "label" in first.target:
+        says = choices.says_yes if first.source == "pope" else choices.says_true
+        more = choices.binary([says(said) for said in answers], [s.target["label"] for s in samples])
+        rows += [dict(metric=k, value=v, count=len(pairs)) for k, v in more.items() if k != "accuracy"]
     return rows
 
 
+def _share(metric: str, hits: int, count: int) -> Row:
+    low, high = wilson(hits, count)
+    return dict(metric=metric, value=hits / count, ci_low=low, ci_high=high, count=count)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))
+
+
 def captioning(samples: Sequence[Sample], answers: Sequence[str]) -> list[Row]:
-    """CIDEr and BLEU-4 by pycocoevalcap where it is installed; [] without it."""
+    """CIDEr, BLEU and ROUGE-L, of NoCaps by domain as well (metric "cider/in-domain", ...)."""
     try:
         import pycocoevalcap  # noqa: F401
     except ImportError:
         return []
-    from vlm.metrics.captions import scores
+    from vlm.metrics import captions
 
-    names = [str(i) for i in range(len(samples))]
-    found = scores(
-        dict(zip(names, answers, strict=True)),
-        {name: sample.target["references"] for name, sample in zip(names, samples, strict=True)},
-    )
-    return [dict(metric=metric.lower(), value=value, count=len(samples)) for metric, value in found.items()]
+    said = {sample.id: text for sample, text in zip(samples, answers, strict=True)}
+    references = {sample.id: sample.target["captions"] for sample in samples}
+    domains = {sample.id: str(sample.target.get("domain") or "") for sample in samples}
+    if all(domains.values()):
+        found = captions.by_domain(said, references, domains)
+    else:
+        found = {"entire": captions.scores(said, references)}
+    return [
+        dict(metric=metric if part == "entire" else f"{metric}/{part}", value=value, count=len(samples))
+        for part, scored in found.items()
+        for metric, value in scored.items()
+    ]
 
 
 def question_only(train: Iterable[Sample], test: Sequence[Sample]) -> list[str]:

@@ -101,7 +101,7 @@ def referred(example: Example) -> str:
 def answer(example: Example) -> dict[str, Any]:
     """What a metric needs: the answer, the box of grounding in pixels, or reference captions."""
     if example.task == "caption":
-        return {"references": [example.answer]}
+        return {"captions": [example.answer]}
     target: dict[str, Any] = {"answer": example.answer}
     if example.task == "grounding":
         target |= {"box": list(example.boxes[0]), "width": example.scene.size, "height": example.scene.size}
