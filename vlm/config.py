@@ -54,7 +54,7 @@ class Scenes:
 class Files:
     """Samples of official files (`vlm.data.sources.FileSource`).
 
-    dataset, split: of `vlm.data.registry`. annotations, images: folders. first: only as many samples; 0 = all.
+    dataset, split: of `vlm.data.registry`. annotations, images: folders. first: only so many samples; 0 = all.
     regions, every_slot, published: of `vlm.data.turns.Rules`. index: folder for what is read by number, of
     data sets that are too large for memory; options: the reader's own.
     """
