@@ -31,13 +31,15 @@ class Scenes:
     split: str = "train"
     seed: int = 0
     turns: int = 1
+    objects: int = 0
 
     def build(self, *, answers: bool) -> Source:
         from vlm.scenes.source import SceneSource
 
         return SceneSource(
-            self.task, self.images, seed=self.seed, split=self.split, turns=self.turns, answers=answers
-        )
+            self.task, self.images, seed=self.seed, split=self.split,
+            turns=self.turns, objects=self.objects, answers=answers,
+        )  # fmt: skip
 
     def chance(self) -> float | None:
         """Of guessing among the answers that a question allows; None for boxes and captions."""
@@ -54,7 +56,7 @@ class Scenes:
 class Files:
     """Samples of official files (`vlm.data.sources.FileSource`).
 
-    dataset, split: of `vlm.data.registry`. annotations, images: folders. first: only so many samples; 0 = all.
+    dataset, split: of `vlm.data.registry`. annotations, images: folders. first: only so many samples; 0: all.
     regions, every_slot, published: of `vlm.data.turns.Rules`. index: folder for what is read by number, of
     data sets that are too large for memory; options: the reader's own.
     """

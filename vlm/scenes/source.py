@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,8 @@ from vlm.scenes.scene import scene_stream
 
 QUESTIONS = ("existence", "count", "attribute", "comparison", "spatial", "reading-digit", "reading-word")
 SOURCES = (*TASKS, "describe", "vqa", "locate")  # the last three pack turns
-_TURN_INDEX = 2**61  # keeps the streams here apart from those of scenes and questions
+# keep the streams here apart from those of scenes and questions
+_TURN_INDEX, _OBJECTS_INDEX = 2**61, 2**61 + 2**60
 
 
 class SceneSource:
@@ -25,8 +27,9 @@ class SceneSource:
 
     task: one of `vlm.scenes.TASKS`, or one that packs `turns` turns about an image: "vqa" (questions of
     different kinds), "locate" (referring expressions), "describe" (boxes to be described). Others ignore
-    `turns`. answers=False leaves the answer to the model and puts it into `target`.
-    Raises ValueError for unknown tasks and splits.
+    `turns`. objects: for "locate" and "describe", how many of a scene's objects are there; 0 = all. Few are
+    found more easily, which is where to begin. answers=False leaves the answer to the model and puts it into
+    `target`. Raises ValueError for unknown tasks and splits, and for objects elsewhere.
     """
 
     def __init__(
@@ -37,13 +40,18 @@ class SceneSource:
         seed: int = 0,
         split: str = "train",
         turns: int = 1,
+        objects: int = 0,
         answers: bool = True,
     ):
         if task not in SOURCES:
             raise ValueError(f"task {task!r} of scenes is unknown; use {', '.join(SOURCES)}")
+        if objects and task not in ("locate", "describe"):
+            raise ValueError(
+                f"objects={objects} is for locate and describe; task {task!r} needs whole scenes"
+            )
         self.name, self.images, self.seed, self.split = task, images, seed, split
-        self.turns, self.answers = turns, answers
-        self.fingerprint = f"scenes-{split}-seed{seed}"
+        self.turns, self.objects, self.answers = turns, objects, answers
+        self.fingerprint = f"scenes-{split}-seed{seed}" + (f"-{objects}-objects" if objects else "")
 
     def __len__(self) -> int:
         return self.images
@@ -52,10 +60,19 @@ class SceneSource:
         return [str(i) for i in range(self.images)]
 
     def picture(self, image: str) -> npt.NDArray[np.uint8]:
-        return render(sample_scene(self.seed, self.split, int(image)))
+        return render(self.scene(int(image)))
+
+    def scene(self, index: int) -> Scene:
+        """Scene `index`, with as many of its objects as asked for."""
+        scene = sample_scene(self.seed, self.split, index)
+        if not self.objects:
+            return scene
+        rng = scene_stream(self.seed, self.split, _OBJECTS_INDEX + index)
+        kept = sorted(rng.permutation(len(scene.objects))[: self.objects])
+        return dataclasses.replace(scene, objects=tuple(scene.objects[k] for k in kept))
 
     def __getitem__(self, index: int) -> Sample:
-        scene = sample_scene(self.seed, self.split, index)
+        scene = self.scene(index)
         rng = scene_stream(self.seed, self.split, _TURN_INDEX + index)
         if self.name == "vqa":
             kinds = rng.permutation(len(QUESTIONS))[: self.turns]
@@ -63,15 +80,13 @@ class SceneSource:
             chunks = prompts.vqa([(e.question, e.answer) for e in asked])
             target: dict[str, Any] = {}
         elif self.name in ("locate", "describe"):
-            chosen = [scene.shapes[k] for k in rng.permutation(len(scene.shapes))[: self.turns]]
+            chosen = [scene.objects[k] for k in rng.permutation(len(scene.objects))[: self.turns]]
             if self.name == "locate":
                 named = [_named(scene, item, rng) for item in chosen]
                 turns = [(text, item.box) for text, item in zip(named, chosen, strict=True)]
                 chunks = prompts.grounding(turns, scene.size, scene.size)
             else:
-                described = [
-                    (item.box, phrase(item, ("size", "texture", "colour", "name"))) for item in chosen
-                ]
+                described = [(item.box, full_phrase(item)) for item in chosen]
                 chunks = prompts.dense_captioning(described, scene.size, scene.size)
             target = {}
         else:
@@ -112,7 +127,14 @@ def _named(scene: Scene, item: Object, rng: np.random.Generator) -> str:
     """A shortest phrase that fits `item` alone or, as often, everything that can be said of it.
 
     With full phrases a model that knows one kind of attribute finds most objects, and learns the rest there.
+    The digit and the word, of which there is one each, are found first and teach what a box is.
     """
-    short = unique_phrases(scene, item)
-    full = phrase(item, ("size", "texture", "colour", "name"))
-    return full if rng.integers(2) else short[int(rng.integers(len(short)))]
+    short = unique_phrases(scene, item) if item.kind == "shape" else [item.kind]
+    return full_phrase(item) if rng.integers(2) else short[int(rng.integers(len(short)))]
+
+
+def full_phrase(item: Object) -> str:
+    """Everything that can be said of an object."""
+    if item.kind == "shape":
+        return phrase(item, ("size", "texture", "colour", "name"))
+    return f"{item.colour} {item.kind} {item.name}"
