@@ -140,17 +140,17 @@ def test_patches_belong_to_the_object_that_covers_most_of_them():
 def test_a_few_steps_teach_the_encoder_and_its_file_is_used_again(tmp_path, monkeypatch):
     monkeypatch.setattr(scenes, "EPOCHS", 4)
     monkeypatch.setattr(scenes, "BATCH", 16)
-    encoder = scenes.trained(tmp_path, 32, images=64, progress=False)
+    encoder = scenes.trained(tmp_path, images=64, progress=False)
     monkeypatch.setattr(scenes, "_train", None)  # a second training would fail
-    again = scenes.trained(tmp_path, 32, images=64, progress=False)
-    x = scenes.as_pixels([render(sample_scene(0, "train", 1))], 32)
-    assert torch.equal(encoder(x), again(x)) and encoder(x).shape == (1, 16, scenes.WIDTH)
+    again = scenes.trained(tmp_path, images=64, progress=False)
+    for size, patches in ((32, 16), (64, 64), (96, 144)):
+        x = scenes.scaled(scenes.resized([render(sample_scene(0, "train", 1))], size))
+        assert torch.equal(encoder(x), again(x)) and encoder(x).shape == (1, patches, scenes.WIDTH)
     torch.manual_seed(0)
-    fresh = scenes.SceneEncoder(32)
-    assert not torch.equal(fresh(x), encoder(x))
+    assert not torch.equal(scenes.SceneEncoder()(x), encoder(x))
     assert not any(p.requires_grad for p in encoder.parameters())
     with pytest.raises(ValueError, match="image_size=36 must be a multiple"):
-        scenes.trained(tmp_path, 36)
+        parts.eyes("scenes", 36, tmp_path)
 
 
 # --- scores -------------------------------------------------------------------------------------------------

@@ -44,9 +44,9 @@ def run(family="transformer", **more) -> Run:
 def out(tmp_path):
     """A folder that has a vision encoder, untrained, so that none is trained."""
     torch.manual_seed(0)
-    path = tmp_path / parts.ENCODERS / f"{scenes.key(32)}.safetensors"
+    path = tmp_path / parts.ENCODERS / f"{scenes.key()}.safetensors"
     path.parent.mkdir()
-    store.save_tensors(path, scenes.SceneEncoder(32).state_dict(), {})
+    store.save_tensors(path, scenes.SceneEncoder().state_dict(), {})
     parts.eyes.cache_clear()
     return tmp_path
 

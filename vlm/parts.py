@@ -61,9 +61,17 @@ def eyes(name: str, image_size: int, out: Path, device: str = "cpu") -> Eyes:
     if name == "scenes":
         from vlm.scenes import encoder as scenes
 
-        module: nn.Module = scenes.trained(out / ENCODERS, image_size).to(device)
-        as_pixels = lambda pictures: scenes.as_pixels(pictures, image_size)  # noqa: E731
-        return Eyes(module, scenes.key(image_size), scenes.WIDTH, image_size // scenes.PATCH, as_pixels)
+        if image_size % scenes.PATCH:
+            raise ValueError(
+                f"image_size={image_size} must be a multiple of the scenes encoder's {scenes.PATCH}"
+            )
+        module: nn.Module = scenes.trained(out / ENCODERS).to(device)
+
+        def as_pixels(pictures: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
+            return scenes.scaled(scenes.resized(pictures, image_size))
+
+        key = f"{scenes.key()}-at-{image_size}px"
+        return Eyes(module, key, scenes.WIDTH, image_size // scenes.PATCH, as_pixels)
     from PIL import Image
 
     built: Any = timm_encoder.build(name, image_size, pretrained=True, device=device)

@@ -8,6 +8,7 @@ frozen features, so what differs between them is how a sequence of patches is re
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,9 @@ from vlm.scenes.stamps import COLOURS, SHAPES, SIZES, TEXTURES, WORDS, render
 
 PATCH = 8  # pixels a side
 WIDTH = 128
-IMAGES, EPOCHS, BATCH, LR = 20_000, 6, 64, 4e-3  # of its training
+STEPS = 101  # 0.00 .. 1.00
+TRAINED = (64, 96)  # pixels of the images it is trained on, in turn
+IMAGES, EPOCHS, BATCH, LR = 16_000, 8, 64, 4e-3  # of its training
 VERSION = 1  # raise it when training leads to other weights
 # What a patch must tell of its object, with the number of answers; -1 = does not apply.
 QUESTIONS = {
@@ -41,21 +44,22 @@ _NAMES = (*SHAPES, *map(str, range(10)), *WORDS)
 class SceneEncoder(nn.Module):
     """(B, 3, S, S) pixels, -1 .. 1 -> (B, P, 128), P = (S / 8)^2 in raster order; after the last norm.
 
-    Convolutions to one vector per patch of 8 x 8 pixels, learned positions, one MLP, LayerNorm.
+    Convolutions to one vector per patch of 8 x 8 pixels, learned positions, one MLP, LayerNorm. The positions
+    are those of TRAINED[0] pixels, interpolated for other sizes, as those of big encoders are.
     """
 
     num_prefix_tokens = 0  # no class token (timm's name for it)
 
-    def __init__(self, image_size: int, width: int = WIDTH):
+    def __init__(self, width: int = WIDTH):
         super().__init__()
-        self.image_size = image_size
         self.patch_embed = nn.Sequential(
             nn.Conv2d(3, width // 4, 3, 2, 1), nn.GELU(),
             nn.Conv2d(width // 4, width // 2, 3, 2, 1), nn.GELU(),
             nn.Conv2d(width // 2, width, 3, 2, 1), nn.GELU(),
         )  # fmt: skip
         self.blocks = nn.ModuleList(nn.Conv2d(width, width, 3, 1, 1) for _ in range(3))
-        self.pos_embed = nn.Parameter(torch.randn((image_size // PATCH) ** 2, width) * 0.02)
+        side = TRAINED[0] // PATCH
+        self.pos_embed = nn.Parameter(torch.randn(1, width, side, side) * 0.02)
         self.norm_mlp = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
         self.norm = nn.LayerNorm(width)
@@ -64,7 +68,8 @@ class SceneEncoder(nn.Module):
         x = self.patch_embed(pixels)
         for block in self.blocks:
             x = x + F.gelu(block(x))
-        x = x.flatten(2).transpose(1, 2) + self.pos_embed
+        place = F.interpolate(self.pos_embed, x.shape[-2:], mode="bicubic", align_corners=False)
+        x = (x + place).flatten(2).transpose(1, 2)
         return self.norm(x + self.mlp(self.norm_mlp(x)))
 
 
@@ -74,16 +79,21 @@ class Heads(nn.Module):
     def __init__(self, width: int = WIDTH):
         super().__init__()
         self.answers = nn.ModuleDict({name: nn.Linear(width, n) for name, n in QUESTIONS.items()})
-        self.box = nn.Linear(width, 4)
+        self.box = nn.Linear(width, 4 * STEPS)
 
     def loss(self, features: Tensor, labels: dict[str, Tensor], boxes: Tensor) -> Tensor:
-        """Mean cross-entropies in nats plus 10 x mean absolute error of the boxes (shares of the side)."""
+        """Mean cross-entropies in nats, of the box's corners as hundredths of the side.
+
+        Hundredths are what answers print: a feature from which a class can be read, not only a number, is one
+        from which a language model reads it soon.
+        """
         total = features.new_zeros(())
         for name, head in self.answers.items():
             logits = head(features).flatten(0, 1).float()
             total = total + F.cross_entropy(logits, labels[name].flatten(), ignore_index=-1)
         seen = labels["kind"] > 0
-        return total + 10 * F.l1_loss(self.box(features)[seen].float(), boxes[seen])
+        corners = self.box(features[seen]).float().view(-1, STEPS)
+        return total + F.cross_entropy(corners, (boxes[seen] * 100).round().long().flatten())
 
 
 def annotation(scene: Scene, side: int) -> tuple[dict[str, npt.NDArray[np.int64]], npt.NDArray[np.float32]]:
@@ -113,56 +123,64 @@ def annotation(scene: Scene, side: int) -> tuple[dict[str, npt.NDArray[np.int64]
     return {name: value.reshape(-1) for name, value in labels.items()}, boxes.reshape(-1, 4)
 
 
-def as_pixels(pictures: Sequence[npt.NDArray[np.uint8]], image_size: int) -> Tensor:
-    """(h, w, 3) uint8 pictures of any size -> (B, 3, S, S) float32, -1 .. 1, resized as elsewhere."""
+def resized(pictures: Sequence[npt.NDArray[np.uint8]], image_size: int) -> Tensor:
+    """(h, w, 3) uint8 pictures of any size -> (B, 3, S, S) uint8, without keeping their shape."""
     from PIL import Image
 
     square = (image_size, image_size)
-    resized = [
-        np.asarray(Image.fromarray(picture).resize(square, Image.Resampling.BILINEAR)) for picture in pictures
-    ]
-    x = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return x.contiguous(memory_format=torch.channels_last)
+    made = [Image.fromarray(picture).resize(square, Image.Resampling.BILINEAR) for picture in pictures]
+    return torch.from_numpy(np.stack([np.asarray(image) for image in made])).permute(0, 3, 1, 2)
 
 
-def key(image_size: int, images: int = IMAGES) -> str:
-    """Names everything that an encoder's weights depend on."""
-    return f"scenes-v{VERSION}-{image_size}px-{images}x{EPOCHS}"
+def scaled(pixels: Tensor) -> Tensor:
+    """0 .. 255 -> -1 .. 1, float32."""
+    return (pixels.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
-def trained(folder: Path, image_size: int, *, images: int = IMAGES, progress: bool = True) -> SceneEncoder:
-    """The frozen encoder for images of image_size x image_size pixels: from `folder`, or trained into it.
+def key(images: int = IMAGES) -> str:
+    """Names everything that the encoder's weights depend on."""
+    sizes = "-".join(map(str, TRAINED))
+    return f"scenes-v{VERSION}-{sizes}px-{images}x{EPOCHS}"
 
-    images: how many training scenes it sees, EPOCHS times. Takes about a minute at 64 pixels on two cores.
-    Raises ValueError for a size that is no multiple of PATCH.
+
+def trained(folder: Path, *, images: int = IMAGES, progress: bool = True) -> SceneEncoder:
+    """The frozen encoder: from `folder`, or trained into it if it is not there.
+
+    images: how many training scenes it sees, EPOCHS times, each time at one of the sizes TRAINED. Takes about
+    two minutes on two cores.
     """
-    if image_size % PATCH:
-        raise ValueError(f"image_size={image_size} must be a multiple of the scenes encoder's patch, {PATCH}")
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{key(image_size, images)}.safetensors"
+    path = folder / f"{key(images)}.safetensors"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        encoder, heads = SceneEncoder(image_size), Heads()
+        encoder, heads = SceneEncoder(), Heads()
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
             _train(encoder, heads, images, progress)
-            store.save_tensors(path, encoder.state_dict(), {"encoder": key(image_size, images)})
+            store.save_tensors(path, encoder.state_dict(), {"encoder": key(images)})
     encoder.load_state_dict(store.load_tensors(path)[0])
     return encoder.eval().requires_grad_(False)
 
 
+@dataclass(frozen=True)
+class _Set:
+    """Training images of one size: pixels (N, 3, S, S) uint8, labels and boxes of their patches."""
+
+    pixels: Tensor
+    labels: dict[str, Tensor]
+    boxes: Tensor
+
+    @staticmethod
+    def of(scenes: Sequence[Scene], size: int) -> _Set:
+        made = [resized([render(s) for s in scenes[i : i + 500]], size) for i in range(0, len(scenes), 500)]
+        annotated = [annotation(scene, size // PATCH) for scene in scenes]
+        labels = {name: torch.from_numpy(np.stack([a[0][name] for a in annotated])) for name in QUESTIONS}
+        return _Set(torch.cat(made), labels, torch.from_numpy(np.stack([a[1] for a in annotated])))
+
+
 def _train(encoder: SceneEncoder, heads: Heads, images: int, progress: bool) -> None:
-    side = encoder.image_size // PATCH
     scenes = [sample_scene(0, "train", i) for i in range(images)]
-    pixels = torch.cat(
-        [
-            as_pixels([render(scene) for scene in scenes[i : i + 500]], encoder.image_size).to(torch.float16)
-            for i in range(0, images, 500)
-        ]
-    )
-    annotated = [annotation(scene, side) for scene in scenes]
-    labels = {name: torch.from_numpy(np.stack([a[0][name] for a in annotated])) for name in QUESTIONS}
-    boxes = torch.from_numpy(np.stack([a[1] for a in annotated]))
+    sets = [_Set.of(scenes, size) for size in TRAINED]
     # torch's type for this call is missing
     encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     parameters = [*encoder.parameters(), *heads.parameters()]
@@ -171,11 +189,11 @@ def _train(encoder: SceneEncoder, heads: Heads, images: int, progress: bool) -> 
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps, pct_start=0.1)
     generator = torch.Generator().manual_seed(0)
     order = torch.cat([torch.randperm(images, generator=generator) for _ in range(EPOCHS)])
-    for step in track(range(steps), f"vision encoder, {encoder.image_size} px", disable=not progress):
-        rows = order[step * BATCH : (step + 1) * BATCH]
-        x = pixels[rows].float().contiguous(memory_format=torch.channels_last)
+    for step in track(range(steps), "vision encoder", disable=not progress):
+        rows, seen = order[step * BATCH : (step + 1) * BATCH], sets[step % len(sets)]
+        labels = {name: y[rows] for name, y in seen.labels.items()}
         with torch.autocast("cpu", torch.bfloat16):
-            loss = heads.loss(encoder(x), {name: y[rows] for name, y in labels.items()}, boxes[rows])
+            loss = heads.loss(encoder(scaled(seen.pixels[rows])), labels, seen.boxes[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
