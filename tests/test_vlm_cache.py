@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -109,16 +110,23 @@ def test_a_reader_sees_what_another_process_has_filled_since(tmp_path):
     assert torch.equal(reader.get(source, ["1"]), expected([1]).half()) and not reader.encode.calls
 
 
-def _fill_and_read(folder, answers):
-    cache, source = filled(folder)
+def _fill_and_read(folder, both_ready, answers):
+    def slow(pictures):
+        time.sleep(0.05)  # so that the other process would come in between
+        return encoder(pictures)
+
+    encoder, source = Encoder(), Grey()
+    cache = FeatureCache(folder, "tiny-336", slow)
+    both_ready.wait()
+    cache.fill(source, progress=False, batch_size=4)
     same = torch.equal(cache.get(source, source.keys()), expected(reversed(range(COUNT))).half())
-    answers.put((same, len(cache.encode.asked)))
+    answers.put((same, len(encoder.asked)))
 
 
 def test_two_processes_fill_once_and_both_read(tmp_path):
     context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
-    both = [context.Process(target=_fill_and_read, args=(tmp_path, answers)) for _ in range(2)]
+    answers, both_ready = context.Queue(), context.Barrier(2)
+    both = [context.Process(target=_fill_and_read, args=(tmp_path, both_ready, answers)) for _ in range(2)]
     for process in both:
         process.start()
     found = [answers.get(timeout=60) for _ in both]

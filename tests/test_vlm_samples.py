@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_vlm_data import CASES, CHAT, INSTANCES, REF, TURNS, V7W, write
 
@@ -314,6 +317,63 @@ def test_a_split_without_samples_is_named(tmp_path):
         FileSource("cocoo", tmp_path, tmp_path, "test", index_folder=tmp_path / "index")
 
 
+# --- what the published data leave out ----------------------------------------------------------------------
+
+
+def test_large_regions_are_left_out(tmp_path):
+    regions = [
+        {"region_id": i, "phrase": f"p{i}", "x": 0, "y": 0, "width": width, "height": 128}
+        for i, width in enumerate((128, 129))
+    ]
+    files = CASES["visual-genome-regions"][1] | {"region_descriptions.json": [{"id": 2, "regions": regions}]}
+    write(tmp_path, files)
+    (told,) = FileSource("visual-genome-regions", tmp_path, tmp_path, "train", filtered=True)
+    assert told.id == "0"
+    (both,) = FileSource("visual-genome-regions", tmp_path, tmp_path, "train")
+    assert len(both.chunks) == 5
+
+
+def test_grit_is_balanced_by_phrase(tmp_path):
+    def image(caption, width=100):
+        spans = [[0, len(caption), 0, 0, 1, 1, 0.9]]
+        return {"caption": caption, "width": width, "height": 100, "noun_chunks": spans}
+
+    captions = ["The Dog"] * 10 + ["a dog"] * 10 + ["cat"] * 2 + ["some fish"] * 3
+    rows = {f"0/{i:02d}.json": image(caption) for i, caption in enumerate(captions)}
+    rows |= {f"0/small{i}.json": image("bird", width=99) for i in range(4)}
+    write(tmp_path, rows | {name.replace("json", "jpg"): "" for name in rows})
+    found = FileSource("grit", tmp_path, tmp_path, "train", filtered=True)
+    kept = [captions[int(sample.id)].lower().split()[-1] for sample in found]
+    assert (kept.count("dog"), kept.count("fish"), len(kept)) == (8, 3, 11)
+    assert [s.id for s in found] == [s.id for s in FileSource("grit", tmp_path, "", "train", filtered=True)]
+    assert len(FileSource("grit", tmp_path, tmp_path, "train")) == 29
+
+
+def test_covers_that_show_nothing_are_left_out(tmp_path):
+    book = {"questions": ["Q?", "R?"], "answers": ["A", "B"], "split": 2}
+    names = ("good", "plain", "small", "missing", "broken", "twice", "again")
+    rows = {name: book | {"imageURL": f"h/{name}.png"} for name in names}
+    rows["again"]["imageURL"] = "h/twice.png"
+    write(tmp_path, {"dataset.json": rows})
+    for name, size, colours in (
+        ("good", (351, 400), 0.8), ("twice", (400, 400), 0.5), ("again", (400, 400), 0.5),
+        ("plain", (400, 400), 0.86), ("small", (350, 400), 0.5),
+    ):  # fmt: skip
+        pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+        pixels[: round(colours * size[1])] = 7
+        path = tmp_path / "images" / f"{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    (tmp_path / "images" / "broken.png").write_text("not a picture")
+    (told,) = FileSource("ocr-vqa", tmp_path, tmp_path, "val", filtered=True)
+    assert told.image == "images/good.png" and len(told.chunks) == 5
+    assert len(FileSource("ocr-vqa", tmp_path, tmp_path, "val")) == len(names)
+
+
+def test_other_data_sets_lose_nothing(tmp_path):
+    assert list(source("gqa", tmp_path, filtered=True)) == list(source("gqa", tmp_path))
+
+
 # --- the index on disk --------------------------------------------------------------------------------------
 
 
@@ -358,6 +418,31 @@ def test_an_interrupted_index_is_made_anew(tmp_path):
 def test_targets_are_json(tmp_path):
     asked = source("refcoco", tmp_path, ASKED)[0]
     assert json.loads(json.dumps(asked.target)) == asked.target
+
+
+def test_the_documents_snippet_trains_on_official_files(tmp_path, monkeypatch):
+    page = (Path(__file__).parent.parent / "docs" / "data.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    karpathy = CASES["coco"][1]["dataset_coco.json"]["images"][0] | {"split": "train"}
+    write(tmp_path / "annotations" / "coco", {"dataset_coco.json": {"images": [karpathy]}})
+    refs = [
+        REF | {"split": split, "sentences": [{"sent_id": 1, "raw": "dog"}]} for split in ("train", "testA")
+    ]
+    write(tmp_path / "annotations" / "refcoco", {"refs(unc).p": refs, "instances.json": INSTANCES})
+    for name in ("val2014/a.jpg", "train2014/COCO_7.jpg"):
+        path = tmp_path / "images" / "coco" / name
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (100, 80)).save(path)
+    monkeypatch.chdir(tmp_path)
+    names = {
+        "tokenize": lambda text: list(text.encode()),
+        "encode_pictures": lambda pictures: torch.zeros(len(pictures), 24 * 24, 2),
+    }
+    exec(snippet, names)
+    batch = next(names["found"])
+    assert batch.features.shape == (32, 576, 2) and batch.input_ids.shape[0] == 32
+    assert {sample.task for sample in batch.samples} == {"captioning", "grounding"}
+    assert names["test"][0].target == {"box": [10, 20, 40, 60], "width": 100, "height": 80}
 
 
 # --- GQA's metric -------------------------------------------------------------------------------------------

@@ -57,8 +57,9 @@ class Files:
     """Samples of official files (`vlm.data.sources.FileSource`).
 
     dataset, split: of `vlm.data.registry`. annotations, images: folders. first: only so many samples; 0: all.
-    regions, every_slot, published: of `vlm.data.turns.Rules`. index: folder for what is read by number, of
-    data sets that are too large for memory; options: the reader's own.
+    regions, every_slot, published: of `vlm.data.turns.Rules`. filtered: without what the published training
+    data leave out (`vlm.data.filters`). index: folder for what is read by number, of data sets that are too
+    large for memory; options: the reader's own.
     """
 
     dataset: str
@@ -69,6 +70,7 @@ class Files:
     regions: str = "grounding"
     every_slot: bool = True
     published: bool = False
+    filtered: bool = False
     index: str | None = None
     options: Mapping[str, str] = field(default_factory=dict)
 
@@ -79,7 +81,7 @@ class Files:
         rules = Rules(answers, self.regions, self.every_slot, self.published)
         source = FileSource(
             self.dataset, self.annotations, self.images, self.split,
-            rules=rules, index_folder=self.index, **self.options,
+            rules=rules, filtered=self.filtered, index_folder=self.index, **self.options,
         )  # fmt: skip
         return First(source, self.first) if self.first else source
 

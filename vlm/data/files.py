@@ -80,3 +80,20 @@ def load_plain_pickle(path: Path) -> Any:
         raise ValueError(
             f"{path} is not a pickle of plain data ({error}); download the official file"
         ) from error
+
+
+@contextmanager
+def opened_picture(path: Path, name: str) -> Iterator[Any]:
+    """A picture of Pillow whose pixels are not read yet; what goes wrong until it is closed is one line."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError('pictures need Pillow: pip install -e ".[vlm]"') from error
+    try:
+        with Image.open(path) as image:
+            yield image
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: {name} needs it; complete the image folder") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be read as a picture ({said}); download it again") from error

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vlm.data import lines, registry
+from vlm.data import filters, lines, registry
+from vlm.data.files import opened_picture
 from vlm.data.records import Record
 from vlm.data.samples import Sample
 from vlm.data.turns import Rules, samples
@@ -29,7 +29,8 @@ class FileSource:
 
     annotation_folder: the official files. image_folder: the pictures, as the files name them below it.
     rules: what samples are made of the records (`vlm.data.turns.Rules`), for training by default.
-    options: the reader's own, such as expressions="last".
+    filtered: leaves out what the published training data do (`vlm.data.filters`). options: the reader's own,
+    such as expressions="last".
 
     Official files are read once, in their order, and their samples written as lines with an index of where
     each one stands; sample i is then one look-up, so any order can be resumed at any place. index_folder None
@@ -49,12 +50,13 @@ class FileSource:
         split: str,
         *,
         rules: Rules | None = None,
+        filtered: bool = False,
         index_folder: str | Path | None = None,
         **options: str,
     ):
         self.name, self.split = name, split
         self.annotations, self.images = Path(annotation_folder), Path(image_folder)
-        self.rules = rules or Rules()
+        self.rules, self.filtered = rules or Rules(), filtered
         self.options = options
         self.fingerprint = f"files in {self.images.resolve()}"
         if index_folder is None:
@@ -73,7 +75,7 @@ class FileSource:
 
     def picture(self, image: str) -> npt.NDArray[np.uint8]:
         """(height, width, 3) uint8, RGB, as stored. Raises FileNotFoundError or ValueError, in one line."""
-        with _opened(self.images / image, self.name) as found:
+        with opened_picture(self.images / image, self.name) as found:
             return np.asarray(found.convert("RGB"))
 
     def keys(self) -> Sequence[str]:
@@ -86,7 +88,9 @@ class FileSource:
 
     def _rows(self) -> Iterator[Any]:
         """The samples as JSON values."""
-        records = registry.read(self.name, self.annotations, self.split, **self.options)
+        records = self._read()
+        if self.filtered:
+            records = filters.published(self.name, self._read, self.annotations, self.images)
         empty = True
         for sample in samples(records, self.rules, self._size):
             empty = False
@@ -96,9 +100,12 @@ class FileSource:
             what = "to train on" if self.rules.training else "to ask"
             raise ValueError(f"{self.name} has nothing {what} in split {self.split!r}; use another split")
 
+    def _read(self) -> Iterable[Record]:
+        return registry.read(self.name, self.annotations, self.split, **self.options)
+
     def _size(self, record: Record) -> tuple[int, int]:
         """Width and height from the header of a picture."""
-        with _opened(self.images / record.image, self.name) as found:
+        with opened_picture(self.images / record.image, self.name) as found:
             return found.size
 
     def _state(self, index_folder: Path) -> str:
@@ -111,22 +118,5 @@ class FileSource:
         ]
         files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
         folders = [str(self.annotations.resolve()), self.fingerprint]
-        state = [VERSION, INSTRUCTIONS, asdict(self.rules), self.options, folders, files]
+        state = [VERSION, INSTRUCTIONS, asdict(self.rules), self.filtered, self.options, folders, files]
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:12]
-
-
-@contextmanager
-def _opened(path: Path, name: str) -> Iterator[Any]:
-    """A picture of Pillow whose pixels are not read yet; what goes wrong until it is closed is one line."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError('pictures need Pillow: pip install -e ".[vlm]"') from error
-    try:
-        with Image.open(path) as image:
-            yield image
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing: {name} needs it; complete the image folder") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        said = " ".join(str(error).split())
-        raise ValueError(f"{path} cannot be read as a picture ({said}); download it again") from error

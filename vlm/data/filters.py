@@ -1,0 +1,102 @@
+"""What the published training data leave out of GRIT, OCR-VQA and Visual Genome's regions."""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from hashlib import blake2b
+from itertools import groupby
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+
+from vlm.data.files import load_json, opened_picture, require, structure
+from vlm.data.records import Grounded, GroundedCaption, Record
+
+Read = Callable[[], Iterable[Record]]
+
+LARGEST_REGION = 16384  # square pixels
+SMALLEST_SIDE = 100  # pixels, of GRIT
+FEWEST, MOST = 3, 8  # images of a phrase
+COVER_SIDE = 350  # pixels; covers must be larger
+PLAIN = 0.85  # share of a cover's pixels that one colour may take
+ARTICLES = frozenset(("a", "an", "the", "some"))
+
+
+def published(name: str, read: Read, annotations: Path, images: Path) -> Iterable[Record]:
+    """The records of `read` that the published data keep; all of them where nothing is left out.
+
+    read is called once or twice. OCR-VQA's pictures are all opened, GRIT's phrases held in memory.
+    """
+    match name:
+        case "visual-genome-regions":
+            return small_regions(cast("Iterable[Grounded]", read()))
+        case "grit":
+            return balanced(cast("Callable[[], Iterable[GroundedCaption]]", read))
+        case "ocr-vqa":
+            return legible(read(), annotations, images)
+    return read()
+
+
+def small_regions(records: Iterable[Grounded]) -> Iterator[Grounded]:
+    """Regions of at most LARGEST_REGION."""
+    for record in records:
+        x0, y0, x1, y1 = record.box
+        if (x1 - x0) * (y1 - y0) <= LARGEST_REGION:
+            yield record
+
+
+def balanced(read: Callable[[], Iterable[GroundedCaption]]) -> Iterator[GroundedCaption]:
+    """Images that are not small, and that one of their phrases keeps.
+
+    A phrase, without case and articles, of fewer than FEWEST images keeps none, one of more than MOST keeps
+    MOST of them, drawn by a hash of phrase and image.
+    """
+    counts: Counter[str] = Counter()
+    kept: dict[str, list[int]] = defaultdict(list)  # the smallest draws of a phrase, negated: a heap
+    for record in _large(read()):
+        for phrase in _phrases(record):
+            counts[phrase] += 1
+            push = heapq.heappush if len(kept[phrase]) < MOST else heapq.heappushpop
+            push(kept[phrase], -_draw(phrase, record))
+    for record in _large(read()):
+        if any(counts[p] >= FEWEST and _draw(p, record) <= -kept[p][0] for p in _phrases(record)):
+            yield record
+
+
+def legible(records: Iterable[Record], annotations: Path, images: Path) -> Iterator[Record]:
+    """Books whose cover has an address of its own and a picture that is there, large and not nearly plain."""
+    path = require(annotations, "dataset.json", "OCR-VQA's dataset.json")
+    with structure(path):
+        addresses = {key: row["imageURL"] for key, row in load_json(path).items()}
+    counts = Counter(addresses.values())
+    for image, group in groupby(records, lambda record: record.image):
+        if counts[addresses[Path(image).stem]] == 1 and _shows_something(images / image):
+            yield from group
+
+
+def _shows_something(path: Path) -> bool:
+    try:
+        with opened_picture(path, "ocr-vqa") as picture:
+            if min(picture.size) <= COVER_SIDE:
+                return False
+            pixels = np.asarray(picture.convert("RGB")).astype(np.int64)
+    except (FileNotFoundError, ValueError):
+        return False
+    _, counts = np.unique(pixels @ np.array([1 << 16, 1 << 8, 1]), return_counts=True)
+    return bool(counts.max() <= PLAIN * counts.sum())
+
+
+def _large(records: Iterable[GroundedCaption]) -> Iterator[GroundedCaption]:
+    return (r for r in records if r.width and r.height and min(r.width, r.height) >= SMALLEST_SIDE)
+
+
+def _phrases(record: GroundedCaption) -> set[str]:
+    said = (record.caption[span.start : span.end].lower().split() for span in record.spans)
+    return {" ".join(word for word in words if word not in ARTICLES) for words in said}
+
+
+def _draw(phrase: str, record: Record) -> int:
+    return int.from_bytes(blake2b(f"{phrase}\n{record.image}".encode(), digest_size=8).digest(), "big")
