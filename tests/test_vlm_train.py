@@ -91,6 +91,12 @@ def test_runs_share_the_stages_that_they_have_in_common_and_no_others():
         run(stages=(dataclasses.replace(FIRST, weights={"locate": 2, "vqa": 1}), SECOND)),
     ]  # fmt: skip
     assert len({a.stage_ids()[0], *(other.stage_ids()[0] for other in others)}) == 1 + len(others)
+    at64 = (
+        dataclasses.replace(FIRST, image_size=64),
+        SECOND,
+    )  # the first stage is the same at any final size
+    small, large = run(stages=at64), run(stages=at64, image_size=96)
+    assert small.stage_ids()[0] == large.stage_ids()[0] and small.stage_ids()[1] != large.stage_ids()[1]
     workers = run(stages=(dataclasses.replace(FIRST, workers=2), SECOND))
     assert workers.stage_ids() == run().stage_ids()
     assert from_dict(json.loads(json.dumps(a.to_dict()))).stage_ids() == a.stage_ids()

@@ -122,8 +122,8 @@ class Stage:
 
     data, weights: sources by name and their shares (`vlm.data.mixture.Mixture`). train: "connector", or "all"
     for connector and language model; the vision encoder is frozen always. layouts: of the prompts, those of
-    consecutive batches taking turns; empty = the run's. warmup: share of the steps. The rate then falls as a
-    cosine to 0. group: batches sorted by length together (`vlm.data.loader.batches`).
+    consecutive batches taking turns; empty = the run's. image_size: 0 = the run's. warmup: share of the steps.
+    The rate then falls as a cosine to 0. group: batches sorted by length together (`vlm.data.loader.batches`).
     """
 
     data: Mapping[str, Data]
@@ -133,6 +133,7 @@ class Stage:
     weights: Mapping[str, float] | None = None
     train: Literal["connector", "all"] = "all"
     layouts: tuple[str, ...] = ()
+    image_size: int = 0
     warmup: float = 0.03
     weight_decay: float = 0.0
     grad_clip: float = 1.0
@@ -191,28 +192,24 @@ class Run:
         name = self.model if self.model in models.FAMILIES else models.resolve(self.model)
         return name.partition("-")[0]
 
+    def size(self, stage: Stage) -> int:
+        """Pixels a side of a stage's images."""
+        return stage.image_size or self.image_size
+
     def stage_ids(self) -> list[str]:
         """The folder name of every stage's outcome."""
         said: Any = {"version": TRAINING_VERSION} | {
             name: getattr(self, name)
-            for name in (
-                "model",
-                "model_overrides",
-                "init",
-                "encoder",
-                "image_size",
-                "tokenizer",
-                "seed",
-                "precision",
-            )
+            for name in ("model", "model_overrides", "init", "encoder", "tokenizer", "seed", "precision")
         }
         names = []
         for stage in self.stages:
-            settled = dataclasses.asdict(stage) | {"layouts": stage.layouts or (self.layout,)}
+            settled = {"layouts": stage.layouts or (self.layout,), "image_size": self.size(stage)}
+            settled = dataclasses.asdict(stage) | settled
             del settled["workers"]  # they change no number
             said = {"before": said, "stage": settled}
             digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-            names.append(f"{self.family}-{self.image_size}px-seed{self.seed}-{digest[:10]}")
+            names.append(f"{self.family}-{self.size(stage)}px-seed{self.seed}-{digest[:10]}")
         return names
 
     def to_dict(self) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def evaluate(run: Run, out: Path, progress: bool = False, device: str | None = N
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load(run, out, device)
-    features = parts.features(run, out, device)
+    features = parts.features(run, run.image_size, out, device)
     folder = out / run.stage_ids()[-1]
     spent = [store.read_json(out / name / RESULT) for name in run.stage_ids()]
     fixed = dict(

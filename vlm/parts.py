@@ -83,8 +83,8 @@ def eyes(name: str, image_size: int, out: Path, device: str = "cpu") -> Eyes:
     return Eyes(built, f"{name}-{image_size}px", built.num_features, grid_side(image_size, patch), pixels)
 
 
-def features(run: Run, out: Path, device: str = "cpu") -> FeatureCache | Uncached:
-    seen = eyes(run.encoder, run.image_size, out, device)
+def features(run: Run, image_size: int, out: Path, device: str = "cpu") -> FeatureCache | Uncached:
+    seen = eyes(run.encoder, image_size, out, device)
     return FeatureCache(out / FEATURES, seen.key, seen) if run.cache else Uncached(seen)
 
 

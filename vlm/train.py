@@ -217,8 +217,8 @@ def train_stage(
             f"{stage.accumulate} parts; use a multiple of {world * stage.accumulate}"
         )
     device = str(accelerator.device)
-    text, seen = parts.text(run.tokenizer), parts.eyes(run.encoder, run.image_size, out, device)
-    features = parts.features(run, out, device)
+    text, seen = parts.text(run.tokenizer), parts.eyes(run.encoder, run.size(stage), out, device)
+    features = parts.features(run, run.size(stage), out, device)
     sources = {name: data.build(answers=True) for name, data in stage.data.items()}
     for source in sources.values():
         features.fill(source, progress=accelerator.is_main_process)
