@@ -122,8 +122,8 @@ class Stage:
 
     data, weights: sources by name and their shares (`vlm.data.mixture.Mixture`). train: "connector", or "all"
     for connector and language model; the vision encoder is frozen always. layouts: of the prompts, those of
-    consecutive batches taking turns; empty = the run's. image_size: 0 = the run's. warmup: share of the steps.
-    The rate then falls as a cosine to 0. group: batches sorted by length together (`vlm.data.loader.batches`).
+    consecutive batches taking turns; empty = the run's. image_size: 0 = the run's. warmup: share of the
+    steps; the rate then falls as a cosine to 0. group: batches that are sorted by length together.
     """
 
     data: Mapping[str, Data]
