@@ -38,14 +38,14 @@ def test_a_question_is_the_sample_without_its_answer(task):
 
 
 def test_packed_turns_are_about_the_scene_and_differ_between_images():
-    for task, turns in (("vqa", 7), ("locate", 8), ("describe", 6)):
+    for task, turns in (("vqa", 7), ("locate", 6), ("describe", 6)):
         source = SceneSource(task, 20, turns=turns)
         answers = [[c.text for c in source[i].chunks if c.supervised] for i in range(20)]
         assert {len(said) for said in answers} == {turns} and len({str(said) for said in answers}) == 20
-    source = SceneSource("locate", 20, turns=8)
+    source = SceneSource("locate", 20, turns=6)
     for i in range(20):
         said = [prompts.parse_box(c.text, 128, 128) for c in source[i].chunks if c.supervised]
-        boxes = sorted(item.box for item in sample_scene(0, "train", i).objects)
+        boxes = sorted(item.box for item in sample_scene(0, "train", i).shapes)
         assert np.allclose(sorted(said), boxes, atol=0.005 * 128 + 1e-9)
     assert SceneSource("locate", 5)[3] == SceneSource("locate", 5)[3]
     assert SceneSource("locate", 5, seed=1)[3] != SceneSource("locate", 5)[3]

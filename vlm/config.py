@@ -31,14 +31,13 @@ class Scenes:
     split: str = "train"
     seed: int = 0
     turns: int = 1
-    objects: int = 0
 
     def build(self, *, answers: bool) -> Source:
         from vlm.scenes.source import SceneSource
 
         return SceneSource(
             self.task, self.images, seed=self.seed, split=self.split,
-            turns=self.turns, objects=self.objects, answers=answers,
+            turns=self.turns, answers=answers,
         )  # fmt: skip
 
     def chance(self) -> float | None:

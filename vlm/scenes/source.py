@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,8 +17,7 @@ from vlm.scenes.scene import scene_stream
 
 QUESTIONS = ("existence", "count", "attribute", "comparison", "spatial", "reading-digit", "reading-word")
 SOURCES = (*TASKS, "describe", "vqa", "locate")  # the last three pack turns
-# keep the streams here apart from those of scenes and questions
-_TURN_INDEX, _OBJECTS_INDEX = 2**61, 2**61 + 2**60
+_TURN_INDEX = 2**61  # keeps the streams here apart from those of scenes and questions
 
 
 class SceneSource:
@@ -27,9 +25,8 @@ class SceneSource:
 
     task: one of `vlm.scenes.TASKS`, or one that packs `turns` turns about an image: "vqa" (questions of
     different kinds), "locate" (referring expressions), "describe" (boxes to be described). Others ignore
-    `turns`. objects: for "locate" and "describe", how many of a scene's objects are there; 0 = all. Few are
-    found more easily, which is where to begin. answers=False leaves the answer to the model and puts it into
-    `target`. Raises ValueError for unknown tasks and splits, and for objects elsewhere.
+    `turns`. answers=False leaves the answer to the model and puts it into `target`.
+    Raises ValueError for unknown tasks and splits.
     """
 
     def __init__(
@@ -40,18 +37,13 @@ class SceneSource:
         seed: int = 0,
         split: str = "train",
         turns: int = 1,
-        objects: int = 0,
         answers: bool = True,
     ):
         if task not in SOURCES:
             raise ValueError(f"task {task!r} of scenes is unknown; use {', '.join(SOURCES)}")
-        if objects and task not in ("locate", "describe"):
-            raise ValueError(
-                f"objects={objects} is for locate and describe; task {task!r} needs whole scenes"
-            )
         self.name, self.images, self.seed, self.split = task, images, seed, split
-        self.turns, self.objects, self.answers = turns, objects, answers
-        self.fingerprint = f"scenes-{split}-seed{seed}" + (f"-{objects}-objects" if objects else "")
+        self.turns, self.answers = turns, answers
+        self.fingerprint = f"scenes-{split}-seed{seed}"
 
     def __len__(self) -> int:
         return self.images
@@ -60,19 +52,10 @@ class SceneSource:
         return [str(i) for i in range(self.images)]
 
     def picture(self, image: str) -> npt.NDArray[np.uint8]:
-        return render(self.scene(int(image)))
-
-    def scene(self, index: int) -> Scene:
-        """Scene `index`, with as many of its objects as asked for."""
-        scene = sample_scene(self.seed, self.split, index)
-        if not self.objects:
-            return scene
-        rng = scene_stream(self.seed, self.split, _OBJECTS_INDEX + index)
-        kept = sorted(rng.permutation(len(scene.objects))[: self.objects])
-        return dataclasses.replace(scene, objects=tuple(scene.objects[k] for k in kept))
+        return render(sample_scene(self.seed, self.split, int(image)))
 
     def __getitem__(self, index: int) -> Sample:
-        scene = self.scene(index)
+        scene = sample_scene(self.seed, self.split, index)
         rng = scene_stream(self.seed, self.split, _TURN_INDEX + index)
         if self.name == "vqa":
             kinds = rng.permutation(len(QUESTIONS))[: self.turns]
@@ -80,7 +63,7 @@ class SceneSource:
             chunks = prompts.vqa([(e.question, e.answer) for e in asked])
             target: dict[str, Any] = {}
         elif self.name in ("locate", "describe"):
-            chosen = [scene.objects[k] for k in rng.permutation(len(scene.objects))[: self.turns]]
+            chosen = [scene.shapes[k] for k in rng.permutation(len(scene.shapes))[: self.turns]]
             if self.name == "locate":
                 named = [_named(scene, item, rng) for item in chosen]
                 turns = [(text, item.box) for text, item in zip(named, chosen, strict=True)]
@@ -127,14 +110,11 @@ def _named(scene: Scene, item: Object, rng: np.random.Generator) -> str:
     """A shortest phrase that fits `item` alone or, as often, everything that can be said of it.
 
     With full phrases a model that knows one kind of attribute finds most objects, and learns the rest there.
-    The digit and the word, of which there is one each, are found first and teach what a box is.
     """
-    short = unique_phrases(scene, item) if item.kind == "shape" else [item.kind]
+    short = unique_phrases(scene, item)
     return full_phrase(item) if rng.integers(2) else short[int(rng.integers(len(short)))]
 
 
 def full_phrase(item: Object) -> str:
     """Everything that can be said of an object."""
-    if item.kind == "shape":
-        return phrase(item, ("size", "texture", "colour", "name"))
-    return f"{item.colour} {item.kind} {item.name}"
+    return phrase(item, ("size", "texture", "colour", "name"))
