@@ -273,6 +273,16 @@ def test_impossible_runs_are_refused(wrong):
         run(**wrong)
 
 
+def test_epochs_are_steps_through_all_the_data(out):
+    """40 + 40 examples in batches of 4: 1.5 epochs are 30 steps, and every example comes once or twice."""
+    stage = dataclasses.replace(FIRST, weights=None, steps=0, epochs=1.5)
+    wanted = run(stages=(stage,))
+    trained(wanted, out)
+    assert store.read_json(out / wanted.stage_ids()[0] / train.RESULT)["steps"] == 30
+    with pytest.raises(ValueError, match=r"steps=8 and epochs=1.0 .* give one of them"):
+        run(stages=(dataclasses.replace(FIRST, epochs=1.0),))
+
+
 def test_two_runs_of_one_name_are_refused(tmp_path):
     (tmp_path / "same.py").write_text(CONFIG.replace('"mamba"', '"transformer"'))
     with pytest.raises(ValueError, match="names two runs 'transformer'"):

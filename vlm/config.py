@@ -117,7 +117,7 @@ Data = Scenes | Files
 
 @dataclass(frozen=True)
 class Stage:
-    """One stretch of training.
+    """One stretch of training: so many steps, or so many epochs of all its data.
 
     data, weights: sources by name and their shares (`vlm.data.mixture.Mixture`). train: "connector", or "all"
     for connector and language model; the vision encoder is frozen always. layouts: of the prompts, those of
@@ -126,9 +126,10 @@ class Stage:
     """
 
     data: Mapping[str, Data]
-    steps: int
     batch_size: int
     lr: float
+    steps: int = 0
+    epochs: float = 0.0
     weights: Mapping[str, float] | None = None
     train: Literal["connector", "all"] = "all"
     layouts: tuple[str, ...] = ()
@@ -179,7 +180,11 @@ class Run:
                 f"image_size={self.image_size} of run {self.name!r} is too small; use at least 16"
             )
         for stage in self.stages:
-            for name in ("steps", "batch_size", "accumulate", "group"):
+            if (stage.steps > 0) == (stage.epochs > 0):
+                raise ValueError(
+                    f"steps={stage.steps} and epochs={stage.epochs} of run {self.name!r}: give one of them"
+                )
+            for name in ("batch_size", "accumulate", "group"):
                 if getattr(stage, name) < 1:
                     raise ValueError(f"{name}={getattr(stage, name)} of run {self.name!r} must be at least 1")
 
@@ -206,6 +211,7 @@ class Run:
             settled = {"layouts": stage.layouts or (self.layout,), "image_size": self.size(stage)}
             settled = dataclasses.asdict(stage) | settled
             del settled["workers"]  # they change no number
+            del settled["steps" if stage.epochs else "epochs"]
             said = {"before": said, "stage": settled}
             digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
             names.append(f"{self.family}-{self.size(stage)}px-seed{self.seed}-{digest[:10]}")

@@ -7,6 +7,7 @@ the same order.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import subprocess
@@ -220,6 +221,9 @@ def train_stage(
     text, seen = parts.text(run.tokenizer), parts.eyes(run.encoder, run.size(stage), out, device)
     features = parts.features(run, run.size(stage), out, device)
     sources = {name: data.build(answers=True) for name, data in stage.data.items()}
+    mixture = Mixture(sources, stage.weights)
+    if stage.epochs:
+        stage = dataclasses.replace(stage, steps=math.ceil(stage.epochs * len(mixture) / stage.batch_size))
     for source in sources.values():
         features.fill(source, progress=accelerator.is_main_process)
     model = parts.model(run, seen.width).to(accelerator.device)
@@ -238,7 +242,7 @@ def train_stage(
     started = saved = time.monotonic()
     for k, batch in enumerate(
         batches(
-            Mixture(sources, stage.weights),
+            mixture,
             features,
             batch_size=stage.batch_size,
             start=step,
@@ -259,7 +263,9 @@ def train_stage(
         loss = update(loss_of, optimizer, batch, stage, accelerator)
         tokens += batch.input_ids.numel()
         now = time.monotonic()
-        row = dict(step=k + 1, loss=loss, seconds=round(seconds + now - started, 3), tokens=tokens)
+        row = dict(
+            step=k + 1, steps=stage.steps, loss=loss, seconds=round(seconds + now - started, 3), tokens=tokens
+        )
         listener(row)
         if accelerator.is_main_process and ((k + 1) % LOG_EVERY == 0 or k + 1 == stage.steps):
             store.append_row(folder / METRICS, row)
@@ -361,7 +367,7 @@ class Display:
     def __init__(self, run: Run, number: int, console: Any):
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.steps, self.console = run.stages[number].steps, console
+        self.console = console
         self.title = f"{run.name}, stage {number + 1} of {len(run.stages)}"
         self.bar = Progress(
             TextColumn("[bold]{task.description}"),
@@ -371,7 +377,7 @@ class Display:
             console=console,
             disable=not console.is_terminal,
         )
-        self.task = self.bar.add_task(self.title, total=self.steps, loss="-")
+        self.task = self.bar.add_task(self.title, total=None, loss="-")
 
     def __enter__(self) -> Display:
         self.bar.start()
@@ -381,10 +387,10 @@ class Display:
         self.bar.stop()
 
     def __call__(self, row: dict[str, Any]) -> None:
-        self.bar.update(self.task, completed=row["step"], loss=f"{row['loss']:.3f}")
-        if not self.console.is_terminal and row["step"] % max(1, self.steps // 10) == 0:
+        self.bar.update(self.task, completed=row["step"], total=row["steps"], loss=f"{row['loss']:.3f}")
+        if not self.console.is_terminal and row["step"] % max(1, row["steps"] // 10) == 0:
             self.console.print(
-                f"{self.title}: step {row['step']} of {self.steps}, loss {row['loss']:.3f}, "
+                f"{self.title}: step {row['step']} of {row['steps']}, loss {row['loss']:.3f}, "
                 f"{row['seconds']:.0f} s",
                 highlight=False,
                 soft_wrap=True,
