@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 # One colour per family everywhere, from seaborn's colour-blind-safe palette.
 FAMILIES = ("transformer", "mamba", "mamba2", "hybrid")
+SINGLE, DOUBLE = 3.03, 6.30  # inches: a column, and both, of the ACL's pages
 NAMES = {"transformer": "Transformer", "mamba": "Mamba", "mamba2": "Mamba-2", "hybrid": "Hybrid"}
 
 
@@ -40,11 +41,16 @@ def legend(figure: Figure, looks: dict[str, dict[str, Any]], width: float = 1.6,
 
 @contextmanager
 def theme() -> Iterator[None]:
-    """seaborn's white grid, text as text in PDF files."""
+    """seaborn's white grid, text as text in PDF and SVG files."""
     import matplotlib
     import seaborn
 
-    settings: Any = {"pdf.fonttype": 42, "figure.constrained_layout.use": True}
+    settings: Any = {
+        "pdf.fonttype": 42,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "ssm-retrieval",
+        "figure.constrained_layout.use": True,
+    }
     with (
         seaborn.axes_style("whitegrid"),
         seaborn.plotting_context("notebook", font_scale=0.9),

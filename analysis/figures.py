@@ -1,0 +1,213 @@
+"""`python -m analysis.figures --out figures/`: the paper's figures and tables, with the CSV behind each."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import tyro
+
+from analysis import curves, diagrams, published, vlm_plots
+from analysis.style import theme
+from analysis.tables import load
+from synthetic.run import explain, fail, write_anything
+from synthetic.store import write_bytes
+
+STUDIES = Path(__file__).resolve().parent.parent / "studies"
+SYNTHETIC, VLM = "retrieval-cpu", "vlm-cpu"  # studies whose committed tables are drawn by default
+DRAWN = "a drawing, no measurement"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Draw the figures of the paper and this toolkit's own beside them.
+
+    Without options: what is published, and the tables of the studies in this repository. Every figure says
+    which of the two it shows. What a source does not have is left out, with a line that says why.
+    """
+
+    runs: Path | None = None
+    """Your own runs instead of the studies: a folder with results of synthetic.run, synthetic.sweep or
+vlm.evaluate, or one of their Parquet files."""
+    published: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Only what is published, and drawings."""
+    out: Path = Path("figures")
+    """Folder for figures (PDF, SVG, PNG), tables (Markdown, LaTeX), the CSV behind each and index.json."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One figure or table: its name, title, source, and the table behind it; draw None: the table only."""
+
+    name: str
+    title: str
+    source: str
+    table: pd.DataFrame
+    draw: Callable[[], Any] | None = None
+    texts: dict[str, str] | None = None  # files of text beside it, by ending
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 2 for bad input."""
+    write_anything()
+    options = tyro.cli(Options, args=argv, prog="python -m analysis.figures")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    try:
+        for line in write(options):
+            print(line)
+    except (ValueError, ImportError) as error:
+        return fail(str(error))
+    except OSError as error:
+        return fail(explain(error, str(options.out)))
+    return 0
+
+
+def write(options: Options) -> Iterator[str]:
+    """Write everything that the options ask for; yields a line on each. Raises ValueError for bad sources."""
+    if options.published and options.runs is not None:
+        raise ValueError(f"--published and --runs {options.runs} exclude each other; give one of them")
+    options.out.mkdir(parents=True, exist_ok=True)
+    index = []
+    with theme():
+        for found in entries(options):
+            if isinstance(found, str):
+                yield found
+                continue
+            files = _write(options.out, found)
+            index.append(dict(name=found.name, title=found.title, source=found.source, files=files))
+            yield f"{options.out / found.name}: {' '.join(sorted(file.rpartition('.')[2] for file in files))}"
+    write_bytes(options.out / "index.json", (json.dumps(index, indent=2) + "\n").encode())
+
+
+def entries(options: Options) -> Iterator[Entry | str]:
+    """Figures in the order of the paper, or a line on why one is left out."""
+    asked = diagrams.task_table()
+    yield Entry("fig1_architecture", "Mamba-VL and Pythia-VL", DRAWN, _parts(), diagrams.architecture)
+    yield Entry(
+        "fig2_tasks", "What each task asks and answers", DRAWN, asked, lambda: diagrams.task_overview(asked)
+    )
+    yield from _vlm(options)
+    tokens = diagrams.synthetic_table()
+    yield Entry("fig5_synthetic_task", "The synthetic retrieval task", DRAWN, tokens,
+                lambda: diagrams.synthetic_task(tokens))  # fmt: skip
+    yield from _synthetic(options)
+    if options.runs is None:
+        yield from _published()
+
+
+def _parts() -> pd.DataFrame:
+    """Lengths of the sequence that Fig. 1 draws."""
+    from vlm.layout import grid_side, image_ids
+
+    rows = [
+        dict(pixels=pixels, grid=grid_side(pixels), patches=grid_side(pixels) ** 2,
+             image_tokens=len(image_ids(grid_side(pixels))))
+        for pixels in (224, 336, 480)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _published() -> Iterator[Entry]:
+    table = published.results()
+    gaps, means = published.gaps(table), published.mean_gaps(table)
+    yield Entry("gap_vs_scale", "Grounding gap against scale", published.SOURCE, gaps,
+                lambda: vlm_plots.gap_vs_scale(table))  # fmt: skip
+    yield Entry("mean_gaps", "Mean gaps, with and without the suspect cell", published.SOURCE, means)
+    texts = {"md": vlm_plots.markdown(table), "tex": vlm_plots.latex(table)}
+    yield Entry("results", "Published results", published.SOURCE, table, texts=texts)
+
+
+def _vlm(options: Options) -> Iterator[Entry | str]:
+    """Figs. 3 and 4: the paper's own numbers of them are published nowhere that could be read."""
+    names = ("fig3_resolution", "fig4_layouts")
+    if options.published:
+        for name in names:
+            yield f"{name}: left out, its numbers are in the paper's figure only; it is drawn from runs"
+        return
+    place = options.runs or STUDIES / VLM / "results.parquet"
+    found = _table(place, "metric")
+    if found is None:
+        for name in names:
+            yield f"{name}: left out, {place} has no results of vlm.evaluate"
+        return
+    source = f"measured: {'your runs' if options.runs else f'studies/{VLM}'}"
+    for name, title, make, draw in (
+        (names[0], "Resolution", vlm_plots.resolution_table, vlm_plots.resolution),
+        (names[1], "Layouts against agnostic", vlm_plots.layout_table, vlm_plots.layouts),
+    ):
+        table = make(found)
+        if table.empty:
+            what = "resolution" if name == names[0] else "layout"
+            yield f"{name}: left out, the runs have one {what} only"
+        else:
+            yield Entry(name, title, source, table, partial(draw, table))
+
+
+def _synthetic(options: Options) -> Iterator[Entry | str]:
+    if options.published:
+        yield "synthetic curves: left out, the paper's numbers of them are in its figure only"
+        return
+    place = options.runs or STUDIES / SYNTHETIC
+    found = _table(place, "accuracy")
+    if found is None:
+        yield f"synthetic curves: left out, {place} has no results of synthetic.run"
+        return
+    evaluations = found[found["purpose"] == "report"]
+    targets = _table(place, "target_low", "targets")
+    tables = (evaluations, evaluations.iloc[:0] if targets is None else targets)
+    source = f"measured: {'your runs' if options.runs else f'studies/{SYNTHETIC}'}"
+    for task in sorted(evaluations["task"].unique()):
+        for name, drawn, draw in curves.figures(*(table[table["task"] == task] for table in tables)):
+            if len(drawn):
+                yield Entry(f"{task}_{name}", f"{task}: {name.replace('_', ' ')}", source, drawn, draw)
+
+
+def _table(place: Path, column: str, name: str = "results") -> pd.DataFrame | None:
+    """The results table at `place`, if it has this column. Raises ValueError where nothing can be read."""
+    if not place.exists():
+        if place.is_relative_to(STUDIES):
+            return None
+        raise ValueError(f"--runs {place} does not exist; give a folder of runs or a results.parquet")
+    found: pd.DataFrame | None
+    files = sorted((place / name).glob("*.parquet")) if place.is_dir() and (place / name).is_dir() else []
+    if files:
+        found = pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
+    else:
+        found = load(place, name) if name == "results" or place.is_dir() else None
+    return found if found is not None and column in found.columns else None
+
+
+def _write(out: Path, entry: Entry) -> list[str]:
+    """Files of an entry, by name. The same table gives the same bytes."""
+    import matplotlib.pyplot as plt
+
+    text = entry.table.to_csv(index=False, float_format=f"%.{curves.DIGITS}g", lineterminator="\n")
+    contents = {f"{entry.name}.csv": text.encode()}
+    contents |= {f"{entry.name}.{kind}": said.encode() for kind, said in (entry.texts or {}).items()}
+    if entry.draw is not None:
+        figure = entry.draw()
+        for kind, more in (
+            ("png", dict(dpi=200)),
+            ("pdf", dict(metadata={"CreationDate": None})),
+            ("svg", dict(metadata={"Date": None})),
+        ):
+            picture = io.BytesIO()
+            figure.savefig(picture, format=kind, **more)
+            contents[f"{entry.name}.{kind}"] = picture.getvalue()
+        plt.close(figure)
+    for name, content in contents.items():
+        write_bytes(out / name, content)
+    return list(contents)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

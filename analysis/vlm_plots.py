@@ -1,0 +1,201 @@
+"""Figures and tables of vision & language results: published ones, or one's own in the same form.
+
+Own results are the table of `vlm.evaluate` (`vlm.results.COLUMNS`): a row per run, task and metric.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from analysis import published
+from analysis.statistics import mean_interval
+from analysis.style import DOUBLE, NAMES, family_colors
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FAMILY = {"transformer": "Pythia-VL", "mamba": "Mamba-VL"}
+MAIN = ("accuracy", "iou@0.5", "vqa_accuracy")  # the metric of a task that figures show
+
+
+def gap_vs_scale(table: pd.DataFrame) -> Figure:
+    """Pythia-VL minus Mamba-VL by benchmark and in means, against size. table: `published.results()`.
+
+    Left: grounding benchmarks, the suspect cell in a circle. Right: means with and without its benchmark.
+    """
+    import matplotlib.pyplot as plt
+    import seaborn
+
+    every, means = published.gaps(table), published.mean_gaps(table)
+    pairs = list(dict.fromkeys(every["pair"]))
+    places = {pair: i for i, pair in enumerate(pairs)}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(DOUBLE, 2.9), sharey=True, layout="constrained")
+    grounding = every[every["group"] == "grounding"]
+    colours = [seaborn.color_palette("colorblind")[i] for i in (2, 3, 4, 5, 6, 9)]  # none of a family's
+    marks = "osD^vP"
+    for i, (label, part) in enumerate(grounding.groupby("label", sort=False)):
+        x = part["pair"].map(places)
+        left.plot(x, part["gap"], color=colours[i], marker=marks[i], markersize=4, lw=1, label=label)
+        odd = part[part["suspect"]]
+        left.plot(odd["pair"].map(places), odd["gap"], "o", markersize=11, mfc="none", color="black", lw=0)
+        for _, row in odd.iterrows():
+            at, away = (places[row["pair"]], row["gap"]), (8, -3)
+            left.annotate("suspect cell", at, away, textcoords="offset points", fontsize=7)
+    looks = (("-", "o", "black"), ("--", "s", "black"), (":", "D", "0.5"))
+    for (name, rows), (line, mark, colour) in zip(means.groupby("part", sort=False), looks, strict=True):
+        label = f"{name} ({rows['benchmarks'].iloc[0]})"
+        x = rows["pair"].map(places)
+        right.plot(x, rows["gap"], ls=line, marker=mark, markersize=4, color=colour, label=label)
+    for ax, title in ((left, "Grounding, by benchmark"), (right, "Means over benchmarks (their number)")):
+        ax.axhline(0, color="black", lw=0.8)
+        ax.set_xticks(range(len(pairs)), pairs)
+        ax.set_xlabel("weights of the language models", fontsize=8)
+        ax.set_title(title, fontsize=8)
+        ax.tick_params(labelsize=7.5)
+        ax.legend(fontsize=6.5, frameon=False, loc="lower right")
+        ax.set_xlim(-0.3, len(pairs) - 0.7)
+    left.set_ylim(-16, 12)
+    left.set_ylabel("Pythia-VL minus Mamba-VL (points)", fontsize=8)
+    figure.suptitle(published.SOURCE, fontsize=7, color="0.35")
+    return figure
+
+
+def main_rows(results: pd.DataFrame) -> pd.DataFrame:
+    """The rows of each task's main metric."""
+    return results[results["metric"].isin(MAIN)]
+
+
+def over_seeds(results: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """Mean of `value` over seeds with its 95 % t interval, a row per cell of `by`: mean, low, high, seeds."""
+    rows = []
+    for cell, part in results.groupby(by, sort=False):
+        values = part.groupby("seed")["value"].mean().to_numpy()
+        mean, low, high = mean_interval(values)
+        rows.append(dict(zip(by, cell, strict=True)) | dict(mean=mean, low=low, high=high, seeds=len(values)))
+    return pd.DataFrame(rows)
+
+
+def resolution_table(results: pd.DataFrame) -> pd.DataFrame:
+    """Fig. 3 for own runs: accuracy by task, family and resolution, agnostic. Empty for one resolution."""
+    rows = main_rows(results)
+    rows = rows[rows["layout"] == "agnostic"]
+    if rows["image_size"].nunique() < 2:
+        return rows.iloc[:0]
+    table = over_seeds(rows, ["task", "family", "image_size"])
+    facts = rows.groupby("task", as_index=False)[["chance", "question_only"]].mean()
+    return table.merge(facts, on="task", how="left")
+
+
+def layout_table(results: pd.DataFrame) -> pd.DataFrame:
+    """Fig. 4 for own runs: relative difference of other layouts to the agnostic one, seed by seed.
+
+    difference: (value - agnostic) / agnostic of runs of equal family, size, resolution and seed. Empty where
+    there is no other layout to compare.
+    """
+    rows = main_rows(results)
+    keys = ["task", "family", "model", "image_size", "seed"]
+    base = rows[rows["layout"] == "agnostic"].set_index(keys)["value"]
+    others = rows[rows["layout"] != "agnostic"].join(base.rename("agnostic"), on=keys)
+    others = others[others["agnostic"] > 0]
+    if others.empty:
+        return others
+    others = others.assign(value=(others["value"] - others["agnostic"]) / others["agnostic"])
+    return over_seeds(others, ["task", "family", "image_size", "layout"])
+
+
+def resolution(table: pd.DataFrame) -> Figure:
+    """Bars of `resolution_table`, a panel per family; chance and the blind guess as lines."""
+    sizes = sorted(table["image_size"].unique())
+    shades = {size: 0.45 + 0.55 * i / max(1, len(sizes) - 1) for i, size in enumerate(sizes)}
+
+    def look(row: pd.Series) -> tuple[str, float]:
+        return f"{row['image_size']} px", shades[row["image_size"]]
+
+    return _bars(table, look, "right answers (share)", chance=True)
+
+
+def layouts(table: pd.DataFrame) -> Figure:
+    """Bars of `layout_table`, a panel per family."""
+    kinds = list(dict.fromkeys(zip(table["layout"], table["image_size"], strict=True)))
+    shades = {kind: 0.4 + 0.6 * i / max(1, len(kinds) - 1) for i, kind in enumerate(kinds)}
+
+    def look(row: pd.Series) -> tuple[str, float]:
+        return f"{row['layout']}, {row['image_size']} px", shades[row["layout"], row["image_size"]]
+
+    return _bars(table, look, "relative difference to agnostic", chance=False)
+
+
+def _bars(table: pd.DataFrame, look: Callable, label: str, chance: bool) -> Figure:
+    import matplotlib.pyplot as plt
+
+    families = [name for name in NAMES if name in set(table["family"])]
+    tasks = list(dict.fromkeys(table["task"]))
+    shape = (DOUBLE, 2.1 * len(families))
+    figure, axes = plt.subplots(
+        len(families), 1, figsize=shape, sharex=True, squeeze=False, layout="constrained"
+    )
+    colours = family_colors()
+    for ax, family in zip(axes[:, 0], families, strict=True):
+        mine = table[table["family"] == family]
+        names = list(dict.fromkeys(look(row)[0] for _, row in mine.iterrows()))
+        width = 0.8 / len(names)
+        for _, row in mine.iterrows():
+            name, alpha = look(row)
+            x = tasks.index(row["task"]) + (names.index(name) - (len(names) - 1) / 2) * width
+            drawn = ax.bar(x, row["mean"], width, color=colours[family], alpha=alpha)
+            if name not in ax.get_legend_handles_labels()[1]:
+                drawn.set_label(name)
+            if np.isfinite(row["low"]):
+                ax.plot([x, x], [row["low"], row["high"]], color="black", lw=0.8)
+        for i, task in enumerate(tasks if chance else ()):
+            guess = mine[mine["task"] == task][["chance", "question_only"]].max(axis=1).max()
+            ax.plot([i - 0.45, i + 0.45], [guess, guess], color="black", ls=":", lw=1)
+        ax.set_title(
+            NAMES[family] + (" (dotted: chance or the guess without the image)" if chance else ""), fontsize=8
+        )
+        ax.axhline(0, color="black", lw=0.8)
+        ax.set_ylabel(label, fontsize=7)
+        ax.legend(fontsize=6.5, frameon=False, ncols=len(names))
+    axes[-1, 0].set_xticks(range(len(tasks)), tasks, rotation=25, ha="right", fontsize=7)
+    return figure
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """Published results as Markdown: the better of each pair bold, the suspect cell marked."""
+    cells = _cells(table, lambda text: f"**{text}**", "†")
+    lines = ["| " + " | ".join(["model", *cells.columns]) + " |", "|" + "---|" * (len(cells.columns) + 1)]
+    lines += [
+        "| " + " | ".join([str(name), *row]) + " |"
+        for name, row in zip(cells.index, cells.values, strict=True)
+    ]
+    note = "† suspect: below its own testB, where every other model is above; see analysis/published."
+    return "\n".join([*lines, "", f"Source: {published.SOURCE}. Bold: the better of a pair.", "", note, ""])
+
+
+def latex(table: pd.DataFrame) -> str:
+    """As `markdown`, as a booktabs table, models in columns so that it fits a page."""
+    cells = _cells(table, lambda text: rf"\textbf{{{text}}}", r"$^\dagger$").T
+    head = " & ".join(["", *(str(name) for name in cells.columns)])
+    lines = [r"\begin{tabular}{l" + "r" * len(cells.columns) + "}", r"\toprule", head + r" \\", r"\midrule"]
+    lines += [
+        " & ".join([str(name), *row]) + r" \\" for name, row in zip(cells.index, cells.values, strict=True)
+    ]
+    width = len(cells.columns) + 1
+    note = rf"\multicolumn{{{width}}}{{l}}{{\footnotesize $^\dagger$ suspect: below its own testB.}}"
+    return "\n".join([f"% {published.SOURCE}", *lines, r"\bottomrule", note, r"\end{tabular}", ""])
+
+
+def _cells(table: pd.DataFrame, bold: Callable[[str], str], mark: str) -> pd.DataFrame:
+    """Printed values, models down and benchmarks across."""
+    best = table.groupby(["pair", "benchmark"])["value"].transform("max")
+    printed = [
+        (bold(f"{value:.2f}") if value == top else f"{value:.2f}") + (mark if suspect else "")
+        for value, top, suspect in zip(table["value"], best, table["suspect"], strict=True)
+    ]
+    wide = table.assign(printed=printed).pivot(index="model", columns="label", values="printed")
+    labels = [published.LABELS.get(b, b) for names in published.GROUPS.values() for b in names]
+    return wide.loc[list(published.SIZES), labels]
