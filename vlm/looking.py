@@ -43,7 +43,7 @@ from vlm.evaluate import load, saved_run
 from vlm.layout import IGNORE, sequence
 from vlm.model import VLM
 from vlm.scenes.encoder import annotation, coverage
-from vlm.scenes.scene import Box, Scene
+from vlm.scenes.scene import Box, Scene, sample_scene
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -207,7 +207,10 @@ def table(run: Run, out: Path, examples: int = 100, device: str = "cpu") -> pd.D
             for quantity, read in found.quantities().items():
                 for name, value in _by_place(quantity, read).items():
                     values[layer, quantity, name][numbers] = value.double().cpu().numpy()
-    weights = [averages(source.scene(i), tuple(source[i].target["box"]), seen.side) for i in range(examples)]
+    weights = [
+        averages(sample_scene(0, "heldout", i), tuple(source[i].target["box"]), seen.side)
+        for i in range(examples)
+    ]
     fixed = dict(run=run.name, family=run.family, layout=run.layout, image_size=run.image_size, seed=run.seed)
     rows = [
         fixed | dict(layer=layer, quantity=quantity, at=at, example=i) | group
