@@ -105,12 +105,9 @@ def annotation(scene: Scene, side: int) -> tuple[dict[str, npt.NDArray[np.int64]
     labels["kind"][:] = 0
     boxes = np.zeros((side, side, 4), np.float32)
     best = np.full((side, side), 0.1)
-    edges = np.arange(side) / side
     for item in scene.objects:
-        x0, y0, x1, y1 = (value / scene.size for value in item.box)
-        across = np.clip(np.minimum(edges + 1 / side, x1) - np.maximum(edges, x0), 0, None) * side
-        down = np.clip(np.minimum(edges + 1 / side, y1) - np.maximum(edges, y0), 0, None) * side
-        cover = down[:, None] * across
+        box = tuple(value / scene.size for value in item.box)
+        cover = coverage(box, side)
         mine = cover > best
         best = np.maximum(best, cover)
         labels["kind"][mine] = _KINDS.index(item.kind)
@@ -119,8 +116,17 @@ def annotation(scene: Scene, side: int) -> tuple[dict[str, npt.NDArray[np.int64]
         shape = item.kind == "shape"
         labels["size"][mine] = SIZES.index(item.size) if shape else -1
         labels["texture"][mine] = TEXTURES.index(item.texture) if shape else -1
-        boxes[mine] = x0, y0, x1, y1
+        boxes[mine] = box
     return {name: value.reshape(-1) for name, value in labels.items()}, boxes.reshape(-1, 4)
+
+
+def coverage(box: Sequence[float], side: int) -> npt.NDArray[np.float64]:
+    """(side, side) share of each patch that a box x0, y0, x1, y1, in shares of the image, covers."""
+    x0, y0, x1, y1 = box
+    edges = np.arange(side) / side
+    across = np.clip(np.minimum(edges + 1 / side, x1) - np.maximum(edges, x0), 0, None) * side
+    down = np.clip(np.minimum(edges + 1 / side, y1) - np.maximum(edges, y0), 0, None) * side
+    return down[:, None] * across
 
 
 def resized(pictures: Sequence[npt.NDArray[np.uint8]], image_size: int) -> Tensor:

@@ -1,0 +1,42 @@
+"""VLM runs that are saved as trained ones are, but untrained: made in a second."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from synthetic import store
+from vlm import parts, train
+from vlm.config import Run, Scenes, Stage
+from vlm.scenes import encoder as scenes
+
+SMALL = {"n_layer": 2, "d_model": 32}
+
+
+def run(model: str, **more) -> Run:
+    """A small run of a preset, never to be trained."""
+    stage = Stage({"grounding": Scenes("grounding", 8)}, steps=1, batch_size=4, lr=1e-3)
+    over = SMALL | ({"n_head": 2} if model.startswith("transformer") else {})
+    over |= {"headdim": 16} if model.startswith("mamba2") else {}
+    given = dict(model_overrides=over, precision="no", image_size=32, max_new_tokens=12, cache=False) | more
+    return Run(given.pop("name", model), model, (stage,), {}, **given)
+
+
+def save_encoder(out: Path) -> None:
+    """An untrained vision encoder in `out`, so that none is trained."""
+    torch.manual_seed(0)
+    path = out / parts.ENCODERS / f"{scenes.key()}.safetensors"
+    path.parent.mkdir(parents=True)
+    store.save_tensors(path, scenes.SceneEncoder().state_dict(), {})
+    parts.eyes.cache_clear()
+
+
+def save(wanted: Run, out: Path) -> Path:
+    """The folder of a run, with the weights that it begins with."""
+    folder = out / wanted.stage_ids()[-1]
+    folder.mkdir(parents=True)
+    store.prepare(folder, {}, [wanted.to_dict()], 1)
+    store.save_tensors(folder / train.WEIGHTS, dict(parts.model(wanted, scenes.WIDTH).named_parameters()), {})
+    store.write_json(folder / train.RESULT, {"steps": 0, "seconds": 0.0})
+    return folder
