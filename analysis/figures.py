@@ -83,7 +83,9 @@ def write(options: Options) -> Iterator[str]:
                 yield found
                 continue
             files = _write(options.out, found)
-            index.append(dict(name=found.name, title=found.title, source=found.source, files=files))
+            if found.draw is not None:
+                about = dict(file=f"{found.name}.png", title=found.title, source=found.source)
+                index.append(about | dict(caption=f"The table behind it: {found.name}.csv", files=files))
             yield f"{options.out / found.name}: {' '.join(sorted(file.rpartition('.')[2] for file in files))}"
     write_bytes(options.out / "index.json", (json.dumps(index, indent=2) + "\n").encode())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -54,7 +55,7 @@ def test_the_gap_figure_draws_the_table():
 def test_tables_mark_the_better_of_a_pair_and_the_suspect_cell():
     text = vlm_plots.markdown(published.results())
     assert text.count("†") == 2 and "45.36†" in text and "**135.53**" in text and "**134.97**" not in text
-    wide = pd.read_csv(published.Path(published.__file__).with_name("results.csv")).set_index("model")
+    wide = pd.read_csv(Path(published.__file__).with_name("results.csv")).set_index("model")
     pairs = [wide.drop(columns="checkpoint").iloc[i : i + 2] for i in (0, 2, 4)]
     best = sum(int((pair == pair.max()).sum().sum()) for pair in pairs)  # of ties both
     assert text.count("**") == 2 * best
@@ -155,11 +156,19 @@ def test_published_files_are_the_same_every_time_and_say_their_source(tmp_path, 
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
     index = json.loads((tmp_path / "a" / "index.json").read_text())
     assert {entry["source"] for entry in index} == {figures.DRAWN, published.SOURCE}
-    assert sorted(file for entry in index for file in entry["files"]) == [
-        n for n in names if n != "index.json"
-    ]
+    listed = sorted(file for entry in index for file in entry["files"])
+    tables = ["index.json", "mean_gaps.csv", "results.csv", "results.md", "results.tex"]
+    assert sorted(listed + tables) == names
     fig1 = pd.read_csv(tmp_path / "a" / "fig1_architecture.csv").set_index("pixels")["image_tokens"]
     assert fig1.to_dict() == {224: 273, 336: 601, 480: 1191}
+
+
+def test_the_committed_figures_are_up_to_date(tmp_path):
+    committed = Path(__file__).parent.parent / "docs" / "images" / "figures"
+    assert figures.main(["--published", "--out", str(tmp_path)]) == 0
+    for path in tmp_path.iterdir():
+        if path.suffix in (".csv", ".json", ".md", ".tex"):
+            assert (committed / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_own_runs_are_drawn_and_nothing_published_beside_them(tmp_path, capsys):
@@ -170,7 +179,7 @@ def test_own_runs_are_drawn_and_nothing_published_beside_them(tmp_path, capsys):
     assert "synthetic curves: left out" in said
     index = json.loads((tmp_path / "out" / "index.json").read_text())
     assert {entry["source"] for entry in index} == {figures.DRAWN, "measured: your runs"}
-    assert {"fig3_resolution", "fig4_layouts"} <= {entry["name"] for entry in index}
+    assert {"fig3_resolution", "fig4_layouts"} <= {entry["file"].removesuffix(".png") for entry in index}
 
 
 @pytest.mark.parametrize(

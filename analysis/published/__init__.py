@@ -37,7 +37,7 @@ SIZES = {
     "Pythia-VL-2.8B": ("2.8 B", 2.7752),
     "Mamba-VL-2.8B": ("2.8 B", 2.7685),
 }
-# Below its testB, where every other model is 13 to 18 points above: a typing or run error, by the look of it.
+# Below its testB, where every other model is 16 to 18 points above: a typing or run error, by the look of it.
 SUSPECT = ("Pythia-VL-1B", "RefCOCOplus_testA")
 
 

@@ -29,8 +29,8 @@ def train(task: str) -> Scenes:
 FIND = Stage(data={"locate": train("locate")}, steps=1500, batch_size=32, lr=2e-3)
 ANSWER = Stage(
     data={name: train(name) for name in ("locate", "vqa", "pointing", "describe", "caption")},
-    weights={"locate": 4, "vqa": 4, "pointing": 1, "describe": 0.5, "caption": 0.5},
-    steps=1200,
+    weights={"locate": 3, "vqa": 6, "pointing": 0.5, "describe": 0.25, "caption": 0.25},
+    steps=1500,
     batch_size=32,
     lr=2e-3,
 )
