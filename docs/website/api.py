@@ -46,7 +46,7 @@ def pages(root: Path) -> dict[str, str]:
         made["api/index.md"] += f"\n## {package}\n\n{_table(mine, root, 'api')}\n"
     for name in names:
         where = page(name, root)
-        made[where] = f"::: {name}\n"
+        made[where] = f"---\ntitle: {name}\n---\n\n::: {name}\n"  # the title that search shows
         if where.endswith("/index.md"):
             below = [other for other in names if other.rpartition(".")[0] == name]
             made[where] += f"\n## Modules\n\n{_table(below, root, where.removesuffix('/index.md'))}\n"

@@ -1,6 +1,6 @@
-"""The gallery: every figure of the project, with what it shows and whether its numbers are published or measured.
+"""The gallery: every figure of the project, and whether its numbers are published or measured.
 
-Figures that `python -m analysis.figures` made stand in its index, a list of {file, title, source, caption}; those of
+Figures of `python -m analysis.figures` stand in its index, a list of {file, title, source, caption}; those of
 the studies and guides are found in their pages. So no figure is listed by hand.
 """
 
@@ -19,9 +19,14 @@ IMAGE = re.compile(r"!\[(?P<title>[^\]]+)\]\((?P<file>[^)]+)\)")
 INTRODUCTION = """\
 # Gallery
 
-Every figure of the project. Each says whose numbers it shows: **published** ones are copied from the paper's public
-repository and were measured by its authors; **measured** ones come from runs of this toolkit, whose tables are
-committed beside them. No figure mixes the two without saying so.
+Every figure of the project. Each says whose numbers it shows: **published** ones are copied from the paper's
+public repository and were measured by its authors; **measured** ones come from runs of this toolkit, whose
+tables are committed beside them.
+"""
+OF_PAGES = """\
+## Of the studies and guides
+
+All **measured** by this toolkit or drawn by it: none shows published numbers.
 """
 
 
@@ -41,7 +46,7 @@ def images(root: Path) -> list[str]:
 
 
 def shown(root: Path) -> list[tuple[str, str, str]]:
-    """(title, file, page) of every picture in a page of the site, files and pages relative to the repository."""
+    """(title, file, page) of every picture in a page of the site, paths in the repository."""
     found = []
     for page in pages.own():
         text = (root / page).read_text(encoding="utf-8")
@@ -54,11 +59,11 @@ def page(root: Path) -> str:
     parts = [INTRODUCTION]
     for entry in figures(root):
         parts.append(_figure(entry["title"], entry["file"], f"**{entry['source']}** · {entry['caption']}"))
-    parts.append("## Of the studies and guides\n")
+    parts.append(OF_PAGES)
     for title, file, source in shown(root):
         heading = re.search(r"^# (.+)$", (root / source).read_text(encoding="utf-8"), re.MULTILINE)
         name = heading.group(1) if heading else source
-        parts.append(_figure(title, file, f"**measured** · from [{name}]({pages.uri(source)})"))
+        parts.append(_figure(title, file, f"From [{name}]({pages.uri(source)})"))
     return "\n".join(parts)
 
 

@@ -17,6 +17,8 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
+SOURCE = '<details class="mkdocstrings-source"'
+
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Puts the pages of the API reference into the navigation, below the entry of its title."""
@@ -48,6 +50,11 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
     """Links of the repository become links of the site."""
     source = pages.path(page.file.src_uri)
     return pages.relinked(markdown, source) if (pages.ROOT / source).exists() else markdown
+
+
+def on_page_content(html: str, **kwargs: Any) -> str:
+    """Search finds what is said about a function, not every line of its source."""
+    return html.replace(SOURCE, f"{SOURCE} data-search-exclude")
 
 
 def on_post_build(*, config: MkDocsConfig, **kwargs: Any) -> None:

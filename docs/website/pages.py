@@ -14,6 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 HOME = "README.md"
 FENCED = re.compile(r"^(```|~~~).*?^\1", flags=re.MULTILINE | re.DOTALL)
+STUDY = re.compile(r"^(studies/[^/]+)/README\.md$")
 LINK = re.compile(r"\]\((?![a-z]+:|#|/)(?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)")
 
 
@@ -24,15 +25,22 @@ def own() -> list[str]:
 
 
 def uri(path: str) -> str:
-    """Where a file of the repository is on the site: docs/tasks.md -> tasks.md, README.md -> index.md."""
-    return "index.md" if path == HOME else path.removeprefix("docs/")
+    """Where a file of the repository is on the site.
+
+    README.md -> index.md, docs/tasks.md -> tasks.md, studies/NAME/README.md -> studies/NAME.md.
+    """
+    if path == HOME:
+        return "index.md"
+    return STUDY.sub(r"\1.md", path.removeprefix("docs/"))
 
 
 def path(uri: str) -> str:
     """The inverse of `uri`, for pages that come from the repository."""
     if uri == "index.md":
         return HOME
-    return f"docs/{uri}" if (ROOT / "docs" / uri).exists() else uri
+    study = f"{uri.removesuffix('.md')}/README.md"
+    candidates = (f"docs/{uri}", study if STUDY.match(study) else uri)
+    return next((path for path in candidates if (ROOT / path).exists()), uri)
 
 
 def goal(target: str, source: str) -> str:
