@@ -1,0 +1,274 @@
+"""The tables of docs/claims.md, from committed results: `python docs/claims.py`.
+
+Replaces what stands between `<!-- NAME -->` and `<!-- /NAME -->`. Sources: analysis/published.csv (the
+paper's own results), the tables of studies/retrieval-cpu, studies/why-mamba-lags and studies/learnability.
+"""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+import analysis
+from analysis import plots, settings
+from analysis.comparisons import comparisons
+from analysis.statistics import bootstrap_median_time, mean_interval
+from analysis.style import NAMES
+from analysis.tables import fill
+from synthetic import store
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENT = Path(__file__).with_suffix(".md")
+RETRIEVAL = ROOT / "studies" / "retrieval-cpu"
+PROBED = ROOT / "studies" / "why-mamba-lags"
+PUBLISHED = ROOT / "analysis" / "published.csv"
+# The groups in the order in which the published table has them, and its pairs, Pythia first.
+GROUPS = {
+    "captioning": ["COCO", "NoCaps"],
+    "question answering": ["VQAv2", "GQA", "V7W_testT", "VSR", "POPE"],
+    "grounding": ["RefCOCO_testA", "RefCOCO_testB", "RefCOCOplus_testA", "RefCOCOplus_testB", "RefCOCOg",
+                  "V7W_testP"],
+    "reading": ["TextCaps", "TextVQA", "AI2D"],
+}  # fmt: skip
+PAIRS = {"1B and 790M": ("1B", "790M"), "1.4B": ("1.4B", "1.4B"), "2.8B": ("2.8B", "2.8B")}
+SUSPECT = "RefCOCOplus_testA"  # of Pythia-VL-1B: below its testB, where all others are far above theirs
+CLAIM = re.compile(r"^## (?P<title>\d+\. [^\n]+)$(?P<body>.*?)(?=^## |\Z)", flags=re.MULTILINE | re.DOTALL)
+VERDICT = re.compile(r"\*\*Verdict: (?P<word>[^.*]+)\.\*\*")
+VERDICTS = (
+    "supported at this size",
+    "partly supported",
+    "not supported at this size",
+    "contradicted at this size",
+    "not tested",
+)
+
+
+# --- the published table -----------------------------------------------------------------------------------
+
+
+def differences() -> pd.DataFrame:
+    """Mamba-VL minus Pythia-VL: a row per pair, a column per benchmark, in points."""
+    table = pd.read_csv(PUBLISHED).set_index("model").drop(columns="checkpoint")
+    rows = {
+        pair: table.loc[f"Mamba-VL-{mamba}"] - table.loc[f"Pythia-VL-{pythia}"]
+        for pair, (pythia, mamba) in PAIRS.items()
+    }
+    return pd.DataFrame(rows).T
+
+
+def published_groups() -> str:
+    """By group and pair: mean difference Mamba - Pythia, and in how many benchmarks Mamba is ahead."""
+    table = differences()
+    rows = []
+    for group, columns in GROUPS.items():
+        part = table[columns]
+        cells = [
+            f"{part.loc[pair].mean():+.2f} ({(part.loc[pair] > 0).sum()} of {len(columns)})"
+            for pair in table.index
+        ]
+        rows.append([group, *cells])
+    return markdown(["group", *table.index], rows)
+
+
+def published_scale() -> str:
+    """Grounding gap Pythia - Mamba by pair, with and without the suspect column."""
+    gaps = -differences()[GROUPS["grounding"]]
+    rows = []
+    for pair, before in zip(gaps.index, [None, *gaps.index], strict=False):
+        rest = gaps.loc[pair].drop(SUSPECT)
+        grown = "–" if before is None else f"{(gaps.loc[pair] > gaps.loc[before]).sum()} of {gaps.shape[1]}"
+        rows.append([pair, f"{gaps.loc[pair].mean():.2f}", f"{rest.mean():.2f}", grown])
+    return markdown(["pair", "mean gap of 6", f"without {SUSPECT}", "wider than one size below"], rows)
+
+
+# --- studies/retrieval-cpu ---------------------------------------------------------------------------------
+
+
+def evaluations() -> pd.DataFrame:
+    """Every evaluation of the runs that are reported, of the usual state sizes, labelled."""
+    table = analysis.load(RETRIEVAL / "results.parquet")
+    return settings.label(table[table["purpose"] == "report"])
+
+
+def lengths(table: pd.DataFrame) -> str:
+    """A line per architecture: how far it gets, and what it needs for length 16, query last, many queries."""
+    table = table[(table["queries"] > 1) & table["usual_state"]]
+    outcomes = plots.threshold_table(table, "tokens")
+    laws = plots.scaling_table(table)
+    laws = laws[laws["unit"] == "tokens"].set_index("variant")
+    rows = []
+    for variant in settings.variants(table):
+        mine = outcomes[outcomes["variant"] == variant]
+        seeds = mine.groupby("seq_len")["reached"].agg(["sum", "size"])
+        every = seeds.index[seeds["sum"] == seeds["size"]].max()
+        longer = [f"{n}: {row['sum']} of {row['size']}" for n, row in seeds.iterrows() if n > every]
+        short = mine[mine["seq_len"] == 16]
+        law = laws.loc[variant]
+        exponent = between(law["exponent"], law["exponent_low"], law["exponent_high"], 2)
+        rows.append([variant, every, ", ".join(longer), cost(short), accuracy(table, short), exponent])
+    head = ["model", "longest length that every seed learned", "seeds at longer ones"]
+    return markdown([*head, "tokens for length 16", "accuracy at 16", "exponent of the length"], rows)
+
+
+def layouts(table: pd.DataFrame) -> str:
+    """Query last against query first, one query per sequence, length 16; seeds that are faster so."""
+    table = table[(table["queries"] == 1) & table["usual_state"] & (table["seq_len"] == 16)]
+    outcomes = plots.threshold_table(table, "tokens")
+    tests = comparisons(outcomes)
+    tests = tests[tests["kind"] == "layout"].set_index("within")
+    rows = []
+    for variant in settings.variants(table):
+        mine = outcomes[outcomes["variant"] == variant]
+        last, first = (mine[mine["setting"] == f"{layout}, single query"] for layout in ("suffix", "prefix"))
+        test = tests.loc[f"{variant}, single query"]
+        faster = {test["a"]: test["a_first"], test["b"]: test["b_first"]}
+        rows.append(
+            [variant, cost(last), accuracy(table, last), cost(first), accuracy(table, first),
+             f"{faster['prefix']} and {faster['suffix']} of {test['n']}"]
+        )  # fmt: skip
+    head = ["model", "tokens, query last", "accuracy, last", "tokens, query first", "accuracy, first"]
+    return markdown([*head, "seeds faster with the query first and last"], rows)
+
+
+def states(table: pd.DataFrame) -> str:
+    """State size at length 16: seeds at 0.95, accuracy, and how many symbols a linear probe finds in it."""
+    found = plots.state_table(table)
+    probed = study("contrasts")
+    wanted = dict(quantity="tokens", site="state", seq_len=16, queries="dense", weights="trained")
+    decodable = probed["best_layer"](probed["cells"](probes(), any_state=True, layout="suffix", **wanted), [])
+    decodable["variant"] = decodable["model"].astype(str).map(NAMES)
+    rows = []
+    for (variant, state), cell in found.groupby(["variant", "d_state"]):
+        mine = decodable[(decodable["variant"] == variant) & (decodable["d_state"] == state)]
+        seeds = f"{cell['reached'].sum()} of {len(cell)}"
+        right = between(*mean_interval(cell["accuracy"], bounds=(0, 1)))
+        rows.append([variant, f"{state:g}", seeds, right, between(*mean_interval(mine["value"]), 1)])
+    head = ["model", "states per channel", "seeds at 0.95", "accuracy at 16"]
+    return markdown([*head, "symbols of 16 in the state, linear probe"], rows)
+
+
+def geometry() -> str:
+    """Locality of position tokens by architecture: range over seeds, and how many lie above shuffled ones."""
+    table = pd.read_csv(RETRIEVAL / "figures" / "position_geometry.csv")
+    names = {"readout": "output rows of position tokens", "learned": "learned position table"}
+    rows = []
+    for (variant, length, kind), part in table.groupby(["variant", "seq_len", "table"], sort=False):
+        above = (part["locality"] > part["shuffled_high"]).sum()
+        values = f"{part['locality'].min():.2f} to {part['locality'].max():.2f}"
+        rows.append([variant, length, names[str(kind)], values, f"{above} of {len(part)}"])
+    return markdown(["model", "length", "table", "locality, by seed", "seeds above shuffled positions"], rows)
+
+
+# --- studies/why-mamba-lags and studies/learnability -------------------------------------------------------
+
+
+def updates() -> str:
+    """What the last layer does with the target, over what it does with a distractor: length 16, one query."""
+    probed = study("contrasts")
+    rows = []
+    for model in probed["USUAL_STATE"]:
+        for quantity, words in probed["WORDS"].items():
+            part = probed["cells"](
+                probes(), model=model, quantity=quantity, seq_len=16, queries="single", weights="trained"
+            )
+            part = part[part["layer"] == part["layer"].max()]
+            ratios = [ratio(part.loc[part["layout"] == name, "value"]) for name in ("suffix", "prefix")]
+            lowest = part.loc[part["layout"] == "prefix", "value"].min()
+            rows.append([NAMES[model], words, *ratios, f"{lowest:.2f}"])
+    head = ["model", "target over distractor", "query last", "query first", "lowest seed, query first"]
+    return markdown(head, rows)
+
+
+def positions() -> str:
+    """Position schemes of the Transformer: the longest length that each seed learned, accuracy at 256."""
+    table = pd.read_csv(ROOT / "studies" / "learnability" / "grid.csv")
+    table = table[
+        table["diet"].eq("K=64, curriculum from 2") & table["variant"].str.startswith("Transformer, ")
+    ]
+    rows = []
+    for variant, part in table.groupby("variant", sort=False):
+        learned = ", ".join(str(n) for n in part.sort_values("seed")["longest_learned"])
+        rows.append([variant, learned, between(*mean_interval(part["accuracy_at_256"], bounds=(0, 1)))])
+    return markdown(["model", "longest length learned, by seed", "accuracy at 256"], rows)
+
+
+def study(script: str) -> dict[str, Any]:
+    """What a script of studies/why-mamba-lags defines."""
+    return runpy.run_path(str(PROBED / f"{script}.py"))
+
+
+def probes() -> pd.DataFrame:
+    return pd.read_parquet(PROBED / "measured.parquet")
+
+
+# --- pieces ------------------------------------------------------------------------------------------------
+
+
+def markdown(header: list[Any], rows: list[list[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def between(value: Any, low: Any, high: Any, digits: int = 3) -> str:
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def ratio(values: pd.Series) -> str:
+    """Geometric mean of ratios with Student's 95 % interval of their logarithm."""
+    found = np.exp(mean_interval(np.log(values.to_numpy(float))))
+    return "{} [{}, {}]".format(*(f"{value:,.0f}" if value >= 10 else f"{value:.2f}" for value in found))
+
+
+def cost(cell: pd.DataFrame) -> str:
+    """Tokens to 0.95: median and range over seeds; ∞ for more than a run had."""
+    values = bootstrap_median_time(cell["value"], cell["reached"])
+    median, low, high = ("∞" if value == float("inf") else f"{value:,.0f}" for value in values)
+    return f"{median} [{low}, {high}]"
+
+
+def accuracy(table: pd.DataFrame, cell: pd.DataFrame) -> str:
+    """Final held-out accuracy: mean over seeds with Student's 95 % interval."""
+    final = table[table["kind"] == "final"].set_index("run")["accuracy"]
+    return between(*mean_interval(final[cell["run"]], bounds=(0, 1)))
+
+
+def verdicts(text: str) -> str:
+    """The table of contents: every claim of the page with its verdict."""
+    rows = []
+    for claim in CLAIM.finditer(text):
+        found = VERDICT.findall(claim["body"])
+        if len(found) != 1 or found[0].partition(":")[0] not in VERDICTS:
+            raise ValueError(f"claim {claim['title']!r} needs one verdict out of: {', '.join(VERDICTS)}")
+        anchor = re.sub(r"[^\w\- ]", "", claim["title"].lower()).replace(" ", "-")
+        rows.append([f"[{claim['title']}](#{anchor})", found[0]])
+    return markdown(["claim", "verdict"], rows)
+
+
+def rewritten(text: str) -> str:
+    """The page with its tables made anew."""
+    table = evaluations()
+    made = {
+        "verdicts": verdicts(text),
+        "published-groups": published_groups(),
+        "published-scale": published_scale(),
+        "lengths": lengths(table),
+        "layouts": layouts(table),
+        "states": states(table),
+        "updates": updates(),
+        "geometry": geometry(),
+        "positions": positions(),
+    }
+    return fill(text, made)
+
+
+def main() -> None:
+    store.write_bytes(DOCUMENT, rewritten(DOCUMENT.read_text(encoding="utf-8")).encode())
+
+
+if __name__ == "__main__":
+    main()
