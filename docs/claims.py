@@ -1,6 +1,6 @@
 """The tables of docs/claims.md, from committed results: `python docs/claims.py`.
 
-Replaces what stands between `<!-- NAME -->` and `<!-- /NAME -->`. Sources: analysis/published.csv (the
+Replaces what stands between `<!-- NAME -->` and `<!-- /NAME -->`. Sources: analysis/published/results.csv (the
 paper's own results), the tables of studies/retrieval-cpu, studies/why-mamba-lags and studies/learnability.
 """
 
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = Path(__file__).with_suffix(".md")
 RETRIEVAL = ROOT / "studies" / "retrieval-cpu"
 PROBED = ROOT / "studies" / "why-mamba-lags"
-PUBLISHED = ROOT / "analysis" / "published.csv"
+PUBLISHED = ROOT / "analysis" / "published" / "results.csv"
 # The groups in the order in which the published table has them, and its pairs, Pythia first.
 GROUPS = {
     "captioning": ["COCO", "NoCaps"],

@@ -111,7 +111,7 @@ def test_words_about_published_numbers():
     assert (small > 0).sum() == (small < 0).sum() == 2
     lost = ahead[groups["grounding"]] < 0
     assert lost.size - lost.sum(axis=None) == 1 and not lost.loc["1B and 790M", CLAIMS["SUSPECT"]]
-    own = pd.read_csv(ROOT / "analysis" / "published.csv").set_index("model")
+    own = pd.read_csv(ROOT / "analysis" / "published" / "results.csv").set_index("model")
     apart = own["RefCOCOplus_testA"] - own["RefCOCOplus_testB"]
     assert apart.idxmin() == "Pythia-VL-1B" and apart.min() < 0 and (apart.drop("Pythia-VL-1B") > 15).all()
 
