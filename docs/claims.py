@@ -1,7 +1,7 @@
 """The tables of docs/claims.md, from committed results: `python docs/claims.py`.
 
-Replaces what stands between `<!-- NAME -->` and `<!-- /NAME -->`. Sources: the
-paper's own results in analysis/published, and the tables of studies/retrieval-cpu, studies/why-mamba-lags and studies/learnability.
+Replaces what stands between `<!-- NAME -->` and `<!-- /NAME -->`. Sources: the paper's own results in
+analysis/published, and the tables of studies/retrieval-cpu, studies/why-mamba-lags and studies/learnability.
 """
 
 from __future__ import annotations
