@@ -1,0 +1,56 @@
+"""Ask two trained VLMs the same question in a browser, and see where each one looked, read and wrote."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from synthetic.run import fail, write_anything
+from vlm.demo.asking import Contestant
+
+HELP = 'the demo needs gradio: pip install -e ".[demo]"'
+
+
+@dataclass(frozen=True)
+class Options:
+    """A page where two trained VLMs answer side by side. Stop it with Ctrl-C."""
+
+    run_a: Annotated[Path, tyro.conf.Positional]
+    """Folder that vlm.train printed: the model on the left."""
+    run_b: Annotated[Path, tyro.conf.Positional]
+    """The model on the right."""
+    port: int = 7860
+    """Of the page, http://127.0.0.1:PORT."""
+    threads: int = 0
+    """CPU threads; 0 = as PyTorch chooses."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 2 for bad input."""
+    write_anything()
+    options = tyro.cli(Options, args=argv, prog="python -m vlm.demo")
+    try:
+        from vlm.demo import app
+    except ImportError as error:
+        return fail(f"{HELP} ({error})")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    try:
+        contestants = [Contestant.open(folder) for folder in (options.run_a, options.run_b)]
+    except (ValueError, ImportError, OSError) as error:
+        return fail(str(error))
+    try:
+        app.serve(app.build(contestants), options.port)
+    except OSError:
+        return fail(f"--port {options.port} is not free; choose another one")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""What the demo asks, and what a model answers: all that needs no browser."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from synthetic.evaluate import autocast
+from vlm import parts, results
+from vlm.config import Run
+from vlm.data.samples import Sample
+from vlm.evaluate import load, saved_run
+from vlm.layout import sequence
+from vlm.looking import averages, look
+from vlm.model import VLM
+from vlm.predict import Picture, wording
+from vlm.prompts import END
+from vlm.scenes import TASKS, Example, Scene, make_example
+from vlm.scenes.source import answer, question
+from vlm.tokenizer import SPECIAL, Text
+
+CAPTION = "Describe the image."  # what `vlm.scenes` shows as the question where a caption is wanted
+Maps = dict[str, npt.NDArray[np.float64]]  # quantity of `vlm.looking` -> (side, side)
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A trained model that answers, and the folder its run lies in."""
+
+    run: Run
+    out: Path
+    model: VLM
+
+    @classmethod
+    def open(cls, folder: Path) -> Contestant:
+        """Raises ValueError, in one line, for folders that `vlm.train` has not written."""
+        run = saved_run(folder)
+        return cls(run, folder.parent, load(run, folder.parent))
+
+    @property
+    def layers(self) -> int:
+        return self.model.lm.config.n_layer
+
+
+@dataclass(frozen=True)
+class Question:
+    """text: as asked. sample: the prompt, and the right answer where that is known; example: of a scene."""
+
+    text: str
+    sample: Sample
+    example: Example | None = None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """said: the answer. maps: layer -> quantity -> (side, side), means over the answer's tokens.
+
+    contrast: layer -> quantity -> the target's patches over those of other shapes; {} unless the question
+    asks for the box of a scene's shape. unknown: words of the question that the model cannot read.
+    """
+
+    question: Question
+    said: str
+    maps: dict[int, Maps]
+    contrast: dict[int, dict[str, float]]
+    unknown: tuple[str, ...] = ()
+
+    @property
+    def right(self) -> bool | None:
+        """None where the right answer is not known, or is one of many."""
+        return results.right(self.question.sample, self.said)
+
+
+def questions(scene: Scene) -> list[Question]:
+    """What can be asked about a scene: one question a task, a box first."""
+    found = []
+    for task in sorted(TASKS, key=lambda name: name != "grounding"):
+        example = make_example(scene, task)
+        chunks = tuple(question(example, answers=False))
+        sample = Sample(str(scene.index), task, str(scene.index), task, chunks, answer(example))
+        found.append(Question(example.question, sample, example))
+    return found
+
+
+def typed(text: str, picture: Picture) -> Question:
+    """A question in the user's words, whose answer is not known; none asks for a caption, as does CAPTION."""
+    height, width = picture.shape[:2]
+    text = text.strip() or CAPTION
+    chunks = tuple(wording("" if text == CAPTION else text, "auto", width, height))
+    return Question(text, Sample("0", "picture", "0", "typed", chunks))
+
+
+@torch.no_grad()
+def ask(contestant: Contestant, picture: Picture, asked: Question) -> Reply:
+    """The model's greedy answer about a picture (height, width, 3) uint8, and its looks while answering."""
+    run, model = contestant.run, contestant.model
+    text, eyes = parts.text(run.tokenizer), parts.eyes(run.encoder, run.image_size, contestant.out)
+    ids, _ = sequence(asked.sample.chunks, text.encode, eyes.side, run.layout, markers=text.markers)
+    features, end = eyes([picture]), text.encode(END)[0]
+    with autocast("cpu", "bfloat16" if run.precision == "bf16" else "float32"):
+        said = model.generate(torch.tensor([ids]), features, run.max_new_tokens, eos_token_id=end)[0].tolist()
+    words = said[: said.index(end)] if end in said else said
+    at = list(range(len(ids) - 1, len(ids) - 1 + max(1, len(words))))  # what predicts the words, or the end
+    looks = look(model, torch.tensor([ids + words]), features, at)
+    maps = {
+        layer: {
+            name: value[0].double().mean(0).view(eyes.side, eyes.side).numpy()
+            for name, value in found.quantities().items()
+        }
+        for layer, found in looks.items()
+    }
+    prompt = "".join(chunk.text for chunk in asked.sample.chunks)
+    return Reply(asked, text.decode(said), maps, _contrast(asked, maps, eyes.side), unknown(text, prompt))
+
+
+def _contrast(asked: Question, maps: dict[int, Maps], side: int) -> dict[int, dict[str, float]]:
+    if asked.example is None or asked.example.task != "grounding":
+        return {}
+    means = averages(asked.example.scene, asked.example.boxes[0], side)
+    return {
+        layer: {
+            name: float(values.reshape(-1) @ means["target"] / (values.reshape(-1) @ means["distractor"]))
+            for name, values in found.items()
+        }
+        for layer, found in maps.items()
+    }
+
+
+def unknown(text: Text, said: str) -> tuple[str, ...]:
+    """Pieces of a text that a tokenizer made from words (`vlm.tokenizer.from_words`) has no token for."""
+    encoded = text.tokenizer.encode(said, add_special_tokens=False)
+    places = zip(encoded.tokens, encoded.offsets, strict=True)
+    return tuple(said[start:stop].strip() for token, (start, stop) in places if token == SPECIAL[-1])
