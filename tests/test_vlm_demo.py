@@ -266,7 +266,7 @@ def test_both_models_answer_about_a_rendered_scene_and_show_where_they_looked(ad
 
     before = {name: page.source(f"{name}-1") for name in MAPS[1]}
     other = page.source("attention-0")
-    page.find("#layer-1 input[type=range]").send_keys("\ue012")  # arrow to the left: one layer down
+    page.find("#layer-1 input[type=range]").send_keys("\ue014")  # arrow to the right: one layer up
     for name, source in before.items():
         page.wait(lambda name=name, source=source: page.source(f"{name}-1") not in (None, source))
     assert page.source("attention-0") == other

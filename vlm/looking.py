@@ -338,7 +338,7 @@ def show(contrasts: pd.DataFrame) -> None:
     from rich.table import Table
 
     for run, part in contrasts.groupby("run", sort=False):
-        title = f"{run}: the target's patches over those of other shapes [95 % interval]"
+        title = f"{run}: target's patches over other shapes' [95 % interval]"
         lines = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1))
         for name in ("layer", "quantity", "at", "at the same place", "as measured"):
             lines.add_column(name, no_wrap=True)

@@ -63,10 +63,12 @@ class Card:
         self.answer = gr.HTML(elem_id=f"answer-{number}", min_height=100)
         last = contestant.layers - 1
         self.layer = gr.Slider(
-            0, max(last, 1), value=last, step=1, visible=last > 0, elem_id=f"layer-{number}",
+            0, max(last, 1), value=last // 2, step=1, visible=last > 0, elem_id=f"layer-{number}",
             label=f"Layer of the heat maps (0 = first, {last} = last)", buttons=[],
         )  # fmt: skip
-        self.places, self.maps, self.notes = [], [], []
+        self.places: list[Any] = []
+        self.maps: list[Any] = []
+        self.notes: list[Any] = []
         with gr.Row():
             with gr.Column(min_width=200):
                 self.picture = _image("Answer", f"picture-{number}")

@@ -41,7 +41,7 @@ def answered(picture: Picture, reply: Reply) -> Picture:
     framed = [(_scaled(box, factor), RIGHT, letter) for box, letter in subjects(reply.question)]
     box = parse_box(reply.said, width, height)
     if box is not None:
-        framed.append((_scaled(box, factor), SAID, "answer"))
+        framed.append((_scaled(box, factor), SAID, ""))
     return np.asarray(draw(shown, framed))
 
 
