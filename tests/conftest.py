@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from hook_models import FAMILIES, build
+from tiny_runs import tiny_run
 
 PEERS = ("mamba_ssm.modules.mamba_simple", "mamba_ssm.ops.selective_scan_interface",
          "mamba_ssm.ops.triton.ssd_combined",
@@ -52,3 +53,14 @@ def family(request):
 def model(family):
     """The model of `family`, shared by a file: tests leave it as it is."""
     return build(family)
+
+
+@pytest.fixture(scope="session")
+def probed_run(tmp_path_factory):
+    """Folder of a tiny run of two families with the tables of all probes; tests leave it as it is."""
+    from probes import run
+
+    folder = tmp_path_factory.mktemp("runs")
+    path = tiny_run(folder, "position", "--seq-len", "8", "--model", "transformer", "mamba")
+    assert run.main([str(path), "--examples", "24"]) == 0
+    return path

@@ -8,17 +8,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tiny_runs import tiny_run
 
 import models
 from probes import run as cli
-from probes.suite import PROBES, NotApplicable, Options, linear
+from probes.suite import PROBES, NotApplicable, Options, linear, updates
 from probes.suite.common import coarse
-from synthetic import run as synthetic_run
 from synthetic import tasks
 
 SHARED = ["family", "weights", "layer", "part", "quantity", "value", "low", "high", "n"]
 OWN = {
-    "updates": ["role", "offset"],
+    "updates": ["role", "offset", "position", "token"],
     "retention": ["role", "distance", "query", "key"],
     "linear": ["site", "lag", "chance", "shuffled", "control", "selectivity"],
     "patch": ["site", "head", "role", "start", "stop", "control", "gap"],
@@ -28,23 +28,14 @@ OWN = {
 SSM_ONLY = ("updates", "retention")
 
 
-def make(folder, task, *more):
-    arguments = ["--task", task, "--steps", "2", "--eval-examples", "4", "--final-eval-examples", "4"]
-    assert synthetic_run.main([*arguments, "--batch-tokens", "64", *more, "--out", str(folder)]) == 0
-    (path,) = (p for p in folder.iterdir() if (p / "config.json").exists())
-    return path
+@pytest.fixture(scope="module")
+def position(probed_run):
+    return probed_run
 
 
 @pytest.fixture(scope="module")
-def position(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    return make(folder, "position", "--seq-len", "8", "--model", "transformer", "mamba")
-
-
-@pytest.fixture(scope="module")
-def probed(position):
-    assert cli.main([str(position), "--examples", "24"]) == 0
-    return position / "probes"
+def probed(probed_run):
+    return probed_run / "probes"
 
 
 def test_every_probe_leaves_tables_figures_and_a_summary(probed):
@@ -80,6 +71,32 @@ def test_identities_hold(probed):
         patch = pd.read_parquet(probed / f"patch.{family}.parquet")
         assert (patch.loc[patch["control"] == "self", "value"] == 0).all()
         assert np.allclose(patch.loc[patch["control"] == "everything", "value"], 1, atol=1e-3)
+
+
+def test_updates_of_one_sequence_are_those_of_a_sequence_of_the_task(probed):
+    rows = pd.read_parquet(probed / "updates.mamba.parquet")
+    rows = rows[(rows["part"] == "sequence") & (rows["layer"] == 0) & (rows["weights"] == "trained")]
+    tokens, kinds = rows["token"].tolist(), rows["role"].tolist()
+    assert rows["position"].tolist() == list(range(1 + 8 + 2))
+    assert tokens[0] == "<bos>" and tokens[-2] == "<query>" and kinds[-1] == "query"
+    assert sorted(tokens[1:9]) == [f"<s{i}>" for i in range(8)]
+    assert tokens[kinds.index("target")] == tokens[-1]
+    assert np.isnan(rows["value"].iloc[0]) and (rows["value"].iloc[1:] > 0).all()
+
+
+@pytest.mark.parametrize("length, size", [(128, 1), (300, 5)])
+def test_updates_by_position_are_means_over_sequences_and_tokens(length, size):
+    values = torch.rand(7, length, generator=torch.Generator().manual_seed(0))
+    values[:, 0] = torch.nan  # as relative updates of the first token
+    table = pd.DataFrame(updates._positions(values, 3, "relative")).set_index("position")
+    assert table.index.tolist() == list(range(0, length, size)) and (table["layer"] == 3).all()
+    for start in table.index[1:]:
+        each = values[:, start : start + size].mean(1).double().numpy()
+        half = 2.4469 * each.std(ddof=1) / 7**0.5  # Student's t, 6 degrees of freedom
+        found = table.loc[start, ["value", "low", "high"]].to_numpy(float)
+        np.testing.assert_allclose(found, each.mean() + np.array([0, -half, half]), rtol=1e-4)
+    first = values[:, 1:size].mean() if size > 1 else torch.nan
+    np.testing.assert_allclose(table.loc[0, "value"], first, rtol=1e-5)
 
 
 def test_untrained_weights_treat_the_target_as_any_symbol():
@@ -141,7 +158,7 @@ def test_a_stop_between_table_and_record_is_repaired(position, tmp_path, capsys)
 
 def test_another_task_works_or_says_why_not(tmp_path, capsys):
     more = ["--seq-len", "16", "--num-pairs", "2", "--model", "mamba"]
-    folder = make(tmp_path, "mqar", *more)
+    folder = tiny_run(tmp_path, "mqar", *more)
     assert cli.main([str(folder), "--examples", "4"]) == 0
     words = capsys.readouterr().out
     for name in ("updates", "retention", "linear", "patch"):

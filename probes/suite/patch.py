@@ -66,7 +66,9 @@ def _row(row: Any) -> tuple[int, int, str]:
     return layer, head, str(layer) if head < 0 else f"{layer}.{head}"
 
 
-def _grid(part: pd.DataFrame) -> tuple[np.ndarray, list[Any], list[Any]]:
+def tracing_grid(part: pd.DataFrame) -> tuple[np.ndarray, list[Any], list[Any]]:
+    """Rows of one family, site and control as a map: values (rows, columns), nan where there is none, and
+    the sort keys and labels of both, the label last."""
     records = part.to_dict("records")
     rows, columns = sorted({_row(r) for r in records}), sorted({_column(r) for r in records})
     grid = np.full((len(rows), len(columns)), np.nan)
@@ -82,7 +84,9 @@ def draw(table: pd.DataFrame, kind: str) -> Figure:
     sites = [site for site in SITES if (table["site"] == site).any()]
     controls = (("", "patch"), ("unrelated", "control: unrelated run"))
     shown = [(site, *control) for site in sites for control in controls]
-    most = max(len(_grid(part)[1]) for _, part in table[table["control"] == ""].groupby(["family", "site"]))
+    most = max(
+        len(tracing_grid(part)[1]) for _, part in table[table["control"] == ""].groupby(["family", "site"])
+    )
     size = (4.3, max(1.9, 0.14 * most + 1.2))
     figure, axes = panels(len(shown), len(names), size=size)
     for i, (site, control, title) in enumerate(shown):
@@ -93,7 +97,7 @@ def draw(table: pd.DataFrame, kind: str) -> Figure:
             if part.empty:
                 ax.set_axis_off()
                 continue
-            grid, rows, columns = _grid(part)
+            grid, rows, columns = tracing_grid(part)
             image = ax.imshow(grid, vmin=-1, vmax=1, cmap="RdBu_r", aspect="auto", interpolation="nearest")
             ax.set_xticks(range(len(columns)), [c[2] for c in columns], rotation=90, fontsize=7)
             step = max(1, len(rows) // 16)

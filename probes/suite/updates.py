@@ -3,6 +3,8 @@
 Parts of the table: "role" (quantity by layer and role); "contrast" (of the target, divided by the mean of
 distractors at the same position: what the first symbols do to an empty state would otherwise decide) and
 "aligned" (the same ratio of relative updates at tokens around the target). 1 is what any token there does.
+Without division: "position" (quantity by layer and `position`, in long sequences the mean over the tokens up
+to the next one listed) and "sequence" (relative updates of one held-out sequence, token by token).
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from analysis.style import NAMES, family_colors, legend, panels
 from models.common import LanguageModel
 from probes.roles import ROLES, role, roles
 from probes.suite.common import (
+    BINS,
+    SHORT,
     WEIGHTS,
     Options,
     Probe,
@@ -56,15 +60,18 @@ NAMED = dict(enumerate(ROLES))
 
 
 def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
-    """Rows by layer: part role by `role`, part contrast, part aligned by `offset` from the target."""
+    """Rows by layer: part role by `role`, part contrast, part aligned by `offset` from the target, part
+    position by `position`, part sequence by `position` with `role` and `token`."""
     layers = ssm_layers(model)
     require_roles(task, "updates")
     examples = options.examples or (32 if task.seq_len > 256 else 128)
     values: dict[tuple[int, str], list[Tensor]] = {}
     lasting: dict[tuple[int, str], list[tuple[float, bool]]] = {}
-    kinds = []
+    kinds: list[Tensor] = []
+    tokens: list[str] = []
     for batch in batches(task, examples, rows_within(task, scan_bytes(model, layers)), options):
         kinds.append(roles(task, batch))
+        tokens = tokens or task.vocabulary.decode(batch.input_ids[0])
         cache = recorded(model, batch.input_ids, scan_names(layers))
         for layer in layers:
             scan = scan_of(model, cache, layer)
@@ -84,7 +91,9 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
                 dict(layer=layer, part="role", quantity=name, role=row["role"], value=row["mean"],
                      low=row["low"], high=row["high"], n=row["sequences"])
             )  # fmt: skip
-        rows += _contrast(numbers, where, layer, name)
+        rows += _contrast(numbers, where, layer, name) + _positions(numbers, layer, name)
+        if name == "relative":
+            rows += _sequence(numbers[0], where[0], tokens, layer)
     for (layer, name), outcomes in lasting.items():
         steps, reached = zip(*outcomes, strict=True)
         value, low, high = bootstrap_median_time(steps, reached, resamples=500)
@@ -137,6 +146,29 @@ def _contrast(values: Tensor, kinds: Tensor, layer: int, name: str) -> list[dict
         if row["n"] > 1:
             rows.append(row)
     return rows
+
+
+def _positions(values: Tensor, layer: int, name: str) -> list[dict[str, Any]]:
+    """Means over sequences at every position, above SHORT tokens at BINS equal parts of the sequence."""
+    L = values.shape[1]
+    size = 1 if L <= SHORT else -(-L // BINS)
+    return [
+        interval_row(
+            values[:, start : start + size].nanmean(1), layer=layer, part="position", quantity=name,
+            position=start,
+        )
+        for start in range(0, L, size)
+    ]  # fmt: skip
+
+
+def _sequence(values: Tensor, kinds: Tensor, tokens: list[str], layer: int) -> list[dict[str, Any]]:
+    """Relative updates (L,) of one sequence, with what stands at each position."""
+    numbers, names = values.tolist(), [ROLES[kind] for kind in kinds.tolist()]
+    return [
+        dict(layer=layer, part="sequence", quantity="relative", position=at, role=name, token=token,
+             value=value, n=1)
+        for at, (value, name, token) in enumerate(zip(numbers, names, tokens, strict=True))
+    ]  # fmt: skip
 
 
 def role_colors() -> dict[str, Any]:
@@ -258,5 +290,5 @@ PROBE = Probe(
     measure,
     {"": draw_roles, "_aligned": draw_aligned},
     summary,
-    version=2,
+    version=3,
 )

@@ -1,0 +1,60 @@
+"""The command line of the report."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+BAD_INPUT = 2
+
+
+@dataclass(frozen=True)
+class Options:
+    """Write what runs learned, and what their probes found, into one HTML file that needs no network.
+
+    RUNS are folders of synthetic.run or synthetic.sweep (runs/<id>), one or several; where
+    `python -m probes.run` has been run on them, its tables are shown too.
+    """
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Folders of runs."""
+    out: Path = Path("report.html")
+    """The file."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status. Bad input gives one line and status 2."""
+    options = tyro.cli(Options, args=argv, prog="python -m analysis.report")
+    try:
+        from analysis.report.page import page
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        return _fail(f'the report needs {package}: pip install -e ".[report]"')
+    from analysis.report.runs import read_all
+    from synthetic.store import write_bytes
+
+    try:
+        content = page(read_all(options.runs)).encode()
+    except ValueError as error:
+        return _fail(str(error))
+    try:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(options.out, content)
+    except OSError as error:
+        return _fail(f"--out {options.out}: {error.strerror or error}; choose another file")
+    print(f"{options.out}  {len(content) / 1e6:.1f} MB")
+    return 0
+
+
+def _fail(message: str) -> int:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

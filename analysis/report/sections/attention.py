@@ -1,0 +1,185 @@
+"""Attention of heads beside the hidden attention of SSM layers: maps, and the row of a chosen token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.report.parts import Block, Figure, Key, Mark, Move, Panel, Section, Slider, View
+from analysis.report.runs import Run
+from analysis.report.sections.probed import families, label, tables
+from analysis.report.traces import ACCENT, NEUTRAL, color_of, curve, frame, heat, opacity, plot, viridis
+from analysis.style import NAMES
+
+READING = (
+    "Who reads whom, in one held-out sequence: a row of a map is the token that reads (query), a column the "
+    "token that is read (key), and each row sums to 1. For attention layers it is the pattern of the head "
+    "that retrieves best; an SSM layer has no attention, but its output is a weighted sum of its inputs all "
+    "the same, and the map shows the size of those weights (hidden attention, Ali et al. 2024: |alpha| with "
+    "rows normalised, by head in Mamba-2, the mean over channels in Mamba). The dotted frame is the target, "
+    "which the last row has to find: a retrieving layer has its mass there. The slider chooses the row that "
+    "is drawn below the maps, layers from light to dark. The last plots give the mass on the target when the "
+    "answer is due for every layer and head, with 95 % intervals over sequences, beside uniform attention "
+    "(dash) and untrained weights (hollow)."
+)
+LIMITS = (1e-4, 1.0)
+AXES = ("key", "query", "attention")
+
+
+def section(runs: Sequence[Run]) -> Section:
+    found, missing = tables(runs, "attention", "map")
+    views = [_view(run, table, weights) for run, table in found for weights in ("trained", "untrained")]
+    figures = []
+    if views:
+        keys = [
+            Key("attention", colors=[color for _, color in viridis()], ends=("≤ 0.0001", "1")),
+            Key("row chosen with the slider", ACCENT),
+            Key("the target", ACCENT, dash="dot"),
+            Key("uniform attention", marker="—"),
+            Key("untrained weights", marker="○"),
+        ]
+        caption = "Attention and hidden attention of one sequence; the chosen row; attention to the target."
+        figures.append(Figure("attention", "Shown", views, keys, caption))
+    return Section("attention", "Attention and hidden attention", READING, figures=figures, missing=missing)
+
+
+def _view(run: Run, table: pd.DataFrame, weights: str) -> View:
+    maps = table[(table["part"] == "map") & (table["weights"] == weights)]
+    scores = table[(table["part"] == "score") & (table["quantity"] == "retrieval")]
+    starts = np.sort(maps["query"].unique()).astype(int)
+    size = int(starts[1] - starts[0]) if len(starts) > 1 else 1
+    each = [f"token {t}" if size == 1 else f"tokens {t} to {t + size - 1}" for t in starts]
+    last = int(starts[-1])
+    texts = [
+        f"{text} of {last}" + (", where the answer is due" if t == last else "")
+        for text, t in zip(each, starts, strict=True)
+    ]
+    blocks = [
+        _block(family, maps[maps["family"] == family], scores[scores["family"] == family], starts)
+        for family in families(maps)
+    ]
+    return View(label(run, f"{weights} weights"), blocks, Slider("Token that reads", texts, len(texts) - 1))
+
+
+def _block(family: str, maps: pd.DataFrame, scores: pd.DataFrame, starts: np.ndarray) -> Block:
+    target = float(maps["target"].iloc[0])
+    half = float(starts[1] - starts[0]) / 2 if len(starts) > 1 else 0.5
+    lines = []
+    if np.isfinite(target):
+        cell = float(starts[np.searchsorted(starts, target, side="right") - 1])
+        lines.append(frame("x", cell - half, cell + half, dash="dot"))
+    single = scores["head"].nunique() <= 1
+    panels, rows = [], {}
+    for layer, part in maps.groupby("layer"):
+        wide = part.pivot_table(index="query", columns="key", values="value")
+        rows[int(str(layer))] = wide.to_numpy()
+        image = heat(wide.to_numpy(), starts, starts, AXES, log=True, limits=LIMITS)
+        which = "mean over channels" if single else f"head {part['head'].iloc[0]}"
+        shapes = [frame("y", float(starts[-1]) - half, float(starts[-1]) + half), *lines]
+        layout: Any = dict(
+            shapes=shapes, yaxis={"autorange": "reversed", "showgrid": False}, xaxis={"showgrid": False}
+        )
+        best = int(starts[int(np.nanargmax(wide.to_numpy()[-1]))])
+        alt = (
+            f"Attention map of {NAMES[family]}, layer {layer}, {which}, {len(starts)} tokens square: "
+            f"the last row reads position {best} most"
+            + (f", the target is at {target:.0f}." if np.isfinite(target) else ".")
+        )
+        panels.append(
+            Panel(
+                f"Layer {layer}, {which}",
+                alt,
+                plot([image], "key: token read", "query: token that reads", **layout),
+                height=300,
+                marks=[Mark(0, "y", starts - half, starts + half)],
+            )
+        )
+    panels.append(_row(family, rows, starts, lines))
+    if len(scores):
+        panels.append(_scores(family, scores))
+    return Block(NAMES[family], panels)
+
+
+def _row(family: str, rows: dict[int, np.ndarray], starts: np.ndarray, lines: list[dict[str, Any]]) -> Panel:
+    """The chosen row of every layer."""
+    traces = []
+    for layer, grid in rows.items():
+        traces += curve(
+            f"layer {layer}",
+            starts,
+            grid[-1],
+            ("key", "attention"),
+            color_of(family),
+            alpha=opacity(layer, list(rows)),
+            mode="lines",
+        )
+    moves = [Move(i, "y", grid) for i, grid in enumerate(rows.values())]
+    layout: Any = dict(
+        shapes=lines,
+        yaxis={"type": "log", "range": [-4.1, 0.1]},
+        xaxis={"range": [float(starts[0]) - 0.5, float(starts[-1]) + 0.5]},
+    )
+    alt = f"What the chosen token reads in {NAMES[family]}: attention against the token read, a line a layer."
+    figure = plot(traces, "key: token read", "attention (log)", **layout)
+    return Panel("The chosen row", alt, figure, wide=True, moves=moves)
+
+
+def _scores(family: str, scores: pd.DataFrame) -> Panel:
+    """Attention to the target when the answer is due, by layer and head."""
+    scores = scores.sort_values(["layer", "head"])
+    single = scores["head"].nunique() == 1
+    names = [f"{r.layer}" if single else f"{r.layer}.{r.head}" for r in scores.itertuples()]
+    labels = list(dict.fromkeys(names))
+    scores = scores.assign(x=[labels.index(name) for name in names])
+    looks: Any = {
+        "untrained": dict(color=NEUTRAL, symbol="circle-open"),
+        "trained": dict(color=color_of(family)),
+    }
+    traces = []
+    for weights, look in looks.items():
+        part = scores[scores["weights"] == weights]
+        more = {"layer": part["layer"], "head": part["head"], "sequences": part["n"]}
+        bounds = dict(low=part["low"], high=part["high"]) if weights == "trained" else {}
+        axes = ("place", "attention to the target")
+        shift = 0.18 * (weights == "untrained")  # beside, not upon each other
+        traces += curve(
+            weights,
+            part["x"] + shift,
+            part["value"],
+            axes,
+            mode="markers",
+            bars=True,
+            more=more,
+            **bounds,
+            **look,
+        )
+        if weights == "trained":
+            traces += curve(
+                "uniform attention",
+                part["x"],
+                part["baseline"],
+                axes,
+                NEUTRAL,
+                mode="markers",
+                symbol="line-ew-open",
+            )
+    step = -(-len(labels) // 12)
+    x: Any = {
+        "tickvals": list(range(0, len(labels), step)),
+        "ticktext": labels[::step],
+        "range": [-0.6, len(labels) - 0.4],
+        "type": "linear",
+    }
+    best = scores[scores["weights"] == "trained"].nlargest(1, "value").iloc[0]
+    alt = f"Attention to the target by layer and head of {NAMES[family]}; the largest is {best['value']:.3f}."
+    figure = plot(
+        traces,
+        "layer" if single else "layer.head",
+        "attention to the target",
+        xaxis=x,
+        yaxis={"range": [-0.03, 1.03]},
+    )
+    return Panel("Attention to the target when the answer is due", alt, figure, wide=True)

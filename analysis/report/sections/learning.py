@@ -1,0 +1,113 @@
+"""Learning curves: accuracy, loss and context length in training against tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pandas as pd
+
+from analysis.report.parts import Block, Figure, Key, Missing, Panel, Section, View
+from analysis.report.runs import Run
+from analysis.report.traces import DASHES, color_of, curve, in_order, level, plot
+from analysis.style import NAMES
+
+READING = (
+    "Held-out accuracy at the run's full context length while the models were trained, with the Wilson 95 % "
+    "interval of each evaluation as a band; the dotted line is chance. Read it from left to right: a curve "
+    "that rises early needs few examples, one that stays at chance has not learned to retrieve at that "
+    "length. Where training used a length curriculum, the third panel says which context length was being "
+    "trained; a curve can only rise once that comes near the full length. Hover over a point for its "
+    "numbers; the same numbers are in the folded list below the figure."
+)
+TOKENS = "training tokens (millions)"
+
+
+def section(runs: Sequence[Run]) -> Section:
+    curves = [(run, family, full) for run in runs for family, full in _full(run)]
+    missing = [
+        Missing(f"{run.title(family)} has not been evaluated at its full length yet.", run.train_command())
+        for run in runs
+        for family in run.plans
+        if not any(run is r and family == f for r, f, _ in curves)
+    ]
+    section = Section("learning", "Learning curves", READING, missing=missing)
+    if not curves:
+        return section
+    panels = [
+        _panel(curves, "accuracy", "held-out accuracy", interval=True),
+        _panel(curves, "loss", "held-out loss (nats)"),
+        _panel(curves, "train_length", "context length in training", step=True),
+    ]
+    figure = Figure(
+        "learning",
+        "",
+        [View("", [Block("", panels)])],
+        keys(runs, ["chance"]),
+        "Held-out accuracy and loss at the full length, and the length in training, against tokens seen.",
+    )
+    return Section(section.name, section.title, READING, figures=[figure], missing=missing)
+
+
+def keys(runs: Sequence[Run], controls: Sequence[str] = ()) -> list[Key]:
+    """A legend: colours of families, dashes of runs, and dotted lines such as chance."""
+    families = in_order(family for run in runs for family in run.plans)
+    found = [Key(NAMES[family], color_of(family)) for family in families]
+    if len(runs) > 1:
+        found += [Key(f"run {run.letter}", dash=dash_of(runs, run)) for run in runs]
+    return [*found, *(Key(name, dash="dot") for name in controls)]
+
+
+def dash_of(runs: Sequence[Run], run: Run) -> str:
+    return DASHES[list(runs).index(run) % len(DASHES)]
+
+
+def _full(run: Run) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Family -> its evaluations at the full length, in order."""
+    for family, plan in run.plans.items():
+        if run.metrics.empty:
+            continue
+        mine = run.metrics[run.metrics["model"].eq(family) & run.metrics["length"].eq(plan["seq_len"])]
+        if len(mine):
+            yield family, mine.sort_values("step")
+
+
+def _panel(
+    curves: Sequence[tuple[Run, str, pd.DataFrame]],
+    column: str,
+    unit: str,
+    interval: bool = False,
+    step: bool = False,
+) -> Panel:
+    runs = list({id(run): run for run, _, _ in curves}.values())
+    traces, words = [], []
+    for run, family, full in curves:
+        more = {name: full[name] for name in ("step", "examples") if name != column}
+        if interval:
+            more |= {"right answers": full["correct"], "of": full["count"]}
+        bounds: Any = dict(low=full["ci_low"], high=full["ci_high"]) if interval else {}
+        made = curve(
+            run.title(family),
+            full["tokens"] / 1e6,
+            full[column],
+            (TOKENS, unit),
+            color_of(family),
+            dash=dash_of(runs, run),
+            more=more,
+            **bounds,
+        )
+        if step:
+            made[-1].line.shape = "hv"
+        traces += made
+        words.append(f"{run.title(family)} ends at {full[column].iloc[-1]:.3g}")
+    ends = (0.0, 1.03 * max(full["tokens"].max() for _, _, full in curves) / 1e6)
+    layout: Any = {"xaxis": {"range": ends}, "yaxis": {"rangemode": "tozero"}}
+    if step:
+        lengths = sorted({int(v) for _, _, full in curves for v in full[column]})
+        layout["yaxis"] = {"type": "log", "tickvals": lengths, "ticktext": [f"{v:,}" for v in lengths]}
+    if column == "accuracy":
+        layout["yaxis"] = {"range": [-0.03, 1.03]}
+        for chance in sorted({float(full["chance"].iloc[-1]) for _, _, full in curves}):
+            traces.append(level("chance", chance, ends, unit))
+    alt = f"Line chart of {unit} against training tokens: {'; '.join(words)}."
+    return Panel(unit, alt, plot(traces, TOKENS, unit, **layout), height=320)

@@ -1,0 +1,55 @@
+"""What sections on probes share: which runs have a probe's table, and what to say of those that lack it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from analysis.report.parts import Missing
+from analysis.report.runs import Run
+from analysis.report.traces import in_order
+
+
+def tables(
+    runs: Sequence[Run], probe: str, part: str
+) -> tuple[list[tuple[Run, pd.DataFrame]], list[Missing]]:
+    """The runs whose tables of a probe have a part, with those tables; and what the others lack."""
+    found, missing = [], []
+    for run in runs:
+        table = run.probe(probe)
+        missing += _lacking(run, probe, set() if table is None else set(table["family"]))
+        if table is not None and part in set(table["part"]):
+            found.append((run, table))
+        elif table is not None:
+            text = f"{run.name} was probed by an older version that did not keep this; probe it again."
+            missing.append(Missing(text, run.probe_command(probe)))
+    return found, missing
+
+
+def _lacking(run: Run, probe: str, there: set[str]) -> list[Missing]:
+    """What to say of the families that have no table of a probe."""
+    reasons, missing = run.left_out(probe), []
+    others = [family for family in run.plans if family not in there]
+    for family in (family for family in others if family in reasons):
+        missing.append(Missing(f"{run.title(family)}: left out by the probe, {reasons[family]}."))
+    finished = [family for family in others if family in run.results and family not in reasons]
+    if finished:
+        text = f"Not probed yet: {'; '.join(map(run.title, finished))}."
+        missing.append(Missing(text, run.probe_command(probe)))
+    training = [family for family in others if family not in run.results and family not in reasons]
+    if training:
+        text = (
+            f"Not trained to the end yet, so that it cannot be probed: {'; '.join(map(run.title, training))}."
+        )
+        missing.append(Missing(text, run.train_command()))
+    return missing
+
+
+def families(table: pd.DataFrame) -> list[str]:
+    return in_order(table["family"])
+
+
+def label(run: Run, words: str) -> str:
+    """Of a view: with the run where there are several."""
+    return f"run {run.letter}: {words}" if run.letter else words

@@ -1,0 +1,229 @@
+"""Traces and layouts of plotly that several sections draw, with the colours of `analysis.style`."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from analysis.report.parts import NEUTRAL
+from analysis.style import FAMILIES, family_colors
+
+ACCENT = "#e6308a"  # of marks on maps
+# From -1 to 1 on any page: 0 is transparent.
+DIVERGING = (
+    (0.0, "rgba(36,113,205,1)"),
+    (0.5, "rgba(36,113,205,0)"),
+    (0.5, "rgba(214,40,60,0)"),
+    (1.0, "rgba(214,40,60,1)"),
+)
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")  # of runs, in their order
+
+Array = Any  # what numpy.asarray takes
+
+# --- colours ------------------------------------------------------------------------------------------------
+
+
+def color_of(family: str) -> str:
+    """The family's one colour, as #rrggbb."""
+    from matplotlib.colors import to_hex
+
+    return str(to_hex(family_colors()[family]))
+
+
+def shade(color: str, alpha: float) -> str:
+    """#rrggbb -> rgba(...)."""
+    parts = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+    return f"rgba({parts[0]},{parts[1]},{parts[2]},{alpha:.3g})"
+
+
+def opacity(layer: int, layers: Sequence[int]) -> float:
+    """Layers from light to dark, the last one full."""
+    order = sorted(layers)
+    return 1.0 if len(order) < 2 else 0.4 + 0.6 * order.index(layer) / (len(order) - 1)
+
+
+def viridis(count: int = 9) -> list[tuple[float, str]]:
+    """matplotlib's colour map as a colour scale of plotly."""
+    import matplotlib
+    from matplotlib.colors import to_hex
+
+    places = [i / (count - 1) for i in range(count)]
+    return [(place, str(to_hex(matplotlib.colormaps["viridis"](place)))) for place in places]
+
+
+def in_order(names: Any) -> list[str]:
+    """Families among `names`, in the order of every figure."""
+    there = set(names)
+    return [family for family in FAMILIES if family in there]
+
+
+# --- traces -------------------------------------------------------------------------------------------------
+
+
+def small(values: Array) -> np.ndarray:
+    """float32, which plotly writes as base64 and which is a tenth of the digits."""
+    return np.asarray(values, dtype=np.float32)
+
+
+def packed(values: np.ndarray) -> dict[str, str]:
+    """An array as plotly writes it: float32 in base64, with its shape."""
+    content = small(values)
+    shape = ", ".join(map(str, content.shape))
+    return {"dtype": "f4", "bdata": base64.b64encode(content.tobytes()).decode(), "shape": shape}
+
+
+def hover(words: Sequence[str], first: Sequence[str]) -> str:
+    """A hover label: plotly's own variables in `first`, then a line for each column of customdata."""
+    lines = [*first, *(f"{word} %{{customdata[{i}]:.4~g}}" for i, word in enumerate(words))]
+    return "<br>".join(lines) + "<extra></extra>"
+
+
+def curve(
+    name: str,
+    x: Array,
+    y: Array,
+    axes: tuple[str, str],
+    color: str,
+    *,
+    low: Array | None = None,
+    high: Array | None = None,
+    more: Mapping[str, Array] | None = None,
+    dash: str = "solid",
+    alpha: float = 1.0,
+    width: float = 2.0,
+    mode: str = "lines+markers",
+    symbol: str = "circle",
+    bars: bool = False,
+) -> list[go.Scatter]:
+    """A line with its interval, a band behind it or `bars`; `more` columns are shown on hover."""
+    columns: dict[str, Any] = {} if low is None else {"low": low, "high": high}
+    columns |= more or {}
+    traces, extra = [], {}
+    if low is not None and bars:
+        extra["error_y"] = dict(
+            type="data",
+            symmetric=False,
+            array=small(np.asarray(high) - np.asarray(y)),
+            arrayminus=small(np.asarray(y) - np.asarray(low)),
+            thickness=1.2,
+            width=3,
+        )
+    elif low is not None:
+        band = dict(x=small(x), mode="lines", line=dict(width=0), hoverinfo="skip", meta={"band": True})
+        fill = shade(color, 0.18 * alpha)
+        traces = [
+            go.Scatter(y=small(low), **band),
+            go.Scatter(y=small(high), fill="tonexty", fillcolor=fill, **band),
+        ]
+    hollow = symbol.endswith("-open")
+    line = go.Scatter(
+        name=name,
+        x=small(x),
+        y=small(y),
+        mode=mode,
+        opacity=alpha,
+        line=dict(color=color, dash=dash, width=width),
+        marker=dict(color=color, size=8 if hollow else 6, symbol=symbol),
+        customdata=small(np.stack([np.asarray(v, float) for v in columns.values()], 1)) if columns else None,
+        hovertemplate=hover(
+            list(columns), [f"<b>{name}</b>", f"{axes[0]} %{{x:,.5~g}}", f"{axes[1]} %{{y:.4~g}}"]
+        ),
+        meta={"axes": list(axes), "columns": list(columns)},
+        **extra,
+    )
+    return [*traces, line]
+
+
+def level(name: str, at: float, ends: tuple[float, float], axis: str, dash: str = "dot") -> go.Scatter:
+    """A horizontal line, such as chance."""
+    return go.Scatter(
+        name=name,
+        x=small(ends),
+        y=small([at, at]),
+        mode="lines",
+        line=dict(color=NEUTRAL, dash=dash, width=1.5),
+        hovertemplate=f"{name} %{{y:.4~g}}<extra></extra>",
+        meta={"axes": ["x", axis], "columns": []},
+    )
+
+
+def heat(
+    values: Array,
+    x: Array,
+    y: Array,
+    axes: tuple[str, str, str],
+    *,
+    log: bool = False,
+    limits: tuple[float, float],
+    colors: Sequence[tuple[float, str]] = (),
+    x_texts: Sequence[str] | None = None,
+    bar: bool = False,
+) -> go.Heatmap:
+    """A map, values (len(y), len(x)); axes: what x, y and values are; limits: of the colours, in values.
+
+    colors: plotly's colour scale, by default viridis. log: colours by the logarithm; values of 0 take the
+    lowest colour. What is nan stays empty. bar: draw the scale beside the map.
+    """
+    numbers = np.asarray(values, dtype=float)
+    shown = numbers if not log else np.log10(np.clip(numbers, limits[0], None))
+    ends = np.log10(limits) if log else np.asarray(limits)
+    trace = go.Heatmap(
+        z=small(shown),
+        x=small(x),
+        y=y,
+        zmin=float(ends[0]),
+        zmax=float(ends[1]),
+        customdata=small(numbers),
+        colorscale=list(colors) or viridis(),
+        showscale=bar,
+        hoverongaps=False,
+        xgap=0,
+        ygap=1 if len(y) < 20 else 0,
+        text=None if x_texts is None else [list(x_texts)] * len(y),
+        hovertemplate=f"{axes[0]} {'%{x}' if x_texts is None else '%{text}'}<br>{axes[1]} %{{y}}<br>"
+        f"{axes[2]} %{{customdata:.4~g}}<extra></extra>",
+        meta={"axes": list(axes), "columns": []},
+    )
+    if bar:
+        trace.colorbar = dict(thickness=10, outlinewidth=0, **(_log_ticks(*limits) if log else {}))
+    return trace
+
+
+def _log_ticks(low: float, high: float) -> dict[str, Any]:
+    """Ticks at 1, 2 and 5 times powers of ten, or at the powers alone over more than three decades."""
+    powers = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    steps = (1, 2, 5) if np.log10(high / low) <= 3 else (1,)
+    ticks = [s * 10.0**p for p in powers for s in steps]
+    ticks = [t for t in ticks if low <= t <= high]
+    return dict(tickvals=[float(np.log10(t)) for t in ticks], ticktext=[f"{t:g}" for t in ticks])
+
+
+def plot(traces: Sequence[Any], x: str, y: str, **layout: Any) -> go.Figure:
+    """A figure without plotly's own template (the page has two), with labelled axes.
+
+    layout: plotly's; of xaxis and yaxis, what is added to the labels.
+    """
+    axes = {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
+    merged = {name: axis | layout.pop(name, {}) for name, axis in axes.items()}
+    return go.Figure(
+        list(traces), go.Layout(template=go.layout.Template(), showlegend=False, **merged, **layout)
+    )
+
+
+def frame(axis: str, low: float, high: float, dash: str = "solid") -> dict[str, Any]:
+    """A frame around a column (axis x) or row (y) of a map, a line where low is high: a shape of plotly."""
+    other = "y" if axis == "x" else "x"
+    return {
+        "type": "rect",
+        f"{axis}0": low,
+        f"{axis}1": high,
+        f"{axis}ref": axis,
+        f"{other}ref": "paper",
+        f"{other}0": 0,
+        f"{other}1": 1,
+        "line": {"color": ACCENT, "width": 1.5, "dash": dash},
+    }
