@@ -34,23 +34,22 @@ import numpy as np
 import pandas as pd
 import torch
 from IPython.display import display
-from lab import N, begin, say, trained
+from lab import N, around, begin, say, trained
 from matplotlib.colors import LogNorm
 
 import models
 import probes
-from analysis.statistics import mean_interval
 from analysis.style import family_colors, legend, panels
 from probes.linear import decode_curve
 from probes.retention import retention
 from probes.roles import ROLES, role, roles
 from probes.suite.common import plain_log, recorded, scan_names, scan_of
-from probes.updates import iterate_states, state_changes, write_norm
+from probes.updates import iterate_states, write_norm
 
 begin()
 COLOR = family_colors()["mamba"]
 TITLES = {"suffix": "query last", "prefix": "query first"}
-runs = {layout: trained("mamba", layout) for layout in TITLES}
+runs = {layout: trained("mamba", layout=layout) for layout in TITLES}
 untrained = {
     layout: models.build(run.plan.model, seed=run.plan.seed, **run.plan.model_overrides).eval()
     for layout, run in runs.items()
@@ -194,13 +193,9 @@ def measured(model, task):
 
 
 def around_target(values, kinds):
-    """(offsets, 3): ratio to distractors at the same position, by tokens after the target, with interval."""
+    """Ratios to distractors at the same position, by tokens after the target, with 95 % intervals."""
     target, distractor = kinds == role("target"), kinds == role("distractor")
-    logs = values.double().clamp(min=1e-12).log()
-    logs = logs - (logs * distractor).sum(0) / distractor.sum(0)
-    after = torch.arange(kinds.shape[1]) - target.int().argmax(1, keepdim=True)
-    context = target | distractor
-    return np.exp([mean_interval(logs[context & (after == offset)].numpy()) for offset in OFFSETS])
+    return around(values, target.int().argmax(1), distractor, target | distractor, OFFSETS)
 
 
 found = {
@@ -226,7 +221,7 @@ for i, quantity in enumerate(QUANTITIES):
     for layer in LAYERS:
         ax = axes[i, layer]
         for key, look in LOOKS.items():
-            each = ratios[*key, layer, quantity]
+            each = ratios[(*key, layer, quantity)]
             ax.plot(OFFSETS, each[:, 0], **look)
             ax.fill_between(OFFSETS, each[:, 1], each[:, 2], color=look["color"], alpha=0.2, lw=0)
         ax.axvline(0, color="0.4", ls="-", lw=0.8)
@@ -267,8 +262,8 @@ strongest = max(peaks, key=lambda layer: peaks[layer].max())
 say(
     f"With the query last no ratio in the figure is further from 1 than a factor of {np.exp(off):.2f}. With "
     f"the query first, what stands out most at the answer is the token {OFFSETS[peaks[strongest].argmax()]} "
-    f"behind the target, in layer {strongest}: {peaks[strongest].max():.0f} times as much is left of it as of "
-    "a distractor there."
+    f"behind the target, in layer {strongest}: {peaks[strongest].max():.0f} times as much is left of it "
+    "as of a distractor there."
 )
 
 # %% [markdown]

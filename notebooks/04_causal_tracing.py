@@ -45,7 +45,7 @@ from probes.suite.common import recorded, scan_names, scan_of
 
 begin()
 FAMILIES = ("transformer", "mamba")
-runs = {family: trained(family, "suffix") for family in FAMILIES}
+runs = {family: trained(family, layout="suffix") for family in FAMILIES}
 task = runs["mamba"].task
 for family, run in runs.items():
     blocks, accuracy = run.model.config.n_layer, run.result["accuracy"]
@@ -382,6 +382,6 @@ for family, (label, score, baseline) in best.items():
 #   [`why-mamba-lags`](../studies/why-mamba-lags/README.md) has three seeds of more models, also with the
 #   query first, where the answer crosses over late.
 #
-# **Try it.** Trace the models with the query *first* (`trained("mamba", "prefix")`). Patch only
+# **Try it.** Trace the models with the query *first* (`trained("mamba", layout="prefix")`). Patch only
 # `sites=["state"]` with a finer selection of layers. Switch one head off for good with
 # `probes.ablation.knock_out`: is the head that attends the one that is needed?

@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock
 from IPython.display import Markdown, display
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+from torch import Tensor
 
 from analysis import style
+from analysis.statistics import mean_interval
 from models import LanguageModel
 from models.ops.memory import keep_freed_memory
 from synthetic import store, tasks
@@ -70,13 +73,27 @@ def counts(axis: Any) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def trained(family: str, layout: str = "suffix") -> Trained:
-    """A small model of SHARED and OWN options: trained now, or found in RUNS.
+def around(values: Tensor, centre: Tensor, ordinary: Tensor, shown: Tensor, offsets: range) -> np.ndarray:
+    """What tokens near a special one do, over ordinary tokens at the same position elsewhere.
 
-    What `python -m synthetic.run` does with these options, in float32 on the CPU, whose numbers differ least
-    between machines. Another notebook that is training the same model is waited for.
+    values: (B, L), positive; centre: (B,) position of the special token; ordinary: (B, L) bool, the tokens
+    whose geometric mean at each position counts as 1; shown: (B, L) bool, the tokens that may enter.
+    Returns (offsets, 3): geometric mean over sequences with its 95 % interval, by tokens after the special one.
     """
-    options = SHARED | OWN[family] | dict(layout=layout)
+    logs = values.double().clamp(min=1e-12).log()
+    logs = logs - (logs * ordinary).sum(0) / ordinary.sum(0)
+    after = torch.arange(values.shape[1]) - centre[:, None]
+    known = shown & ordinary.any(0)
+    return np.exp([mean_interval(logs[known & (after == offset)].numpy()) for offset in offsets])
+
+
+def trained(family: str, **options: Any) -> Trained:
+    """A small model with SHARED and OWN options, unless told otherwise: trained now, or found in RUNS.
+
+    options: fields of `RunConfig`. What `python -m synthetic.run` does with them, in float32 on the CPU,
+    whose numbers differ least between machines. Another notebook that trains the same model is waited for.
+    """
+    options = SHARED | OWN[family] | options
     settled = plan(RunConfig(model=(family,), device="cpu", precision="float32", **options), family)
     folder = RUNS / run_id([settled])
     folder.mkdir(parents=True, exist_ok=True)
