@@ -1,0 +1,109 @@
+"""What the notebooks share: trained models, in a temporary folder; one look; prose with computed numbers."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from filelock import FileLock
+from IPython.display import Markdown, display
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+from torch import Tensor
+
+from analysis import style
+from analysis.statistics import mean_interval
+from models import LanguageModel
+from models.ops.memory import keep_freed_memory
+from synthetic import store, tasks
+from synthetic.config import Plan, RunConfig, plan, run_id
+from synthetic.train import train
+
+# Never the repository; one folder per user, because a lab's machine has many of them.
+RUNS = Path(tempfile.gettempdir()) / f"ssm-retrieval-notebooks-{getattr(os, 'getuid', getpass.getuser)()}"
+# The small runs that notebooks 01, 03 and 04 share: what trains in half a minute and is worth looking into.
+N = 12  # context symbols
+SHARED: dict[str, Any] = dict(
+    seq_len=N, queries=1, batch_tokens=1024, schedule="linear", seed=0, eval_every=25
+)
+OWN: dict[str, dict[str, Any]] = {"transformer": dict(steps=300), "mamba": dict(steps=600, lr=4e-3)}
+
+_LOOK = ExitStack()  # keeps the theme for as long as the kernel lives
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model, its task, what was settled for its training, and what came of it.
+
+    result: the final row; metrics: a row per evaluation; positions: final accuracy by target position;
+    columns as in the files of `synthetic.store`.
+    """
+
+    model: LanguageModel
+    task: tasks.Task
+    plan: Plan
+    result: dict[str, Any]
+    metrics: pd.DataFrame
+    positions: pd.DataFrame
+
+
+def begin() -> None:
+    """One thread, so that the numbers do not depend on how many cores there are; the project's figures."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    _LOOK.enter_context(style.theme())
+
+
+def say(text: str) -> None:
+    """Prose whose numbers are computed."""
+    display(Markdown(text))
+
+
+def counts(axis: Any) -> None:
+    """Ticks of a logarithmic axis at 1, 2 and 5 times powers of ten, written as 20k or 1M."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+    axis.set_major_formatter(EngFormatter(sep=""))
+    axis.set_minor_locator(NullLocator())
+
+
+def around(values: Tensor, centre: Tensor, ordinary: Tensor, shown: Tensor, offsets: range) -> np.ndarray:
+    """What tokens near a special one do, over ordinary tokens at the same position elsewhere.
+
+    values: (B, L), positive; centre: (B,) position of the special token; ordinary: (B, L) bool, the tokens
+    whose geometric mean at each position counts as 1; shown: (B, L) bool, the tokens that may enter.
+    Returns (offsets, 3): geometric mean over sequences with its 95 % interval, by tokens after the special one.
+    """
+    logs = values.double().clamp(min=1e-12).log()
+    logs = logs - (logs * ordinary).sum(0) / ordinary.sum(0)
+    after = torch.arange(values.shape[1]) - centre[:, None]
+    known = shown & ordinary.any(0)
+    return np.exp([mean_interval(logs[known & (after == offset)].numpy()) for offset in offsets])
+
+
+def trained(family: str, **options: Any) -> Trained:
+    """A small model with SHARED and OWN options, unless told otherwise: trained now, or found in RUNS.
+
+    options: fields of `RunConfig`. What `python -m synthetic.run` does with them, in float32 on the CPU,
+    whose numbers differ least between machines. Another notebook that trains the same model is waited for.
+    """
+    options = SHARED | OWN[family] | options
+    settled = plan(RunConfig(model=(family,), device="cpu", precision="float32", **options), family)
+    folder = RUNS / run_id([settled])
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        result = train(settled, folder)
+    return Trained(
+        model=store.load_model(folder / family),
+        task=tasks.build(settled.task, **settled.task_options),
+        plan=settled,
+        result=result,
+        metrics=pd.DataFrame(store.read_rows(folder / "metrics.jsonl")),
+        positions=pd.DataFrame(store.read_rows(folder / "by_position.jsonl")),
+    )
