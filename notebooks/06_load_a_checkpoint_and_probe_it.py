@@ -102,7 +102,7 @@ def checkpoint(family):
 
 
 sources = {family: checkpoint(family) for family in HUB}
-for family, (source, published) in sources.items():
+for family, (_, published) in sources.items():
     what = f"the published {HUB[family]}" if published else f"**a small stand-in** for {HUB[family]}"
     say(f"* {NAMES[family]}: {what}")
 if not sources["mamba"][1]:
@@ -251,9 +251,7 @@ for j, family in enumerate(loaded):
 plt.show()
 for (family, quantity), (layer, head, value, baseline) in best.items():
     which = f"head {head} of block {layer}" if family == "transformer" else f"block {layer}"
-    say(
-        f"* {NAMES[family]}, {quantity}: the highest is {which} with {value:.2f}; even attention {baseline:.2f}."
-    )
+    say(f"* {NAMES[family]}, {quantity}: highest is {which} with {value:.2f}; even attention {baseline:.2f}.")
 
 # %% [markdown]
 # If the Transformer answers rightly although *no single head* has a high retrieval score, several may share
@@ -302,8 +300,8 @@ def writes(model, layers):
     cache, ratios = recorded(model, ids, scan_names(layers)), {}
     for layer in layers:
         write = write_norm(scan_of(model, cache, layer))
-        each = around(write, special, ordinary, OFFSETS)
-        each[OFFSETS.index(1)] = around(write, behind, ordinary, range(1))[0]
+        each = around(write, special, ordinary, context, OFFSETS)
+        each[OFFSETS.index(1)] = around(write, behind, ordinary, context, range(1))[0]
         ratios[layer] = each
     return ratios
 
@@ -384,7 +382,7 @@ ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
 plt.show()
 top = states["loaded"].sort_values("accuracy").iloc[-1]
 say(
-    f"Read best from block {top['block']:.0f}: {top['accuracy']:.2f} [{top['low']:.2f}, {top['high']:.2f}] on "
+    f"Best from block {top['block']:.0f}: {top['accuracy']:.2f} [{top['low']:.2f}, {top['high']:.2f}] of "
     f"{top['count']:.0f} sequences that the probe has not seen; random weights reach "
     f"{states['random weights']['accuracy'].max():.2f} at best, chance is {1 / SYMBOLS:.2f}."
 )

@@ -78,7 +78,7 @@ def around(values: Tensor, centre: Tensor, ordinary: Tensor, shown: Tensor, offs
 
     values: (B, L), positive; centre: (B,) position of the special token; ordinary: (B, L) bool, the tokens
     whose geometric mean at each position counts as 1; shown: (B, L) bool, the tokens that may enter.
-    Returns (offsets, 3): geometric mean over sequences with its 95 % interval, by tokens after the special one.
+    Returns (offsets, 3): geometric mean over sequences with its 95 % interval, by tokens after the special.
     """
     logs = values.double().clamp(min=1e-12).log()
     logs = logs - (logs * ordinary).sum(0) / ordinary.sum(0)
