@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import shutil
 import sys
 import time
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -64,7 +66,16 @@ def decoded(value):
 def views(text):
     """Name of a figure -> its views, as the page holds them."""
     pattern = r'<figure data-figure="(\w+)">.*?<script type="application/json">(.*?)</script>'
-    return {name: decoded(json.loads(data))["views"] for name, data in re.findall(pattern, text, re.DOTALL)}
+    return {name: decoded(placed(**json.loads(data))) for name, data in re.findall(pattern, text, re.DOTALL)}
+
+
+def placed(views, arrays):
+    """The page holds every array once: put them back where they are meant."""
+    if isinstance(views, dict) and isinstance(views.get("array"), int):
+        return arrays[views["array"]]
+    if isinstance(views, dict):
+        return {name: placed(part, arrays) for name, part in views.items()}
+    return [placed(part, arrays) for part in views] if isinstance(views, list) else views
 
 
 def panels(view):
@@ -128,8 +139,7 @@ def test_update_maps_and_every_step_of_their_slider(report, probed_run):
         values = wide(trained, "layer", "position")
         assert values.shape == (4, 1 + N + 2) and len(view["slider"]["texts"]) == values.shape[1]
         (heat,) = image["figure"]["data"]
-        same(heat["customdata"], values)
-        same(heat["z"], values if quantity == "decay" else np.log10(values))
+        same(heat["z"], values)
         names = list(lines(profile))
         for i, weights in ((names.index("untrained"), untrained), (names.index("trained"), trained)):
             steps = {move["path"]: move["rows"] for move in profile["moves"] if move["trace"] == i}
@@ -152,7 +162,7 @@ def test_attention_maps_and_rows(report, probed_run, family, layers):
         assert len(maps) == layers == mine["layer"].nunique()
         for layer, panel in enumerate(maps):
             grid = wide(mine[mine["layer"] == layer], "query", "key")
-            same(panel["figure"]["data"][0]["customdata"], grid)
+            same(panel["figure"]["data"][0]["z"], grid)
             same(row["moves"][layer]["rows"], grid)
         best = rows[(rows["part"] == "score") & (rows["quantity"] == "retrieval")]
         for name in ("trained", "untrained"):
@@ -176,7 +186,7 @@ def test_patching_maps(report, probed_run, family):
             (heat,) = panel["figure"]["data"]
             found = {
                 (layer, token): value
-                for layer, values in zip(heat["y"], heat["customdata"], strict=True)
+                for layer, values in zip(heat["y"], heat["z"], strict=True)
                 for token, value in zip(heat["text"][0], values, strict=True)
             }
             assert len(found) == len(part)
@@ -317,15 +327,25 @@ def test_bad_calls_are_one_line(bare, tmp_path, capsys, monkeypatch):
         assert error == f'error: the report needs {package}: pip install -e ".[report]"\n'
 
 
+def test_commands_of_the_documents_parse():
+    root = Path(__file__).parents[1]
+    pages = [root / "README.md", *(root / "docs").glob("*.md")]
+    lines = "\n".join(path.read_text(encoding="utf-8") for path in pages)
+    found = set(re.findall(r"^python -m analysis\.report ([^#\n]*)", lines, re.MULTILINE))
+    assert len(found) >= 2
+    for command in found:
+        assert len(tyro.cli(cli.Options, args=command.split()).runs) >= 1
+
+
 # --- in a browser -------------------------------------------------------------------------------------------
 
 
-def browser_or_reason():
-    """Paths of Chromium and its driver; skips the test without them, or fails it where they are needed."""
+def browser():
+    """Paths of Chromium and its driver; without them the test is skipped, or failed where CI asks for it."""
     paths = [shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")]
-    if all(paths):
+    if all(paths) and importlib.util.find_spec("selenium"):
         return paths
-    reason = "Chromium and its driver are not installed: apt-get install chromium chromium-driver"
+    reason = "no browser: apt-get install chromium chromium-driver; pip install selenium"
     if os.environ.get("NEED_BROWSER"):
         pytest.fail(reason)
     pytest.skip(reason)
@@ -334,10 +354,10 @@ def browser_or_reason():
 @pytest.fixture(scope="module")
 def driver():
     """A headless Chromium that finds no host."""
-    webdriver = pytest.importorskip("selenium.webdriver")
+    chromium, chromedriver = browser()
+    from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
-    chromium, chromedriver = browser_or_reason()
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu",

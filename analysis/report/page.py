@@ -33,7 +33,7 @@ def page(runs: Sequence[Run]) -> str:
         title="Report of " + (runs[0].name if len(runs) == 1 else f"{len(runs)} runs"),
         runs=runs,
         sections=sections,
-        data={figure.name: _script(_figure(figure)) for s in sections for figure in s.figures},
+        data={figure.name: _script(_pooled(_figure(figure))) for s in sections for figure in s.figures},
         style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
         script=Markup((HERE / "report.js").read_text(encoding="utf-8")),
         plotly=Markup(get_plotlyjs()),
@@ -43,6 +43,23 @@ def page(runs: Sequence[Run]) -> str:
 def _script(value: Any) -> Markup:
     """JSON that may stand in a <script> element: nothing in it can end the element."""
     return Markup(json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"))
+
+
+def _pooled(figure: dict[str, Any]) -> dict[str, Any]:
+    """The same with every array that occurs in it once, in `arrays`, and {"array": number} in its places."""
+    arrays: dict[str, Any] = {}
+    number: dict[str, int] = {}
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, dict) and "bdata" in value:
+            key = json.dumps(value, sort_keys=True)
+            arrays.setdefault(key, value)
+            return {"array": number.setdefault(key, len(number))}
+        if isinstance(value, dict):
+            return {name: replaced(part) for name, part in value.items()}
+        return [replaced(part) for part in value] if isinstance(value, list) else value
+
+    return replaced(figure) | {"arrays": list(arrays.values())}
 
 
 def _figure(figure: Figure) -> dict[str, Any]:
@@ -73,6 +90,7 @@ def _panel(panel: Panel) -> dict[str, Any]:
         figure=json.loads(panel.figure.to_json()),
         moves=[_move(move) for move in panel.moves],
         marks=[_mark(mark) for mark in panel.marks],
+        scale=None if panel.scale is None else dict(colors=panel.scale.colors, ends=panel.scale.ends),
     )
 
 

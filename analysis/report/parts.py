@@ -16,6 +16,18 @@ NEUTRAL = "#7d8590"  # of controls and chance: to be seen on white and on black
 
 
 @dataclass(frozen=True)
+class Key:
+    """An entry of a legend: a line or, with `colors`, a scale from low to high, whose ends have labels."""
+
+    label: str
+    color: str = NEUTRAL
+    dash: str = "solid"
+    marker: str = ""  # a sign drawn instead of a line
+    colors: Sequence[str] = ()
+    ends: tuple[str, str] = ("", "")
+
+
+@dataclass(frozen=True)
 class Move:
     """rows[k] becomes attribute `path` (y, error_y.array, ...) of a trace at step k of the slider."""
 
@@ -38,7 +50,8 @@ class Mark:
 class Panel:
     """One plot. title: above it, as text. alt: what it shows, for readers who do not see it.
 
-    height: pixels. wide: as wide as its block, with no other panel beside it.
+    height: pixels. wide: as wide as its block, with no other panel beside it. scale: of a map whose colours
+    have ends of their own.
     """
 
     title: str
@@ -48,6 +61,7 @@ class Panel:
     wide: bool = False
     moves: Sequence[Move] = ()
     marks: Sequence[Mark] = ()
+    scale: Key | None = None
 
 
 @dataclass(frozen=True)
@@ -74,18 +88,6 @@ class View:
     label: str
     blocks: Sequence[Block]
     slider: Slider | None = None
-
-
-@dataclass(frozen=True)
-class Key:
-    """An entry of a legend: a line or, with `colors`, a scale from low to high, whose ends have labels."""
-
-    label: str
-    color: str = NEUTRAL
-    dash: str = "solid"
-    marker: str = ""  # a sign drawn instead of a line
-    colors: Sequence[str] = ()
-    ends: tuple[str, str] = ("", "")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,14 @@ function shaped(numbers, shape) {
   return Array.from({ length: shape[0] }, (_, i) => shaped(numbers.slice(i * size, (i + 1) * size), rest));
 }
 
+// {array: k} -> arrays[k] wherever it stands: the page holds every array once.
+function placed(value, arrays) {
+  if (Array.isArray(value)) return value.map((part) => placed(part, arrays));
+  if (value === null || typeof value !== "object") return value;
+  if (Number.isInteger(value.array)) return arrays[value.array];
+  return Object.fromEntries(Object.entries(value).map(([name, part]) => [name, placed(part, arrays)]));
+}
+
 function word(value) {
   return typeof value === "number" ? (Number.isNaN(value) ? "" : String(Number(value.toPrecision(6)))) : String(value);
 }
@@ -30,7 +38,7 @@ function word(value) {
 function lines(trace) {
   const { axes, columns } = trace.meta, name = (trace.name || "").replaceAll(",", ";");
   if (trace.type === "heatmap") {
-    const rows = trace.customdata, labels = trace.text;
+    const rows = trace.z, labels = trace.text;
     const found = [axes.join(",")];
     rows.forEach((row, i) => Array.from(row).forEach((value, j) => {
       if (!Number.isNaN(value)) found.push([labels ? labels[i][j] : word(trace.x[j]), word(trace.y[i]), word(value)].join(","));
@@ -79,7 +87,8 @@ function element(tag, properties, ...children) {
 class Figure {
   constructor(root) {
     this.root = root;
-    this.views = JSON.parse(root.querySelector("script").textContent).views;
+    const { views, arrays } = JSON.parse(root.querySelector("script").textContent);
+    this.views = placed(views, arrays);
     this.range = root.querySelector("input[type=range]");
     this.numbers = root.querySelector(".numbers");
     const choice = root.querySelector("select");
@@ -111,7 +120,7 @@ class Figure {
       plot.setAttribute("role", "img");
       plot.setAttribute("aria-label", panel.alt);
       plot.style.height = `${panel.height}px`;
-      const title = panel.title ? [element("p", { textContent: panel.title })] : [];
+      const title = panel.title ? [element("p", { textContent: panel.title }, ...this.scale(panel.scale))] : [];
       panels.append(element("div", { className: panel.wide ? "panel wide" : "panel" }, ...title, plot));
       const moves = panel.moves.map((move) => ({ ...move, rows: unpack(move.rows) }));
       const marks = panel.marks.map((mark) => ({ ...mark, low: unpack(mark.low), high: unpack(mark.high) }));
@@ -120,6 +129,15 @@ class Figure {
     const title = block.title ? [element("h3", { textContent: block.title })] : [];
     const note = block.note ? [element("p", { className: "note", textContent: block.note })] : [];
     return element("div", { className: block.wide ? "block wide" : "block" }, ...title, ...note, panels);
+  }
+
+  // The colours of a map with its ends, for its title.
+  scale(scale) {
+    if (!scale) return [];
+    const bar = element("span", { className: "scale" });
+    bar.style.background = `linear-gradient(to right, ${scale.colors.join(", ")})`;
+    const [low, high] = scale.ends.map((text) => element("span", { className: "ends", textContent: text }));
+    return [element("span", { className: "scale-line" }, low, bar, high)];
   }
 
   // Set the slider up for a view, or hide it.

@@ -23,6 +23,7 @@ DIVERGING = (
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")  # of runs, in their order
 
 Array = Any  # what numpy.asarray takes
+Scale = list[tuple[float, str]]  # colours at places 0 .. 1
 
 # --- colours ------------------------------------------------------------------------------------------------
 
@@ -41,18 +42,32 @@ def shade(color: str, alpha: float) -> str:
 
 
 def opacity(layer: int, layers: Sequence[int]) -> float:
-    """Layers from light to dark, the last one full."""
+    """Layers from faint to full."""
     order = sorted(layers)
     return 1.0 if len(order) < 2 else 0.4 + 0.6 * order.index(layer) / (len(order) - 1)
 
 
-def viridis(count: int = 9) -> list[tuple[float, str]]:
+def viridis(count: int = 9) -> Scale:
     """matplotlib's colour map as a colour scale of plotly."""
     import matplotlib
     from matplotlib.colors import to_hex
 
     places = [i / (count - 1) for i in range(count)]
     return [(place, str(to_hex(matplotlib.colormaps["viridis"](place)))) for place in places]
+
+
+def logarithmic(scale: Sequence[tuple[float, str]], limits: tuple[float, float]) -> Scale:
+    """A colour scale for values, whose colours follow their logarithm: plotly itself interpolates linearly.
+
+    So the map holds the values themselves, for hovering and for whoever reads the file.
+    """
+    from matplotlib.colors import LinearSegmentedColormap, to_hex
+
+    colors = LinearSegmentedColormap.from_list("", list(scale))
+    low, high = limits
+    places = (np.geomspace(low, high, 33) - low) / (high - low)
+    places[[0, -1]] = 0.0, 1.0
+    return [(float(place), str(to_hex(colors(i / 32)))) for i, place in enumerate(places)]
 
 
 def in_order(names: Any) -> list[str]:
@@ -161,45 +176,28 @@ def heat(
     limits: tuple[float, float],
     colors: Sequence[tuple[float, str]] = (),
     x_texts: Sequence[str] | None = None,
-    bar: bool = False,
 ) -> go.Heatmap:
     """A map, values (len(y), len(x)); axes: what x, y and values are; limits: of the colours, in values.
 
-    colors: plotly's colour scale, by default viridis. log: colours by the logarithm; values of 0 take the
-    lowest colour. What is nan stays empty. bar: draw the scale beside the map.
+    colors: plotly's colour scale, by default viridis. log: colours by the logarithm. What is nan stays empty.
     """
-    numbers = np.asarray(values, dtype=float)
-    shown = numbers if not log else np.log10(np.clip(numbers, limits[0], None))
-    ends = np.log10(limits) if log else np.asarray(limits)
-    trace = go.Heatmap(
-        z=small(shown),
+    scale = list(colors) or (logarithmic(viridis(), limits) if log else viridis())
+    return go.Heatmap(
+        z=small(values),
         x=small(x),
         y=y,
-        zmin=float(ends[0]),
-        zmax=float(ends[1]),
-        customdata=small(numbers),
-        colorscale=list(colors) or viridis(),
-        showscale=bar,
+        zmin=limits[0],
+        zmax=limits[1],
+        colorscale=scale,
+        showscale=False,
         hoverongaps=False,
         xgap=0,
         ygap=1 if len(y) < 20 else 0,
         text=None if x_texts is None else [list(x_texts)] * len(y),
         hovertemplate=f"{axes[0]} {'%{x}' if x_texts is None else '%{text}'}<br>{axes[1]} %{{y}}<br>"
-        f"{axes[2]} %{{customdata:.4~g}}<extra></extra>",
+        f"{axes[2]} %{{z:.4~g}}<extra></extra>",
         meta={"axes": list(axes), "columns": []},
     )
-    if bar:
-        trace.colorbar = dict(thickness=10, outlinewidth=0, **(_log_ticks(*limits) if log else {}))
-    return trace
-
-
-def _log_ticks(low: float, high: float) -> dict[str, Any]:
-    """Ticks at 1, 2 and 5 times powers of ten, or at the powers alone over more than three decades."""
-    powers = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
-    steps = (1, 2, 5) if np.log10(high / low) <= 3 else (1,)
-    ticks = [s * 10.0**p for p in powers for s in steps]
-    ticks = [t for t in ticks if low <= t <= high]
-    return dict(tickvals=[float(np.log10(t)) for t in ticks], ticktext=[f"{t:g}" for t in ticks])
 
 
 def plot(traces: Sequence[Any], x: str, y: str, **layout: Any) -> go.Figure:

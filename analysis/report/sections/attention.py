@@ -21,7 +21,7 @@ READING = (
     "the same, and the map shows the size of those weights (hidden attention, Ali et al. 2024: |alpha| with "
     "rows normalised, by head in Mamba-2, the mean over channels in Mamba). The dotted frame is the target, "
     "which the last row has to find: a retrieving layer has its mass there. The slider chooses the row that "
-    "is drawn below the maps, layers from light to dark. The last plots give the mass on the target when the "
+    "is drawn below the maps, layers from faint to full. The last plots give the mass on the target when the "
     "answer is due for every layer and head, with 95 % intervals over sequences, beside uniform attention "
     "(dash) and untrained weights (hollow)."
 )
@@ -48,40 +48,40 @@ def section(runs: Sequence[Run]) -> Section:
 
 def _view(run: Run, table: pd.DataFrame, weights: str) -> View:
     maps = table[(table["part"] == "map") & (table["weights"] == weights)]
-    scores = table[(table["part"] == "score") & (table["quantity"] == "retrieval")]
     starts = np.sort(maps["query"].unique()).astype(int)
     size = int(starts[1] - starts[0]) if len(starts) > 1 else 1
     each = [f"token {t}" if size == 1 else f"tokens {t} to {t + size - 1}" for t in starts]
     last = int(starts[-1])
     texts = [
-        f"{text} of {last}" + (", where the answer is due" if t == last else "")
+        (f"{text} of {last}" if size == 1 else text) + (", where the answer is due" if t == last else "")
         for text, t in zip(each, starts, strict=True)
     ]
     blocks = [
-        _block(family, maps[maps["family"] == family], scores[scores["family"] == family], starts)
+        _block(family, maps[maps["family"] == family], table[table["family"] == family], starts)
         for family in families(maps)
     ]
     return View(label(run, f"{weights} weights"), blocks, Slider("Token that reads", texts, len(texts) - 1))
 
 
-def _block(family: str, maps: pd.DataFrame, scores: pd.DataFrame, starts: np.ndarray) -> Block:
+def _block(family: str, maps: pd.DataFrame, table: pd.DataFrame, starts: np.ndarray) -> Block:
     target = float(maps["target"].iloc[0])
     half = float(starts[1] - starts[0]) / 2 if len(starts) > 1 else 0.5
+    centre = starts + half - 0.5
     lines = []
     if np.isfinite(target):
-        cell = float(starts[np.searchsorted(starts, target, side="right") - 1])
+        cell = float(centre[np.searchsorted(starts, target, side="right") - 1])
         lines.append(frame("x", cell - half, cell + half, dash="dot"))
-    single = scores["head"].nunique() <= 1
+    heads = table[table["part"] == "score"].groupby("layer")["head"].nunique()
     panels, rows = [], {}
     for layer, part in maps.groupby("layer"):
         wide = part.pivot_table(index="query", columns="key", values="value")
         rows[int(str(layer))] = wide.to_numpy()
-        image = heat(wide.to_numpy(), starts, starts, AXES, log=True, limits=LIMITS)
-        which = "mean over channels" if single else f"head {part['head'].iloc[0]}"
-        shapes = [frame("y", float(starts[-1]) - half, float(starts[-1]) + half), *lines]
-        layout: Any = dict(
-            shapes=shapes, yaxis={"autorange": "reversed", "showgrid": False}, xaxis={"showgrid": False}
-        )
+        image = heat(wide.to_numpy(), centre, centre, AXES, log=True, limits=LIMITS)
+        alone = heads[layer] == 1 and family != "transformer"
+        which = "mean over channels" if alone else f"head {part['head'].iloc[0]}"
+        shapes = [frame("y", float(centre[-1]) - half, float(centre[-1]) + half), *lines]
+        plain = {"showgrid": False, "zeroline": False}
+        layout: Any = dict(shapes=shapes, xaxis=plain, yaxis=plain | {"autorange": "reversed"})
         best = int(starts[int(np.nanargmax(wide.to_numpy()[-1]))])
         alt = (
             f"Attention map of {NAMES[family]}, layer {layer}, {which}, {len(starts)} tokens square: "
@@ -94,22 +94,23 @@ def _block(family: str, maps: pd.DataFrame, scores: pd.DataFrame, starts: np.nda
                 alt,
                 plot([image], "key: token read", "query: token that reads", **layout),
                 height=300,
-                marks=[Mark(0, "y", starts - half, starts + half)],
+                marks=[Mark(0, "y", centre - half, centre + half)],
             )
         )
-    panels.append(_row(family, rows, starts, lines))
+    panels.append(_row(family, rows, centre, lines))
+    scores = table[(table["part"] == "score") & (table["quantity"] == "retrieval")]
     if len(scores):
         panels.append(_scores(family, scores))
     return Block(NAMES[family], panels)
 
 
-def _row(family: str, rows: dict[int, np.ndarray], starts: np.ndarray, lines: list[dict[str, Any]]) -> Panel:
+def _row(family: str, rows: dict[int, np.ndarray], centre: np.ndarray, lines: list[dict[str, Any]]) -> Panel:
     """The chosen row of every layer."""
     traces = []
     for layer, grid in rows.items():
         traces += curve(
             f"layer {layer}",
-            starts,
+            centre,
             grid[-1],
             ("key", "attention"),
             color_of(family),
@@ -120,7 +121,7 @@ def _row(family: str, rows: dict[int, np.ndarray], starts: np.ndarray, lines: li
     layout: Any = dict(
         shapes=lines,
         yaxis={"type": "log", "range": [-4.1, 0.1]},
-        xaxis={"range": [float(starts[0]) - 0.5, float(starts[-1]) + 0.5]},
+        xaxis={"range": [float(centre[0]) - 0.5, float(centre[-1]) + 0.5]},
     )
     alt = f"What the chosen token reads in {NAMES[family]}: attention against the token read, a line a layer."
     figure = plot(traces, "key: token read", "attention (log)", **layout)

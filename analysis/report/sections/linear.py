@@ -17,7 +17,7 @@ from analysis.style import NAMES
 READING = (
     "Ridge probes are trained on what stands where the answer is due, and tested on other sequences. The "
     "first plots ask which context symbol stood so many symbols ago: a line that falls within a few symbols "
-    "is a memory of the last ones only. Layers go from light to dark, bands are Wilson 95 % intervals. The "
+    "is a memory of the last ones only. Layers go from faint to full, bands are Wilson 95 % intervals. The "
     "last two plots ask, layer by layer, which part of the context holds the target (what the task wants), "
     "and how many symbols can be recovered in all. Three controls say what a probe could do without the "
     "model's learning: untrained weights (dotted), the same labels dealt out at random (shuffled, dashed) "

@@ -77,7 +77,7 @@ def _panel(title: str, part: pd.DataFrame, answers: bool) -> Panel:
     image = heat(
         values, x, names, ("token", "layer", "effect"), limits=(-1, 1), colors=DIVERGING, x_texts=tokens
     )
-    image.opacity = 1.0 if answers else 0.25
+    image.opacity = 1.0 if answers else 0.35
     alt = f"{title}: map of {len(names)} rows by {len(tokens)} tokens"
     for best in part.dropna(subset="value").nlargest(1, "value").to_dict("records"):
         alt += f", strongest {best['value']:.2f} at layer {best['layer']}, {best['role']}"
@@ -91,6 +91,7 @@ def _panel(title: str, part: pd.DataFrame, answers: bool) -> Panel:
             "tickangle": -90,
             "tickfont": {"size": 9},
             "showgrid": False,
+            "zeroline": False,
         },
         yaxis={"type": "category", "mirror": True, "dtick": max(1, len(names) // 12), "showgrid": False},
     )

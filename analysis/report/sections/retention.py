@@ -17,7 +17,7 @@ from analysis.style import NAMES
 READING = (
     "How much of what a context token wrote is left in an SSM's state when the answer is due, exactly, from "
     "the linear recurrence, against how many tokens ago it was written: of its own write (left) and "
-    "relative to the whole state (right). Layers go from light to dark, bands are 95 % intervals over "
+    "relative to the whole state (right). Layers go from faint to full, bands are 95 % intervals over "
     "sequences. If the lines of the target and of distractors (dashed) run together, the state keeps the "
     "symbol that will be asked for no better than any other; the slope is how fast it forgets. Untrained "
     "weights are dotted."

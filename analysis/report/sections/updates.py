@@ -11,18 +11,19 @@ import pandas as pd
 from analysis.report.parts import Block, Figure, Key, Mark, Move, Panel, Section, Slider, View
 from analysis.report.runs import Run
 from analysis.report.sections.probed import families, label, tables
-from analysis.report.traces import ACCENT, NEUTRAL, color_of, curve, frame, heat, plot
+from analysis.report.traces import ACCENT, NEUTRAL, color_of, curve, frame, heat, plot, viridis
 from analysis.style import NAMES
 
 READING = (
     "Each cell of the map is one token (left to right) at one SSM layer (bottom to top). The relative update "
     "is |h_t − h_(t−1)| / |h_(t−1)|: how much of the state a token changes; the write norm is the size of "
-    "what it adds, the mean decay the share of the old state that it keeps. The slider moves through the "
-    "sequence: the frame on the map follows it, and the plot below shows that position layer by layer, with "
-    "95 % intervals over sequences and, as a control, the same architecture with untrained weights (hollow). "
-    "A model that selects what to remember would show bright columns at tokens that matter; if all context "
-    "columns look alike, every symbol is written with the same force, whether it will be asked for or not. "
-    "The first tokens meet an almost empty state, so their relative updates are large by construction."
+    "what it adds (both with logarithmic colours), the mean decay the share of the old state that it keeps. "
+    "The slider moves through the sequence: the frame on the map follows it, and the plot below shows that "
+    "position layer by layer, with 95 % intervals over sequences and, as a control, the same architecture "
+    "with untrained weights (hollow). A model that selects what to remember would show bright columns at "
+    "tokens that matter; if all context columns look alike, every symbol is written with the same force, "
+    "whether it will be asked for or not. The first tokens meet an almost empty state, so their relative "
+    "updates are large by construction."
 )
 QUANTITIES = {  # name: label, unit, logarithmic
     "relative": ("relative update", "relative update |Δh| / |h|", True),
@@ -89,14 +90,14 @@ def _block(family: str, part: pd.DataFrame, quantity: str) -> Block:
     low, high = centre - size / 2, centre + size / 2
     drawn = part["value"][np.isfinite(part["value"]) & (part["value"] > 0)]
     limits = (float(drawn.min()), float(drawn.max())) if log else (0.0, 1.0)
+    limits = limits if limits[1] > limits[0] else (limits[0], 2 * limits[0])
     name = NAMES[family]
-    image = heat(
-        values.to_numpy(), centre, layers, ("position", "layer", words), log=log, limits=limits, bar=True
-    )
+    image = heat(values.to_numpy(), centre, layers, ("position", "layer", words), log=log, limits=limits)
     ends = f"from {values.min().min():.3g} to {values.max().max():.3g}"
     alt = f"Map of the {words} of {name}: {len(layers)} layers by {len(positions)} positions, {ends}."
+    plain = {"showgrid": False, "zeroline": False}
     layout: Any = dict(
-        shapes=[frame("x", float(low[0]), float(high[0]))], yaxis={"type": "category", "showgrid": False}
+        shapes=[frame("x", float(low[0]), float(high[0]))], xaxis=plain, yaxis=plain | {"type": "category"}
     )
     map_ = Panel(
         f"{name}: {unit}",
@@ -105,6 +106,9 @@ def _block(family: str, part: pd.DataFrame, quantity: str) -> Block:
         height=max(190, 110 + 24 * len(layers)),
         wide=True,
         marks=[Mark(0, "x", low, high)],
+        scale=Key(
+            "", colors=[color for _, color in viridis()], ends=(f"{limits[0]:.2g}", f"{limits[1]:.2g}")
+        ),
     )
     return Block("", [map_, _profile(family, part, layers, unit, limits, log)])
 
