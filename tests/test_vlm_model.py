@@ -146,7 +146,7 @@ def test_what_is_no_vlm_says_so(tmp_path):
 
 def test_the_snippet_of_the_documentation_runs(capsys):
     page = (Path(__file__).parents[1] / "docs" / "vlm.md").read_text(encoding="utf-8")
-    (snippet,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    snippet = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)[0]
     names: dict = {}
     exec(snippet, names)
     assert names["loss"].item() > 0 and names["answer"].shape == (1, 5)
