@@ -64,3 +64,12 @@ def probed_run(tmp_path_factory):
     path = tiny_run(folder, "position", "--seq-len", "8", "--model", "transformer", "mamba")
     assert run.main([str(path), "--examples", "24"]) == 0
     return path
+
+
+@pytest.fixture(scope="session")
+def report(probed_run, tmp_path_factory):
+    """The report of `probed_run`: its path and text."""
+    from report_pages import write
+
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    return types.SimpleNamespace(path=path, text=write(path, probed_run))
