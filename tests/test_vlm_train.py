@@ -15,7 +15,7 @@ pytest.importorskip("tokenizers", reason="tokenizers is not installed; .ci/run i
 pytest.importorskip("sklearn", reason="scikit-learn is not installed; .ci/run installs it")
 
 from synthetic import store
-from vlm import evaluate, parts, predict, results, train
+from vlm import evaluate, parts, predict, results, stages, train
 from vlm.config import Run, Scenes, Stage, from_dict, read_file
 from vlm.scenes import encoder as scenes
 
@@ -43,11 +43,9 @@ def run(family="transformer", **more) -> Run:
 @pytest.fixture
 def out(tmp_path):
     """A folder that has a vision encoder, untrained, so that none is trained."""
-    torch.manual_seed(0)
-    path = tmp_path / parts.ENCODERS / f"{scenes.key()}.safetensors"
-    path.parent.mkdir()
-    store.save_tensors(path, scenes.SceneEncoder().state_dict(), {})
-    parts.eyes.cache_clear()
+    import vlm_runs  # not above: processes that read CONFIG below import this file from elsewhere
+
+    vlm_runs.save_encoder(tmp_path)
     return tmp_path
 
 
@@ -55,8 +53,8 @@ def trained(wanted: Run, out, stop_at: int | None = None) -> dict[str, torch.Ten
     steps = []
     accelerator = train.accelerate([wanted])
     for number in range(len(wanted.stages)):
-        train.train_stage(wanted, number, out, accelerator, steps.append, lambda: len(steps) == stop_at)
-    return store.load_tensors(out / wanted.stage_ids()[-1] / train.WEIGHTS)[0]
+        stages.train_stage(wanted, number, out, accelerator, steps.append, lambda: len(steps) == stop_at)
+    return store.load_tensors(out / wanted.stage_ids()[-1] / stages.WEIGHTS)[0]
 
 
 def equal(a, b) -> bool:
@@ -65,20 +63,21 @@ def equal(a, b) -> bool:
 
 @pytest.mark.parametrize("family", ["transformer", "mamba"])
 def test_an_interrupted_stage_ends_with_the_numbers_of_an_uninterrupted_one(out, family):
-    stages = (dataclasses.replace(FIRST, group=2), SECOND)
-    whole = trained(run(family, stages=stages), out)
-    names = run(family, stages=stages).stage_ids()
-    rows = [store.read_rows(out / name / train.METRICS) for name in names]
+    chain = (dataclasses.replace(FIRST, group=2), SECOND)
+    whole = trained(run(family, stages=chain), out)
+    names = run(family, stages=chain).stage_ids()
+    rows = [store.read_rows(out / name / stages.METRICS) for name in names]
     for name in names:
         for path in (out / name).iterdir():
             path.unlink()
-    with pytest.raises(train.Interrupted, match="step 3 of stage 1"):
-        trained(run(family, stages=stages), out, stop_at=3)
-    assert (out / names[0] / train.CHECKPOINT).exists() and not (out / names[0] / train.RESULT).exists()
-    assert equal(trained(run(family, stages=stages), out), whole)
-    again = [store.read_rows(out / name / train.METRICS) for name in names]
-    assert [[r["loss"] for r in part] for part in again] == [[r["loss"] for r in part] for part in rows]
-    assert not (out / names[0] / train.CHECKPOINT).exists()
+    with pytest.raises(stages.Interrupted, match="step 3 of stage 1"):
+        trained(run(family, stages=chain), out, stop_at=3)
+    assert (out / names[0] / stages.CHECKPOINT).exists() and not (out / names[0] / stages.RESULT).exists()
+    assert equal(trained(run(family, stages=chain), out), whole)
+    again = [store.read_rows(out / name / stages.METRICS) for name in names]
+    for column in ("step", "steps", "loss", "tokens"):
+        assert [[r[column] for r in part] for part in again] == [[r[column] for r in part] for part in rows]
+    assert not (out / names[0] / stages.CHECKPOINT).exists()
 
 
 def test_runs_share_the_stages_that_they_have_in_common_and_no_others():
@@ -99,7 +98,14 @@ def test_runs_share_the_stages_that_they_have_in_common_and_no_others():
     assert small.stage_ids()[0] == large.stage_ids()[0] and small.stage_ids()[1] != large.stage_ids()[1]
     workers = run(stages=(dataclasses.replace(FIRST, workers=2), SECOND))
     assert workers.stage_ids() == run().stage_ids()
-    assert from_dict(json.loads(json.dumps(a.to_dict()))).stage_ids() == a.stage_ids()
+    # the order of sources decides which example comes when, and files sort the keys of what they hold
+    turned = dataclasses.replace(FIRST, data=dict(reversed(FIRST.data.items())))
+    assert run(stages=(turned, SECOND)).stage_ids()[0] != a.stage_ids()[0]
+    for wanted in (a, run(stages=(turned, SECOND))):
+        assert (
+            from_dict(json.loads(json.dumps(wanted.to_dict(), sort_keys=True))).stage_ids()
+            == wanted.stage_ids()
+        )
 
 
 def test_both_families_see_the_same_examples_in_the_same_order(out, monkeypatch):
@@ -111,7 +117,7 @@ def test_both_families_see_the_same_examples_in_the_same_order(out, monkeypatch)
         )
         return 0.0
 
-    monkeypatch.setattr(train, "update", watched)
+    monkeypatch.setattr(stages, "update", watched)
     for family in ("transformer", "mamba"):
         here = seen[family] = []
         trained(run(family), out)
@@ -136,14 +142,14 @@ def test_parts_of_a_batch_add_up_to_the_batch(out):
         model = parts.model(wanted, scenes.WIDTH)
         optimizer = accelerator.prepare(torch.optim.SGD(model.parameters(), lr=1.0))
         torch.manual_seed(3)
-        batch = train.VLMBatch(
+        batch = stages.VLMBatch(
             torch.cat([torch.full((4, 16), -200), torch.randint(5, 90, (4, 6))], 1),
             torch.cat([torch.full((4, 17), -100), torch.randint(5, 90, (4, 5))], 1),
             torch.randn(4, 16, scenes.WIDTH),
             (None,) * 4,
         )
         batch.labels[0, 18:] = -100  # answers of different lengths weigh the same
-        train.update(train.Loss(model), optimizer, batch, wanted.stages[0], accelerator)
+        stages.update(stages.Loss(model), optimizer, batch, wanted.stages[0], accelerator)
         after.append(dict(model.named_parameters()))
     assert all(torch.allclose(after[0][n], after[1][n], atol=1e-6) for n in after[0])
     fresh = dict(parts.model(whole, scenes.WIDTH).named_parameters())
@@ -152,7 +158,7 @@ def test_parts_of_a_batch_add_up_to_the_batch(out):
 
 def test_the_learning_rate_rises_then_falls_as_a_cosine():
     stage = dataclasses.replace(SECOND, steps=100, warmup=0.1)
-    rates = [train.rate(k, stage) for k in range(100)]
+    rates = [stages.rate(k, stage) for k in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0 == max(rates)
     assert rates[55] == pytest.approx(0.5) and rates[99] == pytest.approx(0.5 * (1 + np.cos(np.pi * 89 / 90)))
 
@@ -200,6 +206,35 @@ def test_train_evaluate_predict_from_the_command_line(out, capsys, tmp_path):
     assert answer == predict.ask(
         model, wanted, out, predict.read_picture(picture), "How many red shapes are there?"
     )
+
+
+def test_a_stopped_training_stops_the_processes_that_share_it(out, monkeypatch, tmp_path):
+    """Else a SIGTERM to the first one alone would wait for the whole of their training."""
+    config = tmp_path / "two.py"
+    config.write_text(CONFIG)
+    options = train.Options(config, out)
+    begun = []
+    monkeypatch.setattr(train.subprocess, "Popen", lambda *_, **__: begun.append(Sleeper()) or begun[-1])
+    monkeypatch.setattr(train, "train_here", lambda *_: train.INTERRUPTED)
+    assert train.train_all(dataclasses.replace(options, jobs=3)) == train.INTERRUPTED
+    assert [process.calls for process in begun] == [["terminate", "wait"]] * 2
+    monkeypatch.setattr(train, "train_here", lambda *_: 0)
+    assert train.train_all(dataclasses.replace(options, jobs=2)) == 0
+    assert begun[-1].calls[0] == "wait"
+
+
+class Sleeper:
+    """A process that ends well once it is waited for."""
+
+    def __init__(self):
+        self.calls = []
+
+    def wait(self):
+        self.calls.append("wait")
+        return 0
+
+    def terminate(self):
+        self.calls.append("terminate")
 
 
 def test_a_box_in_the_answer_is_drawn_around_the_object(monkeypatch, out, capsys, tmp_path):
@@ -278,7 +313,7 @@ def test_epochs_are_steps_through_all_the_data(out):
     stage = dataclasses.replace(FIRST, weights=None, steps=0, epochs=1.5)
     wanted = run(stages=(stage,))
     trained(wanted, out)
-    assert store.read_json(out / wanted.stage_ids()[0] / train.RESULT)["steps"] == 30
+    assert store.read_json(out / wanted.stage_ids()[0] / stages.RESULT)["steps"] == 30
     with pytest.raises(ValueError, match=r"steps=8 and epochs=1.0 .* give one of them"):
         run(stages=(dataclasses.replace(FIRST, epochs=1.0),))
 

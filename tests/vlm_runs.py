@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from synthetic import store
-from vlm import parts, train
+from vlm import parts, stages
 from vlm.config import Run, Scenes, Stage
 from vlm.scenes import encoder as scenes
 
@@ -37,6 +37,8 @@ def save(wanted: Run, out: Path) -> Path:
     folder = out / wanted.stage_ids()[-1]
     folder.mkdir(parents=True)
     store.prepare(folder, {}, [wanted.to_dict()], 1)
-    store.save_tensors(folder / train.WEIGHTS, dict(parts.model(wanted, scenes.WIDTH).named_parameters()), {})
-    store.write_json(folder / train.RESULT, {"steps": 0, "seconds": 0.0})
+    store.save_tensors(
+        folder / stages.WEIGHTS, dict(parts.model(wanted, scenes.WIDTH).named_parameters()), {}
+    )
+    store.write_json(folder / stages.RESULT, {"steps": 0, "seconds": 0.0})
     return folder

@@ -142,6 +142,11 @@ class Stage:
     accumulate: int = 1
     workers: int = 0
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values; the sources as pairs, since their order decides which example comes when."""
+        data = [(name, dataclasses.asdict(source)) for name, source in self.data.items()]
+        return dataclasses.asdict(self) | {"data": data}
+
 
 @dataclass(frozen=True)
 class Run:
@@ -208,8 +213,8 @@ class Run:
         }
         names = []
         for stage in self.stages:
-            settled = {"layouts": stage.layouts or (self.layout,), "image_size": self.size(stage)}
-            settled = dataclasses.asdict(stage) | settled
+            settled = stage.to_dict()
+            settled |= {"layouts": stage.layouts or (self.layout,), "image_size": self.size(stage)}
             del settled["workers"]  # they change no number
             del settled["steps" if stage.epochs else "epochs"]
             said = {"before": said, "stage": settled}
@@ -218,13 +223,13 @@ class Run:
         return names
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"stages": [stage.to_dict() for stage in self.stages]}
 
 
 def from_dict(saved: Mapping[str, Any]) -> Run:
     """The run that `Run.to_dict` has written, as read from JSON."""
     stages = tuple(
-        Stage(**{**stage, "data": _data(stage["data"]), "layouts": tuple(stage["layouts"])})
+        Stage(**{**stage, "data": _data(dict(stage["data"])), "layouts": tuple(stage["layouts"])})
         for stage in saved["stages"]
     )
     return Run(**{**saved, "stages": stages, "evaluation": _data(saved["evaluation"])})

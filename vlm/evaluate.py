@@ -21,7 +21,7 @@ from vlm.data.samples import Sample, Source
 from vlm.layout import image_ids, sequence
 from vlm.model import VLM
 from vlm.prompts import END
-from vlm.train import RESULT, WEIGHTS, fill
+from vlm.stages import RESULT, WEIGHTS, fill
 
 BATCH = 64
 PREDICTIONS = "predictions.jsonl"

@@ -1,51 +1,28 @@
 """`python -m vlm.train CONFIG`: train the VLMs of a config file, stage by stage; resume what was interrupted.
 
-A stage's whole state is (weights, optimiser, step): batch number k is a function of the seed and k, so a
-stage that was stopped ends with the numbers of an uninterrupted one. Both families get the same batches in
-the same order.
+This file shares the stages out among processes; `vlm.stages` trains one.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import tyro
-from torch import Tensor, nn
 
-from synthetic import store
 from synthetic.run import INTERRUPTED, StopSignals, explain, fail, write_anything
-from vlm import parts
-from vlm.config import Run, Stage, read_file
-from vlm.data.loader import VLMBatch, batches
-from vlm.data.mixture import Mixture
-from vlm.model import VLM
+from vlm.config import Run, read_file
+from vlm.stages import RESULT, Interrupted, train_stage
 
-CHECKPOINT, WEIGHTS, RESULT, METRICS = (
-    "checkpoint.safetensors",
-    "model.safetensors",
-    "stage.json",
-    "metrics.jsonl",
-)
-CHECKPOINT_SECONDS = 30.0
-LOG_EVERY = 20  # steps between rows of the metrics
 ACCELERATE_HELP = 'training VLMs needs accelerate: pip install -e ".[vlm]"'
-
-Listener = Callable[[dict[str, Any]], None]
-
-
-class Interrupted(Exception):
-    """Raised after a checkpoint was written because `should_stop` said so."""
 
 
 @dataclass(frozen=True)
@@ -102,24 +79,30 @@ def train_all(options: Options) -> int:
         torch.set_num_threads(threads)
     if jobs > 1:
         print(f"{jobs} processes share {len(runs)} runs; what follows is the first one's part", flush=True)
-    with helpers(options, jobs - 1, threads):
-        return train_here(options, runs, accelerator)
+    with helpers(options, jobs - 1, threads) as wait:
+        status = train_here(options, runs, accelerator)
+        if status == 0:
+            wait()
+        return status
 
 
 @contextmanager
-def helpers(options: Options, count: int, threads: int) -> Iterator[None]:
-    """Processes with the same command, which take what this one has not begun; waits for them at the end.
+def helpers(options: Options, count: int, threads: int) -> Iterator[Callable[[], None]]:
+    """Processes with the same command, which take what this one has not begun; stopped when the block ends.
 
-    Raises ValueError if one failed: its own line says why.
+    Gives a function that waits for them, and raises ValueError if one failed: its own line says why.
     """
     command = [sys.executable, "-m", "vlm.train", str(options.config), "--out", str(options.out)]
     command += ["--only", options.only, "--jobs", "1", "--threads", str(threads)]
     started = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(count)]
-    try:
-        yield
-        failed = [process.wait() for process in started if process.wait() not in (0, INTERRUPTED)]
+
+    def wait() -> None:
+        failed = [status for process in started if (status := process.wait()) not in (0, INTERRUPTED)]
         if failed:
             raise ValueError(f"a process that shared this training ended with status {failed[0]}")
+
+    try:
+        yield wait
     finally:
         for process in started:
             process.terminate()  # asks it to stop after its step, if it is still there
@@ -193,172 +176,6 @@ def shared_out(runs: Sequence[Run], out: Path, alone: bool = True) -> Iterator[t
         if later == todo:
             time.sleep(1)
         todo = later
-
-
-def train_stage(
-    run: Run,
-    number: int,
-    out: Path,
-    accelerator: Any,
-    listener: Listener = lambda row: None,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> None:
-    """Train one stage in its folder below `out`, from the weights of the stage before it; resumes.
-
-    Raises Interrupted when should_stop() turned true, ValueError for what a config asks and cannot have.
-    """
-    stage, names = run.stages[number], run.stage_ids()
-    folder = out / names[number]
-    if (folder / RESULT).exists():
-        return
-    world = accelerator.num_processes
-    if stage.batch_size % (world * stage.accumulate):
-        raise ValueError(
-            f"batch_size={stage.batch_size} of run {run.name!r} cannot be cut into {world} processes x "
-            f"{stage.accumulate} parts; use a multiple of {world * stage.accumulate}"
-        )
-    device = str(accelerator.device)
-    text, seen = parts.text(run.tokenizer), parts.eyes(run.encoder, run.size(stage), out, device)
-    features = parts.features(run, run.size(stage), out, device)
-    sources = {name: data.build(answers=True) for name, data in stage.data.items()}
-    mixture = Mixture(sources, stage.weights)
-    if stage.epochs:
-        stage = dataclasses.replace(stage, steps=math.ceil(stage.epochs * len(mixture) / stage.batch_size))
-    for source in sources.values():
-        features.fill(source, progress=accelerator.is_main_process)
-    model = parts.model(run, seen.width).to(accelerator.device)
-    if number:
-        fill(model, out / names[number - 1] / WEIGHTS)
-    model.lm.requires_grad_(stage.train == "all")
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=stage.lr, betas=(0.9, 0.95), weight_decay=stage.weight_decay)
-    step, seconds = resume(folder, model, optimizer)
-    if accelerator.is_main_process:
-        store.prepare(folder, {}, [run.to_dict()], torch.get_num_threads())
-        rows = [row for row in store.read_rows(folder / METRICS) if row["step"] <= step]
-        store.write_rows(folder / METRICS, rows)
-    loss_of, optimizer = accelerator.prepare(Loss(model), optimizer)
-    tokens = 0
-    started = saved = time.monotonic()
-    for k, batch in enumerate(
-        batches(
-            mixture,
-            features,
-            batch_size=stage.batch_size,
-            start=step,
-            stop=stage.steps,
-            seed=run.seed,
-            encode=text.encode,
-            markers=text.markers,
-            side=seen.side,
-            layout=stage.layouts or (run.layout,),
-            max_length=stage.max_length,
-            group=stage.group,
-            workers=stage.workers,
-        ),
-        start=step,
-    ):
-        for group in optimizer.param_groups:
-            group["lr"] = stage.lr * rate(k, stage)
-        loss = update(loss_of, optimizer, batch, stage, accelerator)
-        tokens += batch.input_ids.numel()
-        now = time.monotonic()
-        row = dict(
-            step=k + 1, steps=stage.steps, loss=loss, seconds=round(seconds + now - started, 3), tokens=tokens
-        )
-        listener(row)
-        if accelerator.is_main_process and ((k + 1) % LOG_EVERY == 0 or k + 1 == stage.steps):
-            store.append_row(folder / METRICS, row)
-        stopped = any_process(should_stop(), accelerator)
-        if stopped or any_process(now - saved > CHECKPOINT_SECONDS, accelerator):
-            if accelerator.is_main_process:
-                header = {"step": k + 1, "seconds": seconds + now - started}
-                store.save_tensors(
-                    folder / CHECKPOINT, store.checkpoint_tensors(model, plain(optimizer)), header
-                )
-            saved = now
-        if stopped and k + 1 < stage.steps:
-            raise Interrupted(f"stopped at step {k + 1} of stage {number + 1}")
-    if accelerator.is_main_process:
-        weights = dict(model.named_parameters())
-        store.save_tensors(folder / WEIGHTS, weights, {"run": run.name, "stage": number})
-        result = {"steps": stage.steps, "seconds": seconds + time.monotonic() - started}
-        store.write_json(folder / RESULT, result)
-        (folder / CHECKPOINT).unlink(missing_ok=True)
-    accelerator.wait_for_everyone()
-
-
-class Loss(nn.Module):
-    """`VLM.loss` as a forward pass, which is what accelerate wraps."""
-
-    def __init__(self, model: VLM):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, features: Tensor, labels: Tensor) -> Tensor:
-        return self.model.loss(input_ids, features, labels)
-
-
-def update(loss_of: nn.Module, optimizer: Any, batch: VLMBatch, stage: Stage, accelerator: Any) -> float:
-    """One optimiser step on the mean loss of the batch's examples; returns it, in nats.
-
-    Each process takes its rows, in `stage.accumulate` parts of one size, so that means of parts are the mean.
-    """
-    rows = len(batch.samples) // accelerator.num_processes
-    first, size = accelerator.process_index * rows, rows // stage.accumulate
-    total = torch.zeros((), device=accelerator.device)
-    for part in range(stage.accumulate):
-        chosen = slice(first + part * size, first + (part + 1) * size)
-        last = part == stage.accumulate - 1
-        with accelerator.autocast(), nullcontext() if last else accelerator.no_sync(loss_of):
-            ids, features, labels = (
-                x[chosen].to(accelerator.device) for x in (batch.input_ids, batch.features, batch.labels)
-            )
-            loss = loss_of(ids, features, labels) / stage.accumulate
-            accelerator.backward(loss)
-        total += loss.detach()
-    if stage.grad_clip > 0:
-        accelerator.clip_grad_norm_(loss_of.parameters(), stage.grad_clip)
-    optimizer.step()
-    optimizer.zero_grad()
-    return float(accelerator.reduce(total, "mean"))
-
-
-def rate(step: int, stage: Stage) -> float:
-    """Factor on the peak rate: linear warm-up over a share of the steps, then half a cosine to 0."""
-    warm = max(1, round(stage.warmup * stage.steps))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, stage.steps - warm)))
-
-
-def any_process(said: bool, accelerator: Any) -> bool:
-    """Whether one of the processes said so."""
-    if accelerator.num_processes == 1:
-        return said
-    return bool(accelerator.reduce(torch.tensor(float(said), device=accelerator.device), "sum"))
-
-
-def plain(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimiser below accelerate's wrapper."""
-    return getattr(optimizer, "optimizer", optimizer)
-
-
-def resume(folder: Path, model: VLM, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
-    """Go on from the folder's checkpoint: steps done and seconds spent, 0 without one."""
-    if not (folder / CHECKPOINT).exists():
-        return 0, 0.0
-    tensors, header = store.load_tensors(folder / CHECKPOINT)
-    store.restore(model, optimizer, tensors, header["step"])
-    return header["step"], header["seconds"]
-
-
-def fill(model: VLM, path: Path) -> None:
-    """Copy the weights that a stage has written into the model."""
-    tensors, _ = store.load_tensors(path)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(tensors[name])
 
 
 class Display:
