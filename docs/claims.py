@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 import analysis
-from analysis import plots, settings
+from analysis import plots, published, settings
 from analysis.comparisons import comparisons
 from analysis.statistics import bootstrap_median_time, mean_interval
 from analysis.style import NAMES
@@ -26,17 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = Path(__file__).with_suffix(".md")
 RETRIEVAL = ROOT / "studies" / "retrieval-cpu"
 PROBED = ROOT / "studies" / "why-mamba-lags"
-PUBLISHED = ROOT / "analysis" / "published" / "results.csv"
-# The groups in the order in which the published table has them, and its pairs, Pythia first.
-GROUPS = {
-    "captioning": ["COCO", "NoCaps"],
-    "question answering": ["VQAv2", "GQA", "V7W_testT", "VSR", "POPE"],
-    "grounding": ["RefCOCO_testA", "RefCOCO_testB", "RefCOCOplus_testA", "RefCOCOplus_testB", "RefCOCOg",
-                  "V7W_testP"],
-    "reading": ["TextCaps", "TextVQA", "AI2D"],
-}  # fmt: skip
-PAIRS = {"1B and 790M": ("1B", "790M"), "1.4B": ("1.4B", "1.4B"), "2.8B": ("2.8B", "2.8B")}
-SUSPECT = "RefCOCOplus_testA"  # of Pythia-VL-1B: below its testB, where all others are far above theirs
+PAIRS = {"1 B / 790 M": "1B and 790M", "1.4 B": "1.4B", "2.8 B": "2.8B"}  # as the page calls them
 CLAIM = re.compile(r"^## (?P<title>\d+\. [^\n]+)$(?P<body>.*?)(?=^## |\Z)", flags=re.MULTILINE | re.DOTALL)
 VERDICT = re.compile(r"\*\*Verdict: (?P<word>[^.*]+)\.\*\*")
 VERDICTS = (
@@ -53,20 +43,18 @@ VERDICTS = (
 
 def differences() -> pd.DataFrame:
     """Mamba-VL minus Pythia-VL: a row per pair, a column per benchmark, in points."""
-    table = pd.read_csv(PUBLISHED).set_index("model").drop(columns="checkpoint")
-    rows = {
-        pair: table.loc[f"Mamba-VL-{mamba}"] - table.loc[f"Pythia-VL-{pythia}"]
-        for pair, (pythia, mamba) in PAIRS.items()
-    }
-    return pd.DataFrame(rows).T
+    gaps = published.gaps(published.results())
+    return (
+        -gaps.pivot(index="pair", columns="benchmark", values="gap").rename(PAIRS).loc[list(PAIRS.values())]
+    )
 
 
 def published_groups() -> str:
     """By group and pair: mean difference Mamba - Pythia, and in how many benchmarks Mamba is ahead."""
     table = differences()
     rows = []
-    for group, columns in GROUPS.items():
-        part = table[columns]
+    for group, columns in published.GROUPS.items():
+        part = table[list(columns)]
         cells = [
             f"{part.loc[pair].mean():+.2f} ({(part.loc[pair] > 0).sum()} of {len(columns)})"
             for pair in table.index
@@ -77,13 +65,15 @@ def published_groups() -> str:
 
 def published_scale() -> str:
     """Grounding gap Pythia - Mamba by pair, with and without the suspect column."""
-    gaps = -differences()[GROUPS["grounding"]]
+    gaps = -differences()[list(published.GROUPS["grounding"])]
     rows = []
     for pair, before in zip(gaps.index, [None, *gaps.index], strict=False):
-        rest = gaps.loc[pair].drop(SUSPECT)
+        rest = gaps.loc[pair].drop(published.SUSPECT[1])
         grown = "–" if before is None else f"{(gaps.loc[pair] > gaps.loc[before]).sum()} of {gaps.shape[1]}"
         rows.append([pair, f"{gaps.loc[pair].mean():.2f}", f"{rest.mean():.2f}", grown])
-    return markdown(["pair", "mean gap of 6", f"without {SUSPECT}", "wider than one size below"], rows)
+    return markdown(
+        ["pair", "mean gap of 6", f"without {published.SUSPECT[1]}", "wider than one size below"], rows
+    )
 
 
 # --- studies/retrieval-cpu ---------------------------------------------------------------------------------

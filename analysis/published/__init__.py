@@ -12,13 +12,14 @@ from pathlib import Path
 import pandas as pd
 
 SOURCE = "published: README of gpantaz/vl_mamba (arXiv 2409.05395), one run a cell"
+# In the order of the published table.
 GROUPS = {
-    "captioning": ("COCO", "NoCaps", "TextCaps"),
+    "captioning": ("COCO", "NoCaps"),
     "question answering": ("VQAv2", "GQA", "V7W_testT", "VSR", "POPE"),
-    "reading": ("TextVQA", "AI2D"),
     "grounding": (
         "RefCOCO_testA", "RefCOCO_testB", "RefCOCOplus_testA", "RefCOCOplus_testB", "RefCOCOg", "V7W_testP",
     ),
+    "reading": ("TextCaps", "TextVQA", "AI2D"),
 }  # fmt: skip
 LABELS = {
     "V7W_testT": "V7W telling",
