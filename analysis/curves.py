@@ -123,26 +123,21 @@ def _geometry(runs: Path, task: str) -> Iterator[Drawn]:
 
 
 def _write(path: Path, table: Table, draw: Callable[[], Any] | None) -> str:
-    import io
-
-    import matplotlib.pyplot as plt
-
+    from analysis.style import save
     from synthetic.store import write_bytes
 
     if table.empty:
         return f"{path}: left out, no runs to show it"
-    text = table.to_csv(index=False, float_format=f"%.{DIGITS}g")
-    write_bytes(path.with_suffix(".csv"), text.encode())
+    write_bytes(path.with_suffix(".csv"), csv(table))
     if draw is None:
         return f"{path}.csv"
-    figure = draw()
-    # without the date, the same table gives the same bytes
-    for kind, more in (("png", dict(dpi=150)), ("pdf", dict(metadata={"CreationDate": None}))):
-        content = io.BytesIO()
-        figure.savefig(content, format=kind, **more)
-        write_bytes(path.with_suffix(f".{kind}"), content.getvalue())
-    plt.close(figure)
+    save(draw(), path)
     return f"{path}.png .pdf .csv"
+
+
+def csv(table: Table) -> bytes:
+    """A table as the CSV behind a figure."""
+    return table.to_csv(index=False, float_format=f"%.{DIGITS}g").encode()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +14,8 @@ import pandas as pd
 import tyro
 
 from analysis import curves, diagrams, published, vlm_plots
-from analysis.style import theme
-from analysis.tables import load
+from analysis.style import save, theme
+from analysis.tables import concatenated, files
 from synthetic.run import explain, fail, write_anything
 from synthetic.store import write_bytes
 
@@ -82,11 +81,11 @@ def write(options: Options) -> Iterator[str]:
             if isinstance(found, str):
                 yield found
                 continue
-            files = _write(options.out, found)
+            made = _write(options.out, found)
             if found.draw is not None:
                 about = dict(file=f"{found.name}.png", title=found.title, source=found.source)
-                index.append(about | dict(caption=f"The table behind it: {found.name}.csv", files=files))
-            yield f"{options.out / found.name}: {' '.join(sorted(file.rpartition('.')[2] for file in files))}"
+                index.append(about | dict(caption=f"The table behind it: {found.name}.csv", files=made))
+            yield f"{options.out / found.name}: {' '.join(sorted(file.rpartition('.')[2] for file in made))}"
     write_bytes(options.out / "index.json", (json.dumps(index, indent=2) + "\n").encode())
 
 
@@ -179,36 +178,21 @@ def _table(place: Path, column: str, name: str = "results") -> pd.DataFrame | No
         if place.is_relative_to(STUDIES):
             return None
         raise ValueError(f"--runs {place} does not exist; give a folder of runs or a results.parquet")
-    found: pd.DataFrame | None
-    files = sorted((place / name).glob("*.parquet")) if place.is_dir() and (place / name).is_dir() else []
-    if files:
-        found = pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
-    else:
-        found = load(place, name) if name == "results" or place.is_dir() else None
+    found = concatenated(files(place, name))
     return found if found is not None and column in found.columns else None
 
 
 def _write(out: Path, entry: Entry) -> list[str]:
-    """Files of an entry, by name. The same table gives the same bytes."""
-    import matplotlib.pyplot as plt
-
-    text = entry.table.to_csv(index=False, float_format=f"%.{curves.DIGITS}g", lineterminator="\n")
-    contents = {f"{entry.name}.csv": text.encode()}
-    contents |= {f"{entry.name}.{kind}": said.encode() for kind, said in (entry.texts or {}).items()}
+    """Write an entry's files; returns their names."""
+    contents = {"csv": curves.csv(entry.table)}
+    contents |= {kind: text.encode() for kind, text in (entry.texts or {}).items()}
+    for kind, content in contents.items():
+        write_bytes(out / f"{entry.name}.{kind}", content)
+    drawn: tuple[str, ...] = ()
     if entry.draw is not None:
-        figure = entry.draw()
-        for kind, more in (
-            ("png", dict(dpi=200)),
-            ("pdf", dict(metadata={"CreationDate": None})),
-            ("svg", dict(metadata={"Date": None})),
-        ):
-            picture = io.BytesIO()
-            figure.savefig(picture, format=kind, **more)
-            contents[f"{entry.name}.{kind}"] = picture.getvalue()
-        plt.close(figure)
-    for name, content in contents.items():
-        write_bytes(out / name, content)
-    return list(contents)
+        drawn = ("png", "pdf", "svg")
+        save(entry.draw(), out / entry.name, drawn, dpi=200)
+    return [f"{entry.name}.{kind}" for kind in (*contents, *drawn)]
 
 
 if __name__ == "__main__":

@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from matplotlib.figure import Figure
 
 # One colour per family everywhere, from seaborn's colour-blind-safe palette.
 FAMILIES = ("transformer", "mamba", "mamba2", "hybrid")
-SINGLE, DOUBLE = 3.03, 6.30  # inches: a column, and both, of the ACL's pages
+DOUBLE = 6.30  # inches: both columns of the ACL's pages
 NAMES = {"transformer": "Transformer", "mamba": "Mamba", "mamba2": "Mamba-2", "hybrid": "Hybrid"}
 
 
@@ -57,3 +59,26 @@ def theme() -> Iterator[None]:
         matplotlib.rc_context(settings),
     ):
         yield
+
+
+def save(figure: Figure, stem: Path, kinds: tuple[str, ...] = ("png", "pdf"), dpi: int = 150) -> None:
+    """Write `<stem>.<kind>` for every kind and close the figure; dpi: of the PNG.
+
+    Without dates, so that the same table gives the same bytes.
+    """
+    import io
+
+    import matplotlib.pyplot as plt
+
+    from synthetic.store import write_bytes
+
+    undated: dict[str, Any] = {
+        "png": dict(dpi=dpi),
+        "pdf": dict(metadata={"CreationDate": None}),
+        "svg": dict(metadata={"Date": None}),
+    }
+    for kind in kinds:
+        content = io.BytesIO()
+        figure.savefig(content, format=kind, **undated[kind])
+        write_bytes(stem.with_name(f"{stem.name}.{kind}"), content.getvalue())
+    plt.close(figure)

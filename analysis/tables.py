@@ -25,7 +25,7 @@ def load(runs: str | Path | Iterable[str | Path], table: str = "results") -> pd.
 
     places = [runs] if isinstance(runs, (str, Path)) else list(runs)
     frames = []
-    for path in (path for place in places for path in _files(Path(place), table)):
+    for path in (path for place in places for path in files(Path(place), table)):
         frames.append(pd.read_parquet(path))
         missing = [name for name in (*ORDER, "purpose", "accuracy")[: None if table == "results" else -1]
                    if name not in frames[-1]]  # fmt: skip
@@ -33,9 +33,7 @@ def load(runs: str | Path | Iterable[str | Path], table: str = "results") -> pd.
             raise ValueError(f"{path} lacks {', '.join(missing)}; it is not a file of the results store")
     if not frames:
         raise ValueError(f"no {table} in {', '.join(map(str, places))}; train some, or give another folder")
-    frame = _concat(frames)
-    keys = [name for name in (*ORDER, "target_low") if name in frame]
-    return frame.sort_values(keys, kind="stable", ignore_index=True)
+    return _joined(frames)
 
 
 def fill(text: str, tables: Mapping[str, str]) -> str:
@@ -47,7 +45,11 @@ def fill(text: str, tables: Mapping[str, str]) -> str:
     return text
 
 
-def _files(place: Path, table: str) -> list[Path]:
+def files(place: Path, table: str = "results") -> list[Path]:
+    """The Parquet files of a table of a results store: of `synthetic.results`, or of `vlm.results`.
+
+    Raises ValueError, in one line, where `place` is neither a folder nor a file.
+    """
     if place.is_file():
         if table == "results":
             return [place]
@@ -57,6 +59,20 @@ def _files(place: Path, table: str) -> list[Path]:
         raise ValueError(f"{place} does not exist; give a folder of runs or a Parquet file")
     own = place / f"{table}.parquet"
     return sorted((place / table).glob("*.parquet")) or ([own] if own.exists() else [])
+
+
+def concatenated(paths: Iterable[Path]) -> pd.DataFrame | None:
+    """The rows of several Parquet files of one kind, sorted as by `load`; None without files."""
+    import pandas as pd
+
+    frames = [pd.read_parquet(path) for path in paths]
+    return _joined(frames) if frames else None
+
+
+def _joined(frames: list[pd.DataFrame]) -> pd.DataFrame:
+    frame = _concat(frames)
+    keys = [name for name in (*ORDER, "target_low") if name in frame]
+    return frame.sort_values(keys, kind="stable", ignore_index=True)
 
 
 def _concat(frames: list[pd.DataFrame]) -> pd.DataFrame:

@@ -79,16 +79,15 @@ def _fail(message: str) -> int:
 def run(options: Options, out: Path) -> int:
     """Run the probes that are not there yet, then draw and summarise. Raises ValueError for bad input."""
     import matplotlib
-    import torch
     from filelock import FileLock, Timeout
     from rich.console import Console
 
     from models.ops.memory import keep_freed_memory
+    from synthetic.run import use_threads
 
     matplotlib.use("Agg")
     keep_freed_memory()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    use_threads(options.threads)
     names = chosen(options.probe)
     if options.examples is not None and options.examples < 2:
         raise ValueError(
@@ -261,9 +260,7 @@ def tables(out: Path, name: str, families: Sequence[str]) -> pd.DataFrame | None
 
 def _drawn(out: Path, name: str, changed: bool, models: dict[str, Any], say: Say) -> bool:
     """Draw a probe's figures unless they are there; False if there is nothing to draw."""
-    import matplotlib.pyplot as plt
-
-    from analysis.style import theme
+    from analysis.style import save, theme
     from probes.suite import PROBES
     from synthetic.store import write_bytes
 
@@ -276,13 +273,7 @@ def _drawn(out: Path, name: str, changed: bool, models: dict[str, Any], say: Say
     write_bytes(out / f"{name}.csv", table.to_csv(index=False, float_format=f"%.{DIGITS}g").encode())
     with theme():
         for suffix, draw in PROBES[name].figures.items():
-            figure = draw(table)
-            # without the date, the same table gives the same bytes
-            for kind, more in (("png", dict(dpi=150)), ("pdf", dict(metadata={"CreationDate": None}))):
-                content = io.BytesIO()
-                figure.savefig(content, format=kind, **more)
-                write_bytes(out / f"{name}{suffix}.{kind}", content.getvalue())
-            plt.close(figure)
+            save(draw(table), out / f"{name}{suffix}")
             say(f"{out / name}{suffix}.png .pdf")
     return True
 

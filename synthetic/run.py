@@ -46,6 +46,18 @@ def fail(message: str) -> int:
     return BAD_INPUT
 
 
+def use_threads(threads: int) -> None:
+    """--threads of a command: 0 = as PyTorch chooses. Raises ValueError for a negative number."""
+    import torch
+
+    if threads < 0:
+        raise ValueError(
+            f"--threads {threads} must not be negative; give a number, or 0 for PyTorch's choice"
+        )
+    if threads:
+        torch.set_num_threads(threads)
+
+
 def explain(error: OSError, out: str) -> str:
     if error.errno == errno.ENOSPC:
         return f"--out {out}: the disk is full; free some space and run the same command to resume"
@@ -66,8 +78,7 @@ def run(config: RunConfig) -> int:
 
     save_memory = config.checkpointing or config.accumulate > 1
     return_freed_memory() if save_memory else keep_freed_memory()  # numbers are the same either way
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    use_threads(config.threads)
     if not config.model:
         return fail("--model needs at least one of " + ", ".join(FAMILIES))
     plans = [plan(config, family, elsewhere=config.plan) for family in config.model]
@@ -148,22 +159,17 @@ def _report(results: list[dict], folder: Path, console: object) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    import io
-
-    import matplotlib.pyplot as plt
     import pandas as pd
     from rich.console import Console
 
     from analysis.learning import learning_curve
+    from analysis.style import save
     from synthetic import store
     from synthetic.display import summary, terminal_curve
 
     assert isinstance(console, Console)
     metrics = pd.DataFrame(store.read_rows(folder / "metrics.jsonl"))
-    figure, picture = learning_curve(metrics), io.BytesIO()
-    figure.savefig(picture, format="png", dpi=150)
-    plt.close(figure)
-    store.write_bytes(folder / "learning_curve.png", picture.getvalue())
+    save(learning_curve(metrics), folder / "learning_curve", ("png",))
     print(terminal_curve(metrics, width=min(100, console.width)))
     console.print(summary(results))
     console.print(f"curve: {folder / 'learning_curve.png'}", highlight=False, soft_wrap=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.statistics import mean_interval
-from analysis.style import NAMES, family_colors, legend, panels, theme
-from synthetic import store
+from analysis.style import NAMES, family_colors, legend, panels, save, theme
 
 TITLES = {
     "write": "written by the target\n/ by a distractor",
@@ -34,17 +32,10 @@ def write(table: pd.DataFrame) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     makers = {"contrast": contrast, "where": where, "lost": lost, "capacity": capacity}
     with theme():
         for name, make in makers.items():
-            figure = make(table)
-            for kind, more in (("png", dict(dpi=150)), ("pdf", dict(metadata={"CreationDate": None}))):
-                content = io.BytesIO()
-                figure.savefig(content, format=kind, **more)
-                store.write_bytes(Path(__file__).with_name(f"{name}.{kind}"), content.getvalue())
-            plt.close(figure)
+            save(make(table), Path(__file__).with_name(name))
 
 
 def contrast(table: pd.DataFrame) -> Any:
