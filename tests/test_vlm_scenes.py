@@ -34,7 +34,7 @@ def test_a_question_is_the_sample_without_its_answer(task):
             assert said.lower() == target["captions"][0].lower()
         else:
             assert results.right(asked[i], said) is True
-            assert results.plain(said) == results.plain(target["answer"])
+            assert said.strip().rstrip(".").lower() == target["answer"].lower()
 
 
 def test_packed_turns_are_about_the_scene_and_differ_between_images():
@@ -210,7 +210,8 @@ def asked(source: str, **target) -> Sample:
             ["Red.", "green"],
             {"vqa_accuracy": 0.45, "vqa_accuracy_published": 0.45},
         ),
-        ([asked("gqa", answers=["Table"])] * 2, ["table.", "chair."], {"accuracy": 0.5}),
+        # exact match: an article is an error, which VQA's normalisation would forgive
+        ([asked("gqa", answers=["Table"])] * 3, ["table.", "chair.", "the table."], {"accuracy": 1 / 3}),
         (
             [asked("pope", answers=["yes"], label=True), asked("pope", answers=["no"], label=False)],
             ["Yes.", "Yes."],

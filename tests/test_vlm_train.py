@@ -240,7 +240,8 @@ class Sleeper:
 def test_a_box_in_the_answer_is_drawn_around_the_object(monkeypatch, out, capsys, tmp_path):
     wanted = run(stages=(SECOND,))
     trained(wanted, out)
-    monkeypatch.setattr(predict, "answer_all", lambda *_: ["[0.25,0.50,0.75,1.00]."])
+    said = parts.text("scenes").encode("[0.25,0.50,0.75,1.00].")
+    monkeypatch.setattr(predict, "say", lambda *_: [said])
     picture, drawn = tmp_path / "grey.png", tmp_path / "drawn.png"
     from PIL import Image
 
@@ -300,6 +301,13 @@ def test_bad_input_of_the_others_is_one_line(command, tmp_path, capsys):
     assert len(said) == 1 and (
         "holds no trained VLM" in said[0] or "does not exist; give a picture" in said[0]
     )
+
+
+def test_evaluate_refuses_what_it_cannot_use(tmp_path, capsys):
+    for argv, line in (([str(tmp_path), "--threads", "-1"], "--threads -1 must not"), ([], "RUN is missing")):
+        assert evaluate.main(argv) == 2
+        said = capsys.readouterr().err.strip().splitlines()
+        assert len(said) == 1 and line in said[0]
 
 
 @pytest.mark.parametrize("wrong", [{"layout": "sideways"}, {"stages": ()}, {"image_size": 4}])

@@ -5,20 +5,22 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import tyro
+from torch import Tensor
 
 from synthetic import store
 from synthetic.evaluate import autocast
-from synthetic.run import explain, fail, write_anything
+from synthetic.run import explain, fail, use_threads, write_anything
 from vlm import parts, results
-from vlm.config import Run, from_dict, read_file
+from vlm.config import Data, Run, from_dict, read_file
 from vlm.data.samples import Sample, Source
-from vlm.layout import image_ids, sequence
+from vlm.layout import image_ids
 from vlm.model import VLM
 from vlm.prompts import END
 from vlm.stages import RESULT, WEIGHTS, fill
@@ -59,8 +61,9 @@ def evaluate_all(options: Options) -> int:
     import pandas as pd
     from rich.console import Console
 
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    use_threads(options.threads)
+    if not options.run:
+        raise ValueError("RUN is missing; give folders that vlm.train printed, or config files")
     console, rows = Console(), []
     for path in options.run:
         if path.suffix == ".py":
@@ -114,6 +117,7 @@ def evaluate(run: Run, out: Path, progress: bool = False, device: str | None = N
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load(run, out, device)
     features = parts.features(run, run.image_size, out, device)
+    side = parts.eyes(run.encoder, run.image_size, out, device).side
     folder = out / run.stage_ids()[-1]
     spent = [store.read_json(out / name / RESULT) for name in run.stage_ids()]
     fixed = dict(
@@ -123,7 +127,7 @@ def evaluate(run: Run, out: Path, progress: bool = False, device: str | None = N
         model=run.model,
         layout=run.layout,
         image_size=run.image_size,
-        image_tokens=len(image_ids(parts.eyes(run.encoder, run.image_size, out, device).side)),
+        image_tokens=len(image_ids(side)),
         seed=run.seed,
         parameters=sum(p.numel() for p in model.parameters()),
         steps=sum(stage["steps"] for stage in spent),
@@ -135,9 +139,9 @@ def evaluate(run: Run, out: Path, progress: bool = False, device: str | None = N
     for task, data in track(run.evaluation.items(), run.name, disable=not progress):
         source = data.build(answers=False)
         features.fill(source, progress=False)
-        samples = [source[i] for i in range(len(source))]
-        answers = answer_all(model, run, features, source, samples, device, out)
-        blind = blind_rows(run, task, samples)
+        samples = _samples(source)
+        answers = answer_all(model, run, features, source, samples, side, device)
+        blind = blind_rows(data)
         for row in results.score(samples, answers):
             more = dict(
                 task=task, split=data.split, chance=data.chance(), question_only=blind.get(row["metric"])
@@ -152,37 +156,54 @@ def evaluate(run: Run, out: Path, progress: bool = False, device: str | None = N
     return rows
 
 
-def blind_rows(run: Run, task: str, test: Sequence[Sample]) -> dict[str, float]:
+def blind_rows(data: Data) -> Mapping[str, float]:
     """Metrics of answering without the image, as training samples of the same kind teach; {} if none fit."""
-    data = run.evaluation[task].training()
-    if data is None:
-        return {}
-    source = data.build(answers=False)
-    said = results.question_only((source[i] for i in range(len(source))), test)
-    return {row["metric"]: row["value"] for row in results.score(test, said)}
+    training = data.training()
+    return {} if training is None else _blind(data, training)
+
+
+@lru_cache(maxsize=64)  # the same for every run that is asked the same
+def _blind(data: Data, training: Data) -> Mapping[str, float]:
+    known, test = (_samples(asked.build(answers=False)) for asked in (training, data))
+    return {row["metric"]: row["value"] for row in results.score(test, results.question_only(known, test))}
+
+
+def _samples(source: Source) -> list[Sample]:
+    return [source[i] for i in range(len(source))]
+
+
+def alike(keys: Iterable[Hashable], size: int) -> Iterator[list[int]]:
+    """Numbers of what has equal keys, such as lengths, at most `size` together: batches without padding."""
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    for number, key in enumerate(keys):
+        groups[key].append(number)
+    for group in groups.values():
+        yield from (group[start : start + size] for start in range(0, len(group), size))
 
 
 @torch.no_grad()
+def say(model: VLM, run: Run, input_ids: Tensor, features: Tensor) -> list[list[int]]:
+    """Greedy answers to prompts of one length, (B, L) int64 with features (B, P, F), in the run's precision.
+
+    Ids up to and with the end token, which rows that end early repeat.
+    """
+    end = parts.text(run.tokenizer).encode(END)[0]
+    with autocast(input_ids.device.type, "bfloat16" if run.precision == "bf16" else "float32"):
+        return model.generate(input_ids, features, run.max_new_tokens, eos_token_id=end).tolist()
+
+
 def answer_all(
-    model: VLM, run: Run, features: Any, source: Source, samples: Sequence[Sample], device: str, out: Path
+    model: VLM, run: Run, features: Any, source: Source, samples: Sequence[Sample], side: int, device: str
 ) -> list[str]:
-    """Greedy answers; prompts of one length are asked together, so that none is padded."""
+    """Answers to samples of a source, whose images have side x side patches."""
     text = parts.text(run.tokenizer)
-    side = parts.eyes(run.encoder, run.image_size, out, device).side
-    groups: dict[int, list[tuple[int, list[int]]]] = defaultdict(list)
-    for i, sample in enumerate(samples):
-        ids, _ = sequence(sample.chunks, text.encode, side, run.layout, markers=text.markers)
-        groups[len(ids)].append((i, ids))
+    prompts = [parts.prompt(run, sample, side)[0] for sample in samples]
     answers = [""] * len(samples)
-    for group in groups.values():
-        for start in range(0, len(group), BATCH):
-            part = group[start : start + BATCH]
-            asked = torch.tensor([ids for _, ids in part], device=device)
-            seen = features.get(source, [samples[i].image for i, _ in part]).to(device)
-            with autocast(device, "bfloat16" if run.precision == "bf16" else "float32"):
-                said = model.generate(asked, seen, run.max_new_tokens, eos_token_id=text.encode(END)[0])
-            for (i, _), row in zip(part, said.tolist(), strict=True):
-                answers[i] = text.decode(row)
+    for numbers in alike(map(len, prompts), BATCH):
+        ids = torch.tensor([prompts[i] for i in numbers], device=device)
+        seen = features.get(source, [samples[i].image for i in numbers]).to(device)
+        for i, said in zip(numbers, say(model, run, ids, seen), strict=True):
+            answers[i] = text.decode(said)
     return answers
 
 

@@ -39,8 +39,8 @@ from synthetic.results import to_parquet
 from synthetic.run import explain, fail, write_anything
 from vlm import parts
 from vlm.config import Run, Scenes
-from vlm.evaluate import load, saved_run
-from vlm.layout import IGNORE, sequence
+from vlm.evaluate import alike, load, saved_run
+from vlm.layout import IGNORE
 from vlm.model import VLM
 from vlm.scenes.encoder import annotation, coverage
 from vlm.scenes.scene import Box, Scene, sample_scene
@@ -240,15 +240,10 @@ def _by_place(quantity: str, values: Tensor) -> dict[str, Tensor]:
 
 def _prompts(run: Run, source: Any, side: int) -> Iterator[tuple[list[int], list[list[int]], list[int]]]:
     """(numbers of samples, their input_ids, their answer's places), equally long ones together."""
-    text = parts.text(run.tokenizer)
-    groups: dict[tuple[int, ...], list[tuple[int, list[int]]]] = defaultdict(list)
-    for number in range(len(source)):
-        ids, labels = sequence(source[number].chunks, text.encode, side, run.layout, markers=text.markers)
-        groups[(len(ids), *answer_places(labels))].append((number, ids))
-    for (_, *at), group in groups.items():
-        for start in range(0, len(group), BATCH):
-            part = group[start : start + BATCH]
-            yield [number for number, _ in part], [ids for _, ids in part], list(at)
+    prompts = [parts.prompt(run, source[number], side) for number in range(len(source))]
+    places = [answer_places(labels) for _, labels in prompts]
+    for numbers in alike(((len(prompts[i][0]), *at) for i, at in enumerate(places)), BATCH):
+        yield numbers, [prompts[i][0] for i in numbers], places[numbers[0]]
 
 
 def contrast(looks: pd.DataFrame, by: Sequence[str] = KEYS, confidence: float = 0.95) -> pd.DataFrame:

@@ -18,7 +18,8 @@ from vlm import encoder as timm_encoder
 from vlm import tokenizer
 from vlm.config import Run
 from vlm.data.cache import FeatureCache, Uncached
-from vlm.layout import grid_side
+from vlm.data.samples import Sample
+from vlm.layout import grid_side, sequence
 from vlm.model import VLM, prefix_tokens
 
 ENCODERS, FEATURES = "encoders", "features"  # folders beside the runs
@@ -106,3 +107,9 @@ def model(run: Run, width: int) -> VLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         return VLM(lm, width)
+
+
+def prompt(run: Run, sample: Sample, side: int) -> tuple[list[int], list[int]]:
+    """input_ids and labels of a sample in the run's layout and tokens; side: patches along an image's."""
+    words = text(run.tokenizer)
+    return sequence(sample.chunks, words.encode, side, run.layout, markers=words.markers)

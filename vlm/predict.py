@@ -17,9 +17,8 @@ from synthetic import store
 from synthetic.run import explain, fail, write_anything
 from vlm import parts, prompts
 from vlm.config import Run
-from vlm.data.cache import Uncached
 from vlm.data.samples import Sample
-from vlm.evaluate import answer_all, load, saved_run
+from vlm.evaluate import load, saved_run, say
 from vlm.model import VLM
 
 Picture = npt.NDArray[np.uint8]
@@ -107,36 +106,16 @@ def wording(question: str, task: Task, width: int, height: int) -> list[prompts.
     return prompts.grounding([(question[start:].rstrip("?"), None)], width, height)
 
 
-class _One:
-    """A source of one picture."""
-
-    name = fingerprint = "picture"
-
-    def __init__(self, sample: Sample, picture: Picture):
-        self.sample, self.seen = sample, picture
-
-    def __len__(self) -> int:
-        return 1
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.sample
-
-    def picture(self, image: str) -> Picture:
-        return self.seen
-
-    def keys(self) -> list[str]:
-        return [self.sample.image]
-
-
 def ask(
     model: VLM, run: Run, out: Path, picture: Picture, question: str, task: Task = "auto", device: str = "cpu"
 ) -> str:
     """The model's answer about a picture (height, width, 3) uint8."""
     height, width = picture.shape[:2]
     sample = Sample("0", "picture", "0", task, tuple(wording(question, task, width, height)))
-    features = Uncached(parts.eyes(run.encoder, run.image_size, out, device))
-    with torch.no_grad():
-        return answer_all(model, run, features, _One(sample, picture), [sample], device, out)[0]
+    eyes = parts.eyes(run.encoder, run.image_size, out, device)
+    ids, _ = parts.prompt(run, sample, eyes.side)
+    (said,) = say(model, run, torch.tensor([ids], device=device), eyes([picture]))
+    return parts.text(run.tokenizer).decode(said)
 
 
 def draw(

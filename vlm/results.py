@@ -49,8 +49,8 @@ COLUMNS = {
 def right(sample: Sample, said: str) -> bool | None:
     """Whether an answer is the right one; None where that is no matter of yes or no, or hidden.
 
-    Boxes: IoU above 0.5. Letters, true/false, yes/no: as `vlm.metrics.choices` reads them. Short answers: the
-    same text up to case and a final period, or what most annotators said.
+    Boxes: IoU above 0.5. Letters, true/false, yes/no: as `vlm.metrics.choices` reads them. One short answer:
+    `vlm.metrics.vqa.exact_match`, as GQA is scored. Of several annotators: what most said, normalised.
     """
     target = sample.target
     if "width" in target and "box" in target:
@@ -62,13 +62,12 @@ def right(sample: Sample, said: str) -> bool | None:
         return None if target["answer"] is None else choices.letter(said) == target["answer"]
     if "answers" in target:
         most = usual(target["answers"])
-        return None if most is None else vqa.normalise(said) == vqa.normalise(most)
-    return plain(said) == plain(target["answer"]) if "answer" in target else None
-
-
-def plain(text: str) -> str:
-    """Stripped, lower-case, without a final period."""
-    return text.strip().rstrip(".").strip().lower()
+        if most is None:
+            return None
+        if sample.source == "gqa":
+            return bool(vqa.exact_match(said, most))
+        return vqa.normalise(said) == vqa.normalise(most)
+    return bool(vqa.exact_match(said, target["answer"])) if "answer" in target else None
 
 
 def overlap(sample: Sample, said: str) -> float:

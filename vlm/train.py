@@ -19,6 +19,7 @@ import torch
 import tyro
 
 from synthetic.run import INTERRUPTED, StopSignals, explain, fail, write_anything
+from vlm import parts
 from vlm.config import Run, read_file
 from vlm.stages import RESULT, Interrupted, train_stage
 
@@ -75,10 +76,13 @@ def train_all(options: Options) -> int:
     several = accelerator.num_processes > 1 or accelerator.device.type != "cpu"
     jobs = options.jobs or (1 if several else min(cores, len(runs)))
     threads = options.threads or (max(1, cores // jobs) if jobs > 1 else 0)
+    if jobs > 1:
+        # the one thing that all wait for: by all cores, before they are shared out
+        for run in runs:
+            parts.eyes(run.encoder, run.size(run.stages[0]), options.out, str(accelerator.device))
+        print(f"{jobs} processes share {len(runs)} runs; what follows is the first one's part", flush=True)
     if threads:
         torch.set_num_threads(threads)
-    if jobs > 1:
-        print(f"{jobs} processes share {len(runs)} runs; what follows is the first one's part", flush=True)
     with helpers(options, jobs - 1, threads) as wait:
         status = train_here(options, runs, accelerator)
         if status == 0:

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 
-from synthetic.run import fail, write_anything
+from synthetic.run import fail, use_threads, write_anything
 from vlm.demo.asking import Contestant
 
 HELP = 'the demo needs gradio: pip install -e ".[demo]"'
@@ -39,9 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from vlm.demo import app
     except ImportError as error:
         return fail(f"{HELP} ({error})")
-    if options.threads:
-        torch.set_num_threads(options.threads)
     try:
+        use_threads(options.threads)
         contestants = [Contestant.open(folder) for folder in (options.run_a, options.run_b)]
     except (ValueError, ImportError, OSError) as error:
         return fail(str(error))

@@ -9,12 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from synthetic.evaluate import autocast
 from vlm import parts, results
 from vlm.config import Run
 from vlm.data.samples import Sample
-from vlm.evaluate import load, saved_run
-from vlm.layout import sequence
+from vlm.evaluate import load, saved_run, say
 from vlm.looking import averages, look
 from vlm.model import VLM
 from vlm.predict import Picture, wording
@@ -99,10 +97,9 @@ def ask(contestant: Contestant, picture: Picture, asked: Question) -> Reply:
     """The model's greedy answer about a picture (height, width, 3) uint8, and its looks while answering."""
     run, model = contestant.run, contestant.model
     text, eyes = parts.text(run.tokenizer), parts.eyes(run.encoder, run.image_size, contestant.out)
-    ids, _ = sequence(asked.sample.chunks, text.encode, eyes.side, run.layout, markers=text.markers)
+    ids, _ = parts.prompt(run, asked.sample, eyes.side)
     features, end = eyes([picture]), text.encode(END)[0]
-    with autocast("cpu", "bfloat16" if run.precision == "bf16" else "float32"):
-        said = model.generate(torch.tensor([ids]), features, run.max_new_tokens, eos_token_id=end)[0].tolist()
+    (said,) = say(model, run, torch.tensor([ids]), features)
     words = said[: said.index(end)] if end in said else said
     at = list(range(len(ids) - 1, len(ids) - 1 + max(1, len(words))))  # what predicts the words, or the end
     looks = look(model, torch.tensor([ids + words]), features, at)
