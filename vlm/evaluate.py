@@ -26,7 +26,6 @@ from vlm.prompts import END
 from vlm.stages import RESULT, WEIGHTS, fill
 
 BATCH = 64
-PREDICTIONS = "predictions.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +70,7 @@ def evaluate_all(options: Options) -> int:
         else:
             found = [(saved_run(path), path.parent)]
         for run, out in found:
-            table = out / results.RESULTS / f"{run.name}.parquet"
+            table = results.table_path(out, run.name)
             if options.again or not table.exists() or not current(table, run):
                 results.write(table, evaluate(run, out, progress=console.is_terminal))
             rows.append(pd.read_parquet(table))
@@ -111,7 +110,7 @@ def load(run: Run, out: Path, device: str = "cpu") -> VLM:
 
 
 def evaluate(run: Run, out: Path, progress: bool = False, device: str | None = None) -> list[dict[str, Any]]:
-    """Rows of the results table (`vlm.results.COLUMNS`); the answers go to the run's predictions.jsonl."""
+    """Rows of the results table (`vlm.results.COLUMNS`); the answers go to `vlm.results.answers_path`."""
     from rich.progress import track
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -152,7 +151,9 @@ def evaluate(run: Run, out: Path, progress: bool = False, device: str | None = N
                 dict(task=task, id=sample.id, image=sample.image, asked=results.asked(sample))
                 | dict(said=said, right=results.right(sample, said), target=dict(sample.target))
             )
-    store.write_rows(folder / PREDICTIONS, written)
+    path = results.answers_path(out, run.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    store.write_rows(path, written)
     return rows
 
 

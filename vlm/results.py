@@ -1,13 +1,14 @@
 """Scores of predictions, and the tidy table that they go to.
 
-runs/vlm/results/<run>.parquet     a row per task and metric of an evaluated run
-runs/vlm/<stage>/predictions.jsonl what was asked and answered, example by example
+runs/vlm/results/<run>.parquet   a row per task and metric of an evaluated run
+runs/vlm/results/<run>.jsonl     what was asked and answered, example by example
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,16 @@ COLUMNS = {
     "seconds": ("float64", "of training, all stages"),
     "commit": ("string", "of this project; + if files differed from it"),
 }
+
+
+def table_path(out: Path, run: str) -> Path:
+    """Where a run's rows go; runs that share their last stage have a table each."""
+    return out / RESULTS / f"{run}.parquet"
+
+
+def answers_path(out: Path, run: str) -> Path:
+    """Where a run's answers go."""
+    return out / RESULTS / f"{run}.jsonl"
 
 
 def right(sample: Sample, said: str) -> bool | None:
