@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-BAD_INPUT = 2
+from synthetic.run import fail
 
 
 @dataclass(frozen=True)
@@ -34,26 +34,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         from analysis.report.page import page
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
-        return _fail(f'the report needs {package}: pip install -e ".[report]"')
+        return fail(f'the report needs {package}: pip install -e ".[report]"')
     from analysis.report.runs import read_all
     from synthetic.store import write_bytes
 
     try:
         content = page(read_all(options.runs)).encode()
     except ValueError as error:
-        return _fail(str(error))
+        return fail(str(error))
     try:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(options.out, content)
     except OSError as error:
-        return _fail(f"--out {options.out}: {error.strerror or error}; choose another file")
+        return fail(f"--out {options.out}: {error.strerror or error}; choose another file")
     print(f"{options.out}  {len(content) / 1e6:.1f} MB")
     return 0
-
-
-def _fail(message: str) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
-    return BAD_INPUT
 
 
 if __name__ == "__main__":

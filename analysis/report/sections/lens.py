@@ -10,8 +10,8 @@ import pandas as pd
 from analysis.report.parts import Block, Figure, Key, Panel, Section, View
 from analysis.report.runs import Run
 from analysis.report.sections.learning import dash_of, keys
-from analysis.report.sections.probed import families, tables
-from analysis.report.traces import color_of, curve, level, plot
+from analysis.report.sections.probed import beside_untrained, families, tables
+from analysis.report.traces import color_of, level, plot
 
 READING = (
     "The residual stream where the answer is due, after every block, read with the model's own last norm and "
@@ -34,38 +34,19 @@ def section(runs: Sequence[Run]) -> Section:
 
 
 def _panel(runs: Sequence[Run], found: Sequence[tuple[Run, pd.DataFrame]], part: str) -> Panel:
-    unit, traces, words, axes = UNITS[part], [], [], ("blocks passed", UNITS[part])
+    traces: list[Any] = []
+    unit, words, axes = UNITS[part], [], ("blocks passed", UNITS[part])
     layers, chances = 0, set()
     for run, table in found:
         rows = table[table["part"] == part].sort_values("layer")
         layers = max(layers, int(rows["layer"].max()))
         chances |= set(rows["chance"].round(6))
         for family in families(rows):
-            untrained, trained = (
-                rows[(rows["family"] == family) & (rows["weights"] == w)] for w in ("untrained", "trained")
+            mine, name = rows[rows["family"] == family], run.title(family)
+            drawn, trained = beside_untrained(
+                name, mine, axes, color_of(family), lambda t: {"answers": t["n"]}, dash=dash_of(runs, run)
             )
-            name, color = run.title(family), color_of(family)
-            traces += curve(
-                f"{name}, untrained",
-                untrained["layer"],
-                untrained["value"],
-                axes,
-                color,
-                dash="dot",
-                width=1.2,
-                symbol="circle-open",
-            )
-            traces += curve(
-                name,
-                trained["layer"],
-                trained["value"],
-                axes,
-                color,
-                low=trained["low"],
-                high=trained["high"],
-                more={"answers": trained["n"]},
-                dash=dash_of(runs, run),
-            )
+            traces += drawn
             words.append(f"{name} ends at {trained['value'].iloc[-1]:.3g}")
     traces += [level("chance", float(chance), (0, layers), unit) for chance in sorted(chances)]
     layout: Any = dict(xaxis={"dtick": max(1, layers // 8)})

@@ -10,7 +10,7 @@ import pandas as pd
 
 from analysis.report.parts import Block, Figure, Key, Panel, Section, View
 from analysis.report.runs import Run
-from analysis.report.sections.probed import families, label, tables
+from analysis.report.sections.probed import beside_untrained, families, label, tables
 from analysis.report.traces import NEUTRAL, color_of, curve, level, opacity, plot
 from analysis.style import NAMES
 
@@ -114,6 +114,10 @@ def _more(rows: pd.DataFrame) -> dict[str, Any]:
     return {words: rows[name] for name, words in names.items()} | {"answers": rows["n"]}
 
 
+def _shuffled(rows: pd.DataFrame) -> dict[str, Any]:
+    return {"shuffled": rows["shuffled"]}
+
+
 def _by_layer(part: pd.DataFrame, unit: str, chance: bool) -> Panel:
     traces: list[Any] = []
     words = []
@@ -123,23 +127,10 @@ def _by_layer(part: pd.DataFrame, unit: str, chance: bool) -> Panel:
             if mine.empty:
                 continue
             color, axes = color_of(family), ("layer", unit)
-            untrained, trained = (mine[mine["weights"] == w] for w in ("untrained", "trained"))
             name = f"{NAMES[family]}, {SITES[site]}"
-            traces += curve(
-                f"{name}, untrained",
-                untrained["layer"],
-                untrained["value"],
-                axes,
-                color,
-                dash="dot",
-                width=1.2,
-                symbol=f"{symbol}-open",
-            )
-            more = _more(trained) if chance else {"shuffled": trained["shuffled"]}
-            bounds: Any = dict(low=trained["low"], high=trained["high"])
-            traces += curve(
-                name, trained["layer"], trained["value"], axes, color, more=more, symbol=symbol, **bounds
-            )
+            more = _more if chance else _shuffled
+            drawn, trained = beside_untrained(name, mine, axes, color, more, symbol=symbol)
+            traces += drawn
             if chance:
                 traces += curve(
                     f"{name}, control task",

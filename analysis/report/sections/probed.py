@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 
 from analysis.report.parts import Missing
 from analysis.report.runs import Run
-from analysis.report.traces import in_order
+from analysis.report.traces import curve, in_order
 
 
 def tables(
@@ -53,3 +54,24 @@ def families(table: pd.DataFrame) -> list[str]:
 def label(run: Run, words: str) -> str:
     """Of a view: with the run where there are several."""
     return f"run {run.letter}: {words}" if run.letter else words
+
+
+def beside_untrained(
+    name: str,
+    rows: pd.DataFrame,
+    axes: tuple[str, str],
+    color: str,
+    more: Callable[[pd.DataFrame], Mapping[str, Any]],
+    *,
+    dash: str = "solid",
+    symbol: str = "circle",
+) -> tuple[list[Any], pd.DataFrame]:
+    """Values by layer: trained with their interval, untrained dotted and hollow; and the trained rows.
+
+    more: what hovering shows of the trained rows, by name.
+    """
+    untrained, trained = (rows[rows["weights"] == weights] for weights in ("untrained", "trained"))
+    open_: Any = dict(dash="dot", width=1.2, symbol=f"{symbol}-open")
+    traces = curve(f"{name}, untrained", untrained["layer"], untrained["value"], axes, color, **open_)
+    look: Any = dict(low=trained["low"], high=trained["high"], more=more(trained), dash=dash, symbol=symbol)
+    return traces + curve(name, trained["layer"], trained["value"], axes, color, **look), trained
