@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pandas as pd
 import tyro
 
 from analysis import curves, diagrams, published, vlm_plots
-from analysis.style import save, theme
+from analysis.style import DOUBLE, SINGLE, save, theme
 from analysis.tables import concatenated, files
 from synthetic.run import explain, fail, write_anything
 from synthetic.store import write_bytes
@@ -22,6 +22,7 @@ from synthetic.store import write_bytes
 STUDIES = Path(__file__).resolve().parent.parent / "studies"
 SYNTHETIC, VLM = "retrieval-cpu", "vlm-cpu"  # studies whose committed tables are drawn by default
 DRAWN = "a drawing, no measurement"
+WIDTHS = {1: SINGLE, 2: DOUBLE}
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class Options:
 vlm.evaluate, or one of their Parquet files."""
     published: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Only what is published, and drawings."""
+    columns: Literal[1, 2] = 2
+    """How wide figures of VLMs' results are, in columns of a page. Drawings and the synthetic task's curves \
+need both."""
     out: Path = Path("figures")
     """Folder for figures (PDF, SVG, PNG), tables (Markdown, LaTeX), the CSV behind each and index.json."""
 
@@ -102,7 +106,7 @@ def entries(options: Options) -> Iterator[Entry | str]:
                 lambda: diagrams.synthetic_task(tokens))  # fmt: skip
     yield from _synthetic(options)
     if options.runs is None:
-        yield from _published()
+        yield from _published(WIDTHS[options.columns])
 
 
 def _parts() -> pd.DataFrame:
@@ -117,11 +121,11 @@ def _parts() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _published() -> Iterator[Entry]:
+def _published(width: float) -> Iterator[Entry]:
     table = published.results()
     gaps, means = published.gaps(table), published.mean_gaps(table)
     yield Entry("gap_vs_scale", "Grounding gap against scale", published.SOURCE, gaps,
-                lambda: vlm_plots.gap_vs_scale(table))  # fmt: skip
+                lambda: vlm_plots.gap_vs_scale(table, width))  # fmt: skip
     yield Entry("mean_gaps", "Mean gaps, with and without the suspect cell", published.SOURCE, means)
     texts = {"md": vlm_plots.markdown(table), "tex": vlm_plots.latex(table)}
     yield Entry("results", "Published results", published.SOURCE, table, texts=texts)
@@ -150,7 +154,7 @@ def _vlm(options: Options) -> Iterator[Entry | str]:
             what = "resolution" if name == names[0] else "layout"
             yield f"{name}: left out, the runs have one {what} only"
         else:
-            yield Entry(name, title, source, table, partial(draw, table))
+            yield Entry(name, title, source, table, partial(draw, table, WIDTHS[options.columns]))
 
 
 def _synthetic(options: Options) -> Iterator[Entry | str]:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # One colour per family everywhere, from seaborn's colour-blind-safe palette.
 FAMILIES = ("transformer", "mamba", "mamba2", "hybrid")
-DOUBLE = 6.30  # inches: both columns of the ACL's pages
+SINGLE, DOUBLE = 3.03, 6.30  # inches: one column of the ACL's pages, and both
 NAMES = {"transformer": "Transformer", "mamba": "Mamba", "mamba2": "Mamba-2", "hybrid": "Hybrid"}
 
 

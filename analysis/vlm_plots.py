@@ -5,6 +5,7 @@ Own results are the table of `vlm.evaluate` (`vlm.results.COLUMNS`): a row per r
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ import pandas as pd
 
 from analysis import published
 from analysis.statistics import mean_interval
-from analysis.style import DOUBLE, NAMES, family_colors
+from analysis.style import DOUBLE, NAMES, SINGLE, family_colors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,10 +23,11 @@ FAMILY = {"transformer": "Pythia-VL", "mamba": "Mamba-VL"}
 MAIN = ("accuracy", "iou@0.5", "vqa_accuracy")  # the metric of a task that figures show
 
 
-def gap_vs_scale(table: pd.DataFrame) -> Figure:
+def gap_vs_scale(table: pd.DataFrame, width: float = DOUBLE) -> Figure:
     """Pythia-VL minus Mamba-VL by benchmark and in means, against size. table: `published.results()`.
 
-    Left: grounding benchmarks, the suspect cell in a circle. Right: means with and without its benchmark.
+    Left: grounding benchmarks, the suspect cell in a circle. Right: means with and without its benchmark. In
+    one column (width: inches) the right panel stands below.
     """
     import matplotlib.pyplot as plt
     import seaborn
@@ -33,7 +35,10 @@ def gap_vs_scale(table: pd.DataFrame) -> Figure:
     every, means = published.gaps(table), published.mean_gaps(table)
     pairs = list(dict.fromkeys(every["pair"]))
     places = {pair: i for i, pair in enumerate(pairs)}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(DOUBLE, 2.9), sharey=True, layout="constrained")
+    shape = (1, 2) if width > SINGLE else (2, 1)
+    figure, (left, right) = plt.subplots(
+        *shape, figsize=(width, 2.9 * shape[0]), sharey=True, layout="constrained"
+    )
     grounding = every[every["group"] == "grounding"]
     colours = [seaborn.color_palette("colorblind")[i] for i in (2, 3, 4, 5, 6, 9)]  # none of a family's
     marks = "osD^vP"
@@ -60,7 +65,8 @@ def gap_vs_scale(table: pd.DataFrame) -> Figure:
         ax.set_xlim(-0.3, len(pairs) - 0.7)
     left.set_ylim(-16, 12)
     left.set_ylabel("Pythia-VL minus Mamba-VL (points)", fontsize=8)
-    figure.suptitle(published.SOURCE, fontsize=7, color="0.35")
+    source = published.SOURCE if width > SINGLE else textwrap.fill(published.SOURCE, 45)
+    figure.suptitle(source, fontsize=7, color="0.35")
     return figure
 
 
@@ -69,12 +75,14 @@ def main_rows(results: pd.DataFrame) -> pd.DataFrame:
     return results[results["metric"].isin(MAIN)]
 
 
-def over_seeds(results: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """Mean of `value` over seeds with its 95 % t interval, a row per cell of `by`: mean, low, high, seeds."""
+def over_seeds(
+    results: pd.DataFrame, by: list[str], bounds: tuple[float, float] | None = None
+) -> pd.DataFrame:
+    """Mean of `value` over seeds with its 95 % t interval, cut to bounds: by, mean, low, high, seeds."""
     rows = []
     for cell, part in results.groupby(by, sort=False):
         values = part.groupby("seed")["value"].mean().to_numpy()
-        mean, low, high = mean_interval(values)
+        mean, low, high = mean_interval(values, bounds=bounds)
         rows.append(dict(zip(by, cell, strict=True)) | dict(mean=mean, low=low, high=high, seeds=len(values)))
     return pd.DataFrame(rows)
 
@@ -85,7 +93,7 @@ def resolution_table(results: pd.DataFrame) -> pd.DataFrame:
     rows = rows[rows["layout"] == "agnostic"]
     if rows["image_size"].nunique() < 2:
         return rows.iloc[:0]
-    table = over_seeds(rows, ["task", "family", "image_size"])
+    table = over_seeds(rows, ["task", "family", "image_size"], (0, 1))
     facts = rows.groupby("task", as_index=False)[["chance", "question_only"]].mean()
     return table.merge(facts, on="task", how="left")
 
@@ -107,7 +115,7 @@ def layout_table(results: pd.DataFrame) -> pd.DataFrame:
     return over_seeds(others, ["task", "family", "image_size", "layout"])
 
 
-def resolution(table: pd.DataFrame) -> Figure:
+def resolution(table: pd.DataFrame, width: float = DOUBLE) -> Figure:
     """Bars of `resolution_table`, a panel per family; chance and the blind guess as lines."""
     sizes = sorted(table["image_size"].unique())
     shades = {size: 0.45 + 0.55 * i / max(1, len(sizes) - 1) for i, size in enumerate(sizes)}
@@ -115,10 +123,10 @@ def resolution(table: pd.DataFrame) -> Figure:
     def look(row: pd.Series) -> tuple[str, float]:
         return f"{row['image_size']} px", shades[row["image_size"]]
 
-    return _bars(table, look, "right answers (share)", chance=True)
+    return _bars(table, look, "right answers (share)", width, chance=True)
 
 
-def layouts(table: pd.DataFrame) -> Figure:
+def layouts(table: pd.DataFrame, width: float = DOUBLE) -> Figure:
     """Bars of `layout_table`, a panel per family."""
     kinds = list(dict.fromkeys(zip(table["layout"], table["image_size"], strict=True)))
     shades = {kind: 0.4 + 0.6 * i / max(1, len(kinds) - 1) for i, kind in enumerate(kinds)}
@@ -126,15 +134,16 @@ def layouts(table: pd.DataFrame) -> Figure:
     def look(row: pd.Series) -> tuple[str, float]:
         return f"{row['layout']}, {row['image_size']} px", shades[row["layout"], row["image_size"]]
 
-    return _bars(table, look, "relative difference to agnostic", chance=False)
+    return _bars(table, look, "relative difference to agnostic", width, chance=False)
 
 
-def _bars(table: pd.DataFrame, look: Callable, label: str, chance: bool) -> Figure:
+def _bars(table: pd.DataFrame, look: Callable, label: str, width: float, chance: bool) -> Figure:
     import matplotlib.pyplot as plt
 
     families = [name for name in NAMES if name in set(table["family"])]
     tasks = list(dict.fromkeys(table["task"]))
-    shape = (DOUBLE, 2.1 * len(families))
+    narrow = width <= SINGLE
+    shape = (width, (2.5 if narrow else 2.1) * len(families))
     figure, axes = plt.subplots(
         len(families), 1, figsize=shape, sharex=True, squeeze=False, layout="constrained"
     )
@@ -142,11 +151,11 @@ def _bars(table: pd.DataFrame, look: Callable, label: str, chance: bool) -> Figu
     for ax, family in zip(axes[:, 0], families, strict=True):
         mine = table[table["family"] == family]
         names = list(dict.fromkeys(look(row)[0] for _, row in mine.iterrows()))
-        width = 0.8 / len(names)
+        bar = 0.8 / len(names)
         for _, row in mine.iterrows():
             name, alpha = look(row)
-            x = tasks.index(row["task"]) + (names.index(name) - (len(names) - 1) / 2) * width
-            drawn = ax.bar(x, row["mean"], width, color=colours[family], alpha=alpha)
+            x = tasks.index(row["task"]) + (names.index(name) - (len(names) - 1) / 2) * bar
+            drawn = ax.bar(x, row["mean"], bar, color=colours[family], alpha=alpha)
             if name not in ax.get_legend_handles_labels()[1]:
                 drawn.set_label(name)
             if np.isfinite(row["low"]):
@@ -154,13 +163,14 @@ def _bars(table: pd.DataFrame, look: Callable, label: str, chance: bool) -> Figu
         for i, task in enumerate(tasks if chance else ()):
             guess = mine[mine["task"] == task][["chance", "question_only"]].max(axis=1).max()
             ax.plot([i - 0.45, i + 0.45], [guess, guess], color="black", ls=":", lw=1)
-        ax.set_title(
-            NAMES[family] + (" (dotted: chance or the guess without the image)" if chance else ""), fontsize=8
-        )
+        note = " (dotted: best guess without the image)" if chance else ""
+        ax.set_title(NAMES[family] + (note.replace(" (", "\n(") if narrow else note), fontsize=7.5)
         ax.axhline(0, color="black", lw=0.8)
         ax.set_ylabel(label, fontsize=7)
-        ax.legend(fontsize=6.5, frameon=False, ncols=len(names))
-    axes[-1, 0].set_xticks(range(len(tasks)), tasks, rotation=25, ha="right", fontsize=7)
+        ax.tick_params(axis="y", labelsize=7)
+        ax.legend(fontsize=6.5, frameon=False, ncols=1 if narrow else len(names))
+    tilt = 60 if narrow else 25
+    axes[-1, 0].set_xticks(range(len(tasks)), tasks, rotation=tilt, ha="right", fontsize=7)
     return figure
 
 

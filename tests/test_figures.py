@@ -14,7 +14,7 @@ import pytest
 matplotlib.use("Agg")
 
 from analysis import diagrams, figures, published, vlm_plots
-from analysis.style import theme
+from analysis.style import DOUBLE, SINGLE, theme
 from vlm.results import COLUMNS
 
 
@@ -113,19 +113,26 @@ def texts_of(figure):
     return found
 
 
-@pytest.mark.parametrize("name", ["architecture", "tasks", "synthetic", "gap", "resolution", "layouts"])
-def test_no_text_lies_on_another_or_leaves_the_figure(name):
+WIDE = ("architecture", "tasks", "synthetic")  # drawings, of both columns always
+
+
+@pytest.mark.parametrize(
+    "name, width",
+    [(name, DOUBLE) for name in WIDE]
+    + [(name, width) for name in ("gap", "resolution", "layouts") for width in (SINGLE, DOUBLE)],
+)
+def test_no_text_lies_on_another_or_leaves_the_figure(name, width):
     with theme():
         figure = {
             "architecture": diagrams.architecture,
             "tasks": lambda: diagrams.task_overview(diagrams.task_table()),
             "synthetic": lambda: diagrams.synthetic_task(diagrams.synthetic_table()),
-            "gap": lambda: vlm_plots.gap_vs_scale(published.results()),
-            "resolution": lambda: vlm_plots.resolution(vlm_plots.resolution_table(own())),
-            "layouts": lambda: vlm_plots.layouts(vlm_plots.layout_table(own())),
+            "gap": lambda: vlm_plots.gap_vs_scale(published.results(), width),
+            "resolution": lambda: vlm_plots.resolution(vlm_plots.resolution_table(own()), width),
+            "layouts": lambda: vlm_plots.layouts(vlm_plots.layout_table(own()), width),
         }[name]()
         found = texts_of(figure)
-    assert len(found) > 5
+    assert len(found) > 5 and figure.get_figwidth() == width
     page = figure.bbox
     for text, box in found:
         assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= page.x1 + 1 and box.y1 <= page.y1 + 1, text

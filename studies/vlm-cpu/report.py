@@ -205,9 +205,9 @@ def layouts(results: pd.DataFrame) -> str:
 
 
 def sizes(results: pd.DataFrame) -> str:
-    """The higher resolution - the lower, in points, by task and family, instruction first as in the paper."""
+    """The higher resolution - the lower, in points, by task and family; image first."""
     rows = main_rows(results)
-    rows = rows[rows["layout"] == "instruction-first"]
+    rows = rows[rows["layout"] == "agnostic"]
     low, high = sorted(rows["image_size"].unique())
     found = dict(differences(rows, "image_size", low, high, ("task", "family")))
     lines = [
