@@ -2,9 +2,8 @@
 
     python -m vlm.train studies/vlm-cpu/config.py --out runs/vlm-cpu
 
-Every model learns all three layouts, those of consecutive batches taking turns, and is then asked in each:
-the same weights, the same questions, only the place of the image differs. It learns to find things at 64
-pixels; from there one copy goes on at 64 and one at 96.
+Models of one family and seed learn together to find what is described, the three layouts taking turns; from
+there a copy for each layout goes on alone, and one at the higher resolution.
 """
 
 from __future__ import annotations
@@ -17,10 +16,8 @@ from vlm.prompts import LAYOUTS
 SEEDS = (0, 1, 2)
 SIZES = (64, 96)  # pixels a side: 8 x 8 and 12 x 12 patches
 IMAGES, HELDOUT = 8000, 400
-TASKS = (
-    "existence", "count", "attribute", "comparison", "spatial",
-    "grounding", "pointing", "reading-digit", "reading-word", "caption",
-)  # fmt: skip
+# Counting, comparing, spatial relations, pointing and digits stay at chance for longer than a run has here.
+TASKS = ("existence", "attribute", "grounding", "reading-word", "caption")
 # As in vlm/configs/cpu_tiny.py: about half a million weights each.
 MODELS: dict[str, dict[str, Any]] = {
     "transformer-tiny": dict(n_head=2, init_std=0.06),
@@ -30,18 +27,19 @@ FIND = Stage(
     data={"locate": Scenes("locate", IMAGES, turns=6)},
     steps=1500, batch_size=32, lr=2e-3, layouts=LAYOUTS, image_size=64,
 )  # fmt: skip
-# Three turns, not six: of several turns only the first has its query before the image.
+# One question an image: of several only the first one can stand before it.
 ANSWER = Stage(
     data={
-        name: Scenes(name, IMAGES, turns=3) for name in ("locate", "vqa", "pointing", "describe", "caption")
+        name: Scenes(name, IMAGES) for name in ("locate", "existence", "attribute", "reading-word", "caption")
     },
-    weights={"locate": 3, "vqa": 6, "pointing": 0.5, "describe": 0.25, "caption": 0.25},
-    steps=1200, batch_size=40, lr=2e-3, layouts=LAYOUTS,
+    weights={"locate": 2, "existence": 1, "attribute": 1, "reading-word": 1, "caption": 0.5},
+    steps=1200, batch_size=32, lr=2e-3,
 )  # fmt: skip
 # Colours with shapes that no training image shows.
 EVALUATION = {task: Scenes(task, HELDOUT, "heldout") for task in TASKS} | {
     "grounding-combination": Scenes("grounding", HELDOUT, "combination")
 }
+CELLS = [(layout, SIZES[0]) for layout in LAYOUTS] + [("agnostic", SIZES[1])]
 
 
 def get_config() -> list[Run]:
@@ -57,8 +55,7 @@ def get_config() -> list[Run]:
             seed=seed,
             max_new_tokens=50,  # captions name eight objects
         )
-        for size in SIZES
         for seed in SEEDS
+        for layout, size in CELLS
         for model, overrides in MODELS.items()
-        for layout in LAYOUTS
     ]
