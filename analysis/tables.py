@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # seconds, which `import analysis` can spare
     import pandas as pd
@@ -43,6 +43,17 @@ def fill(text: str, tables: Mapping[str, str]) -> str:
         after = rest.split(f"<!-- /{name} -->")[1]
         text = f"{before}<!-- {name} -->\n{made}\n<!-- /{name} -->{after}"
     return text
+
+
+def markdown(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table, without a newline at its end."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def between(value: float, low: float, high: float, digits: int = 3) -> str:
+    """A number and its interval: "0.42 [0.40, 0.44]"."""
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def files(place: Path, table: str = "results") -> list[Path]:

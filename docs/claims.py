@@ -19,7 +19,7 @@ from analysis import plots, published, settings
 from analysis.comparisons import comparisons
 from analysis.statistics import bootstrap_median_time, mean_interval
 from analysis.style import NAMES
-from analysis.tables import fill
+from analysis.tables import between, fill, markdown
 from synthetic import store
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -197,15 +197,6 @@ def probes() -> pd.DataFrame:
 
 
 # --- pieces ------------------------------------------------------------------------------------------------
-
-
-def markdown(header: list[Any], rows: list[list[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
-def between(value: Any, low: Any, high: Any, digits: int = 3) -> str:
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def ratio(values: pd.Series) -> str:

@@ -22,6 +22,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from analysis import tables
 from analysis.statistics import mean_interval
 from analysis.style import FAMILIES, panels
 from models.common import LanguageModel
@@ -217,8 +218,8 @@ def interval(row: Any, digits: int = 3) -> str:
 
 
 def markdown(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [headers, ["---"] * len(headers), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
+    """A Markdown table that ends a line."""
+    return tables.markdown(headers, rows) + "\n"
 
 
 def beside(table: pd.DataFrame, by: Sequence[str], headers: Sequence[str] = (), digits: int = 3) -> str:

@@ -22,7 +22,7 @@ from analysis import plots, settings
 from analysis.comparisons import comparisons
 from analysis.scaling import reachable_length
 from analysis.statistics import bootstrap_median_time, mean_interval
-from analysis.tables import fill
+from analysis.tables import between, fill, markdown
 from synthetic import results, store
 
 HERE = Path(__file__).parent
@@ -56,17 +56,8 @@ def filled(text: str) -> str:
     return fill(text, tables)
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def number(value: float) -> str:
     return "–" if math.isnan(value) else "∞" if math.isinf(value) else f"{value:,.0f}"
-
-
-def between(value: float, low: float, high: float, digits: int = 3) -> str:
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def cells(table: pd.DataFrame, usual: bool) -> str:

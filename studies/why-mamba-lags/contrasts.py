@@ -21,7 +21,7 @@ import pandas as pd
 
 from analysis.statistics import mean_interval
 from analysis.style import NAMES
-from analysis.tables import fill
+from analysis.tables import between, fill, markdown
 from synthetic import store
 
 HERE = Path(__file__).parent
@@ -122,7 +122,7 @@ def ratio(values: Any) -> str:
 
 def mean(values: Any, digits: int = 2) -> str:
     """Mean with Student's 95 % interval."""
-    return "{0:.{3}f} [{1:.{3}f}, {2:.{3}f}]".format(*mean_interval(np.asarray(values, float)), digits)
+    return between(*mean_interval(np.asarray(values, float)), digits)
 
 
 def _short(value: float) -> str:
@@ -138,11 +138,6 @@ def difference(a: Any, b: Any, digits: int = 2) -> str:
     pooled = np.sqrt(((len(a) - 1) * a.var(ddof=1) + (len(b) - 1) * b.var(ddof=1)) / (len(a) + len(b) - 2))
     g = (a.mean() - b.mean()) / pooled * (1 - 3 / (4 * (len(a) + len(b)) - 9))
     return f"{a.mean() - b.mean():+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}], g = {g:.1f}"
-
-
-def markdown(header: list[str], rows: list[list[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def variant(model: Any, position: Any) -> str:
