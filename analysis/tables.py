@@ -51,7 +51,7 @@ def markdown(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def between(value: float, low: float, high: float, digits: int = 3) -> str:
+def between(value: Any, low: Any, high: Any, digits: int = 3) -> str:
     """A number and its interval: "0.42 [0.40, 0.44]"."""
     return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 

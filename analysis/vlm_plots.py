@@ -145,8 +145,10 @@ def _bars(table: pd.DataFrame, look: Callable, label: str, width: float, chance:
     narrow = width <= SINGLE
     shape = (width, (2.5 if narrow else 2.1) * len(families))
     figure, axes = plt.subplots(
-        len(families), 1, figsize=shape, sharex=True, squeeze=False, layout="constrained"
+        len(families), 1, figsize=shape, sharex=True, sharey=True, squeeze=False, layout="constrained"
     )
+    if chance:
+        axes[0, 0].set_ylim(0, 1.2)  # room for the legend
     colours = family_colors()
     for ax, family in zip(axes[:, 0], families, strict=True):
         mine = table[table["family"] == family]

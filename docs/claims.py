@@ -1,7 +1,7 @@
 """The tables of docs/claims.md, from committed results: `python docs/claims.py`.
 
 Replaces what stands between `<!-- NAME -->` and `<!-- /NAME -->`. Sources: the paper's own results in
-analysis/published, and the tables of studies/retrieval-cpu, studies/why-mamba-lags and studies/learnability.
+analysis/published, and the tables of the studies.
 """
 
 from __future__ import annotations
@@ -187,6 +187,12 @@ def positions() -> str:
     return markdown(["model", "longest length learned, by seed", "accuracy at 256"], rows)
 
 
+def vlms(table: str) -> str:
+    """A table of studies/vlm-cpu."""
+    made = runpy.run_path(str(ROOT / "studies" / "vlm-cpu" / "summary.py"))
+    return str(made[table](pd.read_parquet(made["RESULTS"])))
+
+
 def study(script: str) -> dict[str, Any]:
     """What a script of studies/why-mamba-lags defines."""
     return runpy.run_path(str(PROBED / f"{script}.py"))
@@ -243,7 +249,7 @@ def rewritten(text: str) -> str:
         "updates": updates(),
         "geometry": geometry(),
         "positions": positions(),
-    }
+    } | {f"vlm-{name}": vlms(name) for name in ("families", "captions", "layouts", "sizes")}
     return fill(text, made)
 
 

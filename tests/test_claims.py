@@ -137,6 +137,32 @@ def test_words_about_measured_numbers():
     ) == {256}
 
 
+def test_words_about_the_vlms():
+    """What claims 3, 5, 6 and 8 say in words, from the study's file."""
+    found = pd.read_parquet(ROOT / "studies" / "vlm-cpu" / "results.parquet")
+    found = found[found["metric"].isin(["accuracy", "iou@0.5", "cider"])]
+    wide = found.pivot_table(
+        index=["task", "seed"], columns=["family", "layout", "image_size"], values="value"
+    )
+    finds = wide.loc["grounding"]
+    for family in ("transformer", "mamba"):
+        base = finds[family, "agnostic", 64]
+        assert (finds[family, "instruction-first", 64] - base).abs().max() < 0.05
+        gained = (finds[family, "query-first", 64] - base).round(4)
+        assert gained.between(0.015, 0.05).all() if family == "mamba" else (gained < -0.05).all()
+    first = finds["transformer", "agnostic", 64] / finds["mamba", "agnostic", 64]
+    assert (first[:2] > 1.8).all() and first[2] < 0.5
+    for cell in (("agnostic", 64), ("instruction-first", 64), ("agnostic", 96)):
+        assert (wide.loc["caption"]["mamba"][cell] > wide.loc["caption"]["transformer"][cell]).all()
+    reads = wide.loc["reading-word"]
+    assert (reads["transformer", "agnostic", 64] > reads["mamba", "agnostic", 64]).all()
+    looks = pd.read_csv(ROOT / "studies" / "vlm-cpu" / "looks.csv")
+    last = looks.query("family == 'mamba' and image_size == 64 and layer == 3 and quantity == 'write'")
+    written = last.set_index(["layout", "seed"])["ratio"]
+    assert ((written["query-first"] > 1.2) & (written["query-first"] < 1.3)).sum() == 2
+    assert written["agnostic"].between(0.98, 1.05).all()
+
+
 def test_every_claim_says_the_four_things():
     assert len(BODIES) == 12
     for title, body in BODIES.items():

@@ -24,6 +24,8 @@ from studies.learnability.run import BASE, DIETS, VARIANTS, grid, tuning
 from synthetic import sweep
 from synthetic.config import RunConfig, plan, run_id
 from synthetic.grid import group, load
+from vlm.config import read_file
+from vlm.results import COLUMNS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -88,7 +90,9 @@ def test_sweep_file_of_the_documents(tmp_path):
     assert {"Transformer", "Mamba", "Mamba-2", "Hybrid"} < set(names["laws"]["variant"])
 
 
-@pytest.mark.parametrize("study, script", [("retrieval-cpu", "report"), ("why-mamba-lags", "contrasts")])
+@pytest.mark.parametrize(
+    "study, script", [("retrieval-cpu", "report"), ("why-mamba-lags", "contrasts"), ("vlm-cpu", "summary")]
+)
 def test_tables_of_a_study_are_its_results(study, script):
     """If not: run the script."""
     folder = ROOT / "studies" / study
@@ -110,6 +114,19 @@ def test_results_of_the_retrieval_study_are_all_of_its_runs_and_no_others():
     assert set(table.loc[table["purpose"] == "validation", "run"]) == tuning
     for kind, part in table.groupby("kind"):
         assert kind == "during" or not part["run"].duplicated().any()
+
+
+def test_results_of_the_vlm_study_are_all_of_its_runs_and_no_others():
+    folder = ROOT / "studies" / "vlm-cpu"
+    table = pd.read_parquet(folder / "results.parquet")
+    assert list(table.columns) == list(COLUMNS) and not table.duplicated(["run", "task", "metric"]).any()
+    wanted = {run.name: run for run in read_file(folder / "runs.py")}
+    assert dict(zip(table["run"], table["stage"], strict=True)) == {
+        name: run.stage_ids()[-1] for name, run in wanted.items()
+    }
+    for name, part in table.groupby("run"):
+        assert set(part["task"]) == set(wanted[name].evaluation)
+    assert set(pd.read_csv(folder / "looks.csv")["run"]) == set(wanted)
 
 
 def test_figures_of_the_retrieval_study_come_from_its_results(tmp_path):

@@ -26,6 +26,7 @@ from vlm.prompts import END
 from vlm.stages import RESULT, WEIGHTS, fill
 
 BATCH = 64
+MOST_ACROSS = 4  # runs whose names fit beside each other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +65,8 @@ def evaluate_all(options: Options) -> int:
     if not options.run:
         raise ValueError("RUN is missing; give folders that vlm.train printed, or config files")
     console, rows = Console(), []
+    if not console.is_terminal:
+        console.width = 120  # a file has no edge
     for path in options.run:
         if path.suffix == ".py":
             found = [(run, options.out) for run in read_file(path) if options.only in run.name]
@@ -209,22 +212,26 @@ def answer_all(
 
 
 def summary(rows: Any) -> Any:
-    """A table: tasks down, runs across, in per cent."""
+    """A table in per cent: tasks down, runs across, or, of more than a few runs, the other way round."""
     from rich import box
     from rich.table import Table
 
     main = rows[rows["metric"].isin(["accuracy", "iou@0.5"])]
     runs = list(dict.fromkeys(main["run"]))
-    table = Table(title="Right answers in per cent", box=box.SIMPLE_HEAD, padding=(0, 1))
-    table.add_column("task (split)")
-    for name in ("chance", "question only", *runs):
-        table.add_column(name, justify="right")
+    cells = [["", "chance", "question only", *runs]]
     for (task, split), part in main.groupby(["task", "split"], sort=False):
         values = part.drop_duplicates("run").set_index("run")
         first = values.iloc[0]
-        cells = [first["chance"], first["question_only"], *(values["value"].get(name) for name in runs)]
-        printed = ["-" if cell is None or cell != cell else f"{100 * cell:.1f}" for cell in cells]
-        table.add_row(f"{task} ({split})", *printed)
+        numbers = [first["chance"], first["question_only"], *(values["value"].get(name) for name in runs)]
+        printed = ["-" if cell is None or cell != cell else f"{100 * cell:.1f}" for cell in numbers]
+        cells.append([f"{task} ({split})", *printed])
+    if len(runs) > MOST_ACROSS:
+        cells = [list(line) for line in zip(*cells, strict=True)]
+    table = Table(title="Right answers in per cent", box=box.SIMPLE_HEAD, padding=(0, 1))
+    for i, name in enumerate(cells[0]):
+        table.add_column(name, justify="right" if i else "left", overflow="fold", no_wrap=not i)
+    for line in cells[1:]:
+        table.add_row(*line)
     return table
 
 

@@ -1,6 +1,6 @@
 """Tables, figures and pictures of README.md, from the runs of this study:
 
-    python studies/vlm-cpu/report.py [RUNS]
+    python studies/vlm-cpu/summary.py [RUNS]
 
 With RUNS (what `vlm.train --out` named) it first writes results.parquet, looks.csv (what `vlm.looking` finds,
 run by run) and predictions.png beside this file. The figures, and what stands between the markers
@@ -10,7 +10,7 @@ run by run) and predictions.png beside this file. The figures, and what stands b
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import pandas as pd
 
 from analysis.statistics import mean_interval
 from analysis.style import DOUBLE, NAMES, family_colors, legend, save, theme
-from analysis.tables import concatenated, files, fill
+from analysis.tables import between, concatenated, files, fill, markdown
 from analysis.vlm_plots import main_rows
 from vlm.prompts import LAYOUTS
 
@@ -45,7 +45,7 @@ def main(runs: Path | None) -> None:
     from synthetic import store
 
     path = HERE / "README.md"
-    store.write_bytes(path, filled(path.read_text(encoding="utf-8"), results, looks).encode())
+    store.write_bytes(path, filled(path.read_text(encoding="utf-8")).encode())
 
 
 # --- from the runs ------------------------------------------------------------------------------------------
@@ -67,16 +67,19 @@ def collect(out: Path) -> None:
         raise SystemExit(f"error: no results in {out}; run vlm.train and vlm.evaluate first")
     rows: Any = found.astype(object).where(found.notna(), None).to_dict("records")
     store.write_bytes(RESULTS, to_parquet(rows, COLUMNS))
-    planned = vlm.config.read_file(HERE / "config.py")
+    planned = vlm.config.read_file(HERE / "runs.py")
     looks = [probe.contrast(probe.table(run, out, EXAMPLES)) for run in planned]
     store.write_bytes(LOOKS, pd.concat(looks).to_csv(index=False, float_format="%.5g").encode())
     with theme():
-        chosen = [run for run in planned if (run.layout, run.image_size, run.seed) == ("query-first", 64, 0)]
+        chosen = [run for run in planned if (run.layout, run.image_size, run.seed) == ("agnostic", 64, 0)]
         save(pictures(chosen, out), HERE / "predictions", kinds=("png",), dpi=120)
 
 
 def pictures(runs: Sequence[Any], out: Path) -> Any:
-    """Of both families: the first right and the first wrong answer to three kinds of questions."""
+    """Of both families: the first right and the first wrong answer to three kinds of questions.
+
+    Scenes that are already shown are passed over.
+    """
     import matplotlib.pyplot as plt
 
     from synthetic import store
@@ -87,6 +90,7 @@ def pictures(runs: Sequence[Any], out: Path) -> Any:
     figure, axes = plt.subplots(
         len(PICTURED), 2 * len(runs), figsize=(2.1 * 2 * len(runs), 2.75 * len(PICTURED))
     )
+    shown: set[str] = set()
     for column, run in enumerate(runs):
         answers = store.read_rows(answers_path(out, run.name))
         for row, task in enumerate(PICTURED):
@@ -94,11 +98,15 @@ def pictures(runs: Sequence[Any], out: Path) -> Any:
             for right in (True, False):
                 ax = axes[row, 2 * column + (not right)]
                 ax.axis("off")
-                mine = [a for a in answers if a["task"] == task and a["right"] is right]
+                mine = [
+                    a for a in answers
+                    if a["task"] == task and a["right"] is right and a["image"] not in shown
+                ]  # fmt: skip
                 if not mine:
                     ax.set_title(f"{NAMES[run.family]}: none", fontsize=8)
                     continue
                 found = mine[0]
+                shown.add(found["image"])
                 picture, framed = source.picture(found["image"]), []
                 if "box" in found["target"]:
                     height, width = picture.shape[:2]
@@ -129,8 +137,9 @@ def _lines(source: Any, found: dict[str, Any]) -> str:
 # --- the tables of README.md --------------------------------------------------------------------------------
 
 
-def filled(text: str, results: pd.DataFrame, looks: pd.DataFrame) -> str:
+def filled(text: str) -> str:
     """README with its tables made anew."""
+    results, looks = pd.read_parquet(RESULTS), pd.read_csv(LOOKS)
     return fill(
         text,
         {
@@ -147,36 +156,37 @@ def filled(text: str, results: pd.DataFrame, looks: pd.DataFrame) -> str:
 
 def points(values: Any, bounds: tuple[float, float] | None = None) -> str:
     """Mean and Student's interval of shares, in points."""
-    mean, low, high = (100 * value for value in mean_interval(values, bounds=bounds))
-    return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+    found, low, high = (100 * value for value in mean_interval(values, bounds=bounds))
+    return between(found, low, high, 1)
 
 
-def differences(
-    rows: pd.DataFrame, column: str, first: Any, second: Any, by: Sequence[str]
-) -> Iterator[tuple[Any, np.ndarray[Any, Any]]]:
-    """(cell, second - first seed by seed) of every cell of `by`, in the table's order."""
-    keys = [*by, "seed"]
-    wide = rows.pivot_table(index=keys, columns=column, values="value", sort=False)
-    apart = wide[second] - wide[first]
-    for cell, part in apart.groupby(level=list(range(len(by))), sort=False):
-        yield cell, part.to_numpy()
+def cells(results: pd.DataFrame) -> list[tuple[str, int]]:
+    """(layout, pixels) of the runs, the lower resolution first."""
+    found = set(zip(results["layout"], results["image_size"], strict=True))
+    return sorted(found, key=lambda cell: (cell[1], LAYOUTS.index(cell[0])))
+
+
+def named(cell: tuple[str, int]) -> str:
+    return f"{cell[0]}, {cell[1]} px"
+
+
+def part_of(rows: pd.DataFrame, family: str, cell: tuple[str, int]) -> pd.DataFrame:
+    """The rows of a family, layout and resolution, in the order of seeds."""
+    layout, size = cell
+    mine = rows[(rows["family"] == family) & (rows["layout"] == layout) & (rows["image_size"] == size)]
+    return mine.sort_values("seed")
 
 
 def tasks(results: pd.DataFrame) -> str:
-    """Shares of right answers: tasks down, family and layout across, at the lower resolution."""
-    rows = main_rows(results)
-    rows = rows[rows["image_size"] == rows["image_size"].min()]
-    lines = []
+    """Shares of right answers: tasks and families down, layouts and resolutions across."""
+    rows, lines = main_rows(results), []
     for task, part in rows.groupby("task", sort=False):
         first = part.iloc[0]
-        line = [str(task), _share(first["chance"]), _share(first["question_only"])]
         for family in FAMILIES:
-            for layout in LAYOUTS:
-                mine = part[(part["family"] == family) & (part["layout"] == layout)]
-                line.append(points(mine["value"], (0, 1)))
-        lines.append(line)
-    head = [f"{NAMES[family]}, {layout}" for family in FAMILIES for layout in LAYOUTS]
-    return markdown(["task", "chance", "without the image", *head], lines)
+            shares = [points(part_of(part, family, cell)["value"], (0, 1)) for cell in cells(rows)]
+            blind = [_share(first["chance"]), _share(first["question_only"])]
+            lines.append([str(task), NAMES[family], *blind, *shares])
+    return markdown(["task", "model", "chance", "without the image", *map(named, cells(rows))], lines)
 
 
 def _share(value: float) -> str:
@@ -184,64 +194,67 @@ def _share(value: float) -> str:
 
 
 def families(results: pd.DataFrame) -> str:
-    """Mamba - Transformer in points, by task and layout, seeds as pairs, both resolutions."""
+    """Mamba - Transformer in points, by task, layout and resolution, seeds as pairs."""
     rows = main_rows(results)
-    found = differences(rows, "family", "transformer", "mamba", ("task", "image_size", "layout"))
-    return _across(found, "Mamba − Transformer", LAYOUTS)
+    lines = [
+        [str(task), *(points(apart(part, cell, cell, FAMILIES)) for cell in cells(rows))]
+        for task, part in rows.groupby("task", sort=False)
+    ]
+    return markdown(["task", *map(named, cells(rows))], lines)
+
+
+def apart(
+    rows: pd.DataFrame, first: tuple[str, int], second: tuple[str, int], families: tuple[str, str]
+) -> np.ndarray[Any, Any]:
+    """Values of the second family and cell minus the first's, seed by seed. rows: of one task and metric."""
+    before, after = (
+        part_of(rows, family, cell).set_index("seed")["value"]
+        for family, cell in zip(families, (first, second), strict=True)
+    )
+    return (after - before).loc[sorted(before.index)].to_numpy()
 
 
 def layouts(results: pd.DataFrame) -> str:
-    """Other layouts - agnostic in points, by task, family and resolution."""
-    rows, lines = main_rows(results), []
-    parts = {
-        layout: dict(differences(rows, "layout", "agnostic", layout, ("task", "image_size", "family")))
-        for layout in LAYOUTS[1:]
-    }
-    for task, size in dict.fromkeys(zip(rows["task"], rows["image_size"], strict=True)):
-        cells = [points(parts[layout][task, size, family]) for family in FAMILIES for layout in LAYOUTS[1:]]
-        lines.append([str(task), f"{size}", *cells])
-    head = [f"{NAMES[family]}, {layout}" for family in FAMILIES for layout in LAYOUTS[1:]]
-    return markdown(["task", "px", *head], lines)
+    """Other layouts - agnostic in points, by task and family, at the lower resolution."""
+    rows = main_rows(results)
+    size = rows["image_size"].min()
+    agnostic = (LAYOUTS[0], size)
+    return _against(rows, agnostic, [(layout, size) for layout in LAYOUTS[1:]])
 
 
 def sizes(results: pd.DataFrame) -> str:
     """The higher resolution - the lower, in points, by task and family; image first."""
     rows = main_rows(results)
-    rows = rows[rows["layout"] == "agnostic"]
     low, high = sorted(rows["image_size"].unique())
-    found = dict(differences(rows, "image_size", low, high, ("task", "family")))
-    lines = [
-        [str(task), *(points(found[task, family]) for family in FAMILIES)]
-        for task in dict.fromkeys(rows["task"])
-    ]
-    return markdown(["task", *(NAMES[family] for family in FAMILIES)], lines)
+    return _against(rows, (LAYOUTS[0], low), [(LAYOUTS[0], high)])
 
 
-def _across(found: Iterator[tuple[Any, Any]], title: str, columns: Sequence[str]) -> str:
-    """A line per (task, pixels), a column per layout."""
-    cells = dict(found)
+def _against(rows: pd.DataFrame, base: tuple[str, int], others: Sequence[tuple[str, int]]) -> str:
+    """Points that other cells gain on one of the same family: a line per task."""
     lines = [
-        [str(task), str(size), *(points(cells[task, size, layout]) for layout in columns)]
-        for task, size in dict.fromkeys(key[:2] for key in cells)
-    ]
-    return markdown(["task", "px", *(f"{title}, {layout}" for layout in columns)], lines)
+        [str(task), *(points(apart(part, base, cell, (family, family)))
+                      for cell in others for family in FAMILIES)]
+        for task, part in rows.groupby("task", sort=False)
+    ]  # fmt: skip
+    return markdown(
+        ["task", *(f"{NAMES[family]}, {named(cell)}" for cell in others for family in FAMILIES)], lines
+    )
 
 
 def captions(results: pd.DataFrame) -> str:
-    """CIDEr (0 .. 10) by family, layout and resolution."""
-    rows = results[results["metric"].str.lower() == "cider"]
-    lines = []
-    for size in sorted(rows["image_size"].unique()):
-        for family in FAMILIES:
-            mine = rows[(rows["family"] == family) & (rows["image_size"] == size)]
-            cells = [between(mine.loc[mine["layout"] == layout, "value"]) for layout in LAYOUTS]
-            lines.append([NAMES[family], str(size), *cells])
-    return markdown(["model", "px", *LAYOUTS], lines)
+    """CIDEr (0 .. 10) by family, layout and resolution, and Mamba - Transformer, seeds as pairs."""
+    rows = results[results["metric"] == "cider"]
+    lines = [
+        [NAMES[family], *(mean(part_of(rows, family, cell)["value"], (0, 10)) for cell in cells(rows))]
+        for family in FAMILIES
+    ]
+    lines.append(["Mamba − Transformer", *(mean(apart(rows, cell, cell, FAMILIES)) for cell in cells(rows))])
+    return markdown(["CIDEr", *map(named, cells(rows))], lines)
 
 
-def between(values: Any) -> str:
-    mean, low, high = mean_interval(values, bounds=(0, 10))
-    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+def mean(values: Any, bounds: tuple[float, float] | None = None) -> str:
+    """Mean and Student's interval."""
+    return between(*mean_interval(values, bounds=bounds), 2)
 
 
 def ratio(values: Any) -> str:
@@ -257,7 +270,7 @@ def looked(looks: pd.DataFrame) -> str:
     lines = []
     for (family, quantity, layer), part in rows.groupby(["family", "quantity", "layer"], sort=False):
         cells = [ratio(part.loc[part["layout"] == layout, "ratio"]) for layout in LAYOUTS]
-        lines.append([NAMES[family], WORDS[quantity], str(layer), *cells])
+        lines.append([NAMES[family], WORDS[str(quantity)], str(layer), *cells])
     return markdown(["model", "target's patches over other shapes'", "layer", *LAYOUTS], lines)
 
 
@@ -275,47 +288,63 @@ def cost(results: pd.DataFrame) -> str:
     lines = []
     for (family, size), part in runs.groupby(["family", "image_size"], sort=False):
         lines.append(
-            [NAMES[family], str(size), f"{part['parameters'].iloc[0]:,}", str(part["steps"].iloc[0]),
+            [NAMES[str(family)], str(size), f"{part['parameters'].iloc[0]:,}", str(part["steps"].iloc[0]),
              f"{part['seconds'].mean():.0f}"]
         )  # fmt: skip
     head = ["model", "px", "weights", "steps", "seconds of a model, both stages"]
     return markdown(head, lines)
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 # --- figures ------------------------------------------------------------------------------------------------
 
 
 def accuracy(results: pd.DataFrame) -> Any:
-    """Right answers by task, family and layout: means over seeds with intervals; a row per resolution."""
+    """Right answers by task, and CIDEr of captions: seeds (dashes), their means and intervals."""
     import matplotlib.pyplot as plt
 
     rows, colors = main_rows(results), family_colors()
-    names, pixels = list(dict.fromkeys(rows["task"])), sorted(rows["image_size"].unique())
-    figure, axes = plt.subplots(len(pixels), 1, figsize=(DOUBLE * 1.25, 2.5 * len(pixels)), sharex=True)
-    looks = [(family, layout) for family in FAMILIES for layout in LAYOUTS]
-    for ax, size in zip(axes, pixels, strict=True):
-        for i, task in enumerate(names):
-            part = rows[(rows["task"] == task) & (rows["image_size"] == size)]
-            blind = part[["chance", "question_only"]].max(axis=1).max()
-            ax.plot([i - 0.45, i + 0.45], [blind, blind], color="0.2", ls=":", lw=1.2)
-            for k, (family, layout) in enumerate(looks):
-                values = part.loc[(part["family"] == family) & (part["layout"] == layout), "value"]
-                mean, low, high = mean_interval(values, bounds=(0, 1))
-                x = i + (k - (len(looks) - 1) / 2) * 0.13
-                ax.plot([x, x], [low, high], color=colors[family], lw=1)
-                ax.plot(x, mean, MARKS[layout], ms=4, color=colors[family], mfc=_face(layout, colors[family]))
-        ax.set_ylim(0, 1)
-        ax.set_ylabel(f"right answers, {size} px", fontsize=8)
+    names = list(dict.fromkeys(rows["task"]))
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(DOUBLE * 1.3, 3.6), width_ratios=(len(names), 1.3), layout="constrained"
+    )
+    looks = [(family, cell) for family in FAMILIES for cell in cells(rows)]
+
+    def marks(ax: Any, part: pd.DataFrame, place: int, bounds: tuple[float, float]) -> None:
+        for k, (family, cell) in enumerate(looks):
+            values = part_of(part, family, cell)["value"]
+            mean, low, high = mean_interval(values, bounds=bounds)
+            x = place + (k - (len(looks) - 1) / 2) * 0.1
+            ax.plot([x, x], [low, high], color=colors[family], lw=0.8, alpha=0.4)
+            ax.plot([x] * len(values), values, "_", color=colors[family], ms=5, mew=1.5)
+            ax.plot(x, mean, ms=4.5, **_look(cell, colors[family]))
+
+    for i, task in enumerate(names):
+        part = rows[rows["task"] == task]
+        blind = part[["chance", "question_only"]].max(axis=1).max()
+        left.plot([i - 0.45, i + 0.45], [blind, blind], color="0.2", ls=":", lw=1.2)
+        marks(left, part, i, (0, 1))
+    marks(right, results[results["metric"] == "cider"], 0, (0, 10))
+    left.set_xticks(range(len(names)), [name.replace("grounding-c", "grounding:\nnew c") for name in names])
+    left.set(ylim=(0, 1), ylabel="right answers")
+    right.set_xticks([0], ["caption"])
+    right.set(xlim=(-0.6, 0.6), ylabel="CIDEr")
+    right.set_ylim(bottom=0)
+    for ax in (left, right):
         ax.tick_params(labelsize=8)
+        ax.yaxis.label.set_size(8)
         ax.grid(axis="x", visible=False)
-    axes[-1].set_xticks(range(len(names)), names, rotation=25, ha="right")
-    legend(figure, _legend(looks) | {"best guess without the image": dict(color="0.2", ls=":")}, width=2.2)
+    shown = {
+        f"{NAMES[family]}, {named(cell)}": dict(ms=5, **_look(cell, colors[family])) for family, cell in looks
+    }
+    legend(figure, shown | {"best guess without the image": dict(color="0.2", ls=":")}, width=2.6)
     return figure
+
+
+def _look(cell: tuple[str, int], color: Any) -> dict[str, Any]:
+    """Filled where the question comes first; a triangle for the higher resolution."""
+    layout, size = cell
+    mark = "^" if size > 64 else MARKS[layout]
+    return dict(marker=mark, color=color, ls="", mfc=color if layout == "query-first" else "white")
 
 
 def looking(looks: pd.DataFrame) -> Any:
@@ -333,41 +362,17 @@ def looking(looks: pd.DataFrame) -> Any:
                 (rows["family"] == family) & (rows["quantity"] == quantity) & (rows["layout"] == layout)
             ]
             shift = (k - 1) * 0.12
-            ax.plot(mine["layer"] + shift, mine["ratio"], MARKS[layout], color=color, ms=4, alpha=0.8,
-                    mfc=_face(layout, color))  # fmt: skip
+            ax.plot(mine["layer"] + shift, mine["ratio"], alpha=0.8, ms=4, **_look((layout, 64), color))
             logs = np.log(mine["ratio"]).groupby(mine["layer"]).mean()
             ax.plot(logs.index + shift, np.exp(logs), color=color, lw=0.8, alpha=0.6)
         ax.axhline(1, color="0.3", ls=":", lw=1)
-        ax.set_yscale("log")
-        ax.yaxis.set_major_formatter(_plain)
-        ax.yaxis.set_minor_formatter(_plain)
-        ax.tick_params(labelsize=7, which="both")
+        ax.tick_params(labelsize=7)
         ax.set_xticks(sorted(rows.loc[rows["family"] == family, "layer"].unique()))
         ax.set_title(f"{NAMES[family]}:\n{WORDS[quantity]}", fontsize=8)
         ax.set_xlabel("layer", fontsize=8)
-    axes[0, 0].set_ylabel("target's patches / other shapes' (log)", fontsize=8)
-    legend(figure, {layout: dict(marker=MARKS[layout], color="0.3", ls="", mfc=_face(layout, "0.3"))
-                    for layout in LAYOUTS})  # fmt: skip
+    axes[0, 0].set_ylabel("target's patches / other shapes'", fontsize=8)
+    legend(figure, {layout: _look((layout, 64), "0.3") for layout in LAYOUTS})
     return figure
-
-
-def _plain(value: float, _: int) -> str:
-    return f"{value:g}"
-
-
-def _face(layout: str, color: Any) -> Any:
-    """Filled where the query comes first."""
-    return color if layout == "query-first" else "white"
-
-
-def _legend(looks: Sequence[tuple[str, str]]) -> dict[str, dict[str, Any]]:
-    colors = family_colors()
-    return {
-        f"{NAMES[family]}, {layout}": dict(
-            marker=MARKS[layout], color=colors[family], ls="", ms=5, mfc=_face(layout, colors[family])
-        )
-        for family, layout in looks
-    }
 
 
 if __name__ == "__main__":
