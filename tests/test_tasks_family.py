@@ -32,7 +32,7 @@ def options_of(name, draw):
         m, r, blocks = integers(1, 3), integers(1, 4), integers(1, 4)
         blocks = blocks if name == "ngram-duplicate" else 1
         options = dict(query_size=m, answer_size=r, seq_len=blocks * (m + r + 1) + integers(0, 30))
-        options["num_symbols"] = integers(16, 40)
+        options["num_symbols"] = integers(max(16, -(-options["seq_len"] // 3)), 40)  # else no query is unique
         if name == "ngram-duplicate":
             options["blocks"] = blocks
         elif draw(st.booleans()):
