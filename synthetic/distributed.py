@@ -173,6 +173,7 @@ def score(
         # a process without rows takes part in the forward pass all the same
         result = evaluate.score(model, [parts[0] if empty else part], device=device, precision=precision)
         mine.append(None if empty else result)
+    reshard(model)
     in_order = zip(*world.gathered(mine), strict=True)  # batch by batch, its parts by rank
     found: list[Evaluation] = [result for results in in_order for result in results if result is not None]
     counts = [len(result.correct) for result in found]
@@ -183,6 +184,18 @@ def score(
         float(np.average([result.loss for result in found], weights=counts)),
         found[0].chance,
     )
+
+
+def reshard(model: LanguageModel) -> None:
+    """Undo what a forward pass without a backward one leaves behind.
+
+    FSDP keeps the outermost module's weights whole for the backward pass. Until they are shards again, they
+    are other tensors than those that the optimizer has, and a checkpoint would miss their moments.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def full(parameter: Tensor) -> Tensor:

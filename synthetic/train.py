@@ -107,6 +107,7 @@ class Session:
         self.optimizer = make_optimizer(self.model, plan)
         self.progress = Progress(length=plan.curriculum or plan.seq_len)
         self.checkpoint_seconds = CHECKPOINT_SECONDS
+        self.kept = -1  # step of the last checkpoint
         self._resume()
         if world.main:
             store.drop_rows_after(self.metrics, plan.family, self.progress.step)
@@ -127,6 +128,7 @@ class Session:
         else:
             return
         self.progress = Progress(**header)
+        self.kept = self.progress.step
 
     def done(self) -> bool:
         plan, now = self.plan, self.progress
@@ -199,7 +201,12 @@ class Session:
         )
 
     def checkpoint(self) -> None:
-        """Write weights, optimiser state and progress; slow disks get longer intervals."""
+        """Write weights, optimiser state and progress; slow disks get longer intervals.
+
+        Once for a step: writing shards again would first remove what may be the only whole checkpoint.
+        """
+        if self.kept == self.progress.step:
+            return
         before = time.monotonic()
         self.progress.seconds = before - self.started
         tensors, header = (
@@ -210,7 +217,7 @@ class Session:
             distributed.save(self.own, tensors, header, self.world)
         else:
             store.save_tensors(self.own / SINGLE, tensors, header)
-        self.saved = time.monotonic()
+        self.saved, self.kept = time.monotonic(), self.progress.step
         cost = (self.saved - before) / CHECKPOINT_SHARE
         self.checkpoint_seconds = max(self.checkpoint_seconds, cost)
 

@@ -67,6 +67,17 @@ def assert_same_numbers(one: Path, other: Path) -> None:
     assert len(store.read_rows(other / "by_position.jsonl")) == 16
 
 
+def assert_same_checkpoint(one: Path, several: Path) -> None:
+    """All weights and moments of one process' last checkpoint are in the shards of the other run's."""
+    wanted, header = store.load_tensors(one / "mamba" / train.SINGLE)
+    place, progress = distributed.saved(several / "mamba")
+    assert progress["step"] == header["step"]
+    found = {name: torch.full_like(tensor, torch.nan) for name, tensor in wanted.items()}
+    distributed.load(place, found, World())
+    for name, tensor in wanted.items():
+        assert torch.allclose(found[name], tensor, rtol=0, atol=2e-3), name
+
+
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
     return ran(tmp_path_factory.mktemp("one"), "--steps", "15")
@@ -78,6 +89,7 @@ def test_ddp_and_fsdp_have_the_curve_of_one_process(single, tmp_path):
         assert_same_numbers(single, found)
         files = [path.name for path in (found / "mamba").rglob("*.safetensors")]
         assert sum(name.startswith("shard-") for name in files) == 2, files
+        assert_same_checkpoint(single, found)  # written right after an evaluation, which must leave no trace
         assert (found.parent / "results").exists()  # written once, by the first process
 
 
@@ -166,3 +178,23 @@ def test_gradients_of_uneven_shares_average_to_those_of_the_batch(accumulate):
     whole, first, second = gradients(World()), gradients(Doubled(0, 2)), gradients(Doubled(1, 2))
     for name, wanted in whole.items():
         torch.testing.assert_close((first[name] + second[name]) / 2, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_is_written_once(tmp_path, monkeypatch):
+    """Shards of a step that are written again would first be removed: for a moment there would be none."""
+    written, save_tensors = [], store.save_tensors
+
+    def noted(path, tensors, header):
+        written.append((path.name, header["step"]))
+        save_tensors(path, tensors, header)
+
+    monkeypatch.setattr(store, "save_tensors", noted)
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0.0)  # due after every step
+    monkeypatch.setattr(train, "CHECKPOINT_SHARE", 1e9)
+    settled = plan(RunConfig(seq_len=6, layers=1, device="cpu", precision="float32", steps=3), "mamba")
+    steps = iter([False, True])
+    with pytest.raises(train.Interrupted, match="step 2"):
+        train.train(settled, tmp_path, should_stop=lambda: next(steps))
+    train.train(settled, tmp_path)
+    expected = [(train.SINGLE, step) for step in (1, 2, 3)]
+    assert written == [*expected, ("model.safetensors", 3)]
