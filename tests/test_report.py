@@ -258,6 +258,19 @@ def test_bad_calls_are_one_line(bare, tmp_path, capsys, monkeypatch):
         assert error == f'error: the report needs {package}: pip install -e ".[report]"\n'
 
 
+@pytest.mark.parametrize("limit", [1_000_000, 10_000_000])
+def test_a_large_file_is_said_to_be_large(bare, tmp_path, capsys, monkeypatch, limit):
+    monkeypatch.setattr(cli, "LARGE", limit)
+    out = tmp_path / "report.html"
+    assert cli.main([str(bare), "--out", str(out)]) == 0
+    size = out.stat().st_size
+    shown = capsys.readouterr()
+    assert shown.out == f"{out}  {size / 1e6:.1f} MB\n"
+    warning = f"warning: {out} is larger than {limit / 1e6:.0f} MB and slow to open; give fewer RUNS\n"
+    assert shown.err == (warning if size > limit else "")
+    assert 1_000_000 < size < 10_000_000
+
+
 def test_commands_of_the_documents_parse():
     root = Path(__file__).parents[1]
     pages = [root / "README.md", *(root / "docs").glob("*.md")]

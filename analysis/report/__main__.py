@@ -12,6 +12,8 @@ import tyro
 
 from synthetic.run import fail
 
+LARGE = 10_000_000  # bytes: what mail servers and browsers take without trouble
+
 
 @dataclass(frozen=True)
 class Options:
@@ -48,6 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return fail(f"--out {options.out}: {error.strerror or error}; choose another file")
     print(f"{options.out}  {len(content) / 1e6:.1f} MB")
+    if len(content) > LARGE:
+        print(
+            f"warning: {options.out} is larger than {LARGE / 1e6:.0f} MB and slow to open; give fewer RUNS",
+            file=sys.stderr,
+        )
     return 0
 
 
