@@ -20,9 +20,8 @@ from vlm.config import Run, Scenes, Stage, from_dict, read_file
 from vlm.scenes import encoder as scenes
 
 FIRST = Stage(
-    {"locate": Scenes("locate", 40, turns=2), "questions": Scenes("questions", 40, turns=2)},
-    steps=8, batch_size=4, lr=2e-3, weights={"locate": 1, "questions": 1},
-    layouts=("agnostic", "query-first"),
+    {"locate": Scenes("locate", 40, turns=2), "vqa": Scenes("vqa", 40, turns=2)},
+    steps=8, batch_size=4, lr=2e-3, weights={"locate": 1, "vqa": 1}, layouts=("agnostic", "query-first"),
 )  # fmt: skip
 SECOND = Stage({"grounding": Scenes("grounding", 40)}, steps=4, batch_size=4, lr=1e-3)
 ASKED = {
@@ -88,7 +87,7 @@ def test_runs_share_the_stages_that_they_have_in_common_and_no_others():
         run(seed=1), run(image_size=64), run(precision="bf16"), run("mamba"),
         run(model_overrides={"n_layer": 2}),
         run(stages=(dataclasses.replace(FIRST, lr=1e-3), SECOND)),
-        run(stages=(dataclasses.replace(FIRST, weights={"locate": 2, "questions": 1}), SECOND)),
+        run(stages=(dataclasses.replace(FIRST, weights={"locate": 2, "vqa": 1}), SECOND)),
     ]  # fmt: skip
     assert len({a.stage_ids()[0], *(other.stage_ids()[0] for other in others)}) == 1 + len(others)
     at64 = (

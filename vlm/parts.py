@@ -33,7 +33,7 @@ def text(name: str) -> tokenizer.Text:
     from vlm.scenes.source import SceneSource
 
     packed = [
-        SceneSource(task, 400, turns=7) for task in ("caption", "describe", "questions", "locate", "pointing")
+        SceneSource(task, 400, turns=7) for task in ("caption", "describe", "vqa", "locate", "pointing")
     ]
     texts = [chunk.text for source in packed for i in range(400) for chunk in source[i].chunks]
     return tokenizer.from_words([*texts, *(f"{i / 100:.2f}" for i in range(101))])

@@ -16,7 +16,6 @@ from vlm.scenes.scene import COLOUR_COUNTS, HELDOUT_PAIRS, Box, Object, Scene, s
 from vlm.scenes.stamps import COLOURS, SHAPES
 
 T = TypeVar("T")
-Choose = Callable[[int], int]  # ways -> which of them, 0 .. ways - 1: what decides on an answer
 LETTERS = "ABCD"
 _QUESTION_INDEX = 2**60  # scenes below this index never share a random stream with a question
 _ATTRIBUTES = ("colour", "name", "size", "texture")
@@ -41,16 +40,7 @@ def make_example(scene: Scene, task: str) -> Example:
     number = list(TASKS).index(task)
     # one stream a task: which other tasks are asked changes nothing
     rng = scene_stream(scene.seed, scene.split, _QUESTION_INDEX + scene.index * len(TASKS) + number)
-    return TASKS[task](scene, rng, partial(balanced, scene, task))
-
-
-def another_example(scene: Scene, task: str, rng: np.random.Generator) -> Example:
-    """One more example of `task`, with an answer that rng draws: balanced over many, not over a few.
-
-    Half the questions for attributes name all the others, of which a model that knows one finds most objects.
-    """
-    make = partial(attribute, full=bool(rng.integers(2))) if task == "attribute" else TASKS[task]
-    return make(scene, rng, lambda ways: int(rng.integers(ways)))
+    return TASKS[task](scene, rng)
 
 
 def balanced(scene: Scene, task: str, ways: int) -> int:
@@ -93,7 +83,7 @@ def unique_phrases(scene: Scene, item: Object, attributes: Sequence[str] = _ATTR
     return []
 
 
-def caption(scene: Scene, rng: np.random.Generator, choose: Choose) -> Example:
+def caption(scene: Scene, rng: np.random.Generator) -> Example:
     parts = []
     for item in scene.objects:
         if item.kind == "shape":
@@ -107,7 +97,7 @@ def caption(scene: Scene, rng: np.random.Generator, choose: Choose) -> Example:
     return Example(scene, "caption", "Describe the image.", text[0].upper() + text[1:], boxes=boxes)
 
 
-def existence(scene: Scene, rng: np.random.Generator, choose: Choose) -> Example:
+def existence(scene: Scene, rng: np.random.Generator) -> Example:
     present = {(item.colour, item.name) for item in scene.shapes}
     asked = [
         (colour, shape)
@@ -116,7 +106,7 @@ def existence(scene: Scene, rng: np.random.Generator, choose: Choose) -> Example
         # both answers ask about the same pairs: a pair that only "no" asks about would give itself away
         if ((colour, shape) in HELDOUT_PAIRS) == (scene.split == "combination")
     ]
-    yes = choose(2) == 1
+    yes = balanced(scene, "existence", 2) == 1
     colour, shape = _pick(rng, [pair for pair in asked if (pair in present) == yes])
     boxes = tuple(o.box for o in scene.shapes if (o.colour, o.name) == (colour, shape))
     article = "an" if colour[0] in "aeiou" else "a"
@@ -130,15 +120,15 @@ def _colour_counts(scene: Scene) -> dict[str, int]:
     return {colour: counts[colour] for colour in COLOURS}
 
 
-def count(scene: Scene, rng: np.random.Generator, choose: Choose) -> Example:
-    answer = choose(len(COLOUR_COUNTS) + 1)
+def count(scene: Scene, rng: np.random.Generator) -> Example:
+    answer = balanced(scene, "count", len(COLOUR_COUNTS) + 1)
     colour = _pick(rng, [name for name, number in _colour_counts(scene).items() if number == answer])
     boxes = tuple(item.box for item in scene.shapes if item.colour == colour)
     return Example(scene, "count", f"How many {colour} shapes are there?", str(answer), boxes=boxes)
 
 
-def attribute(scene: Scene, rng: np.random.Generator, choose: Choose, full: bool = False) -> Example:
-    first = choose(len(_ATTRIBUTES))
+def attribute(scene: Scene, rng: np.random.Generator) -> Example:
+    first = balanced(scene, "attribute", len(_ATTRIBUTES))
     # a scene may have no shape that can be named without its colour, say: then another attribute is asked
     for asked in _ATTRIBUTES[first:] + _ATTRIBUTES[:first]:
         others = [name for name in _ATTRIBUTES if name != asked]
@@ -146,23 +136,22 @@ def attribute(scene: Scene, rng: np.random.Generator, choose: Choose, full: bool
         if options:
             break
     item, phrases = _pick(rng, options)
-    named = phrase(item, others) if full else _pick(rng, phrases)
     word = "shape" if asked == "name" else asked
-    question = f"What {word} is the {named}?"
+    question = f"What {word} is the {_pick(rng, phrases)}?"
     return Example(scene, "attribute", question, getattr(item, asked), boxes=(item.box,))
 
 
-def comparison(scene: Scene, rng: np.random.Generator, choose: Choose) -> Example:
+def comparison(scene: Scene, rng: np.random.Generator) -> Example:
     counts = _colour_counts(scene)
     pairs = [(a, b) for a in counts for b in counts if counts[a] > counts[b]]
     more, fewer = _pick(rng, pairs)
-    yes = choose(2) == 1
+    yes = balanced(scene, "comparison", 2) == 1
     first, second = (more, fewer) if yes else (fewer, more)
     question = f"Are there more {first} shapes than {second} shapes?"
     return Example(scene, "comparison", question, "yes" if yes else "no")
 
 
-def spatial(scene: Scene, rng: np.random.Generator, choose: Choose) -> Example:
+def spatial(scene: Scene, rng: np.random.Generator) -> Example:
     axes = [0, 1]
     pairs = [
         (a, b, axis)
@@ -172,7 +161,7 @@ def spatial(scene: Scene, rng: np.random.Generator, choose: Choose) -> Example:
         if a is not b and (a.box[axis + 2] <= b.box[axis] or b.box[axis + 2] <= a.box[axis])
     ]
     a, b, axis = _pick(rng, pairs)
-    yes = choose(2) == 1
+    yes = balanced(scene, "spatial", 2) == 1
     lower, higher = (("left of", "right of"), ("above", "below"))[axis]
     relation = lower if (a.box[axis] < b.box[axis]) == yes else higher
     names = phrase(a, ("colour", "name")), phrase(b, ("colour", "name"))
@@ -180,7 +169,7 @@ def spatial(scene: Scene, rng: np.random.Generator, choose: Choose) -> Example:
     return Example(scene, "spatial", question, "yes" if yes else "no", boxes=(a.box, b.box))
 
 
-def grounding(scene: Scene, rng: np.random.Generator, choose: Choose) -> Example:
+def grounding(scene: Scene, rng: np.random.Generator) -> Example:
     item = _pick(rng, subjects(scene))
     question = f"Where is the {_pick(rng, unique_phrases(scene, item))}?"
     # published format: corners as shares of the side with two decimals; `boxes` has the exact pixels
@@ -188,23 +177,23 @@ def grounding(scene: Scene, rng: np.random.Generator, choose: Choose) -> Example
     return Example(scene, "grounding", question, answer, boxes=(item.box,))
 
 
-def pointing(scene: Scene, rng: np.random.Generator, choose: Choose) -> Example:
+def pointing(scene: Scene, rng: np.random.Generator) -> Example:
     item = _pick(rng, subjects(scene))
     others = [o for o in scene.shapes if o is not item]
     candidates = [others[k] for k in rng.permutation(len(others))[: len(LETTERS) - 1]]
-    place = choose(len(LETTERS))
+    place = balanced(scene, "pointing", len(LETTERS))
     candidates.insert(place, item)
     question = f"Which box shows the {_pick(rng, unique_phrases(scene, item))}?"
     boxes = tuple(o.box for o in candidates)
     return Example(scene, "pointing", question, LETTERS[place], tuple(LETTERS), boxes)
 
 
-def reading(scene: Scene, rng: np.random.Generator, choose: Choose, kind: str) -> Example:
+def reading(scene: Scene, rng: np.random.Generator, kind: str) -> Example:
     item = next(o for o in scene.objects if o.kind == kind)
     return Example(scene, f"reading-{kind}", f"Which {kind} is written?", item.name, boxes=(item.box,))
 
 
-TASKS: dict[str, Callable[[Scene, np.random.Generator, Choose], Example]] = {
+TASKS: dict[str, Callable[[Scene, np.random.Generator], Example]] = {
     "caption": caption,
     "existence": existence,
     "count": count,

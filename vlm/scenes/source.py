@@ -12,24 +12,20 @@ from vlm import prompts
 from vlm.data.samples import Sample
 from vlm.prompts import Chunk
 from vlm.scenes import TASKS, Example, Object, Scene, make_example, render, sample_scene
-from vlm.scenes.questions import another_example, phrase, unique_phrases
+from vlm.scenes.questions import phrase, unique_phrases
 from vlm.scenes.scene import scene_stream
 
-# What "questions" draws from, each place once: all that is asked, more of what takes long to learn.
-QUESTIONS = (
-    *["attribute"] * 4, *["existence"] * 3, *["count"] * 2, "comparison", "spatial",
-    "reading-digit", "reading-word",
-)  # fmt: skip
-SOURCES = (*TASKS, "describe", "questions", "locate")  # the last three pack turns
+QUESTIONS = ("existence", "count", "attribute", "comparison", "spatial", "reading-digit", "reading-word")
+SOURCES = (*TASKS, "describe", "vqa", "locate")  # the last three pack turns
 _TURN_INDEX = 2**61  # keeps the streams here apart from those of scenes and questions
 
 
 class SceneSource:
     """Samples of one task, sample i about scene i.
 
-    task: one of `vlm.scenes.TASKS`, or one that packs `turns` turns about an image: "questions" (of all
-    kinds, see QUESTIONS, none twice), "locate" (referring expressions), "describe" (boxes to be described).
-    Others ignore `turns`. answers=False leaves the answer to the model and puts it into `target`.
+    task: one of `vlm.scenes.TASKS`, or one that packs `turns` turns about an image: "vqa" (questions of
+    different kinds), "locate" (referring expressions), "describe" (boxes to be described). Others ignore
+    `turns`. answers=False leaves the answer to the model and puts it into `target`.
     Raises ValueError for unknown tasks and splits.
     """
 
@@ -61,10 +57,10 @@ class SceneSource:
     def __getitem__(self, index: int) -> Sample:
         scene = sample_scene(self.seed, self.split, index)
         rng = scene_stream(self.seed, self.split, _TURN_INDEX + index)
-        if self.name == "questions":
+        if self.name == "vqa":
             kinds = rng.permutation(len(QUESTIONS))[: self.turns]
-            asked = [another_example(scene, QUESTIONS[k], rng) for k in kinds]
-            chunks = prompts.vqa(list({e.question: e.answer for e in asked}.items()))
+            asked = [make_example(scene, QUESTIONS[k]) for k in kinds]
+            chunks = prompts.vqa([(e.question, e.answer) for e in asked])
             target: dict[str, Any] = {}
         elif self.name in ("locate", "describe"):
             chosen = [scene.shapes[k] for k in rng.permutation(len(scene.shapes))[: self.turns]]
