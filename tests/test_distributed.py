@@ -198,3 +198,6 @@ def test_a_step_is_written_once(tmp_path, monkeypatch):
     train.train(settled, tmp_path)
     expected = [(train.SINGLE, step) for step in (1, 2, 3)]
     assert written == [*expected, ("model.safetensors", 3)]
+    (tmp_path / "mamba" / "result.json").unlink()  # as if it had been killed in its final evaluation
+    train.train(settled, tmp_path)
+    assert written == [*expected, *[("model.safetensors", 3)] * 2]
