@@ -59,20 +59,15 @@ def write(runs: Path, out: Path) -> Iterator[str]:
     from analysis.tables import load
 
     evaluations = load(runs)
-    evaluations = evaluations[evaluations["purpose"] == "report"]
-    if evaluations.empty:
-        raise ValueError(f"{runs} has no reported runs yet, only validation; let the sweep go on")
     try:
         targets = load(runs, "targets")
-        targets = targets[targets["purpose"] == "report"]
     except ValueError:
         yield "no targets beside the results: figures by position are left out"
-        targets = evaluations.iloc[:0]
+        targets = None
+    evaluations, targets, early = reported(evaluations, targets)
+    if evaluations.empty and not early:
+        raise ValueError(f"{runs} has no reported runs yet, only validation; let the sweep go on")
     out.mkdir(parents=True, exist_ok=True)
-    begun = (
-        evaluations["length"].eq(evaluations["seq_len"]).groupby([evaluations["run"], evaluations["model"]])
-    )
-    evaluations, early = evaluations[begun.transform("any")], int((~begun.any()).sum())
     if early:
         yield f"{early} runs have no evaluation at their full length yet and are left out"
     if evaluations.empty:
@@ -87,6 +82,18 @@ def write(runs: Path, out: Path) -> Iterator[str]:
             if runs.is_dir() and task in DENSE:  # the tasks whose answers are positions
                 for name, table, draw in _geometry(runs, task):
                     yield _write(out / f"{prefix}{name}", table, draw)
+
+
+def reported(evaluations: Table, targets: Table | None) -> tuple[Table, Table, int]:
+    """Both tables without the runs that only served to choose settings; how many runs are left out as early.
+
+    Evaluations are of runs that have one at their full length. targets None: an empty table.
+    """
+    evaluations = evaluations[evaluations["purpose"] == "report"]
+    targets = evaluations.iloc[:0] if targets is None else targets[targets["purpose"] == "report"]
+    full = evaluations["length"].eq(evaluations["seq_len"])
+    begun = full.groupby([evaluations["run"], evaluations["model"]])
+    return evaluations[begun.transform("any")], targets, int((~begun.any()).sum())
 
 
 def figures(evaluations: Table, targets: Table) -> Iterator[Drawn]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import pandas as pd
 import tyro
+from matplotlib.figure import Figure
 
 from analysis import curves, diagrams, published, vlm_plots
 from analysis.style import DOUBLE, SINGLE, save, theme
@@ -166,12 +168,14 @@ def _synthetic(options: Options) -> Iterator[Entry | str]:
     if found is None:
         yield f"synthetic curves: left out, {place} has no results of synthetic.run"
         return
-    evaluations = found[found["purpose"] == "report"]
-    targets = _table(place, "target_low", "targets")
-    tables = (evaluations, evaluations.iloc[:0] if targets is None else targets)
+    evaluations, targets, early = curves.reported(found, _table(place, "target_low", "targets"))
+    if early:
+        yield f"synthetic curves: {early} runs have no evaluation at their full length yet and are left out"
+    elif evaluations.empty:
+        yield f"synthetic curves: left out, {place} has no reported runs yet, only validation"
     source = f"measured: {'your runs' if options.runs else f'studies/{SYNTHETIC}'}"
     for task in sorted(evaluations["task"].unique()):
-        for name, drawn, draw in curves.figures(*(table[table["task"] == task] for table in tables)):
+        for name, drawn, draw in curves.figures(*(t[t["task"] == task] for t in (evaluations, targets))):
             if len(drawn):
                 yield Entry(f"{task}_{name}", f"{task}: {name.replace('_', ' ')}", source, drawn, draw)
 
@@ -195,8 +199,15 @@ def _write(out: Path, entry: Entry) -> list[str]:
     drawn: tuple[str, ...] = ()
     if entry.draw is not None:
         drawn = ("png", "pdf", "svg")
-        save(entry.draw(), out / entry.name, drawn, dpi=200)
+        save(labelled(entry.draw(), entry.source), out / entry.name, drawn, dpi=200)
     return [f"{entry.name}.{kind}" for kind in (*contents, *drawn)]
+
+
+def labelled(figure: Figure, source: str) -> Figure:
+    """The same figure, which now says above its panels whose numbers it shows; a drawing shows none."""
+    if source != DRAWN:
+        figure.suptitle(textwrap.fill(source, int(14 * figure.get_figwidth())), fontsize=7, color="0.35")
+    return figure
 
 
 if __name__ == "__main__":

@@ -266,7 +266,8 @@ def by_position(table: pd.DataFrame) -> Figure:
     """Accuracy against where the target stood (0 = first, 1 = last), a panel per setting."""
     looks = settings.looks(table)
     columns = sorted(table["setting"].unique(), key=_setting_order)
-    figure, axes = panels(1, len(columns), sharey=True, size=(3.4, 3.2))
+    most = table.groupby("setting")["variant"].nunique().max()
+    figure, axes = panels(1, len(columns), sharey=True, size=(3.4, 2.8 + 0.14 * most))
     for ax, setting in zip(axes[0], columns, strict=True):
         lengths = []
         for name, cell in table[table["setting"] == setting].groupby(["variant", "seq_len"]):
@@ -274,13 +275,13 @@ def by_position(table: pd.DataFrame) -> Figure:
             bars = [cell["accuracy"] - cell["ci_low"], cell["ci_high"] - cell["accuracy"]]
             ax.errorbar(cell["relative"], cell["accuracy"], yerr=bars, capsize=2, lw=1.5, ms=4, **look)
             lengths.append(f"{name[0]}: {name[1]}")
-        words = "context length\n" + "\n".join(lengths)
-        box = dict(facecolor="white", alpha=0.85, edgecolor="none", pad=1.5)
-        ax.text(0.98, 0.02, words, transform=ax.transAxes, fontsize=7, ha="right", va="bottom", bbox=box)
-        ax.set(title=setting, xlabel="place of the target in the context", xlim=(0, 1), ylim=(-0.65, 1.05))
-    axes[0, 0].set_yticks([0, 0.25, 0.5, 0.75, 1.0])
+            ax.axhline(cell["chance"].mean(), color="0.4", linestyle=":", lw=1)
+        words = "context length\n" + "\n".join(lengths)  # below the panel: curves may be anywhere in it
+        place = dict(xycoords="axes fraction", textcoords="offset points", xytext=(0, -38))
+        ax.annotate(words, (1, 0), fontsize=7, ha="right", va="top", **place)
+        ax.set(title=setting, xlabel="place of the target in the context", xlim=(0, 1), ylim=(-0.05, 1.05))
     axes[0, 0].set_ylabel("final held-out accuracy")
-    _legend(figure, looks)
+    _legend(figure, looks, [("chance", {"linestyle": ":", "marker": ""})])
     return figure
 
 

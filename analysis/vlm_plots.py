@@ -5,7 +5,6 @@ Own results are the table of `vlm.evaluate` (`vlm.results.COLUMNS`): a row per r
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -65,8 +64,6 @@ def gap_vs_scale(table: pd.DataFrame, width: float = DOUBLE) -> Figure:
         ax.set_xlim(-0.3, len(pairs) - 0.7)
     left.set_ylim(-16, 12)
     left.set_ylabel("Pythia-VL minus Mamba-VL (points)", fontsize=8)
-    source = published.SOURCE if width > SINGLE else textwrap.fill(published.SOURCE, 45)
-    figure.suptitle(source, fontsize=7, color="0.35")
     return figure
 
 

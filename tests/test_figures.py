@@ -13,7 +13,7 @@ import pytest
 
 matplotlib.use("Agg")
 
-from analysis import diagrams, figures, published, vlm_plots
+from analysis import curves, diagrams, figures, published, vlm_plots
 from analysis.style import DOUBLE, SINGLE, theme
 from vlm.results import COLUMNS
 
@@ -131,7 +131,9 @@ def test_no_text_lies_on_another_or_leaves_the_figure(name, width):
             "resolution": lambda: vlm_plots.resolution(vlm_plots.resolution_table(own()), width),
             "layouts": lambda: vlm_plots.layouts(vlm_plots.layout_table(own()), width),
         }[name]()
-        found = texts_of(figure)
+        source = figures.DRAWN if name in WIDE else published.SOURCE  # the longest there is
+        found = texts_of(figures.labelled(figure, source))
+    assert (source in [" ".join(text.split("\n")) for text, _ in found]) == (name not in WIDE)
     assert len(found) > 5 and figure.get_figwidth() == width
     page = figure.bbox
     for text, box in found:
@@ -187,6 +189,35 @@ def test_own_runs_are_drawn_and_nothing_published_beside_them(tmp_path, capsys):
     index = json.loads((tmp_path / "out" / "index.json").read_text())
     assert {entry["source"] for entry in index} == {figures.DRAWN, "measured: your runs"}
     assert {"fig3_resolution", "fig4_layouts"} <= {entry["file"].removesuffix(".png") for entry in index}
+    for entry in index:
+        drawn = (tmp_path / "out" / entry["file"]).with_suffix(".svg").read_text()
+        assert (">measured: your runs<" in drawn) == (entry["source"] != figures.DRAWN)
+
+
+def test_the_studies_figures_are_those_of_the_study():
+    """Without the runs that chose learning rates, which its tables have, too."""
+    committed = figures.STUDIES / figures.SYNTHETIC / "figures"
+    found = [entry for entry in figures.entries(figures.Options()) if not isinstance(entry, str)]
+    drawn = {entry.name.removeprefix("position_"): entry for entry in found if "position_" in entry.name}
+    assert {"by_position", "position_step", "summary", "accuracy_curves"} <= set(drawn)
+    for name, entry in drawn.items():
+        assert curves.csv(entry.table) == (committed / f"{name}.csv").read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"purpose": "validation"}, "has no reported runs yet, only validation"),
+        ({"length": 4}, "1 runs have no evaluation at their full length yet and are left out"),
+    ],
+)
+def test_runs_without_numbers_to_report_are_named(change, line, tmp_path, capsys):
+    table = pd.read_parquet(figures.STUDIES / figures.SYNTHETIC / "results.parquet")
+    one = table[(table["run"] == table["run"].iloc[0]) & (table["model"] == table["model"].iloc[0])]
+    one.assign(**change).to_parquet(tmp_path / "results.parquet")
+    assert figures.main(["--runs", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    assert line in capsys.readouterr().out
+    assert not list((tmp_path / "out").glob("position_*"))
 
 
 @pytest.mark.parametrize(
