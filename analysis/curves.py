@@ -12,6 +12,9 @@ from typing import Annotated, Any
 import pandas as pd
 import tyro
 
+from models.errors import UserError
+from synthetic.cli import guarded, parse
+
 DIGITS = 10  # of numbers in CSV files
 
 Table = pd.DataFrame
@@ -34,26 +37,21 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status. Bad input gives one line and status 2."""
-    options = tyro.cli(Options, args=argv, prog="python -m analysis.curves")
+    options = parse(Options, argv, "python -m analysis.curves")
+    return guarded(lambda: _print_all(options), out=options.out)
+
+
+def _print_all(options: Options) -> int:
     import matplotlib
 
     matplotlib.use("Agg")
-    try:
-        for name in write(options.runs, options.out):
-            print(name)
-    except ValueError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(
-            f"error: --out {options.out}: {error.strerror or error}; choose another folder", file=sys.stderr
-        )
-        return 2
+    for name in write(options.runs, options.out):
+        print(name)
     return 0
 
 
 def write(runs: Path, out: Path) -> Iterator[str]:
-    """Write all figures and tables; yields a line on each. Raises ValueError if there are no runs."""
+    """Write all figures and tables; yields a line on each. Raises UserError if there are no runs."""
     from analysis.settings import DENSE
     from analysis.style import theme
     from analysis.tables import load
@@ -66,7 +64,7 @@ def write(runs: Path, out: Path) -> Iterator[str]:
         targets = None
     evaluations, targets, early = reported(evaluations, targets)
     if evaluations.empty and not early:
-        raise ValueError(f"{runs} has no reported runs yet, only validation; let the sweep go on")
+        raise UserError(f"{runs} has no reported runs yet, only validation; let the sweep go on")
     out.mkdir(parents=True, exist_ok=True)
     if early:
         yield f"{early} runs have no evaluation at their full length yet and are left out"

@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from analysis import curves, diagrams, published, vlm_plots
 from analysis.style import DOUBLE, SINGLE, save, theme
 from analysis.tables import concatenated, files
-from synthetic.run import explain, fail, write_anything
+from models.errors import UserError
+from synthetic.cli import guarded, parse
 from synthetic.store import write_bytes
 
 STUDIES = Path(__file__).resolve().parent.parent / "studies"
@@ -61,25 +62,23 @@ class Entry:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 2 for bad input."""
-    write_anything()
-    options = tyro.cli(Options, args=argv, prog="python -m analysis.figures")
+    options = parse(Options, argv, "python -m analysis.figures")
+    return guarded(lambda: _print_all(options), out=options.out)
+
+
+def _print_all(options: Options) -> int:
     import matplotlib
 
     matplotlib.use("Agg")
-    try:
-        for line in write(options):
-            print(line)
-    except (ValueError, ImportError) as error:
-        return fail(str(error))
-    except OSError as error:
-        return fail(explain(error, str(options.out)))
+    for line in write(options):
+        print(line)
     return 0
 
 
 def write(options: Options) -> Iterator[str]:
-    """Write everything that the options ask for; yields a line on each. Raises ValueError for bad sources."""
+    """Write everything that the options ask for; yields a line on each. Raises UserError for bad sources."""
     if options.published and options.runs is not None:
-        raise ValueError(f"--published and --runs {options.runs} exclude each other; give one of them")
+        raise UserError(f"--published and --runs {options.runs} exclude each other; give one of them")
     options.out.mkdir(parents=True, exist_ok=True)
     index = []
     with theme():
@@ -181,11 +180,11 @@ def _synthetic(options: Options) -> Iterator[Entry | str]:
 
 
 def _table(place: Path, column: str, name: str = "results") -> pd.DataFrame | None:
-    """The results table at `place`, if it has this column. Raises ValueError where nothing can be read."""
+    """The results table at `place`, if it has this column. Raises UserError where nothing can be read."""
     if not place.exists():
         if place.is_relative_to(STUDIES):
             return None
-        raise ValueError(f"--runs {place} does not exist; give a folder of runs or a results.parquet")
+        raise UserError(f"--runs {place} does not exist; give a folder of runs or a results.parquet")
     found = concatenated(files(place, name))
     return found if found is not None and column in found.columns else None
 

@@ -18,6 +18,7 @@ from scipy import stats
 
 from analysis.settings import label, looks, variants
 from analysis.tables import load
+from models.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,10 +54,10 @@ def principal(rows: np.ndarray, components: int = 2) -> tuple[np.ndarray, np.nda
 def locality(cosine: np.ndarray) -> float:
     """Spearman correlation of cosine similarity with closeness -|i - j| over all pairs i < j, in [-1, 1].
 
-    0 for positions without order. Raises ValueError for fewer than 3 positions.
+    0 for positions without order. Raises UserError for fewer than 3 positions.
     """
     if len(cosine) < 3:
-        raise ValueError(f"{len(cosine)} positions have no order to speak of; give at least 3")
+        raise UserError(f"{len(cosine)} positions have no order to speak of; give at least 3")
     i, j = np.triu_indices(len(cosine), 1)
     return float(stats.spearmanr(cosine[i, j], i - j).statistic)
 
@@ -89,7 +90,7 @@ def position_rows(folder: Path) -> dict[str, np.ndarray]:
     """(N, d) rows of each of TABLES that a trained model has; `folder` is runs/<id>/<family>.
 
     "input" only where it is not the readout itself (tied embeddings); "learned" are the rows of the places
-    where a context's symbols stand. Raises ValueError if the task has no position tokens.
+    where a context's symbols stand. Raises UserError if the task has no position tokens.
     """
     from synthetic import store, tasks
 
@@ -98,7 +99,7 @@ def position_rows(folder: Path) -> dict[str, np.ndarray]:
     task = tasks.build(plan["task"], **plan["task_options"])
     vocabulary = task.vocabulary
     if not vocabulary.num_positions:
-        raise ValueError(f"task {plan['task']} of {folder} has no position tokens")
+        raise UserError(f"task {plan['task']} of {folder} has no position tokens")
     n, first = plan["seq_len"], vocabulary.first_position
     model = store.load_model(folder)
     embedding, *_, head = model.parts()

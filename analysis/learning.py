@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from analysis.style import NAMES, family_colors
+from models.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,13 +18,13 @@ def learning_curve(metrics: pd.DataFrame, title: str = "") -> Figure:
     """Held-out accuracy at the full length, and the length in training, against tokens seen.
 
     metrics: rows of metrics.jsonl (columns model, tokens, length, train_length, accuracy, ci_low, ci_high,
-    chance). The band is the 95 % Wilson interval of each evaluation. Raises ValueError if there is no row.
+    chance). The band is the 95 % Wilson interval of each evaluation. Raises UserError if there is no row.
     """
     import matplotlib.pyplot as plt
     import seaborn
 
     if metrics.empty:
-        raise ValueError("metrics has no rows: nothing was evaluated yet")
+        raise UserError("metrics has no rows: nothing was evaluated yet")
     full = metrics[metrics["length"] == metrics["length"].max()]
     with seaborn.axes_style("whitegrid"), seaborn.plotting_context("notebook"):
         figure, (top, bottom) = plt.subplots(

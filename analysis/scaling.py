@@ -17,6 +17,7 @@ import pandas as pd
 from scipy import optimize, stats
 
 from analysis.statistics import bootstrap_median_time, mean_interval, require
+from models.errors import UserError
 
 RUN = ["run", "model"]
 CELL = ("task", "layout", "seq_len", "model", "preset", "position", "d_state", "n_layer")
@@ -35,7 +36,7 @@ EXACT = 1e-9  # scatter of log(value), relative to its size, that is rounding
 
 def _threshold(threshold: float) -> None:
     if not 0 < threshold <= 1:
-        raise ValueError(f"threshold {threshold} must be an accuracy above 0 and at most 1, say 0.95")
+        raise UserError(f"threshold {threshold} must be an accuracy above 0 and at most 1, say 0.95")
 
 
 def _per_run(
@@ -49,7 +50,7 @@ def _per_run(
     varying = groups[others].nunique(dropna=False).gt(1).any()
     for column in ("seed", "seq_len"):
         if varying[column]:
-            raise ValueError(f"{column} differs within a run; give each training its own name in column run")
+            raise UserError(f"{column} differs within a run; give each training its own name in column run")
     kept = [c for c in evaluations.columns if c in RUN or (c in others and not varying[c])]
     config = evaluations.drop_duplicates(RUN)[kept].reset_index(drop=True)
     rows = [outcome(rows.sort_values("step", kind="stable")) for _, rows in groups]
@@ -65,18 +66,18 @@ def examples_to_threshold(
     run that never got there has reached False and value = all it spent), lower = what was spent at the
     evaluation before (the truth lies in (lower, value] where reached, above lower = value elsewhere),
     finished = has a final evaluation, accuracy and chance of the final or else last evaluation at the goal.
-    Raises ValueError for missing columns or entries, or a bad unit or threshold.
+    Raises UserError for missing columns or entries, or a bad unit or threshold.
     """
     _threshold(threshold)
     if by not in SPENT:
-        raise ValueError(f"by {by} is no unit of what a run spends; choose from {', '.join(SPENT)}")
+        raise UserError(f"by {by} is no unit of what a run spends; choose from {', '.join(SPENT)}")
 
     def outcome(rows: pd.DataFrame) -> dict[str, Any]:
         goal = rows[(rows["length"] == rows["seq_len"]) & rows["kind"].isin(("during", "final"))]
         during, final = (goal[goal["kind"] == kind] for kind in ("during", "final"))
         if rows[by].isna().any() or goal.empty:
             what = f"has no evaluation at seq_len {rows['seq_len'].iloc[0]}" if goal.empty else f"lacks {by}"
-            raise ValueError(f"run {rows['run'].iloc[0]} {what}; drop the run or repair its rows")
+            raise UserError(f"run {rows['run'].iloc[0]} {what}; drop the run or repair its rows")
         passed, spent = (during["accuracy"] >= threshold).to_numpy(), during[by].to_numpy(float)
         first = int(passed.argmax()) if passed.any() else None
         value = float(rows[by].max()) if first is None else float(spent[first])
@@ -100,7 +101,7 @@ def reachable_length(evaluations: pd.DataFrame, threshold: float = 0.95) -> pd.D
     Learned is what the curriculum passed (column longest_length of a finished run: running training accuracy
     above 0.95), or what had held-out accuracy >= threshold while it, or the goal, was in training; the
     curriculum may pass short contexts between two evaluations. at_goal: value is seq_len, so the run might
-    have gone further. Raises ValueError as `examples_to_threshold`.
+    have gone further. Raises UserError as `examples_to_threshold`.
     """
     _threshold(threshold)
 
@@ -125,7 +126,7 @@ def summarise(
 
     seeds, runs, finished, reached: counts. accuracy: mean with Student's 95 % interval in [0, 1]. examples:
     censored median with its bootstrap interval, inf where half never got there. reachable_length: mean.
-    Raises ValueError as `examples_to_threshold`, or if a default cell holds a seed twice, which means that it
+    Raises UserError as `examples_to_threshold`, or if a default cell holds a seed twice, which means that it
     mixes configurations (learning rates, say). With `by` the caller decides what is pooled.
     """
     keys = list(CELL if by is None else by)
@@ -133,7 +134,7 @@ def summarise(
     runs = examples_to_threshold(evaluations, threshold)
     lost = [key for key in keys if key not in runs or key in OUTCOMES]
     if lost or not keys:
-        raise ValueError(f"by must name columns that are constant within a run, unlike {lost}")
+        raise UserError(f"by must name columns that are constant within a run, unlike {lost}")
     runs["longest"] = reachable_length(evaluations, threshold)["value"]
     rows = []
     for cell, group in runs.groupby(keys, dropna=False, sort=True):
@@ -142,7 +143,7 @@ def summarise(
             differ = [str(c) for c in group if c not in {"run", "seed", *OUTCOMES, "accuracy", "longest"}]
             differ = [c for c in differ if group[c].nunique(dropna=False) > 1]
             where = ", ".join(f"{k} {named[k]}" for k in keys if group[k].notna().all())
-            raise ValueError(
+            raise UserError(
                 f"the cell {where} has a seed twice (what differs: {', '.join(differ) or 'run'}); "
                 "filter the table or name that column in by"
             )
@@ -253,15 +254,15 @@ def fit_power_law(length: Any, value: Any, reached: Any, confidence: float = 0.9
     is within m log(1 + t^2 / (m - 2)) / 2 of the maximum, m = runs reached, t Student's quantile with m - 2
     degrees of freedom: without censoring exactly the t-interval of least squares. Needs 3 runs that got
     there, at 2 lengths; if all of them had one length and only longer ones were tried in vain (or only
-    shorter ones), that is a one-sided bound. Raises ValueError for bad numbers.
+    shorter ones), that is a one-sided bound. Raises UserError for bad numbers.
     """
     lengths, values, flags = (np.asarray(x) for x in (length, value, reached))
     if not lengths.shape == values.shape == flags.shape or lengths.ndim != 1 or not lengths.size:
-        raise ValueError("length, value and reached must be three lists of the same length, at least 1")
+        raise UserError("length, value and reached must be three lists of the same length, at least 1")
     if not all(np.isfinite(x).all() and (x > 0).all() for x in (lengths.astype(float), values.astype(float))):
-        raise ValueError("length and value must be finite and positive, or they have no logarithm")
+        raise UserError("length and value must be finite and positive, or they have no logarithm")
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence {confidence} must lie between 0 and 1, say 0.95")
+        raise UserError(f"confidence {confidence} must lie between 0 and 1, say 0.95")
     x, y, got = np.log(lengths.astype(float)), np.log(values.astype(float)), flags.astype(bool)
     n, m, nan = len(y), int(got.sum()), float("nan")
     if m < 3:
@@ -347,16 +348,16 @@ def accuracy_by_position(
     positions: columns run, seed, model, seq_len, position (0-based), correct, count, chance. Returns one row
     per group of `by` and bin: relative = centre of the bin in (0, 1), correct, count, accuracy with its 95 %
     Wilson interval, chance (mean over answers). A context shorter than `bins` has a bin per symbol. The
-    interval takes answers as independent: it leaves out that seeds differ. Raises ValueError for missing
+    interval takes answers as independent: it leaves out that seeds differ. Raises UserError for missing
     columns, fewer than 1 bin or positions outside of the context.
     """
     from synthetic.evaluate import wilson  # imports torch, which the rest of this module can spare
 
     require(positions, [*by, "seq_len", "position", "correct", "count", "chance"], "positions")
     if bins < 1:
-        raise ValueError(f"bins {bins} must be at least 1")
+        raise UserError(f"bins {bins} must be at least 1")
     if not positions["position"].between(0, positions["seq_len"] - 1).all():
-        raise ValueError("position must lie in 0 .. seq_len - 1; is it counted from 0?")
+        raise UserError("position must lie in 0 .. seq_len - 1; is it counted from 0?")
     table = positions.assign(_bins=positions["seq_len"].clip(upper=bins))
     table["bin"] = table["position"] * table["_bins"] // table["seq_len"]
     table["chance"] = table["chance"] * table["count"]

@@ -9,6 +9,7 @@ from pandas.api.types import is_number
 
 from analysis.scaling import CELL
 from analysis.style import FAMILIES, NAMES, family_colors
+from models.errors import UserError
 from synthetic.results import CONFIG
 
 POSITION_NAMES = {"rope": "RoPE", "none": "no positions"}  # learned positions, the default, go without saying
@@ -26,11 +27,11 @@ def label(table: pd.DataFrame) -> pd.DataFrame:
     apart), setting (layout and number of queries per training sequence) and usual_state (False for state
     sizes other than the preset's).
 
-    Raises ValueError if a column of the results store is missing or there are no rows.
+    Raises UserError if a column of the results store is missing or there are no rows.
     """
     missing = [name for name in CONFIG if name not in table]
     if missing or table.empty:
-        raise ValueError(f"table lacks {', '.join(missing) or 'rows'}; it must be one of the results store's")
+        raise UserError(f"table lacks {', '.join(missing) or 'rows'}; it must be one of the results store's")
     table = table.copy()
     needed = ["model", "position", "rotary_pct"]
     table["variant"] = [_variant(row) for row in table[needed].to_dict("records")]

@@ -16,45 +16,47 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from models.errors import UserError
+
 EVEN = 1e-12  # slack that keeps rounding from deciding whether a product of fractions is <= 1/2
 FEW = 10  # values below which BCa's acceleration, a third moment from a jackknife, is noise
 
 
 def require(table: pd.DataFrame, columns: Iterable[str], name: str) -> None:
-    """Raises ValueError, in one line, if the table is empty or lacks a column."""
+    """Raises UserError, in one line, if the table is empty or lacks a column."""
     missing = [column for column in columns if column not in table.columns]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{name} lacks the column(s) {', '.join(missing)}; it has {', '.join(map(str, table.columns))}"
         )
     if table.empty:
-        raise ValueError(f"{name} has no rows; check the folder it was read from and its filters")
+        raise UserError(f"{name} has no rows; check the folder it was read from and its filters")
 
 
 def _fraction(confidence: float) -> None:
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence {confidence} must lie between 0 and 1, say 0.95")
+        raise UserError(f"confidence {confidence} must lie between 0 and 1, say 0.95")
 
 
 def _values(values: Any, name: str = "values") -> np.ndarray:
     array = np.asarray(values, dtype=float)
     if array.ndim != 1 or not array.size:
-        raise ValueError(f"{name} must be a list of at least one number, not of shape {array.shape}")
+        raise UserError(f"{name} must be a list of at least one number, not of shape {array.shape}")
     if not np.isfinite(array).all():
-        raise ValueError(f"{name} must be finite numbers; drop or repair the missing ones first")
+        raise UserError(f"{name} must be finite numbers; drop or repair the missing ones first")
     return array
 
 
 def censored(value: Any, reached: Any) -> tuple[np.ndarray, np.ndarray]:
     """(n,) float and (n,) bool, sorted by value, events before censorings at ties (Kaplan & Meier 1958).
 
-    Raises ValueError for no runs, unequal lengths, negative or missing values.
+    Raises UserError for no runs, unequal lengths, negative or missing values.
     """
     values, flags = _values(value, "value"), np.asarray(reached)
     if flags.shape != values.shape or not np.isin(flags, (0, 1)).all():
-        raise ValueError(f"reached must hold one truth value for each of the {len(values)} entries of value")
+        raise UserError(f"reached must hold one truth value for each of the {len(values)} entries of value")
     if (values < 0).any():
-        raise ValueError(f"value must not be negative, but its smallest is {values.min():g}")
+        raise UserError(f"value must not be negative, but its smallest is {values.min():g}")
     order = np.lexsort((~flags.astype(bool), values))
     return values[order], flags.astype(bool)[order]
 
@@ -67,7 +69,7 @@ def kaplan_meier(value: Any, reached: Any) -> pd.DataFrame:
 
     value: (n,) in any unit; reached: (n,) bool. Returns one row per different value, ascending: time = t_i,
     survival = S(t_i), at_risk = n_i runs with value >= t_i, events = d_i of them reached there. Kaplan and
-    Meier 1958. Raises ValueError as `censored`.
+    Meier 1958. Raises UserError as `censored`.
     """
     values, flags = censored(value, reached)
     time, first = np.unique(values, return_index=True)
@@ -91,7 +93,7 @@ def _medians(values: np.ndarray, flags: np.ndarray) -> np.ndarray:
 def median_time(value: Any, reached: Any) -> float:
     """min {t: S(t) <= 1/2} of `kaplan_meier`, inf if half of the runs never get there.
 
-    Without censoring the lower median. Raises ValueError as `censored`.
+    Without censoring the lower median. Raises UserError as `censored`.
     """
     values, flags = censored(value, reached)
     return float(_medians(values[None], flags[None])[0])
@@ -100,15 +102,15 @@ def median_time(value: Any, reached: Any) -> float:
 def restricted_mean(value: Any, reached: Any, horizon: float) -> float:
     """Mean of min(time, horizon): the area under `kaplan_meier` from 0 to horizon, in the unit of value.
 
-    Finite however many runs never get there. Raises ValueError as `censored`, or for a horizon beyond the
+    Finite however many runs never get there. Raises UserError as `censored`, or for a horizon beyond the
     largest value while S > 0, where nobody was observed.
     """
     curve = kaplan_meier(value, reached)
     last, rest = float(curve["time"].iloc[-1]), float(curve["survival"].iloc[-1])
     if not horizon > 0 or not np.isfinite(horizon):
-        raise ValueError(f"horizon {horizon} must be a positive number")
+        raise UserError(f"horizon {horizon} must be a positive number")
     if horizon > last and rest > 0:
-        raise ValueError(f"horizon {horizon:g} lies beyond all runs; use at most the longest, {last:g}")
+        raise UserError(f"horizon {horizon:g} lies beyond all runs; use at most the longest, {last:g}")
     edges = np.minimum(np.concatenate([[0.0], curve["time"], [horizon]]), horizon)
     return float(np.diff(edges) @ np.concatenate([[1.0], curve["survival"]]))
 
@@ -128,7 +130,7 @@ def bootstrap(
     BCa (Efron 1987) from `FEW` values on; the percentile interval below and where BCa is undefined (for a
     statistic that takes only a few values). Neither knows more than the data: of 3 seeds the interval of the
     mean is their range, which holds the true one about three times in four; `mean_interval` is better there.
-    No spread gives low = high = estimate, a single value nan bounds. Raises ValueError for none, or missing
+    No spread gives low = high = estimate, a single value nan bounds. Raises UserError for none, or missing
     ones.
     """
     data = _values(values)
@@ -161,7 +163,7 @@ def bootstrap_median_time(
     """(median, low, high) of `median_time`, by resampling runs with their flags (Efron 1981); inf allowed.
 
     Percentile interval whose ends are resampled medians, rounded outward: nothing lies between a number and
-    inf. A single run has nan bounds. Raises ValueError as `censored`.
+    inf. A single run has nan bounds. Raises UserError as `censored`.
     """
     values, flags = censored(value, reached)
     _fraction(confidence)
@@ -180,7 +182,7 @@ def mean_interval(
 ) -> tuple[float, float, float]:
     """(mean, low, high): Student's interval mean ± t_{n-1} s / sqrt(n), cut to bounds, (0, 1) of accuracies.
 
-    A single value has nan bounds. Raises ValueError for no values, or missing ones.
+    A single value has nan bounds. Raises UserError for no values, or missing ones.
     """
     data = _values(values)
     _fraction(confidence)
@@ -232,31 +234,31 @@ def _pairs(
     on, columns = list(on), list(columns)
     require(table, [factor, *on, *columns], "table")
     if not on or factor in on or a == b:
-        raise ValueError(f"on must name columns other than {factor}, and {a} differ from {b}")
+        raise UserError(f"on must name columns other than {factor}, and {a} differ from {b}")
     sides = []
     for level in (a, b):
         side = table.loc[table[factor] == level, [*on, *columns]]
         if side.empty:
             known = ", ".join(map(str, table[factor].dropna().unique()))
-            raise ValueError(f"table has no rows with {factor} {level}; choose from {known}")
+            raise UserError(f"table has no rows with {factor} {level}; choose from {known}")
         if side.duplicated(on).any():
-            raise ValueError(
+            raise UserError(
                 f"{factor} {level} has several rows with the same {', '.join(on)}; "
                 "name the column that tells them apart in on, or filter"
             )
         if side[columns].isna().any(axis=None):
-            raise ValueError(f"{factor} {level} has missing {' or '.join(columns)}; drop those rows first")
+            raise UserError(f"{factor} {level} has missing {' or '.join(columns)}; drop those rows first")
         sides.append(side)
     pairs = sides[0].merge(sides[1], on=on, suffixes=("_a", "_b"))
     if pairs.empty:
-        raise ValueError(f"no row of {a} and {b} agree in {', '.join(on)}; name fewer columns in on")
+        raise UserError(f"no row of {a} and {b} agree in {', '.join(on)}; name fewer columns in on")
     return pairs
 
 
 def sign_flip_p(differences: Any) -> float:
     """Two-sided p of the mean if every difference's sign were a fair coin (Fisher 1935, § 21).
 
-    Exact up to 13 differences (2^13 < 10,000 flips), else 10,000 random flips. Raises ValueError for none.
+    Exact up to 13 differences (2^13 < 10,000 flips), else 10,000 random flips. Raises UserError for none.
     """
     data = _values(differences, "differences")
     if len(data) == 1 or not data.any():
@@ -290,11 +292,11 @@ def paired_test(
 
     table: one row per run; rows without a partner are left out. p is exact under the hypothesis that swapping
     a and b within a pair changes nothing; with n pairs it cannot be less than 2 / 2^n. Pairs that share a
-    seed but not a length are taken as independent. Raises ValueError if nothing matches, a match is
+    seed but not a length are taken as independent. Raises UserError if nothing matches, a match is
     ambiguous, or `value` is a censored time (see `paired_sign_test`).
     """
     if value == "value" and "reached" in table and not table["reached"].all():
-        raise ValueError("value is censored where reached is False; use paired_sign_test")
+        raise UserError("value is censored where reached is False; use paired_sign_test")
     pairs = _pairs(table, a, b, on, [value], factor)
     differences = pairs[f"{value}_a"].to_numpy(float) - pairs[f"{value}_b"].to_numpy(float)
     difference, low, high = bootstrap(differences, confidence=confidence, seed=seed)
@@ -321,7 +323,7 @@ def paired_sign_test(
 
     The order of a pair is known if both reached, or one reached with no more than the other spent in vain.
     Ties and unknown pairs are counted but not tested, which is fair as long as both of a pair had the same
-    budget. Raises ValueError as `paired_test`.
+    budget. Raises UserError as `paired_test`.
     """
     pairs = _pairs(table, a, b, on, [value, reached], factor)
     time_a, time_b = (pairs[f"{value}_{side}"].to_numpy(float) for side in "ab")

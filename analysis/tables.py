@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.errors import UserError
+
 if TYPE_CHECKING:  # seconds, which `import analysis` can spare
     import pandas as pd
 
@@ -19,7 +21,7 @@ def load(runs: str | Path | Iterable[str | Path], table: str = "results") -> pd.
         committed results. table: "results", or "targets" for right answers by part of the context (of a
         file results.parquet: targets.parquet beside it). Columns and their meaning:
         `synthetic.results.EVALUATION` and `TARGET`.
-    Raises ValueError, in one line, if there is nothing to read, or it is not of the results store.
+    Raises UserError, in one line, if there is nothing to read, or it is not of the results store.
     """
     import pandas as pd
 
@@ -30,9 +32,9 @@ def load(runs: str | Path | Iterable[str | Path], table: str = "results") -> pd.
         missing = [name for name in (*ORDER, "purpose", "accuracy")[: None if table == "results" else -1]
                    if name not in frames[-1]]  # fmt: skip
         if missing:
-            raise ValueError(f"{path} lacks {', '.join(missing)}; it is not a file of the results store")
+            raise UserError(f"{path} lacks {', '.join(missing)}; it is not a file of the results store")
     if not frames:
-        raise ValueError(f"no {table} in {', '.join(map(str, places))}; train some, or give another folder")
+        raise UserError(f"no {table} in {', '.join(map(str, places))}; train some, or give another folder")
     return _joined(frames)
 
 
@@ -59,7 +61,7 @@ def between(value: Any, low: Any, high: Any, digits: int = 3) -> str:
 def files(place: Path, table: str = "results") -> list[Path]:
     """The Parquet files of a table of a results store: of `synthetic.results`, or of `vlm.results`.
 
-    Raises ValueError, in one line, where `place` is neither a folder nor a file.
+    Raises UserError, in one line, where `place` is neither a folder nor a file.
     """
     if place.is_file():
         if table == "results":
@@ -67,7 +69,7 @@ def files(place: Path, table: str = "results") -> list[Path]:
         beside = place.with_name(f"{table}.parquet")
         return [beside] if place.name == "results.parquet" and beside.exists() else []
     if not place.is_dir():
-        raise ValueError(f"{place} does not exist; give a folder of runs or a Parquet file")
+        raise UserError(f"{place} does not exist; give a folder of runs or a Parquet file")
     own = place / f"{table}.parquet"
     return sorted((place / table).glob("*.parquet")) or ([own] if own.exists() else [])
 

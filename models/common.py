@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from models.errors import UserError
 from models.hooks import Hooked, points
 from models.ops.cross_entropy import linear_cross_entropy
 
@@ -65,18 +66,18 @@ class Config:
         return dataclasses.asdict(cast(Any, self))
 
     def replace(self, **overrides: Any) -> Any:
-        """A copy with fields changed. Raises ValueError for a field this config does not have."""
+        """A copy with fields changed. Raises UserError for a field this config does not have."""
         known = [f.name for f in dataclasses.fields(cast(Any, self))]
         for key in overrides:
             if key not in known:
-                raise ValueError(f"{type(self).__name__} has no option {key!r}; it has {', '.join(known)}")
+                raise UserError(f"{type(self).__name__} has no option {key!r}; it has {', '.join(known)}")
         return dataclasses.replace(cast(Any, self), **overrides)
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise ValueError with a one-line message unless the condition holds (configs use this)."""
+    """Raise UserError with a one-line message unless the condition holds (configs use this)."""
     if not condition:
-        raise ValueError(message)
+        raise UserError(message)
 
 
 class RMSNorm(nn.Module):
@@ -197,7 +198,7 @@ class LanguageModel(Hooked, nn.Module):
         cache: from `init_cache`; continues from it and updates it in place.
 
         Returns (B, L or A, V) logits, in the dtype of the head's weights (autocast's dtype under it).
-        Raises ValueError for contradictory arguments.
+        Raises UserError for contradictory arguments.
         """
         x = self.hidden(
             input_ids,

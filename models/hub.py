@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from models.common import require
+from models.errors import UserError
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
 INDEX = ".index.json"
@@ -44,7 +45,7 @@ class Stored:
 def find_folder(name_or_path: str | Path, revision: str | None = None) -> Path:
     """The local folder of that name, or the hub's snapshot, downloaded unless the cache has it.
 
-    Raises ValueError, in one line, for what is neither, an unknown name or revision, and a lack of network.
+    Raises UserError, in one line, for what is neither, an unknown name or revision, and a lack of network.
     """
     path = Path(name_or_path)
     if path.is_dir():
@@ -65,7 +66,7 @@ def find_folder(name_or_path: str | Path, revision: str | None = None) -> Path:
 
 
 def _download(name: str, revision: str | None, weights: str) -> Path:
-    """Raises ValueError where huggingface_hub has any of its errors."""
+    """Raises UserError where huggingface_hub has any of its errors."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -75,33 +76,33 @@ def _download(name: str, revision: str | None, weights: str) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except GatedRepoError as error:
         reason = "asks for its licence to be accepted on its page, and for `hf auth login`"
-        raise ValueError(f"{name} on the hub {reason}") from error
+        raise UserError(f"{name} on the hub {reason}") from error
     except RepositoryNotFoundError as error:
-        raise ValueError(f"{name} is no folder here, and no (public) model on the hub; check it") from error
+        raise UserError(f"{name} is no folder here, and no (public) model on the hub; check it") from error
     except RevisionNotFoundError as error:
-        raise ValueError(f"{name} on the hub has no revision {revision!r}; see its page for those") from error
+        raise UserError(f"{name} on the hub has no revision {revision!r}; see its page for those") from error
     except Exception as error:  # whatever the network stack raises, for which the library has no base class
         at = "" if revision is None else f" at revision {revision!r}"
         reason = str(error).split("\n")[0][:120]
-        raise ValueError(
+        raise UserError(
             f"{name}{at} is no folder here, not (wholly) in the hub's cache, and could not be downloaded "
             f"({type(error).__name__}: {reason}); mend the network, or copy its files and give their folder"
         ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises ValueError if the file is missing or no JSON object."""
+    """Raises UserError if the file is missing or no JSON object."""
     require(path.exists(), f"{path.parent} has no {path.name}; give the folder of a checkpoint")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); fetch it again") from error
+        raise UserError(f"{path} is damaged ({error}); fetch it again") from error
     require(isinstance(value, dict), f"{path} is no JSON object; fetch it again")
     return value
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights. Raises ValueError if there are none, or shards are missing."""
+    """The files that hold the weights. Raises UserError if there are none, or shards are missing."""
     for name in (SAFETENSORS, PICKLED):
         if (folder / name).exists():
             return [folder / name]
@@ -112,11 +113,11 @@ def weight_files(folder: Path) -> list[Path]:
             missing = [file.name for file in files if not file.exists()]
             require(not missing, f"{folder} lacks {', '.join(missing)}; fetch what {index.name} lists")
             return files
-    raise ValueError(f"{folder} has neither {SAFETENSORS} nor {PICKLED}, whole or sharded")
+    raise UserError(f"{folder} has neither {SAFETENSORS} nor {PICKLED}, whole or sharded")
 
 
 def contents(files: Iterable[Path]) -> dict[str, Stored]:
-    """Key -> where it is, without reading the weights. Raises ValueError for damaged files."""
+    """Key -> where it is, without reading the weights. Raises UserError for damaged files."""
     found: dict[str, Stored] = {}
     for file in files:
         for key, shape in _shapes(file):
@@ -131,7 +132,7 @@ def _shapes(file: Path) -> list[tuple[str, tuple[int, ...]]]:
             with safe_open(file, framework="pt") as opened:
                 return [(key, tuple(opened.get_slice(key).get_shape())) for key in opened.keys()]  # noqa: SIM118
         except SafetensorError as error:
-            raise ValueError(f"{file} is damaged ({error}); fetch it again") from error
+            raise UserError(f"{file} is damaged ({error}); fetch it again") from error
     return [(key, tuple(tensor.shape)) for key, tensor in _unpickle(file).items()]
 
 
@@ -174,7 +175,7 @@ def _unpickle(file: Path) -> dict[str, Tensor]:
         state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         reason = str(error).split("\n")[0]
-        raise ValueError(f"{file} cannot be read as a file of weights ({reason}); fetch it again") from error
+        raise UserError(f"{file} cannot be read as a file of weights ({reason}); fetch it again") from error
     named = isinstance(state, dict) and all(isinstance(tensor, Tensor) for tensor in state.values())
     require(named, f"{file} does not hold named tensors alone; save the model's state_dict in it")
     return state

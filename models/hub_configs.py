@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from models.common import Config, require
+from models.errors import UserError
 from models.mamba import MambaConfig
 from models.mamba2 import Mamba2Config
 from models.transformer import TransformerConfig
@@ -30,7 +31,7 @@ def read_config(raw: Fields, keys: Collection[str], where: str) -> Config:
     Mamba's norm is LayerNorm if there are biases of norms among the names, else RMSNorm, whatever the config
     says: the code behind the Mamba-VL checkpoints never passed its `rms_norm` and `residual_in_fp32` on, so
     that it trained with LayerNorm and the residual in working precision under a config that says otherwise.
-    Raises ValueError, naming `where` and the field, for what our models cannot be.
+    Raises UserError, naming `where` and the field, for what our models cannot be.
     """
     raw = _Strict(raw, where)
     raw.only("quantization_config", None, [None])
@@ -44,7 +45,7 @@ def read_config(raw: Fields, keys: Collection[str], where: str) -> Config:
         return _mamba2(raw, norm)
     if kind == "gpt_neox":
         return _gpt_neox(raw)
-    raise ValueError(
+    raise UserError(
         f"{where}: model_type={kind!r} is not supported; only mamba, mamba2, gpt_neox, and state-spaces' own "
         "config with d_model and ssm_cfg"
     )
@@ -188,7 +189,7 @@ def _first(*places: tuple[Fields, str], default: float) -> float:
 def write_config(config: Config, dtype: str | None) -> dict[str, Any]:
     """`config.json` of our config for `transformers`. dtype: "bfloat16", ...; None if weights differ in it.
 
-    Raises ValueError for a model that `transformers` has no class for.
+    Raises UserError for a model that `transformers` has no class for.
     """
     shared = dict(TOKENS, **({} if dtype is None else {"dtype": dtype, "torch_dtype": dtype}))
     if isinstance(config, TransformerConfig):

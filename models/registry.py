@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from models.common import Config, LanguageModel, require
+from models.errors import UserError
 from models.hybrid import HybridConfig, HybridForCausalLM
 from models.mamba import MambaConfig, MambaForCausalLM
 from models.mamba2 import Mamba2Config, Mamba2ForCausalLM
@@ -84,7 +85,7 @@ def presets() -> list[str]:
 def resolve(name: str) -> str:
     """The preset that a name means: aliases of families and sizes resolved.
 
-    Raises ValueError, naming the nearest presets, if there is none.
+    Raises UserError, naming the nearest presets, if there is none.
     """
     family, _, size = name.lower().partition("-")
     family = FAMILY_ALIASES.get(family, family)
@@ -94,11 +95,11 @@ def resolve(name: str) -> str:
             return candidate
     near = difflib.get_close_matches(f"{family}-{size}", PRESETS, n=1, cutoff=0.6)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise ValueError(f"unknown model {name!r}{hint}; known: {', '.join(PRESETS)}")
+    raise UserError(f"unknown model {name!r}{hint}; known: {', '.join(PRESETS)}")
 
 
 def config(name: str, **overrides: Any) -> Any:
-    """The frozen config of a preset, with fields replaced. Raises ValueError for unknown names.
+    """The frozen config of a preset, with fields replaced. Raises UserError for unknown names.
 
     A family alone, "mamba", is its config's defaults: for overrides that say everything.
     """
@@ -134,7 +135,7 @@ def build(
     """A freshly initialised model by name, e.g. `build("mamba-tiny", vocab_size=515, d_state=32)`.
 
     seed: fixes the initial weights. device: anything `torch.device` takes, "meta" allocates nothing.
-    overrides: fields of the family's config. Raises ValueError for unknown names, fields or values.
+    overrides: fields of the family's config. Raises UserError for unknown names, fields or values.
     """
     require(isinstance(name, str), f"model name {name!r} must be a string such as 'mamba-130m'")
     return from_config(config(name, **overrides), seed=seed, device=device, dtype=dtype)

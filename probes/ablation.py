@@ -18,6 +18,7 @@ from torch import Tensor
 
 from analysis.statistics import mean_interval
 from models.common import LanguageModel
+from models.errors import UserError
 from models.ops.linear import linear
 from models.transformer import TransformerBlock
 from probes.sites import Heads, captured, context_of, residuals, run_from
@@ -40,7 +41,7 @@ class Part:
 
 def parts(model: LanguageModel, layer: int, groups: int = 16) -> list[Part]:
     """The heads of an attention block; `groups` equal groups of channels of an SSM block, its heads if it
-    is Mamba-2. Raises ValueError if groups does not divide d_inner."""
+    is Mamba-2. Raises UserError if groups does not divide d_inner."""
     block: Any = model.parts()[1][layer]
     if isinstance(block, TransformerBlock):
         kind, width, count = "head", model.config.d_model, model.config.n_head
@@ -48,7 +49,7 @@ def parts(model: LanguageModel, layer: int, groups: int = 16) -> list[Part]:
         config = block.mixer.config
         kind, width, count = "channels", config.d_inner, getattr(config, "n_head", groups)
         if width % count:
-            raise ValueError(f"groups {count} must divide the {width} channels of block {layer}")
+            raise UserError(f"groups {count} must divide the {width} channels of block {layer}")
     size = width // count
     return [Part(layer, kind, i, i * size, (i + 1) * size) for i in range(count)]
 
@@ -70,10 +71,10 @@ def knock_out(
     _low, _high; drop, the mean of right before - right after over sequences, with Student's interval.
     control "" for the part itself, "random" for a random subspace of as many dimensions, one per layer
     (number <NA>): what losing that much costs anywhere. accuracy_intact is the same in every row.
-    rows: sequences run side by side. Raises ValueError for an unknown replacement.
+    rows: sequences run side by side. Raises UserError for an unknown replacement.
     """
     if replacement not in REPLACEMENTS:
-        raise ValueError(f"unknown replacement {replacement!r}; valid: {', '.join(REPLACEMENTS)}")
+        raise UserError(f"unknown replacement {replacement!r}; valid: {', '.join(REPLACEMENTS)}")
     wanted = list(chosen) if chosen is not None else _all_parts(model)
     generator = torch.Generator().manual_seed(seed)
     x = residuals(model, batch.input_ids)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.common import LanguageModel
+from models.errors import UserError
 from models.hooks import Point, points
 from probes.hooks import Probe, absolute, at_work
 from probes.names import resolve
@@ -43,13 +44,11 @@ class Recording(Mapping[str, Tensor]):
     def read(cls, folder: str | os.PathLike[str]) -> Recording:
         """What an earlier `record(folder=...)` has streamed to disk; calls within the budget are not there.
 
-        Raises ValueError for a folder without recordings.
+        Raises UserError for a folder without recordings.
         """
         files = sorted(Path(folder).glob("[0-9]*/*.safetensors"))
         if not files:
-            raise ValueError(
-                f"folder={str(folder)!r} holds no recordings; give one that record() has written"
-            )
+            raise UserError(f"folder={str(folder)!r} holds no recordings; give one that record() has written")
         recording = cls(dict.fromkeys(path.stem for path in files))
         for path in files:
             recording.add(path.stem, path)
@@ -66,7 +65,7 @@ class Recording(Mapping[str, Tensor]):
             raise KeyError(f"{name}: no forward pass has been recorded yet")
         shapes = sorted({tuple(x.shape[1:]) for x in found})
         if len(shapes) > 1:
-            raise ValueError(f"{name} differs in shape between calls ({shapes}); use cache.calls(name)")
+            raise UserError(f"{name} differs in shape between calls ({shapes}); use cache.calls(name)")
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def __iter__(self) -> Iterator[str]:
@@ -111,17 +110,17 @@ def record(
     Numbers of the output do not change, bit for bit; `mixer.hook_y` of Mamba alone takes the gate out of the
     fused scan, which changes roundings. With `seq_ids` rows are single sequences, as `models.common.unpack`
     makes them. On CUDA states need the reference scan, token by token: mamba-ssm's kernel returns none.
-    Raises ValueError for unknown names, layers, positions, channels, and before anything is
+    Raises UserError for unknown names, layers, positions, channels, and before anything is
     computed for a call that needs more memory than the budget and has no folder.
     """
     found, known = resolve(model, names, layers), points(model)
     if grad and folder is not None:
-        raise ValueError("grad=True keeps tensors in memory; it cannot be combined with folder=")
+        raise UserError("grad=True keeps tensors in memory; it cannot be combined with folder=")
     if positions is not None and len(positions) == 0:
-        raise ValueError("positions=[] records nothing; give positions, or None for all")
+        raise UserError("positions=[] records nothing; give positions, or None for all")
     path = None if folder is None else Path(folder)
     if path is not None and path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"folder={str(path)!r} is not an empty folder; name a new one")
+        raise UserError(f"folder={str(path)!r} is not an empty folder; name a new one")
     weight = next(model.parameters())
     recorder = Recorder(
         {name: known[name] for name in found},
@@ -160,7 +159,7 @@ class Recorder(Probe):
             wrong = [c for c in channels or () if axis and not 0 <= c < point.sizes[point.axes[axis]]]
             if wrong and axis:
                 size = point.sizes[point.axes[axis]]
-                raise ValueError(f"channels={channels}: {name} has channels 0 to {size - 1}, not {wrong[0]}")
+                raise UserError(f"channels={channels}: {name} has channels 0 to {size - 1}, not {wrong[0]}")
 
     def begin(self, batch: int, length: int, keys: int) -> None:
         """Settle positions, and what this call needs: {recorded, whole} bytes by name."""
@@ -178,14 +177,14 @@ class Recorder(Probe):
             return
         shape = f"{len(self.names)} names, batch {batch}, {len(self._at)} of {length} positions"
         if self._folder is None:
-            raise ValueError(
+            raise UserError(
                 f"recording needs {gib(need)} for this call ({shape}) and holds {gib(held)}, more than the "
                 f"budget of {gib(self._budget)}; choose positions=, layers= or channels=, "
                 "give folder= to write to disk, or raise budget="
             )
         name = max(whole, key=lambda n: whole[n])
         if whole[name] > self._budget:
-            raise ValueError(
+            raise UserError(
                 f"{name} alone needs {gib(whole[name])} ({shape}), more than the budget of "
                 f"{gib(self._budget)}; choose positions= or raise budget="
             )

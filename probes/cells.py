@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from models.errors import UserError
 from probes.pairs import Pairs
 from probes.roles import ROLES, role
 
@@ -47,10 +48,10 @@ def cells(pairs: Pairs, max_positions: int = 64) -> list[Cell]:
     markers, the query, the last token. Row separators are one cell. Distractors are patched one position at
     a time if the sequence has up to max_positions tokens, else in windows of equal size (the last may be
     shorter), together; in a window that a token of another role lies in, that token stays as it is.
-    Raises ValueError for max_positions < 1.
+    Raises UserError for max_positions < 1.
     """
     if max_positions < 1:
-        raise ValueError(f"max_positions {max_positions} must be at least 1")
+        raise UserError(f"max_positions {max_positions} must be at least 1")
     L = pairs.answer_at + 1
     roles = pairs.roles[:, :L]
     places = torch.arange(L, device=roles.device)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from analysis.statistics import mean_interval
+from models.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,11 @@ class HeadScores:
     def table(self, confidence: float = 0.95) -> pd.DataFrame:
         """One row per head: head, score, low, high (Student's interval over sequences), baseline, sequences.
 
-        Raises ValueError if no sequence has a score.
+        Raises UserError if no sequence has a score.
         """
         there = ~self.baseline.isnan()
         if not there.any():
-            raise ValueError("no sequence has a position that this score is about")
+            raise UserError("no sequence has a position that this score is about")
         baseline = float(self.baseline[there].mean())
         rows = []
         for head, values in enumerate(self.value[there].double().T.cpu().numpy()):
@@ -46,15 +47,15 @@ class HeadScores:
 def _rows(pattern: Tensor, rows: Any) -> Tensor:
     """(L,) positions of the pattern's query rows; by default the last L of the S keys."""
     if pattern.dim() != 4:
-        raise ValueError(f"pattern must be (B, H, L, S), not of shape {tuple(pattern.shape)}")
+        raise UserError(f"pattern must be (B, H, L, S), not of shape {tuple(pattern.shape)}")
     L, S = pattern.shape[2:]
     if rows is None:
         if L > S:
-            raise ValueError(f"pattern has {L} rows for {S} keys; give rows, their positions")
+            raise UserError(f"pattern has {L} rows for {S} keys; give rows, their positions")
         return torch.arange(S - L, S, device=pattern.device)
     chosen = torch.as_tensor(rows, device=pattern.device).long()
     if chosen.shape != (L,) or (L and not 0 <= int(chosen.min()) <= int(chosen.max()) < S):
-        raise ValueError(f"rows must be {L} positions, one for each row of pattern, in 0 .. {S - 1}")
+        raise UserError(f"rows must be {L} positions, one for each row of pattern, in 0 .. {S - 1}")
     return chosen
 
 
@@ -82,10 +83,10 @@ def retrieval_score(pattern: Tensor, query: Any, match: Any, rows: Any = None) -
     where = torch.as_tensor(query, device=pattern.device).expand(B)
     found = where[:, None] == at  # (B, L)
     if not found.any(1).all():
-        raise ValueError("pattern has no row for some of the query positions; see rows")
+        raise UserError("pattern has no row for some of the query positions; see rows")
     keys = torch.as_tensor(match, device=pattern.device).reshape(B, -1)
     if (keys > where[:, None]).any():
-        raise ValueError("a match lies after its query, where attention does not reach")
+        raise UserError("a match lies after its query, where attention does not reach")
     asked = pattern[torch.arange(B, device=pattern.device), :, found.int().argmax(1)]  # (B, H, S)
     there = keys >= 0
     mass = asked.gather(2, keys.clamp(min=0)[:, None].expand(-1, H, -1)) * there[:, None]
@@ -136,14 +137,14 @@ def previous_token_score(pattern: Tensor, rows: Any = None) -> HeadScores:
 def _check_tokens(pattern: Tensor, tokens: Tensor) -> None:
     expected = (pattern.shape[0], pattern.shape[3])
     if tuple(tokens.shape) != expected:
-        raise ValueError(f"tokens must be (B, S) = {expected}, not {tuple(tokens.shape)}")
+        raise UserError(f"tokens must be (B, S) = {expected}, not {tuple(tokens.shape)}")
 
 
 def ranked(scores: dict[int, HeadScores]) -> pd.DataFrame:
     """Tables of several layers in one, best head first: layer, and the columns of `HeadScores.table`."""
     tables = [table.table().assign(layer=layer) for layer, table in scores.items()]
     if not tables:
-        raise ValueError("scores is empty; give the scores of at least one layer")
+        raise UserError("scores is empty; give the scores of at least one layer")
     joined = pd.concat(tables, ignore_index=True)
     order = np.argsort(-joined["score"].to_numpy(), kind="stable")
     return joined.iloc[order].reset_index(drop=True)[

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from models.common import LanguageModel
+from models.errors import UserError
 from models.hooks import Hook, Hooked, Point, points
 from probes.names import resolve
 
@@ -40,15 +41,15 @@ def at(positions: int | Sequence[int], change: Change) -> At:
     """
     chosen = (positions,) if isinstance(positions, int) else tuple(int(p) for p in positions)
     if len(set(chosen)) < len(chosen):
-        raise ValueError(f"at() got positions {list(chosen)}; name each once")
+        raise UserError(f"at() got positions {list(chosen)}; name each once")
     return At(chosen, change)
 
 
 def absolute(positions: Sequence[int], length: int, what: str) -> list[int]:
-    """Positions of a call of this length, negative ones counted from its end. Raises ValueError."""
+    """Positions of a call of this length, negative ones counted from its end. Raises UserError."""
     wrong = [p for p in positions if not -length <= p < length]
     if wrong:
-        raise ValueError(f"{what}: position {wrong[0]} does not exist in a call of {length} tokens")
+        raise UserError(f"{what}: position {wrong[0]} does not exist in a call of {length} tokens")
     return [p % length for p in positions]
 
 
@@ -165,7 +166,7 @@ def intervene(model: LanguageModel, changes: Mapping[str, Any]) -> Iterator[None
 
     Where the values do not change, the output does not either, bit for bit; `mixer.hook_y` of Mamba alone
     takes the gate out of the fused scan, which changes roundings. Gradients flow through the edits.
-    Raises ValueError for unknown names; in the forward pass for wrong positions, shapes or types.
+    Raises UserError for unknown names; in the forward pass for wrong positions, shapes or types.
     """
     listed: dict[str, list[At | Change]] = {}
     for pattern, change in changes.items():
@@ -174,7 +175,7 @@ def intervene(model: LanguageModel, changes: Mapping[str, Any]) -> Iterator[None
             value = one.change if isinstance(one, At) else one
             if not callable(value) and not isinstance(value, Tensor):
                 kind = type(value).__name__
-                raise ValueError(f"the change of {pattern!r} is a {kind}; give a function or a tensor")
+                raise UserError(f"the change of {pattern!r} is a {kind}; give a function or a tensor")
         for name in resolve(model, pattern):
             listed.setdefault(name, []).extend(several)
     with at_work(model, Intervention(points(model), listed)):
@@ -234,13 +235,13 @@ def _changed(
     else:
         new = change(copy)
     if not isinstance(new, Tensor):
-        raise ValueError(f"the function for {name} returned {type(new).__name__}, not a tensor")
+        raise UserError(f"the function for {name} returned {type(new).__name__}, not a tensor")
     new = new.to(part)
     if new.shape != part.shape:
         try:
             new = new.expand(part.shape)
         except RuntimeError:
-            raise ValueError(
+            raise UserError(
                 f"the change of {name} gives shape {tuple(new.shape)} where {tuple(part.shape)} is needed"
             ) from None
     same_graph = new.grad_fn is graph or not (new.requires_grad or part.requires_grad)

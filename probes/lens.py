@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from analysis.statistics import mean_interval
+from models.errors import UserError
 from synthetic.evaluate import wilson
 
 RESAMPLES = 2000
@@ -38,10 +39,10 @@ def logit_lens(
     """Reads residuals (B, A, D) at the positions where the answers, (B, A) token ids, are due.
 
     norm, head: the model's last norm and output layer, (..., D) -> (..., D) -> (..., V). The rank counts
-    tokens with a larger logit. Raises ValueError for shapes that differ.
+    tokens with a larger logit. Raises UserError for shapes that differ.
     """
     if residual.dim() != 3 or residual.shape[:2] != answers.shape:
-        raise ValueError(
+        raise UserError(
             f"residual must be (B, A, D) for answers (B, A), not {tuple(residual.shape)} "
             f"and {tuple(answers.shape)}"
         )
@@ -137,7 +138,7 @@ def effect(
     With logit differences the normalised logit difference, with 0/1 correctness the recovered accuracy. The
     interval is the percentile bootstrap's of the ratio, which resamples sequences with all three of their
     numbers; resamples without a gap are left out. Value and bounds are nan if |mean gap| <= least, the bounds
-    also if more than a twentieth of the resamples have no gap. Raises ValueError for unequal lengths, no
+    also if more than a twentieth of the resamples have no gap. Raises UserError for unequal lengths, no
     sequences, or numbers that are not finite.
     """
     data = np.stack([_vector(x) for x in _equal(patched, clean, corrupted)])
@@ -160,7 +161,7 @@ def recovered_accuracy(patched: Any, clean: Any, corrupted: Any, **options: Any)
     """
     for name, values in dict(patched=patched, clean=clean, corrupted=corrupted).items():
         if not np.isin(_vector(values), (0, 1)).all():
-            raise ValueError(f"{name} must hold truth values, whether each answer was right")
+            raise UserError(f"{name} must hold truth values, whether each answer was right")
     return effect(patched, clean, corrupted, **options)
 
 
@@ -175,13 +176,13 @@ def _recovered(means: np.ndarray, least: float) -> tuple[Any, Any]:
 def _vector(values: Any) -> np.ndarray:
     array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=float)
     if array.ndim != 1 or not array.size or not np.isfinite(array).all():
-        raise ValueError("patched, clean and corrupted must be vectors of at least one finite number")
+        raise UserError("patched, clean and corrupted must be vectors of at least one finite number")
     return array
 
 
 def _equal(*vectors: Any) -> tuple[Any, ...]:
     if len({len(v) for v in vectors}) != 1:
-        raise ValueError(
+        raise UserError(
             f"patched, clean and corrupted differ in length: {', '.join(str(len(v)) for v in vectors)}"
         )
     return vectors

@@ -25,6 +25,7 @@ from scipy import optimize
 from torch import Tensor
 from torch.nn import functional as F_
 
+from models.errors import UserError
 from synthetic.evaluate import wilson
 
 PENALTIES = tuple(
@@ -100,10 +101,10 @@ class Moments:
         self.xy = torch.zeros(features, targets, dtype=torch.float64)
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """x: (n, F), y: (n, C), any float dtype and device. Raises ValueError for other shapes."""
+        """x: (n, F), y: (n, C), any float dtype and device. Raises UserError for other shapes."""
         if x.shape != (len(y), len(self.x)) or y.shape != (len(x), len(self.y)):
             wanted = f"(n, {len(self.x)}) and (n, {len(self.y)})"
-            raise ValueError(f"x and y must be {wanted}, not {tuple(x.shape)} and {tuple(y.shape)}")
+            raise UserError(f"x and y must be {wanted}, not {tuple(x.shape)} and {tuple(y.shape)}")
         x, y = x.detach().cpu().double(), y.detach().cpu().double()
         self.n += len(x)
         self.x += x.sum(0)
@@ -112,9 +113,9 @@ class Moments:
         self.xy.addmm_(x.T, y)
 
     def ridge(self, penalties: Sequence[float]) -> list[LinearMap]:
-        """What `ridge` gives for all samples added. Raises ValueError before any were."""
+        """What `ridge` gives for all samples added. Raises UserError before any were."""
         if not self.n:
-            raise ValueError("no samples were added")
+            raise UserError("no samples were added")
         mean, y_mean = self.x / self.n, self.y / self.n
         values, vectors = _eigen(self.xx - torch.outer(mean, self.x))
         cross = vectors.T @ (self.xy - torch.outer(mean, self.y))
@@ -123,7 +124,7 @@ class Moments:
 
 def _ridge_maps(b: Basis, cross: Tensor, y_mean: Tensor, penalties: Sequence[float]) -> list[LinearMap]:
     if any(p < 0 for p in penalties):
-        raise ValueError(f"penalties must not be negative, but the smallest is {min(penalties)}")
+        raise UserError(f"penalties must not be negative, but the smallest is {min(penalties)}")
     return [b.map(cross / (b.values + p)[:, None], y_mean) for p in penalties]
 
 
@@ -131,7 +132,7 @@ def ridge(x: Tensor, y: Tensor, penalties: Sequence[float]) -> list[LinearMap]:
     """argmin ||X W + b - Y||^2 + p ||W||^2 for every penalty p, from one eigendecomposition.
 
     x: (n, F), y: (n, C). Costs n F min(n, F) and the cube of min(n, F). b is not penalised. A penalty of 0
-    gives the least-squares solution of least norm. Raises ValueError for negative penalties.
+    gives the least-squares solution of least norm. Raises UserError for negative penalties.
     """
     b, y_mean = basis(x), y.double().mean(0)
     return _ridge_maps(b, b.coordinates(x).T @ (y.double() - y_mean), y_mean, penalties)
@@ -149,10 +150,10 @@ def logistic(
 
     x: (n, F); labels: (n,) int64 in [0, classes), each class a column of W. start: where to begin, say at the
     solution for another penalty. Separable data without a penalty have no solution; `iterations` stops it.
-    Raises ValueError for labels outside the classes.
+    Raises UserError for labels outside the classes.
     """
     if len(labels) == 0 or int(labels.min()) < 0 or int(labels.max()) >= classes:
-        raise ValueError(f"labels must be at least one number in 0 .. {classes - 1}")
+        raise UserError(f"labels must be at least one number in 0 .. {classes - 1}")
     features, gold = x.double().cpu().numpy(), labels.cpu().numpy()
     n, width = features.shape
     rows = np.arange(n)
@@ -188,10 +189,10 @@ class Parts:
 
 
 def split(n: int, seed: int, validation: float = 0.2, test: float = 0.2) -> Parts:
-    """Deals n sequences out at random, by shares. Raises ValueError if a part would be empty."""
+    """Deals n sequences out at random, by shares. Raises UserError if a part would be empty."""
     held, tested = round(n * validation), round(n * test)
     if min(held, tested, n - held - tested) < 1:
-        raise ValueError(f"{n} sequences leave a part empty; give more of them")
+        raise UserError(f"{n} sequences leave a part empty; give more of them")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     return Parts(order[held + tested :], order[:held], order[held : held + tested])
 
@@ -223,14 +224,14 @@ def probe(
     no accuracy (ridge is trained to give them no class; logistic leaves them out). penalties: in units of the
     mean eigenvalue of the Gram matrix, so that they mean the same at any scale of the features.
     Rows: accuracy (nan without a label in the test part), low, high, count (test sequences), majority,
-    penalty (chosen; the largest of equally good ones). Raises ValueError for unknown methods and labels.
+    penalty (chosen; the largest of equally good ones). Raises UserError for unknown methods and labels.
     """
     if method not in METHODS:
-        raise ValueError(f"method {method!r} is unknown; use one of {', '.join(METHODS)}")
+        raise UserError(f"method {method!r} is unknown; use one of {', '.join(METHODS)}")
     if labels.dim() != 2 or len(labels) != len(features):
-        raise ValueError(f"labels must be (n, J) for features (n, F), not {tuple(labels.shape)}")
+        raise UserError(f"labels must be (n, J) for features (n, F), not {tuple(labels.shape)}")
     if labels.numel() and not -1 <= int(labels.min()) <= int(labels.max()) < classes:
-        raise ValueError(f"labels must lie in 0 .. {classes - 1}, or be -1")
+        raise UserError(f"labels must lie in 0 .. {classes - 1}, or be -1")
     b = basis(features[parts.train])
     scale = float(b.values.mean()) if len(b.values) else 1.0
     where = (parts.train, parts.validation, parts.test)
@@ -320,14 +321,14 @@ def decode_curve(
     left out where they reach before the sequence. types: (n, T) for the control task, by default the token
     at t. One probe for each (t, lag); the classes are the tokens that occur at those places of a time.
     Rows: time, lag, chance (1 / classes) and the columns of `controlled`, which takes the options.
-    Raises ValueError for times outside the sequences, or lags that all reach before them.
+    Raises UserError for times outside the sequences, or lags that all reach before them.
     """
     if states.dim() != 3 or len(times) != states.shape[1] or len(tokens) != len(states):
-        raise ValueError(f"states must be (n, T, F) for T times and n token rows, not {tuple(states.shape)}")
+        raise UserError(f"states must be (n, T, F) for T times and n token rows, not {tuple(states.shape)}")
     tables = []
     for k, t in enumerate(int(t) for t in times):
         if not 0 <= t < tokens.shape[1]:
-            raise ValueError(f"times must lie in 0 .. {tokens.shape[1] - 1}, but one is {t}")
+            raise UserError(f"times must lie in 0 .. {tokens.shape[1] - 1}, but one is {t}")
         inside = [int(lag) for lag in lags if 0 <= lag <= t]
         if not inside:
             continue
@@ -338,7 +339,7 @@ def decode_curve(
         table.insert(1, "lag", inside)
         tables.append(table.assign(chance=1 / len(known)))
     if not tables:
-        raise ValueError("no lag reaches a token of the sequences; give lags between 0 and the times")
+        raise UserError("no lag reaches a token of the sequences; give lags between 0 and the times")
     return pd.concat(tables, ignore_index=True)
 
 
@@ -382,15 +383,15 @@ def capacity(
 
     accuracies: n -> the test accuracies of its n tokens; `{n: curve[:n] for n in ...}` takes the n latest of
     a decode curve. The expected number of tokens recovered is sum (accuracy - chance) / (1 - chance), in
-    which a guess counts nothing on average (terms may be negative). Raises ValueError for other numbers.
+    which a guess counts nothing on average (terms may be negative). Raises UserError for other numbers.
     """
     if not 0 <= chance < 1 or state_size < 1 or not accuracies:
-        raise ValueError("capacity needs accuracies, a chance in [0, 1) and a state of at least one number")
+        raise UserError("capacity needs accuracies, a chance in [0, 1) and a state of at least one number")
     rows = []
     for n, values in sorted(accuracies.items()):
         array = np.asarray(values, dtype=float)
         if array.shape != (n,) or n < 1 or not ((array >= 0) & (array <= 1)).all():
-            raise ValueError(f"accuracies[{n}] must be {n} numbers in [0, 1], not of shape {array.shape}")
+            raise UserError(f"accuracies[{n}] must be {n} numbers in [0, 1], not of shape {array.shape}")
         expected = float(((array - chance) / (1 - chance)).sum())
         rows.append((n, array.mean(), expected, expected / state_size))
     table = pd.DataFrame(rows, columns=["tokens", "accuracy", "expected", "per_number"])

@@ -7,6 +7,7 @@ import fnmatch
 from collections.abc import Iterable, Sequence
 
 from models.common import LanguageModel
+from models.errors import UserError
 from models.hooks import points
 
 _STATE = "B L E N; Mamba-2 B L H P N"
@@ -66,7 +67,7 @@ def resolve(
     """The names of this model that the given names and patterns (`*`, `?`, `[...]`) mean, in forward order.
 
     layers: keep only these blocks (negative = from the end) and the names outside blocks.
-    Raises ValueError for a name or pattern that means nothing, naming the closest ones, for a layer that does
+    Raises UserError for a name or pattern that means nothing, naming the closest ones, for a layer that does
     not exist, and if nothing is left.
     """
     known = list(points(model))
@@ -77,15 +78,15 @@ def resolve(
         if not matches:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else "model.hook_names() lists them"
-            raise ValueError(f"this model has no hook {name!r}; {hint}")
+            raise UserError(f"this model has no hook {name!r}; {hint}")
         found.update(matches)
     if layers is not None:
         n_layer = model.config.n_layer
         wrong = [i for i in layers if not -n_layer <= i < n_layer]
         if wrong:
-            raise ValueError(f"layers={list(layers)} has {wrong[0]}, but the model has {n_layer} layers")
+            raise UserError(f"layers={list(layers)} has {wrong[0]}, but the model has {n_layer} layers")
         kept = {None, *(i % n_layer for i in layers)}
         found = {name for name in found if layer_of(name) in kept}
     if not found:
-        raise ValueError(f"names={wanted} with layers={layers} means no hook of this model")
+        raise UserError(f"names={wanted} with layers={layers} means no hook of this model")
     return [name for name in known if name in found]

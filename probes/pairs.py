@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
+from models.errors import UserError
 from probes.roles import role, roles
 from synthetic.tasks import Batch, Task, sampling
 from synthetic.tasks.position import Position
@@ -57,15 +58,15 @@ def pairs(task: Task, examples: int, length: int | None = None, kind: str = "que
     kind "target": the same query, but its symbol has changed places with another context symbol.
     The other symbol occurs once in its context and is uniform over those that the task's own draw of two
     queries could ask for. supervise_bos is left out: nothing it adds stands before the answer.
-    A function of its arguments only. Raises ValueError, in one line, for tasks without roles, for contexts
+    A function of its arguments only. Raises UserError, in one line, for tasks without roles, for contexts
     without two symbols to ask for, and where hardly any context stays held out after the swap.
     """
     if kind not in KINDS:
-        raise ValueError(f"unknown kind {kind!r} of pairs; valid: {', '.join(KINDS)}")
+        raise UserError(f"unknown kind {kind!r} of pairs; valid: {', '.join(KINDS)}")
     if examples < 1:
-        raise ValueError(f"examples {examples} must be at least 1")
+        raise UserError(f"examples {examples} must be at least 1")
     if not isinstance(task, Position):
-        raise ValueError(f"pairs are not defined for task {task.name}: use position, position-varlen or grid")
+        raise UserError(f"pairs are not defined for task {task.name}: use position, position-varlen or grid")
     task = replace(task, supervise_bos=False)
     length = task.lengths()[1] if length is None else length
     task.check(length, 2)
@@ -108,7 +109,7 @@ def _draw(
         have += len(context)
         if have >= rows:
             return np.concatenate(contexts)[:rows], np.concatenate(targets)[:rows]
-    raise ValueError(
+    raise UserError(
         f"hardly any context of length {length} with num_symbols {task.vocabulary.num_symbols} is held out "
         "together with its swapped one: use kind 'query', more symbols or a longer context"
     )

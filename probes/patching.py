@@ -26,6 +26,7 @@ from torch import Tensor
 
 from analysis.statistics import mean_interval
 from models.common import Cache, LanguageModel
+from models.errors import UserError
 from probes.cells import Cell, cells, chunks, everything
 from probes.lens import logit_difference, normalised_difference
 from probes.pairs import Pairs
@@ -154,7 +155,7 @@ def patch(
 
     Sites that the model does not have are left out. memory_mb bounds activations, about.
     progress: called with (done, all) patched pairs of each chunk.
-    Raises ValueError for unknown sites or layers.
+    Raises UserError for unknown sites or layers.
     """
     traced = trace(
         model, pairs, cells(pairs, max_positions), sites,
@@ -180,7 +181,7 @@ def trace(
     sites = list(sites)
     for site in sites:
         if site not in SITES:
-            raise ValueError(f"unknown site {site!r}; valid: {', '.join(SITES)}")
+            raise UserError(f"unknown site {site!r}; valid: {', '.join(SITES)}")
     what = [*what, everything(pairs)]
     keys = list(_keys(model, sites, layers, len(what), controls))
     number = {key: i for i, key in enumerate(keys)}
@@ -219,7 +220,7 @@ def _layers(model: LanguageModel, layers: Iterable[int] | None) -> list[int]:
     n = model.config.n_layer
     chosen = list(range(n + 1)) if layers is None else sorted(set(layers))
     if not chosen or chosen[0] < 0 or chosen[-1] > n:
-        raise ValueError(f"layers {chosen} must be some of 0 .. n_layer = {n}")
+        raise UserError(f"layers {chosen} must be some of 0 .. n_layer = {n}")
     return chosen
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.errors import UserError
 from probes.updates import BUDGET, Scan, _inside, chunks, state_changes
 
 RESULT_LIMIT = 2**30  # bytes of a result, above which a function refuses and says what to ask for instead
@@ -44,7 +45,7 @@ def pairs(scan: Scan, source: Any, at: Any) -> tuple[Tensor, Tensor]:
     """(source, at), both int64 (B, ...): broadcast to each other and to the batch.
 
     A number is a list of one position, and a list holds for every sequence: both give (B, positions).
-    Raises ValueError for positions outside the sequence, or a leading dimension that is not the batch's.
+    Raises UserError for positions outside the sequence, or a leading dimension that is not the batch's.
     """
     B, L = scan.x.shape[:2]
     device = scan.x.device
@@ -52,7 +53,7 @@ def pairs(scan: Scan, source: Any, at: Any) -> tuple[Tensor, Tensor]:
     if i.dim() < 2:
         i, t = i.reshape(1, -1), t.reshape(1, -1)
     if i.shape[0] not in (1, B):
-        raise ValueError(f"source and at must have leading dimension {B}, the batch's, not {i.shape[0]}")
+        raise UserError(f"source and at must have leading dimension {B}, the batch's, not {i.shape[0]}")
     shape = (B, *i.shape[1:])
     return i.expand(shape).long(), t.expand(shape).long()
 
@@ -65,7 +66,7 @@ def contribution_norm(
 
     source, at: int positions that broadcast to (B, ...), the shape of the result; see `pairs`.
     Because c has rank one, ||c||^2 = sum_h dt_i^2 |x_i|^2 sum_n B_in^2 exp(2 A_n sum_{i < s <= t} dt_s): no
-    state is formed, only `budget` bytes of pairs x H x N at a time. Raises ValueError as `pairs`.
+    state is formed, only `budget` bytes of pairs x H x N at a time. Raises UserError as `pairs`.
     """
     (B, _, H), M = scan.dt.shape, scan.A.shape[1]
     i, t = pairs(scan, source, at)
@@ -99,7 +100,7 @@ def retention(
 
     source, at as in `contribution_norm`: `target[:, None]` (B, 1) and `torch.arange(L)` give (B, L), the
     fate of one token in each sequence. state_norm: ||h_t|| (B, L), or (B, L, H) per head, if
-    `updates.state_changes` has been called already. Raises ValueError as `pairs`.
+    `updates.state_changes` has been called already. Raises UserError as `pairs`.
     """
     i, t = pairs(scan, source, at)
     if state_norm is None:
@@ -123,14 +124,14 @@ def _heads(scan: Scan, heads: Sequence[int] | Tensor | None) -> Tensor:
         return torch.arange(count, device=device)
     chosen = torch.as_tensor(heads, device=device)
     if chosen.dim() != 1 or (chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < count):
-        raise ValueError(f"heads must be a list of numbers in 0 .. {count - 1} (channels in Mamba)")
+        raise UserError(f"heads must be a list of numbers in 0 .. {count - 1} (channels in Mamba)")
     return chosen.long()
 
 
 def _refuse_above(limit: int, shape: tuple[int, ...], scan: Scan) -> None:
     size = scan.x.element_size() * torch.Size(shape).numel()
     if size > limit:
-        raise ValueError(
+        raise UserError(
             f"a map of shape {shape} takes {size / 2**20:.0f} MiB, more than limit={limit / 2**20:.0f} MiB; "
             "name fewer heads, or use mean_attention, attention_rows or attention_output"
         )
@@ -205,7 +206,7 @@ def hidden_attention(
     """alpha (B, K, L, L) of the K chosen heads (Mamba: channels; None: all); 0 above the diagonal.
 
     Cost per head: L^2 N multiplications and L^2 N / 64 + 32 L N exponentials. Works in about `budget` bytes
-    beside the result. Raises ValueError for a result above `limit` bytes, and for heads that there are not.
+    beside the result. Raises UserError for a result above `limit` bytes, and for heads that there are not.
     """
     chosen = _heads(scan, heads)
     B, L = scan.x.shape[:2]
@@ -272,7 +273,7 @@ def mean_attention(
     """(B, L, L) mean of |alpha| over the chosen heads (Mamba: channels; None: all), one block at a time."""
     chosen = _heads(scan, heads)
     if not len(chosen):
-        raise ValueError("heads is empty; there is nothing to average")
+        raise UserError("heads is empty; there is nothing to average")
     B, L = scan.x.shape[:2]
     total = scan.x.new_zeros(B, L, L)
     for _, piece in _parts(scan, chosen, budget):

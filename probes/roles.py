@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from models.errors import UserError
 from synthetic.tasks import Batch, Task
 from synthetic.tasks.position import Position
 
@@ -26,13 +27,13 @@ def roles(task: Task, batch: Batch) -> Tensor:
 
     target is the context symbol that the query asks for, distractor every other one; separator the markers
     of an image's rows and of its frame (grid); answer a position token that is fed in (supervise_bos), and
-    <bos> is "bos" wherever it stands. Raises ValueError, in one line, for tasks or batches where a single
+    <bos> is "bos" wherever it stands. Raises UserError, in one line, for tasks or batches where a single
     target is not defined.
     """
     if not isinstance(task, Position):
-        raise ValueError(f"roles are not defined for task {task.name}: use position, position-varlen or grid")
+        raise UserError(f"roles are not defined for task {task.name}: use position, position-varlen or grid")
     if batch.target_index.shape[1] != 1:
-        raise ValueError(
+        raise UserError(
             f"roles are not defined for {batch.target_index.shape[1]} queries a sequence: use queries=1"
         )
     v, ids = task.vocabulary, batch.input_ids

@@ -23,13 +23,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from models.errors import UserError
+from synthetic.cli import guarded, parse, use_threads
+
 if TYPE_CHECKING:
     import pandas as pd
 
     from probes.suite import Probe
     from synthetic.tasks import Task
 
-BAD_INPUT, INTERRUPTED = 2, 130
+STOPPED = "stopped; finished probes are kept, the same command goes on"
 DIGITS = 6  # of numbers in CSV files
 Say = Callable[[str], None]
 
@@ -58,43 +61,27 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status. Bad input gives one line and status 2."""
-    options = tyro.cli(Options, args=argv, prog="python -m probes.run")
+    options = parse(Options, argv, "python -m probes.run")
     out = options.out or options.run / "probes"
-    try:
-        return run(options, out)
-    except ValueError as error:
-        return _fail(str(error))
-    except OSError as error:
-        return _fail(f"--out {out}: {error.strerror or error}; choose another folder")
-    except KeyboardInterrupt:
-        print("stopped; finished probes are kept, the same command goes on", file=sys.stderr)
-        return INTERRUPTED
-
-
-def _fail(message: str) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
-    return BAD_INPUT
+    return guarded(lambda: run(options, out), out=out, stopped=STOPPED)
 
 
 def run(options: Options, out: Path) -> int:
-    """Run the probes that are not there yet, then draw and summarise. Raises ValueError for bad input."""
+    """Run the probes that are not there yet, then draw and summarise. Raises UserError for bad input."""
     import matplotlib
     from filelock import FileLock, Timeout
     from rich.console import Console
 
     from models.ops.memory import keep_freed_memory
-    from synthetic.run import use_threads
 
     matplotlib.use("Agg")
     keep_freed_memory()
     use_threads(options.threads)
     names = chosen(options.probe)
     if options.examples is not None and options.examples < 2:
-        raise ValueError(
-            f"--examples {options.examples}: intervals need at least 2 sequences; give 2 or more"
-        )
+        raise UserError(f"--examples {options.examples}: intervals need at least 2 sequences; give 2 or more")
     if not 0 <= options.seed < 2**63:
-        raise ValueError(f"--seed {options.seed} must lie in 0 .. 2**63 - 1; choose another")
+        raise UserError(f"--seed {options.seed} must lie in 0 .. 2**63 - 1; choose another")
     models = trained(options.run)
     out.mkdir(parents=True, exist_ok=True)
     console = Console()
@@ -106,27 +93,27 @@ def run(options: Options, out: Path) -> int:
         with FileLock(out / ".lock", timeout=0):
             return _probe_all(options, names, models, out, console, say)
     except Timeout:
-        raise ValueError(f"--out {out}: another process probes into it; wait for it or stop it") from None
+        raise UserError(f"--out {out}: another process probes into it; wait for it or stop it") from None
 
 
 def chosen(asked: Sequence[str]) -> list[str]:
-    """Names of the probes, in the registry's order. Raises ValueError for unknown ones."""
+    """Names of the probes, in the registry's order. Raises UserError for unknown ones."""
     from probes.suite import PROBES
 
     for name in asked:
         if name not in (*PROBES, "all"):
-            raise ValueError(f"--probe {name} is unknown; use {', '.join(PROBES)} or all")
+            raise UserError(f"--probe {name} is unknown; use {', '.join(PROBES)} or all")
     if not asked:
-        raise ValueError(f"--probe needs a name; use {', '.join(PROBES)} or all")
+        raise UserError(f"--probe needs a name; use {', '.join(PROBES)} or all")
     return [name for name in PROBES if name in asked or "all" in asked]
 
 
 def trained(folder: Path) -> dict[str, tuple[Path, Task]]:
-    """Family -> (folder of its model, its task) of every finished one. Raises ValueError if there is none."""
+    """Family -> (folder of its model, its task) of every finished one. Raises UserError if there is none."""
     from synthetic import store, tasks
 
     if not (folder / "config.json").is_file():
-        raise ValueError(f"RUN_DIR {folder} has no config.json; give the folder of one run (runs/<id>)")
+        raise UserError(f"RUN_DIR {folder} has no config.json; give the folder of one run (runs/<id>)")
     saved = store.read_json(folder / "config.json")
     found = {}
     for plan in saved.get("plans", []):
@@ -134,9 +121,7 @@ def trained(folder: Path) -> dict[str, tuple[Path, Task]]:
         if (place / "model.safetensors").exists():
             found[plan["family"]] = place, tasks.build(plan["task"], **plan["task_options"])
     if not found:
-        raise ValueError(
-            f"RUN_DIR {folder} has no finished model; let synthetic.run finish training it first"
-        )
+        raise UserError(f"RUN_DIR {folder} has no finished model; let synthetic.run finish training it first")
     return found
 
 
@@ -185,7 +170,7 @@ def _probe_all(
                 changed.add(name)
     drawn = [name for name in names if _drawn(out, name, name in changed, models, say)]
     if not drawn:
-        raise ValueError("nothing was measured: " + "; ".join(missing))
+        raise UserError("nothing was measured: " + "; ".join(missing))
     summarise(options.run, out, list(models), missing)
     say(f"{out / 'summary.md'}")
     return 0

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from analysis.statistics import mean_interval
+from models.errors import UserError
 
 BUDGET = 128 * 2**20  # bytes of working memory, for the functions that pass through states
 
@@ -32,7 +33,7 @@ class Scan:
 
     A: (H, N), or (H, 1) where all states of a head decay alike; at most 0. dt: (B, L, H), at least 0, and 0
     at padding. Bt, Ct: (B, L, G, N), group g shared by heads g H/G .. (g+1) H/G - 1. x: (B, L, H, P), the
-    input u of the scan. Kept without gradients as float32, or float64 if x is. Raises ValueError for
+    input u of the scan. Kept without gradients as float32, or float64 if x is. Raises UserError for
     shapes or signs that do not fit.
     """
 
@@ -57,7 +58,7 @@ class Scan:
         for field in fields(self):
             object.__setattr__(self, field.name, getattr(self, field.name).detach().to(dtype))
         if self.x.dim() != 4 or self.Bt.dim() != 4:
-            raise ValueError(
+            raise UserError(
                 f"x must have dimensions (B, L, H, P) and Bt (B, L, G, N), not shapes {tuple(self.x.shape)} "
                 f"and {tuple(self.Bt.shape)}; use Scan.mamba or Scan.mamba2"
             )
@@ -67,11 +68,11 @@ class Scan:
         shapes["A"] = (heads, self.A.shape[-1] if self.A.shape[-1:] == (1,) else n)
         for name, shape in shapes.items():
             if tuple(getattr(self, name).shape) != shape:
-                raise ValueError(f"{name} must have shape {shape}, not {tuple(getattr(self, name).shape)}")
+                raise UserError(f"{name} must have shape {shape}, not {tuple(getattr(self, name).shape)}")
         if heads % groups:
-            raise ValueError(f"{groups} groups of Bt do not divide the {heads} heads")
+            raise UserError(f"{groups} groups of Bt do not divide the {heads} heads")
         if (self.A > 0).any() or (self.dt < 0).any():
-            raise ValueError("A must be at most 0 and dt at least 0: give -exp(A_log) and dt after softplus")
+            raise UserError("A must be at most 0 and dt at least 0: give -exp(A_log) and dt after softplus")
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
@@ -205,11 +206,11 @@ def horizon(scan: Scan, at: Any) -> Horizon:
 
     The number k of steps with prod_{at < s <= at+k} exp(dt_s A) = 1/e, where the logarithm of the product is
     interpolated within a step, so that a constant decay a gives `constant_horizon`, -1 / ln a, exactly; the
-    product is below 1/e after floor(k) + 1 whole steps. Raises ValueError for positions outside the sequence.
+    product is below 1/e after floor(k) + 1 whole steps. Raises UserError for positions outside the sequence.
     """
     positions = _inside(torch.as_tensor(at, device=scan.x.device), scan.x.shape[1])
     if positions.dim() != 1:
-        raise ValueError(f"at must be a list of positions, not of shape {tuple(positions.shape)}")
+        raise UserError(f"at must be a list of positions, not of shape {tuple(positions.shape)}")
     (B, L, H), M = scan.dt.shape, scan.A.shape[1]
     elapsed = scan.elapsed().transpose(1, 2).contiguous()  # (B, H, L)
     start = elapsed[..., positions].unsqueeze(-1)  # (B, H, positions, 1)
@@ -236,11 +237,11 @@ def constant_horizon(dt: Tensor, A: Tensor) -> Tensor:
 
 
 def _inside(positions: Tensor, length: int) -> Tensor:
-    """positions, unchanged. Raises ValueError unless they are integers in [0, length)."""
+    """positions, unchanged. Raises UserError unless they are integers in [0, length)."""
     if positions.is_floating_point() or positions.dtype == torch.bool:
-        raise ValueError(f"positions must be integers, not {positions.dtype}")
+        raise UserError(f"positions must be integers, not {positions.dtype}")
     if positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < length:
-        raise ValueError(
+        raise UserError(
             f"positions must lie in 0 .. {length - 1}, but run from {int(positions.min())} to "
             f"{int(positions.max())}"
         )
@@ -255,12 +256,12 @@ def role_means(values: Any, roles: Any, names: Mapping[Any, str] | None = None) 
 
     values: (B, L) float; nan is left out, as are roles that a sequence lacks. roles: (B, L), or (L,) if all
     sequences have the same, ints or strings; with `names` only its keys are kept, under the names it gives.
-    Raises ValueError for shapes that differ.
+    Raises UserError for shapes that differ.
     """
     numbers = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=float)
     kinds = np.asarray(roles.detach().cpu() if isinstance(roles, Tensor) else roles)
     if numbers.ndim != 2 or kinds.shape not in (numbers.shape, numbers.shape[1:]):
-        raise ValueError(f"values must be (B, L) and roles like it, not {numbers.shape} and {kinds.shape}")
+        raise UserError(f"values must be (B, L) and roles like it, not {numbers.shape} and {kinds.shape}")
     kinds = np.broadcast_to(kinds, numbers.shape)
     rows: list[dict[str, Any]] = []
     for role in names if names is not None else np.unique(kinds).tolist():

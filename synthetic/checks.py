@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from models.errors import UserError
+
 if TYPE_CHECKING:
     from synthetic.config import RunConfig
 
 
 def check(condition: bool, message: str) -> None:
     if not condition:
-        raise ValueError(message)
+        raise UserError(message)
 
 
 def check_values(config: RunConfig, paper: bool, schedule: str) -> None:
-    """Raise ValueError for values that are impossible, or contradict each other, whatever the task."""
+    """Raise UserError for values that are impossible, or contradict each other, whatever the task."""
     for name in ("seq_len", "batch_tokens", "eval_examples", "final_eval_examples", "accumulate"):
         value = getattr(config, name)
         check(value >= 1, f"--{name.replace('_', '-')} {value} must be at least 1")

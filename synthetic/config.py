@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from models.errors import UserError
 from synthetic.checks import check, check_values
 
 if TYPE_CHECKING:  # torch takes seconds to import, which a help page can spare
@@ -222,7 +223,7 @@ class Plan:
 
 
 def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
-    """Settle every open value for one family. Raises ValueError with one line for impossible wishes.
+    """Settle every open value for one family. Raises UserError with one line for impossible wishes.
 
     elsewhere: the run is for another machine, so the device it names need not be here.
     """
@@ -249,7 +250,7 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
     if curriculum is None:
         curriculum = first_length(task)
     elif 0 < curriculum < first_length(task):
-        raise ValueError(
+        raise UserError(
             f"--curriculum {curriculum} leaves too few different contexts, or none, to hold some out; "
             f"use at least {first_length(task)}, or more --num-symbols"
         )
@@ -312,7 +313,7 @@ def _model(config: RunConfig, family: str, task: Task, queries: int) -> tuple[st
     try:
         usual: Any = models.config(name)
     except ValueError as error:
-        raise ValueError(f"--preset {config.preset}: {error}") from error
+        raise UserError(f"--preset {config.preset}: {error}") from error
     # whoever asks for what the preset has anyway gets the same run as without asking
     if config.layers is not None and config.layers != usual.n_layer:
         overrides["n_layer"] = config.layers
@@ -338,7 +339,7 @@ def first_length(task: Task) -> int:
 
 
 def _task_options(config: RunConfig) -> dict[str, Any]:
-    """What the user chose of the task's options. Raises ValueError for an option that the task lacks."""
+    """What the user chose of the task's options. Raises UserError for an option that the task lacks."""
     from synthetic import tasks
 
     known = tasks.options(config.task)
@@ -366,7 +367,7 @@ def _task_options(config: RunConfig) -> dict[str, Any]:
 def resolve_device(device: str, elsewhere: bool = False) -> str:
     """auto -> cuda or cpu (Apple's mps has no fast scan, so it must be asked for).
 
-    Raises ValueError if the device asked for is not there, unless it is meant for another machine.
+    Raises UserError if the device asked for is not there, unless it is meant for another machine.
     """
     import torch
 

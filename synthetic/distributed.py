@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from models.errors import UserError
 from synthetic import evaluate
 from synthetic.evaluate import Evaluation
 
@@ -89,7 +90,7 @@ def joined(strategy: str, plan: Plan) -> Iterator[World]:
     """The world that torchrun or accelerate has started this process in; a world of one without them.
 
     strategy: "ddp", "fsdp", or "auto": what accelerate's configuration asks for, else ddp.
-    Raises ValueError for what cannot be sharded, Lost if the connection to another process breaks.
+    Raises UserError for what cannot be sharded, Lost if the connection to another process breaks.
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
@@ -98,9 +99,9 @@ def joined(strategy: str, plan: Plan) -> Iterator[World]:
     if strategy == "auto":
         strategy = "fsdp" if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1") else "ddp"
     if strategy == "fsdp" and plan.optimizer != "adamw":
-        raise ValueError(f"--optimizer {plan.optimizer} cannot be sharded by --parallel fsdp; use adamw")
+        raise UserError(f"--optimizer {plan.optimizer} cannot be sharded by --parallel fsdp; use adamw")
     if strategy == "fsdp" and plan.lora:
-        raise ValueError(f"--lora {plan.lora} cannot be sharded by --parallel fsdp; use --parallel ddp")
+        raise UserError(f"--lora {plan.lora} cannot be sharded by --parallel fsdp; use --parallel ddp")
     if plan.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     dist.init_process_group("nccl" if plan.device == "cuda" else "gloo", timeout=TIMEOUT)
@@ -148,12 +149,12 @@ def spread(model: LanguageModel, world: World) -> Loss:
 
 
 def share(batch: Batch, world: World) -> Batch:
-    """This process' rows of a batch. Raises ValueError if there are fewer rows than processes."""
+    """This process' rows of a batch. Raises UserError if there are fewer rows than processes."""
     if world.size == 1:
         return batch
     rows = batch.input_ids.shape[0]
     if rows < world.size:
-        raise ValueError(
+        raise UserError(
             f"--batch-tokens gives batches of {rows} sequences, too few for {world.size} processes; raise it"
         )
     return batch.split(world.size)[world.rank]
@@ -248,7 +249,7 @@ def saved(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def load(place: Path, tensors: dict[str, Tensor], world: World) -> None:
-    """Fill tensors, sharded or not, with what any number of processes wrote. Raises ValueError if damaged."""
+    """Fill tensors, sharded or not, with what any number of processes wrote. Raises UserError if damaged."""
     import warnings
 
     from torch.distributed.checkpoint import HuggingFaceStorageReader, load
@@ -261,4 +262,4 @@ def load(place: Path, tensors: dict[str, Tensor], world: World) -> None:
             load(plain, storage_reader=HuggingFaceStorageReader(str(place)), no_dist=world.size == 1)
     except (CheckpointException, OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1:]
-        raise ValueError(f"{place} is damaged ({reason}); delete it and {POINTER} to start anew") from error
+        raise UserError(f"{place} is damaged ({reason}); delete it and {POINTER} to start anew") from error

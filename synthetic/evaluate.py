@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from models import LanguageModel, generate
+from models.errors import UserError
 from synthetic.tasks import Batch, Task
 
 EVAL_SEED = 2409_05395  # of the held-out stream; the same for every training seed, model and length
@@ -115,7 +116,7 @@ def evaluate(
 
 @torch.no_grad()
 def score(model: LanguageModel, batches: Iterable[Batch], *, device: str, precision: str) -> Evaluation:
-    """As `evaluate`, for given batches of one length, those of a file say. Raises ValueError for none."""
+    """As `evaluate`, for given batches of one length, those of a file say. Raises UserError for none."""
     correct, target, loss, tokens, last = [], [], 0.0, 0, None
     for batch in batches:
         asked = batch.retrieved
@@ -128,7 +129,7 @@ def score(model: LanguageModel, batches: Iterable[Batch], *, device: str, precis
         tokens += gold.numel()
         last = batch
     if last is None:
-        raise ValueError("there is no batch to evaluate")
+        raise UserError("there is no batch to evaluate")
     return Evaluation(
         last.length, np.concatenate(correct), np.concatenate(target), loss / tokens, last.chance
     )
@@ -141,7 +142,7 @@ def extrapolate(
 
     The papers train n-grams on 50 .. 100 (min_seq_len=50, seq_len=100) and test at 100 .. 400. Answers that
     are positions need a vocabulary for the longest length, so there the model is trained at shorter ones of
-    it. Raises ValueError if that is not so, or if the model's table of positions is too short.
+    it. Raises UserError if that is not so, or if the model's table of positions is too short.
     """
     return [
         evaluate(model, task.at(n), examples=examples, length=n, device=device, precision=precision)
@@ -161,7 +162,7 @@ def evaluate_blocks(
     rows: list[dict[str, float | int | str]] = []
     for batch in heldout(task, examples, length):
         if batch.alternatives is None:
-            raise ValueError(f"task {task.name} has one right answer; evaluate_blocks is for ngram-duplicate")
+            raise UserError(f"task {task.name} has one right answer; evaluate_blocks is for ngram-duplicate")
         question = batch.input_ids[:, : int(batch.answer_at[0]) + 1].to(device)
         with autocast(device, precision):
             answer = generate(model, question, batch.answer_tokens).cpu()

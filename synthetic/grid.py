@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from models.errors import UserError
 from synthetic.config import RunConfig, check
 from synthetic.store import Row
 
@@ -44,7 +45,7 @@ class Sweep:
         at long ones.
     out: folder of runs and results; default: runs/<name of the file, or of its folder if that is config.py>.
     slurm: parameters of submitit's AutoExecutor for --executor slurm, such as slurm_partition, timeout_min.
-    Raises ValueError, in one line, for impossible combinations.
+    Raises UserError, in one line, for impossible combinations.
     """
 
     runs: Sequence[RunConfig]
@@ -77,7 +78,7 @@ class Sweep:
 def grid(base: RunConfig | None = None, **axes: Any) -> list[RunConfig]:
     """`base` with every combination of the axes, the last one fastest; a single value is an axis of one.
 
-    grid(model=("mamba", "mamba2"), seed=range(3)) are six runs. Raises ValueError for options or values that
+    grid(model=("mamba", "mamba2"), seed=range(3)) are six runs. Raises UserError for options or values that
     `RunConfig` does not have.
     """
     _known(axes)
@@ -134,7 +135,7 @@ def _allowed(kind: Any) -> tuple[tuple[Any, ...], tuple[type, ...]]:
 
 
 def load(file: Path) -> Sweep:
-    """The Sweep of a Python file. Raises ValueError, in one line, if there is none."""
+    """The Sweep of a Python file. Raises UserError, in one line, if there is none."""
     check(file.is_file(), f"FILE {file} does not exist; give a Python file with a get_config()")
     spec = importlib.util.spec_from_file_location("sweep_config", file)
     check(
@@ -146,10 +147,10 @@ def load(file: Path) -> Sweep:
         spec.loader.exec_module(module)
         get_config: Callable[[], Sweep] | None = getattr(module, "get_config", None)
         if get_config is None:
-            raise ValueError("defines no get_config()")
+            raise UserError("defines no get_config()")
         sweep = get_config()
     except Exception as error:  # anything: it is the user's program
-        raise ValueError(f"FILE {file}: {type(error).__name__}: {error}") from error
+        raise UserError(f"FILE {file}: {type(error).__name__}: {error}") from error
     check(isinstance(sweep, Sweep), f"FILE {file}: get_config() returns {type(sweep).__name__}, not a Sweep")
     return sweep
 
@@ -176,7 +177,7 @@ def validation_runs(sweep: Sweep) -> dict[Group, dict[float, list[RunConfig]]]:
     try:
         tuned = {name: sweep.tune(run) for name, run in first.items()}
     except Exception as error:  # anything: it is the user's program
-        raise ValueError(f"tune: {type(error).__name__}: {error}") from error
+        raise UserError(f"tune: {type(error).__name__}: {error}") from error
     for run in tuned.values():
         check(isinstance(run, RunConfig), f"tune returns {type(run).__name__}, not a RunConfig")
         _check_values(run)

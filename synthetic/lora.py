@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from models.errors import MissingPackage
+
 if TYPE_CHECKING:
     from models import LanguageModel
 
@@ -30,7 +32,7 @@ def add_adapters(model: LanguageModel, rank: int, seed: int) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise ImportError(LORA_HELP) from error
+        raise MissingPackage(LORA_HELP) from error
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(TARGETS))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

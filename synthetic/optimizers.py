@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from models.errors import MissingPackage
+
 if TYPE_CHECKING:
     from models import LanguageModel
     from synthetic.config import Plan
@@ -45,7 +47,7 @@ def make_optimizer(model: LanguageModel, plan: Plan) -> torch.optim.Optimizer:
         try:
             from bitsandbytes.optim import AdamW8bit
         except ImportError as error:
-            raise ImportError(EIGHT_BIT_HELP) from error
+            raise MissingPackage(EIGHT_BIT_HELP) from error
         return AdamW8bit(groups, lr=plan.lr, betas=plan.betas)
     return torch.optim.AdamW(groups, lr=plan.lr, betas=plan.betas, fused=True)
 

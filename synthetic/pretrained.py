@@ -16,6 +16,7 @@ import torch
 
 import models
 from models.checkpoints import Checkpoint, examine
+from models.errors import UserError
 from models.registry import FAMILIES
 from synthetic.checks import check
 
@@ -41,7 +42,7 @@ class Start:
 
 
 def find(config: RunConfig, init: str, family: str) -> Start:
-    """What --init names. Raises ValueError if there is no such checkpoint, or options contradict it."""
+    """What --init names. Raises UserError if there is no such checkpoint, or options contradict it."""
     for name in SHAPE_OPTIONS:
         value = getattr(config, name)
         check(
@@ -51,7 +52,7 @@ def find(config: RunConfig, init: str, family: str) -> Start:
     try:
         checkpoint = examine(init)
     except ValueError as error:
-        raise ValueError(f"--init {init}: {error}") from error
+        raise UserError(f"--init {init}: {error}") from error
     found = next(name for name, (kind, _) in FAMILIES.items() if type(checkpoint.config) is kind)
     check(
         family == found,
@@ -63,7 +64,7 @@ def find(config: RunConfig, init: str, family: str) -> Start:
 
 
 def first_model(plan: Plan) -> models.LanguageModel:
-    """The model that a plan with `init` starts from, in float32. Raises ValueError if it has changed."""
+    """The model that a plan with `init` starts from, in float32. Raises UserError if it has changed."""
     assert plan.init is not None
     path = plan.init["path"]
     check(

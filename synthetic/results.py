@@ -18,6 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.errors import UserError
 from synthetic import store
 from synthetic.store import Row
 
@@ -99,7 +100,7 @@ TARGET = {
 def record(folder: Path, family: str) -> None:
     """Write what a run's records say of one of its models into the data sets beside the run.
 
-    Raises ValueError if `folder` is not a run's.
+    Raises UserError if `folder` is not a run's.
     """
     rows, targets = tables(folder, family)
     for name, columns, content in ((RESULTS, EVALUATION, rows), (TARGETS, TARGET, targets)):
@@ -141,10 +142,10 @@ def behind(folder: Path, family: str) -> bool:
 
 
 def tables(folder: Path, family: str) -> tuple[list[Row], list[Row]]:
-    """Rows of both data sets for one model. Raises ValueError if `folder` is not a run's."""
+    """Rows of both data sets for one model. Raises UserError if `folder` is not a run's."""
     path = folder / "config.json"
     if not path.exists():
-        raise ValueError(f"{folder} has no config.json; give the folder of a run")
+        raise UserError(f"{folder} has no config.json; give the folder of a run")
     saved = store.read_json(path)
     (plan,) = (p for p in saved["plans"] if p["family"] == family)
     environment = folder / "environment.json"

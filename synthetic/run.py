@@ -2,68 +2,24 @@
 
 from __future__ import annotations
 
-import errno
-import io
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
+from synthetic.cli import INTERRUPTED, StopSignals, fail, guarded, parse, use_threads
 from synthetic.config import FAMILIES, Plan, RunConfig
 
 if TYPE_CHECKING:
     from synthetic.distributed import World
 
-BAD_INPUT, INTERRUPTED, LOST = 2, 130, 1
+LOST = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status. Bad input gives one line and status 2."""
-    import tyro
-
-    write_anything()
-    config = tyro.cli(RunConfig, args=argv, prog="python -m synthetic.run")
-    try:
-        return run(config)
-    except (ValueError, ImportError) as error:
-        return fail(str(error))
-    except OSError as error:
-        return fail(explain(error, config.out))
-    except KeyboardInterrupt:  # the second Ctrl-C: the last checkpoint is what remains
-        return INTERRUPTED
-
-
-def write_anything() -> None:
-    """Bars and curves on a terminal whose encoding lacks them become question marks, not a traceback."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
-
-
-def fail(message: str) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
-    return BAD_INPUT
-
-
-def use_threads(threads: int) -> None:
-    """--threads of a command: 0 = as PyTorch chooses. Raises ValueError for a negative number."""
-    import torch
-
-    if threads < 0:
-        raise ValueError(
-            f"--threads {threads} must not be negative; give a number, or 0 for PyTorch's choice"
-        )
-    if threads:
-        torch.set_num_threads(threads)
-
-
-def explain(error: OSError, out: str) -> str:
-    if error.errno == errno.ENOSPC:
-        return f"--out {out}: the disk is full; free some space and run the same command to resume"
-    if isinstance(error, PermissionError) or error.errno == errno.EROFS:
-        return f"--out {out} cannot be written ({error.strerror}); choose another folder"
-    return f"--out {out}: {error.strerror or error}; choose another folder or mend the cause"
+    config = parse(RunConfig, argv, "python -m synthetic.run")
+    return guarded(lambda: run(config), out=config.out)
 
 
 def run(config: RunConfig) -> int:
@@ -173,28 +129,6 @@ def _report(results: list[dict], folder: Path, console: object) -> None:
     print(terminal_curve(metrics, width=min(100, console.width)))
     console.print(summary(results))
     console.print(f"curve: {folder / 'learning_curve.png'}", highlight=False, soft_wrap=True)
-
-
-class StopSignals:
-    """While active, Ctrl-C and SIGTERM ask for a stop after the current step; a second one is immediate."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def asked(self) -> bool:
-        return self.requested
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def __enter__(self) -> None:
-        self.before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

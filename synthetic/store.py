@@ -34,6 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from models.errors import UserError
 from synthetic.optimizers import make_state, state_tensors
 
 Row = dict[str, Any]
@@ -50,7 +51,12 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary name to write to, whose file takes the place of `path` at the end, flushed to the disk.
 
     Several processes may write the same file: each has a temporary one of its own, and the last one stays.
+    A link stays a link: what it points to is replaced. Raises UserError if `path` is a folder, a device or
+    anything else that is not a regular file.
     """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a regular file and is not replaced; choose another name")
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         yield temporary
@@ -126,13 +132,13 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Row) -> None
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], Row]:
-    """What `save_tensors` wrote. Raises ValueError, in one line, for a damaged file."""
+    """What `save_tensors` wrote. Raises UserError, in one line, for a damaged file."""
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["state"])
             return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it to start this model anew") from error
+        raise UserError(f"{path} is damaged ({error}); delete it to start this model anew") from error
 
 
 def checkpoint_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -159,7 +165,7 @@ def load_model(folder: str | Path) -> Any:
 
     folder = Path(folder)
     if not (folder / "model.safetensors").exists():
-        raise ValueError(f"{folder} has no model.safetensors; give the folder of one finished model")
+        raise UserError(f"{folder} has no model.safetensors; give the folder of one finished model")
     saved = read_json(folder / "config.json")
     model = models.build(saved["name"], **saved["config"])
     tensors, _ = load_tensors(folder / "model.safetensors")

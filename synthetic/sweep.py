@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from synthetic.run import explain, fail, write_anything
+from models.errors import UserError
+from synthetic.cli import guarded, parse
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from synthetic.executors import Executor, Handle, Job
     from synthetic.grid import Group, Sweep
 
-FAILED, INTERRUPTED = 1, 130
+FAILED = 1
+STOPPED = "stopped; what ran goes on from its last checkpoint when the same command is given"
 POLL_SECONDS = 0.1
 REFRESH_SECONDS = 1.0
 
@@ -58,27 +60,10 @@ latter two need their extra, and --out on a file system that all machines share.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 if runs failed, 2 for bad input, 130 if stopped."""
-    write_anything()
-    options = tyro.cli(Options, args=argv, prog="python -m synthetic.sweep")
-    from synthetic.executors import Unavailable
-
-    try:
-        wanted = Wanted.read(options)
-    except ValueError as error:
-        return fail(str(error))
+    options = parse(Options, argv, "python -m synthetic.sweep")
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return sweep(wanted)
-    except Unavailable as error:
-        return fail(str(error))
-    except OSError as error:
-        return fail(explain(error, str(wanted.out)))
-    except KeyboardInterrupt:
-        print(
-            "stopped; what ran goes on from its last checkpoint when the same command is given",
-            file=sys.stderr,
-        )
-        return INTERRUPTED
+        return guarded(lambda: sweep(Wanted.read(options)), out=options.out or "", stopped=STOPPED)
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -99,7 +84,7 @@ class Wanted:
 
     @classmethod
     def read(cls, options: Options) -> Wanted:
-        """Raises ValueError, in one line, for bad options, files and runs."""
+        """Raises UserError, in one line, for bad options, files and runs."""
         from synthetic import grid
         from synthetic.config import check
 
@@ -122,7 +107,7 @@ class Wanted:
             }
             reported = [_job(run, out, options) for run in wanted.runs]
         except ValueError as error:
-            raise ValueError(f"FILE {options.file}: {error}") from error
+            raise UserError(f"FILE {options.file}: {error}") from error
         return cls(options, wanted, out, tuning, reported)
 
     def validation(self) -> list[Job]:

@@ -19,6 +19,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+from models.errors import UserError
+
 PAD, BOS, QUERY = "<pad>", "<bos>", "<query>"
 TASK = "<task>"
 # Markers that single tasks add. The first two strings the original reserves without using them; the others
@@ -34,7 +36,7 @@ class Vocabulary:
     """`num_symbols` (V) symbols, `num_positions` (P, may be 0) position tokens, `extra` marker strings.
 
     first_id: the id of the first token; lower ones belong to others.
-    Raises ValueError if num_symbols < 1, or num_positions or first_id < 0.
+    Raises UserError if num_symbols < 1, or num_positions or first_id < 0.
     """
 
     num_symbols: int
@@ -44,11 +46,11 @@ class Vocabulary:
 
     def __post_init__(self) -> None:
         if self.num_symbols < 1:
-            raise ValueError(f"num_symbols {self.num_symbols} must be at least 1")
+            raise UserError(f"num_symbols {self.num_symbols} must be at least 1")
         if self.num_positions < 0:
-            raise ValueError(f"num_positions {self.num_positions} must not be negative")
+            raise UserError(f"num_positions {self.num_positions} must not be negative")
         if self.first_id < 0:
-            raise ValueError(f"first_id {self.first_id} must not be negative")
+            raise UserError(f"first_id {self.first_id} must not be negative")
 
     @property
     def pad(self) -> int:
@@ -96,12 +98,12 @@ class Vocabulary:
     def encode(self, tokens: Iterable[str] | str) -> list[int]:
         """Ids of `tokens`, given as strings or as one string with blanks between them.
 
-        Raises ValueError for a token that is not in the vocabulary.
+        Raises UserError for a token that is not in the vocabulary.
         """
         tokens = tokens.split() if isinstance(tokens, str) else list(tokens)
         for token in tokens:
             if token not in self.ids:
-                raise ValueError(
+                raise UserError(
                     f"token {token!r} is not in the vocabulary of {self.num_symbols} symbols "
                     f"and {self.num_positions} positions"
                 )

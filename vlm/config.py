@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from models.errors import UserError
 from vlm.data.samples import Source
 from vlm.prompts import LAYOUTS
 
@@ -177,21 +178,21 @@ class Run:
     def __post_init__(self) -> None:
         for layout in (self.layout, *(name for stage in self.stages for name in stage.layouts)):
             if layout not in LAYOUTS:
-                raise ValueError(f"layout {layout!r} is unknown; use {', '.join(LAYOUTS)}")
+                raise UserError(f"layout {layout!r} is unknown; use {', '.join(LAYOUTS)}")
         if not self.stages:
-            raise ValueError(f"run {self.name!r} has no stages; give at least one")
+            raise UserError(f"run {self.name!r} has no stages; give at least one")
         if self.image_size < 16:
-            raise ValueError(
+            raise UserError(
                 f"image_size={self.image_size} of run {self.name!r} is too small; use at least 16"
             )
         for stage in self.stages:
             if (stage.steps > 0) == (stage.epochs > 0):
-                raise ValueError(
+                raise UserError(
                     f"steps={stage.steps} and epochs={stage.epochs} of run {self.name!r}: give one of them"
                 )
             for name in ("batch_size", "accumulate", "group"):
                 if getattr(stage, name) < 1:
-                    raise ValueError(f"{name}={getattr(stage, name)} of run {self.name!r} must be at least 1")
+                    raise UserError(f"{name}={getattr(stage, name)} of run {self.name!r} must be at least 1")
 
     @property
     def family(self) -> str:
@@ -240,10 +241,10 @@ def _data(saved: Mapping[str, Any]) -> dict[str, Data]:
 
 
 def read_file(path: str | Path) -> list[Run]:
-    """The runs of a config file. Raises ValueError, in one line, for a file that has none."""
+    """The runs of a config file. Raises UserError, in one line, for a file that has none."""
     path = Path(path)
     if path.suffix != ".py" or not path.is_file():
-        raise ValueError(
+        raise UserError(
             f"{path} is no Python file with get_config(); give one such as vlm/configs/cpu_tiny.py"
         )
     spec = importlib.util.spec_from_file_location(f"_vlm_config_{path.stem}", path)
@@ -252,9 +253,9 @@ def read_file(path: str | Path) -> list[Run]:
     spec.loader.exec_module(module)
     runs: Sequence[Run] = module.get_config() if hasattr(module, "get_config") else ()
     if not runs or not all(isinstance(run, Run) for run in runs):
-        raise ValueError(f"{path} must have get_config() that returns a list of vlm.config.Run")
+        raise UserError(f"{path} must have get_config() that returns a list of vlm.config.Run")
     names = [run.name for run in runs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"{path} names two runs {twice[0]!r}; give each a name of its own")
+        raise UserError(f"{path} names two runs {twice[0]!r}; give each a name of its own")
     return list(runs)

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models.errors import MissingPackage, UserError
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -44,10 +46,10 @@ def build(
         import timm
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision made for another torch
         said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ImportError(f"{TIMM_HELP}; importing it said: {said}") from error
+        raise MissingPackage(f"{TIMM_HELP}; importing it said: {said}") from error
     if name not in timm.list_models():
         near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
-        raise ValueError(f"encoder {name!r} is unknown to timm {timm.__version__}; it has {near}, ...")
+        raise UserError(f"encoder {name!r} is unknown to timm {timm.__version__}; it has {near}, ...")
     patch = int(name.partition("patch")[2].split("_")[0] or 16)
     size = image_size // patch * patch  # as the published patch convolution: the rest is not seen
     context = torch.device(device if device is not None else "cpu")

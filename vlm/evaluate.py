@@ -14,9 +14,10 @@ import torch
 import tyro
 from torch import Tensor
 
+from models.errors import UserError
 from synthetic import store
+from synthetic.cli import guarded, parse, use_threads
 from synthetic.evaluate import autocast
-from synthetic.run import explain, fail, use_threads, write_anything
 from vlm import parts, results
 from vlm.config import Data, Run, from_dict, read_file
 from vlm.data.samples import Sample, Source
@@ -47,14 +48,8 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 2 for bad input."""
-    write_anything()
-    options = tyro.cli(Options, args=argv, prog="python -m vlm.evaluate")
-    try:
-        return evaluate_all(options)
-    except (ValueError, ImportError) as error:
-        return fail(str(error))
-    except OSError as error:
-        return fail(explain(error, str(options.out)))
+    options = parse(Options, argv, "python -m vlm.evaluate")
+    return guarded(lambda: evaluate_all(options), out=options.out)
 
 
 def evaluate_all(options: Options) -> int:
@@ -63,7 +58,7 @@ def evaluate_all(options: Options) -> int:
 
     use_threads(options.threads)
     if not options.run:
-        raise ValueError("RUN is missing; give folders that vlm.train printed, or config files")
+        raise UserError("RUN is missing; give folders that vlm.train printed, or config files")
     console, rows = Console(), []
     if not console.is_terminal:
         console.width = 120  # a file has no edge
@@ -78,17 +73,17 @@ def evaluate_all(options: Options) -> int:
                 results.write(table, evaluate(run, out, progress=console.is_terminal))
             rows.append(pd.read_parquet(table))
     if not rows:
-        raise ValueError(f"--only {options.only}: no run has that in its name")
+        raise UserError(f"--only {options.only}: no run has that in its name")
     console.print(summary(pd.concat(rows)))
     console.print(f"results: {out / results.RESULTS}", highlight=False, soft_wrap=True)
     return 0
 
 
 def saved_run(folder: Path) -> Run:
-    """The run whose last stage is in a folder. Raises ValueError, in one line, for other folders."""
+    """The run whose last stage is in a folder. Raises UserError, in one line, for other folders."""
     path = folder / "config.json"
     if not path.exists() or not (folder / RESULT).exists():
-        raise ValueError(
+        raise UserError(
             f"{folder} holds no trained VLM; give a folder that vlm.train printed, or a config file"
         )
     plans = store.read_json(path)["plans"]
@@ -103,10 +98,10 @@ def current(table: Path, run: Run) -> bool:
 
 
 def load(run: Run, out: Path, device: str = "cpu") -> VLM:
-    """The trained model, without encoder. Raises ValueError if it has not been trained in `out`."""
+    """The trained model, without encoder. Raises UserError if it has not been trained in `out`."""
     folder = out / run.stage_ids()[-1]
     if not (folder / RESULT).exists():
-        raise ValueError(f"run {run.name!r} is not trained in {out}; run python -m vlm.train first")
+        raise UserError(f"run {run.name!r} is not trained in {out}; run python -m vlm.train first")
     model = parts.model(run, parts.eyes(run.encoder, run.image_size, out, device).width)
     fill(model, folder / WEIGHTS)
     return model.to(device).eval()

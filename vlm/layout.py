@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from models.errors import UserError
 from vlm.prompts import Chunk, image_place
 
 if TYPE_CHECKING:
@@ -28,9 +29,9 @@ class TooLong(ValueError):
 
 
 def grid_side(pixels: int, patch: int = 14) -> int:
-    """Patches along a side; what is left over (4 pixels of 480) is not seen. Raises ValueError for none."""
+    """Patches along a side; what is left over (4 pixels of 480) is not seen. Raises UserError for none."""
     if pixels < patch:
-        raise ValueError(f"an image of {pixels} pixels has no patch of {patch}; use a larger one")
+        raise UserError(f"an image of {pixels} pixels has no patch of {patch}; use a larger one")
     return pixels // patch
 
 
@@ -58,7 +59,7 @@ def sequence(
 
     encode: text -> ids, without special tokens. max_length: cuts the sequence, as published training does.
     markers: as for `image_ids`.
-    Raises ValueError if that cuts any image of this size, TooLong (one, too) if only this prompt has it cut,
+    Raises UserError if that cuts any image of this size, TooLong (one, too) if only this prompt has it cut,
     or leaves no supervised token where there was one.
     """
     place = image_place(chunks, layout)
@@ -91,11 +92,11 @@ def splice(table: Tensor, input_ids: Tensor, patches: Tensor) -> Tensor:
     """Vectors of a batch: rows of `table` (V, D), and at placeholders those of `patches` (B, P, D), in order.
 
     input_ids: (B, L) int64 with exactly P negative ids a row. Returns (B, L, D) in the table's dtype,
-    differentiable in both. Raises ValueError if placeholders and patches differ in number.
+    differentiable in both. Raises UserError if placeholders and patches differ in number.
     """
     holes = input_ids < 0
     counts = sorted(set(holes.sum(1).tolist()))
     if counts != [patches.shape[1]]:
-        raise ValueError(f"{counts} placeholders a row for {patches.shape[1]} patches; they must be equal")
+        raise UserError(f"{counts} placeholders a row for {patches.shape[1]} patches; they must be equal")
     vectors = table[input_ids.clamp(min=0)]
     return vectors.masked_scatter(holes[..., None], patches.to(vectors.dtype))

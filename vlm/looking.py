@@ -29,14 +29,15 @@ import tyro
 from torch import Tensor
 
 from analysis.statistics import mean_interval
+from models.errors import UserError
 from models.ops.memory import keep_freed_memory
 from probes import record
 from probes.retention import attention_rows, normalise_rows, retention
 from probes.suite.common import layers_with, scan_names, scan_of
 from probes.updates import Scan, write_norm
 from synthetic import store
+from synthetic.cli import guarded, parse
 from synthetic.results import to_parquet
-from synthetic.run import explain, fail, write_anything
 from vlm import parts
 from vlm.config import Run, Scenes
 from vlm.evaluate import alike, load, saved_run
@@ -189,7 +190,7 @@ def table(run: Run, out: Path, examples: int = 100, device: str = "cpu") -> pd.D
     """COLUMNS of a run that `vlm.train` has trained in `out`: a row per example, layer, quantity and `at`.
 
     The questions are grounding questions about the first `examples` held-out scenes, in the run's layout,
-    followed by the right answer. Raises ValueError, in one line, for runs that are not trained.
+    followed by the right answer. Raises UserError, in one line, for runs that are not trained.
     """
     import pandas as pd
 
@@ -299,24 +300,18 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 2 for bad input."""
-    write_anything()
     keep_freed_memory()
-    options = tyro.cli(Options, args=argv, prog="python -m vlm.looking")
-    try:
-        return measure(options)
-    except (ValueError, ImportError) as error:
-        return fail(str(error))
-    except OSError as error:
-        return fail(explain(error, str(options.out)))
+    options = parse(Options, argv, "python -m vlm.looking")
+    return guarded(lambda: measure(options), out=options.out)
 
 
 def measure(options: Options) -> int:
     import pandas as pd
 
     if not options.run:
-        raise ValueError("RUN is missing; give folders that vlm.train printed")
+        raise UserError("RUN is missing; give folders that vlm.train printed")
     if options.examples < 2:
-        raise ValueError(f"--examples {options.examples} must be at least 2, for an interval")
+        raise UserError(f"--examples {options.examples} must be at least 2, for an interval")
     looks = pd.concat([table(saved_run(path), path.parent, options.examples) for path in options.run])
     rows: list[Any] = looks.to_dict("records")
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from models import LanguageModel, from_config, generate, hub, hub_configs
 from models.checkpoints import fill
+from models.errors import UserError
 from models.ops.cross_entropy import linear_cross_entropy
 from vlm.layout import IGNORE, splice
 
@@ -50,9 +51,9 @@ class VLM(nn.Module):
 
     @torch.no_grad()
     def features(self, pixels: Tensor) -> Tensor:
-        """(B, 3, S, S) normalised pixels -> (B, P, F). Raises ValueError without an encoder."""
+        """(B, 3, S, S) normalised pixels -> (B, P, F). Raises UserError without an encoder."""
         if self.vision_encoder is None:
-            raise ValueError("this model has no vision encoder; give VLM(..., encoder=) or features")
+            raise UserError("this model has no vision encoder; give VLM(..., encoder=) or features")
         return self.vision_encoder(pixels)[:, prefix_tokens(self.vision_encoder) :]
 
     def embed(self, input_ids: Tensor, features: Tensor) -> Tensor:
@@ -72,12 +73,12 @@ class VLM(nn.Module):
         """Mean over examples of each one's mean cross-entropy, in nats: long answers weigh no more.
 
         input_ids, labels: (B, L) int64, labels not shifted, -100 = not supervised. Sequences are padded on
-        the right, where causal models need no mask. Raises ValueError for an example without answers.
+        the right, where causal models need no mask. Raises UserError for an example without answers.
         """
         supervised = (labels[:, 1:] != IGNORE).any(1)
         if not bool(supervised.all()):
             row = int(supervised.logical_not().nonzero()[0])
-            raise ValueError(f"example {row} of the batch has no supervised token; drop it")
+            raise UserError(f"example {row} of the batch has no supervised token; drop it")
         hidden = self.lm.hidden(inputs_embeds=self.embed(input_ids, features))[:, :-1]
         head = self.lm.parts()[3].weight
         each = [
@@ -122,7 +123,7 @@ def load(
     encoder: a module whose parameters have the names below `vision_encoder.`, made on any device; it gets the
     checkpoint's weights. None leaves them out: the model then wants features.
     Whether Mamba has LayerNorm or RMSNorm is decided by the weights (`models.hub_configs.read_config`).
-    Raises ValueError, in one line, as `models.load`.
+    Raises UserError, in one line, as `models.load`.
     """
     place = hub.find_folder(folder)
     stored = hub.contents(hub.weight_files(place))
@@ -132,7 +133,7 @@ def load(
         parts[prefix][key.removeprefix(prefix)] = found
     first = parts[CONNECTOR].get("0.weight")
     if first is None:
-        raise ValueError(f"{place} has no {CONNECTOR}0.weight, so it is no VLM; use models.load for it")
+        raise UserError(f"{place} has no {CONNECTOR}0.weight, so it is no VLM; use models.load for it")
     raw = hub.read_json(place / "config.json")
     config = hub_configs.read_config(raw, parts[""], str(place / "config.json"))
     lm = from_config(config, device="meta")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import models
+from models.errors import UserError
 from vlm import encoder as timm_encoder
 from vlm import tokenizer
 from vlm.config import Run
@@ -63,7 +64,7 @@ def eyes(name: str, image_size: int, out: Path, device: str = "cpu") -> Eyes:
         from vlm.scenes import encoder as scenes
 
         if image_size % scenes.PATCH:
-            raise ValueError(
+            raise UserError(
                 f"image_size={image_size} must be a multiple of the scenes encoder's {scenes.PATCH}"
             )
         module: nn.Module = scenes.trained(out / ENCODERS).to(device)
@@ -92,7 +93,7 @@ def features(run: Run, image_size: int, out: Path, device: str = "cpu") -> Featu
 def model(run: Run, width: int) -> VLM:
     """The language model with fresh (or published, run.init) weights, and a fresh connector.
 
-    Raises ValueError where the tokenizer has more tokens than the model.
+    Raises UserError where the tokenizer has more tokens than the model.
     """
     words = len(text(run.tokenizer))
     if run.init is None:
@@ -100,7 +101,7 @@ def model(run: Run, width: int) -> VLM:
     else:
         lm = models.load(run.init)
     if words > lm.config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"tokenizer={run.tokenizer!r} has {words} tokens and the model of run {run.name!r} "
             f"{lm.config.vocab_size}; use the tokenizer that the model was made with"
         )

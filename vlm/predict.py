@@ -13,8 +13,9 @@ import numpy.typing as npt
 import torch
 import tyro
 
+from models.errors import MissingPackage, UserError
 from synthetic import store
-from synthetic.run import explain, fail, write_anything
+from synthetic.cli import guarded, parse
 from vlm import parts, prompts
 from vlm.config import Run
 from vlm.data.samples import Sample
@@ -44,14 +45,8 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 2 for bad input."""
-    write_anything()
-    options = tyro.cli(Options, args=argv, prog="python -m vlm.predict")
-    try:
-        return predict(options)
-    except (ValueError, ImportError) as error:
-        return fail(str(error))
-    except OSError as error:
-        return fail(explain(error, str(options.out or ".")))
+    options = parse(Options, argv, "python -m vlm.predict")
+    return guarded(lambda: predict(options), out=options.out or ".")
 
 
 def predict(options: Options) -> int:
@@ -71,18 +66,18 @@ def predict(options: Options) -> int:
 
 
 def read_picture(path: Path) -> Picture:
-    """(height, width, 3) uint8, RGB. Raises ValueError, in one line, for what is no picture."""
+    """(height, width, 3) uint8, RGB. Raises UserError, in one line, for what is no picture."""
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError as error:
-        raise ImportError('pictures need pillow: pip install -e ".[vlm]"') from error
+        raise MissingPackage('pictures need pillow: pip install -e ".[vlm]"') from error
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
     except FileNotFoundError:
-        raise ValueError(f"IMAGE {path} does not exist; give a picture") from None
+        raise UserError(f"IMAGE {path} does not exist; give a picture") from None
     except UnidentifiedImageError:
-        raise ValueError(f"IMAGE {path} is no picture that Pillow reads; give a PNG or JPEG file") from None
+        raise UserError(f"IMAGE {path} is no picture that Pillow reads; give a PNG or JPEG file") from None
 
 
 def wording(question: str, task: Task, width: int, height: int) -> list[prompts.Chunk]:
@@ -99,7 +94,7 @@ def wording(question: str, task: Task, width: int, height: int) -> list[prompts.
     if task == "captioning":
         return prompts.captioning()
     if not question:
-        raise ValueError(f"--task {task} needs a question; give one after the image")
+        raise UserError(f"--task {task} needs a question; give one after the image")
     if task == "vqa":
         return prompts.vqa([(question, None)])
     start = len("where is ") if question.lower().startswith("where is ") else 0

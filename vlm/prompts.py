@@ -13,6 +13,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from models.errors import UserError
+
 END = "<|endoftext|>"
 LAYOUTS = ("agnostic", "instruction-first", "query-first")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -62,13 +64,13 @@ def answer_text(text: str) -> str:
 def box_text(box: Box, width: float, height: float) -> str:
     """`[x_min,y_min,x_max,y_max]`, as shares of the image with two decimals.
 
-    Raises ValueError for a negative coordinate, an empty box or an image without area.
+    Raises UserError for a negative coordinate, an empty box or an image without area.
     """
     if width <= 0 or height <= 0:
-        raise ValueError(f"an image of {width} x {height} pixels has no boxes; give its size")
+        raise UserError(f"an image of {width} x {height} pixels has no boxes; give its size")
     x0, y0, x1, y1 = box
     if min(box) < 0 or x1 <= x0 or y1 <= y0:
-        raise ValueError(f"box {box} must be x_min < x_max, y_min < y_max, from 0 on; clip or drop it")
+        raise UserError(f"box {box} must be x_min < x_max, y_min < y_max, from 0 on; clip or drop it")
     shares = (x0 / width, y0 / height, x1 / width, y1 / height)
     return "[" + ",".join(f"{share:.2f}" for share in shares) + "]"
 
@@ -161,12 +163,12 @@ def grounded_captioning(
     """A caption with the boxes of its phrases, `||phrase [box][box]||`; spans: (start, stop, boxes).
 
     Spans may come in any order; the released code gave unsorted ones the wrong boxes.
-    Raises ValueError for spans that overlap or leave the caption.
+    Raises UserError for spans that overlap or leave the caption.
     """
     text, end = "", 0
     for start, stop, boxes in sorted(spans, key=lambda span: span[:2]):
         if not end <= start < stop <= len(caption):
-            raise ValueError(
+            raise UserError(
                 f"span {start}..{stop} overlaps another or leaves the caption {caption!r}; drop it"
             )
         printed = "".join(box_text(box, width, height) for box in boxes)
@@ -181,7 +183,7 @@ def chat(turns: Sequence[tuple[str, str]]) -> list[Chunk]:
     chunks = []
     for i, (role, text) in enumerate(turns):
         if role not in ("human", "gpt"):
-            raise ValueError(f"role {role!r} is unknown; use 'human' or 'gpt'")
+            raise UserError(f"role {role!r} is unknown; use 'human' or 'gpt'")
         text = re.sub(r"\n?<image>\n?", "", text) if i == 0 else text
         last = END if i == len(turns) - 1 else ""
         chunks.append(Chunk(text + "\n" + last, supervised=role == "gpt"))
@@ -195,13 +197,13 @@ def _answer(text: str | None, *, keep_case: bool = False) -> list[Chunk]:
 def _choices(printed: Sequence[str], right: int | None) -> list[Chunk]:
     """`A: ...` a chunk each, the last one with the prompt for the letter, and the letter."""
     if not 2 <= len(printed) <= len(LETTERS):
-        raise ValueError(f"{len(printed)} choices: a question needs 2 to {len(LETTERS)}")
+        raise UserError(f"{len(printed)} choices: a question needs 2 to {len(LETTERS)}")
     lines = [f"{letter}: {choice}\n" for letter, choice in zip(LETTERS, printed, strict=False)]
     chunks = [Chunk(line) for line in lines[:-1]] + [Chunk(lines[-1] + "Answer: ")]
     if right is None:
         return chunks
     if not 0 <= right < len(printed):
-        raise ValueError(f"right choice {right} is none of 0 .. {len(printed) - 1}")
+        raise UserError(f"right choice {right} is none of 0 .. {len(printed) - 1}")
     return [*chunks, Chunk(f"{LETTERS[right]}." + END, supervised=True)]
 
 
@@ -215,7 +217,7 @@ def image_place(chunks: Sequence[Chunk], layout: str) -> int:
     A prompt whose answer follows its first chunk (captioning) has nothing else to be put first.
     """
     if layout not in LAYOUTS:
-        raise ValueError(f"layout {layout!r} is unknown; use {', '.join(LAYOUTS)}")
+        raise UserError(f"layout {layout!r} is unknown; use {', '.join(LAYOUTS)}")
     if layout == "agnostic":
         return 0
     first = next((i for i, chunk in enumerate(chunks) if chunk.supervised), len(chunks))

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from models.errors import UserError
 from synthetic.evaluate import wilson
 from vlm.data.samples import Sample
 from vlm.data.turns import usual
@@ -158,7 +159,7 @@ def question_only(train: Iterable[Sample], test: Sequence[Sample]) -> list[str]:
     """
     known = list(train)
     if not known:
-        raise ValueError("no training samples to learn answers from; give some")
+        raise UserError("no training samples to learn answers from; give some")
     if "box" in known[0].target:
         return [best_box(known)] * len(test)
     same: dict[str, Counter[str]] = defaultdict(Counter)

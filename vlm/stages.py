@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.errors import UserError
 from synthetic import store
 from vlm import parts
 from vlm.config import Run, Stage
@@ -65,7 +66,7 @@ def train_stage(
         return
     world = accelerator.num_processes
     if stage.batch_size % (world * stage.accumulate):
-        raise ValueError(
+        raise UserError(
             f"batch_size={stage.batch_size} of run {run.name!r} cannot be cut into {world} processes x "
             f"{stage.accumulate} parts; use a multiple of {world * stage.accumulate}"
         )

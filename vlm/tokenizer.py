@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from models.errors import MissingPackage, UserError
 from vlm.prompts import END
 
 # A piece: a number of a box, a word with the space before it, or one character; nothing is lost or added.
@@ -35,10 +36,10 @@ class Text:
 
     @property
     def markers(self) -> tuple[int, int]:
-        """Ids of begin and end of an image, and of the row separator. Raises ValueError if they are split."""
+        """Ids of begin and end of an image, and of the row separator. Raises UserError if they are split."""
         found = [self.encode(text) for text in ("###", "&&")]
         if [len(ids) for ids in found] != [1, 1]:
-            raise ValueError(
+            raise UserError(
                 f"the tokenizer splits the image markers '###' and '&&' into {found}; use another one"
             )
         return found[0][0], found[1][0]
@@ -52,7 +53,7 @@ def from_words(texts: Iterable[str]) -> Text:
     try:
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     except ImportError as error:
-        raise ImportError(HELP) from error
+        raise MissingPackage(HELP) from error
     split = pre_tokenizers.Split(Regex(PIECES), "removed", invert=True)
     found = {piece for text in texts for piece, _ in split.pre_tokenize_str(text)}
     vocabulary = {piece: i for i, piece in enumerate((*SPECIAL, *sorted(found - set(SPECIAL))))}
@@ -65,17 +66,17 @@ def from_words(texts: Iterable[str]) -> Text:
 def read(name: str) -> Text:
     """A tokenizer by its name on the hub, or from a folder with tokenizer.json or such a file.
 
-    Raises ValueError, in one line, where there is none.
+    Raises UserError, in one line, where there is none.
     """
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
-        raise ImportError(HELP) from error
+        raise MissingPackage(HELP) from error
     path = Path(name) / "tokenizer.json" if Path(name).is_dir() else Path(name)
     try:
         return Text(Tokenizer.from_file(str(path)) if path.exists() else Tokenizer.from_pretrained(name))
     except Exception as error:  # the library raises Exception itself, for files and for the network
         said = " ".join(str(error).split())
-        raise ValueError(
+        raise UserError(
             f"tokenizer={name!r} cannot be read ({said}); give a folder with tokenizer.json"
         ) from error

@@ -18,7 +18,8 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from synthetic.run import INTERRUPTED, StopSignals, explain, fail, write_anything
+from models.errors import MissingPackage, UserError
+from synthetic.cli import INTERRUPTED, StopSignals, guarded, parse
 from vlm import parts
 from vlm.config import Run, read_file
 from vlm.stages import RESULT, Interrupted, train_stage
@@ -49,16 +50,8 @@ core, as far as there are runs; a single one with a GPU or under accelerate laun
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 2 for bad input, 130 if stopped."""
-    write_anything()
-    options = tyro.cli(Options, args=argv, prog="python -m vlm.train")
-    try:
-        return train_all(options)
-    except (ValueError, ImportError) as error:
-        return fail(str(error))
-    except OSError as error:
-        return fail(explain(error, str(options.out)))
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    options = parse(Options, argv, "python -m vlm.train")
+    return guarded(lambda: train_all(options), out=options.out)
 
 
 def train_all(options: Options) -> int:
@@ -67,10 +60,10 @@ def train_all(options: Options) -> int:
     keep_freed_memory()
     runs = [run for run in read_file(options.config) if options.only in run.name]
     if not runs:
-        raise ValueError(f"--only {options.only}: no run of {options.config} has that in its name")
+        raise UserError(f"--only {options.only}: no run of {options.config} has that in its name")
     for name in ("jobs", "threads"):
         if getattr(options, name) < 0:
-            raise ValueError(f"--{name} {getattr(options, name)} must be at least 1, or 0 for the default")
+            raise UserError(f"--{name} {getattr(options, name)} must be at least 1, or 0 for the default")
     accelerator = accelerate(runs)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     several = accelerator.num_processes > 1 or accelerator.device.type != "cpu"
@@ -103,7 +96,7 @@ def helpers(options: Options, count: int, threads: int) -> Iterator[Callable[[],
     def wait() -> None:
         failed = [status for process in started if (status := process.wait()) not in (0, INTERRUPTED)]
         if failed:
-            raise ValueError(f"a process that shared this training ended with status {failed[0]}")
+            raise UserError(f"a process that shared this training ended with status {failed[0]}")
 
     try:
         yield wait
@@ -140,10 +133,10 @@ def accelerate(runs: Sequence[Run]) -> Any:
     try:
         from accelerate import Accelerator
     except ImportError as error:
-        raise ImportError(ACCELERATE_HELP) from error
+        raise MissingPackage(ACCELERATE_HELP) from error
     precisions = sorted({run.precision for run in runs})
     if len(precisions) > 1:
-        raise ValueError(
+        raise UserError(
             f"the runs have precisions {', '.join(precisions)}; use --only, or one precision for all"
         )
     return Accelerator(mixed_precision=precisions[0])

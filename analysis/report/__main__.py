@@ -10,7 +10,8 @@ from typing import Annotated
 
 import tyro
 
-from synthetic.run import fail
+from models.errors import MissingPackage
+from synthetic.cli import guarded, parse
 
 LARGE = 10_000_000  # bytes: what mail servers and browsers take without trouble
 
@@ -31,24 +32,22 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status. Bad input gives one line and status 2."""
-    options = tyro.cli(Options, args=argv, prog="python -m analysis.report")
+    options = parse(Options, argv, "python -m analysis.report")
+    return guarded(lambda: write(options), out=options.out)
+
+
+def write(options: Options) -> int:
     try:
         from analysis.report.page import page
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
-        return fail(f'the report needs {package}: pip install -e ".[report]"')
+        raise MissingPackage(f'the report needs {package}: pip install -e ".[report]"') from error
     from analysis.report.runs import read_all
     from synthetic.store import write_bytes
 
-    try:
-        content = page(read_all(options.runs)).encode()
-    except ValueError as error:
-        return fail(str(error))
-    try:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(options.out, content)
-    except OSError as error:
-        return fail(f"--out {options.out}: {error.strerror or error}; choose another file")
+    content = page(read_all(options.runs)).encode()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(options.out, content)
     print(f"{options.out}  {len(content) / 1e6:.1f} MB")
     if len(content) > LARGE:
         print(

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.style import FAMILIES, NAMES
+from models.errors import UserError
 from synthetic import store
 from synthetic.config import RunConfig
 from synthetic.store import Row
@@ -64,7 +65,7 @@ class Run:
         return f"python -m probes.run {shlex.quote(str(self.folder))} --probe {probe}"
 
     def probe(self, name: str) -> pd.DataFrame | None:
-        """A probe's tables of all families; None where it has not been run. Raises ValueError for damage."""
+        """A probe's tables of all families; None where it has not been run. Raises UserError for damage."""
         return _probe(self.folder / "probes", name, tuple(self.plans))
 
     def left_out(self, probe: str) -> dict[str, str]:
@@ -83,26 +84,26 @@ def _probe(folder: Path, name: str, families: tuple[str, ...]) -> pd.DataFrame |
     try:
         return tables(folder, name, families)
     except (ValueError, OSError) as error:  # pyarrow's errors are of both kinds
-        raise ValueError(
+        raise UserError(
             f"{folder}/{name}.*.parquet cannot be read ({error}); delete it, probe again"
         ) from error
 
 
 def read_all(folders: Sequence[Path]) -> list[Run]:
-    """Every run once, in the order given. Raises ValueError, in one line, for what is not a run's folder."""
+    """Every run once, in the order given. Raises UserError, in one line, for what is not a run's folder."""
     if not folders:
-        raise ValueError("RUNS is missing; give one or several folders of runs (runs/<id>)")
+        raise UserError("RUNS is missing; give one or several folders of runs (runs/<id>)")
     distinct = list({folder.resolve(): folder for folder in folders}.values())
     if len(distinct) > len(LETTERS):
-        raise ValueError(f"RUNS: {len(distinct)} are too many to tell apart; give {len(LETTERS)} at most")
+        raise UserError(f"RUNS: {len(distinct)} are too many to tell apart; give {len(LETTERS)} at most")
     letters = LETTERS if len(distinct) > 1 else [""]
     return [read(folder, letter) for folder, letter in zip(distinct, letters, strict=False)]
 
 
 def read(folder: Path, letter: str = "") -> Run:
-    """One run. Raises ValueError, in one line, if the folder is not a run's or a file in it is damaged."""
+    """One run. Raises UserError, in one line, if the folder is not a run's or a file in it is damaged."""
     if not (folder / "config.json").is_file():
-        raise ValueError(f"RUNS {folder} has no config.json; give folders of runs (runs/<id>)")
+        raise UserError(f"RUNS {folder} has no config.json; give folders of runs (runs/<id>)")
     try:
         saved = store.read_json(folder / "config.json")
         plans = {plan["family"]: plan for plan in saved["plans"]}
@@ -123,7 +124,7 @@ def read(folder: Path, letter: str = "") -> Run:
             results=results,
         )
     except (KeyError, TypeError, ValueError, OSError) as error:
-        raise ValueError(f"RUNS {folder} is damaged ({error!r}); give another, or train it again") from error
+        raise UserError(f"RUNS {folder} is damaged ({error!r}); give another, or train it again") from error
 
 
 def _rows(path: Path) -> pd.DataFrame:

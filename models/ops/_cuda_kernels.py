@@ -16,6 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
+from models.errors import MissingPackage
+
 OLDEST = {"mamba_ssm": "mamba-ssm>=2.2", "causal_conv1d": "causal-conv1d>=1.4"}
 INSTALL = "pip install --no-build-isolation"
 GPU_CHUNK = 256  # of the kernel for Mamba-2, its authors' choice on GPUs; the result does not depend on it
@@ -30,7 +32,7 @@ def installed(package: str) -> bool:
 def kernel(module: str, name: str, *arguments: str) -> Callable[..., Any]:
     """The function `name` of a module of one of the two packages, which must take these arguments.
 
-    Raises ImportError, one line with the pip command, if it is missing, does not load or is too old.
+    Raises MissingPackage, one line with the pip command, if it is missing, does not load or is too old.
     """
     package = module.partition(".")[0]
     wanted, where = OLDEST[package], "it builds only where torch is a CUDA build; elsewhere use backend='cpu'"
@@ -44,19 +46,19 @@ def kernel(module: str, name: str, *arguments: str) -> Callable[..., Any]:
             help_ = f"{package} is too old, it has no {missing}: {INSTALL} -U '{wanted}'"
         else:
             help_ = f"backend='cuda' needs {package}, which is not installed: {INSTALL} '{wanted}' ({where})"
-        raise ImportError(help_) from error
+        raise MissingPackage(help_) from error
     except (ImportError, OSError, RuntimeError) as error:
         said = " ".join(str(error).split())[:200]
-        raise ImportError(
+        raise MissingPackage(
             f"{package} is installed but does not load ({said}); build it against this torch: {INSTALL} "
             f"--force-reinstall --no-deps --no-cache-dir --no-binary :all: '{wanted}'"
         ) from error
     if found is None:
-        raise ImportError(f"{package} is too old, it has no {module}.{name}: {INSTALL} -U '{wanted}'")
+        raise MissingPackage(f"{package} is too old, it has no {module}.{name}: {INSTALL} -U '{wanted}'")
     takes = inspect.signature(found).parameters
     lacking = [argument for argument in arguments if argument not in takes]
     if lacking:
-        raise ImportError(
+        raise MissingPackage(
             f"{package} is too old, its {name} does not take {', '.join(lacking)}: {INSTALL} -U '{wanted}'"
         )
     return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import MISSING, fields
 from typing import Any
 
+from models.errors import UserError
 from synthetic.tasks.base import Batch, Task
 from synthetic.tasks.grid import Grid
 from synthetic.tasks.induction import Induction
@@ -30,23 +31,23 @@ def names() -> list[str]:
 
 
 def options(name: str) -> list[str]:
-    """Names of the options of task `name`. Raises ValueError if there is no such task."""
+    """Names of the options of task `name`. Raises UserError if there is no such task."""
     if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}; valid: {', '.join(TASKS)}")
+        raise UserError(f"unknown task {name!r}; valid: {', '.join(TASKS)}")
     return [field.name for field in fields(TASKS[name])]
 
 
 def build(name: str, **chosen: Any) -> Task:
     """The task `name` with the options `chosen`.
 
-    Raises ValueError, in one line, for unknown names and options (listing the valid ones), for a
+    Raises UserError, in one line, for unknown names and options (listing the valid ones), for a
     missing option and for values that the task rejects.
     """
     known = options(name)
     for option in chosen:
         if option not in known:
-            raise ValueError(f"task {name} has no option {option!r}; valid: {', '.join(known)}")
+            raise UserError(f"task {name} has no option {option!r}; valid: {', '.join(known)}")
     for field in fields(TASKS[name]):
         if field.name not in chosen and field.default is MISSING:
-            raise ValueError(f"task {name} needs the option {field.name}")
+            raise UserError(f"task {name} needs the option {field.name}")
     return TASKS[name](**chosen)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from models.errors import UserError
 from synthetic.tasks import sampling
 from synthetic.tasks.sampling import IntArray
 from synthetic.vocab import Vocabulary
@@ -161,18 +162,18 @@ class Task(ABC):
 
     def __post_init__(self) -> None:
         if self.seq_len < self.shortest:
-            raise ValueError(f"seq_len {self.seq_len} must be at least {self.shortest}")
+            raise UserError(f"seq_len {self.seq_len} must be at least {self.shortest}")
         self._settle()
         length = self.lengths()[0]
         self.check(length, self.usual_queries(length))
 
     def check(self, length: int, queries: int) -> None:
-        """Raise ValueError unless batches of this length with this many queries can be made."""
+        """Raise UserError unless batches of this length with this many queries can be made."""
         num_symbols = self.vocabulary.num_symbols
         if not self.shortest <= length <= self.seq_len:
-            raise ValueError(f"length {length} must be in {self.shortest} .. seq_len {self.seq_len}")
+            raise UserError(f"length {length} must be in {self.shortest} .. seq_len {self.seq_len}")
         if not 1 <= queries <= self.max_queries(length):
-            raise ValueError(
+            raise UserError(
                 f"queries {queries} must be in 1 .. {self.max_queries(length)} for task {self.name}, "
                 f"length {length}, num_symbols {num_symbols}"
             )
@@ -201,10 +202,10 @@ class Task(ABC):
 
         queries: K, number of queries a row, drawn without replacement; None: `usual_queries`.
         length: number of context symbols, up to seq_len (for a curriculum); None: the task's own.
-        Raises ValueError, in one line, for arguments that cannot be met.
+        Raises UserError, in one line, for arguments that cannot be met.
         """
         if batch_size < 1:
-            raise ValueError(f"batch_size {batch_size} must be at least 1")
+            raise UserError(f"batch_size {batch_size} must be at least 1")
         shortest, longest = self.lengths() if length is None else (length, length)
         queries = self.usual_queries(length) if queries is None else queries
         self.check(shortest, queries)
@@ -227,12 +228,12 @@ class Task(ABC):
         """A task of the same vocabulary that can make contexts of `length` symbols, also longer than its own:
         how a model trained on short contexts is tested for extrapolation (`synthetic.evaluate`).
 
-        Raises ValueError if answers in longer contexts need tokens that the vocabulary does not have.
+        Raises UserError if answers in longer contexts need tokens that the vocabulary does not have.
         """
         if length <= self.seq_len:
             return self
         if self.vocabulary.num_positions:
-            raise ValueError(
+            raise UserError(
                 f"task {self.name} with seq_len {self.seq_len} has no answer tokens for length {length}: "
                 f"build it with seq_len={length} and train with batch(length={self.seq_len})"
             )

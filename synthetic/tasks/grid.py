@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from models.errors import UserError
 from synthetic.tasks.position import Position
 from synthetic.tasks.sampling import IntArray
 from synthetic.vocab import IMAGE, ROW, Vocabulary
@@ -49,7 +50,7 @@ class Grid(Position):
     def _settle(self) -> None:
         g = self.side
         if g * g != self.seq_len:
-            raise ValueError(
+            raise UserError(
                 f"seq_len {self.seq_len} is no square of patches: give {g * g} or {(g + 1) * (g + 1)}"
             )
         super()._settle()

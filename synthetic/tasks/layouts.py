@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from models.errors import UserError
 from synthetic.tasks.sampling import IntArray
 from synthetic.vocab import Vocabulary
 
@@ -110,6 +111,6 @@ NGRAM_LAYOUTS: dict[str, Layout] = {
 
 
 def check_layout(layout: str) -> None:
-    """Raise ValueError unless there is a layout of this name."""
+    """Raise UserError unless there is a layout of this name."""
     if layout not in LAYOUTS:
-        raise ValueError(f"unknown layout {layout!r}; valid: {', '.join(LAYOUTS)}")
+        raise UserError(f"unknown layout {layout!r}; valid: {', '.join(LAYOUTS)}")

@@ -14,6 +14,7 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from models.errors import UserError
 from synthetic.tasks.base import Batch, Task
 from synthetic.tasks.sampling import IntArray, sample_distinct
 from synthetic.vocab import WHITE, Vocabulary
@@ -40,7 +41,7 @@ class Mqar(Task):
     power: a; 1 makes the gaps uniform.
     random_fillers: False puts <white> instead.
     One of the D values is right with chance 1 / D. Query and answer are part of the sequence, so there are no
-    layouts. Raises ValueError for bad options.
+    layouts. Raises UserError for bad options.
     """
 
     name: ClassVar[str] = "mqar"
@@ -53,19 +54,19 @@ class Mqar(Task):
 
     def _settle(self) -> None:
         if self.num_pairs < 1:
-            raise ValueError(f"num_pairs {self.num_pairs} must be at least 1")
+            raise UserError(f"num_pairs {self.num_pairs} must be at least 1")
         if 4 * self.num_pairs > self.seq_len:
-            raise ValueError(
+            raise UserError(
                 f"num_pairs {self.num_pairs} and their queries do not fit in seq_len {self.seq_len}: give "
                 f"num_pairs <= {self.seq_len // 4} or seq_len >= {4 * self.num_pairs}"
             )
         if self.num_symbols < 2 * self.num_pairs:
-            raise ValueError(
+            raise UserError(
                 f"num_symbols {self.num_symbols} is too few for {self.num_pairs} different keys and values: "
                 f"give num_symbols >= {2 * self.num_pairs}"
             )
         if not self.power > 0:
-            raise ValueError(f"power {self.power} must be positive")
+            raise UserError(f"power {self.power} must be positive")
 
     @property
     def shortest(self) -> int:

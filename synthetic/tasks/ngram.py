@@ -13,6 +13,7 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from models.errors import UserError
 from synthetic.tasks.base import Batch, Task
 from synthetic.tasks.layouts import NGRAM_LAYOUTS, check_layout
 from synthetic.tasks.sampling import IntArray, sample_distinct
@@ -40,7 +41,7 @@ class Ngram(Task):
     num_symbols, query_size, answer_size: V = 30, m = 2 and r = 3 in the paper.
     layout: "suffix", "prefix" or "instruction", see `synthetic.tasks.layouts`.
     The vocabulary does not depend on seq_len, so `at(length)` tests extrapolation to any length. Guessing
-    one of the N - n + 1 places is right with chance 1 / (N - n + 1). Raises ValueError for bad options.
+    one of the N - n + 1 places is right with chance 1 / (N - n + 1). Raises UserError for bad options.
     """
 
     name: ClassVar[str] = "ngram"
@@ -56,9 +57,9 @@ class Ngram(Task):
         check_layout(self.layout)
         for option, least in (("num_symbols", 2), ("query_size", 1), ("answer_size", 1)):
             if getattr(self, option) < least:
-                raise ValueError(f"{option} {getattr(self, option)} must be at least {least}")
+                raise UserError(f"{option} {getattr(self, option)} must be at least {least}")
         if self.min_seq_len is not None and not self.shortest <= self.min_seq_len <= self.seq_len:
-            raise ValueError(
+            raise UserError(
                 f"min_seq_len {self.min_seq_len} must be in {self.shortest} .. seq_len {self.seq_len}"
             )
 
@@ -82,7 +83,7 @@ class Ngram(Task):
         longest = max(length, self.lengths()[1])
         if longest > MOST_OCCURRENCES * self.num_symbols**self.query_size:
             least = ceil((longest / MOST_OCCURRENCES) ** (1 / self.query_size))
-            raise ValueError(
+            raise UserError(
                 f"num_symbols {self.num_symbols} leaves hardly a query of {self.query_size} unique in a "
                 f"context of length {longest}: give num_symbols >= {least}"
             )
@@ -154,16 +155,16 @@ class NgramDuplicate(Ngram):
     def _settle(self) -> None:
         super()._settle()
         if self.num_symbols < self.query_size:
-            raise ValueError(f"num_symbols {self.num_symbols} is less than query_size {self.query_size}")
+            raise UserError(f"num_symbols {self.num_symbols} is less than query_size {self.query_size}")
         if 2 * self.blocks > self.num_symbols**self.answer_size:
-            raise ValueError(
+            raise UserError(
                 f"blocks {self.blocks} need as many different answers: give more symbols or fewer blocks"
             )
 
     @property
     def shortest(self) -> int:
         if self.blocks < 1:
-            raise ValueError(f"blocks {self.blocks} must be at least 1")
+            raise UserError(f"blocks {self.blocks} must be at least 1")
         return self.blocks * (self.query_size + self.answer_size + 1)
 
     def draw(

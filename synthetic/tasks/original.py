@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from models.errors import UserError
 from synthetic.tasks import sampling
 from synthetic.tasks.base import Batch
 from synthetic.tasks.position import Position
@@ -32,7 +33,7 @@ def file_name(split: str, length: int) -> str:
 def read(path: Path, length: int) -> tuple[IntArray, IntArray]:
     """Contexts (B, N) and targets (B, 1) of one file; symbols `<syn_i>` of the original are <s{i}> here.
 
-    Raises ValueError, one line with file and defect, unless all sequences have `length` different symbols,
+    Raises UserError, one line with file and defect, unless all sequences have `length` different symbols,
     given as integers >= 0, and every target is a place in them.
     """
 
@@ -93,7 +94,7 @@ class OriginalFiles(Position):
     def _settle(self) -> None:
         super()._settle()
         if self.heldout_file not in FILE_SPLITS[1:]:
-            raise ValueError(f"heldout_file {self.heldout_file!r} must be validation or test")
+            raise UserError(f"heldout_file {self.heldout_file!r} must be validation or test")
 
     @cached_property
     def _files(self) -> dict[str, tuple[IntArray, IntArray]]:
@@ -102,13 +103,13 @@ class OriginalFiles(Position):
     def rows(self, split: str) -> tuple[IntArray, IntArray]:
         """Contexts and targets of the file of `split` (train, validation, test). Raises as `read`."""
         if split not in FILE_SPLITS:
-            raise ValueError(f"unknown split {split!r}; valid: {', '.join(FILE_SPLITS)}")
+            raise UserError(f"unknown split {split!r}; valid: {', '.join(FILE_SPLITS)}")
         if split not in self._files:
             path = Path(self.folder) / file_name(split, self.seq_len)
             context, target = read(path, self.seq_len)
             highest = int(context.max())
             if highest >= self.vocabulary.num_symbols:
-                raise ValueError(
+                raise UserError(
                     f"{path}: symbol {highest} is not below num_symbols {self.vocabulary.num_symbols}: "
                     f"give num_symbols >= {highest + 1}"
                 )
@@ -120,7 +121,7 @@ class OriginalFiles(Position):
 
     def check(self, length: int, queries: int) -> None:
         if length != self.seq_len:
-            raise ValueError(f"length {length} is not that of the files, {self.seq_len}")
+            raise UserError(f"length {length} is not that of the files, {self.seq_len}")
         super().check(length, queries)
 
     def _draw_side(
@@ -128,7 +129,7 @@ class OriginalFiles(Position):
     ) -> tuple[IntArray, IntArray]:
         context, target = self.rows("train" if split == "train" else self.heldout_file)
         if rows > len(context):
-            raise ValueError(f"batch_size {rows} must be in 1 .. {len(context)}, the rows of the file")
+            raise UserError(f"batch_size {rows} must be in 1 .. {len(context)}, the rows of the file")
         row = sampling.sample_distinct(rng, 1, rows, len(context))[0]
         return context[row], target[row]
 

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from models.errors import UserError
 from synthetic.tasks.base import Batch, Task
 from synthetic.tasks.layouts import LAYOUTS, check_layout
 from synthetic.tasks.sampling import IntArray, sample_distinct
@@ -34,7 +35,7 @@ class Position(Task):
     layout: "suffix", "prefix" or "instruction", see `synthetic.tasks.layouts`.
     supervise_bos: append the answer and train the <bos> that ends the sequence as a second target
         (the papers' loss; single query only).
-    Guessing one of the N places is right with chance 1/N. Raises ValueError for bad options.
+    Guessing one of the N places is right with chance 1/N. Raises UserError for bad options.
     """
 
     name: ClassVar[str] = "position"
@@ -90,7 +91,7 @@ class Position(Task):
     def check(self, length: int, queries: int) -> None:
         super().check(length, queries)
         if self.supervise_bos and queries > 1:
-            raise ValueError(f"queries {queries}: supervise_bos allows only queries 1")
+            raise UserError(f"queries {queries}: supervise_bos allows only queries 1")
 
     def _arrange(self, symbols: IntArray) -> IntArray:
         """The tokens (B, n) that show the symbols (B, N) to the model."""
@@ -98,7 +99,7 @@ class Position(Task):
 
     def _check_symbols(self) -> None:
         if self.vocabulary.num_symbols < self.seq_len:
-            raise ValueError(
+            raise UserError(
                 f"num_symbols {self.num_symbols} is less than seq_len {self.seq_len}, but no symbol "
                 f"may occur twice: give num_symbols >= {self.seq_len}, or leave it out"
             )
@@ -159,9 +160,9 @@ class PositionVarlen(Position):
 
     def _check_symbols(self) -> None:
         if self.vocabulary.num_symbols < 2:
-            raise ValueError("num_symbols 1 leaves no symbol for distractors: give at least 2")
+            raise UserError("num_symbols 1 leaves no symbol for distractors: give at least 2")
         if self.min_seq_len is not None and not 1 <= self.min_seq_len < self.seq_len:
-            raise ValueError(
+            raise UserError(
                 f"min_seq_len {self.min_seq_len} counts distractors and must be in "
                 f"1 .. seq_len - 1 = {self.seq_len - 1}"
             )

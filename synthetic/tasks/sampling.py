@@ -25,6 +25,8 @@ from math import exp, log
 import numpy as np
 import numpy.typing as npt
 
+from models.errors import UserError
+
 IntArray = npt.NDArray[np.int64]
 
 SPLITS = ("train", "heldout")
@@ -40,13 +42,13 @@ def stream(seed: int, split: str, index: int) -> np.random.Generator:
 
     Philox is a cipher of a counter (Salmon et al. 2011): streams with different keys, or with
     counters 2**192 apart as here, do not overlap, so that any worker can make any batch.
-    Raises ValueError for an unknown split or a negative (or > 64 bit) seed or index.
+    Raises UserError for an unknown split or a negative (or > 64 bit) seed or index.
     """
     if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; valid: {', '.join(SPLITS)}")
+        raise UserError(f"unknown split {split!r}; valid: {', '.join(SPLITS)}")
     for name, value in (("seed", seed), ("index", index)):
         if not 0 <= value < 2**64:
-            raise ValueError(f"{name} {value} must be in 0 .. 2**64 - 1")
+            raise UserError(f"{name} {value} must be in 0 .. 2**64 - 1")
     key = np.array([seed, SPLITS.index(split)], dtype=np.uint64)
     counter = np.array([0, 0, 0, index], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
@@ -111,9 +113,9 @@ def is_heldout(contexts: IntArray) -> npt.NDArray[np.bool_]:
 
 
 def require_contexts(log_contexts: float, length: int, num_symbols: int) -> None:
-    """Raise ValueError unless there are enough contexts to hold some out."""
+    """Raise UserError unless there are enough contexts to hold some out."""
     if log_contexts < log(MIN_CONTEXTS):
-        raise ValueError(
+        raise UserError(
             f"num_symbols {num_symbols} gives only about {exp(log_contexts):.0f} contexts of length "
             f"{length}, too few to hold some out ({MIN_CONTEXTS} needed): give more symbols or a longer "
             "context"

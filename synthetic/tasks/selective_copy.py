@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from models.errors import UserError
 from synthetic.tasks.base import Batch, Task
 from synthetic.tasks.sampling import IntArray, sample_distinct
 from synthetic.vocab import COPY, WHITE, Vocabulary
@@ -33,7 +34,7 @@ class SelectiveCopy(Task):
     num_symbols: V, different symbols; the paper's 16 tokens are 14 symbols, the noise and the marker.
     Every symbol counts as a query of its own, so accuracy is the share of symbols that are copied rightly,
     and "by position" is by place in the context. The question is part of the sequence, so there are no
-    layouts. Guessing is right with chance 1 / V. Raises ValueError for bad options.
+    layouts. Guessing is right with chance 1 / V. Raises UserError for bad options.
     """
 
     name: ClassVar[str] = "selective-copy"
@@ -44,7 +45,7 @@ class SelectiveCopy(Task):
 
     def _settle(self) -> None:
         if not 1 <= self.num_tokens <= self.seq_len:
-            raise ValueError(f"num_tokens {self.num_tokens} must be in 1 .. seq_len {self.seq_len}")
+            raise UserError(f"num_tokens {self.num_tokens} must be in 1 .. seq_len {self.seq_len}")
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -62,7 +63,7 @@ class SelectiveCopy(Task):
     def check(self, length: int, queries: int) -> None:
         super().check(length, queries)
         if queries < self.max_queries(length):
-            raise ValueError(
+            raise UserError(
                 f"queries {queries}: task {self.name} asks for all {self.max_queries(length)} tokens"
             )
 

@@ -27,6 +27,7 @@ from filelock import FileLock
 from rich.progress import Progress
 from torch import Tensor
 
+from models.errors import UserError
 from synthetic.store import read_json, replacing, write_json
 from vlm.data.samples import Source
 
@@ -76,7 +77,7 @@ class FeatureCache:
         """Encode what is not there yet; an interrupted fill goes on where it stopped.
 
         Waits for another process that fills the same array. progress: whether to show a bar.
-        Raises ValueError, in one line, for damaged files, OSError where the disk is full.
+        Raises UserError, in one line, for damaged files, OSError where the disk is full.
         """
         opened = self._open(source)
         keys = list(opened.rows)
@@ -90,7 +91,7 @@ class FeatureCache:
                     images = keys[done : done + batch_size]
                     encoded = self.encode(pictures(source, images)).detach().float().cpu().numpy()
                     if encoded.ndim != 3 or len(encoded) != len(images):
-                        raise ValueError(
+                        raise UserError(
                             f"encode gave {encoded.shape} for {len(images)} pictures, not (B, P, F)"
                         )
                     self._write(opened, done, encoded.astype(self.dtype))
@@ -104,17 +105,17 @@ class FeatureCache:
                     self._record(opened, done)
 
     def get(self, source: Source, images: Sequence[str]) -> Tensor:
-        """(B, P, F) of pictures by key, in memory of its own. Raises ValueError for any not filled yet."""
+        """(B, P, F) of pictures by key, in memory of its own. Raises UserError for any not filled yet."""
         opened = self._open(source)
         try:
             rows = [opened.rows[image] for image in images]
         except KeyError as error:
-            raise ValueError(f"{source.name} has no picture {error}") from None
+            raise UserError(f"{source.name} has no picture {error}") from None
         if opened.features is None or max(rows) >= opened.done:
             self._read_progress(opened)
             if max(rows) >= opened.done:
                 missing = images[rows.index(max(rows))]
-                raise ValueError(
+                raise UserError(
                     f"{opened.path} has no features of {missing!r} of {source.name} yet ({opened.done} of "
                     f"{len(opened.rows)} are done); fill the cache first"
                 )
@@ -140,7 +141,7 @@ class FeatureCache:
                 file.truncate(file.tell() + math.prod(shape) * self.dtype.itemsize)
         stored = self._mapped(opened)
         if stored.shape[1:] != rows.shape[1:]:
-            raise ValueError(
+            raise UserError(
                 f"{opened.path} holds features {stored.shape[1:]}, and encode gives {rows.shape[1:]}; give "
                 f"another encoder_key than {self.encoder_key!r}"
             )

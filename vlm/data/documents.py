@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from models.errors import UserError
 from vlm.data.captions import ocr_tokens, text_image
 from vlm.data.files import load_json, require, structure
 from vlm.data.records import Choice, Question
@@ -111,7 +112,7 @@ def ocrvqa(folder: Path, split: str) -> Iterator[Question]:
             if row["split"] != number:
                 continue
             if len(row["questions"]) != len(row["answers"]):
-                raise ValueError(
+                raise UserError(
                     f"{key} has {len(row['questions'])} questions and {len(row['answers'])} answers"
                 )
             ending = PurePosixPath(row["imageURL"]).suffix

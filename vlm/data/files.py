@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from models.errors import MissingPackage, UserError
+
 
 def require(folder: str | Path, name: str, what: str) -> Path:
     """``folder/name``; raises FileNotFoundError saying in words what to download where it is not there."""
@@ -26,11 +28,11 @@ def structure(path: Path) -> Iterator[None]:
     try:
         yield
     except KeyError as error:
-        raise ValueError(f"{path}: an entry has no {error}; is this the official file?") from error
+        raise UserError(f"{path}: an entry has no {error}; is this the official file?") from error
     except (TypeError, AttributeError, IndexError, ValueError) as error:
         if str(path) in str(error):  # it is said already
             raise
-        raise ValueError(f"{path}: not in the official structure ({error})") from error
+        raise UserError(f"{path}: not in the official structure ({error})") from error
 
 
 def load_json(path: Path) -> Any:
@@ -38,7 +40,7 @@ def load_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not a JSON file ({error}); download it again") from error
+        raise UserError(f"{path} is not a JSON file ({error}); download it again") from error
 
 
 def json_lines(path: Path) -> Iterator[Any]:
@@ -49,7 +51,7 @@ def json_lines(path: Path) -> Iterator[Any]:
                 try:
                     yield json.loads(line)
                 except ValueError as error:
-                    raise ValueError(
+                    raise UserError(
                         f"{path} line {number} is not JSON ({error}); download it again"
                     ) from error
 
@@ -71,13 +73,13 @@ class _Plain(pickle.Unpickler):
 def load_plain_pickle(path: Path) -> Any:
     """Content of a pickle of plain containers, text and numbers (Python 2 or 3); nothing in it is executed.
 
-    Raises ValueError for everything else, and for files that are no pickles.
+    Raises UserError for everything else, and for files that are no pickles.
     """
     try:
         with path.open("rb") as file:
             return _Plain(file, encoding="latin1").load()
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise ValueError(
+        raise UserError(
             f"{path} is not a pickle of plain data ({error}); download the official file"
         ) from error
 
@@ -88,7 +90,7 @@ def opened_picture(path: Path, name: str) -> Iterator[Any]:
     try:
         from PIL import Image
     except ImportError as error:
-        raise ImportError('pictures need Pillow: pip install -e ".[vlm]"') from error
+        raise MissingPackage('pictures need Pillow: pip install -e ".[vlm]"') from error
     try:
         with Image.open(path) as image:
             yield image
@@ -96,4 +98,4 @@ def opened_picture(path: Path, name: str) -> Iterator[Any]:
         raise FileNotFoundError(f"{path} is missing: {name} needs it; complete the image folder") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         said = " ".join(str(error).split())
-        raise ValueError(f"{path} cannot be read as a picture ({said}); download it again") from error
+        raise UserError(f"{path} cannot be read as a picture ({said}); download it again") from error

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from models.errors import UserError
 from vlm.data.files import load_json, load_plain_pickle, require, structure
 from vlm.data.records import Box, Choice, Grounded, GroundedCaption, Question, Span, xywh_box
 from vlm.data.vqa import shuffled
@@ -13,7 +14,7 @@ from vlm.data.vqa import shuffled
 
 def _refer(source: str, refs_name: str, folder: Path, split: str, expressions: str) -> Iterator[Grounded]:
     if expressions not in ("all", "last"):
-        raise ValueError(f"expressions={expressions!r} must be 'all' or 'last'")
+        raise UserError(f"expressions={expressions!r} must be 'all' or 'last'")
     what = f"the annotations of {source} (refer)"
     refs_path, boxes_path = require(folder, refs_name, what), require(folder, "instances.json", what)
     with structure(boxes_path):

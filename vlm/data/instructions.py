@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from models.errors import UserError
 from vlm.data.files import load_json, require, structure
 from vlm.data.records import Conversation, Turn
 
@@ -19,7 +20,7 @@ def _conversations(source: str, path: Path, split: str) -> Iterator[Conversation
                 for turn in row["conversations"]
             )
             if len(turns) % 2 or any(t.role != ("human", "assistant")[i % 2] for i, t in enumerate(turns)):
-                raise ValueError(f"turns of {row['id']} do not alternate from human to gpt")
+                raise UserError(f"turns of {row['id']} do not alternate from human to gpt")
             if "image" not in row:  # the larger mixes hold conversations on text alone
                 continue
             yield Conversation(id=str(row["id"]), source=source, split=split, image=row["image"], turns=turns)

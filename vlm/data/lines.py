@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock
 
+from models.errors import UserError
 from synthetic.store import replacing
 
 
@@ -49,7 +50,7 @@ def in_memory(values: Iterable[Any]) -> Lines:
 def on_disk(path: Path, values: Callable[[], Iterable[Any]]) -> Lines:
     """The lines in `path` (.jsonl); written first, by one process while others wait, if they are not there.
 
-    Raises ValueError, in one line, for damaged files.
+    Raises UserError, in one line, for damaged files.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
@@ -64,28 +65,28 @@ def on_disk(path: Path, values: Callable[[], Iterable[Any]]) -> Lines:
 
 
 def opened(path: Path) -> Lines:
-    """The lines that `on_disk` wrote. Raises ValueError, in one line, for damaged files."""
+    """The lines that `on_disk` wrote. Raises UserError, in one line, for damaged files."""
     try:
         ends = np.load(path.with_suffix(".npy"), mmap_mode="r")
         with open(path, "rb") as file:
             text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if ends.ndim != 1 or ends.dtype != np.int64 or ends[-1] != len(text):
-            raise ValueError(f"{len(text)} bytes do not fit to the lines' ends")
+            raise UserError(f"{len(text)} bytes do not fit to the lines' ends")
     except (OSError, ValueError, EOFError, IndexError) as error:
         said = " ".join(str(error).split())
-        raise ValueError(
+        raise UserError(
             f"{path} is damaged ({said}); delete {path.with_suffix('.*')} to make it anew"
         ) from error
     return Lines(text, ends, path)
 
 
 def _write(file: BinaryIO, values: Iterable[Any]) -> npt.NDArray[np.int64]:
-    """Write the lines and return their ends. Raises ValueError if there are none."""
+    """Write the lines and return their ends. Raises UserError if there are none."""
     ends = array("q")
     end = 0
     for value in values:
         end += file.write(json.dumps(value, separators=(",", ":")).encode() + b"\n")
         ends.append(end)
     if not end:
-        raise ValueError("there is nothing to write")
+        raise UserError("there is nothing to write")
     return np.frombuffer(ends, np.int64)

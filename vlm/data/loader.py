@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from models.errors import UserError
 from vlm.data.mixture import Mixture
 from vlm.data.samples import Sample, Source
 from vlm.layout import BEGIN, IGNORE, ROW, Encode, TooLong, sequence
@@ -84,10 +85,10 @@ def batches(
     like lengths, and these are shuffled. workers: processes that prepare windows ahead; where they are not
     forked, mixture and encode must be picklable.
 
-    Raises ValueError for a batch size or group below 1 or a negative start, and what reading samples raises.
+    Raises UserError for a batch size or group below 1 or a negative start, and what reading samples raises.
     """
     if min(batch_size, group) < 1 or start < 0:
-        raise ValueError(
+        raise UserError(
             f"batch_size={batch_size}, group={group} must be at least 1, start={start} at least 0"
         )
     layouts = (layout,) if isinstance(layout, str) else tuple(layout)
@@ -164,7 +165,7 @@ class _Windows(Dataset):
                 )
             except TooLong as error:
                 log.warning("%s %s is left out: %s", name, sample.id, error)
-        raise ValueError(
+        raise UserError(
             f"{name}: {tries} examples in a row from number {index} on leave no room for the image or an "
             f"answer in max_length={self.max_length}; raise it"
         )

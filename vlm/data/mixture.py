@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
+from models.errors import UserError
 from vlm.data.samples import Source
 
 ROUNDS = 8
@@ -31,15 +32,15 @@ class Mixture:
     out): each source is shuffled by itself and starts again when it is used up, and the sources take turns
     at fixed, evenly spread places, so that any stretch of examples has the shares to within a few examples.
 
-    Raises ValueError for no sources, empty ones, and weights that are no shares of exactly these sources.
+    Raises UserError for no sources, empty ones, and weights that are no shares of exactly these sources.
     """
 
     def __init__(self, sources: Mapping[str, Source], weights: Mapping[str, float] | None = None):
         if not sources:
-            raise ValueError("a mixture needs at least one source")
+            raise UserError("a mixture needs at least one source")
         for name, source in sources.items():
             if not len(source):
-                raise ValueError(f"source {name!r} has no examples; leave it out")
+                raise UserError(f"source {name!r} has no examples; leave it out")
         self.sources = dict(sources)
         self.weights = None if weights is None else _checked(weights, self.sources)
         self.used = [name for name in self.sources if self.weights is None or self.weights[name] > 0]
@@ -50,9 +51,9 @@ class Mixture:
         return sum(self.lengths)
 
     def order(self, seed: int, start: int, stop: int) -> list[tuple[str, int]]:
-        """(source, index) of the examples numbered start .. stop - 1. Raises ValueError for negative ones."""
+        """(source, index) of the examples numbered start .. stop - 1. Raises UserError for negative ones."""
         if start < 0:
-            raise ValueError(f"start={start}: examples are numbered from 0")
+            raise UserError(f"start={start}: examples are numbered from 0")
         numbers = np.arange(start, max(start, stop), dtype=np.int64)
         which, places = self._shuffled(seed, numbers) if self.weights is None else self._turns(seed, numbers)
         names = self.used
@@ -123,9 +124,9 @@ def _taken(numbers: Integers, share: int) -> Integers:
 def _checked(weights: Mapping[str, float], sources: Mapping[str, Source]) -> dict[str, float]:
     if weights.keys() != sources.keys():
         odd = ", ".join(sorted(weights.keys() ^ sources.keys()))
-        raise ValueError(f"weights and sources must have the same names; only one of them has {odd}")
+        raise UserError(f"weights and sources must have the same names; only one of them has {odd}")
     wrong = [name for name, w in weights.items() if not (math.isfinite(w) and w >= 0)]
     if wrong or not any(weights.values()):
         said = f"weight {weights[wrong[0]]} of {wrong[0]!r}" if wrong else "weights that are all 0"
-        raise ValueError(f"{said}: give finite shares of at least 0, one of them above")
+        raise UserError(f"{said}: give finite shares of at least 0, one of them above")
     return {name: float(weights[name]) for name in sources}

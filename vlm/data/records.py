@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from models.errors import UserError
+
 Box = tuple[float, float, float, float]
 
 
@@ -28,7 +30,7 @@ class Record:
     def __post_init__(self) -> None:
         path = PurePosixPath(self.image)
         if not self.image or path.is_absolute() or ".." in path.parts:
-            raise ValueError(
+            raise UserError(
                 f"{self.source} {self.id}: image {self.image!r} is not a path inside the image folder"
             )
 
@@ -71,11 +73,11 @@ class Choice(Record):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.answer is not None and not 0 <= self.answer < len(self.choices):
-            raise ValueError(
+            raise UserError(
                 f"{self.source} {self.id}: answer {self.answer} is none of {len(self.choices)} choices"
             )
         if self.boxes and len(self.boxes) != len(self.choices):
-            raise ValueError(
+            raise UserError(
                 f"{self.source} {self.id}: {len(self.boxes)} boxes for {len(self.choices)} choices"
             )
 
@@ -133,9 +135,9 @@ class Conversation(Record):
 def xywh_box(x: float, y: float, width: float, height: float) -> Box:
     """Corners of a box given by corner and size; negative corners are clipped to 0.
 
-    Raises ValueError where nothing of the box is left or a number is not finite.
+    Raises UserError where nothing of the box is left or a number is not finite.
     """
     box = (max(0.0, float(x)), max(0.0, float(y)), float(x) + float(width), float(y) + float(height))
     if not all(map(math.isfinite, box)) or box[2] <= box[0] or box[3] <= box[1]:
-        raise ValueError(f"box x={x} y={y} width={width} height={height} is empty")
+        raise UserError(f"box x={x} y={y} width={width} height={height} is empty")
     return box

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
+from models.errors import UserError
 from vlm.data.records import Record
 
 
@@ -104,15 +105,15 @@ DATASETS: dict[str, DataSet] = {
 def read(name: str, folder: str | Path, split: str, **options: str) -> Iterator[Record]:
     """Records of one split of a data set whose official files are in ``folder``, in the files' order.
 
-    ``options`` are the reader's own, such as ``expressions="last"`` of RefCOCO. Raises ValueError for unknown
+    ``options`` are the reader's own, such as ``expressions="last"`` of RefCOCO. Raises UserError for unknown
     names and splits (listing the valid ones) and for malformed files, FileNotFoundError for missing ones; the
     two of files may come with the first record.
     """
     if name not in DATASETS:
-        raise ValueError(f"data set {name!r} is unknown; the names are {', '.join(sorted(DATASETS))}")
+        raise UserError(f"data set {name!r} is unknown; the names are {', '.join(sorted(DATASETS))}")
     known = DATASETS[name]
     if split not in known.splits:
-        raise ValueError(f"split {split!r} of {name} is unknown; the splits are {', '.join(known.splits)}")
+        raise UserError(f"split {split!r} of {name} is unknown; the splits are {', '.join(known.splits)}")
     module, function = known.reader.split(".")
     return getattr(import_module(f"vlm.data.{module}"), function)(Path(folder), split, **options)
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from models.errors import UserError
 from vlm.data import filters, lines, registry
 from vlm.data.files import opened_picture
 from vlm.data.records import Record
@@ -39,7 +40,7 @@ class FileSource:
     and LLaVA. That costs the disk, one pass (a JSON file is parsed whole; GRIT, which has a file an image, is
     read shard by shard), and another one whenever files, rules or options change.
 
-    Raises ValueError and FileNotFoundError, in one line, for unknown names, missing and malformed files.
+    Raises UserError and FileNotFoundError, in one line, for unknown names, missing and malformed files.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class FileSource:
             yield sample.id, sample.image, sample.task, texts, sample.target
         if empty:
             what = "to train on" if self.rules.training else "to ask"
-            raise ValueError(f"{self.name} has nothing {what} in split {self.split!r}; use another split")
+            raise UserError(f"{self.name} has nothing {what} in split {self.split!r}; use another split")
 
     def _read(self) -> Iterable[Record]:
         return registry.read(self.name, self.annotations, self.split, **self.options)

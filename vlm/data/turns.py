@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, TypeVar, cast
 
+from models.errors import UserError
 from vlm import prompts
 from vlm.data.records import (
     Captioned,
@@ -77,14 +78,14 @@ class Rules:
 
     def __post_init__(self) -> None:
         if self.regions not in ("grounding", "dense captioning"):
-            raise ValueError(f"regions={self.regions!r} must be 'grounding' or 'dense captioning'")
+            raise UserError(f"regions={self.regions!r} must be 'grounding' or 'dense captioning'")
 
 
 def samples(records: Iterable[Record], rules: Rules, size: Size) -> Iterator[Sample]:
     """Samples of one data set's records, in the order of the records' images.
 
     size: asked for the images whose size the records lack but boxes need.
-    Raises ValueError for records without an answer in training, and boxes without area.
+    Raises UserError for records without an answer in training, and boxes without area.
     """
     if not rules.training:
         for record in records:
@@ -178,7 +179,7 @@ def _told(turns: Sequence[Record], rules: Rules, size: Size) -> Sample:
 
 def _known(record: Record, answer: T | None) -> T:
     if answer is None:
-        raise ValueError(f"split {record.split!r} has no answers, so it can be asked but not trained on")
+        raise UserError(f"split {record.split!r} has no answers, so it can be asked but not trained on")
     return answer
 
 
@@ -250,7 +251,7 @@ def _prompt(turns: Sequence[Any], rules: Rules, size: Size) -> tuple[str, list[C
     try:
         return _chunks(turns, rules, size)
     except ValueError as error:
-        raise ValueError(f"{turns[0].source} {turns[0].id}: {error}") from error
+        raise UserError(f"{turns[0].source} {turns[0].id}: {error}") from error
 
 
 def _chunks(turns: Sequence[Any], rules: Rules, size: Size) -> tuple[str, list[Chunk]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from models.errors import UserError
 from vlm.data.files import json_lines, load_json, require, structure
 from vlm.data.records import Choice, Question, Statement
 
@@ -86,7 +87,7 @@ def vsr(folder: Path, split: str) -> Iterator[Statement]:
     with structure(path):
         for number, row in enumerate(json_lines(path)):
             if row["label"] not in (0, 1):
-                raise ValueError(f"label {row['label']!r} is not 0 or 1")
+                raise UserError(f"label {row['label']!r} is not 0 or 1")
             yield Statement(
                 id=str(number),
                 source="vsr",
@@ -104,7 +105,7 @@ def pope(folder: Path, split: str) -> Iterator[Question]:
     with structure(path):
         for row in json_lines(path):
             if row["label"] not in ("yes", "no"):
-                raise ValueError(f"label {row['label']!r} is not yes or no")
+                raise UserError(f"label {row['label']!r} is not yes or no")
             yield Question(
                 id=f"{split}-{row['question_id']}",
                 source="pope",

@@ -10,7 +10,8 @@ from typing import Annotated
 
 import tyro
 
-from synthetic.run import fail, use_threads, write_anything
+from models.errors import MissingPackage, UserError
+from synthetic.cli import guarded, parse, use_threads
 from vlm.demo.asking import Contestant
 
 HELP = 'the demo needs gradio: pip install -e ".[demo]"'
@@ -32,21 +33,21 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 2 for bad input."""
-    write_anything()
-    options = tyro.cli(Options, args=argv, prog="python -m vlm.demo")
+    options = parse(Options, argv, "python -m vlm.demo")
+    return guarded(lambda: serve(options))
+
+
+def serve(options: Options) -> int:
     try:
         from vlm.demo import app
     except ImportError as error:
-        return fail(f"{HELP} ({error})")
-    try:
-        use_threads(options.threads)
-        contestants = [Contestant.open(folder) for folder in (options.run_a, options.run_b)]
-    except (ValueError, ImportError, OSError) as error:
-        return fail(str(error))
+        raise MissingPackage(f"{HELP} ({error})") from error
+    use_threads(options.threads)
+    contestants = [Contestant.open(folder) for folder in (options.run_a, options.run_b)]
     try:
         app.serve(app.build(contestants), options.port)
     except OSError:
-        return fail(f"--port {options.port} is not free; choose another one")
+        raise UserError(f"--port {options.port} is not free; choose another one") from None
     return 0
 
 

@@ -7,19 +7,21 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from models.errors import UserError
+
 
 def iou(predicted: ArrayLike, gold: ArrayLike) -> NDArray[np.float64]:
     """Intersection over union, float64 (N,), of boxes (N, 4) as x_min, y_min, x_max, y_max.
 
     A predicted box with corners out of order, without area or with a NaN (an answer that was no
     box) scores 0.
-    Raises ValueError for other shapes and for gold boxes that are not boxes.
+    Raises UserError for other shapes and for gold boxes that are not boxes.
     """
     p, g = np.asarray(predicted, np.float64), np.asarray(gold, np.float64)
     if p.shape != g.shape or p.ndim != 2 or p.shape[1] != 4:
-        raise ValueError(f"predicted {p.shape} and gold {g.shape} must both be (N, 4)")
+        raise UserError(f"predicted {p.shape} and gold {g.shape} must both be (N, 4)")
     if not np.all((g[:, 2:] > g[:, :2]) & np.isfinite(g[:, 2:])):
-        raise ValueError("gold has a box whose corners are not in order x_min, y_min, x_max, y_max")
+        raise UserError("gold has a box whose corners are not in order x_min, y_min, x_max, y_max")
     valid = np.all(np.isfinite(p), axis=1) & np.all(p[:, 2:] > p[:, :2], axis=1)
     p = np.where(valid[:, None], p, g)
     overlap = np.clip(np.minimum(p[:, 2:], g[:, 2:]) - np.maximum(p[:, :2], g[:, :2]), 0, None)
@@ -32,7 +34,7 @@ def scores(predicted: ArrayLike, gold: ArrayLike, threshold: float = 0.5) -> dic
     """Share of boxes whose IoU is above (not at) the threshold, and the mean IoU."""
     overlaps = iou(predicted, gold)
     if not overlaps.size:
-        raise ValueError("gold has no boxes to score")
+        raise UserError("gold has no boxes to score")
     return {"accuracy": float((overlaps > threshold).mean()), "mean_iou": float(overlaps.mean())}
 
 

@@ -9,6 +9,8 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 
+from models.errors import MissingPackage, UserError
+
 # What the official tokenizer's result is rid of; words and numbers keep their inner marks, clitics
 # are split off
 _TOKEN = re.compile(r"(?:n't\b)|'(?:s|m|d|ll|re|ve)\b|[^\W_]+?(?=n't\b)|[^\W_]+(?:[.,:/&-][^\W_]+)*|[^\w\s]")
@@ -33,9 +35,9 @@ def _tokens(captions: Mapping[str, Sequence[str]], tokenizer: str) -> dict[str, 
     if tokenizer == "regex":
         return {key: [words(text) for text in texts] for key, texts in captions.items()}
     if tokenizer != "ptb":
-        raise ValueError(f"tokenizer={tokenizer!r} must be 'regex' or 'ptb'")
+        raise UserError(f"tokenizer={tokenizer!r} must be 'regex' or 'ptb'")
     if shutil.which("java") is None:
-        raise ValueError(
+        raise UserError(
             "tokenizer='ptb' runs Java, which is not on PATH: install a JRE or use tokenizer='regex'"
         )
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
@@ -54,18 +56,18 @@ def scores(
     ValueError where ids differ or references are missing, ImportError without pycocoevalcap.
     """
     if predicted.keys() != references.keys() or not predicted:
-        raise ValueError(
+        raise UserError(
             f"{len(predicted)} predictions and {len(references)} references must have the same ids"
         )
     empty = [key for key, texts in references.items() if not texts]
     if empty:
-        raise ValueError(f"image {empty[0]} has no reference caption: a hidden test is scored by its server")
+        raise UserError(f"image {empty[0]} has no reference caption: a hidden test is scored by its server")
     try:
         from pycocoevalcap.bleu.bleu import Bleu
         from pycocoevalcap.cider.cider import Cider
         from pycocoevalcap.rouge.rouge import Rouge
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackage(
             "caption metrics need pycocoevalcap: pip install 'ssm-retrieval[vlm-metrics]'"
         ) from error
     gold = _tokens(references, tokenizer)
@@ -86,7 +88,7 @@ def by_domain(
     """Scores of NoCaps for each domain, each a corpus of its own, and of all images as "entire"."""
     unknown = set(domains.values()) - set(DOMAINS)
     if unknown or domains.keys() != predicted.keys():
-        raise ValueError(f"domains must give one of {', '.join(DOMAINS)} to each predicted image id")
+        raise UserError(f"domains must give one of {', '.join(DOMAINS)} to each predicted image id")
     result = {"entire": scores(predicted, references, tokenizer)}
     for domain in DOMAINS:
         keys = [key for key in predicted if domains[key] == domain]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from string import ascii_uppercase
 
+from models.errors import UserError
+
 
 def letter(text: str) -> int | None:
     """Index of the option whose letter stands before the first full stop; None where no single
@@ -29,7 +31,7 @@ def says_yes(text: str, rule: str = "official") -> bool:
     if rule == "published":
         return text.strip().lower() != "no"
     if rule != "official":
-        raise ValueError(f"rule={rule!r} must be 'official' or 'published'")
+        raise UserError(f"rule={rule!r} must be 'official' or 'published'")
     return not {"No", "no", "not"} & set(text.split(".")[0].replace(",", "").split())
 
 
@@ -54,6 +56,6 @@ def binary(predicted: Sequence[bool], gold: Sequence[bool]) -> dict[str, float]:
 
 def _same_length(predicted: Sequence, gold: Sequence) -> None:
     if len(predicted) != len(gold) or not gold:
-        raise ValueError(
+        raise UserError(
             f"{len(predicted)} predictions for {len(gold)} gold answers: there must be one for each"
         )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from models.errors import UserError
+
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 NUMBERS = {
     word: str(number)
@@ -107,7 +109,7 @@ def accuracy(prediction: str, answers: Sequence[str]) -> float:
     without answers.
     """
     if not answers:
-        raise ValueError("answers is empty: a hidden test set has to be scored by its server")
+        raise UserError("answers is empty: a hidden test set has to be scored by its server")
     said = normalise(prediction)
     agree = [normalise(answer) == said for answer in answers]
     return sum(min(1.0, (sum(agree) - this) / 3) for this in agree) / len(agree)
@@ -120,7 +122,7 @@ def published_accuracy(prediction: str, answers: Sequence[str]) -> float:
     can never be met.
     """
     if not answers:
-        raise ValueError("answers is empty: a hidden test set has to be scored by its server")
+        raise UserError("answers is empty: a hidden test set has to be scored by its server")
     text = prediction.lower().replace(",", "").replace("?", "").replace("'s", " 's")
     agree = sum(answer == normalise(text) for answer in answers)
     return min(1.0, round(0.3 * agree, 1))

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from models.errors import UserError
 from vlm.prompts import box_text
 from vlm.scenes.scene import COLOUR_COUNTS, HELDOUT_PAIRS, Box, Object, Scene, scene_stream
 from vlm.scenes.stamps import COLOURS, SHAPES
@@ -34,9 +35,9 @@ class Example:
 
 
 def make_example(scene: Scene, task: str) -> Example:
-    """The one example that `task` makes of `scene`. Raises ValueError for an unknown task."""
+    """The one example that `task` makes of `scene`. Raises UserError for an unknown task."""
     if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}; valid: {', '.join(TASKS)}")
+        raise UserError(f"unknown task {task!r}; valid: {', '.join(TASKS)}")
     number = list(TASKS).index(task)
     # one stream a task: which other tasks are asked changes nothing
     rng = scene_stream(scene.seed, scene.split, _QUESTION_INDEX + scene.index * len(TASKS) + number)

@@ -8,6 +8,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from models.errors import UserError
 from synthetic.tasks.sampling import stream
 from vlm.scenes.stamps import COLOURS, GRID, MARGIN, SHAPES, SIZES, TEXTURES, WORDS, digit_images, stamp
 
@@ -54,9 +55,9 @@ class Scene:
 
 
 def scene_stream(seed: int, split: str, index: int) -> np.random.Generator:
-    """`stream` for the three splits of scenes. Raises ValueError for an unknown split or seed."""
+    """`stream` for the three splits of scenes. Raises UserError for an unknown split or seed."""
     if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; valid: {', '.join(SPLITS)}")
+        raise UserError(f"unknown split {split!r}; valid: {', '.join(SPLITS)}")
     if split == "combination":
         return stream(seed, "heldout", index + _COMBINATION_INDEX)
     return stream(seed, split, index)
@@ -75,13 +76,13 @@ def digit_sources(split: str, digit: int) -> npt.NDArray[np.int64]:
 def sample_scene(seed: int, split: str, index: int, size: int = 128) -> Scene:
     """Scene `index`: six shapes, a handwritten digit and a word, in eight of nine cells of the image.
 
-    Colour and shape together name one shape of a scene. Raises ValueError for an unknown split, a bad seed or
+    Colour and shape together name one shape of a scene. Raises UserError for an unknown split, a bad seed or
     index, or an image too small to read.
     """
     if size < MIN_SIZE:
-        raise ValueError(f"size {size} is too small to read words in: give at least {MIN_SIZE} pixels")
+        raise UserError(f"size {size} is too small to read words in: give at least {MIN_SIZE} pixels")
     if not 0 <= index < MAX_INDEX:
-        raise ValueError(f"index {index} must be in 0 .. 2**48 - 1")
+        raise UserError(f"index {index} must be in 0 .. 2**48 - 1")
     rng = scene_stream(seed, split, index)
     items = [(("shape", shape, colour), -1) for colour, shape in _draw_pairs(rng, split)]
     digit = int(rng.integers(10))

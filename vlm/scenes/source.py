@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from models.errors import UserError
 from vlm import prompts
 from vlm.data.samples import Sample
 from vlm.prompts import Chunk
@@ -26,7 +27,7 @@ class SceneSource:
     task: one of `vlm.scenes.TASKS`, or one that packs `turns` turns about an image: "vqa" (questions of
     different kinds), "locate" (referring expressions), "describe" (boxes to be described). Others ignore
     `turns`. answers=False leaves the answer to the model and puts it into `target`.
-    Raises ValueError for unknown tasks and splits.
+    Raises UserError for unknown tasks and splits.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class SceneSource:
         answers: bool = True,
     ):
         if task not in SOURCES:
-            raise ValueError(f"task {task!r} of scenes is unknown; use {', '.join(SOURCES)}")
+            raise UserError(f"task {task!r} of scenes is unknown; use {', '.join(SOURCES)}")
         self.name, self.images, self.seed, self.split = task, images, seed, split
         self.turns, self.answers = turns, answers
         self.fingerprint = f"scenes-{split}-seed{seed}"

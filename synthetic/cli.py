@@ -1,0 +1,156 @@
+"""What all commands share: exit statuses, one-line errors, stop signals, threads.
+
+A command is three lines:
+
+    def main(argv=None) -> int:
+        options = parse(Options, argv, "python -m package.module")
+        return guarded(lambda: run(options), out=options.out)
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TypeVar
+
+from models.errors import UserError
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+REPORT = (
+    "this is a bug in ssm-retrieval, not a mistake of yours: please report the command and all lines above "
+    "(CONTRIBUTING.md says where)"
+)
+STOPPED = "stopped; what was written is kept, the same command goes on from there"
+
+Options = TypeVar("Options")
+
+
+def parse(options: type[Options], argv: Sequence[str] | None, prog: str) -> Options:
+    """Command-line arguments as an instance of a dataclass; exits with status 2 for unknown ones."""
+    import tyro
+
+    write_anything()
+    return tyro.cli(options, args=argv, prog=prog)
+
+
+def guarded(command: Callable[[], int], out: str | os.PathLike[str] = "", stopped: str = STOPPED) -> int:
+    """The exit status of `command()`; 2 and one line for a `UserError` or a refusal of the operating system.
+
+    Any other exception prints its traceback and how to report it, with status 1.
+
+    Args:
+        out: the command's output folder or file; errors of files in it name the option `--out`.
+        stopped: what Ctrl-C prints.
+    """
+    try:
+        return command()
+    except UserError as error:
+        return fail(str(error))
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except OSError as error:
+        if error.errno is None:  # a library's own, such as Pillow's
+            return _bug()
+        return fail(explain(error, out))
+    except KeyboardInterrupt:
+        print(stopped, file=sys.stderr)
+        return INTERRUPTED
+    except Exception:
+        return _bug()
+
+
+def _bug() -> int:
+    traceback.print_exc()
+    print(REPORT, file=sys.stderr)
+    return FAILED
+
+
+def fail(message: str) -> int:
+    """Print one line that begins with "error:"; returns the exit status of bad input."""
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return BAD_INPUT
+
+
+def explain(error: OSError, out: str | os.PathLike[str]) -> str:
+    """One line on what the operating system refused, the file it names, and what to do.
+
+    The file is blamed on `--out` only if it lies there.
+    """
+    reason, out = error.strerror or str(error), os.fspath(out)
+    # a rename names the temporary file first; the user knows the second
+    named = error.filename if error.filename2 is None else error.filename2
+    name = os.fsdecode(named) if isinstance(named, str | bytes | os.PathLike) else None
+    ours = bool(out) and (name is None or _inside(name, out))
+    where = f"--out {out}" if ours else name or "a file"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{where}: the disk is full; free some space and run the same command again"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if ours:
+            return f"{where} cannot be written ({reason}); choose another folder"
+        return f"{where}: {reason}; give yourself access to it, or choose another file"
+    if ours:
+        return f"{where}: {reason}; choose another folder or remove the cause"
+    return f"{where}: {reason}; check the path"
+
+
+def _inside(name: str, folder: str) -> bool:
+    try:
+        return Path(name).absolute().is_relative_to(Path(folder).absolute())
+    except OSError:
+        return False
+
+
+def write_anything() -> None:
+    """Bars and curves on a terminal whose encoding lacks them become question marks, not a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def use_threads(threads: int) -> None:
+    """--threads of a command: 0 = as PyTorch chooses. Raises UserError for a number out of range."""
+    import torch
+
+    most = 4 * (os.cpu_count() or 1)
+    if not 0 <= threads <= max(most, 64):
+        raise UserError(
+            f"--threads {threads} must lie in 0 .. {max(most, 64)}; give a number of cores, or 0 for "
+            "PyTorch's choice"
+        )
+    if threads:
+        torch.set_num_threads(threads)
+
+
+class StopSignals:
+    """While active, Ctrl-C, SIGTERM and a closed terminal ask for a stop after the current step.
+
+    A second signal is immediate: it raises KeyboardInterrupt.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP"):  # not on Windows
+            self.numbers.append(signal.SIGHUP)
+
+    def asked(self) -> bool:
+        return self.requested
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def __enter__(self) -> None:
+        self.before = {s: signal.signal(s, self._handle) for s in self.numbers}
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
