@@ -19,9 +19,10 @@ from scipy import stats
 import analysis
 import models
 from analysis import curves
+from models.planning import device_peak
 from studies.learnability import report
 from studies.learnability.run import BASE, DIETS, VARIANTS, grid, tuning
-from synthetic import sweep
+from synthetic import memory, sweep
 from synthetic.config import RunConfig, plan, run_id
 from synthetic.grid import group, load
 from vlm.config import read_file
@@ -56,6 +57,33 @@ def test_commands_of_the_documents_can_be_planned(command, tmp_path):
         config = dataclasses.replace(config, init=str(models.save(small, tmp_path / "small")))
     for family in config.model:
         assert plan(config, family).seq_len == config.seq_len
+
+
+GPU_LINES = [
+    line for text in DOCUMENTS for line in re.findall(r"^python -m synthetic\.run.*# GPU.*$", text, re.M)
+]
+
+
+@pytest.mark.parametrize("line", GPU_LINES)
+def test_a_command_for_a_gpu_fits_the_gpu_that_its_comment_names(line):
+    command, _, comment = line.partition("#")
+    config = tyro.cli(RunConfig, args=shlex.split(command)[3:])
+    gib = int(re.fullmatch(r"GPU, (\d+) GiB", comment.strip())[1])
+    assert config.device == "cuda"
+    for family in config.model:
+        planned = plan(config, family, elsewhere=True)
+        step = max(memory.training_steps(planned), key=lambda s: s.at_once * s.length)
+        peak = device_peak(memory.meta_model(planned), step, memory.evaluation_step(planned), devices=1)
+        assert peak < gib * 2**30
+
+
+def test_the_speed_table_has_the_rows_that_lose():
+    """As docs/scale.md measured them."""
+    scale = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    faster, slower = re.findall(r"times as fast\*?\*? \| \*?\*?([\d.]+)\*?\*? \| \*?\*?([\d.]+)", scale)
+    rows = re.findall(r"^\|.*2\.8 B in bfloat16.*\n\|.*decoding 32 tokens.*$", README, re.M)
+    for row, measured in zip(rows, (faster, slower), strict=True):
+        assert re.findall(r"\*?\*?([\d.]+)\*?\*? \|$", row, re.M) == list(measured)
 
 
 SWEEPS = sorted(
