@@ -29,8 +29,8 @@ from models.common import Config, LayerCache, require
 from models.hooks import STATE_NAMES, Hook, Hooked, hooked_scan, masked_hook
 from models.mamba import MambaForCausalLM
 from models.ops import _cuda_kernels
-from models.ops.causal_conv1d import causal_conv1d
 from models.ops.linear import Linear
+from models.padding import convolve
 
 BACKENDS = ("auto", "chunks", "cuda")
 
@@ -305,8 +305,15 @@ class Mamba2Mixer(Hooked, nn.Module):
         self.norm = GatedRMSNorm(E, config.ngroups, config.norm_eps)
         self.out_proj = Linear(E, config.d_model, bias=False)
 
-    def forward(self, hidden: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
-        """hidden: (B, L, D); mask: (B, L) bool, True = real token; cache: `conv` and `ssm` states."""
+    def forward(
+        self,
+        hidden: Tensor,
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+        order: Tensor | None = None,
+    ) -> Tensor:
+        """hidden: (B, L, D); mask: (B, L) bool, True = real token; cache: `conv` and `ssm` states; order: of
+        `models.padding`, whose rule the two masks below follow."""
         config = self.config
         E, H, G, N = config.d_inner, config.n_head, config.ngroups, config.d_state
         z, xBC, dt = self.in_proj(hidden).split([E, E + 2 * G * N, H], dim=-1)
@@ -314,30 +321,21 @@ class Mamba2Mixer(Hooked, nn.Module):
             xBC = xBC * mask.unsqueeze(-1)
         if self.hook is not None:
             xBC = masked_hook(self.hook, "hook_in", xBC, mask)
-        state = {} if cache is None else cache
-        xBC = causal_conv1d(
-            xBC,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            activation="silu",
-            initial_state=state.get("conv"),
-            return_last_state=cache is not None,
-        )
-        if cache is not None:
-            xBC, cache["conv"] = xBC
+        xBC = convolve(xBC, self.conv1d, mask, order, cache)
         x, B, C = xBC.split([E, G * N, G * N], dim=-1)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         dt = F.softplus(dt.to(wide) + self.dt_bias)  # (B, L, H)
-        if mask is not None:  # dt = 0: a padded step is the identity on the state
+        if mask is not None:
             dt = dt * mask.unsqueeze(-1)
         x = x.unflatten(-1, (H, config.headdim))
         A, B, C = -torch.exp(self.A_log.to(wide)), B.unflatten(-1, (G, N)), C.unflatten(-1, (G, N))
         gate: Tensor | None = None
+        h = None if cache is None else cache.get("ssm")
         if self.hook is not None:
             x, dt = self.hook("hook_conv", x), masked_hook(self.hook, "hook_dt", dt, mask)
             B, C = self.hook("hook_B", B), self.hook("hook_C", C)
             recurrence = DualRecurrence(x, dt, A, B, C, self.D, config.chunk_size)
-            y, last = run_hooked(self.hook, recurrence, state.get("ssm"))
+            y, last = run_hooked(self.hook, recurrence, h)
             gate = hooked_gate(self.hook, z, H)
         else:
             y = ssd(
@@ -346,7 +344,7 @@ class Mamba2Mixer(Hooked, nn.Module):
                 A,
                 B,
                 C,
-                initial_state=state.get("ssm"),
+                initial_state=h,
                 chunk_size=config.chunk_size,
                 return_last_state=cache is not None,
             )
