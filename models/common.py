@@ -13,7 +13,6 @@ its parameters, which are the names the published checkpoints use.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, cast
 
@@ -22,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from models.errors import UserError
+from models.configuration import Config as Config
+from models.configuration import require as require
 from models.hooks import Hooked, points
 from models.ops.cross_entropy import linear_cross_entropy
 from models.packing import Packing
@@ -61,27 +61,6 @@ class Context:
 
 class Block(Protocol):
     def __call__(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor: ...
-
-
-class Config:
-    """Base of the frozen dataclass configs: dictionaries in and out, unknown keys refused."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(cast(Any, self))
-
-    def replace(self, **overrides: Any) -> Any:
-        """A copy with fields changed. Raises UserError for a field this config does not have."""
-        known = [f.name for f in dataclasses.fields(cast(Any, self))]
-        for key in overrides:
-            if key not in known:
-                raise UserError(f"{type(self).__name__} has no option {key!r}; it has {', '.join(known)}")
-        return dataclasses.replace(cast(Any, self), **overrides)
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise UserError with a one-line message unless the condition holds (configs use this)."""
-    if not condition:
-        raise UserError(message)
 
 
 class RMSNorm(nn.Module):
@@ -249,8 +228,8 @@ class LanguageModel(Hooked, nn.Module):
     ) -> Tensor:
         """The one of input_ids and inputs_embeds that is given.
 
-        Raises UserError for arguments that do not fit each other, by shapes and dtypes alone: to look at values
-        would be to wait for a GPU.
+        Raises UserError for arguments that do not fit each other, by shapes and dtypes alone: values may be on a
+        GPU, which would have to be waited for.
         """
         require((input_ids is None) != (inputs_embeds is None), "give input_ids or inputs_embeds, not both")
         require(

@@ -26,15 +26,14 @@ from torch.nn import functional as F
 
 from models.common import (
     Block,
-    Config,
     Context,
     LanguageModel,
     LayerCache,
     init_normal,
     make_norm,
-    require,
     respell,
 )
+from models.configuration import Config, require
 from models.hooks import STATE_NAMES, Hook, Hooked, hooked_scan, masked_hook
 from models.ops.linear import Linear, linear
 from models.ops.selective_scan import selective_scan
@@ -62,10 +61,8 @@ class MambaConfig(Config):
     scan_backend: str = "auto"
 
     def __post_init__(self) -> None:
-        require(1 <= self.d_state <= 256, f"d_state={self.d_state} is not supported; use 1 to 256")
-        require(self.norm in ("rms", "layer"), f"norm={self.norm!r} is unknown; use 'rms' or 'layer'")
-        for name in ("vocab_size", "d_model", "n_layer", "d_conv", "expand"):
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        super().__post_init__()
+        require_dt(self.dt_min, self.dt_max)
 
     @property
     def d_inner(self) -> int:
@@ -75,6 +72,10 @@ class MambaConfig(Config):
     def rank(self) -> int:
         """Rank of the projection to dt."""
         return self.dt_rank or math.ceil(self.d_model / 16)
+
+
+def require_dt(low: float, high: float) -> None:
+    require(low <= high, f"dt_min={low} is above dt_max={high}; exchange them or change one")
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.common import Config, LayerCache, require
+from models.common import LayerCache
+from models.configuration import Config, require
 from models.hooks import STATE_NAMES, Hook, Hooked, hooked_scan, masked_hook
-from models.mamba import MambaForCausalLM
+from models.mamba import MambaForCausalLM, require_dt
 from models.ops import _cuda_kernels
 from models.ops.linear import Linear
 from models.padding import convolve
@@ -57,19 +58,8 @@ class Mamba2Config(Config):
     embedding_std: float = 0.02
 
     def __post_init__(self) -> None:
-        require(1 <= self.d_state <= 256, f"d_state={self.d_state} is not supported; use 1 to 256")
-        require(self.norm in ("rms", "layer"), f"norm={self.norm!r} is unknown; use 'rms' or 'layer'")
-        for name in (
-            "vocab_size",
-            "d_model",
-            "n_layer",
-            "d_conv",
-            "expand",
-            "headdim",
-            "ngroups",
-            "chunk_size",
-        ):
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        super().__post_init__()
+        require_dt(self.dt_min, self.dt_max)
         require(
             self.d_inner % self.headdim == 0,
             f"headdim={self.headdim} does not divide d_inner={self.d_inner}; use a divisor",
