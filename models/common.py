@@ -228,8 +228,8 @@ class LanguageModel(Hooked, nn.Module):
     ) -> Tensor:
         """The one of input_ids and inputs_embeds that is given.
 
-        Raises UserError for arguments that do not fit each other, by shapes and dtypes alone: values may be on a
-        GPU, which would have to be waited for.
+        Raises UserError for arguments that do not fit each other. Looks at shapes and dtypes
+        only: values may be on a GPU, and to read them is to wait for it.
         """
         require((input_ids is None) != (inputs_embeds is None), "give input_ids or inputs_embeds, not both")
         require(
@@ -249,8 +249,11 @@ class LanguageModel(Hooked, nn.Module):
         for name, given in (("attention_mask", mask), ("seq_ids", seq_ids)):
             fits = given is None or (isinstance(given, Tensor) and given.shape == (B, L))
             require(fits, f"{name} must be {(B, L)}, for the tokens of this call; got {described(given)}")
-        fits = at is None or (isinstance(at, Tensor) and at.dtype in INTEGERS and at.shape[:-1] in ((), (B,)))
-        require(fits, f"logits_at must be an integer tensor (A,) or (batch={B}, A); got {described(at)}")
+        if at is not None:
+            fits = isinstance(at, Tensor) and at.dtype in INTEGERS and at.dim() in (1, 2)
+            fits = fits and at.shape[:-1] in ((), (B,))
+            wanted = f"an integer tensor (A,) or (batch={B}, A)"
+            require(fits, f"logits_at must be {wanted}; got {described(at)}")
         if cache is not None:
             rows = {len(t) for layer in cache.layers for t in layer.values()} or {B}
             require(

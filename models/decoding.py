@@ -7,6 +7,8 @@ grows with the sequence.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,8 +31,8 @@ def generate(
 
     inputs_embeds: (B, L, D) instead of input_ids, for what is not tokens alone.
     attention_mask: (B, L), non-zero = real token; padding stands on either side.
-    eos_token_id: one id or several; a sequence that has generated one goes on with it, and all stop when every
-        one has.
+    eos_token_id: one id or several; a sequence that has generated one goes on with it, and all stop when
+        every one has.
     Raises UserError for an empty prompt, alone or among others, and for values of the wrong kind.
     """
     require(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be at least 1")
@@ -65,8 +67,9 @@ def generate(
 
 def _ends(eos_token_id: int | Sequence[int] | None) -> Tensor:
     """The ids as a tensor (n,), n = 0 for None."""
-    ids = [] if eos_token_id is None else eos_token_id
-    several = list(ids) if isinstance(ids, Sequence | Tensor) else [ids]
-    whole = all(isinstance(i, int) and not isinstance(i, bool) for i in several)
+    ids: Any = [] if eos_token_id is None else eos_token_id
+    ids = ids.tolist() if isinstance(ids, Tensor) else ids
+    several = list(ids) if isinstance(ids, Sequence) else [ids]
+    whole = all(isinstance(i, Integral) and not isinstance(i, bool) for i in several)
     require(whole, f"eos_token_id={eos_token_id!r} must be a token's id or a list of them")
     return torch.tensor(several, dtype=torch.int64)

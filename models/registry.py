@@ -20,7 +20,7 @@ from models.errors import UserError
 from models.hybrid import HybridConfig, HybridForCausalLM
 from models.mamba import MambaConfig, MambaForCausalLM
 from models.mamba2 import Mamba2Config, Mamba2ForCausalLM
-from models.seeding import seeded
+from models.seeding import defaults, seeded
 from models.transformer import TransformerConfig, TransformerForCausalLM
 
 FAMILIES: dict[str, tuple[type[Config], type[LanguageModel]]] = {
@@ -129,12 +129,9 @@ def from_config(
     )
     device = torch.get_default_device() if device is None else torch.device(device)
     dtype = dtype or torch.get_default_dtype()
-    with seeded(seed):
-        if device.type == "meta":
-            with device:
-                built = model(config, dtype)
-        else:
-            built = model(config, dtype)
+    meta = device.type == "meta"
+    with seeded(seed), defaults(device if meta else torch.device("cpu")):
+        built = model(config, dtype)
     return built.to(device=device, dtype=dtype)
 
 

@@ -1,4 +1,4 @@
-"""Initial weights that depend on a seed alone: not on what was drawn before, the default dtype or the device."""
+"""Initial weights that depend on a seed alone, whatever torch's defaults and state are."""
 
 from __future__ import annotations
 
@@ -10,18 +10,27 @@ import torch
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draws on the CPU start from this seed; afterwards torch's generator goes on as if nothing had been drawn.
+    """Draws start from this seed; afterwards torch's CPU generator goes on as if nothing had been drawn.
 
-    Tensors made inside are on the CPU and float32 unless their maker says otherwise. Generators of GPUs are not
-    touched: `torch.manual_seed` would seed every one of them, which `fork_rng(devices=[])` does not undo.
+    Generators of GPUs are left alone: `torch.manual_seed` would seed every one of them, and
+    `fork_rng(devices=[])` not undo it.
     """
-    generator, dtype = torch.default_generator, torch.get_default_dtype()
+    generator = torch.default_generator
     before = generator.get_state()
     generator.manual_seed(int(seed))
+    try:
+        yield
+    finally:
+        generator.set_state(before)
+
+
+@contextmanager
+def defaults(device: torch.device) -> Iterator[None]:
+    """Tensors are float32 and on this device unless their maker says otherwise."""
+    dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        with torch.device("cpu"):
+        with device:
             yield
     finally:
         torch.set_default_dtype(dtype)
-        generator.set_state(before)
