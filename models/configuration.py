@@ -5,20 +5,23 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+import reprlib
+import sys
 from typing import Any, cast
 
 from models.errors import UserError
 from models.ops.selective_scan import BACKENDS, MAX_D_STATE
 
 POSITIONS = ("rope", "learned", "none")
+LARGEST = 2**31 - 1  # no tensor of any machine has more along an axis
 # What a number may be, ends included, where that is not the rule: a whole number 1 or more, another above 0.
 RANGES: dict[str, tuple[float, float]] = {
     "n_layer": (1, 100_000),  # a million blocks fill a machine with their Python objects alone
     "d_state": (1, MAX_D_STATE),
-    "dt_rank": (0, math.inf),
+    "dt_rank": (0, LARGEST),
     "dt_max": (1e-4, math.inf),  # the floor of dt at initialisation
-    "d_mlp": (0, math.inf),
-    "ssm_per_attention": (0, math.inf),
+    "d_mlp": (0, LARGEST),
+    "ssm_per_attention": (0, LARGEST),
     "rotary_pct": (0, 1),
     "norm_eps": (0, math.inf),
     "embedding_std": (0, math.inf),
@@ -65,19 +68,21 @@ def check(name: str, kind: str, value: Any) -> None:
 
     kind: the field's annotation, "int", "float", "bool" or "str".
     """
-    said = f"{name}={value!r}"
+    said = f"{name}={reprlib.repr(value)}"
     if kind == "str":
-        choices = CHOICES[name]
-        require(value in choices, f"{said} is unknown; use {', '.join(map(repr, choices))}")
+        require(value in CHOICES[name], f"{said} is unknown; use {', '.join(map(repr, CHOICES[name]))}")
     elif kind == "bool":
         require(isinstance(value, bool), f"{said} must be True or False")
     else:
-        number = numbers.Integral if kind == "int" else numbers.Real
-        wanted = "a whole number" if kind == "int" else "a number"
-        require(isinstance(value, number) and not isinstance(value, bool), f"{said} must be {wanted}")
-        require(math.isfinite(value), f"{said} must be finite")
-        low, high = RANGES.get(name, (1 if kind == "int" else 0, math.inf))
-        require(name in RANGES or kind == "int" or value > 0, f"{said} must be above 0")
-        if high < math.inf:
-            require(low <= value <= high, f"{said} is not supported; use {low} to {high}")
-        require(value >= low, f"{said} must be at least {low}")
+        whole = kind == "int"
+        fits = isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool)
+        require(fits, f"{said} must be {'a whole number' if whole else 'a number'}")
+        require(
+            abs(value) <= sys.float_info.max, f"{said} must be finite"
+        )  # math.isfinite(10**400) overflows
+        low, high = RANGES.get(name, (1, LARGEST) if whole else (0, math.inf))
+        if whole or name in RANGES:
+            wanted = f"{low} or more" if high >= LARGEST > value else f"{low} to {high}"
+            require(low <= value <= high, f"{said} is not supported; use {wanted}")
+        else:
+            require(value > 0, f"{said} is not supported; use a number above 0")
