@@ -14,6 +14,7 @@ its parameters, which are the names the published checkpoints use.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Protocol, cast
 
 import torch
@@ -54,9 +55,15 @@ class Context:
     """What a block must know about the tokens besides their vectors."""
 
     mask: Tensor | None = None  # (B, L) bool, True = real token of this call; None = all are
-    order: Tensor | None = None  # (B, L) int64, `models.padding.real_first` of this call
     key_mask: Tensor | None = None  # (B, S) bool, the same including cached tokens
     positions: Tensor | None = None  # (L,) or (B, L) int64, index of each token in its sequence
+    cached: bool = False  # tokens came before this call
+    kept: bool = False  # tokens may come after it
+
+    @cached_property
+    def order(self) -> Tensor | None:
+        """`models.padding.real_first` of this call: made for those that ask, once for all layers."""
+        return None if self.mask is None else real_first(self.mask, self.cached, self.kept)
 
 
 class Block(Protocol):
@@ -288,10 +295,8 @@ class LanguageModel(Hooked, nn.Module):
         B, L = tokens.shape[:2]
         past = 0 if cache is None else cache.length
         positions = torch.arange(past, past + L, device=tokens.device)
-        order = None
         if mask is not None:
             mask = mask.bool()
-            order = real_first(mask, cached=past > 0, kept=cache is not None)
         key_mask = mask
         if cache is not None:
             if mask is not None or cache.mask is not None:
@@ -301,7 +306,7 @@ class LanguageModel(Hooked, nn.Module):
             cache.length = past + L
         if key_mask is not None:  # positions count real tokens only, so padding shifts nothing
             positions = (key_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
-        return Context(mask, order, key_mask, positions)
+        return Context(mask, key_mask, positions, cached=past > 0, kept=cache is not None)
 
     def hook_children(self) -> dict[str, Hooked]:
         return {f"blocks.{i}.": cast(Hooked, block) for i, block in enumerate(self.parts()[1])}

@@ -17,7 +17,7 @@ from models.padding import real_first
 
 VARIANTS = {
     "transformer-rope": ("transformer", dict(position="rope")),
-    "transformer-learned": ("transformer-sequential", dict(max_position_embeddings=32)),
+    "transformer-learned": ("transformer-sequential", dict(max_position_embeddings=64)),
     "transformer-none": ("transformer", dict(position="none")),
     "mamba": ("mamba", dict()),
     "mamba-no-window": ("mamba", dict(d_conv=1, n_layer=2)),

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import models
+from models.common import init_normal
 from models.registry import FAMILIES
+from models.seeding import seeded
 from synthetic.lora import add_adapters
 
 SMALL = dict(vocab_size=40, d_model=16, n_layer=3)
@@ -47,18 +49,18 @@ def test_weights_are_those_of_torch_seeded_by_hand(family):
 
 def test_no_generator_is_seeded_or_moved(monkeypatch):
     """Neither the CPU's, nor those of GPUs, which `torch.manual_seed` seeds wherever they are."""
-    seeded = []
+    seen = []
     for backend in (torch.cuda, torch.xpu):
         for name in ("manual_seed", "manual_seed_all"):
-            monkeypatch.setattr(backend, name, lambda seed, name=name: seeded.append(name))
+            monkeypatch.setattr(backend, name, lambda seed, name=name: seen.append(name))
     torch.manual_seed(5)
-    assert seeded  # the spy sees what torch does
-    seeded.clear()
+    assert seen  # the spy sees what torch does
+    seen.clear()
     wanted = torch.rand(3)
     torch.default_generator.manual_seed(5)
     draw_everything()
     assert torch.equal(torch.rand(3), wanted)
-    assert seeded == []
+    assert seen == []
 
 
 def test_an_error_while_weights_are_drawn_leaves_no_trace(monkeypatch):
@@ -122,3 +124,16 @@ def test_a_frozen_embedding_stays_frozen_when_the_vocabulary_grows(family):
             models.grow_vocabulary(model, 2)
             assert embedding.weight.shape[0] == 42 and embedding.weight.requires_grad == (not frozen)
             assert head.weight.requires_grad == (not (tied and frozen))
+
+
+def test_normal_weights_are_drawn_in_float32_whatever_the_default():
+    weight, wanted = torch.empty(8, 8), torch.empty(8, 8)
+    with seeded(4):
+        init_normal(wanted, 0.3)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with seeded(4):
+            init_normal(weight, 0.3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(weight, wanted)
