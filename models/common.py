@@ -13,8 +13,8 @@ its parameters, which are the names the published checkpoints use.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Protocol, cast
 
 import torch
@@ -22,11 +22,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from models.errors import UserError
+from models.configuration import Config as Config
+from models.configuration import require as require
 from models.hooks import Hooked, points
 from models.ops.cross_entropy import linear_cross_entropy
+from models.packing import Packing
+from models.padding import real_first
 
 LayerCache = dict[str, Tensor]
+INTEGERS = (torch.int64, torch.int32)
 
 
 @dataclass
@@ -50,34 +54,20 @@ class Cache:
 class Context:
     """What a block must know about the tokens besides their vectors."""
 
-    mask: Tensor | None = None  # (B, L) bool, True = real token of this call
+    mask: Tensor | None = None  # (B, L) bool, True = real token of this call; None = all are
     key_mask: Tensor | None = None  # (B, S) bool, the same including cached tokens
     positions: Tensor | None = None  # (L,) or (B, L) int64, index of each token in its sequence
+    cached: bool = False  # tokens came before this call
+    kept: bool = False  # tokens may come after it
+
+    @cached_property
+    def order(self) -> Tensor | None:
+        """`models.padding.real_first` of this call: made for those that ask, once for all layers."""
+        return None if self.mask is None else real_first(self.mask, self.cached, self.kept)
 
 
 class Block(Protocol):
     def __call__(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor: ...
-
-
-class Config:
-    """Base of the frozen dataclass configs: dictionaries in and out, unknown keys refused."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(cast(Any, self))
-
-    def replace(self, **overrides: Any) -> Any:
-        """A copy with fields changed. Raises UserError for a field this config does not have."""
-        known = [f.name for f in dataclasses.fields(cast(Any, self))]
-        for key in overrides:
-            if key not in known:
-                raise UserError(f"{type(self).__name__} has no option {key!r}; it has {', '.join(known)}")
-        return dataclasses.replace(cast(Any, self), **overrides)
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise UserError with a one-line message unless the condition holds (configs use this)."""
-    if not condition:
-        raise UserError(message)
 
 
 class RMSNorm(nn.Module):
@@ -113,7 +103,7 @@ def respell(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any)
 def init_normal(weight: Tensor, std: float) -> None:
     """Fill with normal(0, std) drawn in float32, whatever the dtype: the same weights at every precision."""
     with torch.no_grad():
-        drawn = torch.empty(weight.shape, device=weight.device)
+        drawn = torch.empty(weight.shape, device=weight.device, dtype=torch.float32)
         weight.copy_(drawn.normal_(std=std))
 
 
@@ -122,30 +112,13 @@ def make_norm(kind: str, d: int, eps: float) -> nn.Module:
     return {"rms": RMSNorm, "layer": LayerNorm}[kind](d, eps=eps)
 
 
-def unpack(x: Tensor, seq_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Give every sequence of a packed batch a row of its own.
-
-    x: (B, L, D); seq_ids: (B, L) int, neighbours with equal ids belong to one sequence.
-    Returns rows (S, longest, D), right-padded with zeros, and the two (B, L) index tensors `row`,
-    `column` with rows[row, column] == x. Causal models ignore what stands to the right, so running them
-    on these rows is exactly running them on each sequence alone: no state, no convolution window and
-    no attention crosses a boundary, and positions restart, for every architecture by one rule.
-    """
-    B, L = seq_ids.shape
-    starts = torch.ones_like(seq_ids, dtype=torch.bool)
-    starts[:, 1:] = seq_ids[:, 1:] != seq_ids[:, :-1]
-    row = starts.flatten().cumsum(0).view(B, L) - 1
-    index = torch.arange(L, device=x.device).expand(B, L)
-    column = index - torch.where(starts, index, 0).cummax(dim=1).values
-    rows = x.new_zeros(int(row[-1, -1]) + 1, int(column.max()) + 1, x.shape[-1])
-    return rows.index_put((row, column), x), row, column
+def described(x: Any) -> str:
+    """What an argument is, for the line that refuses it."""
+    return f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
 
 
-def chosen(x: Tensor, packing: list[Tensor], at: Tensor | None) -> Tensor:
-    """x (B, L, D) with rows packed again as `unpack` found them, then the indices `at`: (A,) or (B, A)."""
-    if packing:
-        row, column = packing
-        x = x[row, column]
+def chosen(x: Tensor, at: Tensor | None) -> Tensor:
+    """x (B, L, D) at the indices `at`: (A,) or (B, A); all of it for None."""
     if at is None:
         return x
     return x[:, at] if at.dim() == 1 else x.take_along_dim(at[..., None], dim=1)
@@ -190,15 +163,15 @@ class LanguageModel(Hooked, nn.Module):
         """Next-token logits.
 
         input_ids: (B, L) int64, or inputs_embeds: (B, L, D) floating; exactly one of them.
-        attention_mask: (B, L), non-zero = real token. Padding may stand on either side; logits at padded
-            positions are meaningless. With a cache pad on the left, so that the last token is real.
-        seq_ids: (B, L) int, several sequences packed into one row (see `unpack`); without cache or mask.
+        attention_mask: (B, L), non-zero = real token, of this call's tokens; a cache knows the earlier ones.
+            Padding may stand anywhere, with a cache too (`models.padding`); logits at it are meaningless.
+        seq_ids: (B, L) int, several sequences packed into one row (`models.packing`); no cache, no mask.
         logits_at: (A,) int64 sequence indices whose logits are wanted, or (B, A), others for every row;
             default all.
         cache: from `init_cache`; continues from it and updates it in place.
 
         Returns (B, L or A, V) logits, in the dtype of the head's weights (autocast's dtype under it).
-        Raises UserError for contradictory arguments.
+        Raises UserError for arguments that do not fit each other or the model.
         """
         x = self.hidden(
             input_ids,
@@ -237,37 +210,86 @@ class LanguageModel(Hooked, nn.Module):
         cache: Cache | None = None,
     ) -> Tensor:
         """What the head reads, (B, L or A, D): `forward` without the head; `at` is its `logits_at`."""
+        tokens = self._checked(input_ids, inputs_embeds, attention_mask, seq_ids, at, cache)
+        norm = self.parts()[2]
+        if seq_ids is None or seq_ids.numel() == 0:
+            x = self._stream(tokens, attention_mask, cache)
+            if self.hook is not None:  # normalise all, so that the hook sees the axes of every other name
+                return chosen(self.hook("ln_final.hook_normalized", norm(x)), at)
+            return norm(chosen(x, at))
+        packing = Packing(seq_ids, one_batch=self.hook is not None)  # a name fires once per call
+        batches = [self._stream(rows, None, None) for rows in packing.unpack(tokens)]
+        if self.hook is not None:
+            (x,) = batches
+            return chosen(packing.pack([self.hook("ln_final.hook_normalized", norm(x))]), at)
+        return norm(chosen(packing.pack(batches), at))
+
+    def _checked(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        mask: Tensor | None,
+        seq_ids: Tensor | None,
+        at: Tensor | None,
+        cache: Cache | None,
+    ) -> Tensor:
+        """The one of input_ids and inputs_embeds that is given.
+
+        Raises UserError for arguments that do not fit each other. Looks at shapes and dtypes
+        only: values may be on a GPU, and to read them is to wait for it.
+        """
         require((input_ids is None) != (inputs_embeds is None), "give input_ids or inputs_embeds, not both")
         require(
-            seq_ids is None or (attention_mask is None and cache is None),
+            seq_ids is None or (mask is None and cache is None),
             "seq_ids cannot be combined with attention_mask or cache: pack sequences without padding",
         )
-        tokens = cast(Tensor, input_ids if inputs_embeds is None else inputs_embeds)
-        _, blocks, norm, _ = self.parts()
-        packing: list[Tensor] = []
-        if seq_ids is not None:  # embed rows, so that learned positions restart with each sequence
-            vectors = tokens if inputs_embeds is not None else tokens.unsqueeze(-1)
-            vectors, *packing = unpack(vectors, seq_ids)
-            tokens = vectors if inputs_embeds is not None else vectors.squeeze(-1)
+        D = self.config.d_model
+        if inputs_embeds is None:
+            tokens, name, wanted = input_ids, "input_ids", "an integer tensor (batch, length)"
+            fits = isinstance(tokens, Tensor) and tokens.dim() == 2 and tokens.dtype in INTEGERS
+        else:
+            tokens, name, wanted = inputs_embeds, "inputs_embeds", f"a floating (batch, length, d_model={D})"
+            fits = isinstance(tokens, Tensor) and tokens.shape[2:] == (D,) and tokens.is_floating_point()
+        require(fits, f"{name} must be {wanted}; got {described(tokens)}")
+        tokens = cast(Tensor, tokens)
+        B, L = tokens.shape[:2]
+        for name, given in (("attention_mask", mask), ("seq_ids", seq_ids)):
+            fits = given is None or (isinstance(given, Tensor) and given.shape == (B, L))
+            require(fits, f"{name} must be {(B, L)}, for the tokens of this call; got {described(given)}")
+        if at is not None:
+            fits = isinstance(at, Tensor) and at.dtype in INTEGERS and at.dim() in (1, 2)
+            fits = fits and at.shape[:-1] in ((), (B,))
+            wanted = f"an integer tensor (A,) or (batch={B}, A)"
+            require(fits, f"logits_at must be {wanted}; got {described(at)}")
+        if cache is not None:
+            rows = {len(t) for layer in cache.layers for t in layer.values()} or {B}
+            require(
+                len(cache.layers) == self.config.n_layer and rows == {B},
+                f"the cache is of {len(cache.layers)} layers and {max(rows)} sequences, this call of "
+                f"{self.config.n_layer} and {B}; begin each batch with a new init_cache()",
+            )
+        return tokens
+
+    def _stream(self, tokens: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
+        """The residual stream behind the last block (B, L, D), of ids (B, L) or embeddings (B, L, D)."""
         if self.hook is not None:
             B, L = tokens.shape[:2]
             self.hook.begin(B, L, L if cache is None else L + cache.length)
-        context = self._context(tokens, attention_mask, cache)
-        x = tokens if inputs_embeds is not None else self.embed(tokens, cast(Tensor, context.positions))
+        context = self._context(tokens, mask, cache)
+        embedded = tokens.dim() == 3
+        x = tokens if embedded else self.embed(tokens, cast(Tensor, context.positions))
         if self.hook is not None:
             # a copy of what the caller owns: a recording must not change with it
-            x = self.hook("hook_embed", x if inputs_embeds is None else x.clone())
+            x = self.hook("hook_embed", x.clone() if embedded else x)
         x = x.to(torch.promote_types(x.dtype, torch.float32)) if self.config.residual_in_fp32 else x
         # a block that records or updates something must not run twice
         again = self.checkpointing and torch.is_grad_enabled() and cache is None and self.hook is None
-        for i, block in enumerate(blocks):
+        for i, block in enumerate(self.parts()[1]):
             if again:
                 x = checkpoint(block, x, context, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, context, None if cache is None else cache.layers[i])
-        if self.hook is not None:  # normalise all, so that the hook sees the axes of every other name
-            return chosen(self.hook("ln_final.hook_normalized", norm(x)), packing, at)
-        return norm(chosen(x, packing, at))
+        return x
 
     def _context(self, tokens: Tensor, mask: Tensor | None, cache: Cache | None) -> Context:
         B, L = tokens.shape[:2]
@@ -279,12 +301,12 @@ class LanguageModel(Hooked, nn.Module):
         if cache is not None:
             if mask is not None or cache.mask is not None:
                 seen = tokens.new_ones(B, past, dtype=torch.bool) if cache.mask is None else cache.mask
-                mask = tokens.new_ones(B, L, dtype=torch.bool) if mask is None else mask
-                key_mask = cache.mask = torch.cat([seen, mask], dim=1)
+                new = tokens.new_ones(B, L, dtype=torch.bool) if mask is None else mask
+                key_mask = cache.mask = torch.cat([seen, new], dim=1)
             cache.length = past + L
-        if key_mask is not None:  # positions count real tokens only, so left padding shifts nothing
+        if key_mask is not None:  # positions count real tokens only, so padding shifts nothing
             positions = (key_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
-        return Context(mask=mask, key_mask=key_mask, positions=positions)
+        return Context(mask, key_mask, positions, cached=past > 0, kept=cache is not None)
 
     def hook_children(self) -> dict[str, Hooked]:
         return {f"blocks.{i}.": cast(Hooked, block) for i, block in enumerate(self.parts()[1])}

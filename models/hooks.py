@@ -21,7 +21,7 @@ J = E + 2 G N = channels of Mamba-2's convolution.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -59,6 +59,10 @@ class Hooked:
 
     hook: Hook | None = None
     hook_axes: ClassVar[dict[str, str]] = {}  # local name -> axes, such as "B L E N"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What `copy.deepcopy` and pickle take along: no hook, for a copy is not what a probe was put on."""
+        return {name: value for name, value in self.__dict__.items() if name != "hook"}
 
     def hook_points(self) -> list[str]:
         """Local names of this module's own points; a subset of `hook_axes` where its config decides."""

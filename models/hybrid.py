@@ -15,7 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from models.common import Block, Config, LanguageModel, init_normal, make_norm, require
+from models.common import Block, LanguageModel, init_normal, make_norm
+from models.configuration import Config, require
 from models.mamba import MambaBlock, MambaConfig, MambaMixer, rescale_out_proj
 from models.mamba2 import Mamba2Config, Mamba2Mixer
 from models.ops.linear import Linear
@@ -50,13 +51,10 @@ class HybridConfig(Config):
     scan_backend: str = "auto"
 
     def __post_init__(self) -> None:
-        require(self.ssm in ("mamba", "mamba2"), f"ssm={self.ssm!r} is unknown; use 'mamba' or 'mamba2'")
-        require(
-            self.ssm_per_attention >= 0, f"ssm_per_attention={self.ssm_per_attention} must not be negative"
-        )
+        super().__post_init__()
         group = self.ssm_per_attention + 1
         require(
-            self.n_layer >= 1 and self.n_layer % group == 0,
+            self.n_layer % group == 0,
             f"n_layer={self.n_layer} is not a multiple of ssm_per_attention + 1 = {group}; change one",
         )
         self.ssm_config(), self.attention_config()  # their checks apply here too

@@ -26,19 +26,18 @@ from torch.nn import functional as F
 
 from models.common import (
     Block,
-    Config,
     Context,
     LanguageModel,
     LayerCache,
     init_normal,
     make_norm,
-    require,
     respell,
 )
+from models.configuration import Config, require
 from models.hooks import STATE_NAMES, Hook, Hooked, hooked_scan, masked_hook
-from models.ops.causal_conv1d import causal_conv1d
 from models.ops.linear import Linear, linear
 from models.ops.selective_scan import selective_scan
+from models.padding import convolve
 
 
 @dataclass(frozen=True)
@@ -62,10 +61,8 @@ class MambaConfig(Config):
     scan_backend: str = "auto"
 
     def __post_init__(self) -> None:
-        require(1 <= self.d_state <= 256, f"d_state={self.d_state} is not supported; use 1 to 256")
-        require(self.norm in ("rms", "layer"), f"norm={self.norm!r} is unknown; use 'rms' or 'layer'")
-        for name in ("vocab_size", "d_model", "n_layer", "d_conv", "expand"):
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        super().__post_init__()
+        require_dt(self.dt_min, self.dt_max)
 
     @property
     def d_inner(self) -> int:
@@ -75,6 +72,10 @@ class MambaConfig(Config):
     def rank(self) -> int:
         """Rank of the projection to dt."""
         return self.dt_rank or math.ceil(self.d_model / 16)
+
+
+def require_dt(low: float, high: float) -> None:
+    require(low <= high, f"dt_min={low} is above dt_max={high}; exchange them or change one")
 
 
 @dataclass(frozen=True)
@@ -168,35 +169,30 @@ class MambaMixer(Hooked, nn.Module):
             self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
         nn.init.uniform_(self.dt_proj.weight, -(self.config.rank**-0.5), self.config.rank**-0.5)
 
-    def forward(self, hidden: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
-        """hidden: (B, L, D); mask: (B, L) bool, True = real token; cache: `conv` and `ssm` states."""
+    def forward(
+        self,
+        hidden: Tensor,
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+        order: Tensor | None = None,
+    ) -> Tensor:
+        """hidden: (B, L, D); mask: (B, L) bool, True = real token; cache: `conv` and `ssm` states; order: of
+        `models.padding`, whose rule the two masks below follow."""
         config = self.config
         x, z = self.in_proj(hidden).chunk(2, dim=-1)  # (B, L, E) each
-        if mask is not None:  # before the convolution: padding must not reach later windows ...
+        if mask is not None:
             x = x * mask.unsqueeze(-1)
         if self.hook is not None:
             x = masked_hook(self.hook, "hook_in", x, mask)
-        state = {} if cache is None else cache
-        u = causal_conv1d(
-            x,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            activation="silu",
-            initial_state=state.get("conv"),
-            return_last_state=cache is not None,
-        )
-        if cache is not None:
-            u, cache["conv"] = u
-        if mask is not None:  # ... and after it: the bias makes padding non-zero again
-            u = u * mask.unsqueeze(-1)
+        u = convolve(x, self.conv1d, mask, order, cache)  # (B, L, E)
         if self.hook is not None:
-            u = masked_hook(self.hook, "hook_conv", u, mask)
+            u = self.hook("hook_conv", u)
         dt, Bt, Ct = self.x_proj(u).split([config.rank, config.d_state, config.d_state], dim=-1)
         dt = linear(dt, self.dt_proj.weight)  # (B, L, E); the scan adds the bias and softplus
-        if mask is not None:  # softplus(-1e4) = 0: a padded step is the identity on the state
+        if mask is not None:  # softplus(-1e4) = 0
             dt = dt.masked_fill(~mask.unsqueeze(-1), -1e4)
         A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
-        h, bias = state.get("ssm"), self.dt_proj.bias
+        h, bias = None if cache is None else cache.get("ssm"), self.dt_proj.bias
         if self.hook is not None:
             Bt, Ct = self.hook("hook_B", Bt), self.hook("hook_C", Ct)
             recurrence = SelectiveRecurrence(u, dt, A, Bt, Ct, self.D, z, bias, True, config.scan_backend)
@@ -279,7 +275,7 @@ class MambaBlock(Hooked, nn.Module):
     def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         if self.hook is not None:
             x = self.hook("hook_resid_pre", x)
-        out = self.mixer(self.norm(x), context.mask, cache)
+        out = self.mixer(self.norm(x), context.mask, cache, context.order)
         if self.hook is not None:
             out = self.hook("hook_mixer_out", out)
         x = x + out

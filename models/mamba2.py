@@ -25,12 +25,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.common import Config, LayerCache, require
+from models.common import LayerCache
+from models.configuration import Config, require
 from models.hooks import STATE_NAMES, Hook, Hooked, hooked_scan, masked_hook
-from models.mamba import MambaForCausalLM
+from models.mamba import MambaForCausalLM, require_dt
 from models.ops import _cuda_kernels
-from models.ops.causal_conv1d import causal_conv1d
 from models.ops.linear import Linear
+from models.padding import convolve
 
 BACKENDS = ("auto", "chunks", "cuda")
 
@@ -57,19 +58,8 @@ class Mamba2Config(Config):
     embedding_std: float = 0.02
 
     def __post_init__(self) -> None:
-        require(1 <= self.d_state <= 256, f"d_state={self.d_state} is not supported; use 1 to 256")
-        require(self.norm in ("rms", "layer"), f"norm={self.norm!r} is unknown; use 'rms' or 'layer'")
-        for name in (
-            "vocab_size",
-            "d_model",
-            "n_layer",
-            "d_conv",
-            "expand",
-            "headdim",
-            "ngroups",
-            "chunk_size",
-        ):
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        super().__post_init__()
+        require_dt(self.dt_min, self.dt_max)
         require(
             self.d_inner % self.headdim == 0,
             f"headdim={self.headdim} does not divide d_inner={self.d_inner}; use a divisor",
@@ -305,8 +295,15 @@ class Mamba2Mixer(Hooked, nn.Module):
         self.norm = GatedRMSNorm(E, config.ngroups, config.norm_eps)
         self.out_proj = Linear(E, config.d_model, bias=False)
 
-    def forward(self, hidden: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
-        """hidden: (B, L, D); mask: (B, L) bool, True = real token; cache: `conv` and `ssm` states."""
+    def forward(
+        self,
+        hidden: Tensor,
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+        order: Tensor | None = None,
+    ) -> Tensor:
+        """hidden: (B, L, D); mask: (B, L) bool, True = real token; cache: `conv` and `ssm` states; order: of
+        `models.padding`, whose rule the two masks below follow."""
         config = self.config
         E, H, G, N = config.d_inner, config.n_head, config.ngroups, config.d_state
         z, xBC, dt = self.in_proj(hidden).split([E, E + 2 * G * N, H], dim=-1)
@@ -314,30 +311,21 @@ class Mamba2Mixer(Hooked, nn.Module):
             xBC = xBC * mask.unsqueeze(-1)
         if self.hook is not None:
             xBC = masked_hook(self.hook, "hook_in", xBC, mask)
-        state = {} if cache is None else cache
-        xBC = causal_conv1d(
-            xBC,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            activation="silu",
-            initial_state=state.get("conv"),
-            return_last_state=cache is not None,
-        )
-        if cache is not None:
-            xBC, cache["conv"] = xBC
+        xBC = convolve(xBC, self.conv1d, mask, order, cache)
         x, B, C = xBC.split([E, G * N, G * N], dim=-1)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         dt = F.softplus(dt.to(wide) + self.dt_bias)  # (B, L, H)
-        if mask is not None:  # dt = 0: a padded step is the identity on the state
+        if mask is not None:
             dt = dt * mask.unsqueeze(-1)
         x = x.unflatten(-1, (H, config.headdim))
         A, B, C = -torch.exp(self.A_log.to(wide)), B.unflatten(-1, (G, N)), C.unflatten(-1, (G, N))
         gate: Tensor | None = None
+        h = None if cache is None else cache.get("ssm")
         if self.hook is not None:
             x, dt = self.hook("hook_conv", x), masked_hook(self.hook, "hook_dt", dt, mask)
             B, C = self.hook("hook_B", B), self.hook("hook_C", C)
             recurrence = DualRecurrence(x, dt, A, B, C, self.D, config.chunk_size)
-            y, last = run_hooked(self.hook, recurrence, state.get("ssm"))
+            y, last = run_hooked(self.hook, recurrence, h)
             gate = hooked_gate(self.hook, z, H)
         else:
             y = ssd(
@@ -346,7 +334,7 @@ class Mamba2Mixer(Hooked, nn.Module):
                 A,
                 B,
                 C,
-                initial_state=state.get("ssm"),
+                initial_state=h,
                 chunk_size=config.chunk_size,
                 return_last_state=cache is not None,
             )

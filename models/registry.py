@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 
-from models.common import Config, LanguageModel, require
+from models.common import LanguageModel
+from models.configuration import Config, require
 from models.errors import UserError
 from models.hybrid import HybridConfig, HybridForCausalLM
 from models.mamba import MambaConfig, MambaForCausalLM
 from models.mamba2 import Mamba2Config, Mamba2ForCausalLM
+from models.seeding import defaults, seeded
 from models.transformer import TransformerConfig, TransformerForCausalLM
 
 FAMILIES: dict[str, tuple[type[Config], type[LanguageModel]]] = {
@@ -115,17 +117,21 @@ def from_config(
 ) -> LanguageModel:
     """A freshly initialised model for a config object. The global random state is left untouched.
 
-    The weights are drawn in float32 and rounded to dtype part by part, so that no more than one block is
-    ever held in float32 beside the model, and a bfloat16 model is the rounded float32 one.
+    The weights are drawn on the CPU in float32 and rounded to dtype (default: torch's default dtype) part by
+    part, so that no more than one block is ever held in float32 beside the model, and a bfloat16 model is the
+    rounded float32 one. Raises UserError for anything but a config of `FAMILIES`.
     """
-    model: Any = next(model for kind, model in FAMILIES.values() if type(config) is kind)
-    with torch.random.fork_rng(devices=[]):  # initialisation happens on the CPU: same weights everywhere
-        torch.manual_seed(seed)
-        if device is not None and torch.device(device).type == "meta":
-            with torch.device("meta"):
-                built = model(config, dtype)
-        else:
-            built = model(config, dtype)
+    model: Any = next((model for kind, model in FAMILIES.values() if type(config) is kind), None)
+    known = ", ".join(kind.__name__ for kind, _ in FAMILIES.values())
+    require(
+        model is not None,
+        f"from_config takes one of {known}, not {type(config).__name__}; models.config(name) makes one",
+    )
+    device = torch.get_default_device() if device is None else torch.device(device)
+    dtype = dtype or torch.get_default_dtype()
+    meta = device.type == "meta"
+    with seeded(seed), defaults(device if meta else torch.device("cpu")):
+        built = model(config, dtype)
     return built.to(device=device, dtype=dtype)
 
 

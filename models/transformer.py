@@ -27,19 +27,16 @@ from torch.nn import functional as F
 
 from models.common import (
     Block,
-    Config,
     Context,
     LanguageModel,
     LayerCache,
     init_normal,
     make_norm,
-    require,
     respell,
 )
+from models.configuration import Config, require
 from models.hooks import Hook, Hooked
 from models.ops.linear import Linear
-
-POSITIONS = ("rope", "learned", "none")
 
 
 @dataclass(frozen=True)
@@ -64,17 +61,16 @@ class TransformerConfig(Config):
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "d_model", "n_layer", "n_head", "max_position_embeddings"):
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        super().__post_init__()
         require(
             self.d_model % self.n_head == 0,
             f"d_model={self.d_model} is not a multiple of n_head={self.n_head}; change one of them",
         )
         require(
-            self.position in POSITIONS, f"position={self.position!r} is unknown; use {', '.join(POSITIONS)}"
+            self.position != "rope" or self.rotary_dims > 0,
+            f"rotary_pct={self.rotary_pct} of heads with {self.d_head} dimensions rotates none of them; "
+            "use more, wider heads or position='none'",
         )
-        require(0 <= self.rotary_pct <= 1, f"rotary_pct={self.rotary_pct} must lie in [0, 1]")
-        require(self.norm in ("rms", "layer"), f"norm={self.norm!r} is unknown; use 'rms' or 'layer'")
 
     @property
     def mlp_width(self) -> int:

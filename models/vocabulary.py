@@ -7,7 +7,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from models.common import LanguageModel, require
+from models.common import LanguageModel
+from models.configuration import require
 
 
 @torch.no_grad()
@@ -17,13 +18,13 @@ def grow_vocabulary(model: LanguageModel, new_tokens: int, seed: int = 0) -> Lan
     Their ids start at the old `config.vocab_size`: behind all rows that the model has, those included that
     only pad its table (Mamba's 50,280 for 50,277 tokens), as in the paper's synthetic grounding experiment.
     They are drawn from normal(0, config.embedding_std), as `transformers` initialised rows at that time.
-    Changes the model in place, tied weights stay tied, and returns it. Its old logits are what they were.
-    seed: fixes the new rows. Raises ValueError unless new_tokens is at least 1.
+    Changes the model in place, tied weights stay tied, frozen ones frozen, and returns it. Its old logits are
+    what they were. seed: fixes the new rows. Raises UserError unless new_tokens is at least 1.
     """
     require(new_tokens >= 1, f"new_tokens={new_tokens} must be at least 1")
     embedding, _, _, head = model.parts()
     tied = head.weight is embedding.weight
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     std = float(model.config.embedding_std)
     embedding.weight = _grown(embedding.weight, new_tokens, std, generator)
     head.weight = embedding.weight if tied else _grown(head.weight, new_tokens, std, generator)
@@ -35,5 +36,6 @@ def grow_vocabulary(model: LanguageModel, new_tokens: int, seed: int = 0) -> Lan
 
 def _grown(table: Tensor, rows: int, std: float, generator: torch.Generator) -> nn.Parameter:
     """The table (V, D) with `rows` more, the same on every device and rounded to its dtype."""
-    new = torch.empty(rows, table.shape[1]).normal_(0.0, std, generator=generator)
-    return nn.Parameter(torch.cat([table, new.to(table)]))
+    new = torch.empty(rows, table.shape[1], dtype=torch.float32, device="cpu")
+    new.normal_(0.0, std, generator=generator)
+    return nn.Parameter(torch.cat([table, new.to(table)]), requires_grad=table.requires_grad)

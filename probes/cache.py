@@ -108,7 +108,7 @@ def record(
     folder: where calls that exceed the budget go, as <call>/<name>.safetensors; empty or new.
 
     Numbers of the output do not change, bit for bit; `mixer.hook_y` of Mamba alone takes the gate out of the
-    fused scan, which changes roundings. With `seq_ids` rows are single sequences, as `models.common.unpack`
+    fused scan, which changes roundings. With `seq_ids` rows are single sequences, as `models.packing`
     makes them. On CUDA states need the reference scan, token by token: mamba-ssm's kernel returns none.
     Raises UserError for unknown names, layers, positions, channels, and before anything is
     computed for a call that needs more memory than the budget and has no folder.

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
-
 from models.errors import MissingPackage
+from models.seeding import seeded
 
 if TYPE_CHECKING:
     from models import LanguageModel
@@ -34,8 +33,7 @@ def add_adapters(model: LanguageModel, rank: int, seed: int) -> None:
     except ImportError as error:
         raise MissingPackage(LORA_HELP) from error
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(TARGETS))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         inject_adapter_in_model(config, model)
     for part in (model.parts()[0], model.parts()[3]):
         part.requires_grad_(True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 
 import pytest
@@ -304,3 +306,21 @@ def test_hub_models_once_loaded(name):
             state = cache[f"blocks.{i}.mixer.hook_ssm_state"][:, -1]
             (theirs_last,) = result.cache_params.layers[i].recurrent_states.values()
             torch.testing.assert_close(state, theirs_last.view_as(state), rtol=1e-4, atol=1e-5)
+
+
+# --- copies -------------------------------------------------------------------------------------------
+
+
+def test_a_copy_made_while_recording_is_not_recorded(model):
+    """Neither a deep copy, as for an average of weights, nor a pickled model, as in a checkpoint."""
+    with probes.record(model, "*") as cache:
+        model(IDS)
+        seen = {name: tensor.clone() for name, tensor in cache.items()}
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert all(point.module.hook is None for point in points(copied).values())
+            assert torch.equal(copied(OTHER), copied(OTHER))
+        assert all(torch.equal(cache[name], tensor) for name, tensor in seen.items())
+        model(OTHER)  # the model itself still is
+    with probes.record(copied, "hook_embed") as own:
+        copied(OTHER)
+    assert torch.equal(torch.cat([seen["hook_embed"], own["hook_embed"]]), cache["hook_embed"])

@@ -15,11 +15,11 @@ from synthetic import tasks
 POSITION_TYPE = ("position", "position-varlen", "grid")
 TASK = tasks.build("position", seq_len=8, num_symbols=24)
 FAMILIES = {
-    "transformer": dict(n_layer=3, n_head=4),
+    "transformer": dict(n_layer=3, n_head=4, rotary_pct=0.5),
     "sequential-transformer": dict(n_layer=3, n_head=4, parallel_residual=False, position="learned"),
     "mamba": dict(n_layer=3, d_state=5),
     "mamba2": dict(n_layer=3, d_state=6, headdim=8, ngroups=2, chunk_size=4),
-    "hybrid": dict(n_layer=4, ssm_per_attention=1, n_head=4, ssm="mamba2", headdim=16),
+    "hybrid": dict(n_layer=4, ssm_per_attention=1, n_head=4, rotary_pct=0.5, ssm="mamba2", headdim=16),
 }
 
 

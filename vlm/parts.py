@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import models
 from models.errors import UserError
+from models.seeding import seeded
 from vlm import encoder as timm_encoder
 from vlm import tokenizer
 from vlm.config import Run
@@ -105,8 +106,7 @@ def model(run: Run, width: int) -> VLM:
             f"tokenizer={run.tokenizer!r} has {words} tokens and the model of run {run.name!r} "
             f"{lm.config.vocab_size}; use the tokenizer that the model was made with"
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.seed)
+    with seeded(run.seed):
         return VLM(lm, width)
 
 

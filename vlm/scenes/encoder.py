@@ -19,6 +19,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.seeding import seeded
 from synthetic import store
 from vlm.scenes.scene import Scene, sample_scene
 from vlm.scenes.stamps import COLOURS, SHAPES, SIZES, TEXTURES, WORDS, render
@@ -157,8 +158,7 @@ def trained(folder: Path, *, images: int = IMAGES, progress: bool = True) -> Sce
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{key(images)}.safetensors"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         encoder, heads = SceneEncoder(), Heads()
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
