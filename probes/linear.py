@@ -280,9 +280,7 @@ def _right(scores: Tensor, gold: Tensor) -> Tensor:
     return (scores.argmax(-1) == gold)[gold >= 0]
 
 
-def controlled(
-    features: Tensor, labels: Tensor, classes: int, seed: int = 0, **options: Any
-) -> pd.DataFrame:
+def controlled(features: Tensor, labels: Tensor, classes: int, seed: int = 0, **options: Any) -> pd.DataFrame:
     """`probe` with its control; arguments and options as there.
 
     A further column, shuffled: the accuracy on the labels dealt out anew among the sequences that have one.

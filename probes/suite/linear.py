@@ -344,8 +344,8 @@ def summary(table: pd.DataFrame) -> str:
             text.append("\nHow many context symbols can be read off:\n\n")
     if (capacities["n"] < ENOUGH * capacities["features"]).any():
         text.append(
-            f"\nSome probes have fewer than {ENOUGH} sequences for each feature: their capacities say more of "
-            "the number of sequences than of the state. Give more --examples.\n"
+            f"\nSome probes have fewer than {ENOUGH} sequences for each feature: their capacities say more "
+            "of the number of sequences than of the state. Give more --examples.\n"
         )
     return "".join(text)
 
