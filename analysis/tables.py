@@ -58,6 +58,19 @@ def between(value: Any, low: Any, high: Any, digits: int = 3) -> str:
     return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
+def by_seed(values: Iterable[Any], digits: int = 3) -> str:
+    """A number of every seed, in their order: "0.866, 0.930, 0.970"."""
+    return ", ".join(f"{value:.{digits}f}" for value in values)
+
+
+def share(k: Any, n: Any) -> str:
+    """How many seeds of how many, with Clopper and Pearson's interval: "2 of 3 [0.09, 0.99]"."""
+    from analysis.statistics import share_interval
+
+    low, high = share_interval(int(k), int(n))
+    return f"{k} of {n} [{low:.2f}, {high:.2f}]"
+
+
 def files(place: Path, table: str = "results") -> list[Path]:
     """The Parquet files of a table of a results store: of `synthetic.results`, or of `vlm.results`.
 
