@@ -253,7 +253,7 @@ def rewritten(text: str) -> str:
         "updates": updates(),
         "geometry": geometry(),
         "positions": positions(),
-    } | {f"vlm-{name}": vlms(name) for name in ("families", "captions", "layouts", "sizes")}
+    } | {f"vlm-{name}": vlms(name) for name in ("families", "captions", "floors", "layouts", "sizes")}
     return fill(text, made)
 
 

@@ -3,8 +3,8 @@
     python studies/vlm-cpu/summary.py [RUNS]
 
 With RUNS (what `vlm.train --out` named) it first writes results.parquet, looks.csv (what `vlm.looking` finds,
-run by run) and predictions.png beside this file. The figures, and what stands between the markers
-`<!-- NAME -->` and `<!-- /NAME -->` in README.md, are made from the two tables.
+run by run) and predictions.png beside this file; floors.csv is floors.py's. The figures, and what stands
+between the markers `<!-- NAME -->` and `<!-- /NAME -->` in README.md, are made from the two tables.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from analysis.vlm_plots import main_rows
 from vlm.prompts import LAYOUTS
 
 HERE = Path(__file__).parent
-RESULTS, LOOKS = HERE / "results.parquet", HERE / "looks.csv"
+RESULTS, LOOKS, FLOORS = HERE / "results.parquet", HERE / "looks.csv", HERE / "floors.csv"
 EXAMPLES = 200  # held-out grounding questions that vlm.looking asks each run
 FAMILIES = ("transformer", "mamba")
 WORDS = {"attention": "read", "write": "written", "kept": "kept", "share": "part of the state"}
@@ -149,6 +149,7 @@ def filled(text: str) -> str:
             "sizes": sizes(results),
             "captions": captions(results),
             "agreement": agreement(results),
+            "floors": floors(results),
             "looks": looked(looks),
             "cost": cost(results),
         },
@@ -256,6 +257,26 @@ def captions(results: pd.DataFrame) -> str:
 def mean(values: Any) -> str:
     """Mean, and every seed."""
     return f"{np.mean(values):.2f} ({by_seed(values, 2)})"
+
+
+def floors(results: pd.DataFrame) -> str:
+    """Guesses that ignore the picture or the question, beside the models' means over all runs of a family."""
+    rows = results[results["metric"].isin(["accuracy", "iou@0.5", "cider"])]
+    lines = []
+    for floor in pd.read_csv(FLOORS).to_dict("records"):
+        part = rows[rows["task"] == floor["task"]]
+        points = floor["task"] != "caption"
+        words = [f"{100 * v:.1f}" if points else f"{v:.2f}" for v in (floor["value"], *_range(part))]
+        lines.append(
+            [floor["task"], floor["guess"], words[0], *(f"{words[i]} to {words[i + 1]}" for i in (1, 3))]
+        )
+    return markdown(["task", "guess", "gets", *(f"{NAMES[family]}, all runs" for family in FAMILIES)], lines)
+
+
+def _range(part: pd.DataFrame) -> list[float]:
+    """Lowest and highest value of each family."""
+    values = part.groupby("family")["value"]
+    return [float(end[family]) for family in FAMILIES for end in (values.min(), values.max())]
 
 
 def agreement(results: pd.DataFrame) -> str:

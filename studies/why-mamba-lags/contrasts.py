@@ -30,6 +30,7 @@ LAYOUTS = {"suffix": "query last", "prefix": "query first"}
 WORDS = {"write": "written", "kept": "kept", "share": "part of the state"}
 RUN = ["run", "model", "position", "layout", "queries", "seq_len", "d_state", "seed", "accuracy"]
 USUAL_STATE = {"mamba": 16, "mamba2": 64}
+TOGETHER = "target+partner"  # role of a patch of both
 SITES = {"residual": "residual stream", "state": "state"}
 
 
@@ -244,14 +245,19 @@ def effects(table: pd.DataFrame) -> str:
 
 
 def where(table: pd.DataFrame) -> str:
-    """By layer: share of the logit difference restored from the context symbols and from the last token."""
+    """By layer: share of the logit difference restored from the context symbols and from the last token.
+
+    Of the two context symbols in one patch where the runs were probed so, else the sum of two patches, which
+    is another thing: effects of two patches do not add up.
+    """
     rows = []
+    joint = bool((table["role"] == TOGETHER).any())
     for name, part in settings(table):
         moved = part[(part["quantity"] == "moved") & (part["site"] == "residual")]
         for layer in sorted(moved["layer"].unique()):
             here = moved[moved["layer"] == layer]
             found = []
-            for roles in (("target", "partner"), ("last", "query")):
+            for roles in ((TOGETHER,) if joint else ("target", "partner"), ("last", "query")):
                 some = here[here["role"].isin(roles)]
                 found.append(each(some.groupby("seed")["value"].sum().reset_index()))
             decoded = part[
@@ -262,7 +268,8 @@ def where(table: pd.DataFrame) -> str:
             ]
             found.append(each(decoded) if len(decoded) else "–")
             rows.append([name, layer, *found])
-    head = ["setting", "after block", "context symbols (both)", "last token", "place decodable there"]
+    both = "context symbols, one patch" if joint else "context symbols, sum of two patches"
+    head = ["setting", "after block", both, "last token", "place decodable there"]
     return markdown(head, rows)
 
 
