@@ -186,9 +186,10 @@ def test_the_vlm_study_counts_its_comparisons():
             task, "accuracy"
         )
         for one, other in pairs if task == "caption" else pairs + alone:
-            signs = {
-                np.sign(runs[(task, metric, *other, s)] - runs[(task, metric, *one, s)]) for s in range(3)
-            }
+            gaps = [
+                runs[(task, metric, *other, seed)] - runs[(task, metric, *one, seed)] for seed in range(3)
+            ]
+            signs = set(np.sign(np.round(gaps, 9)))
             compared, agree = compared + 1, agree + (len(signs) == 1 and signs != {0})
     text = (study / "README.md").read_text(encoding="utf-8")
     assert f"{compared} differences are compared on this page. {agree} of them have the same sign" in text

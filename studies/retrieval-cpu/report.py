@@ -115,8 +115,8 @@ def exponents(table: pd.DataFrame) -> str:
         value = between(law["exponent"], law["exponent_low"], law["exponent_high"], 2) if known else "–"
         if not known and not math.isnan(law["exponent_low"]):
             value = f"[{law['exponent_low']:.2f}, {law['exponent_high']:.2f}]"
-        below = [law[f"lower_exponent{end}"] for end in ("", "_low", "_high")]
-        lower = "–" if math.isnan(below[0]) else between(*below, 2)
+        below, low, high = (law[f"lower_exponent{end}"] for end in ("", "_low", "_high"))
+        lower = "–" if math.isnan(below) else between(below, low, high, 2)
         runs = f"{law['n_reached']} of {law['n']}"
         rows.append([law["variant"], law["setting"], law["unit"], value, lower, runs, str(law["note"])])
     head = ["model", "setting", "unit", "exponent [95 %]", "with the lower ends", "runs at 0.95", "note"]

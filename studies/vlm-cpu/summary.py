@@ -213,7 +213,7 @@ def apart(
         part_of(rows, family, cell).set_index("seed")["value"]
         for family, cell in zip(families, (first, second), strict=True)
     )
-    return (after - before).loc[sorted(before.index)].to_numpy()
+    return (after - before).loc[sorted(before.index)].round(9).to_numpy()  # equal scores differ by rounding
 
 
 def layouts(results: pd.DataFrame) -> str:
