@@ -24,6 +24,7 @@ from synthetic.store import write_bytes
 
 STUDIES = Path(__file__).resolve().parent.parent / "studies"
 SYNTHETIC, VLM = "retrieval-cpu", "vlm-cpu"  # studies whose committed tables are drawn by default
+ABSENT = "the studies' tables come with the repository, not with the package; give your own --runs"
 DRAWN = "a drawing, no measurement"
 WIDTHS = {1: SINGLE, 2: DOUBLE}
 
@@ -141,6 +142,10 @@ def _vlm(options: Options) -> Iterator[Entry | str]:
         return
     place = options.runs or STUDIES / VLM / "results.parquet"
     found = _table(place, "metric")
+    if not place.exists():
+        for name in names:
+            yield f"{name}: left out, {ABSENT}"
+        return
     if found is None:
         for name in names:
             yield f"{name}: left out, {place} has no results of vlm.evaluate"
@@ -164,6 +169,9 @@ def _synthetic(options: Options) -> Iterator[Entry | str]:
         return
     place = options.runs or STUDIES / SYNTHETIC
     found = _table(place, "accuracy")
+    if not place.exists():
+        yield f"synthetic curves: left out, {ABSENT}"
+        return
     if found is None:
         yield f"synthetic curves: left out, {place} has no results of synthetic.run"
         return

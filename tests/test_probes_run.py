@@ -17,15 +17,6 @@ from probes.suite import PROBES, NotApplicable, Options, linear, updates
 from probes.suite.common import coarse
 from synthetic import tasks
 
-SHARED = ["family", "weights", "layer", "part", "quantity", "value", "low", "high", "n"]
-OWN = {
-    "updates": ["role", "offset", "position", "token"],
-    "retention": ["role", "distance", "query", "key"],
-    "linear": ["site", "lag", "chance", "shuffled", "features", "numbers", "half"],
-    "patch": ["site", "head", "role", "start", "stop", "control", "gap"],
-    "attention": ["head", "baseline", "query", "key", "target"],
-    "lens": ["chance"],
-}
 SSM_ONLY = ("updates", "retention")
 
 
@@ -49,7 +40,7 @@ def test_every_probe_leaves_tables_figures_and_a_summary(probed):
         tables = [pd.read_parquet(probed / f"{name}.{family}.parquet") for family in families]
         assert len(pd.read_csv(probed / f"{name}.csv")) == sum(map(len, tables))
         for table in tables:
-            assert not [c for c in (*SHARED, *OWN[name]) if c not in table]
+            assert not [c for c in (*cli.COLUMNS, *probe.columns) if c not in table]
             assert set(table["weights"]) == ({"trained", "untrained"} if probe.untrained else {"trained"})
             bounded = table[table["low"].notna() & np.isfinite(table["value"])]
             assert len(bounded)
@@ -174,7 +165,8 @@ def test_another_task_works_or_says_why_not(tmp_path, capsys):
     ("more", "words"),
     [
         (["--probe", "lense"], "--probe lense is unknown; use updates"),
-        (["--examples", "1"], "--examples 1: intervals need at least 2 sequences"),
+        (["--examples", "1"], "--examples 1 must lie in 2 .. 100,000: intervals need two sequences"),
+        (["--examples", str(10**20)], f"--examples {10**20} must lie in 2 .. 100,000"),
         (["--seed", "-1"], "--seed -1 must lie in"),
     ],
 )

@@ -361,4 +361,13 @@ PROBE = Probe(
     {"": draw, "_answer": draw_answer},
     summary,
     version=4,
+    columns=(
+        "site",
+        "lag",
+        "chance",
+        "shuffled",
+        "features",
+        "numbers",
+        "half",
+    ),
 )

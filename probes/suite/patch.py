@@ -180,4 +180,13 @@ PROBE = Probe(
     summary,
     version=2,
     untrained=False,
+    columns=(
+        "site",
+        "head",
+        "role",
+        "start",
+        "stop",
+        "control",
+        "gap",
+    ),
 )

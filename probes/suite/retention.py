@@ -259,4 +259,10 @@ PROBE = Probe(
     {"": draw_curves, "_maps": draw_maps},
     summary,
     version=2,
+    columns=(
+        "role",
+        "distance",
+        "query",
+        "key",
+    ),
 )
