@@ -53,6 +53,11 @@ def load(runs: str | Path | Iterable[str | Path], table: str = "results") -> pd.
             raise UserError(f"{path} lacks {', '.join(missing)}; it is not a file of the results store")
     if not found:
         where = ", ".join(map(str, places))
+        for place in map(Path, places):
+            if (place / "config.json").is_file():
+                raise UserError(
+                    f"{place} is the folder of one run; give the one that it lies in, {place.parent}"
+                )
         if any(_begun(Path(place)) for place in places):
             raise UserError(f"no {table} in {where} yet; wait for the first evaluation")
         raise UserError(f"no {table} in {where}; train some, or give another folder")
@@ -62,8 +67,8 @@ def load(runs: str | Path | Iterable[str | Path], table: str = "results") -> pd.
 
 
 def _begun(place: Path) -> bool:
-    """Whether a run in this folder, or the run that it is, has begun."""
-    return place.is_dir() and any(True for _ in (*place.glob("config.json"), *place.glob("*/config.json")))
+    """Whether a run in this folder has begun."""
+    return place.is_dir() and any(place.glob("*/config.json"))
 
 
 def read(path: Path) -> pd.DataFrame:

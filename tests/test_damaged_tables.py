@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import shutil
 import threading
 
@@ -16,6 +18,7 @@ from analysis.report import __main__ as report
 from analysis.tables import load
 from models.errors import UserError
 from probes import run as probes
+from synthetic import store
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +108,8 @@ def test_curves_before_the_first_evaluation(tmp_path, capsys):
             (folder / "config.json").write_text(json.dumps(content))
         assert curves.main([str(folder.parent), "--out", str(tmp_path / "out")]) == 2
         one_line(capsys, f"no results in {folder.parent}", words)
+    assert curves.main([str(folder), "--out", str(tmp_path / "out")]) == 2
+    one_line(capsys, "is the folder of one run", f"lies in, {folder.parent}")
 
 
 def test_a_table_that_is_replaced_while_it_is_read_is_the_old_or_the_new_one(tmp_path, good):
@@ -149,6 +154,34 @@ def copied(probed_run, tmp_path):
     return shutil.copytree(probed_run, tmp_path / "copy")
 
 
+def test_a_run_is_only_read(copied, tmp_path):
+    """Another user's run: with an own --out nothing is written or touched beside it."""
+
+    def state():
+        return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in [copied, *copied.rglob("*")]}
+
+    before = state()
+    call = ["--probe", "lens", "--examples", "24", "--out", str(tmp_path / "mine")]
+    assert probes.main([str(copied), *call]) == 0
+    assert report.main([str(copied), "--out", str(tmp_path / "page.html")]) == 0
+    assert state() == before and (tmp_path / "mine" / "lens.mamba.parquet").exists()
+
+
+def test_a_run_that_cannot_be_read_is_not_called_damaged(copied, tmp_path, capsys, monkeypatch):
+    def refused(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(store, "read_json", refused)
+    for call in (
+        probes.main([str(copied)]),
+        report.main([str(copied), "--out", str(tmp_path / "page.html")]),
+    ):
+        assert call == 2
+    lines = capsys.readouterr().err.splitlines()
+    wanted = f"error: {copied / 'config.json'}: Permission denied; give yourself access to it"
+    assert len(lines) == 2 and all(line.startswith(wanted) for line in lines)
+
+
 @pytest.mark.parametrize("content", [b"", b"garbage", b"[]"])
 def test_damaged_probe_tables(copied, tmp_path, capsys, content):
     path = copied / "probes" / "lens.mamba.parquet"
@@ -167,6 +200,15 @@ def test_a_probe_table_of_another_version_is_made_again(copied, tmp_path, capsys
     assert probes.main([str(copied), "--probe", "lens", "--examples", "24"]) == 0
     with pytest.raises(UserError, match="--probe lense is unknown"):
         probes.chosen(["lense"])
+
+
+def test_a_run_of_several_sessions_shows_the_last_one(copied):
+    from analysis.report.runs import read
+
+    (copied / "environment.json").write_text(json.dumps({"sessions": [{"cpus": 2}, {"cpus": 8}]}))
+    assert read(copied).environment == {"cpus": 8}
+    (copied / "environment.json").write_text(json.dumps({"cpus": 4}))
+    assert read(copied).environment == {"cpus": 4}
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "by_position.jsonl"])

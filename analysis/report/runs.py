@@ -115,13 +115,18 @@ def read(folder: Path, letter: str = "") -> Run:
             letter=letter,
             plans={family: plans[family] for family in FAMILIES if family in plans},
             asked=saved["run"],
-            environment=store.read_json(environment) if environment.exists() else {},
+            environment=_last_session(store.read_json(environment)) if environment.exists() else {},
             metrics=_rows(folder / "metrics.jsonl", METRICS),
             positions=_rows(folder / "by_position.jsonl", POSITIONS),
             results=results,
         )
-    except (KeyError, TypeError, ValueError, OSError) as error:
+    except (KeyError, TypeError, ValueError, IndexError) as error:
         raise UserError(f"RUNS {folder} is damaged ({error!r}); give another, or train it again") from error
+
+
+def _last_session(environment: Row) -> Row:
+    """Of what environment.json holds: a list of sessions, or that of the only one."""
+    return dict(environment.get("sessions", [environment])[-1])
 
 
 def _rows(path: Path, columns: Sequence[str]) -> pd.DataFrame:
