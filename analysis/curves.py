@@ -54,14 +54,12 @@ def write(runs: Path, out: Path) -> Iterator[str]:
     """Write all figures and tables; yields a line on each. Raises UserError if there are no runs."""
     from analysis.settings import DENSE
     from analysis.style import theme
-    from analysis.tables import load
+    from analysis.tables import files, load
 
     evaluations = load(runs)
-    try:
-        targets = load(runs, "targets")
-    except ValueError:
+    targets = load(runs, "targets") if files(runs, "targets") else None
+    if targets is None:
         yield "no targets beside the results: figures by position are left out"
-        targets = None
     evaluations, targets, early = reported(evaluations, targets)
     if evaluations.empty and not early:
         raise UserError(f"{runs} has no reported runs yet, only validation; let the sweep go on")

@@ -17,13 +17,14 @@ from matplotlib.figure import Figure
 
 from analysis import curves, diagrams, published, vlm_plots
 from analysis.style import DOUBLE, SINGLE, save, theme
-from analysis.tables import concatenated, files
+from analysis.tables import concatenated, files, load
 from models.errors import UserError
 from synthetic.cli import guarded, parse
 from synthetic.store import write_bytes
 
 STUDIES = Path(__file__).resolve().parent.parent / "studies"
 SYNTHETIC, VLM = "retrieval-cpu", "vlm-cpu"  # studies whose committed tables are drawn by default
+ABSENT = "the studies' tables come with the repository, not with the package; give your own --runs"
 DRAWN = "a drawing, no measurement"
 WIDTHS = {1: SINGLE, 2: DOUBLE}
 
@@ -141,6 +142,10 @@ def _vlm(options: Options) -> Iterator[Entry | str]:
         return
     place = options.runs or STUDIES / VLM / "results.parquet"
     found = _table(place, "metric")
+    if not place.exists():
+        for name in names:
+            yield f"{name}: left out, {ABSENT}"
+        return
     if found is None:
         for name in names:
             yield f"{name}: left out, {place} has no results of vlm.evaluate"
@@ -164,10 +169,16 @@ def _synthetic(options: Options) -> Iterator[Entry | str]:
         return
     place = options.runs or STUDIES / SYNTHETIC
     found = _table(place, "accuracy")
+    if not place.exists():
+        yield f"synthetic curves: left out, {ABSENT}"
+        return
     if found is None:
         yield f"synthetic curves: left out, {place} has no results of synthetic.run"
         return
-    evaluations, targets, early = curves.reported(found, _table(place, "target_low", "targets"))
+    if "metric" not in found:  # of synthetic.run alone: once more, with everything that curves need
+        found = load(place)
+    beside = load(place, "targets") if files(place, "targets") else None
+    evaluations, targets, early = curves.reported(found, beside)
     if early:
         yield f"synthetic curves: {early} runs have no evaluation at their full length yet and are left out"
     elif evaluations.empty:
@@ -179,13 +190,13 @@ def _synthetic(options: Options) -> Iterator[Entry | str]:
                 yield Entry(f"{task}_{name}", f"{task}: {name.replace('_', ' ')}", source, drawn, draw)
 
 
-def _table(place: Path, column: str, name: str = "results") -> pd.DataFrame | None:
+def _table(place: Path, column: str) -> pd.DataFrame | None:
     """The results table at `place`, if it has this column. Raises UserError where nothing can be read."""
     if not place.exists():
         if place.is_relative_to(STUDIES):
             return None
         raise UserError(f"--runs {place} does not exist; give a folder of runs or a results.parquet")
-    found = concatenated(files(place, name))
+    found = concatenated(files(place))
     return found if found is not None and column in found.columns else None
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy import optimize, stats
 
-from analysis.statistics import bootstrap_median_time, mean_interval, require
+from analysis.statistics import bootstrap_median_time, require, share_interval
 from models.errors import UserError
 
 RUN = ["run", "model"]
@@ -62,8 +62,11 @@ def examples_to_threshold(
 ) -> pd.DataFrame:
     """What each run had spent when its held-out accuracy at its goal length first was >= threshold.
 
+    Of many evaluations of few sequences one may pass by luck. So a run counts only if the evaluation that is
+    its result, the final or else the last one at the goal, is >= threshold as well.
+
     by: unit, one of `SPENT`. Returns one row per run: its configuration, value and reached (right-censored: a
-    run that never got there has reached False and value = all it spent), lower = what was spent at the
+    run that did not get there has reached False and value = all it spent), lower = what was spent at the
     evaluation before (the truth lies in (lower, value] where reached, above lower = value elsewhere),
     finished = has a final evaluation, accuracy and chance of the final or else last evaluation at the goal.
     Raises UserError for missing columns or entries, or a bad unit or threshold.
@@ -78,11 +81,11 @@ def examples_to_threshold(
         if rows[by].isna().any() or goal.empty:
             what = f"has no evaluation at seq_len {rows['seq_len'].iloc[0]}" if goal.empty else f"lacks {by}"
             raise UserError(f"run {rows['run'].iloc[0]} {what}; drop the run or repair its rows")
+        last = (during if final.empty else final).iloc[-1]
         passed, spent = (during["accuracy"] >= threshold).to_numpy(), during[by].to_numpy(float)
-        first = int(passed.argmax()) if passed.any() else None
+        first = int(passed.argmax()) if passed.any() and last["accuracy"] >= threshold else None
         value = float(rows[by].max()) if first is None else float(spent[first])
         lower = value if first is None else float(spent[first - 1]) if first else 0.0
-        last = (during if final.empty else final).iloc[-1]
         return dict(
             value=value,
             lower=lower,
@@ -100,18 +103,24 @@ def reachable_length(evaluations: pd.DataFrame, threshold: float = 0.95) -> pd.D
 
     Learned is what the curriculum passed (column longest_length of a finished run: running training accuracy
     above 0.95), or what had held-out accuracy >= threshold while it, or the goal, was in training; the
-    curriculum may pass short contexts between two evaluations. at_goal: value is seq_len, so the run might
-    have gone further. Raises UserError as `examples_to_threshold`.
+    curriculum may pass short contexts between two evaluations. The goal itself counts only if the run's final
+    evaluation agrees, as in `examples_to_threshold`. at_goal: value is seq_len, so the run might have gone
+    further. Raises UserError as `examples_to_threshold`.
     """
     _threshold(threshold)
 
     def outcome(rows: pd.DataFrame) -> dict[str, Any]:
         fair = (rows["length"] == rows["train_length"]) | (rows["length"] == rows["seq_len"])
         passed = rows[fair & (rows["kind"] == "during") & (rows["accuracy"] >= threshold)]
-        longest = 0 if passed.empty else int(passed["length"].max())
-        if "longest_length" in rows and rows["longest_length"].notna().any():
-            longest = max(longest, int(rows["longest_length"].max()))
-        return dict(value=longest, at_goal=longest == int(rows["seq_len"].iloc[0]))
+        goal, trained = int(rows["seq_len"].iloc[0]), rows["train_length"].dropna()
+        learned = {0, *passed["length"].astype(int)}
+        learned |= set(trained[trained < trained.max()].astype(int))  # what the curriculum has left behind
+        if "longest_length" in rows:
+            learned |= set(rows["longest_length"].dropna().astype(int))
+        final = rows[(rows["kind"] == "final") & (rows["length"] == goal)]
+        if len(final) and final["accuracy"].iloc[-1] < threshold:
+            learned -= {goal}
+        return dict(value=max(learned), at_goal=max(learned) == goal)
 
     return _per_run(evaluations, ["train_length"], outcome)
 
@@ -124,7 +133,8 @@ def summarise(
 ) -> pd.DataFrame:
     """One row per cell, by default `CELL`; a missing value (d_state of a Transformer) is a group of its own.
 
-    seeds, runs, finished, reached: counts. accuracy: mean with Student's 95 % interval in [0, 1]. examples:
+    seeds, runs, finished, reached: counts; reached_low, reached_high: Clopper and Pearson's 95 % interval of
+    the share of runs that get there. accuracy: mean, accuracy_min and accuracy_max over runs. examples:
     censored median with its bootstrap interval, inf where half never got there. reachable_length: mean.
     Raises UserError as `examples_to_threshold`, or if a default cell holds a seed twice, which means that it
     mixes configurations (learning rates, say). With `by` the caller decides what is pooled.
@@ -147,7 +157,7 @@ def summarise(
                 f"the cell {where} has a seed twice (what differs: {', '.join(differ) or 'run'}); "
                 "filter the table or name that column in by"
             )
-        accuracy, low, high = mean_interval(group["accuracy"], bounds=(0, 1))
+        low, high = share_interval(int(group["reached"].sum()), len(group))
         examples, examples_low, examples_high = bootstrap_median_time(group["value"], group["reached"])
         rows.append(
             named
@@ -156,9 +166,11 @@ def summarise(
                 runs=len(group),
                 finished=int(group["finished"].sum()),
                 reached=int(group["reached"].sum()),
-                accuracy=accuracy,
-                accuracy_low=low,
-                accuracy_high=high,
+                reached_low=low,
+                reached_high=high,
+                accuracy=float(group["accuracy"].mean()),
+                accuracy_min=float(group["accuracy"].min()),
+                accuracy_max=float(group["accuracy"].max()),
                 chance=float(group["chance"].mean()),
                 examples=examples,
                 examples_low=examples_low,
@@ -326,14 +338,20 @@ def fit_power_laws(
 ) -> pd.DataFrame:
     """`fit_power_law` of value against seq_len for each group; missing values are a group of their own.
 
-    outcomes: result of `examples_to_threshold`. One row per group with the fields of `PowerLaw`. Raises
-    ValueError for missing columns, and as `fit_power_law`.
+    outcomes: result of `examples_to_threshold`. One row per group with the fields of `PowerLaw`; and, because
+    the truth lies between two evaluations, in (lower, value], lower_exponent with _low and _high: the fit
+    with the lower ends of runs that got there (nan without the column, or where one is 0). Raises UserError
+    for missing columns, and as `fit_power_law`.
     """
     require(outcomes, [*by, "seq_len", "value", "reached"], "outcomes")
     rows = []
     for cell, group in outcomes.groupby(list(by), dropna=False, sort=True):
         law = fit_power_law(group["seq_len"], group["value"], group["reached"], confidence)
-        rows.append(dict(zip(by, cell, strict=True)) | dataclasses.asdict(law))
+        below = dict.fromkeys(("lower_exponent", "lower_exponent_low", "lower_exponent_high"), float("nan"))
+        if "lower" in group and (group["lower"] > 0).all():
+            other = fit_power_law(group["seq_len"], group["lower"], group["reached"], confidence)
+            below = dict(zip(below, (other.exponent, other.exponent_low, other.exponent_high), strict=True))
+        rows.append(dict(zip(by, cell, strict=True)) | dataclasses.asdict(law) | below)
     return pd.DataFrame(rows)
 
 

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from analysis.style import FAMILIES
 from models.errors import UserError
 
 if TYPE_CHECKING:  # seconds, which `import analysis` can spare
     import pandas as pd
 
 ORDER = ["run", "model", "kind", "step", "length"]  # rows are sorted by these, so that files can be compared
+NEEDED = {
+    "results": (*ORDER, "purpose", "accuracy"),
+    "targets": (
+        *ORDER,
+        "purpose",
+        "task",
+        "seq_len",
+        "target_low",
+        "target_high",
+        "correct",
+        "count",
+        "chance",
+    ),
+}
+# Columns of the results store that have to be numbers, and the least and largest they may be.
+RANGES = {
+    "seq_len": (1, None), "length": (1, None), "step": (0, None), "accuracy": (0, 1), "chance": (0, 1),
+    "target_low": (0, None), "target_high": (1, None), "correct": (0, None), "count": (0, None),
+}  # fmt: skip
 
 
 def load(runs: str | Path | Iterable[str | Path], table: str = "results") -> pd.DataFrame:
@@ -21,21 +42,71 @@ def load(runs: str | Path | Iterable[str | Path], table: str = "results") -> pd.
         committed results. table: "results", or "targets" for right answers by part of the context (of a
         file results.parquet: targets.parquet beside it). Columns and their meaning:
         `synthetic.results.EVALUATION` and `TARGET`.
-    Raises UserError, in one line, if there is nothing to read, or it is not of the results store.
+    Raises UserError, in one line, if there is nothing to read, a file is damaged, or it is not of the results
+    store.
     """
-    import pandas as pd
-
     places = [runs] if isinstance(runs, (str, Path)) else list(runs)
-    frames = []
-    for path in (path for place in places for path in files(Path(place), table)):
-        frames.append(pd.read_parquet(path))
-        missing = [name for name in (*ORDER, "purpose", "accuracy")[: None if table == "results" else -1]
-                   if name not in frames[-1]]  # fmt: skip
+    found = {path: read(path) for place in places for path in files(Path(place), table)}
+    for path, frame in found.items():
+        missing = [name for name in NEEDED[table] if name not in frame]
         if missing:
             raise UserError(f"{path} lacks {', '.join(missing)}; it is not a file of the results store")
-    if not frames:
-        raise UserError(f"no {table} in {', '.join(map(str, places))}; train some, or give another folder")
-    return _joined(frames)
+    if not found:
+        where = ", ".join(map(str, places))
+        for place in map(Path, places):
+            if (place / "config.json").is_file():
+                raise UserError(
+                    f"{place} is the folder of one run; give the one that it lies in, {place.parent}"
+                )
+        if any(_begun(Path(place)) for place in places):
+            raise UserError(f"no {table} in {where} yet; wait for the first evaluation")
+        raise UserError(f"no {table} in {where}; train some, or give another folder")
+    if all(frame.empty for frame in found.values()):
+        raise UserError(f"{', '.join(map(str, found))}: no rows; delete it and run the command that made it")
+    return _joined(list(found.values()))
+
+
+def _begun(place: Path) -> bool:
+    """Whether a run in this folder has begun."""
+    return place.is_dir() and any(place.glob("*/config.json"))
+
+
+def read(path: Path) -> pd.DataFrame:
+    """A Parquet file's rows, as they were at one moment: a run may put another file in its place meanwhile.
+
+    Raises UserError, naming file and remedy, for what is not Parquet, and for numbers of the results store
+    that are none or out of range.
+    """
+    import pandas as pd
+    from pandas.api.types import is_numeric_dtype
+    from pyarrow import ArrowException
+
+    try:
+        frame = pd.read_parquet(io.BytesIO(path.read_bytes()))
+    except FileNotFoundError:
+        raise
+    except (ArrowException, ValueError, KeyError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"{path} cannot be read as Parquet ({reason}); delete it and run the command that made it again"
+        ) from error
+    for name, (least, most) in RANGES.items() if "seq_len" in frame else ():
+        if name not in frame or frame.empty:
+            continue
+        column = frame[name]
+        good = is_numeric_dtype(column) and column.notna().all()
+        if not good or column.min() < least or (most is not None and column.max() > most):
+            allowed = f"at least {least}" if most is None else f"between {least} and {most}"
+            raise UserError(
+                f"{path}: column {name} must be numbers {allowed}; delete it and run the command that made it"
+            )
+    families = set(frame.get("model", ())) if "seq_len" in frame else set()
+    unknown = sorted(map(str, families - set(FAMILIES)))
+    if unknown:
+        raise UserError(
+            f"{path}: model {unknown[0]} is unknown; valid: {', '.join(FAMILIES)} (a newer version's file?)"
+        )
+    return frame
 
 
 def fill(text: str, tables: Mapping[str, str]) -> str:
@@ -58,6 +129,19 @@ def between(value: Any, low: Any, high: Any, digits: int = 3) -> str:
     return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
+def by_seed(values: Iterable[Any], digits: int = 3) -> str:
+    """A number of every seed, in their order: "0.866, 0.930, 0.970"."""
+    return ", ".join(f"{value:.{digits}f}" for value in values)
+
+
+def share(k: Any, n: Any) -> str:
+    """How many seeds of how many, with Clopper and Pearson's interval: "2 of 3 [0.09, 0.99]"."""
+    from analysis.statistics import share_interval
+
+    low, high = share_interval(int(k), int(n))
+    return f"{k} of {n} [{low:.2f}, {high:.2f}]"
+
+
 def files(place: Path, table: str = "results") -> list[Path]:
     """The Parquet files of a table of a results store: of `synthetic.results`, or of `vlm.results`.
 
@@ -76,9 +160,7 @@ def files(place: Path, table: str = "results") -> list[Path]:
 
 def concatenated(paths: Iterable[Path]) -> pd.DataFrame | None:
     """The rows of several Parquet files of one kind, sorted as by `load`; None without files."""
-    import pandas as pd
-
-    frames = [pd.read_parquet(path) for path in paths]
+    frames = [read(path) for path in paths]
     return _joined(frames) if frames else None
 
 
@@ -95,5 +177,11 @@ def _concat(frames: list[pd.DataFrame]) -> pd.DataFrame:
 
     if len(frames) == 1:
         return frames[0]
-    tables = [pa.Table.from_pandas(frame, preserve_index=False) for frame in frames]
-    return pd.DataFrame(pa.concat_tables(tables, promote_options="permissive").to_pandas())
+    try:
+        tables = [pa.Table.from_pandas(frame, preserve_index=False) for frame in frames]
+        return pd.DataFrame(pa.concat_tables(tables, promote_options="permissive").to_pandas())
+    except pa.ArrowException as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"files of one folder differ in their columns' types ({reason}); read them apart"
+        ) from error

@@ -19,7 +19,7 @@ from analysis import plots, published, settings
 from analysis.comparisons import comparisons
 from analysis.statistics import bootstrap_median_time, mean_interval
 from analysis.style import NAMES
-from analysis.tables import between, fill, markdown
+from analysis.tables import between, by_seed, fill, markdown, share
 from synthetic import store
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +34,7 @@ VERDICTS = (
     "partly supported",
     "not supported at this size",
     "contradicted at this size",
+    "not resolved at this size",
     "not tested",
 )
 
@@ -96,10 +97,12 @@ def lengths(table: pd.DataFrame) -> str:
         mine = outcomes[outcomes["variant"] == variant]
         seeds = mine.groupby("seq_len")["reached"].agg(["sum", "size"])
         every = seeds.index[seeds["sum"] == seeds["size"]].max()
-        longer = [f"{n}: {row['sum']} of {row['size']}" for n, row in seeds.iterrows() if n > every]
+        longer = [f"{n}: {share(row['sum'], row['size'])}" for n, row in seeds.iterrows() if n > every]
         short = mine[mine["seq_len"] == 16]
         law = laws.loc[variant]
+        below = law["lower_exponent"]
         exponent = between(law["exponent"], law["exponent_low"], law["exponent_high"], 2)
+        exponent += "" if np.isnan(below) else f"; {below:.2f}"
         rows.append([variant, every, ", ".join(longer), cost(short), accuracy(table, short), exponent])
     head = ["model", "longest length that every seed learned", "seeds at longer ones"]
     return markdown([*head, "tokens for length 16", "accuracy at 16", "exponent of the length"], rows)
@@ -135,11 +138,11 @@ def states(table: pd.DataFrame) -> str:
     rows = []
     for (variant, state), cell in found.groupby(["variant", "d_state"]):
         mine = decodable[(decodable["variant"] == variant) & (decodable["d_state"] == state)]
-        seeds = f"{cell['reached'].sum()} of {len(cell)}"
-        right = between(*mean_interval(cell["accuracy"], bounds=(0, 1)))
-        rows.append([variant, f"{state:g}", seeds, right, between(*mean_interval(mine["value"]), 1)])
-    head = ["model", "states per channel", "seeds at 0.95", "accuracy at 16"]
-    return markdown([*head, "symbols of 16 in the state, linear probe"], rows)
+        seeds = share(cell["reached"].sum(), len(cell))
+        right = by_seed(cell.sort_values("seed")["accuracy"])
+        rows.append([variant, f"{state:g}", seeds, right, by_seed(mine.sort_values("seed")["value"], 1)])
+    head = ["model", "states per channel", "seeds at 0.95 [95 %]", "accuracy at 16, by seed"]
+    return markdown([*head, "symbols of 16 in the state, linear probe, by seed"], rows)
 
 
 def geometry() -> str:
@@ -182,9 +185,10 @@ def positions() -> str:
     ]
     rows = []
     for variant, part in table.groupby("variant", sort=False):
-        learned = ", ".join(str(n) for n in part.sort_values("seed")["longest_learned"])
-        rows.append([variant, learned, between(*mean_interval(part["accuracy_at_256"], bounds=(0, 1)))])
-    return markdown(["model", "longest length learned, by seed", "accuracy at 256"], rows)
+        part = part.sort_values("seed")
+        learned = ", ".join(str(n) for n in part["longest_learned"])
+        rows.append([variant, learned, by_seed(part["accuracy_at_256"])])
+    return markdown(["model", "longest length learned, by seed", "accuracy at 256, by seed"], rows)
 
 
 def vlms(table: str) -> str:
@@ -219,9 +223,9 @@ def cost(cell: pd.DataFrame) -> str:
 
 
 def accuracy(table: pd.DataFrame, cell: pd.DataFrame) -> str:
-    """Final held-out accuracy: mean over seeds with Student's 95 % interval."""
+    """Final held-out accuracy of every seed."""
     final = table[table["kind"] == "final"].set_index("run")["accuracy"]
-    return between(*mean_interval(final[cell["run"]], bounds=(0, 1)))
+    return by_seed(final[cell.sort_values("seed")["run"]])
 
 
 def verdicts(text: str) -> str:
@@ -249,7 +253,7 @@ def rewritten(text: str) -> str:
         "updates": updates(),
         "geometry": geometry(),
         "positions": positions(),
-    } | {f"vlm-{name}": vlms(name) for name in ("families", "captions", "layouts", "sizes")}
+    } | {f"vlm-{name}": vlms(name) for name in ("families", "captions", "floors", "layouts", "sizes")}
     return fill(text, made)
 
 

@@ -352,14 +352,13 @@ display(pd.DataFrame(rows).set_index("layer").round(3))
 #
 # A **linear probe** is trained to say, from the state at the moment the answer is due, *which symbol stood at
 # place k*. If it can, a linear map of the state has the information. There are 12 symbols, so chance is 1 /
-# 12. The usual trap is that a probe with thousands of inputs can learn a lot by itself, so three controls
+# 12. The usual trap is that a probe with thousands of inputs can learn a lot by itself, so two controls
 #     come along:
 #
 # * **untrained weights**: what a random state already gives away;
-# * **shuffled labels**: the same probe on labels dealt to sequences at random, which must end at chance;
-# * **a control task** (Hewitt & Liang 2019): each token type gets a fixed random class. It can only be
-#   memorised, and what the probe achieves there has nothing to do with the context. `decode_curve` does all
-#   this; accuracies are on sequences that neither the fit nor the choice of the penalty has seen.
+# * **shuffled labels**: the same probe on labels dealt to sequences at random, which must end at chance.
+#   `decode_curve` does it; accuracies are on sequences that neither the fit nor the choice of the penalty has
+#   seen. There are fewer of them than inputs, so what the probe finds is a lower bound of what is there.
 #
 # Also drawn, for the query last: how often the *model* is right about each place, as in notebook 01.
 

@@ -349,8 +349,8 @@ display(pd.DataFrame(rows).set_index("block"))
 # ## Is the answer in the state?
 #
 # Record the state of every block after the last context symbol, *before* the special token is read the second
-# time, and ask a linear probe for the answer. Among the controls of notebook 03 the ones that matter most:
-# random weights and shuffled labels. The last symbol alone is no help: it tells nothing about the answer.
+# time, and ask a linear probe for the answer, with the controls of notebook 03: random weights and shuffled
+# labels. The last symbol alone is no help: it tells nothing about the answer.
 
 # %%
 SEQUENCES = 400
@@ -362,8 +362,8 @@ def readable(model):
     names = [f"blocks.{layer}.mixer.hook_ssm_state" for layer in layers]
     with torch.no_grad(), probes.record(model, names, positions=[at - 1]) as cache:
         model(many.input_ids)
-    labels, last = many.labels - first, many.input_ids[:, at - 1]
-    tables = [controlled(cache[name].flatten(1), labels, SYMBOLS, last) for name in names]
+    labels = many.labels - first
+    tables = [controlled(cache[name].flatten(1), labels, SYMBOLS) for name in names]
     return pd.concat(tables).assign(block=layers)
 
 

@@ -16,7 +16,8 @@ from probes.roles import ROLES, role
 @dataclass(frozen=True, eq=False)
 class Cell:
     """role: of `probes.roles`, or "partner" (the symbol that the corrupted sequence asks for), "last" (the
-    token at which the answer is read, if that is neither the query nor otherwise named), "everything".
+    token at which the answer is read, if that is neither the query nor otherwise named), "target+partner"
+    (both at once), "everything".
     low, high: the tokens low .. high - 1 it lies in; None if that differs from sequence to sequence.
     where: (B, L) bool, the tokens patched in each sequence; a row without any leaves its sequence out.
     """
@@ -39,6 +40,17 @@ def everything(pairs: Pairs) -> Cell:
     """All tokens up to the answer."""
     where = torch.ones_like(pairs.roles[:, : pairs.answer_at + 1], dtype=torch.bool)
     return Cell("everything", 0, where.shape[1], where)
+
+
+def target_and_partner(pairs: Pairs) -> Cell:
+    """The target and its partner in one patch, which restores what they carry together.
+
+    That is not the sum of what each restores alone, because the effects of two patches interact.
+    """
+    roles = pairs.roles[:, : pairs.answer_at + 1]
+    places = torch.arange(roles.shape[1], device=roles.device)
+    where = (roles == role("target")) | (places == pairs.partner[:, None])
+    return Cell("target+partner", *_span(where), where)
 
 
 def cells(pairs: Pairs, max_positions: int = 64) -> list[Cell]:

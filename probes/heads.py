@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -121,13 +120,6 @@ def induction_score(pattern: Tensor, tokens: Tensor, rows: Any = None) -> HeadSc
     return _mean_mass(pattern, at, after)
 
 
-def duplicate_token_score(pattern: Tensor, tokens: Tensor, rows: Any = None) -> HeadScores:
-    """Attention from a token to its previous occurrence (Wang et al. 2022, arXiv 2211.00593); as above."""
-    at = _rows(pattern, rows)
-    _check_tokens(pattern, tokens)
-    return _mean_mass(pattern, at, previous_occurrence(tokens)[:, at])
-
-
 def previous_token_score(pattern: Tensor, rows: Any = None) -> HeadScores:
     """Attention from a position to the one before it, averaged over rows other than position 0."""
     at = _rows(pattern, rows)
@@ -138,15 +130,3 @@ def _check_tokens(pattern: Tensor, tokens: Tensor) -> None:
     expected = (pattern.shape[0], pattern.shape[3])
     if tuple(tokens.shape) != expected:
         raise UserError(f"tokens must be (B, S) = {expected}, not {tuple(tokens.shape)}")
-
-
-def ranked(scores: dict[int, HeadScores]) -> pd.DataFrame:
-    """Tables of several layers in one, best head first: layer, and the columns of `HeadScores.table`."""
-    tables = [table.table().assign(layer=layer) for layer, table in scores.items()]
-    if not tables:
-        raise UserError("scores is empty; give the scores of at least one layer")
-    joined = pd.concat(tables, ignore_index=True)
-    order = np.argsort(-joined["score"].to_numpy(), kind="stable")
-    return joined.iloc[order].reset_index(drop=True)[
-        ["layer", "head", "score", "low", "high", "baseline", "sequences"]
-    ]

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -19,8 +18,6 @@ from torch import Tensor
 from analysis.statistics import mean_interval
 from models.errors import UserError
 from synthetic.evaluate import wilson
-
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -103,86 +100,7 @@ def normalised_difference(patched: Tensor, clean: Tensor, corrupted: Tensor, lea
 
     1: the patch restored the clean run, 0: it changed nothing, below 0 or above 1: it went further. nan where
     |clean - corrupted| <= least: there is nothing to restore. Means of this ratio are led by its smallest
-    denominators; `effect` divides means instead.
+    denominators; `probes.patching.ratio_of_means` divides means instead.
     """
     gap = clean - corrupted
     return torch.where(gap.abs() > least, (patched - corrupted) / gap, torch.nan)
-
-
-@dataclass(frozen=True)
-class Effect:
-    """value: share of the gap between corrupted and clean that the patch recovers; nan without a gap.
-
-    low, high: bootstrap interval over sequences; nan for one sequence or without a gap. gap: mean of
-    clean - corrupted over the n sequences.
-    """
-
-    value: float
-    low: float
-    high: float
-    gap: float
-    n: int
-
-
-def effect(
-    patched: Any,
-    clean: Any,
-    corrupted: Any,
-    confidence: float = 0.95,
-    resamples: int = RESAMPLES,
-    least: float = 1e-6,
-    seed: int = 0,
-) -> Effect:
-    """mean(patched - corrupted) / mean(clean - corrupted) over n sequences; each (n,), of one metric.
-
-    With logit differences the normalised logit difference, with 0/1 correctness the recovered accuracy. The
-    interval is the percentile bootstrap's of the ratio, which resamples sequences with all three of their
-    numbers; resamples without a gap are left out. Value and bounds are nan if |mean gap| <= least, the bounds
-    also if more than a twentieth of the resamples have no gap. Raises UserError for unequal lengths, no
-    sequences, or numbers that are not finite.
-    """
-    data = np.stack([_vector(x) for x in _equal(patched, clean, corrupted)])
-    n = data.shape[1]
-    value, gap = _recovered(data.mean(1), least)
-    low = high = np.nan
-    if n > 1 and np.isfinite(value):
-        draws = np.random.default_rng(seed).integers(n, size=(resamples, n))
-        values, _ = _recovered(data[:, draws].mean(2), least)
-        if np.isfinite(values).mean() >= 0.95:
-            tail = (1 - confidence) / 2
-            low, high = np.nanquantile(values, [tail, 1 - tail])
-    return Effect(float(value), float(low), float(high), float(gap), n)
-
-
-def recovered_accuracy(patched: Any, clean: Any, corrupted: Any, **options: Any) -> Effect:
-    """(accuracy patched - corrupted) / (clean - corrupted), from (n,) bools: right about the clean answer?
-
-    As `effect`, and nan where the corrupted run is as accurate as the clean one.
-    """
-    for name, values in dict(patched=patched, clean=clean, corrupted=corrupted).items():
-        if not np.isin(_vector(values), (0, 1)).all():
-            raise UserError(f"{name} must hold truth values, whether each answer was right")
-    return effect(patched, clean, corrupted, **options)
-
-
-def _recovered(means: np.ndarray, least: float) -> tuple[Any, Any]:
-    """Share and gap of (3, ...) means: patched, clean, corrupted."""
-    patched, clean, corrupted = means
-    gap = clean - corrupted
-    some = np.abs(gap) > least
-    return np.where(some, (patched - corrupted) / np.where(some, gap, 1), np.nan), gap
-
-
-def _vector(values: Any) -> np.ndarray:
-    array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=float)
-    if array.ndim != 1 or not array.size or not np.isfinite(array).all():
-        raise UserError("patched, clean and corrupted must be vectors of at least one finite number")
-    return array
-
-
-def _equal(*vectors: Any) -> tuple[Any, ...]:
-    if len({len(v) for v in vectors}) != 1:
-        raise UserError(
-            f"patched, clean and corrupted differ in length: {', '.join(str(len(v)) for v in vectors)}"
-        )
-    return vectors

@@ -5,11 +5,14 @@ Penalties are chosen on a validation part; accuracies are those of a test part t
 with Wilson intervals. A high accuracy may be the probe's doing, so every one comes with
 
   - majority: the accuracy of always giving the commonest label of the training part;
-  - shuffled: the accuracy on the same labels dealt to sequences at random, about chance;
-  - control: the accuracy on a control task (Hewitt & Liang 2019, arXiv 1909.03368), labels that are a fixed
-    random function of a token's type, which can only be memorised; selectivity = accuracy - control.
+  - shuffled: the accuracy on the same labels dealt to sequences at random, about chance.
 
-Computed in float64. F is the number of features, d_inner * d_state for a whole state.
+There is no control task of random labels by token type (Hewitt & Liang 2019, arXiv 1909.03368): here a label
+is the type of a token itself, so such a task renames the classes, and a linear map that reads one reads the
+other. The control that tells is the same model with untrained weights.
+
+With more features F than sequences n an accuracy says more of n than of the features. `project` makes F the
+same for states of every size; n and F belong beside every number. Computed in float64.
 """
 
 from __future__ import annotations
@@ -197,17 +200,16 @@ def split(n: int, seed: int, validation: float = 0.2, test: float = 0.2) -> Part
     return Parts(order[held + tested :], order[:held], order[held : held + tested])
 
 
-def control_labels(types: Tensor, classes: int, seed: int) -> Tensor:
-    """Labels of a control task (Hewitt & Liang 2019, section 2): each token type has a random class.
+def project(features: int, width: int, seed: int) -> Tensor | None:
+    """(features, width) float32, Gaussian with variance 1 / width; None where there are no more than width.
 
-    types: (...) int64 token ids; returns (...) int64 in [0, classes), a function of type, classes and seed.
-    Any `classes` consecutive ids k classes .. (k+1) classes - 1 have one class each: independent draws would
-    make some class common, and guessing it would pass for memory.
+    x @ project(F, width, seed) keeps distances about (Johnson & Lindenstrauss 1984), so a probe of `width`
+    features sees states of every size alike, with as many sequences for each feature.
     """
-    blocks = int(types.max()) // classes + 1 if types.numel() else 0
+    if features <= width:
+        return None
     generator = torch.Generator().manual_seed(seed)
-    drawn = [torch.randperm(classes, generator=generator) for _ in range(blocks)]
-    return torch.cat(drawn).to(types.device)[types] if drawn else types.clone()
+    return torch.randn(features, width, generator=generator) / width**0.5
 
 
 def probe(
@@ -278,15 +280,10 @@ def _right(scores: Tensor, gold: Tensor) -> Tensor:
     return (scores.argmax(-1) == gold)[gold >= 0]
 
 
-def controlled(
-    features: Tensor, labels: Tensor, classes: int, types: Tensor, seed: int = 0, **options: Any
-) -> pd.DataFrame:
-    """`probe` with its controls; arguments and options as there, types: (n,) token ids for the control task.
+def controlled(features: Tensor, labels: Tensor, classes: int, seed: int = 0, **options: Any) -> pd.DataFrame:
+    """`probe` with its control; arguments and options as there.
 
-    Further columns: shuffled (labels dealt out anew among the sequences that have one), control (labels
-    `control_labels(types)`, with as many classes; nan if all types are the same) and selectivity. The type
-    should be that of the token whose state is read. Where the label itself is a function of that type, as the
-    identity of the token that was just read, the control task is a mere renaming and selectivity about 0.
+    A further column, shuffled: the accuracy on the labels dealt out anew among the sequences that have one.
     """
     parts = split(len(features), seed)
     mixed = labels.clone()
@@ -294,14 +291,9 @@ def controlled(
     for j in range(labels.shape[1]):
         rows = (labels[:, j] >= 0).nonzero().squeeze(1)
         mixed[rows, j] = labels[rows[torch.randperm(len(rows), generator=generator)], j]
-    control = control_labels(types, classes, seed + 2)[:, None]
-    table = probe(features, torch.cat([labels, mixed, control], 1), classes, parts, **options)
+    table = probe(features, torch.cat([labels, mixed], 1), classes, parts, **options)
     J = labels.shape[1]
-    result = table.iloc[:J].copy()
-    result["shuffled"] = table["accuracy"].to_numpy()[J : 2 * J]
-    result["control"] = table["accuracy"].iloc[2 * J] if len(types.unique()) > 1 else np.nan
-    result["selectivity"] = result["accuracy"] - result["control"]
-    return result
+    return table.iloc[:J].assign(shuffled=table["accuracy"].to_numpy()[J:])
 
 
 # --- curves -------------------------------------------------------------------------------------------------
@@ -312,14 +304,13 @@ def decode_curve(
     times: Sequence[int] | Tensor,
     tokens: Tensor,
     lags: Sequence[int] | Tensor,
-    types: Tensor | None = None,
     **options: Any,
 ) -> pd.DataFrame:
     """Is the identity of token i linearly decodable from h_t after t - i steps?
 
     states: (n, T, F), of n sequences after the tokens at T `times`; tokens: (n, L) ids; lags: t - i >= 0,
-    left out where they reach before the sequence. types: (n, T) for the control task, by default the token
-    at t. One probe for each (t, lag); the classes are the tokens that occur at those places of a time.
+    left out where they reach before the sequence. One probe for each (t, lag); the classes are the tokens
+    that occur at those places of a time.
     Rows: time, lag, chance (1 / classes) and the columns of `controlled`, which takes the options.
     Raises UserError for times outside the sequences, or lags that all reach before them.
     """
@@ -333,37 +324,13 @@ def decode_curve(
         if not inside:
             continue
         known, labels = tokens[:, [t - lag for lag in inside]].unique(return_inverse=True)
-        own = tokens[:, t] if types is None else types[:, k]
-        table = controlled(states[:, k], labels, len(known), own, **options)
+        table = controlled(states[:, k], labels, len(known), **options)
         table.insert(0, "time", t)
         table.insert(1, "lag", inside)
         tables.append(table.assign(chance=1 / len(known)))
     if not tables:
         raise UserError("no lag reaches a token of the sequences; give lags between 0 and the times")
     return pd.concat(tables, ignore_index=True)
-
-
-def decode_positions(
-    states: Tensor,
-    tokens: Tensor,
-    symbols: Sequence[int],
-    bins: int | None = None,
-    types: Tensor | None = None,
-    **options: Any,
-) -> pd.DataFrame:
-    """Is the position of a symbol linearly decodable from the state? A row per symbol, as `controlled`.
-
-    states: (n, F), after the last of tokens (n, L); symbols: ids, of which the first occurrence counts and
-    sequences without one do not. bins: number of equal parts of the L positions to tell apart (default: L).
-    types: (n,) for the control task, by default the last token. Columns before: symbol; after: chance.
-    """
-    L = tokens.shape[1]
-    classes = L if bins is None else bins
-    here = tokens[:, :, None] == torch.as_tensor(symbols, device=tokens.device)  # (n, L, J)
-    labels = torch.where(here.any(1), here.int().argmax(1) * classes // L, -1)
-    table = controlled(states, labels, classes, tokens[:, -1] if types is None else types, **options)
-    table.insert(0, "symbol", list(symbols))
-    return table.assign(chance=1 / classes)
 
 
 @dataclass(frozen=True)

@@ -151,11 +151,12 @@ def patch(
 
         self         the corrupted run's own activation: effect 0, bit for bit
         everything   (residual) all positions of a layer: effect 1
-        unrelated    the activation of another pair's clean run, scaled to the norm of the one it stands for
+        unrelated    the activation of another pair's clean run, scaled to the norm of the one it stands for;
+                     needs two pairs
 
     Sites that the model does not have are left out. memory_mb bounds activations, about.
     progress: called with (done, all) patched pairs of each chunk.
-    Raises UserError for unknown sites or layers.
+    Raises UserError for unknown sites or layers, and for controls of a single pair.
     """
     traced = trace(
         model, pairs, cells(pairs, max_positions), sites,
@@ -182,6 +183,8 @@ def trace(
     for site in sites:
         if site not in SITES:
             raise UserError(f"unknown site {site!r}; valid: {', '.join(SITES)}")
+    if controls and len(pairs) < 2:
+        raise UserError("the control with an unrelated run needs two pairs; give more, or controls=False")
     what = [*what, everything(pairs)]
     keys = list(_keys(model, sites, layers, len(what), controls))
     number = {key: i for i, key in enumerate(keys)}

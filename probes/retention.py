@@ -33,7 +33,10 @@ BLOCK = 32  # rows of a map computed at once; decays within a block are not fact
 class Retention:
     """Of pairs (source i, time t), each in the shape that `retention` was asked for; 0 where t < i.
 
-    kept: ||c(i -> t)|| / ||c(i -> i)||, in [0, 1]; 0 for a token that wrote nothing (dt x B = 0).
+    kept: ||c(i -> t)|| / ||c(i -> i)||, in [0, 1]; 0 for a token that wrote nothing (dt x B = 0). What is
+    written at i is x_i after the convolution, a mix of tokens i - 3 .. i (d_conv = 4), and in deeper layers
+    of all before. So the symbol that stands at i is written at i .. i + 3, and kept is exact of the write at
+    its place, not of the symbol.
     share: ||c(i -> t)|| / ||h_t||; may exceed 1, because contributions can cancel; 0 where h_t = 0.
     """
 

@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     from probes.suite import Probe
     from synthetic.tasks import Task
 
+COLUMNS = ("family", "weights", "layer", "part", "quantity", "value", "low", "high", "n")  # of every table
 STOPPED = "stopped; finished probes are kept, the same command goes on"
 DIGITS = 6  # of numbers in CSV files
+MOST = 10**5  # sequences of a probe: some GB of recorded numbers
 Say = Callable[[str], None]
 
 
@@ -78,8 +80,11 @@ def run(options: Options, out: Path) -> int:
     keep_freed_memory()
     use_threads(options.threads)
     names = chosen(options.probe)
-    if options.examples is not None and options.examples < 2:
-        raise UserError(f"--examples {options.examples}: intervals need at least 2 sequences; give 2 or more")
+    if options.examples is not None and not 2 <= options.examples <= MOST:
+        raise UserError(
+            f"--examples {options.examples} must lie in 2 .. {MOST:,}: intervals need two sequences, and "
+            "all are kept in memory; choose another"
+        )
     if not 0 <= options.seed < 2**63:
         raise UserError(f"--seed {options.seed} must lie in 0 .. 2**63 - 1; choose another")
     models = trained(options.run)
@@ -114,12 +119,16 @@ def trained(folder: Path) -> dict[str, tuple[Path, Task]]:
 
     if not (folder / "config.json").is_file():
         raise UserError(f"RUN_DIR {folder} has no config.json; give the folder of one run (runs/<id>)")
-    saved = store.read_json(folder / "config.json")
     found = {}
-    for plan in saved.get("plans", []):
-        place = folder / plan["family"]
-        if (place / "model.safetensors").exists():
-            found[plan["family"]] = place, tasks.build(plan["task"], **plan["task_options"])
+    try:
+        for plan in store.read_json(folder / "config.json")["plans"]:
+            place = folder / plan["family"]
+            if (place / "model.safetensors").exists():
+                found[plan["family"]] = place, tasks.build(plan["task"], **plan["task_options"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"RUN_DIR {folder}/config.json is damaged or of another version ({error!r}); give another run"
+        ) from error
     if not found:
         raise UserError(f"RUN_DIR {folder} has no finished model; let synthetic.run finish training it first")
     return found
@@ -235,11 +244,19 @@ def _parquet(table: pd.DataFrame) -> bytes:
 
 
 def tables(out: Path, name: str, families: Sequence[str]) -> pd.DataFrame | None:
-    """A probe's tables of all families in one; None if there is none."""
+    """A probe's tables of all families in one; None if there is none.
+
+    Tables that lack columns are another version's and count as not there. Raises UserError for damaged ones.
+    """
     import pandas as pd
 
+    from analysis.tables import read
+    from probes.suite import PROBES
+
     paths = [out / f"{name}.{family}.parquet" for family in families]
-    parts = [pd.read_parquet(path) for path in paths if path.exists() and path.with_suffix(".json").exists()]
+    parts = [read(path) for path in paths if path.exists() and path.with_suffix(".json").exists()]
+    needed = {*COLUMNS, *PROBES[name].columns}
+    parts = [part for part in parts if needed <= set(part.columns)]
     return pd.concat(parts, ignore_index=True) if parts else None
 
 

@@ -104,7 +104,7 @@ def terminal_curve(metrics: pd.DataFrame, width: int = 80, height: int = 16) -> 
 
 
 def cells(evaluations: pd.DataFrame) -> Table:
-    """One line per cell of a sweep: its seeds, accuracy with an interval over them, cost of reaching 0.95.
+    """One line per cell of a sweep: its seeds, their mean accuracy and its range, cost of reaching 0.95.
 
     evaluations: rows of the results store (`analysis.load`).
     """
@@ -119,13 +119,13 @@ def cells(evaluations: pd.DataFrame) -> Table:
     table = Table(title="Held-out accuracy over seeds", box=box.SIMPLE_HEAD, padding=(0, 1))
     for name in varying:
         table.add_column(name.replace("_", " "), no_wrap=True)
-    for name in ("seeds", "accuracy [95 % CI]", "reached", "examples to 0.95", "learned up to"):
+    for name in ("seeds", "accuracy [range]", "reached", "examples to 0.95", "learned up to"):
         table.add_column(name.replace("[", r"\["), justify="right", no_wrap=True)
     for _, row in rows.iterrows():
         table.add_row(
             *(_word(row[name]) for name in varying),
             str(row["seeds"]),
-            f"{row['accuracy']:.3f}{_interval(row['accuracy_low'], row['accuracy_high'])}",
+            f"{row['accuracy']:.3f}{_range(row)}",
             f"{row['reached']}/{row['seeds']}",
             f"{row['examples']:,.0f}" if row["examples"] < float("inf") else "-",
             f"{row['reachable_length']:g}",
@@ -137,6 +137,6 @@ def _word(value: Any) -> str:
     return "-" if pd.isna(value) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _interval(low: float, high: float) -> str:
-    """Nothing for a single seed, of which no interval can be had."""
-    return "" if pd.isna(low) else f" \\[{low:.3f}, {high:.3f}]"
+def _range(row: Any) -> str:
+    """Lowest and highest seed; nothing for a single one."""
+    return "" if row["seeds"] == 1 else f" \\[{row['accuracy_min']:.3f}, {row['accuracy_max']:.3f}]"

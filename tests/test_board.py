@@ -101,7 +101,7 @@ def test_without_a_terminal_there_is_a_line_per_run(jobs):
     assert lines[2].endswith("failed, will be tried again: OSError: no space") and len(lines) == 3
 
 
-def test_cells_show_what_differs_and_an_interval_over_seeds():
+def test_cells_show_what_differs_and_the_range_of_seeds():
     runs = [run_rows("mamba", 8, seed, [0.96], d_state=state) for seed in (0, 1) for state in (4, 16)]
     runs.append(run_rows("transformer", 8, 0, [0.5]))
     console = Console(file=io.StringIO(), width=110, color_system=None)
@@ -116,4 +116,4 @@ def test_cells_show_what_differs_and_an_interval_over_seeds():
         ["transformer", "-", "1"],
     ]
     assert found[0][3:] == ["0.960", "[0.960,", "0.960]", "2/2", "1,000", "8"]
-    assert found[2][3:] == ["0.500", "0/1", "-", "0"]  # one seed has no interval
+    assert found[2][3:] == ["0.500", "0/1", "-", "0"]  # one seed has no range

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 import models
 import probes
-from probes import ablation, lens, patching
-from probes.cells import cells
+from models.errors import UserError
+from probes import ablation, patching
+from probes.cells import cells, target_and_partner
 from probes.pairs import KINDS, pairs
 from synthetic import tasks
 
@@ -276,6 +279,31 @@ def test_knock_out_equals_a_torch_hook(model, replacement):
     assert table["drop"].max() > 0
 
 
+@pytest.mark.parametrize("family", ["transformer", "mamba"])
+def test_target_and_partner_together_are_all_that_differs(family):
+    """Kind "target": before the first block they are the whole difference; kind "query": none of it."""
+    model = tiny(family)
+    for kind, effect in (("target", 1), ("query", 0)):
+        made = pairs(TASK, 12, 8, kind)
+        traced = patching.trace(model, made, [target_and_partner(made)], ["residual"], layers=[0, 2])
+        table = traced.table().query("control == ''").set_index("layer")
+        assert table.loc[0, "effect"] == pytest.approx(effect, abs=1e-9)
+        assert traced.cells[0].where.sum(1).tolist() == [2] * 12
+    apart = patching.trace(model, pairs(TASK, 12, 8, "target"), cells(made), ["residual"], layers=[2])
+    alone = apart.table().query("control == '' and role in ['target', 'partner']")["effect"].sum()
+    made = pairs(TASK, 12, 8, "target")
+    joint = patching.trace(model, made, [target_and_partner(made)], ["residual"], layers=[2]).table()
+    assert abs(alone - joint["effect"].iloc[0]) > 1e-3  # effects of two patches do not add up
+
+
+def test_one_pair_has_no_unrelated_run():
+    """Rolled by one it would be its own control, with the effect of the patch itself."""
+    model, one = tiny("mamba"), pairs(TASK, 1, 8)
+    with pytest.raises(UserError, match="needs two pairs; give more, or controls=False"):
+        patching.patch(model, one, ["residual"])
+    assert (patching.patch(model, one, ["residual"], controls=False)["control"] == "").all()
+
+
 def test_refusals_are_one_line():
     model, made = tiny("mamba"), pairs(TASK, 2, 8)
     with pytest.raises(ValueError, match="unknown site 'heads'"):
@@ -294,10 +322,16 @@ def test_ratio_of_means_has_the_bootstraps_interval():
     clean = corrupted + 3 + torch.randn(400, generator=generator)
     patched = corrupted + 0.4 * (clean - corrupted) + 0.5 * torch.randn(400, generator=generator)
     value, low, high = patching.ratio_of_means(patched, clean, corrupted)
-    other = lens.effect(patched, clean, corrupted)
-    assert value == pytest.approx(other.value, rel=1e-5)
-    assert (low, high) == pytest.approx((other.low, other.high), abs=0.1 * (high - low))
-    assert patching.ratio_of_means(corrupted, corrupted, corrupted)[0] != 0  # nan: there is no gap
+    ratio = (patched - corrupted).mean() / (clean - corrupted).mean()
+    assert value == pytest.approx(ratio.item(), rel=1e-5)
+    draws = stats.bootstrap(
+        tuple(t.numpy() for t in (patched, clean, corrupted)),
+        lambda p, g, c, axis=-1: (p - c).mean(axis) / (g - c).mean(axis),
+        paired=True, vectorized=True, n_resamples=4000, method="percentile",
+        random_state=np.random.default_rng(0),
+    ).confidence_interval  # fmt: skip
+    assert (low, high) == pytest.approx((draws.low, draws.high), abs=0.1 * (high - low))
+    assert np.isnan(patching.ratio_of_means(corrupted, corrupted, corrupted)).all()  # there is no gap
     some = patched.clone()
     some[100:] = torch.nan
     assert patching.ratio_of_means(some, clean, corrupted) == pytest.approx(

@@ -12,19 +12,11 @@ from tiny_runs import tiny_run
 
 import models
 from probes import run as cli
+from probes.linear import split
 from probes.suite import PROBES, NotApplicable, Options, linear, updates
 from probes.suite.common import coarse
 from synthetic import tasks
 
-SHARED = ["family", "weights", "layer", "part", "quantity", "value", "low", "high", "n"]
-OWN = {
-    "updates": ["role", "offset", "position", "token"],
-    "retention": ["role", "distance", "query", "key"],
-    "linear": ["site", "lag", "chance", "shuffled", "control", "selectivity"],
-    "patch": ["site", "head", "role", "start", "stop", "control", "gap"],
-    "attention": ["head", "baseline", "query", "key", "target"],
-    "lens": ["chance"],
-}
 SSM_ONLY = ("updates", "retention")
 
 
@@ -48,7 +40,7 @@ def test_every_probe_leaves_tables_figures_and_a_summary(probed):
         tables = [pd.read_parquet(probed / f"{name}.{family}.parquet") for family in families]
         assert len(pd.read_csv(probed / f"{name}.csv")) == sum(map(len, tables))
         for table in tables:
-            assert not [c for c in (*SHARED, *OWN[name]) if c not in table]
+            assert not [c for c in (*cli.COLUMNS, *probe.columns) if c not in table]
             assert set(table["weights"]) == ({"trained", "untrained"} if probe.untrained else {"trained"})
             bounded = table[table["low"].notna() & np.isfinite(table["value"])]
             assert len(bounded)
@@ -173,7 +165,8 @@ def test_another_task_works_or_says_why_not(tmp_path, capsys):
     ("more", "words"),
     [
         (["--probe", "lense"], "--probe lense is unknown; use updates"),
-        (["--examples", "1"], "--examples 1: intervals need at least 2 sequences"),
+        (["--examples", "1"], "--examples 1 must lie in 2 .. 100,000: intervals need two sequences"),
+        (["--examples", str(10**20)], f"--examples {10**20} must lie in 2 .. 100,000"),
         (["--seed", "-1"], "--seed -1 must lie in"),
     ],
 )
@@ -193,6 +186,51 @@ def test_bad_folders(position, tmp_path, capsys):
     blocked.write_text("")
     assert cli.main([str(position), "--probe", "lens", "--out", str(blocked / "x")]) == 2
     assert capsys.readouterr().err.startswith(f"error: --out {blocked}")
+
+
+def test_states_of_every_size_are_probed_alike():
+    """As many sequences and features whatever the state's size, and four sequences for each feature."""
+    task = tasks.build("position", seq_len=8)
+    found = {}
+    for d_state in (8, 32):
+        model = models.build("mamba-tiny", vocab_size=task.vocab_size, n_layer=1, d_state=d_state).eval()
+        table = linear.measure(model, task, Options(examples=60))
+        row = table[(table["part"] == "capacity") & (table["site"] == "state")].iloc[0]
+        found[d_state] = row["n"], row["features"]
+        assert row["numbers"] == 256 * d_state
+        residual = table[(table["part"] == "capacity") & (table["site"] == "residual")]
+        assert set(residual["features"]) == set(residual["numbers"]) == {128}  # small enough as it is
+        assert "control" not in table and "selectivity" not in table
+    assert set(found.values()) == {(36, 512)}
+    usual = len(split(linear.EXAMPLES, 0).train)
+    assert usual >= linear.ENOUGH * linear.WIDTH
+
+
+def test_a_capacity_says_what_half_of_the_sequences_give():
+    """Eight places of four symbols, one-hot in noise: enough sequences saturate the probe, few do not."""
+    task = tasks.build("position", seq_len=8, num_symbols=8)
+    plan = linear.Plan.of(task)
+
+    def capacity(n):
+        generator = torch.Generator().manual_seed(0)
+        labels = torch.stack([torch.randperm(8, generator=generator) for _ in range(n)])
+        hot = torch.nn.functional.one_hot(labels, 8).float().flatten(1)
+        x = hot @ torch.randn(64, 200, generator=generator) + 2 * torch.randn(n, 200, generator=generator)
+        table = linear._probed(x, labels, labels[:, :1], plan, 8, 0, 200)
+        return table[table["part"] == "capacity"].iloc[0]
+
+    few, many = capacity(150), capacity(3000)
+    assert few["half"] < few["value"] - 1 and many["value"] > 7.5
+    assert many["value"] - many["half"] < 0.2
+    assert (few["n"], many["n"]) == (90, 1800)
+
+
+def test_the_summary_warns_of_too_few_sequences(probed):
+    words = "fewer than 4 sequences for each feature"
+    assert words in (probed / "summary.md").read_text()  # 14 sequences train
+    table = pd.read_parquet(probed / "linear.mamba.parquet").assign(n=5000)
+    text = linear.summary(table)
+    assert words not in text and "| 5000 | 512 | 4096 |" in text
 
 
 def test_too_few_sequences_for_a_split():

@@ -14,7 +14,6 @@ import pandas as pd
 import pytest
 import torch
 import tyro
-from scipy import stats
 
 import analysis
 import models
@@ -216,11 +215,3 @@ def test_learnability_tables_are_the_results(name, jobs):
     assert sorted(found) == sorted(planned)
     assert set(results.variant) <= set(VARIANTS) and set(results.diet) <= set(DIETS)
     assert results.steps.max() <= BASE.steps
-
-
-def test_interval_over_seeds():
-    """Against the t-interval of scipy's one-sample test."""
-    values = pd.Series([0.5, 0.6, 0.55])
-    want = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    assert report.interval(values) == pytest.approx((0.55, want.low, want.high))
-    assert report.interval(pd.Series([0.1, 0.9]))[1:] == (0.0, 1.0)

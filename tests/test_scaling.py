@@ -60,7 +60,9 @@ def test_examples_to_threshold():
         run("never", [0.1, 0.2, 0.3], final=0.31),
         run("unfinished", [0.1, 0.2]),
         run("unfinished but reached", [0.1, 0.97]),
-        run("lucky final", [0.1, 0.2], final=0.96),  # only evaluations during training count
+        run("lucky final", [0.1, 0.2], final=0.96),  # only evaluations during training say when
+        run("lucky once", [0.1, 0.97, 0.94], final=0.93),  # the final evaluation does not agree
+        run("fell back", [0.1, 0.97, 0.2]),
     )
     rows = examples_to_threshold(evaluations).set_index("run")
     expected = {
@@ -70,6 +72,8 @@ def test_examples_to_threshold():
         "unfinished": (2000, 2000, False, False, 0.2),
         "unfinished but reached": (1000, 2000, True, False, 0.97),
         "lucky final": (2000, 2000, False, True, 0.96),
+        "lucky once": (3000, 3000, False, True, 0.93),
+        "fell back": (3000, 3000, False, False, 0.2),
     }
     assert len(rows) == len(expected)
     for name, values in expected.items():
@@ -105,10 +109,13 @@ def test_reachable_length():
             run("stuck", [0.1, 0.1, 0.1], train=curriculum),
             run("there", [0.1, 0.1, 0.97], train=curriculum),
             run("nothing", [0.1, 0.1], final=1.0),
+            run("lucky", [0.1, 0.1, 0.97], final=0.93, train=[(8, 1.0), (32, 0.5), (64, 0.97)]),
+            run("passed in training", [0.1, 0.9], final=0.9, longest_length=64, train=[(16, 0.9), (64, 0.9)]),
         )
     ).set_index("run")
-    assert rows["value"].to_dict() == {"stuck": 16, "there": 64, "nothing": 0}
-    assert rows["at_goal"].to_dict() == {"stuck": False, "there": True, "nothing": False}
+    expected = {"stuck": 16, "there": 64, "nothing": 0, "lucky": 32, "passed in training": 16}
+    assert rows["value"].to_dict() == expected
+    assert rows.index[rows["at_goal"]].tolist() == ["there"]
 
 
 def test_lengths_beyond_training_do_not_count_as_reachable():
@@ -122,7 +129,7 @@ def test_lengths_beyond_training_do_not_count_as_reachable():
 
 def test_summarise():
     evaluations = table(
-        run("m0", [0.1, 1.0], final=0.9, seed=0),
+        run("m0", [0.1, 1.0], final=0.95, seed=0),
         run("m1", [0.1, 0.2, 1.0], final=1.0, seed=1),
         run("m2", [0.1, 0.2, 0.3], final=0.2, seed=2),
         run("t0", [0.1], model="transformer", position="learned", d_state=np.nan, seed=0),
@@ -131,12 +138,16 @@ def test_summarise():
     mamba, transformer = (cells[cells["model"] == m].iloc[0] for m in ("mamba", "transformer"))
     assert len(cells) == 2  # missing position and missing d_state are groups
     assert (mamba["seeds"], mamba["runs"], mamba["finished"], mamba["reached"]) == (3, 3, 3, 2)
-    interval = stats.ttest_1samp([0.9, 1.0, 0.2], 0).confidence_interval(0.95)
-    assert mamba["accuracy"] == pytest.approx(0.7)
-    assert (mamba["accuracy_low"], mamba["accuracy_high"]) == (max(0, interval.low), 1)
+    assert mamba["accuracy"] == pytest.approx((0.95 + 1 + 0.2) / 3)
+    assert (mamba["accuracy_min"], mamba["accuracy_max"]) == (0.2, 1.0)
+    share = stats.beta.ppf([0.025, 0.975], [2, 3], [2, 1])  # Clopper and Pearson in closed form
+    assert (mamba["reached_low"], mamba["reached_high"]) == pytest.approx(tuple(share))
     assert mamba["examples"] == 3000 and mamba["examples_low"] == 2000 and mamba["examples_high"] == np.inf
     assert mamba["reachable_length"] == pytest.approx(128 / 3) and mamba["chance"] == 1 / 64
-    assert transformer["examples"] == np.inf and np.isnan(transformer["accuracy_low"])
+    assert (
+        transformer["examples"] == np.inf
+        and transformer["accuracy_min"] == transformer["accuracy_max"] == 0.1
+    )
     assert transformer["finished"] == 0 and transformer["reached"] == 0
 
 
@@ -256,6 +267,18 @@ def test_fit_power_laws():
     assert laws["model"].tolist() == ["mamba", "transformer"] and laws["n"].tolist() == [20, 20]
     expected = fit_power_law(LENGTHS, value, reached)
     assert laws["exponent"].tolist() == pytest.approx([expected.exponent] * 2)
+    assert laws["lower_exponent"].isna().all()
+
+
+def test_costs_are_known_to_an_evaluation_only():
+    """Lower ends that are a factor of 3 sqrt(length) below: the least-squares slope falls by exactly 0.5."""
+    value, reached = simulate(np.random.default_rng(0))
+    one = pd.DataFrame(dict(seq_len=LENGTHS, value=value, reached=reached, model="mamba"))
+    law = fit_power_laws(one.assign(lower=value / (3 * np.sqrt(LENGTHS))), by=["model"]).iloc[0]
+    for end in ("", "_low", "_high"):
+        assert law[f"lower_exponent{end}"] == pytest.approx(law[f"exponent{end}"] - 0.5, abs=1e-6)
+    first = fit_power_laws(one.assign(lower=np.where(LENGTHS == 32, 0, value)), by=["model"]).iloc[0]
+    assert np.isnan(first["lower_exponent"])  # reached at the first evaluation: no lower end
 
 
 # --- positions ---

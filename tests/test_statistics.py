@@ -22,7 +22,7 @@ from analysis.statistics import (
     paired_sign_test,
     paired_test,
     require,
-    restricted_mean,
+    share_interval,
     sign_flip_p,
 )
 
@@ -59,8 +59,6 @@ def test_without_censoring_it_is_the_empirical_distribution(value):
     share = [np.mean(np.array(value) > t) for t in curve["time"]]
     np.testing.assert_allclose(curve["survival"], share, atol=1e-12)
     assert median_time(value, reached) == sorted(value)[(len(value) - 1) // 2]
-    horizon = max(value) + 1
-    assert restricted_mean(value, reached, horizon) == pytest.approx(np.mean(value), abs=1e-9, rel=1e-9)
 
 
 @settings(deadline=None)
@@ -77,16 +75,6 @@ def test_rounding_does_not_move_the_median():
     assert median_time(range(1, 25), [True] * 11 + [False] * 13) == np.inf
 
 
-def test_restricted_mean_closed_form():
-    # S = 1 up to 2, then 2/3; the run censored at 4 leaves one at risk, which ends at 6
-    assert restricted_mean([2, 4, 6], [True, False, True], 6) == pytest.approx(2 + 4 * 2 / 3)
-    assert restricted_mean([2, 4, 6], [True, False, True], 3) == pytest.approx(2 + 2 / 3)
-    assert restricted_mean([2, 4, 6], [True, False, True], 60) == pytest.approx(2 + 4 * 2 / 3)
-    assert restricted_mean([5, 5], [False, False], 5) == 5
-    with pytest.raises(ValueError, match="use at most the longest, 5"):
-        restricted_mean([5, 5], [False, False], 6)
-
-
 # --- intervals ---
 
 
@@ -98,6 +86,35 @@ def test_mean_interval_is_students():
     assert high > 1 and mean_interval(values, bounds=(0, 1))[2] == 1
     one = mean_interval([0.3])
     assert one[0] == 0.3 and np.isnan(one[1:]).all()
+
+
+@pytest.mark.parametrize("n", [1, 3, 5, 8])
+def test_share_interval_covers_whatever_the_share(n):
+    """Exactly, by adding up the binomial probabilities of the counts whose interval holds the share."""
+    bounds = [share_interval(k, n) for k in range(n + 1)]
+    for p in np.linspace(0, 1, 201):
+        counts = stats.binom.pmf(np.arange(n + 1), n, p)
+        covered = sum(q for q, (low, high) in zip(counts, bounds, strict=True) if low <= p <= high)
+        assert covered >= 0.95 - 1e-12
+    for k, (low, high) in enumerate(bounds):  # not wider than that takes: each end has a tail of 2.5 %
+        assert low == 0 if k == 0 else stats.binom.sf(k - 1, n, low) == pytest.approx(0.025)
+        assert high == 1 if k == n else stats.binom.cdf(k, n, high) == pytest.approx(0.025)
+    assert share_interval(3, 3)[0] == pytest.approx(0.025 ** (1 / 3))  # three equal seeds have a width
+
+
+@pytest.mark.parametrize("learned", [0.9, 0.7, 0.5])
+def test_students_interval_of_three_seeds_that_learn_or_do_not_is_too_narrow(learned):
+    """Why tables show seeds and `share_interval`: accuracies near 1 or at 0.3, 95 % in name only."""
+    rng, found = np.random.default_rng(0), {"student": 0, "share": 0}
+    for _ in range(1000):
+        good = rng.random(3) < learned
+        accuracy = np.where(good, 1.0, 0.3) - 0.01 * rng.random(3)
+        _, low, high = mean_interval(accuracy, bounds=(0, 1))
+        found["student"] += low <= 0.3 + 0.7 * learned - 0.005 <= high
+        low, high = share_interval(int(good.sum()), 3)
+        found["share"] += low <= learned <= high
+    assert found["share"] >= 950 - 3 * (1000 * 0.95 * 0.05) ** 0.5
+    assert found["student"] < 800
 
 
 @pytest.mark.parametrize("n, method", [(5, "percentile"), (40, "BCa")])
@@ -245,7 +262,8 @@ def test_holm_lies_between_no_correction_and_bonferronis(p):
         (lambda: kaplan_meier([1, 2], [True]), "one truth value for each of the 2"),
         (lambda: kaplan_meier([-1], [True]), "smallest is -1"),
         (lambda: median_time([np.nan], [True]), "must be finite"),
-        (lambda: restricted_mean([1], [True], 0), "horizon 0"),
+        (lambda: share_interval(4, 3), "4 of 3 is no share"),
+        (lambda: share_interval(0, 0), "0 of 0 is no share"),
         (lambda: bootstrap([1, np.nan]), "must be finite"),
         (lambda: mean_interval([1, 2], confidence=95), "confidence 95"),
         (lambda: paired_test(pairs_of([1.0]), "a", "z", on=["seed"]), "no rows with model z; choose from"),

@@ -20,6 +20,8 @@ from synthetic.config import RunConfig
 from synthetic.store import Row
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+METRICS = ("model", "step", "tokens", "length", "train_length", "accuracy", "ci_low", "ci_high", "loss")
+POSITIONS = ("model", "position", "correct", "count", "chance")
 UNASKED = ("plan", "threads")  # options that a command to resume a run can do without
 
 
@@ -81,12 +83,7 @@ class Run:
 def _probe(folder: Path, name: str, families: tuple[str, ...]) -> pd.DataFrame | None:
     from probes.run import tables
 
-    try:
-        return tables(folder, name, families)
-    except (ValueError, OSError) as error:  # pyarrow's errors are of both kinds
-        raise UserError(
-            f"{folder}/{name}.*.parquet cannot be read ({error}); delete it, probe again"
-        ) from error
+    return tables(folder, name, families)
 
 
 def read_all(folders: Sequence[Path]) -> list[Run]:
@@ -118,15 +115,25 @@ def read(folder: Path, letter: str = "") -> Run:
             letter=letter,
             plans={family: plans[family] for family in FAMILIES if family in plans},
             asked=saved["run"],
-            environment=store.read_json(environment) if environment.exists() else {},
-            metrics=_rows(folder / "metrics.jsonl"),
-            positions=_rows(folder / "by_position.jsonl"),
+            environment=_last_session(store.read_json(environment)) if environment.exists() else {},
+            metrics=_rows(folder / "metrics.jsonl", METRICS),
+            positions=_rows(folder / "by_position.jsonl", POSITIONS),
             results=results,
         )
-    except (KeyError, TypeError, ValueError, OSError) as error:
+    except (KeyError, TypeError, ValueError, IndexError) as error:
         raise UserError(f"RUNS {folder} is damaged ({error!r}); give another, or train it again") from error
 
 
-def _rows(path: Path) -> pd.DataFrame:
+def _last_session(environment: Row) -> Row:
+    """Of what environment.json holds: a list of sessions, or that of the only one."""
+    return dict(environment.get("sessions", [environment])[-1])
+
+
+def _rows(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """Rows of a JSON Lines file; empty without the file. Raises ValueError for rows without these columns."""
     rows: list[Any] = store.read_rows(path)
+    for number, row in enumerate(rows, start=1):
+        missing = [name for name in columns if not isinstance(row, dict) or name not in row]
+        if missing:
+            raise ValueError(f"line {number} of {path.name} lacks {', '.join(missing)}")
     return pd.DataFrame(rows)

@@ -212,4 +212,16 @@ def summary(table: pd.DataFrame) -> str:
     return words + markdown([*keys, "score", "uniform", "untrained"], rows)
 
 
-PROBE = Probe("Which heads retrieve?", measure, {"": draw_scores, "_maps": draw_maps}, summary)
+PROBE = Probe(
+    "Which heads retrieve?",
+    measure,
+    {"": draw_scores, "_maps": draw_maps},
+    summary,
+    columns=(
+        "head",
+        "baseline",
+        "query",
+        "key",
+        "target",
+    ),
+)

@@ -59,7 +59,8 @@ class Probe:
     """measure: (model, task, options) -> table; figures: name suffix -> table -> figure; summary: Markdown.
 
     title: what is asked, for the summary. version: raised whenever the same options would give other numbers.
-    untrained: whether the same measurement of untrained weights is its control.
+    untrained: whether the same measurement of untrained weights is its control. columns: of its table, beside
+    those that all have.
     measure raises `NotApplicable`; figures and summary take the tables of all families in one.
     """
 
@@ -69,6 +70,7 @@ class Probe:
     summary: Callable[[pd.DataFrame], str]
     version: int = 1
     untrained: bool = True
+    columns: tuple[str, ...] = ()
 
 
 # --- sequences ----------------------------------------------------------------------------------------------

@@ -101,4 +101,4 @@ def summary(table: pd.DataFrame) -> str:
     return words + beside(table, ["family", "quantity", "layer"])
 
 
-PROBE = Probe("After which layer can the answer be read?", measure, {"": draw}, summary)
+PROBE = Probe("After which layer can the answer be read?", measure, {"": draw}, summary, columns=("chance",))

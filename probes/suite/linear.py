@@ -1,9 +1,14 @@
 """Linear probes at the answer: which context tokens, and the answer itself, can be read off linearly?
 
 Read at the position where the answer is due: the residual stream after every block, and the state h_t of
-every SSM layer (d_inner * d_state numbers, none left out). Parts of the table: "token" (accuracy by lag, the
-number of context symbols since), "answer" (which of equal parts of the context holds the target) and
-"capacity" (expected number of tokens that can be recovered, from the accuracies at all lags).
+every SSM layer (d_inner * d_state numbers). Parts of the table: "token" (accuracy by lag, the number of
+context symbols since), "answer" (which of equal parts of the context holds the target) and "capacity"
+(expected number of tokens that can be recovered, from the accuracies at all lags).
+
+A probe with more features than sequences measures its sequences. So more than WIDTH numbers are first
+projected at random to WIDTH, which makes states of different size comparable, and there are at least four
+training sequences for each feature wherever that is affordable. Even so a capacity is a lower bound that
+grows with the sequences: the column `half` has what half of them give.
 
 There are as many symbols as places, far too many classes for a probe. Where there are more than 64, each
 probed place gets one of a few symbols of its own in every sequence (they change places with what was there,
@@ -23,7 +28,7 @@ from torch import Tensor
 
 from analysis.style import NAMES, family_colors, legend, panels
 from models.common import LanguageModel
-from probes.linear import capacity, controlled
+from probes.linear import capacity, controlled, project, split
 from probes.suite.common import (
     WEIGHTS,
     NotApplicable,
@@ -46,6 +51,11 @@ from synthetic.tasks.sampling import IntArray
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+WIDTH = 512  # features of a probe at most
+EXAMPLES = 4096  # sequences, of which 60 % train: more than 4 * WIDTH
+FEWER = 1024  # of them at great lengths
+TOKENS = 2**20  # of all sequences, above which there are fewer
+ENOUGH = 4  # training sequences for each feature
 FEW = 64  # symbols up to which all of them are classes
 POOL = 16  # symbols of a probed place, and parts of the context, otherwise
 ENDS = 10  # places probed from each end of a long context
@@ -109,18 +119,23 @@ def _contexts(task: Task, plan: Plan, rows: int, seed: int, index: int) -> tuple
 
 
 def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
-    """Rows by site and layer, with shuffled, control and selectivity beside the accuracy, and chance."""
+    """Rows by site and layer, with the accuracy of shuffled labels and chance beside each.
+
+    Capacity rows have n, the training sequences; features, of the probe; numbers, of the site before the
+    projection; half, the same with half of the sequences (nan where those are too few).
+    """
     require_roles(task, "linear")
     task, plan = single_query(task), Plan.of(task)
     if plan.classes < 2:
         raise NotApplicable(f"{task.vocabulary.num_symbols} symbols are too few for {len(plan.lags)} places")
-    examples = options.examples or 1024
+    examples = options.examples or max(FEWER, min(EXAMPLES, TOKENS // task.seq_len))
     if examples < LEAST:
         raise NotApplicable(f"{examples} sequences cannot be split in three; give --examples {LEAST} or more")
     blocks: list[Any] = list(model.parts()[1])
     sites = [(site, i) for site in SITES for i in layers_with(model, SITES[site].partition(".{}.")[2])]
     features: dict[tuple[str, int], list[Tensor]] = {site: [] for site in sites}
-    labels, parts, types = [], [], []
+    maps: dict[int, Tensor | None] = {}  # a state of 16,384 numbers is projected batch by batch
+    labels, parts = [], []
     rows = rows_within(task, 4 * 16 * model.config.d_model)
     for index, start in enumerate(range(0, examples, rows)):
         batch, context = _contexts(task, plan, min(rows, examples - start), options.seed, index)
@@ -128,34 +143,39 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
         ids = batch.input_ids[:, : at + 1]
         cache = recorded(model, ids, [SITES[site].format(i) for site, i in sites], positions=[at])
         for site, i in sites:
-            features[site, i].append(cache[SITES[site].format(i)].flatten(1))
+            x = cache[SITES[site].format(i)].flatten(1)
+            numbers = x.shape[1]
+            to = maps.setdefault(numbers, project(numbers, WIDTH, options.seed))
+            features[site, i].append(x if to is None else x.float() @ to)
         labels.append(plan.labels(torch.from_numpy(context)))
         parts.append(batch.target_index[:, 0] * min(POOL, task.seq_len) // task.seq_len)
-        types.append(ids[:, -1])
         options.progress(0.7 * (start + len(ids)) / examples)
-    gold = (torch.cat(labels), torch.cat(parts)[:, None], torch.cat(types))
+    gold = torch.cat(labels), torch.cat(parts)[:, None]
     tables = []
     for k, (site, i) in enumerate(sites):
-        size = blocks[i].mixer.config.d_inner * blocks[i].mixer.config.d_state if site == "state" else 0
+        config = blocks[i].mixer.config if site == "state" else None
+        numbers = config.d_inner * config.d_state if config else model.config.d_model
         x = torch.cat(features.pop((site, i)))
-        tables.append(
-            _probed(x, *gold, plan, min(POOL, task.seq_len), options.seed, size).assign(site=site, layer=i)
-        )
+        made = _probed(x, *gold, plan, min(POOL, task.seq_len), options.seed, numbers)
+        tables.append(made.assign(site=site, layer=i))
         options.progress(0.7 + 0.3 * (k + 1) / len(sites))
     return pd.concat(tables, ignore_index=True)
 
 
 def _probed(
-    x: Tensor, labels: Tensor, parts: Tensor, types: Tensor, plan: Plan, spans: int, seed: int, size: int
+    x: Tensor, labels: Tensor, parts: Tensor, plan: Plan, spans: int, seed: int, numbers: int
 ) -> pd.DataFrame:
-    """Accuracies of one site and layer, and the capacity that they come to; x: (n, F)."""
-    tokens = controlled(x, labels, plan.classes, types, seed)
+    """Accuracies of one site and layer, and the capacity that they come to; x: (n, F) of so many numbers."""
+    tokens = controlled(x, labels, plan.classes, seed)
     tokens = tokens.assign(part="token", quantity="accuracy", lag=plan.lags, chance=1 / plan.classes)
-    answer = controlled(x, parts, spans, types, seed)
+    answer = controlled(x, parts, spans, seed)
     answer = answer.assign(part="answer", quantity="accuracy", chance=1 / spans)
     table = pd.concat([tokens, answer]).rename(columns=dict(accuracy="value", count="n"))
-    row = _capacity(tokens, plan, size) | dict(part="capacity", quantity="expected tokens")
-    row |= dict(n=int(plan.lags.max()) + 1, features=x.shape[1])
+    row: dict[str, Any] = _capacity(tokens, plan, numbers) | dict(part="capacity", quantity="expected tokens")
+    few, half = len(x) // 2, float("nan")
+    if few >= LEAST:
+        half = _capacity(controlled(x[:few], labels[:few], plan.classes, seed), plan, numbers)["value"]
+    row |= dict(n=len(split(len(x), seed).train), features=x.shape[1], numbers=numbers, half=half)
     return pd.concat([table.drop(columns="penalty"), pd.DataFrame([row])], ignore_index=True)
 
 
@@ -176,7 +196,7 @@ def _capacity(tokens: pd.DataFrame, plan: Plan, size: int) -> dict[str, float]:
             least = mixed if name == "shuffled" else tokens["low"].to_numpy()
             column = np.where(least > chance, column, chance)
         each = np.interp(lags, plan.lags, column)
-        found[name] = float(capacity({len(each): each}, chance, max(1, size)).table["expected"].iloc[0])
+        found[name] = float(capacity({len(each): each}, chance, size).table["expected"].iloc[0])
     return found
 
 
@@ -300,27 +320,39 @@ def draw_answer(table: pd.DataFrame) -> Figure:
 def summary(table: pd.DataFrame) -> str:
     words = (
         "Ridge probes of what stands where the answer is due, on held-out sequences, with accuracies of a "
-        "test part (Wilson 95 % intervals). Shuffled: the same labels dealt out at random; selectivity: "
-        "accuracy minus that of a control task (Hewitt & Liang 2019) of random labels for the last token; "
-        "untrained: weights as initialised. Capacity: sum over lags of (accuracy - chance) / (1 - chance), "
+        "test part (Wilson 95 % intervals). Controls: untrained, weights as initialised; shuffled, the same "
+        "labels dealt out at random. Capacity: sum over lags of (accuracy - chance) / (1 - chance), "
         "interpolated between the lags probed, where only those above chance count; its bounds are those of "
-        "all accuracies at once, so wider than 95 %.\n\n"
+        f"all accuracies at once, so wider than 95 %. More than {WIDTH} numbers are projected at random to "
+        f"{WIDTH} features. A capacity is a lower bound that grows with the sequences that train the probe: "
+        "compare capacities with the same n and features, and see how far half of the sequences gets.\n\n"
     )
     text = [words, "Which part of the context holds the target:\n\n"]
     keys = ["family", "site", "layer"]
+    capacities = table[table["part"] == "capacity"]
     for part, name in (("answer", "accuracy"), ("capacity", "expected symbols recovered")):
         mine = table[table["part"] == part]
         untrained = mine[mine["weights"] == "untrained"].set_index(keys)["value"]
         rows = []
         for row in mine[mine["weights"] == "trained"].sort_values(keys).to_dict("records"):
             key = tuple(row[k] for k in keys)
-            more = [f"{row['selectivity']:.2f}", f"{row['chance']:.3g}"] if part == "answer" else []
+            more = [f"{row['chance']:.3g}"] if part == "answer" else _sample(row)
             rows.append([*key, interval(row), f"{untrained[key]:.3g}", f"{row['shuffled']:.3g}", *more])
-        more = ["selectivity", "chance"] if part == "answer" else []
+        more = ["chance"] if part == "answer" else ["half of n", "n", "features", "of numbers"]
         text.append(markdown([*keys, name, "untrained", "shuffled", *more], rows))
         if part == "answer":
             text.append("\nHow many context symbols can be read off:\n\n")
+    if (capacities["n"] < ENOUGH * capacities["features"]).any():
+        text.append(
+            f"\nSome probes have fewer than {ENOUGH} sequences for each feature: their capacities say more "
+            "of the number of sequences than of the state. Give more --examples.\n"
+        )
     return "".join(text)
+
+
+def _sample(row: dict[Any, Any]) -> list[str]:
+    """What a capacity rests on: with half the sequences, sequences, features, numbers before projection."""
+    return [f"{row['half']:.3g}", *(f"{row[name]:.0f}" for name in ("n", "features", "numbers"))]
 
 
 PROBE = Probe(
@@ -328,5 +360,14 @@ PROBE = Probe(
     measure,
     {"": draw, "_answer": draw_answer},
     summary,
-    version=3,
+    version=4,
+    columns=(
+        "site",
+        "lag",
+        "chance",
+        "shuffled",
+        "features",
+        "numbers",
+        "half",
+    ),
 )

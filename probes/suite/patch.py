@@ -3,6 +3,7 @@
 Part of the table is the kind of corruption: "query" (another symbol is asked for) or "target" (the queried
 symbol has changed places). quantity is "effect", the share of the logit difference that a patch restores; the
 other columns are those of `probes.patching.patch`, with its controls: self (0), everything (1) and unrelated.
+The role target+partner is one patch of both symbols: effects of two patches do not add up.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import pandas as pd
 
 from analysis.style import NAMES, panels
 from models.common import LanguageModel
+from probes.cells import cells, target_and_partner
 from probes.pairs import KINDS, pairs
-from probes.patching import patch
+from probes.patching import trace
 from probes.suite.common import Options, Probe, families, interval, markdown, require_roles
 from synthetic.tasks import Task
 
@@ -41,9 +43,8 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
             options.progress((k + done / count) / len(KINDS))
 
         made = pairs(task, examples, task.seq_len, kind, options.seed)
-        cells = SHORT if made.answer_at < SHORT else CELLS
-        table = patch(model, made, max_positions=cells, progress=share)
-        tables.append(table.assign(part=kind))
+        what = [*cells(made, SHORT if made.answer_at < SHORT else CELLS), target_and_partner(made)]
+        tables.append(trace(model, made, what, SITES, progress=share).table().assign(part=kind))
     joined = pd.concat(tables, ignore_index=True)
     joined = joined.rename(columns=dict(low="start", high="stop"))
     joined = joined.rename(columns=dict(effect="value", effect_low="low", effect_high="high"))
@@ -53,7 +54,10 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
 def _column(row: Any) -> tuple[int, int, str]:
     """Sort key and label of a cell: named roles in the order of a sequence, then windows of distractors."""
     if row["role"] != "distractor":
-        order = ("bos", "task", "target", "partner", "separator", "query_marker", "query", "last", "answer")
+        order = (
+            "bos", "task", "target", "partner", "target+partner", "separator", "query_marker", "query",
+            "last", "answer",
+        )  # fmt: skip
         place = order.index(row["role"]) if row["role"] in order else len(order)
         return 0, place, "marker" if row["role"] == "query_marker" else str(row["role"])
     start, stop = int(row["start"]), int(row["stop"])
@@ -174,5 +178,15 @@ PROBE = Probe(
     measure,
     {f"_{kind}": partial(draw, kind=kind) for kind in KINDS},
     summary,
+    version=2,
     untrained=False,
+    columns=(
+        "site",
+        "head",
+        "role",
+        "start",
+        "stop",
+        "control",
+        "gap",
+    ),
 )

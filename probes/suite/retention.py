@@ -236,7 +236,9 @@ def summary(table: pd.DataFrame) -> str:
     errors = table[table["part"] == "reconstruction"].sort_values(["family", "layer"])
     words = (
         "What is left of a token at the answer's position, exactly, from the linear recurrence: of what it "
-        "wrote (kept), and relative to the state (share). Target over distractors at the same place, "
+        "wrote (kept), and relative to the state (share). Exact of the write at the token's own place: the "
+        "convolution writes a symbol at the next places too, and these are not counted. Target over "
+        "distractors at the same place, "
         "geometric mean over sequences with 95 % interval; 1 says that the target is kept no better.\n\n"
     )
     found = markdown(
@@ -257,4 +259,10 @@ PROBE = Probe(
     {"": draw_curves, "_maps": draw_maps},
     summary,
     version=2,
+    columns=(
+        "role",
+        "distance",
+        "query",
+        "key",
+    ),
 )

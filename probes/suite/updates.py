@@ -291,4 +291,10 @@ PROBE = Probe(
     {"": draw_roles, "_aligned": draw_aligned},
     summary,
     version=3,
+    columns=(
+        "role",
+        "offset",
+        "position",
+        "token",
+    ),
 )

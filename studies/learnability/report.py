@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
-from scipy import stats
 
-from analysis.tables import fill
+from analysis.tables import by_seed, fill
 
 HERE = Path(__file__).parent
 DOCUMENT = HERE.parents[1] / "docs" / "learnability.md"
@@ -16,12 +15,11 @@ DOCUMENT = HERE.parents[1] / "docs" / "learnability.md"
 def grid_table(results: pd.DataFrame) -> str:
     """Markdown, a line per variant and diet: the longest length that each seed learned and where it ended.
 
-    results: the columns of grid.csv. Accuracies are on held-out sequences with one query; at 256 the mean
-    over seeds with its 95 % t-interval, cut to [0, 1].
+    results: the columns of grid.csv. Accuracies are on held-out sequences with one query.
     """
     lines = [
         "| model | diet | longest length learned, by seed | where training ended: length (accuracy) "
-        "| accuracy at 256, mean [95 % CI] | median seconds |",
+        "| accuracy at 256, by seed | median seconds |",
         "|---|---|---|---|---|---|",
     ]
     for (variant, diet), rows in results.groupby(["variant", "diet"], sort=False):
@@ -30,21 +28,11 @@ def grid_table(results: pd.DataFrame) -> str:
         ended = ", ".join(
             f"{n} ({a:.2f})" for n, a in zip(rows.train_length, rows.accuracy_at_train_length, strict=True)
         )
-        mean, low, high = interval(rows.accuracy_at_256)
         lines.append(
-            f"| {variant} | {diet} | {learned} | {ended} | {mean:.3f} [{low:.3f}, {high:.3f}] "
+            f"| {variant} | {diet} | {learned} | {ended} | {by_seed(rows.accuracy_at_256)} "
             f"| {rows.seconds.median():.0f} |"
         )
     return "\n".join(lines)
-
-
-def interval(values: pd.Series) -> tuple[float, float, float]:
-    """Mean and 95 % t-interval over seeds of an accuracy; the interval is the whole range for one seed."""
-    mean, n = float(values.mean()), len(values)
-    if n < 2:
-        return mean, 0.0, 1.0
-    half = float(stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / n**0.5)
-    return mean, max(0.0, mean - half), min(1.0, mean + half)
 
 
 def tuning_table(results: pd.DataFrame) -> str:

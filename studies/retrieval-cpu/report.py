@@ -21,8 +21,8 @@ import analysis
 from analysis import plots, settings
 from analysis.comparisons import comparisons
 from analysis.scaling import reachable_length
-from analysis.statistics import bootstrap_median_time, mean_interval
-from analysis.tables import between, fill, markdown
+from analysis.statistics import bootstrap_median_time
+from analysis.tables import between, by_seed, fill, markdown, share
 from synthetic import results, store
 
 HERE = Path(__file__).parent
@@ -72,20 +72,20 @@ def cells(table: pd.DataFrame, usual: bool) -> str:
     groups: Any = outcomes.groupby(["variant", "setting", "seq_len"])
     for (variant, setting, length), cell in sorted(groups, key=lambda g: (order.index(g[0][0]), *g[0][1:])):
         median = bootstrap_median_time(cell["value"], cell["reached"])
-        accuracy = mean_interval(final[cell["run"]], bounds=(0, 1))
+        cell = cell.sort_values("seed")
         rows.append(
             [
                 variant,
                 setting,
                 str(length),
-                f"{cell['reached'].sum()} of {len(cell)}",
+                share(cell["reached"].sum(), len(cell)),
                 f"{number(median[0])} [{number(median[1])}, {number(median[2])}]",
-                between(*accuracy),
+                by_seed(final[cell["run"]]),
                 ", ".join(str(n) for n in longest[cell["run"]]),
             ]
         )
-    header = ["model", "setting", "length", "seeds at 0.95", "tokens to 0.95, median [range]"]
-    return markdown([*header, "final accuracy, mean [95 %]", "longest length learned, by seed"], rows)
+    header = ["model", "setting", "length", "seeds at 0.95 [95 %]", "tokens to 0.95, median [range]"]
+    return markdown([*header, "final accuracy, by seed", "longest length learned, by seed"], rows)
 
 
 def states(table: pd.DataFrame) -> str:
@@ -97,14 +97,14 @@ def states(table: pd.DataFrame) -> str:
             [
                 str(variant),
                 f"{state:g}",
-                f"{cell['reached'].sum()} of {len(cell)}",
+                share(cell["reached"].sum(), len(cell)),
                 f"{number(median[0])} [{number(median[1])}, {number(median[2])}]",
-                between(*mean_interval(cell["accuracy"], bounds=(0, 1))),
-                ", ".join(str(n) for n in cell["longest"]),
+                by_seed(cell.sort_values("seed")["accuracy"]),
+                ", ".join(str(n) for n in cell.sort_values("seed")["longest"]),
             ]
         )
-    header = ["model", "states per channel", "seeds at 0.95", "tokens to 0.95, median [range]"]
-    return markdown([*header, "final accuracy, mean [95 %]", "longest length learned, by seed"], rows)
+    header = ["model", "states per channel", "seeds at 0.95 [95 %]", "tokens to 0.95, median [range]"]
+    return markdown([*header, "final accuracy, by seed", "longest length learned, by seed"], rows)
 
 
 def exponents(table: pd.DataFrame) -> str:
@@ -115,9 +115,12 @@ def exponents(table: pd.DataFrame) -> str:
         value = between(law["exponent"], law["exponent_low"], law["exponent_high"], 2) if known else "–"
         if not known and not math.isnan(law["exponent_low"]):
             value = f"[{law['exponent_low']:.2f}, {law['exponent_high']:.2f}]"
+        below, low, high = (law[f"lower_exponent{end}"] for end in ("", "_low", "_high"))
+        lower = "–" if math.isnan(below) else between(below, low, high, 2)
         runs = f"{law['n_reached']} of {law['n']}"
-        rows.append([law["variant"], law["setting"], law["unit"], value, runs, str(law["note"])])
-    return markdown(["model", "setting", "unit", "exponent [95 %]", "runs at 0.95", "note"], rows)
+        rows.append([law["variant"], law["setting"], law["unit"], value, lower, runs, str(law["note"])])
+    head = ["model", "setting", "unit", "exponent [95 %]", "with the lower ends", "runs at 0.95", "note"]
+    return markdown(head, rows)
 
 
 def layout_tests(table: pd.DataFrame) -> str:

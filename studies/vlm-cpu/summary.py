@@ -3,8 +3,8 @@
     python studies/vlm-cpu/summary.py [RUNS]
 
 With RUNS (what `vlm.train --out` named) it first writes results.parquet, looks.csv (what `vlm.looking` finds,
-run by run) and predictions.png beside this file. The figures, and what stands between the markers
-`<!-- NAME -->` and `<!-- /NAME -->` in README.md, are made from the two tables.
+run by run) and predictions.png beside this file; floors.csv is floors.py's. The figures, and what stands
+between the markers `<!-- NAME -->` and `<!-- /NAME -->` in README.md, are made from the two tables.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import pandas as pd
 
 from analysis.statistics import mean_interval
 from analysis.style import DOUBLE, NAMES, family_colors, legend, save, theme
-from analysis.tables import between, concatenated, files, fill, markdown
+from analysis.tables import by_seed, concatenated, files, fill, markdown
 from analysis.vlm_plots import main_rows
 from vlm.prompts import LAYOUTS
 
 HERE = Path(__file__).parent
-RESULTS, LOOKS = HERE / "results.parquet", HERE / "looks.csv"
+RESULTS, LOOKS, FLOORS = HERE / "results.parquet", HERE / "looks.csv", HERE / "floors.csv"
 EXAMPLES = 200  # held-out grounding questions that vlm.looking asks each run
 FAMILIES = ("transformer", "mamba")
 WORDS = {"attention": "read", "write": "written", "kept": "kept", "share": "part of the state"}
@@ -148,16 +148,18 @@ def filled(text: str) -> str:
             "layouts": layouts(results),
             "sizes": sizes(results),
             "captions": captions(results),
+            "agreement": agreement(results),
+            "floors": floors(results),
             "looks": looked(looks),
             "cost": cost(results),
         },
     )
 
 
-def points(values: Any, bounds: tuple[float, float] | None = None) -> str:
-    """Mean and Student's interval of shares, in points."""
-    found, low, high = (100 * value for value in mean_interval(values, bounds=bounds))
-    return between(found, low, high, 1)
+def points(values: Any) -> str:
+    """Shares of every seed in points, their mean before them."""
+    data = 100 * np.asarray(values, float)
+    return f"{data.mean():.1f} ({by_seed(data, 1)})"
 
 
 def cells(results: pd.DataFrame) -> list[tuple[str, int]]:
@@ -183,7 +185,7 @@ def tasks(results: pd.DataFrame) -> str:
     for task, part in rows.groupby("task", sort=False):
         first = part.iloc[0]
         for family in FAMILIES:
-            shares = [points(part_of(part, family, cell)["value"], (0, 1)) for cell in cells(rows)]
+            shares = [points(part_of(part, family, cell)["value"]) for cell in cells(rows)]
             blind = [_share(first["chance"]), _share(first["question_only"])]
             lines.append([str(task), NAMES[family], *blind, *shares])
     return markdown(["task", "model", "chance", "without the image", *map(named, cells(rows))], lines)
@@ -211,7 +213,7 @@ def apart(
         part_of(rows, family, cell).set_index("seed")["value"]
         for family, cell in zip(families, (first, second), strict=True)
     )
-    return (after - before).loc[sorted(before.index)].to_numpy()
+    return (after - before).loc[sorted(before.index)].round(9).to_numpy()  # equal scores differ by rounding
 
 
 def layouts(results: pd.DataFrame) -> str:
@@ -242,19 +244,58 @@ def _against(rows: pd.DataFrame, base: tuple[str, int], others: Sequence[tuple[s
 
 
 def captions(results: pd.DataFrame) -> str:
-    """CIDEr (0 .. 10) by family, layout and resolution, and Mamba - Transformer, seeds as pairs."""
+    """CIDEr by family, layout and resolution, and Mamba - Transformer, seeds as pairs."""
     rows = results[results["metric"] == "cider"]
     lines = [
-        [NAMES[family], *(mean(part_of(rows, family, cell)["value"], (0, 10)) for cell in cells(rows))]
+        [NAMES[family], *(mean(part_of(rows, family, cell)["value"]) for cell in cells(rows))]
         for family in FAMILIES
     ]
     lines.append(["Mamba − Transformer", *(mean(apart(rows, cell, cell, FAMILIES)) for cell in cells(rows))])
     return markdown(["CIDEr", *map(named, cells(rows))], lines)
 
 
-def mean(values: Any, bounds: tuple[float, float] | None = None) -> str:
-    """Mean and Student's interval."""
-    return between(*mean_interval(values, bounds=bounds), 2)
+def mean(values: Any) -> str:
+    """Mean, and every seed."""
+    return f"{np.mean(values):.2f} ({by_seed(values, 2)})"
+
+
+def floors(results: pd.DataFrame) -> str:
+    """Guesses that ignore the picture or the question, beside the models' means over all runs of a family."""
+    rows = results[results["metric"].isin(["accuracy", "iou@0.5", "cider"])]
+    lines = []
+    for floor in pd.read_csv(FLOORS).to_dict("records"):
+        part = rows[rows["task"] == floor["task"]]
+        points = floor["task"] != "caption"
+        words = [f"{100 * v:.1f}" if points else f"{v:.2f}" for v in (floor["value"], *_range(part))]
+        lines.append(
+            [floor["task"], floor["guess"], words[0], *(f"{words[i]} to {words[i + 1]}" for i in (1, 3))]
+        )
+    return markdown(["task", "guess", "gets", *(f"{NAMES[family]}, all runs" for family in FAMILIES)], lines)
+
+
+def _range(part: pd.DataFrame) -> list[float]:
+    """Lowest and highest value of each family."""
+    values = part.groupby("family")["value"]
+    return [float(end[family]) for family in FAMILIES for end in (values.min(), values.max())]
+
+
+def agreement(results: pd.DataFrame) -> str:
+    """How many differences of the tables have one sign in all seeds, and how many would by chance."""
+    shares, scores = main_rows(results), results[results["metric"] == "cider"]
+    size, higher = (f(shares["image_size"]) for f in (min, max))
+    base = (LAYOUTS[0], size)
+    pairs = [(cell, cell, FAMILIES) for cell in cells(shares)]
+    others = [*((layout, size) for layout in LAYOUTS[1:]), (LAYOUTS[0], higher)]
+    alone = [(base, cell, (family, family)) for cell in others for family in FAMILIES]
+    found = [apart(part, *pair) for _, part in shares.groupby("task") for pair in (*pairs, *alone)]
+    found += [apart(scores, *pair) for pair in pairs]
+    same = sum(bool((values > 0).all() or (values < 0).all()) for values in found)
+    seeds = len(found[0])
+    return (
+        f"{len(found)} differences are compared on this page. {same} of them have the same sign in all "
+        f"{seeds} seeds; coins would give {len(found) * 2.0 ** (1 - seeds):.0f}. Nothing is corrected for "
+        f"that, and no single difference of {seeds} pairs can have p below {2.0 ** (1 - seeds):.2f}."
+    )
 
 
 def ratio(values: Any) -> str:
@@ -299,7 +340,7 @@ def cost(results: pd.DataFrame) -> str:
 
 
 def accuracy(results: pd.DataFrame) -> Any:
-    """Right answers by task, and CIDEr of captions: seeds (dashes), their means and intervals."""
+    """Right answers by task, and CIDEr of captions: seeds (dashes) and their means."""
     import matplotlib.pyplot as plt
 
     rows, colors = main_rows(results), family_colors()
@@ -309,21 +350,20 @@ def accuracy(results: pd.DataFrame) -> Any:
     )
     looks = [(family, cell) for family in FAMILIES for cell in cells(rows)]
 
-    def marks(ax: Any, part: pd.DataFrame, place: int, bounds: tuple[float, float]) -> None:
+    def marks(ax: Any, part: pd.DataFrame, place: int) -> None:
         for k, (family, cell) in enumerate(looks):
             values = part_of(part, family, cell)["value"]
-            mean, low, high = mean_interval(values, bounds=bounds)
             x = place + (k - (len(looks) - 1) / 2) * 0.1
-            ax.plot([x, x], [low, high], color=colors[family], lw=0.8, alpha=0.4)
+            ax.plot([x, x], [values.min(), values.max()], color=colors[family], lw=0.8, alpha=0.4)
             ax.plot([x] * len(values), values, "_", color=colors[family], ms=5, mew=1.5)
-            ax.plot(x, mean, ms=4.5, **_look(cell, colors[family]))
+            ax.plot(x, values.mean(), ms=4.5, **_look(cell, colors[family]))
 
     for i, task in enumerate(names):
         part = rows[rows["task"] == task]
         blind = part[["chance", "question_only"]].max(axis=1).max()
         left.plot([i - 0.45, i + 0.45], [blind, blind], color="0.2", ls=":", lw=1.2)
-        marks(left, part, i, (0, 1))
-    marks(right, results[results["metric"] == "cider"], 0, (0, 10))
+        marks(left, part, i)
+    marks(right, results[results["metric"] == "cider"], 0)
     left.set_xticks(range(len(names)), [name.replace("grounding-c", "grounding:\nnew c") for name in names])
     left.set(ylim=(0, 1), ylabel="right answers")
     right.set_xticks([0], ["caption"])

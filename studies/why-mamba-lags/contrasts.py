@@ -7,7 +7,7 @@ RUNS is the folder of that sweep, PROBES one with the output of
 file (one row per run, weights, site, layer, quantity, role and lag), the figures (figures.py) and what stands
 between `<!-- NAME -->` and `<!-- /NAME -->` in README.md. Without arguments it starts from measured.parquet.
 
-Runs are the units: every interval is Student's 95 % over seeds.
+Runs are the units: tables show every seed; intervals of ratios and differences are Student's 95 % over three.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pandas as pd
 
 from analysis.statistics import mean_interval
 from analysis.style import NAMES
-from analysis.tables import between, fill, markdown
+from analysis.tables import by_seed, fill, markdown
 from synthetic import store
 
 HERE = Path(__file__).parent
@@ -30,6 +30,7 @@ LAYOUTS = {"suffix": "query last", "prefix": "query first"}
 WORDS = {"write": "written", "kept": "kept", "share": "part of the state"}
 RUN = ["run", "model", "position", "layout", "queries", "seq_len", "d_state", "seed", "accuracy"]
 USUAL_STATE = {"mamba": 16, "mamba2": 64}
+TOGETHER = "target+partner"  # role of a patch of both
 SITES = {"residual": "residual stream", "state": "state"}
 
 
@@ -120,9 +121,9 @@ def ratio(values: Any) -> str:
     return f"{_short(mean)} [{_short(low)}, {_short(high)}]"
 
 
-def mean(values: Any, digits: int = 2) -> str:
-    """Mean with Student's 95 % interval."""
-    return between(*mean_interval(np.asarray(values, float)), digits)
+def each(cell: pd.DataFrame, digits: int = 2) -> str:
+    """The value of every seed."""
+    return by_seed(cell.sort_values("seed")["value"], digits)
 
 
 def _short(value: float) -> str:
@@ -195,8 +196,8 @@ def tokens(table: pd.DataFrame) -> str:
                 NAMES[str(model)],
                 f"{LAYOUTS[str(layout)]}, {queries}",
                 length,
-                mean(trained["accuracy"] * length, 1) if layout == "suffix" else "–",
-                mean(trained["value"], 1),
+                by_seed(trained["accuracy"] * length, 1) if layout == "suffix" else "–",
+                each(trained, 1),
                 f"{fresh['value'].mean():.1f}",
             ]
         )
@@ -215,7 +216,7 @@ def state_sizes(table: pd.DataFrame) -> str:
         trained, fresh = (cell[cell["weights"] == w] for w in ("trained", "untrained"))
         accuracy = ", ".join(f"{a:.2f}" for a in trained.sort_values("seed")["accuracy"])
         numbers = f"{256 * int(str(d_state)):,}"
-        found = [mean(trained["value"], 1), f"{fresh['value'].mean():.1f}"]
+        found = [each(trained, 1), f"{fresh['value'].mean():.1f}"]
         rows.append([NAMES[str(model)], d_state, numbers, accuracy, *found])
     head = ["model", "d_state", "numbers per layer", "accuracy, by seed", "decodable", "decodable, untrained"]
     return markdown(head, rows)
@@ -244,25 +245,31 @@ def effects(table: pd.DataFrame) -> str:
 
 
 def where(table: pd.DataFrame) -> str:
-    """By layer: share of the logit difference restored from the context symbols and from the last token."""
+    """By layer: share of the logit difference restored from the context symbols and from the last token.
+
+    Of the two context symbols in one patch where the runs were probed so, else the sum of two patches, which
+    is another thing: effects of two patches do not add up.
+    """
     rows = []
+    joint = bool((table["role"] == TOGETHER).any())
     for name, part in settings(table):
         moved = part[(part["quantity"] == "moved") & (part["site"] == "residual")]
         for layer in sorted(moved["layer"].unique()):
             here = moved[moved["layer"] == layer]
             found = []
-            for roles in (("target", "partner"), ("last", "query")):
+            for roles in ((TOGETHER,) if joint else ("target", "partner"), ("last", "query")):
                 some = here[here["role"].isin(roles)]
-                found.append(mean(some.groupby("run", observed=True)["value"].sum()))
+                found.append(each(some.groupby("seed")["value"].sum().reset_index()))
             decoded = part[
                 (part["quantity"] == "answer decoded")
                 & (part["site"] == "residual")
                 & (part["weights"] == "trained")
                 & (part["layer"] == layer - 1)
             ]
-            found.append(mean(decoded["value"]) if len(decoded) else "–")
+            found.append(each(decoded) if len(decoded) else "–")
             rows.append([name, layer, *found])
-    head = ["setting", "after block", "context symbols (both)", "last token", "place decodable there"]
+    both = "context symbols, one patch" if joint else "context symbols, sum of two patches"
+    head = ["setting", "after block", both, "last token", "place decodable there"]
     return markdown(head, rows)
 
 

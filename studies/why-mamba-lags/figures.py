@@ -22,7 +22,10 @@ LAYOUT_LOOKS: dict[str, dict[str, Any]] = {
     "prefix": dict(linestyle="-", marker="o"),
 }
 SOURCES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {  # of the answer, by where a patch is made
-    "context symbols (target and partner)": (("target", "partner"), dict(color="0.25", marker="s")),
+    "context symbols (target's and partner's patch, summed)": (
+        ("target", "partner"),
+        dict(color="0.25", marker="s"),
+    ),
     "last token": (("last", "query"), dict(color="#d55e00", marker="o")),
 }
 

@@ -21,9 +21,9 @@ READING = (
     "last two plots ask, layer by layer, which part of the context holds the target (what the task wants), "
     "and how many symbols can be recovered in all. Three controls say what a probe could do without the "
     "model's learning: untrained weights (dotted), the same labels dealt out at random (shuffled, dashed) "
-    "and chance. A control task (Hewitt & Liang 2019: random labels for the last token, crosses) says how "
-    "much the probe can learn by heart: only what exceeds it, the selectivity on hover, is evidence of "
-    "structure."
+    "and chance; what a trained model has above all three, it has learned. How many symbols are recovered is "
+    "a lower bound that grows with the sequences that train the probe: hovering shows how many those were, "
+    "for how many features, and what half of them give."
 )
 SITES = {"residual": "residual stream", "state": "SSM state"}
 
@@ -38,7 +38,6 @@ def section(runs: Sequence[Run]) -> Section:
             Key("untrained weights", dash="dot"),
             Key("shuffled labels", dash="dash"),
             Key("chance", dash="longdashdot"),
-            Key("control task", marker="✕"),
             Key("residual stream, by layer", marker="●"),
             Key("SSM state, by layer", marker="■"),
         ]
@@ -105,17 +104,13 @@ def _lags(family: str, site: str, part: pd.DataFrame) -> Panel:
 
 
 def _more(rows: pd.DataFrame) -> dict[str, Any]:
-    names = {
-        "chance": "chance",
-        "shuffled": "shuffled",
-        "control": "control task",
-        "selectivity": "selectivity",
-    }
-    return {words: rows[name] for name, words in names.items()} | {"answers": rows["n"]}
+    return {"chance": rows["chance"], "shuffled": rows["shuffled"], "answers": rows["n"]}
 
 
-def _shuffled(rows: pd.DataFrame) -> dict[str, Any]:
-    return {"shuffled": rows["shuffled"]}
+def _sample(rows: pd.DataFrame) -> dict[str, Any]:
+    """What a capacity rests on."""
+    names = {"half": "with half of them", "n": "training sequences", "features": "features of the probe"}
+    return {"shuffled": rows["shuffled"]} | {words: rows[name] for name, words in names.items()}
 
 
 def _by_layer(part: pd.DataFrame, unit: str, chance: bool) -> Panel:
@@ -128,19 +123,9 @@ def _by_layer(part: pd.DataFrame, unit: str, chance: bool) -> Panel:
                 continue
             color, axes = color_of(family), ("layer", unit)
             name = f"{NAMES[family]}, {SITES[site]}"
-            more = _more if chance else _shuffled
+            more = _more if chance else _sample
             drawn, trained = beside_untrained(name, mine, axes, color, more, symbol=symbol)
             traces += drawn
-            if chance:
-                traces += curve(
-                    f"{name}, control task",
-                    trained["layer"],
-                    trained["control"],
-                    axes,
-                    color,
-                    mode="markers",
-                    symbol="x-thin-open",
-                )
             words.append(f"{name} {trained['value'].iloc[-1]:.2f} at the last layer")
     trained = part[part["weights"] == "trained"]
     shuffled = trained.groupby("layer")["shuffled"].mean()
