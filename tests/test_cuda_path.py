@@ -13,8 +13,8 @@ import torch
 from conftest import import_without_kernels
 
 from benchmarks import cuda
-from models.mamba2 import ssd, ssd_reference
 from models.ops import _cuda_kernels
+from models.ops.ssd import ssd, ssd_reference
 
 SCAN = "mamba_ssm.ops.selective_scan_interface"
 
