@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from models.hooks import Hooked, points
+from models.ops._route import refuse_tracing
 from models.ops.cross_entropy import linear_cross_entropy
 
 LayerCache = dict[str, Tensor]
@@ -236,6 +237,7 @@ class LanguageModel(Hooked, nn.Module):
         cache: Cache | None = None,
     ) -> Tensor:
         """What the head reads, (B, L or A, D): `forward` without the head; `at` is its `logits_at`."""
+        refuse_tracing(type(self).__name__)
         require((input_ids is None) != (inputs_embeds is None), "give input_ids or inputs_embeds, not both")
         require(
             seq_ids is None or (attention_mask is None and cache is None),

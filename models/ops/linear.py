@@ -25,7 +25,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Raises ValueError for other shapes, dtypes or devices.
     """
-    if torch.jit.is_tracing():  # which cannot save a function of ours
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # they know it, and would break at ours
         return F.linear(x, weight, bias)
     _check(x, weight, bias)
     able = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0 and weight.numel() > 0
