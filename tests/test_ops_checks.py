@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
@@ -53,16 +51,23 @@ OPERATORS = {
     "linear_cross_entropy": (linear_cross_entropy, loss_inputs),
     "linear": (linear, linear_inputs),
 }
+# what may have another size: the length of a convolution, the vocabulary, the rows of a linear map
+FREE = {
+    ("causal_conv1d", "x", 1),
+    ("linear_cross_entropy", "weight", 0),
+    ("linear", "x", 0),
+    ("linear", "x", 1),
+}
+SIZES = ("longer", "shorter", "empty", "axis more", "axis less")
 OTHER_DTYPES = [torch.complex64, torch.int64, torch.int32, torch.bool, torch.uint8]
 
 
-def wrong(data, name, x):
+def wrong(data, operator, name, x):
     """x spoilt in one way that is always an error: shape, dtype, device, layout or type."""
     axis = data.draw(st.integers(0, x.dim() - 1), label="axis")
-    kind = data.draw(
-        st.sampled_from(("longer", "shorter", "empty", "axis more", "axis less", "dtype", "device", "type")),
-        label="kind",
-    )
+    kind = data.draw(st.sampled_from((*SIZES, "dtype", "device", "type")), label="kind")
+    assume(kind not in SIZES or (operator, name, axis) not in FREE)
+    assume((operator, name, kind) != ("linear", "x", "axis more"))
     if kind == "longer":
         return torch.cat([x, x.narrow(axis, 0, 1)], axis)
     if kind == "shorter":
@@ -93,7 +98,7 @@ def test_one_wrong_tensor_is_one_value_error(operator, data):
     if operator == "ssd" and name == "x":  # a headdim of its own is right without a state
         del arguments["initial_state"]
         name = "dt"
-    arguments[name] = wrong(data, name, arguments[name])
+    arguments[name] = wrong(data, operator, name, arguments[name])
     with pytest.raises(ValueError) as caught:
         function(**arguments)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
@@ -102,13 +107,13 @@ def test_one_wrong_tensor_is_one_value_error(operator, data):
 @pytest.mark.parametrize("operator", ["selective_scan", "ssd"])
 @pytest.mark.parametrize(
     "states_at",
-    [[-1], [5], [0, 2, 500], [1.0], [True], ["1"], 3, "12", [[0, 1]], torch.tensor([[0, 1]]), torch.tensor([0.5]),
-     torch.tensor(2), torch.tensor([-1]), [None], [2**70]],
+    [[-1], [5], [0, 2, 500], [1.0], [True], ["1"], 3, "12", [[0, 1]], [None], [2**70],
+     torch.tensor([[0, 1]]), torch.tensor([0.5]), torch.tensor(2), torch.tensor([-1])],
     ids=str,
 )  # fmt: skip
 def test_wrong_positions(operator, states_at):
     function, inputs = OPERATORS[operator]
-    with pytest.raises(ValueError, match="^states_at must") as caught:
+    with pytest.raises(ValueError, match=r"^states_at must") as caught:
         function(**inputs(), states_at=states_at)
     assert "\n" not in str(caught.value)
 
@@ -174,9 +179,9 @@ def test_labels_of_another_shape_than_the_input(change):
         "float": ids.float(),
         "one-hot": F.one_hot(ids, 13),
     }[change]
-    with pytest.raises(ValueError, match="^labels "):
+    with pytest.raises(ValueError, match=r"^labels "):
         model.loss(ids, labels=labels)
-    with pytest.raises(ValueError, match="^labels have shape"):
+    with pytest.raises(ValueError, match=r"^labels have shape"):
         model.loss(ids, labels=ids, logits_at=torch.tensor([3]))
 
 
@@ -214,8 +219,8 @@ def test_meta_and_fake_tensors_have_the_shapes_of_real_ones(family):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     ids = torch.zeros(2, 7, dtype=torch.long)
-    model = models.build(f"{family}-tiny", vocab_size=13, n_layer=2)
-    meta = models.build(f"{family}-tiny", vocab_size=13, n_layer=2, device="meta")
+    model = models.build(f"{family}-tiny", vocab_size=13, n_layer=3)
+    meta = models.build(f"{family}-tiny", vocab_size=13, n_layer=3, device="meta")
     assert meta(ids.to("meta")).shape == model(ids).shape == (2, 7, 13)
     loss, predictions = meta.loss(ids.to("meta"), labels=ids.to("meta"))
     assert loss.device.type == "meta" and predictions.shape == (2, 7)
@@ -281,22 +286,3 @@ def test_ssd_equals_the_recurrence_it_stands_for():
     y, last = ssd(**arguments, return_last_state=True, chunk_size=2)
     want = ssd_reference(*(arguments[k] for k in ("x", "dt", "A", "B", "C", "initial_state")))
     torch.testing.assert_close((y, last), want)
-
-
-def test_gpu_loop_warns_once(monkeypatch):
-    """Fake CUDA tensors: without mamba-ssm `auto` takes the loop over time, and says so in one line."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from models.ops import _cuda_kernels, _route
-
-    monkeypatch.setattr(_cuda_kernels, "installed", lambda package: False)
-    _route.warn_once.cache_clear()
-    with FakeTensorMode(), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for length in (1, 3, 4):
-            x, B = torch.empty(1, length, 4, device="cuda"), torch.empty(1, length, 2, device="cuda")
-            y = selective_scan(x, x, torch.empty(4, 2, device="cuda"), B, B)
-            assert y.shape == x.shape
-            assert len(caught) == (length > 1)
-    line = str(caught[0].message)
-    assert "loops over the tokens in Python" in line and "'mamba-ssm" in line and "\n" not in line
