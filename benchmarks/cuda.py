@@ -24,9 +24,9 @@ from torch.nn import functional as F
 
 import models
 from benchmarks.common import seconds
-from models.mamba2 import ssd
 from models.ops.causal_conv1d import causal_conv1d
 from models.ops.selective_scan import selective_scan
+from models.ops.ssd import ssd
 
 PRESETS = ["mamba-130m", "mamba-370m", "mamba-1.4b", "mamba-2.8b", "mamba2-130m", "mamba2-2.7b"]
 NO_GPU = (

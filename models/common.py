@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from models.configuration import Config as Config
 from models.configuration import require as require
 from models.hooks import Hooked, points
+from models.ops._route import refuse_tracing
 from models.ops.cross_entropy import linear_cross_entropy
 from models.packing import Packing
 from models.padding import real_first
@@ -210,6 +211,7 @@ class LanguageModel(Hooked, nn.Module):
         cache: Cache | None = None,
     ) -> Tensor:
         """What the head reads, (B, L or A, D): `forward` without the head; `at` is its `logits_at`."""
+        refuse_tracing(type(self).__name__)
         tokens = self._checked(input_ids, inputs_embeds, attention_mask, seq_ids, at, cache)
         norm = self.parts()[2]
         if seq_ids is None or seq_ids.numel() == 0:

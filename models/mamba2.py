@@ -9,17 +9,15 @@ One block, per token t. A is one number per head h, B and C are shared by the he
     y_t     = h_t C_t + D x_t
     out     = out_proj(rms_norm(y_t * silu(z)))             gated norm
 
-`ssd_reference` is the recurrence as written; `ssd` computes the same by chunks of Q tokens (section 6):
-inside a chunk as masked attention, between chunks by passing on one state.
+`models.ops.ssd` computes the recurrence by chunks of Q tokens (section 6).
 Parameter names are those of state-spaces/mamba2-* and `transformers`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +27,9 @@ from models.common import LayerCache
 from models.configuration import Config, require
 from models.hooks import STATE_NAMES, Hook, Hooked, hooked_scan, masked_hook
 from models.mamba import MambaForCausalLM, require_dt
-from models.ops import _cuda_kernels
 from models.ops.linear import Linear
+from models.ops.ssd import ssd
 from models.padding import convolve
-
-BACKENDS = ("auto", "chunks", "cuda")
 
 
 @dataclass(frozen=True)
@@ -76,136 +72,6 @@ class Mamba2Config(Config):
     @property
     def n_head(self) -> int:
         return self.d_inner // self.headdim
-
-
-def ssd_reference(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The recurrence, one token after the other; shapes as in `ssd`, returns y and the last state."""
-    b, L, H, P = x.shape
-    B, C = (t.repeat_interleave(H // t.shape[2], dim=2) for t in (B, C))
-    h = x.new_zeros(b, H, P, B.shape[-1]) if initial_state is None else initial_state
-    ys = []
-    for t in range(L):
-        decay = torch.exp(dt[:, t] * A)[..., None, None]  # (b, H, 1, 1)
-        h = decay * h + (dt[:, t, :, None] * x[:, t]).unsqueeze(-1) * B[:, t].unsqueeze(-2)
-        ys.append((h @ C[:, t].unsqueeze(-1)).squeeze(-1))
-    return torch.stack(ys, dim=1) if ys else torch.zeros_like(x), h
-
-
-def ssd(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    initial_state: Tensor | None = None,
-    chunk_size: int = 64,
-    return_last_state: bool = False,
-    states_at: Sequence[int] | None = None,
-    backend: str = "auto",
-) -> Any:
-    """State space duality by chunks (listing 1 of the paper), with matrix products only.
-
-    x: (b, L, H, P); dt: (b, L, H) positive; A: (H,) negative; B, C: (b, L, G, N), G dividing H;
-    initial_state: (b, H, P, N); states_at: positions in [0, L), any order. Returns y (b, L, H, P), with
-    return_last_state also the last state (b, H, P, N), with states_at also h_t (b, positions, H, P, N); in
-    this order as a tuple.
-    backend: "chunks" computes here, "cuda" by mamba-ssm's `mamba_chunk_scan_combined` (not with states_at),
-    "auto" takes "cuda" for CUDA tensors where that is installed. Raises ValueError for other names.
-    Decays are exponentials of sums that are masked to -inf before the exponential, so neither the
-    values nor the gradients overflow. Cost: L * chunk_size * (N + P) per head, linear in L.
-    """
-    require(backend in BACKENDS, f"backend={backend!r} is unknown; use one of {', '.join(BACKENDS)}")
-    if backend == "auto":
-        backend = _choose(x, states_at)
-    if backend == "cuda":
-        require(states_at is None, "backend='cuda' cannot return states_at; use backend='auto'")
-        return _given(*_cuda(x, dt, A, B, C, initial_state, return_last_state))
-    b, L, H, P = x.shape
-    G, N = B.shape[2:]
-    dtype, last = x.dtype, x.new_zeros(b, H, P, N) if initial_state is None else initial_state
-    states = None if states_at is None else x.new_empty(b, 0, H, P, N)
-    if L == 0:
-        return _given(torch.zeros_like(x), last if return_last_state else None, states)
-    Q = min(chunk_size, L)
-    pad = -L % Q
-    if pad:  # dt = 0 makes the added tokens the identity on the state
-        x, dt, B, C = (F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)) for t in (x, dt, B, C))
-    c = (L + pad) // Q
-
-    x = (x * dt.unsqueeze(-1)).to(dtype).view(b, c, Q, H, P).permute(0, 3, 1, 2, 4)  # (b, H, c, Q, P)
-    B, C = (t.view(b, c, Q, G, N).permute(0, 3, 1, 2, 4) for t in (B, C))  # (b, G, c, Q, N)
-    log_decay = (dt * A).view(b, c, Q, H).permute(0, 3, 1, 2).cumsum(-1)  # (b, H, c, Q)
-
-    # inside a chunk: y_i = sum_{j <= i} (C_i . B_j) decay(j -> i) x_j
-    causal = torch.ones(Q, Q, dtype=torch.bool, device=x.device).tril()
-    between = log_decay.unsqueeze(-1) - log_decay.unsqueeze(-2)  # (b, H, c, Q, Q)
-    decay = between.masked_fill(~causal, -torch.inf).exp()
-    scores = C @ B.transpose(-1, -2)  # (b, G, c, Q, Q)
-    weights = (decay.unflatten(1, (G, H // G)) * scores.unsqueeze(2)).flatten(1, 2)
-    y = weights.to(dtype) @ x
-
-    if c > 1 or initial_state is not None or return_last_state or states_at is not None:
-        # what each chunk adds to the state, then the state before each chunk
-        to_end = (log_decay[..., -1:] - log_decay).exp().unsqueeze(-1)  # (b, H, c, Q, 1)
-        Bh, Ch = (t.repeat_interleave(H // G, dim=1) for t in (B, C))
-        added = ((x * to_end).transpose(-1, -2) @ Bh.to(to_end.dtype)).unbind(2)  # c times (b, H, P, N)
-        whole = log_decay[..., -1].exp()[..., None, None].unbind(2)  # c times (b, H, 1, 1)
-        before = []
-        for i in range(c):
-            before.append(last)
-            last = whole[i] * last + added[i]
-        if states_at:
-            states = _states(x, Bh, log_decay, before, states_at)
-        carried = torch.stack(before, dim=2)  # (b, H, c, P, N)
-        from_start = log_decay.exp().unsqueeze(-1)
-        y = y + from_start * (Ch.to(carried.dtype) @ carried.transpose(-1, -2))
-    y = y.permute(0, 2, 3, 1, 4).reshape(b, L + pad, H, P)[:, :L].to(dtype)
-    return _given(y, last if return_last_state else None, states)
-
-
-def _choose(x: Tensor, states_at: Sequence[int] | None) -> str:
-    able = states_at is None and x.shape[1] > 0 and x.dtype != torch.float64
-    cuda = x.device.type == "cuda" and able and _cuda_kernels.installed("mamba_ssm")
-    return "cuda" if cuda else "chunks"
-
-
-def _cuda(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
-    module, name = "mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined"
-    scan = _cuda_kernels.kernel(module, name, "initial_states", "return_final_states")
-    _cuda_kernels.on_gpu(x)
-    return _cuda_kernels.in_chunk_scan_layout(scan, x, *rest)
-
-
-def _given(*out: Tensor | None) -> Any:
-    """Those that are not None, as a tuple if there are several."""
-    given = tuple(x for x in out if x is not None)
-    return given if len(given) > 1 else given[0]
-
-
-def _states(
-    x: Tensor, B: Tensor, log_decay: Tensor, before: list[Tensor], states_at: Sequence[int]
-) -> Tensor:
-    """States (b, positions, H, P, N) after chosen tokens, by chunks; tensors as inside `ssd`.
-
-    Within a chunk each wanted state is made from the one wanted before it (at first from the state that the
-    chunk began with), so that every token's write is computed once, whatever the number of positions.
-    x: (b, H, c, Q, P), times dt already; B: (b, H, c, Q, N); log_decay: (b, H, c, Q); before: c states.
-    """
-    Q = x.shape[3]
-    found: dict[int, Tensor] = {}
-    chunk, start, h = -1, 0, before[0]
-    for t in sorted(set(states_at)):
-        if t // Q != chunk:
-            chunk, start, h = t // Q, 0, before[t // Q]
-        part, log = slice(start, t % Q + 1), log_decay[:, :, chunk]
-        since = log[..., t % Q] - (log[..., start - 1] if start else 0.0)  # (b, H)
-        weight = (log[..., t % Q, None] - log[..., part]).exp().unsqueeze(-1)
-        write = (x[:, :, chunk, part] * weight).transpose(-1, -2) @ B[:, :, chunk, part].to(weight.dtype)
-        h = since.exp()[..., None, None] * h + write
-        found[t], start = h, t % Q + 1
-    return torch.stack([found[t] for t in states_at], dim=1)
 
 
 class GatedRMSNorm(nn.Module):

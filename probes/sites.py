@@ -29,10 +29,11 @@ from torch.nn import functional as F
 
 from models.common import Cache, Context, LanguageModel, LayerCache
 from models.mamba import MambaMixer
-from models.mamba2 import Mamba2Mixer, ssd
+from models.mamba2 import Mamba2Mixer
 from models.ops.causal_conv1d import causal_conv1d
 from models.ops.linear import linear
 from models.ops.selective_scan import selective_scan
+from models.ops.ssd import ssd
 from models.transformer import TransformerBlock
 
 SITES = ("residual", "state", "head")

@@ -7,14 +7,16 @@ import importlib.machinery
 import subprocess
 import sys
 import types
+import warnings
 
 import pytest
 import torch
 from conftest import import_without_kernels
 
 from benchmarks import cuda
-from models.mamba2 import ssd, ssd_reference
-from models.ops import _cuda_kernels
+from models.ops import _cuda_kernels, _route, causal_conv1d, selective_scan
+from models.ops import ssd as ssd_module
+from models.ops.ssd import ssd, ssd_reference
 
 SCAN = "mamba_ssm.ops.selective_scan_interface"
 
@@ -137,3 +139,77 @@ def test_benchmark_sees_an_error(monkeypatch, capsys):
 def test_benchmark_without_a_gpu_is_one_line():
     done = subprocess.run([sys.executable, "-m", "benchmarks.cuda"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr == cuda.NO_GPU + "\n" and not done.stdout
+
+
+class OnGpu:
+    """What choosing a backend asks a CUDA tensor: device, dtype, shape."""
+
+    device = torch.device("cuda:0")
+
+    def __init__(self, *shape, dtype=torch.float32):
+        self.shape, self.dtype = torch.Size(shape), dtype
+
+    def numel(self):
+        return self.shape.numel()
+
+
+@pytest.fixture
+def with_packages(monkeypatch):
+    monkeypatch.setattr(_cuda_kernels, "installed", lambda package: True)
+
+
+HALF = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float64])
+@pytest.mark.parametrize("length", [0, 1, 9])
+def test_auto_takes_a_cuda_kernel_for_what_it_accepts(with_packages, dtype, length):
+    """selective_scan.cpp and causal_conv1d.cpp check for these dtypes, and index a last token."""
+    want = dtype in HALF and length > 0
+    u = OnGpu(2, length, 8, dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scan = selective_scan._choose((u, *[None] * 8), None, False)
+    assert scan == ("cuda" if want else "reference")
+    conv = causal_conv1d._choose(u, torch.ones(8, 4), None, None)
+    assert conv == ("cuda" if want else "reference")
+    assert causal_conv1d._choose(u, torch.ones(8, 5), None, None) == "reference"
+    assert ssd_module._choose(OnGpu(2, length, 4, 2, dtype=dtype), None) == ("cuda" if want else "chunks")
+
+
+def test_auto_warns_once_before_it_loops_over_time_on_a_gpu(monkeypatch):
+    _route.warn_once.cache_clear()
+    monkeypatch.setattr(_cuda_kernels, "installed", lambda package: False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for length, warned in ((1, 0), (7, 1), (8, 1)):  # a loop over one token is none
+            assert selective_scan._choose((OnGpu(1, length, 8), *[None] * 8), None, False) == "reference"
+            assert len(caught) == warned
+    line = str(caught[0].message)
+    assert "loops over the tokens in Python" in line and "pip install" in line and "\n" not in line
+
+
+@pytest.mark.parametrize("op", ["selective_scan", "causal_conv1d", "ssd"])
+def test_cuda_backend_refuses_float64_in_one_line(op):
+    inputs = {k: v.detach().double() for k, v in cuda.op_inputs(op, torch.float32, "cpu").items()}
+    modules = {"selective_scan": selective_scan, "causal_conv1d": causal_conv1d, "ssd": ssd_module}
+    function = getattr(modules[op], op)
+    with pytest.raises(ValueError, match=r"^backend='cuda' takes float32, .*backend='auto'$"):
+        function(**inputs, backend="cuda")
+
+
+def test_one_token_reaches_causal_conv1d_with_strides_in_multiples_of_8():
+    """The first token of mamba2-tiny, batch 1: a slice of in_proj's output, rows of 644 numbers."""
+    seen = []
+
+    def kernel(x, weight, bias, activation):
+        seen.append(x.stride())
+        return x * weight[:, -1].unsqueeze(-1) + bias.unsqueeze(-1)
+
+    sliced = torch.randn(1, 1, 644)[..., 128:512]
+    assert sliced.is_contiguous() and sliced.stride(0) % 8
+    weight, bias = torch.randn(384, 4), torch.randn(384)
+    y = causal_conv1d.in_causal_conv1d_layout(kernel, sliced, weight, bias, None)
+    ((batch, channel, token),) = seen
+    assert (batch % 8, channel, token % 8) == (0, 1, 0)
+    torch.testing.assert_close(y, causal_conv1d.causal_conv1d(sliced, weight, bias))

@@ -19,7 +19,7 @@ from hook_models import (
 from torch.nn import functional as F
 
 import probes
-from models.mamba2 import ssd
+from models.ops.ssd import ssd
 from probes.names import local_name
 
 # --- what changes and what does not ------------------------------------------------------------------

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import models
-from models.mamba2 import ssd, ssd_reference
+from models.ops.ssd import ssd, ssd_reference
 
 FAMILIES = {
     "transformer-rope": ("transformer-tiny", dict(position="rope")),

@@ -10,8 +10,8 @@ from circuits import constant_decay, leaky_integrator, one_token_store, random_s
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.mamba2 import ssd
 from models.ops.selective_scan import selective_scan
+from models.ops.ssd import ssd
 from probes.retention import (
     apply_attention,
     attention_output,

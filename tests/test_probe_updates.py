@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from models.mamba2 import ssd_reference
 from models.ops.selective_scan import selective_scan
+from models.ops.ssd import ssd_reference
 from probes.updates import (
     Scan,
     constant_horizon,

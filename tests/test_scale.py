@@ -54,7 +54,7 @@ def test_the_slurm_script_runs(tmp_path):
     slurm = dict(SLURM_JOB_NODELIST="a[1-2]", SLURM_NNODES="1", SLURM_JOB_ID="7", PROCESSES_PER_NODE="2")
     environment = {**os.environ, **slurm, "PATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"}
     options = "--model mamba --seq-len 8 --steps 2 --layers 1 --final-eval-examples 8 --eval-examples 8"
-    command = ["bash", str(SCRIPT), *options.split(), "--out", str(tmp_path / "runs")]
+    command = ["bash", str(SCRIPT), *options.split(), "--checkpointing", "--out", str(tmp_path / "runs")]
     found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert found.returncode == 0, found.stdout + found.stderr
     (result,) = (tmp_path / "runs").glob("position*/mamba/result.json")

@@ -9,13 +9,13 @@ its inputs, `before` in front, into a buffer that stays in the cache, so no loop
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from models.ops import LANES
+from models.ops._compile import kernel
 from models.ops._simd import add, fill, fma, load, mul, sigmoid, store, sub
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _gather(inputs, x, before, b, c0, L, K, E):
     """inputs[s] = the 16 channels of token s - (K - 1), for s < L + K - 1."""
     for s in range(K - 1):
@@ -25,7 +25,7 @@ def _gather(inputs, x, before, b, c0, L, K, E):
         store(inputs, (K - 1 + t) * LANES, load(x, (b * L + t) * E + c0))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel(error_model="numpy")
 def conv_forward(tasks, sizes, silu, x, weight, bias, before, y):
     """y_t = bias + sum_k weight[k] x[t - K + 1 + k], then silu."""
     L, blocks, K = sizes
@@ -44,7 +44,7 @@ def conv_forward(tasks, sizes, silu, x, weight, bias, before, y):
             store(y, (b * L + t) * E + c0, out)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel(error_model="numpy")
 def conv_backward(tasks, sizes, silu, x, weight, bias, before, gy, dx, dweight, dbias, dbefore):
     """dweight: (batch, taps, channels), dbias: (batch, channels), to be summed over the batch."""
     L, blocks, K = sizes

@@ -10,10 +10,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from models.errors import MissingPackage
@@ -26,6 +28,11 @@ GPU_CHUNK = 256  # of the kernel for Mamba-2, its authors' choice on GPUs; the r
 def installed(package: str) -> bool:
     """Whether the package is there, without importing it."""
     return importlib.util.find_spec(package) is not None
+
+
+def how(package: str) -> str:
+    """The end of a line that names a package which is not installed."""
+    return f"which is not installed: {INSTALL} '{OLDEST[package]}'"
 
 
 @lru_cache(maxsize=8)
@@ -45,7 +52,7 @@ def kernel(module: str, name: str, *arguments: str) -> Callable[..., Any]:
         elif "." in missing and installed(package):
             help_ = f"{package} is too old, it has no {missing}: {INSTALL} -U '{wanted}'"
         else:
-            help_ = f"backend='cuda' needs {package}, which is not installed: {INSTALL} '{wanted}' ({where})"
+            help_ = f"backend='cuda' needs {package}, {how(package)} ({where})"
         raise MissingPackage(help_) from error
     except (ImportError, OSError, RuntimeError) as error:
         said = " ".join(str(error).split())[:200]
@@ -62,6 +69,21 @@ def kernel(module: str, name: str, *arguments: str) -> Callable[..., Any]:
             f"{package} is too old, its {name} does not take {', '.join(lacking)}: {INSTALL} -U '{wanted}'"
         )
     return found
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the kernels of both packages take an x of this dtype and size."""
+    return x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.numel() > 0
+
+
+def packed(x: Tensor) -> Tensor:
+    """x with the strides of a fresh tensor.
+
+    `contiguous` returns a slice of one token as it is, with the strides of what it was cut from, because no
+    stride of an axis of size 1 matters to torch. It does to the kernels, which want multiples of 8.
+    """
+    fresh = [math.prod(x.shape[i + 1 :]) for i in range(x.dim())]
+    return x if list(x.stride()) == fresh else x.clone(memory_format=torch.contiguous_format)
 
 
 def on_gpu(x: Tensor) -> None:
@@ -84,12 +106,12 @@ def in_chunk_scan_layout(
 
     Returns y in x's dtype and the last state, or None.
     """
-    B, C = (t.to(x.dtype).contiguous() for t in (B, C))
+    B, C = (packed(t.to(x.dtype)) for t in (B, C))
     optional: dict[str, Any] = {}
     if initial_state is not None:
-        optional["initial_states"] = initial_state.contiguous()
+        optional["initial_states"] = packed(initial_state)
     if return_last_state:
         optional["return_final_states"] = True
-    out = kernel(x.contiguous(), dt.float().contiguous(), A.float(), B, C, GPU_CHUNK, **optional)
+    out = kernel(packed(x), packed(dt.float()), A.float(), B, C, GPU_CHUNK, **optional)
     y, last = out if return_last_state else (out, None)
     return y.to(x.dtype), last

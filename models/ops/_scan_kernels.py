@@ -14,9 +14,9 @@ slice, and slices are added in a fixed order afterwards, so results do not depen
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from models.ops import LANES
+from models.ops._compile import kernel
 from models.ops._simd import (
     add,
     exp,
@@ -41,14 +41,14 @@ AHEAD = 8  # tokens between asking for a row and using it
 GROUP = 8  # blocks per task: one task keeps the dB, dC of 128 channels in vectors before summing lanes
 
 
-@njit(cache=True, nogil=True, inline="always")
+@kernel(inline="always")
 def _softplus(like, x):
     """log(1 + e^x) = max(x, 0) + log(1 + e^-|x|)."""
     zero = fill(like, 0.0)
     return add(vmax(x, zero), log1p01(exp(sub(zero, vabs(x)))))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel(error_model="numpy")
 def scan_forward(
     tasks, sizes, flags, u, dt, A, B, C, D, z, bias, h0, positions, y, checkpoints, states, last
 ):
@@ -109,7 +109,7 @@ def scan_forward(
             store(last, blocked + i, load(h, i))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel(error_model="numpy")
 def scan_backward(
     tasks, sizes, flags, u, dt, A, B, C, D, z, bias, checkpoints, positions, gy, gstates, glast,
     du, ddt, dA, dB, dC, dD, dz, dbias, dh0,

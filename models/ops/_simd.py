@@ -8,7 +8,8 @@ registers by the LLVM that numba brings along. Only what the kernels use is here
     add sub mul div  fma(a, b, c) = a * b + c   vmax(v, w)  vabs(v)
     exp(v)  exp2(v)  log1p01(v), 0 <= v <= 1   sigmoid(like, v)
 
-`array` is 1-D, contiguous, float32 or float64, and decides the element type.
+`array` is 1-D, contiguous, float32 or float64, and decides the element type. Where it ends is not looked at,
+unless numba's NUMBA_BOUNDSCHECK is set: then load, store and spread raise IndexError outside of it.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
+from numba.core import config
 from numba.core.datamodel import models as data_models
 from numba.core.extending import intrinsic, register_model
 
 from models.ops import LANES
+from models.ops._compile import kernel
 
 FLAGS = ("contract", "nsz", "arcp")  # fused multiply-add allowed, no reordering: results stay deterministic
 
@@ -47,12 +50,20 @@ def _const(vector: ir.Type, value: float) -> ir.Constant:
     return ir.Constant(vector, [value] * LANES)
 
 
-def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
-    return builder.gep(context.make_array(array_type)(context, builder, array).data, [index])
+def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any, width: int) -> Any:
+    """Address of array[index], where `width` elements are wanted; 0 may lie anywhere."""
+    struct = context.make_array(array_type)(context, builder, array)
+    if config.BOUNDSCHECK and width:
+        stop = builder.add(index, ir.Constant(index.type, width))
+        negative = builder.icmp_signed("<", index, ir.Constant(index.type, 0))
+        outside = builder.or_(negative, builder.icmp_signed(">", stop, struct.nitems))
+        with builder.if_then(outside, likely=False):
+            context.call_conv.return_user_exc(builder, IndexError, ("a vector reaches outside of its array",))
+    return builder.gep(struct.data, [index])
 
 
 def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
-    address = _address(context, builder, array_type, array, index)
+    address = _address(context, builder, array_type, array, index, LANES)
     return builder.bitcast(address, ir.VectorType(_element(array_type.dtype), LANES).as_pointer())
 
 
@@ -104,7 +115,7 @@ def spread(typing_context, array, index):
     """All lanes equal to array[index], without numba's handling of negative indices."""
 
     def codegen(context, builder, signature, args):
-        return _all_lanes(builder, builder.load(_address(context, builder, signature.args[0], *args)))
+        return _all_lanes(builder, builder.load(_address(context, builder, signature.args[0], *args, 1)))
 
     return Vec(array.dtype)(array, types.intp), codegen
 
@@ -117,7 +128,7 @@ def prefetch(typing_context, array, index):
     """
 
     def codegen(context, builder, signature, args):
-        address = _address(context, builder, signature.args[0], *args)
+        address = _address(context, builder, signature.args[0], *args, 0)
         pointer = builder.bitcast(address, ir.IntType(8).as_pointer())
         int32 = ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [pointer.type, int32, int32, int32])
@@ -278,7 +289,7 @@ def log1p01(typing_context, a):
     return a(a), codegen
 
 
-@njit(cache=True, nogil=True, inline="always")
+@kernel(inline="always")
 def sigmoid(like, v):
     """1 / (1 + e^-v)."""
     one = fill(like, 1.0)

@@ -7,13 +7,13 @@ scaling), where torch's separate operations read and write a block of rows each 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from models.ops import LANES
+from models.ops._compile import kernel
 from models.ops._simd import add, exp, fill, load, mul, store, sub, total, vmax
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel(error_model="numpy")
 def softmax_rows(rows, V, ignore, scale, logits, labels, loss, predictions):
     """Rows [first, stop) of logits (M, V), replaced by scale * (softmax - onehot(label)).
 

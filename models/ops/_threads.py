@@ -36,8 +36,9 @@ def _openmp() -> Any:
     try:
         with open("/proc/self/maps") as file:
             loaded = {line.split(maxsplit=5)[5].strip() for line in file if "libgomp" in line}
-        # torch's wheels bring a renamed copy; a distribution's torch uses the system's
-        path = next(iter(sorted(loaded, key=lambda p: f"{os.sep}torch" not in p)))
+        # torch's wheels bring a renamed copy, a distribution's torch uses the system's: not another package's
+        ours = os.path.realpath(os.path.dirname(torch.__file__)) + os.sep
+        path = next(iter(sorted(loaded, key=lambda p: not os.path.realpath(p).startswith(ours))))
         library = ctypes.CDLL(path)
         library.GOMP_parallel, library.omp_get_thread_num, library.omp_get_num_threads  # noqa: B018
     except (OSError, StopIteration, AttributeError, IndexError):

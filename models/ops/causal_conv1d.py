@@ -18,10 +18,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.ops import LANES, _cuda_kernels
+from models.ops._arrays import flat
+from models.ops._checks import check_flags, check_name, check_shapes, check_tensor
+from models.ops._route import obstacle, refuse_tracing, require_cpu, uncompiled, without_autocast
 from models.ops._threads import run_tasks
-from models.ops.selective_scan import BACKENDS, _flat, _wide, pad_channels
+from models.ops.selective_scan import BACKENDS, _wide, pad_channels
 
 
+@uncompiled
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -36,24 +40,25 @@ def causal_conv1d(
     x: (batch, length, channels) floating. weight: (channels, d_conv). bias: (channels,).
     activation: None or "silu". initial_state: (batch, d_conv - 1, channels), the inputs before x.
     Returns y like x, and with return_last_state the d_conv - 1 inputs that a continuation needs, as a tuple.
-    Computed in float32 (float64 for float64 x). Raises ValueError for wrong shapes or names.
+    Computed in float32 (float64 for float64 x). Raises ValueError for wrong shapes, dtypes, devices or names,
+    NotImplementedError under torch.jit.trace.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is unknown; use one of {', '.join(BACKENDS)}")
-    if activation not in (None, "silu"):
-        raise ValueError(f"activation={activation!r} is unknown; use None or 'silu'")
-    if x.dim() != 3 or weight.dim() != 2 or weight.shape[0] != x.shape[2]:
-        raise ValueError(
-            f"x must be (batch, length, channels) and weight (channels, d_conv); got {tuple(x.shape)}, "
-            f"{tuple(weight.shape)}"
-        )
-    if bias is not None and tuple(bias.shape) != (x.shape[2],):
-        raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be {(x.shape[2],)}")
-    before = (x.shape[0], weight.shape[1] - 1, x.shape[2])
-    if initial_state is not None and tuple(initial_state.shape) != before:
-        raise ValueError(f"initial_state has shape {tuple(initial_state.shape)}; it must be {before}")
+    refuse_tracing("causal_conv1d")
+    check_name("backend", backend, BACKENDS)
+    check_name("activation", activation, (None, "silu"))
+    check_flags(return_last_state=return_last_state)
+    check_tensor("x", x, ("batch", "length", "channels"))
+    check_tensor("weight", weight, ("channels", "d_conv"))
+    (b, _, E), K = x.shape, weight.shape[1]
+    if K < 1:
+        raise ValueError("weight has no taps; d_conv must be at least 1")
+    before = (b, K - 1, E)
+    check_shapes(x, weight=(weight, (E, K)), bias=(bias, (E,)), initial_state=(initial_state, before))
+    tensors = (x, weight, bias, initial_state)
     if backend == "auto":
-        backend = _choose(x, weight, initial_state)
+        backend = _choose(*tensors)
+    elif backend == "cpu":
+        require_cpu(*tensors)
     if backend == "cuda":
         y = _cuda(x, weight, bias, activation, initial_state)
     elif backend == "cpu" and x.numel() > 0:
@@ -63,12 +68,15 @@ def causal_conv1d(
     return (y, _last_state(x, initial_state, before[1])) if return_last_state else y
 
 
-def _choose(x: Tensor, weight: Tensor, initial_state: Tensor | None) -> str:
-    if x.device.type == "cpu":
-        return "cpu"
-    able = initial_state is None and weight.shape[1] in (2, 3, 4) and x.shape[2] % 8 == 0
-    cuda = x.device.type == "cuda" and able and _cuda_kernels.installed("causal_conv1d")
-    return "cuda" if cuda else "reference"
+def _choose(x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None) -> str:
+    if x.device.type == "cuda":
+        able = initial_state is None and _kernel_takes(x, weight)
+        return "cuda" if able and _cuda_kernels.installed("causal_conv1d") else "reference"
+    return "cpu" if obstacle(x, weight, bias, initial_state) is None else "reference"
+
+
+def _kernel_takes(x: Tensor, weight: Tensor) -> bool:
+    return _cuda_kernels.takes(x) and weight.shape[1] in (2, 3, 4) and x.shape[2] % 8 == 0
 
 
 def _with_history(x: Tensor, initial_state: Tensor | None, length: int) -> Tensor:
@@ -92,7 +100,7 @@ def _reference(
     if x.numel() == 0:
         return x + 0.0 * weight.sum().to(dtype)  # nothing to convolve, still part of the graph
     filters, shift = weight.to(wide).unsqueeze(1), None if bias is None else bias.to(wide)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         y = F.conv1d(history, filters, shift, groups=weight.shape[0]).transpose(1, 2)
     return (F.silu(y) if activation == "silu" else y).to(dtype)
 
@@ -117,8 +125,8 @@ class _Conv(torch.autograd.Function):
 
         b, L, E = x.shape
         y, sizes = torch.empty_like(x), (L, E // LANES, weight.shape[0])
-        flat = [_flat(t, x.dtype) for t in (x, weight, bias, before, y)]
-        run_tasks(lambda tasks: conv_forward(tasks, sizes, silu, *flat), b * sizes[1])
+        given = [flat(t, x.dtype) for t in (x, weight, bias, before, y)]
+        run_tasks(lambda tasks: conv_forward(tasks, sizes, silu, *given), b * sizes[1])
         ctx.save_for_backward(x, weight, bias, before)
         ctx.silu = silu
         return y
@@ -134,10 +142,10 @@ class _Conv(torch.autograd.Function):
         dx = torch.empty_like(x)
         dweight, dbias = x.new_empty(b, K, E), x.new_empty(b, E)
         dbefore = None if before is None else torch.empty_like(before)
-        flat = [_flat(t, x.dtype) for t in (x, weight, bias, before, gy.contiguous())]
-        out = [_flat(t, x.dtype) for t in (dx, dweight, dbias, dbefore)]
+        given = [flat(t, x.dtype) for t in (x, weight, bias, before, gy.contiguous())]
+        out = [flat(t, x.dtype) for t in (dx, dweight, dbias, dbefore)]
         sizes = (L, E // LANES, K)
-        run_tasks(lambda tasks: conv_backward(tasks, sizes, ctx.silu, *flat, *out), b * sizes[1])
+        run_tasks(lambda tasks: conv_backward(tasks, sizes, ctx.silu, *given, *out), b * sizes[1])
         return dx, dweight.sum(0), dbias.sum(0), dbefore, None
 
 
@@ -146,6 +154,11 @@ def _cuda(
 ) -> Tensor:
     if initial_state is not None:
         raise ValueError("backend='cuda' does not take initial_state in this layout; use backend='auto'")
+    if not _kernel_takes(x, weight):
+        raise ValueError(
+            "backend='cuda' takes float32, bfloat16 or float16, channels in multiples of 8 and 2 to 4 taps; "
+            f"got {x.dtype} {tuple(x.shape)} and {weight.shape[1]} taps; use backend='auto'"
+        )
     convolve = _cuda_kernels.kernel("causal_conv1d", "causal_conv1d_fn", "activation")
     _cuda_kernels.on_gpu(x)
     return in_causal_conv1d_layout(convolve, x, weight, bias, activation)
@@ -156,9 +169,8 @@ def in_causal_conv1d_layout(
 ) -> Tensor:
     """Call a function of causal-conv1d's signature: channels before time, everything in x's dtype.
 
-    Contiguous first: the kernel wants strides that are multiples of 8, which slices need not have.
+    The kernel wants strides that are multiples of 8, which slices need not have.
     """
     shift = None if bias is None else bias.to(x.dtype)
-    return kernel(x.contiguous().transpose(1, 2), weight.to(x.dtype), shift, activation=activation).transpose(
-        1, 2
-    )
+    turned = _cuda_kernels.packed(x).transpose(1, 2)
+    return kernel(turned, weight.to(x.dtype), shift, activation=activation).transpose(1, 2)

@@ -17,13 +17,34 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.ops._checks import check_shapes, check_tensor
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weight^T + bias. x: (..., K), weight: (N, K), bias: (N,); returns (..., N). As `F.linear`."""
-    able = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() > 0
+    """x weight^T + bias. x: (..., K), weight: (N, K), bias: (N,); returns (..., N). As `F.linear`.
+
+    Raises ValueError for other shapes, dtypes or devices.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # they know it, and would break at ours
+        return F.linear(x, weight, bias)
+    _check(x, weight, bias)
+    able = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0 and weight.numel() > 0
     if able and not torch.is_autocast_enabled("cpu") and onednn_is_faster():
         return _Linear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    dim = x.dim() if isinstance(x, Tensor) and not x.is_nested else 2
+    check_tensor("x", x, ["..."] * (max(dim, 1) - 1) + ["in_features"])
+    check_tensor("weight", weight, ("out_features", "in_features"))
+    check_shapes(x, weight=(weight, (weight.shape[0], x.shape[-1])), bias=(bias, (weight.shape[0],)))
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return  # which casts them all
+    for name, other in (("weight", weight), ("bias", bias)):
+        if other is not None and other.dtype != x.dtype:
+            raise ValueError(f"{name} is {other.dtype}, x is {x.dtype}; cast one of them")
 
 
 class Linear(nn.Linear):

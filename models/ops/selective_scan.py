@@ -26,13 +26,14 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.nn import functional as F
 
 from models.ops import LANES, _cuda_kernels
+from models.ops._arrays import flat
+from models.ops._checks import check_flags, check_name, check_positions, check_shapes, check_tensor
+from models.ops._route import obstacle, refuse_tracing, require_cpu, uncompiled, warn_once
 from models.ops._threads import run_tasks
 
 BACKENDS = ("auto", "reference", "cpu", "cuda")
@@ -41,6 +42,7 @@ MAX_D_STATE = 256
 Output = Tensor | tuple[Tensor, ...]
 
 
+@uncompiled
 def selective_scan(
     u: Tensor,
     dt: Tensor,
@@ -63,20 +65,34 @@ def selective_scan(
     float64, contiguous or not; computed in float32 (float64 if u is float64), also under autocast.
     states_at: positions in [0, length), any order, the same for the whole batch.
     backend: "auto" takes `cpu` for CPU tensors, `cuda` for CUDA tensors if mamba-ssm is installed and can do
-    what is asked, else `reference`.
+    what is asked, else `reference`; it warns where that loops over time on a GPU.
+    Where delta A is positive, `cpu` stops exp(delta A) at the type's largest power of two (1.7e38 in float32,
+    from 88 on), where the other backends reach infinity.
 
     Returns y (batch, length, d_inner) in u's dtype; with return_last_state also h after the last token
     (batch, d_inner, d_state); with states_at also h_t (batch, positions, d_inner, d_state); in this order as
     a tuple. States are float32 (float64 for float64 inputs) and differentiable.
-    Raises ValueError for wrong shapes, positions, d_state or backend, ImportError if mamba-ssm is missing.
+    Raises ValueError for wrong shapes, dtypes, devices, positions, d_state or backend, ImportError if
+    mamba-ssm is missing, NotImplementedError under torch.jit.trace.
     """
+    refuse_tracing("selective_scan")
     _check(u, dt, A, B, C, D, z, dt_bias, initial_state, backend)
-    positions = None if states_at is None else _positions(states_at, u)
+    check_flags(dt_softplus=dt_softplus, return_last_state=return_last_state)
+    positions = None
+    if states_at is not None:
+        positions = torch.tensor(check_positions(states_at, u.shape[1]), dtype=torch.int64, device=u.device)
     tensors = (u, dt, A, B, C, D, z, dt_bias, initial_state)
     wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if backend == "auto":
-        backend = _choose(u, initial_state, positions, return_last_state and wants_grad)
+        backend = _choose(tensors, positions, return_last_state and wants_grad)
+    elif backend == "cpu":
+        require_cpu(*tensors)
     if backend == "cuda":
+        if not _cuda_kernels.takes(u):
+            raise ValueError(
+                f"backend='cuda' takes float32, bfloat16 or float16 and at least one token; got {u.dtype} "
+                f"{tuple(u.shape)}; use backend='auto'"
+            )
         if initial_state is not None or positions is not None or (return_last_state and wants_grad):
             raise ValueError(
                 "backend='cuda' cannot start from initial_state, return states_at or differentiate the last "
@@ -100,44 +116,40 @@ def _check(
     initial_state: Tensor | None,
     backend: str,
 ) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is unknown; use one of {', '.join(BACKENDS)}")
-    if u.dim() != 3 or A.dim() != 2:
-        raise ValueError(
-            f"u must be (batch, length, d_inner) and A (d_inner, d_state); got {tuple(u.shape)} "
-            f"and {tuple(A.shape)}"
-        )
+    check_name("backend", backend, BACKENDS)
+    check_tensor("u", u, ("batch", "length", "d_inner"))
+    check_tensor("A", A, ("d_inner", "d_state"))
     (b, L, E), N = u.shape, A.shape[1]
     if not 1 <= N <= MAX_D_STATE:
         raise ValueError(f"d_state={N} is not supported; use 1 to {MAX_D_STATE}")
-    expected = {
-        "dt": (dt, (b, L, E)),
-        "A": (A, (E, N)),
-        "B": (B, (b, L, N)),
-        "C": (C, (b, L, N)),
-        "D": (D, (E,)),
-        "z": (z, (b, L, E)),
-        "dt_bias": (dt_bias, (E,)),
-        "initial_state": (initial_state, (b, E, N)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with this u and A it must be {shape}")
+    check_shapes(
+        u,
+        dt=(dt, (b, L, E)),
+        A=(A, (E, N)),
+        B=(B, (b, L, N)),
+        C=(C, (b, L, N)),
+        D=(D, (E,)),
+        z=(z, (b, L, E)),
+        dt_bias=(dt_bias, (E,)),
+        initial_state=(initial_state, (b, E, N)),
+    )
 
 
-def _positions(states_at: Sequence[int] | Tensor, u: Tensor) -> Tensor:
-    positions = torch.as_tensor(states_at, dtype=torch.int64, device=u.device).flatten()
-    if positions.numel() and (int(positions.min()) < 0 or int(positions.max()) >= u.shape[1]):
-        raise ValueError(f"states_at must lie in [0, length={u.shape[1]}); got {positions.tolist()}")
-    return positions
-
-
-def _choose(u: Tensor, initial_state: Tensor | None, positions: Tensor | None, needs_last_grad: bool) -> str:
-    if u.device.type == "cpu":
-        return "cpu"
-    able = initial_state is None and positions is None and not needs_last_grad
-    cuda = u.device.type == "cuda" and able and _cuda_kernels.installed("mamba_ssm")
-    return "cuda" if cuda else "reference"
+def _choose(tensors: tuple[Tensor | None, ...], positions: Tensor | None, needs_last_grad: bool) -> str:
+    u, initial_state = tensors[0], tensors[-1]
+    assert u is not None
+    if u.device.type == "cuda":
+        able = initial_state is None and positions is None and not needs_last_grad and _cuda_kernels.takes(u)
+        installed = _cuda_kernels.installed("mamba_ssm")
+        if able and installed:
+            return "cuda"
+        if u.shape[1] > 1:
+            why = "whose kernel cannot do what is asked here" if installed else _cuda_kernels.how("mamba_ssm")
+            warn_once(
+                "selective_scan loops over the tokens in Python on this GPU, which is slow and keeps every "
+                f"state; the fast way is mamba-ssm, {why}"
+            )
+    return "cpu" if obstacle(*tensors) is None else "reference"
 
 
 def _wide(u: Tensor) -> torch.dtype:
@@ -246,24 +258,6 @@ def _cpu(
     return out
 
 
-_NONE: dict[torch.dtype, np.ndarray] = {
-    torch.float32: np.zeros(0, np.float32),
-    torch.float64: np.zeros(0, np.float64),
-}
-_NO_POSITIONS = np.zeros(0, np.int64)
-
-
-def _flat(x: Tensor | None, dtype: torch.dtype) -> np.ndarray:
-    """The numbers of a contiguous tensor as a 1-D array; an absent argument as an empty one.
-
-    Parameters are copied (they are small): NumPy pins the storage of what it has seen, which FSDP resizes.
-    """
-    if x is None:
-        return _NONE[dtype]
-    x = x.detach().clone() if isinstance(x, Parameter) else x.detach()
-    return x.numpy().reshape(-1)
-
-
 def _scaled(arguments: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     """The arguments with A times log2(e), as the kernels want it: exp(dt A) = 2^(dt A log2(e))."""
     u, dt, A, *rest = arguments
@@ -284,11 +278,11 @@ def _forward(
     y, last = torch.empty_like(u), u.new_empty(b, blocks, N, LANES)
     states = u.new_empty(b, P, blocks, N, LANES)
     checkpoints = u.new_empty(b, -(-L // CHUNK) if keep else 0, blocks, N, LANES)
-    flat = [_flat(x, u.dtype) for x in _scaled(arguments)]
-    out = [_flat(x, u.dtype) for x in (y, checkpoints, states, last)]
-    where = _NO_POSITIONS if positions is None else positions.numpy()
+    given = [flat(x, u.dtype) for x in _scaled(arguments)]
+    out = [flat(x, u.dtype) for x in (y, checkpoints, states, last)]
+    where = flat(positions, torch.int64)
     sizes, flags = (L, blocks, N, P), (softplus, D is not None, z is not None, h0 is not None, keep)
-    run_tasks(lambda tasks: scan_forward(tasks, sizes, flags, *flat, where, *out), b * blocks)
+    run_tasks(lambda tasks: scan_forward(tasks, sizes, flags, *given, where, *out), b * blocks)
     return y, last, states, checkpoints
 
 
@@ -320,13 +314,13 @@ class _Scan(torch.autograd.Function):
         dA, dh0 = u.new_empty(b, blocks, N, LANES), u.new_empty(b, blocks, N, LANES)
         dB, dC = u.new_empty(groups, b, L, N), u.new_empty(groups, b, L, N)
         dD, dbias = u.new_empty(b, E), u.new_empty(b, E)
-        flat = [_flat(x, u.dtype) for x in _scaled((u, dt, A, B, C, D, z, bias, checkpoints))]
-        grads = [_flat(x, u.dtype) for x in (gy, gstates, glast)]
-        out = [_flat(x, u.dtype) for x in (du, ddt, dA, dB, dC, dD, dz, dbias, dh0)]
-        where = _NO_POSITIONS if positions is None else positions.numpy()
+        given = [flat(x, u.dtype) for x in _scaled((u, dt, A, B, C, D, z, bias, checkpoints))]
+        grads = [flat(x, u.dtype) for x in (gy, gstates, glast)]
+        out = [flat(x, u.dtype) for x in (du, ddt, dA, dB, dC, dD, dz, dbias, dh0)]
+        where = flat(positions, torch.int64)
         flags = (ctx.softplus, D is not None, z is not None, gstates is not None, glast is not None)
         sizes = (L, blocks, N, P)
-        run_tasks(lambda tasks: scan_backward(tasks, sizes, flags, *flat, where, *grads, *out), b * groups)
+        run_tasks(lambda tasks: scan_backward(tasks, sizes, flags, *given, where, *grads, *out), b * groups)
         return (
             du,
             ddt,
@@ -366,7 +360,7 @@ def in_mamba_ssm_layout(
     """Call a function of mamba-ssm's signature: channels before time, A, D and the bias in float32."""
 
     def turn(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.to(u.dtype).transpose(1, 2).contiguous()
+        return None if x is None else _cuda_kernels.packed(x.to(u.dtype).transpose(1, 2))
 
     out = kernel(
         turn(u),

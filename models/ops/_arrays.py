@@ -1,0 +1,47 @@
+"""Tensors as the 1-D NumPy arrays that numba's kernels take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_TYPES: dict[torch.dtype, str] = {torch.float32: "f4", torch.float64: "f8", torch.int64: "i8"}
+_NONE = {dtype: np.zeros(0, code) for dtype, code in _TYPES.items()}
+
+
+class _Memory:
+    """What NumPy needs to see a tensor's numbers; it keeps the tensor alive as long as the array lives.
+
+    Not `tensor.numpy()`: that forbids ever resizing the storage, and FSDP resizes the storages of weights.
+    A kernel may be handed a weight itself, or, from the backward pass of a checkpointed block, a plain
+    tensor on the weight's storage, which nothing tells from any other tensor.
+    """
+
+    __slots__ = ("__array_interface__", "tensor")
+
+    def __init__(self, x: Tensor):
+        self.tensor = x
+        self.__array_interface__: dict[str, Any] = {
+            "version": 3,
+            "shape": (x.numel(),),
+            "typestr": np.dtype(_TYPES[x.dtype]).str,
+            "data": (x.data_ptr(), False),
+        }
+
+
+def flat(x: Tensor | None, dtype: torch.dtype) -> np.ndarray:
+    """The numbers of a contiguous CPU tensor of this dtype, shared; an absent argument as an empty array.
+
+    Raises ValueError for another dtype or layout: kernels trust what they get.
+    """
+    if x is None:
+        return _NONE[dtype]
+    x = x.detach().resolve_neg()
+    if x.dtype != dtype or x.device.type != "cpu" or not x.is_contiguous():
+        raise ValueError(
+            f"a kernel wants contiguous {dtype} on a CPU; got {x.dtype} {x.stride()} on {x.device}"
+        )
+    return np.asarray(_Memory(x)) if x.numel() else _NONE[dtype]
