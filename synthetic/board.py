@@ -77,7 +77,7 @@ class Board:
         if problem is not None:
             return f"{head} failed{'' if final else ', will be tried again'}: {problem}"
         note = self.note[job.folder]
-        return f"{head} {note['heldout']:.3f} after {note['step']:>5} steps, {note['seconds']:.0f} s"
+        return f"{head} {note['validation']:.3f} after {note['step']:>5} steps, {note['seconds']:.0f} s"
 
     def _read(self, job: Job) -> dict[str, Any] | None:
         try:
@@ -90,7 +90,7 @@ class Board:
         self.note[job.folder] = dict(
             step=result["step"],
             length=result["train_length"],
-            heldout=result["accuracy"],
+            validation=result["accuracy"],
             seconds=result["seconds"],
         )
 
@@ -101,7 +101,7 @@ class Board:
         order = sorted(self.jobs, key=lambda job: STATES.index(self.state[job.folder]))
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), expand=True)
         table.add_column("run", ratio=1, no_wrap=True, overflow="ellipsis")
-        for name in ("state", "step", "training at", "held-out", "seconds"):
+        for name in ("state", "step", "training at", "accuracy", "seconds"):
             table.add_column(name, justify="right", no_wrap=True)
         for job in order[:room]:
             table.add_row(job.folder.name, *self._cells(job))
@@ -119,6 +119,6 @@ class Board:
             Text(state, style=COLORS[state]),
             f"{note['step']:,}{total}" if note else "",
             str(note["length"]) if note else "",
-            f"{note['heldout']:.3f}" if note else "",
+            f"{note['validation']:.3f}" if note else "",
             f"{note['seconds']:.0f}" if note else "",
         ]

@@ -26,7 +26,7 @@ PRETRAINED_LR = 1e-4  # with --init, at width 768, where pretraining peaks at 6e
 DEFAULT_CURRICULUM = 2
 DEFAULT_STEPS = 3000
 # Raise it whenever the trainer comes to other numbers for the same plan: it is part of every run's identity.
-TRAINING_VERSION = 1
+TRAINING_VERSION = 2  # 2: a validation split decides when training stops, and is asked twice
 PAPER_EXAMPLES = 20_000_000  # training budget, batch and learning rate of Retrievit's position scripts
 PAPER_BATCH = 128
 PAPER_LR = 5e-5
@@ -129,8 +129,8 @@ symbols."""
     budget: int | None = None
     """Training sequences at most, instead of --steps (the papers count this way)."""
     stop_at: float | None = None
-    """Stop as soon as this held-out accuracy at --seq-len is reached; 1.01 never stops early. \
-Default 0.98, the papers' 0.95."""
+    """Stop as soon as this accuracy at --seq-len is reached on validation sequences, and at once again on \
+as many others as the final evaluation has; 1.01 never stops early. Default 0.98, the papers' 0.95."""
     batch_tokens: int = 2048
     """Tokens per batch; the number of sequences follows from their length, but is never less than 8."""
     weight_decay: float = 0.0
@@ -146,11 +146,12 @@ Default 0.98, the papers' 0.95."""
     """Steps between evaluations. Default 100, the papers' a hundredth of all steps (n-grams: a \
 thousandth)."""
     eval_examples: int = 128
-    """Held-out sequences per evaluation."""
+    """Validation sequences per evaluation in training; none is trained on or reported at the end."""
     final_eval_examples: int = 1024
-    """Held-out sequences of the last evaluation, which is also reported by position."""
+    """Held-out sequences of the last evaluation, which is also reported by position. Nothing is chosen by \
+them."""
     seed: int = 0
-    """Fixes initial weights and data. Held-out sequences are the same for every seed."""
+    """Fixes initial weights and data. Validation and held-out sequences are the same for every seed."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto takes a CUDA GPU if there is one."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

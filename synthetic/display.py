@@ -49,7 +49,7 @@ class Display:
                 self.id,
                 completed=row["step"] if self.plan.steps is not None else row["examples"],
                 numbers=f"loss {row['loss']:.3f}  training at {row['length']:>4}: {row['accuracy']:.2f}  "
-                f"held-out at {self.plan.seq_len}: {self.latest}",
+                f"validation at {self.plan.seq_len}: {self.latest}",
             )
         elif row["length"] == self.plan.seq_len:
             self.latest = f"{row['accuracy']:.3f}"
@@ -57,7 +57,7 @@ class Display:
                 self.console.print(
                     f"{NAMES[row['model']]:<12} step {row['step']:>6}  {row['seconds']:>7.1f} s  "
                     f"trained at length {row['train_length']:>5}  loss {row['train_loss']:.3f}  "
-                    f"held-out accuracy at {row['length']}: {row['accuracy']:.3f}",
+                    f"validation accuracy at {row['length']}: {row['accuracy']:.3f}",
                     highlight=False,
                     soft_wrap=True,
                 )
@@ -98,7 +98,7 @@ def terminal_curve(metrics: pd.DataFrame, width: int = 80, height: int = 16) -> 
         x, y = (rows["tokens"] / 1e6).tolist(), rows["accuracy"].tolist()
         plotext.plot(x, y, label=NAMES[str(family)], marker=MARKERS[str(family)])
     plotext.ylim(0, 1)
-    plotext.title(f"held-out accuracy at length {int(full['length'].iloc[0])}")
+    plotext.title(f"validation accuracy at length {int(full['length'].iloc[0])}")
     plotext.xlabel("training tokens (millions)")
     return str(plotext.uncolorize(plotext.build()))
 

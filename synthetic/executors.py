@@ -95,7 +95,7 @@ def execute(job: Job) -> None:
         nonlocal told
         if event == "step" and time.monotonic() - told > HEARTBEAT:
             told = time.monotonic()
-            note = {key: row[key] for key in ("step", "length", "accuracy", "heldout", "seconds")}
+            note = {key: row[key] for key in ("step", "length", "accuracy", "validation", "seconds")}
             store.write_json(job.folder / "progress.json", note)
 
     job.folder.mkdir(parents=True, exist_ok=True)

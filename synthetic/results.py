@@ -52,7 +52,7 @@ CONFIG = {
     "lr": ("float64", "peak learning rate"),
     "steps": ("int64", "optimiser steps at most; missing if the budget counts sequences"),
     "budget": ("int64", "training sequences at most; missing if it counts steps"),
-    "stop_at": ("float64", "held-out accuracy at seq_len that ends training"),
+    "stop_at": ("float64", "validation accuracy at seq_len that ends training"),
     "batch_tokens": ("int64", "tokens per batch"),
     "weight_decay": ("float64", "of AdamW"),
     "warmup": ("int64", "steps"),
@@ -65,6 +65,7 @@ CONFIG = {
 }
 PROGRESS = {
     "kind": ("string", "during: in training; final: after it, on more sequences"),
+    "split": ("string", "validation in training, heldout in final rows; they share no sequence"),
     "step": ("int64", "optimiser steps done"),
     "examples": ("int64", "training sequences seen"),
     "tokens": ("int64", "training tokens seen"),
@@ -77,14 +78,18 @@ EVALUATION = {
     **PROGRESS,
     "train_loss": ("float64", "cross-entropy of the last training batch in nats; missing in final rows"),
     "train_accuracy": ("float64", "of the last training batch, several queries each; missing in final rows"),
-    "loss": ("float64", "held-out cross-entropy of the answers in nats"),
-    "accuracy": ("float64", "held-out, 0 .. 1"),
+    "loss": ("float64", "cross-entropy of the answers in nats, on the sequences of `split`"),
+    "accuracy": ("float64", "on the sequences of `split`, 0 .. 1"),
     "correct": ("int64", "right answers"),
     "count": ("int64", "answers"),
     "ci_low": ("float64", "Wilson 95 % interval of this evaluation alone"),
     "ci_high": ("float64", "its upper end"),
     "chance": ("float64", "accuracy of a guess"),
     "longest_length": ("int64", "longest context whose training accuracy passed 0.95; in final rows only"),
+    "confirm_correct": ("int64", "of the second look that a pass of stop_at has to stand; else missing"),
+    "confirm_count": ("int64", "its answers"),
+    "reached": ("bool", "stop_at was passed twice in a row, which ended training; in final rows only"),
+    "heldout_reached": ("bool", "the final held-out accuracy is stop_at or more; in final rows only"),
 }
 TARGET = {
     **CONFIG,

@@ -32,7 +32,7 @@ def finish(job: Job, accuracy: float) -> None:
 
 
 def note(job: Job, step: int) -> None:
-    progress = dict(step=step, length=4, accuracy=0.9, heldout=0.25, seconds=1.0)
+    progress = dict(step=step, length=4, accuracy=0.9, validation=0.25, seconds=1.0)
     store.write_json(job.folder / "progress.json", progress)
 
 
