@@ -84,7 +84,7 @@ def execute(job: Job) -> None:
     from filelock import FileLock
 
     from models.ops.memory import keep_freed_memory
-    from synthetic import store
+    from synthetic import memory, store
     from synthetic.results import train_recorded
 
     torch.set_num_threads(job.threads)
@@ -100,6 +100,7 @@ def execute(job: Job) -> None:
 
     job.folder.mkdir(parents=True, exist_ok=True)
     try:
+        memory.require(job.plan)
         with FileLock(job.folder / ".lock"):
             store.prepare(job.folder, vars(job.config), [job.plan.to_dict()], job.threads, job.purpose)
             train_recorded(job.plan, job.folder, listener)

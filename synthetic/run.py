@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ def run(config: RunConfig) -> int:
     from filelock import FileLock, Timeout
 
     from models.ops.memory import keep_freed_memory, return_freed_memory
-    from synthetic import store
+    from synthetic import memory, store
     from synthetic.config import plan, run_id
     from synthetic.distributed import Lost, joined
 
@@ -40,6 +41,9 @@ def run(config: RunConfig) -> int:
     plans = [plan(config, family, elsewhere=config.plan) for family in config.model]
     if config.plan:
         return _show_memory(plans)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        for p in plans:
+            memory.require(p)
     folder = Path(config.out) / run_id(plans)
     try:
         with joined(config.parallel, plans[0]) as world:
