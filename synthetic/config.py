@@ -22,6 +22,7 @@ FAMILIES = ("transformer", "mamba", "mamba2", "hybrid")
 # What serves every family best at the tiny preset (docs/learnability.md). The learning rate falls with
 # sqrt(width) for wider models.
 DEFAULT_LR = 2e-3
+ADAFACTOR_LR = (1e-2, 1e-3)  # torch's own for random weights; less with --init
 PRETRAINED_LR = 1e-4  # with --init, at width 768, where pretraining peaks at 6e-4 or more
 DEFAULT_CURRICULUM = 2
 DEFAULT_STEPS = 3000
@@ -121,7 +122,8 @@ symbols."""
     """Context length at which training starts; doubled whenever training accuracy passes 0.95. 0 trains at \
 --seq-len only. Default 2."""
     lr: float | None = None
-    """Peak learning rate of AdamW. Default: 2e-3, less for wider models (with --init 1e-4 at width 768)."""
+    """Peak learning rate. Default: 2e-3, less for wider models (with --init 1e-4 at width 768); \
+adafactor 1e-2 (with --init 1e-3)."""
     steps: int | None = None
     """Optimiser steps at most. Default 3000."""
     budget: int | None = None
@@ -156,7 +158,7 @@ them."""
     """bfloat16 = autocast with float32 weights; auto takes it where the hardware multiplies it natively."""
     optimizer: Literal["adamw", "adamw-8bit", "adafactor"] = "adamw"
     """State per parameter: adamw 8 bytes, adamw-8bit 2 (needs bitsandbytes), adafactor almost none; its \
-steps are relative to the weights, so it wants a larger --lr."""
+steps are relative to the weights, so its --lr is another."""
     accumulate: int = 1
     """Parts of a batch that are computed one after the other: same gradient, less memory."""
     checkpointing: bool = False
@@ -213,6 +215,8 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
     device = resolve_device(config.device, elsewhere)
     at, usual = (128, DEFAULT_LR) if start is None else (768, PRETRAINED_LR)
     default_lr = PAPER_LR if paper else usual * (at / width) ** 0.5
+    if config.optimizer == "adafactor":
+        default_lr = ADAFACTOR_LR[start is not None]  # relative to the size of the weights, so of no width
     settled = Plan(
         family=family,
         model=name,

@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from analysis.style import NAMES
 from synthetic.config import Plan
@@ -23,9 +24,9 @@ class Display:
     def __init__(self, plan: Plan, console: Console):
         self.plan, self.console, self.latest = plan, console, "-"
         self.bar = Progress(
-            TextColumn("[bold]{task.description:<11}"),
+            TextColumn("{task.description:<11}", style="bold", markup=False),
             BarColumn(bar_width=None),
-            TextColumn("{task.fields[numbers]}"),
+            TextColumn("{task.fields[numbers]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("left at most"),
             TimeRemainingColumn(),
@@ -58,7 +59,6 @@ class Display:
                     f"{NAMES[row['model']]:<12} step {row['step']:>6}  {row['seconds']:>7.1f} s  "
                     f"trained at length {row['train_length']:>5}  loss {row['train_loss']:.3f}  "
                     f"validation accuracy at {row['length']}: {row['accuracy']:.3f}",
-                    highlight=False,
                     soft_wrap=True,
                 )
 
@@ -73,7 +73,7 @@ def summary(results: list[dict[str, Any]]) -> Table:
     )
     table.add_column("model", no_wrap=True)
     for name in ("size", "steps", "tokens", "seconds", "accuracy [95 % CI]", "learned up to"):
-        table.add_column(name.replace("[", r"\["), justify="right", no_wrap=True)
+        table.add_column(Text(name), justify="right", no_wrap=True)
     for r in results:
         table.add_row(
             NAMES[r["model"]],
@@ -81,7 +81,7 @@ def summary(results: list[dict[str, Any]]) -> Table:
             f"{r['step']:,}",
             f"{r['tokens'] / 1e6:.1f} M",
             f"{r['seconds']:.0f}",
-            f"{r['accuracy']:.3f} \\[{r['ci_low']:.3f}, {r['ci_high']:.3f}]",
+            Text(f"{r['accuracy']:.3f} [{r['ci_low']:.3f}, {r['ci_high']:.3f}]"),
             str(r["longest_length"] or "-"),
         )
     return table
@@ -120,12 +120,12 @@ def cells(evaluations: pd.DataFrame) -> Table:
     for name in varying:
         table.add_column(name.replace("_", " "), no_wrap=True)
     for name in ("seeds", "accuracy [95 % CI]", "reached", "examples to 0.95", "learned up to"):
-        table.add_column(name.replace("[", r"\["), justify="right", no_wrap=True)
+        table.add_column(Text(name), justify="right", no_wrap=True)
     for _, row in rows.iterrows():
         table.add_row(
-            *(_word(row[name]) for name in varying),
+            *(Text(_word(row[name])) for name in varying),
             str(row["seeds"]),
-            f"{row['accuracy']:.3f}{_interval(row['accuracy_low'], row['accuracy_high'])}",
+            Text(f"{row['accuracy']:.3f}{_interval(row['accuracy_low'], row['accuracy_high'])}"),
             f"{row['reached']}/{row['seeds']}",
             f"{row['examples']:,.0f}" if row["examples"] < float("inf") else "-",
             f"{row['reachable_length']:g}",
@@ -139,4 +139,4 @@ def _word(value: Any) -> str:
 
 def _interval(low: float, high: float) -> str:
     """Nothing for a single seed, of which no interval can be had."""
-    return "" if pd.isna(low) else f" \\[{low:.3f}, {high:.3f}]"
+    return "" if pd.isna(low) else f" [{low:.3f}, {high:.3f}]"

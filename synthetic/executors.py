@@ -47,15 +47,14 @@ class Job:
 
     def bring_up_to_date(self) -> None:
         """Mend what a kill after a run's last word, or another sweep's purpose for the run, left behind."""
-        from synthetic import results, store
+        from synthetic import records, results, store
 
         if not self.finished():
             return
-        path = self.folder / "config.json"
-        saved = store.read_json(path)
+        saved = records.config(self.folder)
         if saved.get("purpose") != self.purpose:
-            store.write_json(path, saved | {"purpose": self.purpose})
-        elif not results.behind(self.folder, self.plan.family):
+            store.write_json(self.folder / "config.json", saved | {"purpose": self.purpose})
+        elif not results.behind(self.folder, self.plan.family, self.purpose):
             return
         results.record(self.folder, self.plan.family)
 

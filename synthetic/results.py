@@ -18,8 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.errors import UserError
-from synthetic import store
+from synthetic import records, store
 from synthetic.store import Row
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ CONFIG = {
     "seed": ("int64", "of weights and training data"),
     "device": ("string", "cpu, cuda or mps"),
     "precision": ("string", "float32 or bfloat16"),
-    "commit": ("string", "of this project; + if files differed from it"),
+    "commit": ("string", "of this project, of every session of the run; + if files differed from it"),
 }
 PROGRESS = {
     "kind": ("string", "during: in training; final: after it, on more sequences"),
@@ -139,28 +138,39 @@ def train_recorded(
     return result
 
 
-def behind(folder: Path, family: str) -> bool:
-    """Whether the data sets lack something of a finished run, because a process ended before `record` did."""
-    result = (folder / family / "result.json").stat().st_mtime_ns
-    paths = (folder.parent / name / f"{folder.name}.{family}.parquet" for name in (RESULTS, TARGETS))
-    return any(not path.exists() or path.stat().st_mtime_ns < result for path in paths)
+def behind(folder: Path, family: str, purpose: str | None = None) -> bool:
+    """Whether the data sets lack the end of a finished run, because a process ended before `record` did.
+
+    What they hold decides, not the time of a file: clocks can step back. A damaged file lacks everything, one
+    of another purpose than `purpose` too.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    for name in (RESULTS, TARGETS):
+        path = folder.parent / name / f"{folder.name}.{family}.parquet"
+        if not path.exists():
+            return True
+        content = io.BytesIO(path.read_bytes())
+        try:
+            found = parquet.read_table(content, columns=["kind", "purpose"]).to_pydict()
+        except (pa.ArrowException, ValueError, OSError):  # Arrow has all three for a damaged file
+            return True
+        if "final" not in found["kind"] or (purpose is not None and {*found["purpose"]} != {purpose}):
+            return True
+    return False
 
 
 def tables(folder: Path, family: str) -> tuple[list[Row], list[Row]]:
     """Rows of both data sets for one model. Raises UserError if `folder` is not a run's."""
-    path = folder / "config.json"
-    if not path.exists():
-        raise UserError(f"{folder} has no config.json; give the folder of a run")
-    saved = store.read_json(path)
-    (plan,) = (p for p in saved["plans"] if p["family"] == family)
-    environment = folder / "environment.json"
+    plan, saved = records.plan_of(folder, family), records.config(folder)
     fixed = config_columns(plan) | {
         "run": folder.name,
         "purpose": saved.get("purpose", "report"),
-        "commit": store.read_json(environment)["commit"] if environment.exists() else None,
+        "commit": _commits(folder),
     }
     rows, targets = [], []
-    for row in store.read_rows(folder / "metrics.jsonl"):
+    for row in records.metrics(folder):
         if row["model"] == family:
             rows.append(fixed | {"kind": "during"} | row)
             for low, high, correct, count in row["targets"]:
@@ -168,14 +178,22 @@ def tables(folder: Path, family: str) -> tuple[list[Row], list[Row]]:
                 targets.append(fixed | {"kind": "during"} | row | part)
     finished = folder / family / "result.json"
     if finished.exists():
-        final = fixed | {"kind": "final"} | store.read_json(finished)
+        final = fixed | {"kind": "final"} | records.result(folder / family)
         rows.append(final)
-        for row in store.read_rows(folder / "by_position.jsonl"):
+        for row in records.by_position(folder):
             if row["model"] == family:
                 low = row["position"]
                 part = dict(target_low=low, target_high=low + 1, correct=row["correct"], count=row["count"])
                 targets.append(final | part)
     return rows, targets
+
+
+def _commits(folder: Path) -> str | None:
+    """Of all sessions, each once and in order."""
+    if not (folder / "environment.json").exists():
+        return None
+    commits = [session.get("commit") for session in records.environment(folder)["sessions"]]
+    return ", ".join(dict.fromkeys(commit for commit in commits if commit)) or None
 
 
 def config_columns(plan: Row) -> Row:

@@ -7,6 +7,7 @@ number, so saving those three and restarting gives bit for bit the numbers of an
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ from torch import Tensor
 
 import models
 from models import LanguageModel
+from models.errors import UserError
 from models.ops.cross_entropy import IGNORE
-from synthetic import distributed, pretrained, store, tasks
+from synthetic import distributed, pretrained, records, store, tasks
 from synthetic.config import Plan
 from synthetic.distributed import ALONE, World
 from synthetic.evaluate import Evaluation, autocast, heldout, wilson
@@ -51,6 +53,10 @@ class Progress:
     stopped: bool = False  # stop_at was reached, twice
 
 
+class Diverged(UserError):
+    """The loss or a weight is not a finite number: nothing that follows would be."""
+
+
 class Interrupted(Exception):
     """Raised after a checkpoint was written because `should_stop` said so."""
 
@@ -69,15 +75,15 @@ def train(
 
     listener(event, row) hears of every "step" and "evaluation". Evaluations go to folder/metrics.jsonl, the
     final accuracy by position to folder/by_position.jsonl.
-    Raises Interrupted when should_stop() turned true, and OSError when the disk is full; either way the
-    next call continues from the last checkpoint.
+    Raises Interrupted when should_stop() turned true, Diverged when a loss is not finite, and OSError when
+    the disk is full; each time the next call continues from the last checkpoint.
     world: the processes that all call this; the first one alone writes rows and hears of events.
     """
     own = folder / plan.family
     own.mkdir(parents=True, exist_ok=True)
     finished = own / "result.json"
     if finished.exists():
-        return store.read_json(finished)
+        return records.result(own)
     session = Session(plan, folder, listener, world)
     while not session.done():
         session.step()
@@ -124,11 +130,19 @@ class Session:
             targets = store.checkpoint_tensors(self.model, self.optimizer)
             distributed.load(place, targets, self.world)
         elif tensors:
-            store.restore(self.model, self.optimizer, tensors, header["step"])
+            self._restore(path, tensors, header)
         else:
             return
         self.progress = Progress(**header)
         self.kept = self.progress.step
+
+    def _restore(self, path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+        """Raises UserError, naming the checkpoint, if it is not of this model."""
+        records.checked(header, records.ProgressRecord, str(path), store.anew(path))
+        try:
+            store.restore(self.model, self.optimizer, tensors, header["step"])
+        except UserError as error:
+            raise UserError(f"{path} is damaged ({error}); {store.anew(path)}") from error
 
     def done(self) -> bool:
         plan, now = self.plan, self.progress
@@ -142,6 +156,7 @@ class Session:
             group["lr"] = plan.lr * learning_rate(plan, now)
         batch = next_batch(self.task, plan, now).to(plan.device)
         loss, accuracy = update(self.model, self.optimizer, batch, plan, self.loss_of, self.world)
+        self._finite(loss, "the training loss")
         now.step += 1
         now.examples += batch.input_ids.shape[0]
         now.tokens += batch.input_ids.numel()
@@ -160,6 +175,8 @@ class Session:
         plan, now = self.plan, self.progress
         lengths = sorted({now.length, plan.seq_len})
         results = [self._unseen("validation", plan.eval_examples, n) for n in lengths]
+        for result in results:
+            self._finite(result.loss, "the validation loss")
         now.validation = results[-1].accuracy
         confirmation = self._confirmation() if now.validation >= plan.stop_at else None
         now.stopped = confirmation is not None and confirmation.accuracy >= plan.stop_at
@@ -173,6 +190,18 @@ class Session:
                 )
             store.append_row(self.metrics, row)
             self.listener("evaluation", row)
+
+    def _finite(self, value: float, what: str) -> None:
+        if math.isfinite(value):
+            return
+        plan, last = (
+            self.plan,
+            "nothing before it" if self.kept < 0 else f"the checkpoint of step {self.kept}",
+        )
+        raise Diverged(
+            f"{plan.family}: {what} is {value} at step {self.progress.step}, so training has diverged with "
+            f"--lr {plan.lr:g}; use a smaller one, or --grad-clip 1 if it is off ({last} is kept)"
+        )
 
     def _confirmation(self) -> Evaluation:
         """A second look, at validation sequences that the first had not, as many as the final evaluation has.
@@ -223,6 +252,9 @@ class Session:
         """
         if self.kept == self.progress.step:
             return
+        if self.world.size == 1:  # a step may ruin the weights that its own loss was computed with
+            worst = max(float(p.detach().abs().max()) for p in self.model.parameters() if p.numel())
+            self._finite(worst, "the largest weight")
         before = time.monotonic()
         self.progress.seconds = before - self.started
         tensors, header = (
@@ -244,9 +276,11 @@ class Session:
         if plan.lora:
             merge_adapters(self.model)
         final = self._unseen("heldout", plan.final_eval_examples, plan.seq_len)
+        self._finite(final.loss, "the held-out loss")
         weights = {name: distributed.full(p) for name, p in self.model.named_parameters()}
         result = self._row("heldout", final)
         result |= dict(
+            format=records.FORMAT,
             reached=now.stopped,
             heldout_reached=final.accuracy >= plan.stop_at,
             longest_length=longest_passed(plan, now),
@@ -259,7 +293,7 @@ class Session:
     def _write(self, final: Evaluation, weights: dict[str, Tensor], result: dict[str, Any]) -> None:
         plan, now = self.plan, self.progress
         path = self.folder / "by_position.jsonl"
-        others = [row for row in store.read_rows(path) if row["model"] != plan.family]
+        others = [row for row in records.by_position(self.folder) if row["model"] != plan.family]
         mine = [
             dict(
                 model=plan.family,
@@ -273,8 +307,13 @@ class Session:
         ]
         store.write_rows(path, others + mine)
         store.save_tensors(self.own / "model.safetensors", weights, {"step": now.step})
-        store.write_json(self.own / "config.json", {"name": plan.model, "config": plan.model_overrides})
+        store.write_json(self.own / "config.json", _rebuilds(plan))
         store.write_json(self.own / "result.json", result)
+
+
+def _rebuilds(plan: Plan) -> dict[str, Any]:
+    """What config.json beside a model's weights says."""
+    return {"format": records.FORMAT, "name": plan.model, "config": plan.model_overrides}
 
 
 def learning_rate(plan: Plan, now: Progress) -> float:
