@@ -33,7 +33,7 @@ def run(config: RunConfig) -> int:
     from filelock import FileLock, Timeout
 
     from models.ops.memory import keep_freed_memory, return_freed_memory
-    from synthetic import memory, store
+    from synthetic import memory, reuse, store
     from synthetic.config import plan, run_id
     from synthetic.distributed import Lost, joined
 
@@ -45,14 +45,14 @@ def run(config: RunConfig) -> int:
     plans = [plan(config, family, elsewhere=config.plan) for family in config.model]
     if config.plan:
         return _show_memory(plans)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        for p in plans:
-            memory.require(p)
     folder = Path(config.out) / run_id(plans)
     if _complete(plans, folder):  # read-only for everybody: no lock is taken, nothing is written
         if int(os.environ.get("RANK", "0")) == 0:
             _show_finished(plans, folder)
         return 0
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        for p in plans:
+            memory.require(p)
     try:
         with joined(config.parallel, plans[0]) as world:
             if not world.main:
@@ -61,8 +61,9 @@ def run(config: RunConfig) -> int:
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(folder / ".lock", timeout=0):
                 store.prepare(folder, vars(config), [p.to_dict() for p in plans], torch.get_num_threads())
+                taken = {p.family: reuse.take(p, folder) for p in plans}
                 world.barrier()
-                return _train_all(plans, folder, world)
+                return _train_all(plans, folder, world, taken)
     except Timeout:
         return fail(f"--out {config.out}: another process is working in {folder}; wait for it or stop it")
     except Lost as error:
@@ -112,7 +113,8 @@ def _follow(plans: list[Plan], folder: Path, world: World) -> int:
     return 0
 
 
-def _train_all(plans: list[Plan], folder: Path, world: World) -> int:
+def _train_all(plans: list[Plan], folder: Path, world: World, taken: dict[str, Path | None]) -> int:
+    """taken: the runs from which finished models have been copied, by family."""
     from synthetic.display import Display
     from synthetic.results import train_recorded
     from synthetic.terminal import plain_console
@@ -124,7 +126,9 @@ def _train_all(plans: list[Plan], folder: Path, world: World) -> int:
     results = []
     for p in plans:
         if (folder / p.family / "result.json").exists():
-            console.print(f"{p.family}: {BEFORE}", soft_wrap=True)
+            other = taken[p.family]
+            said = BEFORE if other is None else f"trained before in {other}, and taken from there"
+            console.print(f"{p.family}: {said}", soft_wrap=True)
         with Display(p, console) as display, stop:
             try:
                 results.append(train_recorded(p, folder, display, stop.asked, world))
