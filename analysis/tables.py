@@ -23,13 +23,16 @@ def load(runs: str | Path | Iterable[str | Path], table: str = "results") -> pd.
         `synthetic.results.EVALUATION` and `TARGET`.
     Raises UserError, in one line, if there is nothing to read, or it is not of the results store.
     """
-    from synthetic import records
+    import pandas as pd
 
     places = [runs] if isinstance(runs, (str, Path)) else list(runs)
     frames = []
     for path in (path for place in places for path in files(Path(place), table)):
-        columns = (*ORDER, "purpose", "accuracy")[: None if table == "results" else -1]
-        frames.append(records.table(path, columns))
+        frames.append(pd.read_parquet(path))
+        missing = [name for name in (*ORDER, "purpose", "accuracy")[: None if table == "results" else -1]
+                   if name not in frames[-1]]  # fmt: skip
+        if missing:
+            raise UserError(f"{path} lacks {', '.join(missing)}; it is not a file of the results store")
     if not frames:
         raise UserError(f"no {table} in {', '.join(map(str, places))}; train some, or give another folder")
     return _joined(frames)
@@ -73,9 +76,9 @@ def files(place: Path, table: str = "results") -> list[Path]:
 
 def concatenated(paths: Iterable[Path]) -> pd.DataFrame | None:
     """The rows of several Parquet files of one kind, sorted as by `load`; None without files."""
-    from synthetic import records
+    import pandas as pd
 
-    frames = [records.table(path) for path in paths]
+    frames = [pd.read_parquet(path) for path in paths]
     return _joined(frames) if frames else None
 
 

@@ -6,27 +6,21 @@
     records.by_position(folder)       by_position.jsonl
     records.result(folder / family)   result.json of a model
     records.model(folder / family)    config.json of a model: what rebuilds it
-    records.table(path, columns)      a Parquet file of the results store
 
-All raise UserError naming file, field and remedy for what is damaged, incomplete, of another kind, or written
+Tables of the results store are read by `analysis.load`. All raise UserError naming file, field and remedy for what is damaged, incomplete, of another kind, or written
 by a newer version (`FORMAT`). What they return is plain JSON values, checked. A last line that a crash cut
 short is left out.
 """
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from models.errors import UserError
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 FORMAT = 1  # of all these files; raised when an older version would misread what a newer one writes
 Row = dict[str, Any]
@@ -112,20 +106,20 @@ class EvaluationRecord(Record):
     ci_low: float
     ci_high: float
     chance: float
-    parameters: int
-    parameters_without_embeddings: int
+    parameters: int | None = None
+    parameters_without_embeddings: int | None = None
 
 
 class MetricsRecord(EvaluationRecord):
-    train_loss: float
-    train_accuracy: float
+    train_loss: float | None = None
+    train_accuracy: float | None = None
     targets: list[Annotated[list[int], Field(min_length=4, max_length=4)]]
 
 
 class ResultRecord(EvaluationRecord):
     format: int = 1
-    reached: bool
-    longest_length: int
+    reached: bool = False
+    longest_length: int | None = None
 
 
 class ProgressRecord(Record):
@@ -268,21 +262,3 @@ def result(own: Path) -> Row:
 
 def model(own: Path) -> Row:
     return _file(own / "config.json", ModelRecord)
-
-
-def table(path: Path, columns: Iterable[str] = ()) -> pd.DataFrame:
-    """A Parquet file. Raises UserError if it is damaged, or lacks one of `columns`."""
-    import pandas as pd
-    import pyarrow as pa
-
-    remedy = "delete it and run the command of its run again, or give another file"
-    content = io.BytesIO(path.read_bytes())  # at once: while a run writes, the name soon means another file
-    try:
-        frame = pd.read_parquet(content)
-    except (pa.ArrowException, ValueError, OSError) as error:  # Arrow has all three for a damaged file
-        said = _short(str(error))
-        raise UserError(f"{path} is no Parquet file, or a damaged one ({said}); {remedy}") from error
-    missing = [name for name in columns if name not in frame]
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}; it is not a file of the results store")
-    return frame

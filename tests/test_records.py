@@ -9,7 +9,6 @@ import shutil
 import pytest
 import torch
 
-import analysis
 from models.errors import UserError
 from synthetic import records, results, store, train
 from synthetic.config import RunConfig, plan
@@ -223,20 +222,13 @@ def test_deleting_a_damaged_finished_model_starts_it_anew(folder, made):
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 100, b"PAR1", b"[]", b"PAR1" + b"\0" * 20 + b"PAR1"])
-def test_damaged_tables(folder, content):
-    path = folder.parent / "results" / f"{folder.name}.mamba.parquet"
+@pytest.mark.parametrize("name", ["results", "targets"])
+def test_a_damaged_table_is_behind(folder, content, name):
+    path = folder.parent / name / f"{folder.name}.mamba.parquet"
     results.record(folder, "mamba")
+    assert not results.behind(folder, "mamba")
     path.write_bytes(content)
-    refused(lambda folder: analysis.load(folder.parent), folder, f"{path} is no Parquet file", "delete it")
     assert results.behind(folder, "mamba")
-
-
-def test_a_table_without_a_column(folder):
-    results.record(folder, "mamba")
-    path = folder.parent / "results" / f"{folder.name}.mamba.parquet"
-    frame = records.table(path)
-    frame.drop(columns="accuracy").to_parquet(path)
-    refused(lambda folder: analysis.load(folder.parent), folder, "lacks accuracy")
 
 
 # --- the environment's sessions --------------------------------------------------------------------------

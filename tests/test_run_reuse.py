@@ -48,6 +48,9 @@ def test_a_model_is_added_to_a_command(out, capsys, monkeypatch):
     }  # fmt: skip
     seen.clear()
     assert run.main(both(out, "mamba2")) == 0 and not seen  # and one is left out
+    (third,) = (path.parent for path in out.glob("*/config.json") if path.parent not in (first, second))
+    assert {row["model"] for row in records.metrics(third)} == {"mamba2"}
+    assert {row["model"] for row in records.by_position(third)} == {"mamba2"}
 
 
 def test_every_session_of_a_taken_model_is_kept(out):

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 import analysis
-from models.errors import UserError
 from synthetic import results, store, sweep
 from synthetic.config import plan, run_id
 from synthetic.grid import grid
@@ -161,8 +160,6 @@ def test_a_damaged_table_is_made_anew(finished, tmp_path, content, table):
     before = analysis.load(finished, table)
     (path,) = (p for p in (finished / table).glob("*mamba-s1*"))
     path.write_bytes(path.read_bytes()[:-100] if content is None else content)
-    with pytest.raises(UserError, match=r"mamba-s1.*parquet is no Parquet file, or a damaged one"):
-        analysis.load(finished, table)
     assert sweep.main([write(tmp_path), "--out", str(finished)]) == 0
     same(analysis.load(finished, table), before)
 
