@@ -7,9 +7,9 @@
     records.result(folder / family)   result.json of a model
     records.model(folder / family)    config.json of a model: what rebuilds it
 
-Tables of the results store are read by `analysis.load`. All raise UserError naming file, field and remedy for what is damaged, incomplete, of another kind, or written
+All raise UserError naming file, field and remedy for what is damaged, incomplete, of another kind, or written
 by a newer version (`FORMAT`). What they return is plain JSON values, checked. A last line that a crash cut
-short is left out.
+short is left out. Tables of the results store are read by `analysis.load`.
 """
 
 from __future__ import annotations

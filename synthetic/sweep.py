@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 FAILED = 1
 STOPPED = "stopped; what ran goes on from its last checkpoint when the same command is given"
+BOUNDS = {"workers": (0, 1024), "threads": (1, 1024), "retries": (0, 1000)}
 POLL_SECONDS = 0.1
 REFRESH_SECONDS = 1.0
 
@@ -61,11 +62,13 @@ latter two need their extra, and --out on a file system that all machines share.
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 if runs failed, 2 for bad input, 130 if stopped."""
     options = parse(Options, argv, "python -m synthetic.sweep")
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    numbers = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    before = {number: signal.signal(number, _interrupt) for number in numbers}
     try:
         return guarded(lambda: sweep(Wanted.read(options)), out=options.out or "", stopped=STOPPED)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _interrupt(*_: object) -> None:
@@ -88,9 +91,10 @@ class Wanted:
         from synthetic import grid
         from synthetic.config import check
 
-        for name in ("workers", "threads", "retries"):
-            value, least = getattr(options, name), 1 if name == "threads" else 0
+        for name, (least, most) in BOUNDS.items():
+            value = getattr(options, name)
             check(value >= least, f"--{name} {value} must be at least {least}")
+            check(value <= most, f"--{name} {value} is too large; use at most {most}")
         check(
             options.address is None or options.executor == "ray",
             f"--address {options.address} is for --executor ray; give both or neither",

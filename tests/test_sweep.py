@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -214,8 +215,38 @@ BAD = [
     (["no.py"], "FILE no.py does not exist"),
     (["FILE", "--workers", "-1"], "--workers -1 must be at least 0"),
     (["FILE", "--threads", "0"], "--threads 0 must be at least 1"),
+    *(
+        (["FILE", f"--{name}", str(10**20)], f"--{name} {10**20} is too large; use at most")
+        for name in ("workers", "threads", "retries")
+    ),
+    (["FILE", "--out", ""], "--out is empty; give a folder"),
     (["FILE", "--address", "auto"], "--address auto is for --executor ray"),
 ]
+
+
+VALUES = [
+    ("weight_decay=float('nan')", "--weight-decay nan is not a number"),
+    ("weight_decay=float('inf')", "--weight-decay inf is too large"),
+    ("steps=10**20", "is too large"),
+    ("position='rope'", "--position rope is for attention, which --model mamba lacks"),
+    ("out='x'", "a sweep has no option 'out'"),
+]
+
+
+@pytest.mark.parametrize("option, message", VALUES)
+def test_values_that_no_run_can_have(option, message, tmp_path, capsys):
+    file = write(tmp_path, f"Sweep(grid(model='mamba', {option}))")
+    assert sweep.main([file, "--out", str(tmp_path / "runs")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: FILE {file}: ") and message in error and error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+def test_a_closed_terminal_stops_a_sweep_in_one_line(number, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sweep, "sweep", lambda wanted: os.kill(os.getpid(), number) or signal.pause())
+    assert sweep.main([write(tmp_path), "--out", str(tmp_path / "runs")]) == 130
+    assert capsys.readouterr().err == sweep.STOPPED + "\n"
 
 
 @pytest.mark.parametrize("words, message", BAD)
@@ -270,7 +301,8 @@ def test_two_writers_at_once_lose_nothing_and_readers_see_whole_files(tmp_path):
     template = dict(
         model="mamba", step=1, examples=8, tokens=88, seconds=1.0, train_length=8, length=8,
         split="validation", loss=1.0, train_loss=1.0, train_accuracy=0.5, accuracy=0.5, correct=1, count=2,
-        ci_low=0.1, ci_high=0.9, chance=0.125, parameters=9, parameters_without_embeddings=5, targets=[[0, 8, 1, 2]],
+        ci_low=0.1, ci_high=0.9, chance=0.125, parameters=9, parameters_without_embeddings=5,
+        targets=[[0, 8, 1, 2]],
     )  # fmt: skip
     seeds = list(range(8))
     for seed in seeds:
