@@ -307,13 +307,9 @@ class Session:
         ]
         store.write_rows(path, others + mine)
         store.save_tensors(self.own / "model.safetensors", weights, {"step": now.step})
-        store.write_json(self.own / "config.json", _rebuilds(plan))
+        head = {"format": records.FORMAT, "name": plan.model, "config": plan.model_overrides}
+        store.write_json(self.own / "config.json", head)
         store.write_json(self.own / "result.json", result)
-
-
-def _rebuilds(plan: Plan) -> dict[str, Any]:
-    """What config.json beside a model's weights says."""
-    return {"format": records.FORMAT, "name": plan.model, "config": plan.model_overrides}
 
 
 def learning_rate(plan: Plan, now: Progress) -> float:
