@@ -25,7 +25,7 @@ SPENT = ("examples", "tokens", "step", "seconds")
 # Columns that describe one evaluation, even where a run happens to have a single one.
 PER_EVALUATION = {
     *SPENT, "kind", "split", "train_length", "length", "loss", "train_loss", "train_accuracy", "accuracy",
-    "correct", "count", "ci_low", "ci_high", "chance",
+    "correct", "count", "ci_low", "ci_high", "chance", "confirm_correct", "confirm_count", "heldout_reached",
 }  # fmt: skip
 OUTCOMES = {"value", "lower", "reached", "finished", "at_goal"}
 EXACT = 1e-9  # scatter of log(value), relative to its size, that is rounding

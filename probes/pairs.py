@@ -93,8 +93,8 @@ def _draw(
 ) -> tuple[IntArray, IntArray]:
     """Held-out contexts (rows, length), two targets each; with `swap` held out also after the swap."""
     contexts, targets, have = [], [], 0
-    for _ in range(MAX_ROUNDS):  # an eighth of the swapped contexts is held out, unless there are very few
-        wanted = (rows - have) * (2**sampling.HELDOUT_BITS if swap else 1)
+    for _ in range(MAX_ROUNDS):  # of the swapped contexts as many are held out, unless there are very few
+        wanted = round((rows - have) / (sampling.SHARES["heldout"] if swap else 1))
         context, target = sampling.draw_split(
             lambda n: task.draw(rng, n, length, 2),
             wanted,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from typing import Any
@@ -13,7 +12,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from synthetic import store
+from models.errors import UserError
+from synthetic import records, store
 from synthetic.executors import Job
 
 STATES = ("running", "failed", "waiting", "done")  # in the order in which they are listed
@@ -69,7 +69,7 @@ class Board:
         else:
             self.state[job.folder] = "waiting"
         if not self.console.is_terminal:
-            self.console.print(self._line(job, problem, final), highlight=False, markup=False, soft_wrap=True)
+            self.console.print(self._line(job, problem, final), soft_wrap=True)
 
     def _line(self, job: Job, problem: str | None, final: bool) -> str:
         counts = Counter(self.state.values())
@@ -77,20 +77,20 @@ class Board:
         if problem is not None:
             return f"{head} failed{'' if final else ', will be tried again'}: {problem}"
         note = self.note[job.folder]
-        return f"{head} {note['heldout']:.3f} after {note['step']:>5} steps, {note['seconds']:.0f} s"
+        return f"{head} {note['validation']:.3f} after {note['step']:>5} steps, {note['seconds']:.0f} s"
 
     def _read(self, job: Job) -> dict[str, Any] | None:
         try:
             return store.read_json(job.folder / "progress.json")
-        except (OSError, json.JSONDecodeError):
+        except (OSError, UserError):
             return None
 
     def _remember(self, job: Job) -> None:
-        result = store.read_json(job.own / "result.json")
+        result = records.result(job.own)
         self.note[job.folder] = dict(
             step=result["step"],
             length=result["train_length"],
-            heldout=result["accuracy"],
+            validation=result["accuracy"],
             seconds=result["seconds"],
         )
 
@@ -101,10 +101,10 @@ class Board:
         order = sorted(self.jobs, key=lambda job: STATES.index(self.state[job.folder]))
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), expand=True)
         table.add_column("run", ratio=1, no_wrap=True, overflow="ellipsis")
-        for name in ("state", "step", "training at", "held-out", "seconds"):
+        for name in ("state", "step", "training at", "accuracy", "seconds"):
             table.add_column(name, justify="right", no_wrap=True)
         for job in order[:room]:
-            table.add_row(job.folder.name, *self._cells(job))
+            table.add_row(Text(job.folder.name), *self._cells(job))
         spent = time.monotonic() - self.started
         text = ", ".join(f"{counts[state]} {state}" for state in STATES)
         hidden = f"; {len(order) - room} more not shown" if len(order) > room else ""
@@ -119,6 +119,6 @@ class Board:
             Text(state, style=COLORS[state]),
             f"{note['step']:,}{total}" if note else "",
             str(note["length"]) if note else "",
-            f"{note['heldout']:.3f}" if note else "",
+            f"{note['validation']:.3f}" if note else "",
             f"{note['seconds']:.0f}" if note else "",
         ]

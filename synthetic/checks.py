@@ -2,12 +2,44 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 from models.errors import UserError
 
 if TYPE_CHECKING:
     from synthetic.config import RunConfig
+
+LARGE = 10**12  # steps or sequences: longer than any machine lasts, and far below what files can hold
+# Least and largest value of every number; None is always the default. Limits of the task and of the model
+# come on top, and whether memory suffices is estimated before any is asked for (`synthetic.memory.require`).
+BOUNDS: dict[str, tuple[float, float]] = {
+    "seq_len": (1, 2**20),
+    "num_symbols": (1, 2**22),
+    "min_seq_len": (1, 2**20),
+    "query_size": (1, 2**20),
+    "answer_size": (1, 2**20),
+    "blocks": (1, 2**20),
+    "num_pairs": (1, 2**20),
+    "num_tokens": (1, 2**20),
+    "rotary_pct": (0.0, 1.0),
+    "layers": (1, 1024),
+    "d_state": (1, 2**16),
+    "queries": (1, 2**20),
+    "curriculum": (0, 2**20),
+    "steps": (1, LARGE),
+    "budget": (1, LARGE),
+    "batch_tokens": (1, 2**24),
+    "weight_decay": (0.0, 10.0),
+    "warmup": (0, LARGE),
+    "grad_clip": (0.0, 1e6),
+    "eval_every": (1, LARGE),
+    "eval_examples": (1, 10**7),
+    "final_eval_examples": (1, 10**7),
+    "seed": (0, 2**63 - 1),
+    "accumulate": (1, 2**20),
+    "lora": (0, 2**12),
+}  # --threads: `cli.use_threads`
 
 
 def check(condition: bool, message: str) -> None:
@@ -15,26 +47,33 @@ def check(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def within(name: str, value: Any) -> None:
+    """Raise UserError unless a number lies within its bounds; NaN lies nowhere."""
+    least, most = BOUNDS[name]
+    said = f"{option(name)} {value}"
+    check(not math.isnan(value), f"{said} is not a number; give one of {least} .. {most}")
+    check(value >= 0 or least < 0, f"{said} is negative; use at least {least}")
+    check(value >= least, f"{said} must be at least {least}")
+    check(value <= most, f"{said} is too large; use at most {most}")
+
+
 def check_values(config: RunConfig, paper: bool, schedule: str) -> None:
     """Raise UserError for values that are impossible, or contradict each other, whatever the task."""
-    for name in ("seq_len", "batch_tokens", "eval_examples", "final_eval_examples", "accumulate"):
+    for name in BOUNDS:
         value = getattr(config, name)
-        check(value >= 1, f"--{name.replace('_', '-')} {value} must be at least 1")
-    for name in ("queries", "steps", "budget", "eval_every"):
-        value = getattr(config, name)
-        check(value is None or value >= 1, f"--{name.replace('_', '-')} {value} must be at least 1")
-    for name in ("seed", "warmup", "threads", "grad_clip", "weight_decay", "lora"):
-        value = getattr(config, name)
-        check(value is None or value >= 0, f"--{name.replace('_', '-')} {value} must not be negative")
-    check(
-        config.curriculum is None or config.curriculum >= 0, f"--curriculum {config.curriculum} is negative"
-    )
+        if value is not None:
+            within(name, value)
     check(config.lr is None or 0 < config.lr < 10, f"--lr {config.lr} must lie between 0 and 10")
-    check(config.seed < 2**63, f"--seed {config.seed} must be less than 2**63")
-    for name, most in (("seq_len", 2**20), ("batch_tokens", 2**24)):
-        value = getattr(config, name)
-        check(value <= most, f"--{name.replace('_', '-')} {value} is too large; use at most {most}")
-    check(config.stop_at is None or config.stop_at > 0, f"--stop-at {config.stop_at} must be positive")
+    check(
+        config.stop_at is None or 0 < config.stop_at < math.inf,
+        f"--stop-at {config.stop_at} must be positive",
+    )
+    check(config.out != "", "--out is empty; give a folder, or . for this one")
+    check("\0" not in config.out, "--out holds a zero byte, which no path can; give another folder")
     check(len(set(config.model)) == len(config.model), f"--model {' '.join(config.model)} names one twice")
     check(
         config.steps is None or config.budget is None,
@@ -51,4 +90,30 @@ def check_values(config: RunConfig, paper: bool, schedule: str) -> None:
     check(
         not paper or config.curriculum in (None, 0),
         f"--curriculum {config.curriculum} contradicts --protocol paper, which has none; leave one out",
+    )
+    if config.init is None:  # which settles the shape, and refuses these options itself
+        check_architecture(config, paper)
+
+
+def check_architecture(config: RunConfig, paper: bool) -> None:
+    """Raise UserError for options that none of the models asked for has: they would be ignored."""
+    models = " ".join(config.model)
+    attention = any(family in ("transformer", "hybrid") for family in config.model)
+    position = config.position or ("rope" if paper else "learned")
+    check(
+        config.position is None or attention,
+        f"--position {config.position} is for attention, which --model {models} lacks; leave it out",
+    )
+    check(
+        config.d_state is None or any(family != "transformer" for family in config.model),
+        f"--d-state {config.d_state} is for state space models, which --model {models} lacks; leave it out",
+    )
+    default = type(config).rotary_pct
+    check(
+        config.rotary_pct == default or attention,
+        f"--rotary-pct {config.rotary_pct} is for attention, which --model {models} lacks; leave it out",
+    )
+    check(
+        config.rotary_pct == default or position == "rope",
+        f"--rotary-pct {config.rotary_pct} has no effect with --position {position}; give --position rope",
     )

@@ -1,32 +1,31 @@
-"""What a run is: `RunConfig` is what the user says, `Plan` what one model's training needs.
+"""What a run is: `RunConfig` is what the user says, `plan` settles what one model's training needs.
 
 Defaults stand here and nowhere else; the command line and its help are generated from `RunConfig`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from models.errors import UserError
 from synthetic.checks import check, check_values
+from synthetic.identity import TRAINING_VERSION, Plan, normal, run_id
 
 if TYPE_CHECKING:  # torch takes seconds to import, which a help page can spare
     from synthetic.tasks import Task
+
+__all__ = ["FAMILIES", "TRAINING_VERSION", "Plan", "RunConfig", "check", "plan", "run_id"]
 
 FAMILIES = ("transformer", "mamba", "mamba2", "hybrid")
 
 # What serves every family best at the tiny preset (docs/learnability.md). The learning rate falls with
 # sqrt(width) for wider models.
 DEFAULT_LR = 2e-3
+ADAFACTOR_LR = (1e-2, 1e-3)  # torch's own for random weights; less with --init
 PRETRAINED_LR = 1e-4  # with --init, at width 768, where pretraining peaks at 6e-4 or more
 DEFAULT_CURRICULUM = 2
 DEFAULT_STEPS = 3000
-# Raise it whenever the trainer comes to other numbers for the same plan: it is part of every run's identity.
-TRAINING_VERSION = 1
 PAPER_EXAMPLES = 20_000_000  # training budget, batch and learning rate of Retrievit's position scripts
 PAPER_BATCH = 128
 PAPER_LR = 5e-5
@@ -123,14 +122,15 @@ symbols."""
     """Context length at which training starts; doubled whenever training accuracy passes 0.95. 0 trains at \
 --seq-len only. Default 2."""
     lr: float | None = None
-    """Peak learning rate of AdamW. Default: 2e-3, less for wider models (with --init 1e-4 at width 768)."""
+    """Peak learning rate. Default: 2e-3, less for wider models (with --init 1e-4 at width 768); \
+adafactor 1e-2 (with --init 1e-3)."""
     steps: int | None = None
     """Optimiser steps at most. Default 3000."""
     budget: int | None = None
     """Training sequences at most, instead of --steps (the papers count this way)."""
     stop_at: float | None = None
-    """Stop as soon as this held-out accuracy at --seq-len is reached; 1.01 never stops early. \
-Default 0.98, the papers' 0.95."""
+    """Stop as soon as this accuracy at --seq-len is reached on validation sequences, and at once again on \
+as many others as the final evaluation has; 1.01 never stops early. Default 0.98, the papers' 0.95."""
     batch_tokens: int = 2048
     """Tokens per batch; the number of sequences follows from their length, but is never less than 8."""
     weight_decay: float = 0.0
@@ -146,18 +146,19 @@ Default 0.98, the papers' 0.95."""
     """Steps between evaluations. Default 100, the papers' a hundredth of all steps (n-grams: a \
 thousandth)."""
     eval_examples: int = 128
-    """Held-out sequences per evaluation."""
+    """Validation sequences per evaluation in training; none is trained on or reported at the end."""
     final_eval_examples: int = 1024
-    """Held-out sequences of the last evaluation, which is also reported by position."""
+    """Held-out sequences of the last evaluation, which is also reported by position. Nothing is chosen by \
+them."""
     seed: int = 0
-    """Fixes initial weights and data. Held-out sequences are the same for every seed."""
+    """Fixes initial weights and data. Validation and held-out sequences are the same for every seed."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto takes a CUDA GPU if there is one."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """bfloat16 = autocast with float32 weights; auto takes it where the hardware multiplies it natively."""
     optimizer: Literal["adamw", "adamw-8bit", "adafactor"] = "adamw"
     """State per parameter: adamw 8 bytes, adamw-8bit 2 (needs bitsandbytes), adafactor almost none; its \
-steps are relative to the weights, so it wants a larger --lr."""
+steps are relative to the weights, so its --lr is another."""
     accumulate: int = 1
     """Parts of a batch that are computed one after the other: same gradient, less memory."""
     checkpointing: bool = False
@@ -173,53 +174,6 @@ optimizer state. auto: what accelerate's configuration says, else ddp. Not part 
     """CPU threads; 0 = torch's default. Recorded, but not part of the run's identity."""
     out: str = "runs"
     """Folder that receives runs/<id>/."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One model's training, every value settled. Its hash names the run."""
-
-    family: str
-    model: str  # registry name
-    model_overrides: dict[str, Any]
-    task: str
-    task_options: dict[str, Any]
-    seq_len: int
-    queries: int
-    curriculum: int
-    lr: float
-    steps: int | None
-    budget: int | None
-    stop_at: float
-    batch_tokens: int
-    batch_size: int | None
-    weight_decay: float
-    warmup: int
-    schedule: str
-    grad_clip: float
-    eval_every: int
-    betas: tuple[float, float]
-    eval_examples: int
-    final_eval_examples: int
-    seed: int
-    device: str
-    precision: str
-    # Younger than the first runs: not in the dictionary at their defaults, so that those keep their names.
-    optimizer: str = "adamw"
-    accumulate: int = 1
-    checkpointing: bool = False
-    lora: int = 0
-    init: dict[str, str] | None = None  # path and sha256 of the checkpoint that training starts from
-
-    def to_dict(self) -> dict[str, Any]:
-        late = {f.name: f.default for f in dataclasses.fields(self) if f.default is not dataclasses.MISSING}
-        found = dataclasses.asdict(self)
-        return {name: value for name, value in found.items() if name not in late or value != late[name]}
-
-    def identity(self) -> dict[str, Any]:
-        """What decides the numbers: where a checkpoint lies does not, what is in it does."""
-        fields = self.to_dict()
-        return fields if self.init is None else fields | {"init": self.init["sha256"]}
 
 
 def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
@@ -261,12 +215,14 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
     device = resolve_device(config.device, elsewhere)
     at, usual = (128, DEFAULT_LR) if start is None else (768, PRETRAINED_LR)
     default_lr = PAPER_LR if paper else usual * (at / width) ** 0.5
-    return Plan(
+    if config.optimizer == "adafactor":
+        default_lr = ADAFACTOR_LR[start is not None]  # relative to the size of the weights, so of no width
+    settled = Plan(
         family=family,
         model=name,
         model_overrides=overrides,
         task=config.task,
-        task_options=options,
+        task_options=_settled(task, options),
         seq_len=config.seq_len,
         queries=queries,
         curriculum=0 if paper else min(curriculum, config.seq_len),
@@ -293,6 +249,7 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
         lora=config.lora,
         init=None if start is None else start.record,
     )
+    return normal(settled)
 
 
 def _model(config: RunConfig, family: str, task: Task, queries: int) -> tuple[str, dict[str, Any], int]:
@@ -307,10 +264,11 @@ def _model(config: RunConfig, family: str, task: Task, queries: int) -> tuple[st
         overrides |= {
             "max_position_embeddings": task.max_length(queries) + 1,
             "position": config.position or ("rope" if paper else "learned"),
-            "rotary_pct": config.rotary_pct,
         }
-    name = f"{family}-{config.preset}"
+        if overrides["position"] == "rope":
+            overrides["rotary_pct"] = config.rotary_pct
     try:
+        name = models.resolve(f"{family}-{config.preset}")
         usual: Any = models.config(name)
     except ValueError as error:
         raise UserError(f"--preset {config.preset}: {error}") from error
@@ -355,12 +313,19 @@ def _task_options(config: RunConfig) -> dict[str, Any]:
             name in known or value == default,
             f"--{name.replace('_', '-')} {value} is no option of --task {config.task}; leave it out",
         )
-        # position tasks settle num_symbols=None themselves; it is part of their run ids
-        settles_itself = name == "num_symbols" and "supervise_bos" in known
-        if name in known and (value is not None or settles_itself):
+        if name in known and value is not None:
             options[name] = value
     if "supervise_bos" in known:
         options["supervise_bos"] = paper
+    return options
+
+
+def _settled(task: Task, chosen: dict[str, Any]) -> dict[str, Any]:
+    """All options of the task that a run can choose: whoever asks for the default gets the same run."""
+    names = [name for name in (*TASK_OPTIONS, *chosen) if hasattr(task, name)]
+    options = {name: getattr(task, name) for name in names}
+    if "min_seq_len" in options and task.lengths()[0] == task.seq_len:
+        options["min_seq_len"] = None  # no other length is drawn
     return options
 
 
@@ -393,16 +358,3 @@ def resolve_precision(precision: str, device: str) -> str:
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every release of torch
     native = device == "cpu" and any(getattr(torch.cpu, probe, bool)() for probe in probes)
     return "bfloat16" if native else "float32"
-
-
-def run_id(plans: list[Plan]) -> str:
-    """Readable name plus a hash over everything that decides the numbers."""
-    from synthetic import tasks
-
-    first = plans[0]
-    versions = [TRAINING_VERSION, tasks.TASKS[first.task].version]
-    text = json.dumps([versions, *(p.identity() for p in plans)], sort_keys=True)
-    families = "+".join(p.family for p in plans)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    layout = f"-{first.task_options['layout']}" if "layout" in first.task_options else ""
-    return f"{first.task}{layout}-L{first.seq_len}-{families}-s{first.seed}-{digest}"

@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from analysis.style import NAMES
 from synthetic.config import Plan
@@ -23,9 +24,9 @@ class Display:
     def __init__(self, plan: Plan, console: Console):
         self.plan, self.console, self.latest = plan, console, "-"
         self.bar = Progress(
-            TextColumn("[bold]{task.description:<11}"),
+            TextColumn("{task.description:<11}", style="bold", markup=False),
             BarColumn(bar_width=None),
-            TextColumn("{task.fields[numbers]}"),
+            TextColumn("{task.fields[numbers]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("left at most"),
             TimeRemainingColumn(),
@@ -49,7 +50,7 @@ class Display:
                 self.id,
                 completed=row["step"] if self.plan.steps is not None else row["examples"],
                 numbers=f"loss {row['loss']:.3f}  training at {row['length']:>4}: {row['accuracy']:.2f}  "
-                f"held-out at {self.plan.seq_len}: {self.latest}",
+                f"validation at {self.plan.seq_len}: {self.latest}",
             )
         elif row["length"] == self.plan.seq_len:
             self.latest = f"{row['accuracy']:.3f}"
@@ -57,8 +58,7 @@ class Display:
                 self.console.print(
                     f"{NAMES[row['model']]:<12} step {row['step']:>6}  {row['seconds']:>7.1f} s  "
                     f"trained at length {row['train_length']:>5}  loss {row['train_loss']:.3f}  "
-                    f"held-out accuracy at {row['length']}: {row['accuracy']:.3f}",
-                    highlight=False,
+                    f"validation accuracy at {row['length']}: {row['accuracy']:.3f}",
                     soft_wrap=True,
                 )
 
@@ -73,7 +73,7 @@ def summary(results: list[dict[str, Any]]) -> Table:
     )
     table.add_column("model", no_wrap=True)
     for name in ("size", "steps", "tokens", "seconds", "accuracy [95 % CI]", "learned up to"):
-        table.add_column(name.replace("[", r"\["), justify="right", no_wrap=True)
+        table.add_column(Text(name), justify="right", no_wrap=True)
     for r in results:
         table.add_row(
             NAMES[r["model"]],
@@ -81,7 +81,7 @@ def summary(results: list[dict[str, Any]]) -> Table:
             f"{r['step']:,}",
             f"{r['tokens'] / 1e6:.1f} M",
             f"{r['seconds']:.0f}",
-            f"{r['accuracy']:.3f} \\[{r['ci_low']:.3f}, {r['ci_high']:.3f}]",
+            Text(f"{r['accuracy']:.3f} [{r['ci_low']:.3f}, {r['ci_high']:.3f}]"),
             str(r["longest_length"] or "-"),
         )
     return table
@@ -98,7 +98,7 @@ def terminal_curve(metrics: pd.DataFrame, width: int = 80, height: int = 16) -> 
         x, y = (rows["tokens"] / 1e6).tolist(), rows["accuracy"].tolist()
         plotext.plot(x, y, label=NAMES[str(family)], marker=MARKERS[str(family)])
     plotext.ylim(0, 1)
-    plotext.title(f"held-out accuracy at length {int(full['length'].iloc[0])}")
+    plotext.title(f"validation accuracy at length {int(full['length'].iloc[0])}")
     plotext.xlabel("training tokens (millions)")
     return str(plotext.uncolorize(plotext.build()))
 
@@ -120,12 +120,12 @@ def cells(evaluations: pd.DataFrame) -> Table:
     for name in varying:
         table.add_column(name.replace("_", " "), no_wrap=True)
     for name in ("seeds", "accuracy [range]", "reached", "examples to 0.95", "learned up to"):
-        table.add_column(name.replace("[", r"\["), justify="right", no_wrap=True)
+        table.add_column(Text(name), justify="right", no_wrap=True)
     for _, row in rows.iterrows():
         table.add_row(
-            *(_word(row[name]) for name in varying),
+            *(Text(_word(row[name])) for name in varying),
             str(row["seeds"]),
-            f"{row['accuracy']:.3f}{_range(row)}",
+            Text(f"{row['accuracy']:.3f}{_range(row)}"),
             f"{row['reached']}/{row['seeds']}",
             f"{row['examples']:,.0f}" if row["examples"] < float("inf") else "-",
             f"{row['reachable_length']:g}",
@@ -139,4 +139,4 @@ def _word(value: Any) -> str:
 
 def _range(row: Any) -> str:
     """Lowest and highest seed; nothing for a single one."""
-    return "" if row["seeds"] == 1 else f" \\[{row['accuracy_min']:.3f}, {row['accuracy_max']:.3f}]"
+    return "" if row["seeds"] == 1 else f" [{row['accuracy_min']:.3f}, {row['accuracy_max']:.3f}]"

@@ -1,6 +1,9 @@
-"""Held-out accuracy, overall and by target position, with Wilson intervals; extrapolation; several answers.
+"""Accuracy on unseen sequences, overall and by target position, with Wilson intervals; extrapolation; several
+answers.
 
-A sequence has a single query, except in tasks whose definition says more (`Task.usual_queries`).
+There are two sets of unseen sequences, which share none: "validation" decides when training stops and which
+learning rate is taken, "heldout" is what is reported. A sequence has a single query, except in tasks whose
+definition says more (`Task.usual_queries`).
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from models import LanguageModel, generate
 from models.errors import UserError
 from synthetic.tasks import Batch, Task
 
-EVAL_SEED = 2409_05395  # of the held-out stream; the same for every training seed, model and length
+EVAL_SEED = 2409_05395  # of both streams; the same for every training seed, model and length
 EVAL_TOKENS = 32768  # per forward pass
 
 
@@ -95,12 +98,22 @@ def rows_at_once(task: Task, examples: int, length: int) -> int:
     return max(1, min(examples, EVAL_TOKENS // task.max_length(task.usual_queries(length))))
 
 
-def heldout(task: Task, examples: int, length: int) -> Iterator[Batch]:
-    """Exactly `examples` held-out sequences, in batches of about EVAL_TOKENS tokens."""
-    queries, rows = task.usual_queries(length), rows_at_once(task, examples, length)
-    for index, start in enumerate(range(0, examples, rows)):
-        size = min(rows, examples - start)
-        yield task.batch(size, seed=EVAL_SEED, index=index, split="heldout", queries=queries, length=length)
+def heldout(
+    task: Task, examples: int, length: int, split: str = "heldout", start: int = 0
+) -> Iterator[Batch]:
+    """Exactly `examples` sequences that no run trains on, from number `start`, about EVAL_TOKENS at a time.
+
+    Sequence i is the same in every set that contains it.
+    """
+    return task.examples(
+        examples,
+        seed=EVAL_SEED,
+        split=split,
+        length=length,
+        queries=task.usual_queries(length),
+        start=start,
+        batch_size=rows_at_once(task, examples, length),
+    )
 
 
 def evaluate(

@@ -47,15 +47,14 @@ class Job:
 
     def bring_up_to_date(self) -> None:
         """Mend what a kill after a run's last word, or another sweep's purpose for the run, left behind."""
-        from synthetic import results, store
+        from synthetic import records, results, store
 
         if not self.finished():
             return
-        path = self.folder / "config.json"
-        saved = store.read_json(path)
+        saved = records.config(self.folder)
         if saved.get("purpose") != self.purpose:
-            store.write_json(path, saved | {"purpose": self.purpose})
-        elif not results.behind(self.folder, self.plan.family):
+            store.write_json(self.folder / "config.json", saved | {"purpose": self.purpose})
+        elif not results.behind(self.folder, self.plan.family, self.purpose):
             return
         results.record(self.folder, self.plan.family)
 
@@ -84,7 +83,7 @@ def execute(job: Job) -> None:
     from filelock import FileLock
 
     from models.ops.memory import keep_freed_memory
-    from synthetic import store
+    from synthetic import memory, store
     from synthetic.results import train_recorded
 
     torch.set_num_threads(job.threads)
@@ -95,11 +94,12 @@ def execute(job: Job) -> None:
         nonlocal told
         if event == "step" and time.monotonic() - told > HEARTBEAT:
             told = time.monotonic()
-            note = {key: row[key] for key in ("step", "length", "accuracy", "heldout", "seconds")}
+            note = {key: row[key] for key in ("step", "length", "accuracy", "validation", "seconds")}
             store.write_json(job.folder / "progress.json", note)
 
     job.folder.mkdir(parents=True, exist_ok=True)
     try:
+        memory.require(job.plan)
         with FileLock(job.folder / ".lock"):
             store.prepare(job.folder, vars(job.config), [job.plan.to_dict()], job.threads, job.purpose)
             train_recorded(job.plan, job.folder, listener)

@@ -1,15 +1,19 @@
-"""`python -m synthetic.run --plan`: what each model of a run needs in memory, without training it."""
+"""What a model's training needs in memory, without training it: `python -m synthetic.run --plan`, and a check
+before every run that the machine has it."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
+import torch
 from rich import box
 from rich.table import Table
 
 import models
 from analysis.style import NAMES
-from models.planning import Memory, Step, evaluation_memory, smallest_machine, step_memory
+from models.errors import UserError
+from models.planning import Memory, Step, device_peak, evaluation_memory, smallest_machine, step_memory
 from synthetic import tasks
 from synthetic.config import Plan
 from synthetic.evaluate import rows_at_once
@@ -59,6 +63,30 @@ def evaluation_step(plan: Plan) -> Step:
     rows = rows_at_once(task, examples, plan.seq_len)
     at = row.answer_at[..., : row.retrieved]
     return Step(rows, row.input_ids.shape[1], at.shape[-1], bfloat16=plan.precision == "bfloat16")
+
+
+def require(plan: Plan) -> None:
+    """Raise UserError, before any is asked for, if training needs more memory than the device has."""
+    there = available(plan.device)
+    if there is None:
+        return
+    largest = max(training_steps(plan), key=lambda step: step.at_once * step.length)
+    needed = device_peak(meta_model(plan), largest, evaluation_step(plan), devices=1)
+    if needed > there:
+        raise UserError(
+            f"{NAMES[plan.family]} needs about {size(needed)} of memory and --device {plan.device} has "
+            f"{size(there)}: choose a smaller model, context, batch or vocabulary, or {REMEDY}"
+        )
+
+
+def available(device: str) -> int | None:
+    """Bytes of all memory of a device; None where it cannot be asked."""
+    if device == "cuda" and torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    names = getattr(os, "sysconf_names", {})
+    if device == "cpu" and "SC_PHYS_PAGES" in names:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
 
 
 def table(plans: list[Plan]) -> Table:

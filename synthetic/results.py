@@ -18,8 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.errors import UserError
-from synthetic import store
+from synthetic import records, store
 from synthetic.store import Row
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ CONFIG = {
     "lr": ("float64", "peak learning rate"),
     "steps": ("int64", "optimiser steps at most; missing if the budget counts sequences"),
     "budget": ("int64", "training sequences at most; missing if it counts steps"),
-    "stop_at": ("float64", "held-out accuracy at seq_len that ends training"),
+    "stop_at": ("float64", "validation accuracy at seq_len that ends training"),
     "batch_tokens": ("int64", "tokens per batch"),
     "weight_decay": ("float64", "of AdamW"),
     "warmup": ("int64", "steps"),
@@ -61,10 +60,11 @@ CONFIG = {
     "seed": ("int64", "of weights and training data"),
     "device": ("string", "cpu, cuda or mps"),
     "precision": ("string", "float32 or bfloat16"),
-    "commit": ("string", "of this project; + if files differed from it"),
+    "commit": ("string", "of this project, of every session of the run; + if files differed from it"),
 }
 PROGRESS = {
     "kind": ("string", "during: in training; final: after it, on more sequences"),
+    "split": ("string", "validation in training, heldout in final rows; they share no sequence"),
     "step": ("int64", "optimiser steps done"),
     "examples": ("int64", "training sequences seen"),
     "tokens": ("int64", "training tokens seen"),
@@ -77,14 +77,18 @@ EVALUATION = {
     **PROGRESS,
     "train_loss": ("float64", "cross-entropy of the last training batch in nats; missing in final rows"),
     "train_accuracy": ("float64", "of the last training batch, several queries each; missing in final rows"),
-    "loss": ("float64", "held-out cross-entropy of the answers in nats"),
-    "accuracy": ("float64", "held-out, 0 .. 1"),
+    "loss": ("float64", "cross-entropy of the answers in nats, on the sequences of `split`"),
+    "accuracy": ("float64", "on the sequences of `split`, 0 .. 1"),
     "correct": ("int64", "right answers"),
     "count": ("int64", "answers"),
     "ci_low": ("float64", "Wilson 95 % interval of this evaluation alone"),
     "ci_high": ("float64", "its upper end"),
     "chance": ("float64", "accuracy of a guess"),
     "longest_length": ("int64", "longest context whose training accuracy passed 0.95; in final rows only"),
+    "confirm_correct": ("int64", "of the second look that a pass of stop_at has to stand; else missing"),
+    "confirm_count": ("int64", "its answers"),
+    "reached": ("bool", "stop_at was passed twice in a row, which ended training; in final rows only"),
+    "heldout_reached": ("bool", "the final held-out accuracy is stop_at or more; in final rows only"),
 }
 TARGET = {
     **CONFIG,
@@ -134,28 +138,39 @@ def train_recorded(
     return result
 
 
-def behind(folder: Path, family: str) -> bool:
-    """Whether the data sets lack something of a finished run, because a process ended before `record` did."""
-    result = (folder / family / "result.json").stat().st_mtime_ns
-    paths = (folder.parent / name / f"{folder.name}.{family}.parquet" for name in (RESULTS, TARGETS))
-    return any(not path.exists() or path.stat().st_mtime_ns < result for path in paths)
+def behind(folder: Path, family: str, purpose: str | None = None) -> bool:
+    """Whether the data sets lack the end of a finished run, because a process ended before `record` did.
+
+    What they hold decides, not the time of a file: clocks can step back. A damaged file lacks everything, one
+    of another purpose than `purpose` too.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    for name in (RESULTS, TARGETS):
+        path = folder.parent / name / f"{folder.name}.{family}.parquet"
+        if not path.exists():
+            return True
+        content = io.BytesIO(path.read_bytes())
+        try:
+            found = parquet.read_table(content, columns=["kind", "purpose"]).to_pydict()
+        except (pa.ArrowException, ValueError, OSError):  # Arrow has all three for a damaged file
+            return True
+        if "final" not in found["kind"] or (purpose is not None and {*found["purpose"]} != {purpose}):
+            return True
+    return False
 
 
 def tables(folder: Path, family: str) -> tuple[list[Row], list[Row]]:
     """Rows of both data sets for one model. Raises UserError if `folder` is not a run's."""
-    path = folder / "config.json"
-    if not path.exists():
-        raise UserError(f"{folder} has no config.json; give the folder of a run")
-    saved = store.read_json(path)
-    (plan,) = (p for p in saved["plans"] if p["family"] == family)
-    environment = folder / "environment.json"
+    plan, saved = records.plan_of(folder, family), records.config(folder)
     fixed = config_columns(plan) | {
         "run": folder.name,
         "purpose": saved.get("purpose", "report"),
-        "commit": store.read_json(environment)["commit"] if environment.exists() else None,
+        "commit": _commits(folder),
     }
     rows, targets = [], []
-    for row in store.read_rows(folder / "metrics.jsonl"):
+    for row in records.metrics(folder):
         if row["model"] == family:
             rows.append(fixed | {"kind": "during"} | row)
             for low, high, correct, count in row["targets"]:
@@ -163,14 +178,22 @@ def tables(folder: Path, family: str) -> tuple[list[Row], list[Row]]:
                 targets.append(fixed | {"kind": "during"} | row | part)
     finished = folder / family / "result.json"
     if finished.exists():
-        final = fixed | {"kind": "final"} | store.read_json(finished)
+        final = fixed | {"kind": "final"} | records.result(folder / family)
         rows.append(final)
-        for row in store.read_rows(folder / "by_position.jsonl"):
+        for row in records.by_position(folder):
             if row["model"] == family:
                 low = row["position"]
                 part = dict(target_low=low, target_high=low + 1, correct=row["correct"], count=row["count"])
                 targets.append(final | part)
     return rows, targets
+
+
+def _commits(folder: Path) -> str | None:
+    """Of all sessions, each once and in order."""
+    if not (folder / "environment.json").exists():
+        return None
+    commits = [session.get("commit") for session in records.environment(folder)["sessions"]]
+    return ", ".join(dict.fromkeys(commit for commit in commits if commit)) or None
 
 
 def config_columns(plan: Row) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +12,13 @@ from synthetic.cli import INTERRUPTED, StopSignals, fail, guarded, parse, use_th
 from synthetic.config import FAMILIES, Plan, RunConfig
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from synthetic.distributed import World
 
 LOST = 1
+CURVE = "learning_curve.png"
+BEFORE = "finished before; its numbers are reported again"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,7 +33,7 @@ def run(config: RunConfig) -> int:
     from filelock import FileLock, Timeout
 
     from models.ops.memory import keep_freed_memory, return_freed_memory
-    from synthetic import store
+    from synthetic import memory, reuse, store
     from synthetic.config import plan, run_id
     from synthetic.distributed import Lost, joined
 
@@ -41,6 +46,13 @@ def run(config: RunConfig) -> int:
     if config.plan:
         return _show_memory(plans)
     folder = Path(config.out) / run_id(plans)
+    if _complete(plans, folder):  # read-only for everybody: no lock is taken, nothing is written
+        if int(os.environ.get("RANK", "0")) == 0:
+            _show_finished(plans, folder)
+        return 0
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        for p in plans:
+            memory.require(p)
     try:
         with joined(config.parallel, plans[0]) as world:
             if not world.main:
@@ -49,8 +61,9 @@ def run(config: RunConfig) -> int:
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(folder / ".lock", timeout=0):
                 store.prepare(folder, vars(config), [p.to_dict() for p in plans], torch.get_num_threads())
+                taken = {p.family: reuse.take(p, folder) for p in plans}
                 world.barrier()
-                return _train_all(plans, folder, world)
+                return _train_all(plans, folder, world, taken)
     except Timeout:
         return fail(f"--out {config.out}: another process is working in {folder}; wait for it or stop it")
     except Lost as error:
@@ -58,12 +71,31 @@ def run(config: RunConfig) -> int:
         return LOST
 
 
+def _complete(plans: list[Plan], folder: Path) -> bool:
+    """Whether a run has everything that it ever will, and its tables too."""
+    from synthetic import results
+
+    trained = all((folder / p.family / "result.json").exists() for p in plans)
+    whole = trained and (folder / CURVE).exists() and (folder / "environment.json").exists()
+    return whole and not any(results.behind(folder, p.family) for p in plans)
+
+
+def _show_finished(plans: list[Plan], folder: Path) -> None:
+    from synthetic import records
+    from synthetic.terminal import plain_console
+
+    console = plain_console()
+    console.print(str(folder), style="bold", soft_wrap=True)
+    for p in plans:
+        console.print(f"{p.family}: {BEFORE}", soft_wrap=True)
+    _report([records.result(folder / p.family) for p in plans], folder, console, draw=False)
+
+
 def _show_memory(plans: list[Plan]) -> int:
-    from rich.console import Console
-
     from synthetic.memory import table
+    from synthetic.terminal import plain_console
 
-    Console().print(table(plans))
+    plain_console().print(table(plans))
     return 0
 
 
@@ -81,54 +113,53 @@ def _follow(plans: list[Plan], folder: Path, world: World) -> int:
     return 0
 
 
-def _train_all(plans: list[Plan], folder: Path, world: World) -> int:
-    from rich.console import Console
-
+def _train_all(plans: list[Plan], folder: Path, world: World, taken: dict[str, Path | None]) -> int:
+    """taken: the runs from which finished models have been copied, by family."""
     from synthetic.display import Display
     from synthetic.results import train_recorded
+    from synthetic.terminal import plain_console
     from synthetic.train import Interrupted
 
-    console = Console()
-    console.print(f"[bold]{folder}[/]", highlight=False, soft_wrap=True)
+    console = plain_console()
+    console.print(str(folder), style="bold", soft_wrap=True)
     stop = StopSignals()
     results = []
     for p in plans:
         if (folder / p.family / "result.json").exists():
-            console.print(
-                f"{p.family}: finished before; its numbers are reported again",
-                highlight=False,
-                soft_wrap=True,
-            )
+            other = taken[p.family]
+            said = BEFORE if other is None else f"trained before in {other}, and taken from there"
+            console.print(f"{p.family}: {said}", soft_wrap=True)
         with Display(p, console) as display, stop:
             try:
                 results.append(train_recorded(p, folder, display, stop.asked, world))
             except Interrupted as reason:
                 console.print(
-                    f"{p.family} {reason}; nothing is lost: the same command resumes", highlight=False
+                    f"{p.family} {reason}; nothing is lost: the same command resumes", soft_wrap=True
                 )
                 return INTERRUPTED
     _report(results, folder, console)
     return 0
 
 
-def _report(results: list[dict], folder: Path, console: object) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
+def _report(results: list[dict], folder: Path, console: Console, draw: bool = True) -> None:
+    """Curve and table; draw: also the figure."""
     import pandas as pd
-    from rich.console import Console
 
-    from analysis.learning import learning_curve
-    from analysis.style import save
-    from synthetic import store
+    from synthetic import records
     from synthetic.display import summary, terminal_curve
 
-    assert isinstance(console, Console)
-    metrics = pd.DataFrame(store.read_rows(folder / "metrics.jsonl"))
-    save(learning_curve(metrics), folder / "learning_curve", ("png",))
+    metrics = pd.DataFrame(records.metrics(folder))
+    if draw:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from analysis.learning import learning_curve
+        from analysis.style import save
+
+        save(learning_curve(metrics), folder / Path(CURVE).stem, ("png",))
     print(terminal_curve(metrics, width=min(100, console.width)))
     console.print(summary(results))
-    console.print(f"curve: {folder / 'learning_curve.png'}", highlight=False, soft_wrap=True)
+    console.print(f"curve: {folder / CURVE}", soft_wrap=True)
 
 
 if __name__ == "__main__":

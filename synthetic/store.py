@@ -1,7 +1,7 @@
 """What a run leaves on disk, written so that a crash at any moment loses at most a few seconds of work.
 
     runs/<id>/config.json           what was asked, what was settled, and what for (report or validation)
-              environment.json      versions, hardware, commit
+              environment.json      versions, hardware, commit: of the latest session, and of all in order
               metrics.jsonl         tidy: one line per evaluation of every model
               by_position.jsonl     tidy: the final accuracy by target position
               learning_curve.png
@@ -10,7 +10,8 @@
               <family>/config.json              {"name": ..., "config": ...}: rebuilds the model
               <family>/result.json              the final numbers; its presence means finished
 
-Whole files are written under a temporary name, flushed to the disk and renamed.
+Whole files are written under a temporary name, flushed to the disk and renamed (`synthetic.files`). What is
+read back is checked by `synthetic.records`.
 """
 
 from __future__ import annotations
@@ -22,9 +23,7 @@ import platform
 import re
 import subprocess
 import sys
-import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,79 +34,73 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.errors import UserError
+from synthetic import records
+from synthetic.files import collect, replacing, write_bytes
 from synthetic.optimizers import make_state, state_tensors
+
+__all__ = ["Row", "replacing", "write_bytes"]
 
 Row = dict[str, Any]
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replace a file as a whole or not at all. Raises OSError and leaves the old file if that fails."""
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        file.write(content)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name to write to, whose file takes the place of `path` at the end, flushed to the disk.
-
-    Several processes may write the same file: each has a temporary one of its own, and the last one stays.
-    A link stays a link: what it points to is replaced. Raises UserError if `path` is a folder, a device or
-    anything else that is not a regular file.
-    """
-    path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} is not a regular file and is not replaced; choose another name")
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def write_json(path: Path, value: Any) -> None:
-    write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+    """Raises ValueError for NaN and infinities, which JSON does not have."""
+    write_bytes(path, (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Raises UserError, naming file and line, for what is no JSON."""
+    return records.json_of(records.text_of(path), str(path))
 
 
 def prepare(folder: Path, asked: Row, plans: list[Row], threads: int, purpose: str = "report") -> None:
-    """Make a run's folder with what was asked, what was settled from it, and the environment.
+    """Make a run's folder with what was asked, what was settled from it, and the environment of this session.
 
-    Its caller holds the folder's lock, so temporary files there are what a killed process has left.
+    Its caller holds the folder's lock. Removes temporary files that killed processes have left.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.rglob(".*.tmp"):
-        left.unlink(missing_ok=True)
+    collect(folder, *(folder / str(plan.get("family", "")) for plan in plans))
+    collect(*(folder.parent / name for name in ("results", "targets")))
     if not (folder / "config.json").exists():
         asked = json.loads(json.dumps(asked))
-        write_json(folder / "config.json", {"run": asked, "plans": plans, "purpose": purpose})
-    if not (folder / "environment.json").exists():
-        write_json(folder / "environment.json", environment(threads))
+        head = {"format": records.FORMAT, "run": asked, "plans": plans, "purpose": purpose}
+        write_json(folder / "config.json", head)
+    add_session(folder / "environment.json", environment(threads))
+
+
+def add_session(path: Path, session: Row) -> None:
+    """Append to the sessions of environment.json, unless it is equal to the last; the file's own fields are
+    those of the latest."""
+    earlier = records.environment(path.parent)["sessions"] if path.exists() else []
+    session = json.loads(json.dumps(session))
+    if not earlier or earlier[-1] != session:
+        write_json(path, {"format": records.FORMAT, **session, "sessions": [*earlier, session]})
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    write_bytes(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode())
 
 
 def append_row(path: Path, row: Row) -> None:
+    line = json.dumps(row, allow_nan=False) + "\n"
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(line)
         file.flush()
         os.fsync(file.fileno())
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Rows of a JSON Lines file; a last line that a crash cut short is left out."""
+    """Rows of a JSON Lines file; a last line that a crash cut short is left out.
+
+    Raises UserError, naming file and line, for damaged ones.
+    """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    rows = records.json_lines(path)
+    for i, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, row {i} is no object with fields; {records.REMEDY}")
+    return rows
 
 
 def drop_rows_after(path: Path, family: str, step: int) -> None:
@@ -136,9 +129,18 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], Row]:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["state"])
+            if not isinstance(header, dict):
+                raise KeyError("state")
             return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it to start this model anew") from error
+    except (SafetensorError, KeyError, json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}); {anew(path)}") from error
+
+
+def anew(path: Path) -> str:
+    """What to do about a model's damaged file: while its result is there, a model is not trained again."""
+    if (path.parent / "result.json").exists():
+        return f"delete the folder {path.parent} and run its command again, which trains this model anew"
+    return "delete it and run its command again, which starts this model anew"
 
 
 def checkpoint_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -151,11 +153,19 @@ def checkpoint_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer)
 def restore(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], step: int
 ) -> None:
-    """Copy a checkpoint into a model, whole or sharded, and an optimiser made for it."""
+    """Copy a checkpoint into a model, whole or sharded, and an optimiser made for it.
+
+    Raises UserError for a tensor that is missing or of another shape.
+    """
     from synthetic.distributed import fill
 
     make_state(model, optimizer, step)
     for name, target in checkpoint_tensors(model, optimizer).items():
+        if name not in tensors:
+            raise UserError(f"the checkpoint lacks {name}")
+        found, wanted = tuple(tensors[name].shape), tuple(target.shape)
+        if found != wanted:
+            raise UserError(f"the checkpoint has {name} of shape {found} instead of {wanted}")
         fill(target, tensors[name])
 
 

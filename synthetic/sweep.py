@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 FAILED = 1
 STOPPED = "stopped; what ran goes on from its last checkpoint when the same command is given"
+BOUNDS = {"workers": (0, 1024), "threads": (1, 1024), "retries": (0, 1000)}
 POLL_SECONDS = 0.1
 REFRESH_SECONDS = 1.0
 
@@ -61,11 +62,13 @@ latter two need their extra, and --out on a file system that all machines share.
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 if runs failed, 2 for bad input, 130 if stopped."""
     options = parse(Options, argv, "python -m synthetic.sweep")
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    numbers = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    before = {number: signal.signal(number, _interrupt) for number in numbers}
     try:
         return guarded(lambda: sweep(Wanted.read(options)), out=options.out or "", stopped=STOPPED)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _interrupt(*_: object) -> None:
@@ -88,15 +91,18 @@ class Wanted:
         from synthetic import grid
         from synthetic.config import check
 
-        for name in ("workers", "threads", "retries"):
-            value, least = getattr(options, name), 1 if name == "threads" else 0
+        for name, (least, most) in BOUNDS.items():
+            value = getattr(options, name)
             check(value >= least, f"--{name} {value} must be at least {least}")
+            check(value <= most, f"--{name} {value} is too large; use at most {most}")
         check(
             options.address is None or options.executor == "ray",
             f"--address {options.address} is for --executor ray; give both or neither",
         )
         wanted = grid.load(options.file)
-        out = Path(options.out or wanted.out or grid.default_out(options.file)).resolve()
+        check(options.out != "", "--out is empty; give a folder, or . for this one")
+        # not resolve(): it fails for a loop of links, which making the folder tells in one line
+        out = Path(os.path.abspath(options.out or wanted.out or grid.default_out(options.file)))
         try:
             validation = grid.validation_runs(wanted) if wanted.learning_rates else {}
             tuning = {
@@ -130,11 +136,10 @@ def _job(
 
 def sweep(wanted: Wanted) -> int:
     """Choose learning rates, train the reported runs, print the summary."""
-    from rich.console import Console
-
     from synthetic import grid
+    from synthetic.terminal import plain_console
 
-    console, options, out, reported = Console(), wanted.options, wanted.out, wanted.reported
+    console, options, out, reported = plain_console(), wanted.options, wanted.out, wanted.reported
     if options.dry_run:
         return _list(wanted, console)
     out.mkdir(parents=True, exist_ok=True)
@@ -251,9 +256,9 @@ def choose_rates(tuning: dict[Group, dict[float, list[Job]]], failed: list[Failu
 
 
 def _score(job: Job) -> float:
-    from synthetic import grid, store
+    from synthetic import grid, records
 
-    rows = [r for r in store.read_rows(job.folder / "metrics.jsonl") if r["length"] == job.plan.seq_len]
+    rows = [r for r in records.metrics(job.folder) if r["length"] == job.plan.seq_len]
     if job.plan.steps is not None:
         return grid.score(rows, job.plan.steps)
     return grid.score(rows, job.plan.budget or 1, by="examples")
@@ -283,19 +288,19 @@ def _report_rates(
             str(part) for part in (model, preset, position, layers and f"{layers} layers") if part
         )
         chosen = f"learning rate {rates[name]:g}" if name in rates else "no learning rate: its runs failed"
-        console.print(f"{words} ({task}): {chosen}", highlight=False)
+        console.print(f"{words} ({task}): {chosen}", soft_wrap=True)
     store.write_json(out / "learning_rates.json", rows)
 
 
 def _list(wanted: Wanted, console: Console) -> int:
     for job in _distinct(wanted.validation()):
-        console.print(f"{_state(job)}  validation  {job.folder.name}", highlight=False, soft_wrap=True)
+        console.print(f"{_state(job)}  validation  {job.folder.name}", soft_wrap=True)
     reported = _distinct(wanted.reported)
     if wanted.tuning:
         print(f"and {len(reported)} reported runs, named once learning rates are chosen from these")
         return 0
     for job in reported:
-        console.print(f"{_state(job)}  report      {job.folder.name}", highlight=False, soft_wrap=True)
+        console.print(f"{_state(job)}  report      {job.folder.name}", soft_wrap=True)
     return 0
 
 
@@ -313,14 +318,14 @@ def _summary(jobs: list[Job], out: Path, console: Console) -> None:
     if done:
         table = analysis.load(out)
         console.print(cells(table[table["run"].isin(done)]))
-        console.print(f"results: {out / results.RESULTS} (Parquet)", highlight=False, soft_wrap=True)
+        console.print(f"results: {out / results.RESULTS} (Parquet)", soft_wrap=True)
 
 
 def _report_failures(failed: list[Failure], blocked: int, console: Console) -> int:
     for job, problem in failed:
-        console.print(f"failed: {job.folder}: {problem}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"failed: {job.folder}: {problem}", soft_wrap=True)
     if blocked > 0:
-        console.print(f"not run: {blocked} runs, for want of a learning rate", highlight=False)
+        console.print(f"not run: {blocked} runs, for want of a learning rate", soft_wrap=True)
     if failed or blocked > 0:
         console.print("error.txt in a failed run's folder says more; the same command tries them again")
         return FAILED

@@ -31,7 +31,8 @@ from synthetic.grid import Sweep, grid
 BASE = RunConfig(seq_len=32, queries=16, curriculum=4, batch_tokens=1024, eval_every=20, eval_examples=32,
                  final_eval_examples=64, device="cpu", precision="float32", stop_at=1.01, steps={steps})
 def get_config():
-    return Sweep(grid(BASE, model=("transformer", "mamba", "mamba2"), d_state=4, seed=range(4)))
+    runs = grid(BASE, model="transformer", seed=range(4))
+    return Sweep([*runs, *grid(BASE, model=("mamba", "mamba2"), d_state=4, seed=range(4))])
 """
 STARTUP = 6.0  # seconds in which a sweep imports, roughly
 

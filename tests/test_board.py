@@ -27,12 +27,16 @@ def jobs(tmp_path):
 
 
 def finish(job: Job, accuracy: float) -> None:
-    result = dict(step=60, train_length=8, accuracy=accuracy, seconds=3.0)
+    result = dict(
+        model="mamba", seed=0, step=60, examples=600, tokens=6000, seconds=3.0, train_length=8, length=8,
+        loss=1.0, accuracy=accuracy, correct=1, count=2, ci_low=0.0, ci_high=1.0, chance=0.125,
+        parameters=10, parameters_without_embeddings=5, reached=False, longest_length=0,
+    )  # fmt: skip
     store.write_json(job.own / "result.json", result)
 
 
 def note(job: Job, step: int) -> None:
-    progress = dict(step=step, length=4, accuracy=0.9, heldout=0.25, seconds=1.0)
+    progress = dict(step=step, length=4, accuracy=0.9, validation=0.25, seconds=1.0)
     store.write_json(job.folder / "progress.json", progress)
 
 

@@ -95,7 +95,7 @@ def test_pairs_refuse_what_cannot_be(monkeypatch):
         pairs(small("ngram"), 2)
     with pytest.raises(ValueError, match=r"queries 2 must be in 1 \.\. 1"):
         pairs(tasks.build("position-varlen", seq_len=100, num_symbols=2), 2)
-    monkeypatch.setattr(sampling, "is_heldout", lambda contexts: contexts[:, 0] < contexts[:, 1])
+    monkeypatch.setattr(sampling, "split_of", lambda contexts: 1 * (contexts[:, 0] < contexts[:, 1]))
     with pytest.raises(ValueError, match="hardly any context of length 2"):
         pairs(TASK, 3, 2, "target")
     with pytest.raises(ValueError, match="examples 0"):

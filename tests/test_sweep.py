@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -137,17 +138,39 @@ def test_a_failed_run_is_reported_and_the_next_sweep_repeats_it(finished, tmp_pa
     same(analysis.load(out), analysis.load(finished))
 
 
-def test_what_a_kill_at_the_last_moment_left_out_is_made_up_for(finished, tmp_path):
-    """The store is behind the run's own records, which say that it is finished."""
+@pytest.mark.parametrize("later", [-1, 10**15], ids=["usual", "the clock had stepped back"])
+def test_what_a_kill_at_the_last_moment_left_out_is_made_up_for(finished, tmp_path, later):
+    """The store is behind the run's own records, which say that it is finished, whatever times say."""
     before = analysis.load(finished)
     (path,) = (p for p in (finished / "results").glob("*mamba-s1*"))
     rows = pd.read_parquet(path)
     rows[rows["kind"] == "during"].to_parquet(path)
     result = next(finished.glob("*mamba-s1*/mamba/result.json"))
-    os.utime(path, ns=(0, result.stat().st_mtime_ns - 1))
+    os.utime(path, ns=(0, result.stat().st_mtime_ns + later))
     assert len(analysis.load(finished)) == len(before) - 1
     assert sweep.main([write(tmp_path), "--out", str(finished)]) == 0
     same(analysis.load(finished), before)
+
+
+@pytest.mark.parametrize("table", ["results", "targets"])
+@pytest.mark.parametrize(
+    "content", [b"", b"garbage", b"PAR1PAR1", None], ids=["empty", "garbage", "marks", "cut"]
+)
+def test_a_damaged_table_is_made_anew(finished, tmp_path, content, table):
+    """One cut file of a finished sweep: its run's own records have everything."""
+    before = analysis.load(finished, table)
+    (path,) = (p for p in (finished / table).glob("*mamba-s1*"))
+    path.write_bytes(path.read_bytes()[:-100] if content is None else content)
+    assert sweep.main([write(tmp_path), "--out", str(finished)]) == 0
+    same(analysis.load(finished, table), before)
+
+
+def test_a_loop_of_links_is_one_line(tmp_path, capsys):
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    assert sweep.main([write(tmp_path), "--out", str(tmp_path / "a")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --out") and error.count("\n") == 1
 
 
 def test_a_seed_that_is_reported_after_all_is_no_longer_validation(finished, tmp_path):
@@ -192,8 +215,38 @@ BAD = [
     (["no.py"], "FILE no.py does not exist"),
     (["FILE", "--workers", "-1"], "--workers -1 must be at least 0"),
     (["FILE", "--threads", "0"], "--threads 0 must be at least 1"),
+    *(
+        (["FILE", f"--{name}", str(10**20)], f"--{name} {10**20} is too large; use at most")
+        for name in ("workers", "threads", "retries")
+    ),
+    (["FILE", "--out", ""], "--out is empty; give a folder"),
     (["FILE", "--address", "auto"], "--address auto is for --executor ray"),
 ]
+
+
+VALUES = [
+    ("weight_decay=float('nan')", "--weight-decay nan is not a number"),
+    ("weight_decay=float('inf')", "--weight-decay inf is too large"),
+    ("steps=10**20", "is too large"),
+    ("position='rope'", "--position rope is for attention, which --model mamba lacks"),
+    ("out='x'", "a sweep has no option 'out'"),
+]
+
+
+@pytest.mark.parametrize("option, message", VALUES)
+def test_values_that_no_run_can_have(option, message, tmp_path, capsys):
+    file = write(tmp_path, f"Sweep(grid(model='mamba', {option}))")
+    assert sweep.main([file, "--out", str(tmp_path / "runs")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: FILE {file}: ") and message in error and error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+def test_a_closed_terminal_stops_a_sweep_in_one_line(number, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sweep, "sweep", lambda wanted: os.kill(os.getpid(), number) or signal.pause())
+    assert sweep.main([write(tmp_path), "--out", str(tmp_path / "runs")]) == 130
+    assert capsys.readouterr().err == sweep.STOPPED + "\n"
 
 
 @pytest.mark.parametrize("words, message", BAD)
@@ -245,7 +298,12 @@ def _write_many(out: str, seeds: list[int], times: int) -> None:
 
 def test_two_writers_at_once_lose_nothing_and_readers_see_whole_files(tmp_path):
     p = plan(grid(model="mamba", seq_len=8, device="cpu")[0], "mamba")
-    template = dict(model="mamba", step=1, length=8, accuracy=0.5, correct=1, count=2, targets=[[0, 8, 1, 2]])
+    template = dict(
+        model="mamba", step=1, examples=8, tokens=88, seconds=1.0, train_length=8, length=8,
+        split="validation", loss=1.0, train_loss=1.0, train_accuracy=0.5, accuracy=0.5, correct=1, count=2,
+        ci_low=0.1, ci_high=0.9, chance=0.125, parameters=9, parameters_without_embeddings=5,
+        targets=[[0, 8, 1, 2]],
+    )  # fmt: skip
     seeds = list(range(8))
     for seed in seeds:
         folder = tmp_path / f"run-{seed}"

@@ -309,7 +309,7 @@ BAD_ARGUMENTS = [
     (dict(queries=17), r"queries 17 must be in 1 \.\. 16"),
     (dict(queries=5, length=4), r"queries 5 must be in 1 \.\. 4 for task position, length 4"),
     (dict(length=1), "too few"),
-    (dict(split="test"), "unknown split 'test'; valid: train, heldout"),
+    (dict(split="test"), "unknown split 'test'; valid: train, heldout, validation"),
     (dict(seed=-1), "seed -1"),
     (dict(index=2**64), "index 18446744073709551616"),
 ]

@@ -137,7 +137,7 @@ def test_selective_copy_spaces_symbols_at_random():
     # the split removes some contexts of each choice, so compare with what it leaves
     left = [
         sum(
-            not sampling.is_heldout(np.array([[a if k == i else b if k == j else 5 for k in range(6)]]))[0]
+            sampling.split_of(np.array([[a if k == i else b if k == j else 5 for k in range(6)]]))[0] == 0
             for a in range(5)
             for b in range(5)
         )

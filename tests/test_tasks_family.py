@@ -148,19 +148,19 @@ CONTEXTS = {
 
 
 @pytest.mark.parametrize("name", NEW)
-def test_split_is_disjoint_and_one_eighth(name):
+def test_splits_are_disjoint_and_of_their_size(name):
     task, (start, size) = small(name), CONTEXTS[name]
     sides = []
     for split in sampling.SPLITS:
         ids = torch.cat([task.batch(1500, seed=s, index=0, split=split).input_ids for s in range(2)])
         sides.append({tuple(row) for row in ids[:, start : start + size].tolist()})
-    assert not sides[0] & sides[1] and all(len(side) > 2000 for side in sides)
+    assert len(set().union(*sides)) == sum(map(len, sides)) and all(len(side) > 2000 for side in sides)
     context, _ = task.draw(np.random.default_rng(0), 8000, task.seq_len, task.usual_queries())
-    assert abs(sampling.is_heldout(context).mean() - 1 / 8) < 0.02
+    assert abs(sampling.is_heldout(context).mean() - 1 / 16) < 0.02
 
 
 def test_split_is_disjoint_in_small_spaces():
-    """So few contexts that both sides are seen in full."""
+    """So few contexts that all sides are seen in full."""
     for name, options in (
         ("induction", dict(seq_len=4, num_symbols=4)),
         ("selective-copy", dict(seq_len=6, num_tokens=2, num_symbols=3)),
@@ -168,7 +168,7 @@ def test_split_is_disjoint_in_small_spaces():
     ):
         task = tasks.build(name, **options)
         start = 1 if name == "ngram" else 0
-        train, heldout = (
+        train, heldout, validation = (
             {
                 tuple(r)
                 for r in task.batch(4000, seed=0, index=0, split=s)
@@ -177,7 +177,8 @@ def test_split_is_disjoint_in_small_spaces():
             }
             for s in sampling.SPLITS
         )
-        assert not train & heldout and train and heldout
+        assert not train & heldout and not train & validation and not heldout & validation
+        assert train and heldout and validation
 
 
 # Values of NumPy 1.26 to 2.4. If a change here is meant, raise `version` of the task.

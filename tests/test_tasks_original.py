@@ -9,6 +9,7 @@ from task_solvers import read as read_row
 from task_solvers import solve_position
 
 import models
+from models.errors import UserError
 from synthetic.evaluate import evaluate, score
 from synthetic.tasks.original import OriginalFiles, file_name, read
 
@@ -51,14 +52,14 @@ def test_one_pass_gives_every_row_once_and_in_order(task, split):
 
 def test_batches_come_from_the_file_of_their_split_and_repeat_nothing(task):
     rows = {}
-    for split, file in (("train", "train"), ("heldout", "validation")):
+    for split, file in (("train", "train"), ("validation", "validation"), ("heldout", "test")):
         batch = task.batch(40, seed=1, index=2, split=split)
         again = task.batch(40, seed=1, index=2, split=split)
         assert torch.equal(batch.input_ids, again.input_ids)
         rows[file] = sorted((batch.input_ids[:, 1:9] - 3).tolist())
         assert rows[file] == sorted(task.rows(file)[0].tolist())
-    assert rows["train"] != rows["validation"]
-    other = OriginalFiles(seq_len=8, num_symbols=12, folder=task.folder, heldout_file="test", layout="prefix")
+    assert rows["train"] != rows["validation"] != rows["test"]
+    other = OriginalFiles(seq_len=8, num_symbols=12, folder=task.folder, layout="prefix")
     batch = other.batch(5, seed=0, index=0, split="heldout")
     assert batch.input_ids[0, 0] == other.vocabulary.query and batch.chance == 1 / 8
 
@@ -69,7 +70,7 @@ def test_models_are_evaluated_on_files(task):
     assert len(result.correct) == 40 and result.length == 8
     assert result.target.tolist() == task.rows("test")[1][:, 0].tolist()
     drawn = evaluate(model, task, examples=30, length=8, device="cpu", precision="float32")
-    assert len(drawn.correct) == 30
+    assert drawn.target.tolist() == task.rows("test")[1][:30, 0].tolist()
     with pytest.raises(ValueError, match="no batch"):
         score(model, [], device="cpu", precision="float32")
 
@@ -129,8 +130,8 @@ def test_bad_wishes_give_one_line(task):
             task.batch(**(same | arguments))
     with pytest.raises(ValueError, match="unknown split 'heldout'"):
         task.rows("heldout")
-    with pytest.raises(ValueError, match="heldout_file 'train'"):
-        OriginalFiles(seq_len=8, num_symbols=12, folder=task.folder, heldout_file="train")
+    with pytest.raises(UserError, match="the file of test has 40 rows"):
+        list(task.examples(50, seed=0, split="heldout", length=8))
     with pytest.raises(
         ValueError, match=r"seqlen8\.json: symbol 1. is not below num_symbols .*give num_symbols >= 1"
     ):

@@ -246,18 +246,18 @@ def test_queries_and_curriculum_follow_the_task():
 
 
 def test_position_plans_name_no_option_of_other_tasks():
-    """They are hashed, and results of runs made before there were other tasks lie under the hash."""
+    """But all of their own, settled: whoever asks for a default gets the run of who did not."""
     config = RunConfig(seq_len=16, num_symbols=40, device="cpu", precision="float32")
     p = plan(config, "mamba")
     assert p.task_options == dict(seq_len=16, num_symbols=40, layout="suffix", supervise_bos=False)
     assert run_id([p]).startswith("position-suffix-L16-mamba-s0-")
     default = plan(dataclasses.replace(config, num_symbols=None), "mamba")
     assert json.dumps(default.task_options) == (
-        '{"seq_len": 16, "num_symbols": null, "layout": "suffix", "supervise_bos": false}'
+        '{"seq_len": 16, "num_symbols": 16, "layout": "suffix", "supervise_bos": false}'
     )
     other = plan(RunConfig(task="induction", seq_len=16, device="cpu", precision="float32"), "mamba")
     assert run_id([other]).startswith("induction-L16-mamba-s0-")
-    assert other.task_options == dict(seq_len=16)
+    assert other.task_options == dict(seq_len=16, num_symbols=16)
 
 
 BAD = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,6 +16,9 @@ from synthetic.vocab import Vocabulary
 
 if TYPE_CHECKING:  # torch takes seconds to import, which listing tasks for a help page can spare
     import torch
+
+# Rows that `Task.examples` draws from one random stream: few, because contexts can be a million symbols long.
+ROW_BLOCK = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,7 +202,7 @@ class Task(ABC):
 
         A pure function of the task's options and these arguments: no global random state is read or
         moved, any process can make any batch, and a resumed run continues at its next index.
-        Contexts of the splits "train" and "heldout" are disjoint (see `sampling.is_heldout`).
+        Contexts of the splits "train", "validation" and "heldout" are disjoint (`sampling.split_of`).
 
         queries: K, number of queries a row, drawn without replacement; None: `usual_queries`.
         length: number of context symbols, up to seq_len (for a curriculum); None: the task's own.
@@ -213,10 +217,55 @@ class Task(ABC):
         n = int(rng.integers(shortest, longest + 1)) if shortest < longest else longest
         return self.assemble(*self._draw_side(rng, batch_size, split, n, queries))
 
+    def examples(
+        self,
+        count: int,
+        *,
+        seed: int,
+        split: str,
+        length: int,
+        queries: int | None = None,
+        start: int = 0,
+        batch_size: int = 256,
+    ) -> Iterator[Batch]:
+        """Rows start .. start + count - 1 of the stream (seed, split), in batches of `batch_size` at most.
+
+        Row i is a function of the task's options, seed, split, length, queries and i: sets of different
+        sizes are nested, whatever the sizes of their batches, and sets that share no row number are
+        independent draws. Other arguments and errors as in `batch`.
+        """
+        for name, value, least in (("count", count, 1), ("batch_size", batch_size, 1), ("start", start, 0)):
+            if value < least:
+                raise UserError(f"{name} {value} must be at least {least}")
+        queries = self.usual_queries(length) if queries is None else queries
+        self.check(length, queries)
+        end, contexts, targets, have = start + count, [], [], 0
+        for block in range(start // ROW_BLOCK, -(-end // ROW_BLOCK)):
+            first = block * ROW_BLOCK
+            part = slice(max(start - first, 0), min(end - first, ROW_BLOCK))
+            context, target = self._block(seed, split, block, length, queries)
+            contexts.append(context[part])
+            targets.append(target[part])
+            have += len(contexts[-1])
+            last = first + ROW_BLOCK >= end
+            if have >= batch_size or last:
+                context, target = np.concatenate(contexts), np.concatenate(targets)
+                whole = have if last else have - have % batch_size
+                for at in range(0, whole, batch_size):
+                    rows = slice(at, min(at + batch_size, whole))
+                    yield self.assemble(context[rows], target[rows])
+                contexts, targets, have = [context[whole:]], [target[whole:]], have - whole
+
+    def _block(
+        self, seed: int, split: str, block: int, length: int, queries: int
+    ) -> tuple[IntArray, IntArray]:
+        """Contexts and targets of rows ROW_BLOCK * block and the ROW_BLOCK - 1 behind it."""
+        return self._draw_side(sampling.stream(seed, split, block), ROW_BLOCK, split, length, queries)
+
     def _draw_side(
         self, rng: np.random.Generator, rows: int, split: str, length: int, queries: int
     ) -> tuple[IntArray, IntArray]:
-        """Contexts and targets of `rows` rows whose context is on the side `split`."""
+        """Contexts and targets of `rows` rows whose context belongs to `split`."""
         return sampling.draw_split(
             lambda rows: self.draw(rng, rows, length, queries),
             rows,

@@ -19,11 +19,12 @@ import numpy as np
 
 from models.errors import UserError
 from synthetic.tasks import sampling
-from synthetic.tasks.base import Batch
+from synthetic.tasks.base import ROW_BLOCK, Batch
 from synthetic.tasks.position import Position
 from synthetic.tasks.sampling import IntArray
 
 FILE_SPLITS = ("train", "validation", "test")
+FILE_OF = {"train": "train", "validation": "validation", "heldout": "test"}  # split of `batch`: its file
 
 
 def file_name(split: str, length: int) -> str:
@@ -37,8 +38,8 @@ def read(path: Path, length: int) -> tuple[IntArray, IntArray]:
     given as integers >= 0, and every target is a place in them.
     """
 
-    def fail(defect: str) -> ValueError:
-        return ValueError(f"{path}: {defect}")
+    def fail(defect: str) -> UserError:
+        return UserError(f"{path}: {defect}")
 
     def integers(value: Any) -> bool:
         return isinstance(value, list) and all(type(x) is int and 0 <= x < 2**31 for x in value)
@@ -81,20 +82,15 @@ class OriginalFiles(Position):
         input  <bos> <s5> <s1> <s2> <s4> <query> <s1>
         label      .    .    .    .    .       . <p1>
 
-    `batch` draws rows of the train file, or of heldout_file for the split "heldout", without repetition
-    within a batch; its one query is the file's. `batches` goes once through a file in order, for
-    `synthetic.evaluate.score`. Not in the registry, because its data are no function of options.
+    `batch` draws rows of the file of its split, which for "heldout" is the test file, without repetition
+    within a batch; its one query is the file's. `examples` has the rows of the file in their order, and
+    `batches` goes once through a whole file, for `synthetic.evaluate.score`. Not in the registry, because its
+    data are no function of options.
     """
 
     name: ClassVar[str] = "original-files"
 
     folder: str | Path
-    heldout_file: str = "validation"
-
-    def _settle(self) -> None:
-        super()._settle()
-        if self.heldout_file not in FILE_SPLITS[1:]:
-            raise UserError(f"heldout_file {self.heldout_file!r} must be validation or test")
 
     @cached_property
     def _files(self) -> dict[str, tuple[IntArray, IntArray]]:
@@ -127,11 +123,22 @@ class OriginalFiles(Position):
     def _draw_side(
         self, rng: np.random.Generator, rows: int, split: str, length: int, queries: int
     ) -> tuple[IntArray, IntArray]:
-        context, target = self.rows("train" if split == "train" else self.heldout_file)
+        context, target = self.rows(FILE_OF[split])
         if rows > len(context):
             raise UserError(f"batch_size {rows} must be in 1 .. {len(context)}, the rows of the file")
         row = sampling.sample_distinct(rng, 1, rows, len(context))[0]
         return context[row], target[row]
+
+    def _block(
+        self, seed: int, split: str, block: int, length: int, queries: int
+    ) -> tuple[IntArray, IntArray]:
+        if split not in FILE_OF:
+            raise UserError(f"unknown split {split!r}; valid: {', '.join(FILE_OF)}")
+        context, target = self.rows(FILE_OF[split])
+        part = slice(block * ROW_BLOCK, (block + 1) * ROW_BLOCK)
+        if part.start >= len(context):
+            raise UserError(f"the file of {FILE_OF[split]} has {len(context)} rows; ask for no more of them")
+        return context[part], target[part]
 
     def batches(self, split: str, batch_size: int) -> Iterator[Batch]:
         """The rows of the file of `split` (train, validation, test), each once and in order."""

@@ -1,4 +1,4 @@
-"""Random numbers for the tasks: counter-based streams, distinct draws, the train/held-out split.
+"""Random numbers for the tasks: counter-based streams, distinct draws, the three splits.
 
 Everything takes its generator as an argument; nothing reads or moves a global random state.
 
@@ -29,10 +29,15 @@ from models.errors import UserError
 
 IntArray = npt.NDArray[np.int64]
 
-SPLITS = ("train", "heldout")
-HELDOUT_BITS = 3  # one context in 2**3 is held out
-# Fewer contexts than this might leave one side of the split empty or nearly so.
+SPLITS = ("train", "heldout", "validation")  # the order is part of every random stream
+SHARES = {"train": 7 / 8, "heldout": 1 / 16, "validation": 1 / 16}  # of all contexts
+KEPT_BITS = 3  # one context in 2**3 is kept from training ...
+VALIDATION_BIT = 53  # ... and this bit of its hash says for which of the other two
+# Fewer contexts than this might leave a split empty or nearly so. (Every space of positions that has as many
+# has four contexts in each split; other bits of the hash leave some with two.)
 MIN_CONTEXTS = 64
+# `draw_split` gives up after this many candidates without a row: a split of 1 / 16 is empty by then.
+MOST_IN_VAIN = 2**14
 # Candidates per round of `draw_split`, in table cells of 8 bytes: bounds its memory to ~32 MB.
 _CELLS_PER_ROUND = 2**22
 
@@ -100,16 +105,23 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-def is_heldout(contexts: IntArray) -> npt.NDArray[np.bool_]:
-    """(rows, N) symbols (0-based) -> (rows,) whether a context belongs to the held-out split.
+def split_of(contexts: IntArray) -> npt.NDArray[np.int64]:
+    """(rows, N) symbols (0-based) -> (rows,) the split of each context, as an index of SPLITS.
 
     A hash of the symbols in order decides, whatever the task, seed or number of symbols, so a
-    context is on one side for ever: no list is kept and runs of any length cannot leak.
+    context is in one split for ever: no list is kept and runs of any length cannot leak.
     """
     length = contexts.shape[1]
     constants = _coefficients(length + 1)
     hashed = _mix(contexts.astype(np.uint64) @ constants[:length] + constants[length])
-    return hashed >> np.uint64(64 - HELDOUT_BITS) == 0
+    kept = hashed >> np.uint64(64 - KEPT_BITS) == 0
+    validation = hashed >> np.uint64(VALIDATION_BIT) & np.uint64(1)
+    return np.where(kept, 1 + validation.astype(np.int64), 0)
+
+
+def is_heldout(contexts: IntArray) -> npt.NDArray[np.bool_]:
+    """(rows, N) symbols (0-based) -> (rows,) whether a context belongs to the split "heldout"."""
+    return split_of(contexts) == SPLITS.index("heldout")
 
 
 def require_contexts(log_contexts: float, length: int, num_symbols: int) -> None:
@@ -125,18 +137,25 @@ def require_contexts(log_contexts: float, length: int, num_symbols: int) -> None
 def draw_split(
     draw: Callable[[int], tuple[IntArray, IntArray]], rows: int, split: str, row_cells: int
 ) -> tuple[IntArray, IntArray]:
-    """`rows` independent rows of `draw` whose context falls on the side `split`, others redrawn.
+    """`rows` independent rows of `draw` whose context belongs to `split`, others redrawn.
 
     draw(n) -> (contexts (n, N), targets (n, K)). `row_cells`: how many numbers a candidate row
     takes in memory while it is drawn; many rows are drawn in several rounds.
+    Raises UserError if the split seems to be empty.
     """
-    share = 2.0**-HELDOUT_BITS if split == "heldout" else 1 - 2.0**-HELDOUT_BITS
-    contexts, targets, have = [], [], 0
+    wanted_side, share = SPLITS.index(split), SHARES[split]
+    contexts, targets, have, in_vain = [], [], 0, 0
     while have < rows:
         # a little more than expected, because a second round costs more than a few spare rows
         wanted = int((rows - have) / share * 1.1) + 4
         context, target = draw(min(wanted, max(16, _CELLS_PER_ROUND // row_cells)))
-        chosen = np.flatnonzero(is_heldout(context) == (split == "heldout"))[: rows - have]
+        chosen = np.flatnonzero(split_of(context) == wanted_side)[: rows - have]
+        in_vain = 0 if chosen.size else in_vain + len(context)
+        if in_vain >= MOST_IN_VAIN:
+            raise UserError(
+                f"no context of length {context.shape[1]} seems to belong to the split {split}: there are "
+                "too few different ones; give more symbols or a longer context"
+            )
         contexts.append(context[chosen])
         targets.append(target[chosen])
         have += chosen.size

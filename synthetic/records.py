@@ -1,0 +1,264 @@
+"""Files that the toolkit wrote, read back: one schema a kind of file, one line for what is wrong with one.
+
+    records.config(folder)            config.json of a run: asked, settled, purpose
+    records.environment(folder)       environment.json: a session each time the run was started
+    records.metrics(folder)           metrics.jsonl, a row per evaluation
+    records.by_position(folder)       by_position.jsonl
+    records.result(folder / family)   result.json of a model
+    records.model(folder / family)    config.json of a model: what rebuilds it
+
+All raise UserError naming file, field and remedy for what is damaged, incomplete, of another kind, or written
+by a newer version (`FORMAT`). What they return is plain JSON values, checked. A last line that a crash cut
+short is left out. Tables of the results store are read by `analysis.load`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from models.errors import UserError
+
+FORMAT = 1  # of all these files; raised when an older version would misread what a newer one writes
+Row = dict[str, Any]
+REMEDY = "move the run's folder away and run its command again"
+
+
+class Record(BaseModel):
+    """A row or file; keys that it does not name are kept, unless a kind of file says otherwise."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+class PlanRecord(Record):
+    """`identity.Plan` as JSON; what is not in the file has its default."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    family: Literal["transformer", "mamba", "mamba2", "hybrid"]
+    model: str
+    model_overrides: dict[str, Any]
+    task: str
+    task_options: dict[str, Any]
+    seq_len: int = Field(ge=1)
+    queries: int
+    curriculum: int
+    lr: float
+    steps: int | None
+    budget: int | None
+    stop_at: float
+    batch_tokens: int
+    batch_size: int | None
+    weight_decay: float
+    warmup: int
+    schedule: str
+    grad_clip: float
+    eval_every: int
+    betas: list[float]
+    eval_examples: int
+    final_eval_examples: int
+    seed: int
+    device: str
+    precision: str
+    optimizer: str = "adamw"
+    accumulate: int = 1
+    checkpointing: bool = False
+    lora: int = 0
+    init: dict[str, str] | None = None
+
+
+class RunRecord(Record):
+    format: int = 1
+    run: dict[str, Any]
+    plans: list[PlanRecord] = Field(min_length=1)
+    purpose: Literal["report", "validation"] = "report"
+
+
+class SessionRecord(Record):
+    python: str
+    platform: str
+    threads: int
+    packages: dict[str, str | None]
+    commit: str | None = None
+
+
+class EnvironmentRecord(Record):
+    format: int = 1
+    sessions: list[SessionRecord] = Field(min_length=1)
+
+
+class EvaluationRecord(Record):
+    model: str
+    seed: int
+    step: int = Field(ge=0)
+    examples: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+    seconds: float
+    train_length: int
+    length: int = Field(ge=1)
+    loss: float
+    accuracy: float = Field(ge=0, le=1)
+    correct: int = Field(ge=0)
+    count: int = Field(ge=1)
+    ci_low: float
+    ci_high: float
+    chance: float
+    parameters: int | None = None
+    parameters_without_embeddings: int | None = None
+
+
+class MetricsRecord(EvaluationRecord):
+    train_loss: float | None = None
+    train_accuracy: float | None = None
+    targets: list[Annotated[list[int], Field(min_length=4, max_length=4)]]
+
+
+class ResultRecord(EvaluationRecord):
+    format: int = 1
+    reached: bool = False
+    longest_length: int | None = None
+
+
+class ProgressRecord(Record):
+    """Header of a checkpoint: `train.Progress`."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    step: int = Field(ge=0)
+    examples: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+    seconds: float
+    length: int = Field(ge=1)
+    accuracy: float
+    validation: float
+    stopped: bool
+
+
+class PositionRecord(Record):
+    model: str
+    position: int = Field(ge=0)
+    correct: int = Field(ge=0)
+    count: int = Field(ge=1)
+    rate: float
+    ci_low: float
+    ci_high: float
+
+
+class ModelRecord(Record):
+    format: int = 1
+    name: str
+    config: dict[str, Any]
+
+
+# --- what a file's text says -----------------------------------------------------------------------------
+
+
+def text_of(path: Path) -> str:
+    """Raises UserError for what is no text; OSError as the system gives it."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is damaged: no UTF-8 text at byte {error.start}; {REMEDY}") from error
+
+
+def json_of(text: str, where: str, first_line: int = 1) -> Any:
+    """The JSON value of `text`. Raises UserError naming the line."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise UserError(f"{where} is damaged: no JSON in line {line} ({error.msg}); {REMEDY}") from error
+    except RecursionError as error:
+        raise UserError(f"{where} is damaged: JSON nested too deep; {REMEDY}") from error
+
+
+def json_lines(path: Path) -> list[Any]:
+    """Values of a JSON Lines file, without a last line that a crash cut short."""
+    lines = text_of(path).split("\n")[:-1]
+    return [json_of(line, str(path), number) for number, line in enumerate(lines, 1) if line]
+
+
+def checked(value: Any, kind: type[Record], where: str, remedy: str = REMEDY) -> Row:
+    """`value`, which `kind` describes. Raises UserError naming the first field that it does not."""
+    if not isinstance(value, dict):
+        raise UserError(f"{where} holds {_short(value)} instead of an object with fields; {remedy}")
+    newer = value.get("format", FORMAT)
+    if isinstance(newer, int) and newer > FORMAT:
+        raise UserError(
+            f"{where} was written by a newer version (format {newer}; this one reads up to {FORMAT}); "
+            "update ssm-retrieval"
+        )
+    try:
+        kind.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "missing":
+            raise UserError(f"{where} lacks {field}; {remedy}") from error
+        if first["type"] == "extra_forbidden":
+            unknown = f"{where}: {field} is unknown, of a newer version perhaps; update, or {remedy}"
+            raise UserError(unknown) from error
+        said = first["msg"].lower().removesuffix(".")
+        raise UserError(f"{where}: {field} is {_short(first['input'])} ({said}); {remedy}") from error
+    return value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _file(path: Path, kind: type[Record]) -> Row:
+    return checked(json_of(text_of(path), str(path)), kind, str(path))
+
+
+def _lines(path: Path, kind: type[Record]) -> list[Row]:
+    if not path.exists():
+        return []
+    return [checked(row, kind, f"{path}, row {i}") for i, row in enumerate(json_lines(path), 1)]
+
+
+# --- a kind of file each ---------------------------------------------------------------------------------
+
+
+def config(folder: Path) -> Row:
+    path = folder / "config.json"
+    if not path.exists():
+        raise UserError(f"{folder} has no config.json; give the folder of a run")
+    return _file(path, RunRecord)
+
+
+def plan_of(folder: Path, family: str) -> Row:
+    """One model's plan. Raises UserError if the run has no such model."""
+    plans = {plan["family"]: plan for plan in config(folder)["plans"]}
+    if family not in plans:
+        raise UserError(f"{folder} has no model {family}; it has {', '.join(plans)}")
+    return plans[family]
+
+
+def environment(folder: Path) -> Row:
+    """{"sessions": [...]}; the one dictionary that releases before it wrote is one session."""
+    path = folder / "environment.json"
+    value = json_of(text_of(path), str(path))
+    if isinstance(value, dict) and "sessions" not in value and "packages" in value:
+        value = {"format": 1, "sessions": [value]}
+    return checked(value, EnvironmentRecord, str(path))
+
+
+def metrics(folder: Path) -> list[Row]:
+    return _lines(folder / "metrics.jsonl", MetricsRecord)
+
+
+def by_position(folder: Path) -> list[Row]:
+    return _lines(folder / "by_position.jsonl", PositionRecord)
+
+
+def result(own: Path) -> Row:
+    return _file(own / "result.json", ResultRecord)
+
+
+def model(own: Path) -> Row:
+    return _file(own / "config.json", ModelRecord)

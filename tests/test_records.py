@@ -1,0 +1,318 @@
+"""Files that a run wrote, read back damaged: one line that names file, field and what to do."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+
+from models.errors import UserError
+from synthetic import records, results, store, train
+from synthetic.config import RunConfig, plan
+
+SMALL = RunConfig(
+    seq_len=8, model=("mamba",), layers=1, d_state=4, queries=4, steps=4, eval_every=2, eval_examples=8,
+    final_eval_examples=16, batch_tokens=64, device="cpu", precision="float32",
+)  # fmt: skip
+PLAN = plan(SMALL, "mamba")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A finished run, as `synthetic.run` leaves it."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    store.prepare(folder, json.loads(json.dumps(vars(SMALL))), [PLAN.to_dict()], 1)
+    results.train_recorded(PLAN, folder)
+    return folder
+
+
+@pytest.fixture
+def folder(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "runs" / "run")
+
+
+READ = {
+    "config.json": lambda folder: records.config(folder),
+    "environment.json": lambda folder: records.environment(folder),
+    "metrics.jsonl": lambda folder: records.metrics(folder),
+    "by_position.jsonl": lambda folder: records.by_position(folder),
+    "mamba/result.json": lambda folder: records.result(folder / "mamba"),
+    "mamba/config.json": lambda folder: records.model(folder / "mamba"),
+}
+FIELD = {  # a field that each kind cannot do without
+    "config.json": "plans",
+    "environment.json": "sessions",
+    "metrics.jsonl": "accuracy",
+    "by_position.jsonl": "rate",
+    "mamba/result.json": "loss",
+    "mamba/config.json": "name",
+}
+
+
+def test_what_a_run_wrote_can_be_read(folder):
+    assert records.config(folder)["plans"][0]["seq_len"] == 8
+    assert [row["step"] for row in records.metrics(folder) if row["length"] == 8] == [2, 4]
+    assert records.model(folder / "mamba") == {
+        "format": 1, "name": PLAN.model, "config": PLAN.model_overrides,
+    }  # fmt: skip
+    assert records.result(folder / "mamba")["count"] == 16
+    assert sum(row["count"] for row in records.by_position(folder)) == 16
+
+
+def refused(read, folder, *said):
+    with pytest.raises(UserError) as error:
+        read(folder)
+    line = str(error.value)
+    assert "\n" not in line and all(word in line for word in said), line
+
+
+def damage(path, change):
+    """Change the value of a file, of its first row if it has several."""
+    lines = path.suffix == ".jsonl"
+    texts = path.read_text().splitlines() if lines else [path.read_text()]
+    texts[0] = json.dumps(change(json.loads(texts[0])))
+    path.write_text("\n".join(texts) + "\n")
+
+
+@pytest.mark.parametrize("value", [[], "text", None, 7, True, [1], [[]]], ids=repr)
+@pytest.mark.parametrize("name", READ)
+def test_another_kind_of_value(folder, name, value):
+    damage(folder / name, lambda old: value)
+    refused(
+        READ[name], folder, name.split("/")[-1], "instead of an object with fields", "run its command again"
+    )
+
+
+@pytest.mark.parametrize("name", READ)
+def test_an_empty_object_lacks_something(folder, name):
+    damage(folder / name, lambda old: {})
+    refused(READ[name], folder, name.split("/")[-1], "lacks ")
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf"), {}, [1], "much", -1e400], ids=repr)
+@pytest.mark.parametrize("name", READ)
+def test_a_wrong_field_is_named(folder, name, value):
+    if name == "mamba/config.json" and value == "much":
+        value = 3
+    damage(folder / name, lambda old: old | {FIELD[name]: value})
+    refused(READ[name], folder, name.split("/")[-1], FIELD[name])
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_missing_field_is_named(folder, name):
+    def drop(old):
+        extra = {"packages": None} if name == "environment.json" else {}  # else a file of before sessions
+        return {k: v for k, v in (old | extra).items() if k not in (FIELD[name], "packages")}
+
+    damage(folder / name, drop)
+    refused(READ[name], folder, f"lacks {FIELD[name]}")
+
+
+@pytest.mark.parametrize("name", [name for name in READ if name.endswith(".json")])
+def test_a_newer_file_is_told_as_newer(folder, name):
+    damage(folder / name, lambda old: old | {"format": records.FORMAT + 1, "flux": 1})
+    refused(READ[name], folder, "written by a newer version (format 2; this one reads up to 1)", "update")
+
+
+@pytest.mark.parametrize("text", ["{", '{"a": }', "[1, 2", "\x00", "nan", "[" * 100_000], ids=range(6))
+@pytest.mark.parametrize("name", READ)
+def test_no_json_is_named_with_its_line(folder, name, text):
+    path = folder / name
+    rest = path.read_text().splitlines()[1:] if name.endswith("l") else []
+    path.write_text("\n".join([text, *rest]) + "\n")
+    refused(READ[name], folder, f"{path} is damaged")
+    path.write_bytes(b"\xff\xfe\x00")
+    refused(READ[name], folder, f"{path} is damaged: no UTF-8")
+
+
+def test_the_line_of_a_damaged_row_is_named(folder):
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[0], "{oops\n", *lines[1:]]))
+    refused(records.metrics, folder, f"{path} is damaged: no JSON in line 2")
+    refused(lambda folder: store.read_rows(path), folder, "line 2")
+
+
+def test_a_last_line_that_was_cut_is_left_out(folder):
+    before = records.metrics(folder)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"model": "mamba", "st')
+    assert records.metrics(folder) == before
+
+
+BAD_PLANS = [
+    (lambda p: p | {"flux": 1}, "plans.0.flux is unknown, of a newer version perhaps"),
+    (lambda p: p | {"family": "lstm"}, "plans.0.family is 'lstm'"),
+    (lambda p: p | {"seq_len": 0}, "plans.0.seq_len is 0"),
+    (lambda p: p | {"seq_len": "8"}, "plans.0.seq_len is '8'"),
+    (lambda p: p | {"betas": 0.9}, "plans.0.betas is 0.9"),
+    (lambda p: p | {"task_options": []}, "plans.0.task_options is []"),
+    (lambda p: 1, "plans.0 is 1"),
+    (lambda p: {k: v for k, v in p.items() if k != "lr"}, "lacks plans.0.lr"),
+]
+
+
+@pytest.mark.parametrize("change, said", BAD_PLANS)
+def test_a_wrong_plan_is_named(folder, change, said):
+    damage(folder / "config.json", lambda old: old | {"plans": [change(old["plans"][0])]})
+    refused(lambda folder: results.record(folder, "mamba"), folder, str(folder / "config.json"), said)
+
+
+def test_a_model_that_a_run_has_not(folder):
+    refused(lambda folder: records.plan_of(folder, "hybrid"), folder, "has no model hybrid; it has mamba")
+
+
+# --- weights and tables ----------------------------------------------------------------------------------
+
+
+def unfinished(folder):
+    (folder / "mamba" / "result.json").unlink()
+    return folder / "mamba" / train.SINGLE
+
+
+def rewrite(path, change, header=None):
+    tensors, old = store.load_tensors(path)
+    store.save_tensors(path, change(tensors), old if header is None else header)
+
+
+NAME = "model.backbone.layers.0.mixer.out_proj.weight"
+CHECKPOINTS = {
+    "a tensor is gone": (lambda t: {k: v for k, v in t.items() if k != NAME}, None, f"lacks {NAME}"),
+    "another shape": (lambda t: t | {NAME: torch.zeros(3, 3)}, None, f"{NAME} of shape (3, 3) instead of"),
+    "a scalar, which would broadcast": (lambda t: t | {NAME: torch.zeros(())}, None, f"{NAME} of shape ()"),
+    "no progress": (lambda t: t, {}, "lacks step"),
+    "progress of a newer version": (lambda t: t, {"flux": 1}, "flux is unknown"),
+    "progress that is none": (lambda t: t, {"step": "two"}, "step is 'two'"),
+    "progress before its start": (lambda t: t, {"step": -1}, "step is -1"),
+}
+
+
+@pytest.mark.parametrize("change, header, said", CHECKPOINTS.values(), ids=list(CHECKPOINTS))
+def test_a_checkpoint_of_something_else(folder, change, header, said):
+    path = unfinished(folder)
+    assert NAME in store.load_tensors(path)[0]
+    if header:
+        header = store.load_tensors(path)[1] | header
+    rewrite(path, change, header)
+    refused(lambda folder: train.train(PLAN, folder), folder, str(path), said, "delete it")
+
+
+def test_deleting_a_damaged_checkpoint_starts_the_model_anew(folder, made):
+    """As its line advises: the same numbers as of an undisturbed run, and no row twice."""
+    path = unfinished(folder)
+    path.write_bytes(path.read_bytes()[:500])
+    refused(lambda folder: train.train(PLAN, folder), folder, f"{path} is damaged", "delete it")
+    path.unlink()
+    train.train(PLAN, folder)
+    mine, other = records.metrics(folder), records.metrics(made)
+    assert [r | {"seconds": 0} for r in mine] == [r | {"seconds": 0} for r in other]
+
+
+def test_deleting_a_damaged_finished_model_starts_it_anew(folder, made):
+    path = folder / "mamba" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:500])
+    refused(lambda folder: store.load_tensors(path), folder, f"delete the folder {path.parent}")
+    shutil.rmtree(path.parent)
+    result = train.train(PLAN, folder)
+    assert result | {"seconds": 0} == records.result(made / "mamba") | {"seconds": 0}
+    assert store.load_tensors(path)[1]["step"] == 4
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 100, b"PAR1", b"[]", b"PAR1" + b"\0" * 20 + b"PAR1"])
+@pytest.mark.parametrize("name", ["results", "targets"])
+def test_a_damaged_table_is_behind(folder, content, name):
+    path = folder.parent / name / f"{folder.name}.mamba.parquet"
+    results.record(folder, "mamba")
+    assert not results.behind(folder, "mamba")
+    path.write_bytes(content)
+    assert results.behind(folder, "mamba")
+
+
+# --- the environment's sessions --------------------------------------------------------------------------
+
+
+def test_every_session_has_its_environment(folder, monkeypatch):
+    """A resumed run keeps where and with what each part was trained; the table has every commit."""
+    first = records.environment(folder)["sessions"]
+    assert len(first) == 1 and first[0]["threads"] == 1
+    store.prepare(folder, {}, [PLAN.to_dict()], 1)  # the same again: nothing new
+    assert records.environment(folder)["sessions"] == first
+    monkeypatch.setattr(
+        store, "environment", lambda threads: first[0] | {"threads": threads, "commit": "abc+"}
+    )
+    store.prepare(folder, {}, [PLAN.to_dict()], 2)
+    found = records.environment(folder)
+    assert [session["threads"] for session in found["sessions"]] == [1, 2] and found["threads"] == 2
+    rows, _ = results.tables(folder, "mamba")
+    commits = [first[0]["commit"], "abc+"]
+    assert {row["commit"] for row in rows} == {", ".join(c for c in commits if c)}
+
+
+def test_an_environment_of_before_is_one_session(folder):
+    path = folder / "environment.json"
+    old = store.environment(3)
+    store.write_json(path, old)
+    assert records.environment(folder)["sessions"] == [old]
+
+
+# --- diverged runs ---------------------------------------------------------------------------------------
+
+
+def test_a_run_that_diverges_stops_in_one_line_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    """The loss is NaN from step 3 on; the checkpoint of step 2 has finite weights, and nothing follows it."""
+    real, calls = train.update, []
+
+    def update(model, *rest, **more):
+        calls.append(1)
+        if len(calls) == 3:
+            with torch.no_grad():
+                next(model.parameters()).fill_(float("nan"))
+        return real(model, *rest, **more)
+
+    monkeypatch.setattr(train, "update", update)
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(train, "CHECKPOINT_SHARE", 1e9)
+    refused(
+        lambda f: train.train(PLAN, f),
+        tmp_path,
+        "mamba: the training loss is nan",
+        "diverged with --lr",
+        "step 2",
+    )
+    tensors, header = store.load_tensors(tmp_path / "mamba" / train.SINGLE)
+    assert header["step"] == 2 and all(t.isfinite().all() for t in tensors.values())
+    assert not (tmp_path / "mamba" / "result.json").exists()
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_weights_that_a_step_ruined_are_no_checkpoint(tmp_path):
+    (tmp_path / "mamba").mkdir()
+    session = train.Session(PLAN, tmp_path, lambda event, row: None)
+    session.step()
+    session.checkpoint()
+    session.step()
+    with torch.no_grad():
+        next(session.model.parameters())[0] = float("inf")
+    with pytest.raises(train.Diverged, match="largest weight is inf"):
+        session.checkpoint()
+    assert store.load_tensors(tmp_path / "mamba" / train.SINGLE)[1]["step"] == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_no_file_ever_holds_what_json_has_not(tmp_path, value):
+    for write in (store.write_json, store.append_row, lambda path, row: store.write_rows(path, [row])):
+        path = tmp_path / "file.json"
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            write(path, {"loss": value})
+        assert not path.exists()
+
+
+def test_plans_and_their_schema_have_the_same_fields():
+    """A field added to `Plan` must be added to what is read back."""
+    from synthetic.config import Plan
+
+    assert {f.name for f in dataclasses.fields(Plan)} == set(records.PlanRecord.model_fields)
+    assert {f.name for f in dataclasses.fields(train.Progress)} == set(records.ProgressRecord.model_fields)

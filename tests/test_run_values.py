@@ -1,0 +1,106 @@
+"""Values that no run can have: one line that names option, value and remedy, before anything is made."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from models.errors import UserError
+from synthetic import memory, run
+from synthetic.checks import BOUNDS
+from synthetic.config import RunConfig, plan
+
+ABSURD = str(10**20)
+IGNORED = [
+    (
+        ["--position", "rope", "--model", "mamba"],
+        "--position rope is for attention, which --model mamba lacks",
+    ),
+    (["--position", "none", "--model", "mamba", "mamba2"], "--position none is for attention"),
+    (["--position", "learned", "--model", "mamba2"], "--position learned is for attention"),
+    (["--model", "transformer", "--d-state", "64"], "--d-state 64 is for state space models"),
+    (["--model", "transformer", "--d-state", "16"], "--d-state 16 is for state space models"),
+    (["--rotary-pct", "0.5"], "--rotary-pct 0.5 has no effect with --position learned; give --position rope"),
+    (["--rotary-pct", "1", "--position", "none"], "--rotary-pct 1.0 has no effect with --position none"),
+    (["--rotary-pct", "0.5", "--model", "mamba"], "--rotary-pct 0.5 is for attention"),
+    (["--position", "rope", "--rotary-pct", "0.01"], "--rotary-pct 0.01 rotates none of the 32 dimensions"),
+    (["--position", "rope", "--rotary-pct", "0"], "--rotary-pct 0.0 rotates none"),
+    (["--position", "rope", "--rotary-pct", "0.03", "--model", "hybrid"], "rotates none"),
+]
+NOT_A_NUMBER = [
+    ([option, "nan"], f"{option} nan is not a number")
+    for option in ("--weight-decay", "--grad-clip", "--rotary-pct")
+] + [([option, "nan"], f"{option} nan must") for option in ("--lr", "--stop-at")]
+INFINITE = [
+    ([option, "inf"], f"{option} inf is too large; use at most")
+    for option in ("--weight-decay", "--grad-clip", "--rotary-pct")
+] + [(["--lr", "inf"], "--lr inf must lie between"), (["--stop-at", "inf"], "--stop-at inf must be positive")]
+TOO_LARGE = [
+    (
+        ["--" + name.replace("_", "-"), ABSURD],
+        f"--{name.replace('_', '-')} {ABSURD} is too large; use at most",
+    )
+    for name, (_, most) in BOUNDS.items()
+    if isinstance(most, int)
+]
+NEGATIVE = [
+    (["--" + name.replace("_", "-"), "-1"], f"--{name.replace('_', '-')} -1")
+    for name, (_, most) in BOUNDS.items()
+    if isinstance(most, int)
+]
+TOO_MUCH_MEMORY = [
+    (["--num-symbols", str(2**22), "--layers", "4"], "Transformer needs about"),
+    (["--layers", "60", "--preset", "790m", "--model", "mamba", "--seq-len", "16"], "Mamba needs about"),
+    (["--batch-tokens", str(2**24), "--model", "mamba2"], "Mamba-2 needs about"),
+    (["--preset", "2.8b", "--seq-len", "16"], "Transformer needs about"),
+]
+PLACES = [(["--out", ""], "--out is empty; give a folder")]
+
+
+@pytest.mark.parametrize(
+    "words, said", IGNORED + NOT_A_NUMBER + INFINITE + TOO_LARGE + NEGATIVE + TOO_MUCH_MEMORY + PLACES
+)
+def test_one_line_and_nothing_is_made(words, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(memory, "available", lambda device: 2 * 2**30)
+    assert run.main(["--device", "cpu", "--precision", "float32", *words]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: ") and line.count("\n") == 1 and said in line, line
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_number_has_bounds():
+    """A new numeric option must say what it can be; --lr and --stop-at have open intervals of their own."""
+    numeric = {f.name for f in dataclasses.fields(RunConfig) if str(f.type).split(" ")[0] in ("int", "float")}
+    assert numeric == set(BOUNDS) | {"lr", "stop_at", "threads"}
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_bounds_themselves_are_allowed(name):
+    from synthetic.checks import within
+
+    least, most = BOUNDS[name]
+    within(name, least)
+    within(name, most)
+    for wrong in (least - 1, most + 1, float("nan"), float("-inf")):
+        with pytest.raises(UserError):
+            within(name, wrong)
+
+
+def test_memory_is_refused_where_the_plan_says_so(monkeypatch):
+    """The limit lies at the peak that `--plan` prints: one byte less is too little."""
+    from models.planning import evaluation_memory, step_memory
+
+    settled = plan(RunConfig(seq_len=64, device="cpu", precision="float32"), "mamba")
+    model, evaluation = memory.meta_model(settled), memory.evaluation_step(settled)
+    step = memory.training_steps(settled)[-1]
+    needed = step_memory(model, step)
+    peak = max(needed.peak, needed.weights + needed.optimizer + evaluation_memory(model, evaluation))
+    monkeypatch.setattr(memory, "available", lambda device: peak)
+    memory.require(settled)
+    monkeypatch.setattr(memory, "available", lambda device: peak - 1)
+    with pytest.raises(UserError, match="Mamba needs about"):
+        memory.require(settled)
+    monkeypatch.setattr(memory, "available", lambda device: None)
+    memory.require(settled)
