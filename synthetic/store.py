@@ -58,10 +58,13 @@ def replacing(path: Path) -> Iterator[Path]:
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is not a regular file and is not replaced; choose another name")
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    temporary.touch(exist_ok=False)
+    mode = temporary.stat().st_mode
     try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        os.chmod(temporary, mode)  # the usual one: safetensors leaves a file that only its owner reads
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
@@ -160,19 +163,12 @@ def restore(
 
 
 def load_model(folder: str | Path) -> Any:
-    """The trained model in runs/<id>/<family>/, ready for inference or probing."""
+    """The trained model in runs/<id>/<family>/, ready for inference or probing: `models.load` of a folder."""
     import models
 
-    folder = Path(folder)
-    if not (folder / "model.safetensors").exists():
-        raise UserError(f"{folder} has no model.safetensors; give the folder of one finished model")
-    saved = read_json(folder / "config.json")
-    model = models.build(saved["name"], **saved["config"])
-    tensors, _ = load_tensors(folder / "model.safetensors")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(tensors[name])
-    return model.eval()
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder} is no folder; give that of one finished model, runs/<id>/<family>")
+    return models.load(Path(folder))
 
 
 def environment(threads: int) -> Row:
