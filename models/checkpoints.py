@@ -26,7 +26,7 @@ from models.registry import from_config
 # of weights that models here compute with; others have to be converted
 COMPUTED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # computed in float32 whatever the others are, so that they may be wider
-APART = ("A_log", "dt_bias")
+APART = (".A_log", ".D", ".dt_bias", ".dt_proj.bias")
 UNFINISHED = "checkpoint.safetensors"  # of a run's model before it has weights (`synthetic.store`)
 
 
@@ -183,7 +183,7 @@ def _compare(sources: dict[str, hub.Stored], wanted: dict[str, tuple[int, ...]],
     ]
     parts = (("missing", missing), ("not of this model", extra), ("wrongly shaped", wrong))
     said = "; ".join(f"{what}: {hub.listing(names)}" for what, names in parts if names)
-    require(not said, f"the weights in {folder} do not fit its config.json: {said}")
+    require(not said, f"the weights in {folder} do not fit its config.json: {said}; fetch both anew")
 
 
 def _assign(model: nn.Module, names: Iterable[str], tensor: Tensor) -> None:

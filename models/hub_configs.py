@@ -31,7 +31,7 @@ from models.hub_schema import (
 )
 from models.mamba import MambaConfig
 from models.mamba2 import Mamba2Config
-from models.own_configs import check_sizes, typed
+from models.own_configs import check_sizes, respelt, typed
 from models.transformer import TransformerConfig
 
 Raw = Mapping[str, Any]
@@ -60,7 +60,9 @@ def read_config(raw: Raw, keys: Collection[str], where: str, beside: Collection[
     try:
         config = _dialect(raw, where, bool(set(beside) - PASSED_OVER))(raw, norm_of(keys), where, beside)
     except UserError as error:  # of our configs: they do not know the file
-        raise error if str(error).startswith(where) else UserError(f"{where}: {error}") from error
+        if str(error).startswith(where):
+            raise
+        raise UserError(respelt(f"{where}: {error}", raw)) from error
     if isinstance(keys, Mapping):
         check_sizes(config, raw, keys, where)
     return config

@@ -17,6 +17,7 @@ from models.common import require
 from models.errors import UserError
 
 Size = Annotated[int, Field(ge=1, le=2**31)]
+StateSize = Annotated[int, Field(ge=1, le=256)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -85,7 +86,7 @@ class _TransformersMamba(Fields):
 class TransformersMamba(_TransformersMamba):
     vocab_size: Size = 50280
     hidden_size: Size = 768
-    state_size: Size = 16
+    state_size: StateSize = 16
     intermediate_size: Size | None = None
     time_step_rank: Literal["auto"] | Size = "auto"
     tie_word_embeddings: bool = True
@@ -95,7 +96,7 @@ class TransformersMamba2(_TransformersMamba):
     vocab_size: Size = 32768
     hidden_size: Size = 4096
     num_hidden_layers: Size = 64
-    state_size: Size = 128
+    state_size: StateSize = 128
     num_heads: Size = 128
     head_dim: Size = 64
     n_groups: Size = 8
@@ -141,7 +142,7 @@ class SSMConfig(BaseModel):
 
     model_config = STRICT
     layer: Literal["Mamba1", "Mamba2"] = "Mamba1"
-    d_state: Size | None = None
+    d_state: StateSize | None = None
     d_conv: Size = 4
     expand: Size = 2
     dt_rank: Literal["auto"] | Size = "auto"
@@ -221,6 +222,11 @@ def _unknown(fields: BaseModel, beside: Collection[str], prefix: str = "") -> li
     return found
 
 
+WORDS = {"a valid integer": "a whole number", "greater than or equal to": "at least",
+         "less than or equal to": "at most", "greater than": "above", "a valid number": "a number",
+         "a valid boolean": "true or false", "a valid dictionary": "an object"}  # fmt: skip
+
+
 def explain(error: ValidationError, where: str) -> str:
     """The first error as one line with file, field and value."""
     errors = error.errors(include_url=False)
@@ -232,7 +238,9 @@ def explain(error: ValidationError, where: str) -> str:
         return f"{where}: {own}"
     if first["type"] == "missing":
         return f"{where}: {name} is missing; fetch it again"
-    said = first["msg"].removeprefix("Input should be ").replace("a valid integer", "a whole number")
+    said = first["msg"].removeprefix("Input should be ")
+    for theirs, ours in WORDS.items():
+        said = said.replace(theirs, ours)
     value = shown(first["input"])
     if first["type"] in ("literal_error", "none_required", "too_long"):
         only = {"none_required": "None", "too_long": "[]"}.get(first["type"], said.partition(" or ")[0])

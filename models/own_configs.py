@@ -9,6 +9,7 @@ Configs of every form end here: `check_sizes` holds them against the tensors bef
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, cast, get_type_hints
@@ -24,12 +25,12 @@ from models.registry import FAMILIES, PRESETS, resolve
 MODEL_TYPE, FORMAT = "ssm-retrieval", 1
 POSITIVE = ("dt_min", "dt_max", "rope_theta")  # numbers that must not be 0
 WIDE = 2**16  # sizes up to here need no tensor that wide: nothing is made of them yet
-# a size of ours -> the names that it has in files
-SPELLINGS = {
-    "d_model": ("hidden_size",), "n_layer": ("num_hidden_layers",), "d_state": ("state_size",),
-    "d_conv": ("conv_kernel",), "dt_rank": ("time_step_rank",), "n_head": ("num_attention_heads",),
-    "d_mlp": ("intermediate_size",), "headdim": ("head_dim",), "ngroups": ("n_groups",),
-}  # fmt: skip
+# a size of ours -> its name in files of `transformers`
+SPELLINGS = dict(
+    d_model="hidden_size", n_layer="num_hidden_layers", d_state="state_size", d_conv="conv_kernel",
+    dt_rank="time_step_rank", n_head="num_attention_heads", d_mlp="intermediate_size", headdim="head_dim",
+    ngroups="n_groups",
+)  # fmt: skip
 
 
 def write_config(config: Config) -> dict[str, Any]:
@@ -131,21 +132,20 @@ def check_sizes(config: Config, raw: Mapping[str, Any], stored: Mapping[str, Sto
     mine = config.to_dict()
     widest = max((n for s in stored.values() if s.numbers for n in s.shape), default=0)
     sizes = {name: n for name, n in mine.items() if isinstance(n, int) and not isinstance(n, bool)}
-    if mine.get("position") != "learned":
-        sizes.pop("max_position_embeddings", None)
-    for name in ("chunk_size", "ssm_per_attention"):
-        sizes.pop(name, None)
-    if "expand" in sizes:
-        sizes["expand"] *= mine["d_model"]
-    layers = sizes.pop("n_layer")
-    for name, size in {"n_layer": layers, **sizes}.items():
-        most = len(stored) if name == "n_layer" else max(widest, WIDE)
-        spelt = next((other for other in SPELLINGS.get(name, ()) if other in raw), name)
-        value = mine[name]
-        what = (
-            f"there are only {most} tensors" if name == "n_layer" else f"no tensor is wider than {widest:,}"
-        )
-        require(
-            size <= most,
-            f"{where}: {spelt}={shown(value)} does not fit the weights beside it: {what}; fetch both anew",
-        )
+    free = ["chunk_size", "ssm_per_attention"]
+    free += ["max_position_embeddings"] if mine.get("position") != "learned" else []
+    limit = f"no tensor is wider than {widest:,}", max(widest, WIDE)
+    limits = {name: limit for name in sizes if name not in free}
+    limits["n_layer"] = (f"there are only {len(stored)} tensors", len(stored))
+    for name, (what, most) in limits.items():
+        size = mine["d_model"] * mine["expand"] if name == "expand" else mine[name]
+        said = f"{where}: {name}={shown(mine[name])} does not fit the weights beside it: {what}; mend one"
+        require(size <= most, respelt(said, raw))
+
+
+def respelt(said: str, raw: Mapping[str, Any]) -> str:
+    """An error about our options with the names that the file has for them."""
+    for ours, theirs in SPELLINGS.items():
+        if theirs in raw:
+            said = re.sub(rf"\b{ours}=", f"{theirs}=", said)
+    return said

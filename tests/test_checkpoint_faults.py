@@ -47,7 +47,7 @@ def test_all_wrong_keys_are_listed_at_once(tmp_path):
 def test_long_lists_of_keys_are_counted(tmp_path):
     folder = checkpoint(tmp_path)
     edit(folder, num_hidden_layers=LAYERS + 2)  # 2 x 10 tensors that the file has not
-    with pytest.raises(ValueError, match=r"missing: .* and 8 more$"):
+    with pytest.raises(ValueError, match=r"missing: .* and 8 more; fetch both anew$"):
         models.load(folder)
 
 
@@ -66,7 +66,7 @@ def test_tied_weights_that_differ(tmp_path):
     [
         ("neox", dict(hidden_act="gelu_new"), "hidden_act='gelu_new'"),
         ("neox", dict(attention_bias=False), "attention_bias=False"),
-        ("neox", dict(rope_parameters={"rope_type": "linear", "factor": 2.0}), "rope_parameters.rope_type='linear'"),
+        ("neox", dict(rope_parameters={"rope_type": "linear"}), "rope_parameters.rope_type='linear'"),
         ("neox", dict(rope_parameters=None, rope_scaling={"type": "dynamic"}), "rope_scaling.type='dynamic'"),
         ("neox", dict(rope_parameters=None, rotary_pct=0.2), "rotary_pct=0.2 rotates an odd number"),
         ("neox", dict(num_hidden_layers=None), "num_hidden_layers=None must be a whole number"),
@@ -96,7 +96,7 @@ def test_configs_that_our_models_cannot_be(family, fields, said, tmp_path):
         (dict(ssm_cfg={"layer": "Mamba3"}), "ssm_cfg.layer='Mamba3'"),
         (dict(ssm_cfg={"layer": "Mamba2", "norm_before_gate": True}), "ssm_cfg.norm_before_gate=True"),
         (dict(ssm_cfg={"conv_bias": False}), "ssm_cfg.conv_bias=False"),
-        (dict(pad_vocab_size_multiple=0), "pad_vocab_size_multiple=0 must be greater than or equal to 1"),
+        (dict(pad_vocab_size_multiple=0), "pad_vocab_size_multiple=0 must be at least 1"),
         (dict(ssm_cfg={"d_stat": 8}), "ssm_cfg: d_stat is not a field"),
     ],
 )
