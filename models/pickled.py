@@ -30,7 +30,8 @@ MOST_OPCODES = 5_000_000  # of the names and shapes: some hundred thousand tenso
 MOST_NAMES = 2**26  # bytes of them in an archive
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch before 1.6
 FLOATING = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
-DTYPES = (*FLOATING, "int64", "int32", "int16", "int8", "uint8", "bool", "complex64", "complex128")
+INTEGERS = ("int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64", "bool")
+DTYPES = (*FLOATING, *INTEGERS, "complex64", "complex128")
 STORAGES = dict(
     DoubleStorage=torch.float64, FloatStorage=torch.float32, HalfStorage=torch.float16,
     BFloat16Storage=torch.bfloat16, LongStorage=torch.int64, IntStorage=torch.int32, ShortStorage=torch.int16,
@@ -159,7 +160,7 @@ def _entry(storage: Any, offset: Any, size: Any, stride: Any, dtype: torch.dtype
         raise pickle.UnpicklingError("a tensor in it has no shape")
     shape = tuple(size)
     numbers = storage.numbers
-    if dtype is not None and dtype != storage.dtype:  # of an untyped storage, which counts bytes
+    if dtype is not None:  # of an untyped storage, which counts bytes
         numbers = numbers * storage.dtype.itemsize // dtype.itemsize
     last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
     total = 1

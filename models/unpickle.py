@@ -69,8 +69,6 @@ def _scan(data: Any, at: int, most: int) -> int:
                 end = find(b"\n", end) + 1 or length + 1
         else:
             end = _end(data, at, size)
-        if end > length:
-            raise IndexError
         if action == _PUSH:
             stack.append(_FLAT)
         elif action == _PUT:

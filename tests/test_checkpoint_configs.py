@@ -121,6 +121,10 @@ ROTARY = [
     dict(rope_scaling={"rope_type": "default", "rope_theta": 70.0, "partial_rotary_factor": 0.5}),
     dict(rope_parameters={"rope_type": "default", "rope_theta": 70.0}, rotary_pct=0.5),
     dict(rope_parameters={"rope_theta": 70.0, "partial_rotary_factor": 0.5}, rotary_emb_base=500),
+    dict(
+        rope_parameters={"rope_theta": 9.0, "partial_rotary_factor": 0.25},
+        rope_scaling={"rope_type": "default", "rope_theta": 70.0, "partial_rotary_factor": 0.5},
+    ),
     dict(rope_parameters=None, rope_scaling=None),
 ]
 
@@ -172,7 +176,7 @@ CASES += [
     ("neox", "rope_scaling", "x"),
 ]
 CASES += [("neox", "rope_parameters", {"rope_theta": value}) for value in (-1, 0, math.nan)]
-CASES += [(family, "num_hidden_layers", 10**6) for family in SIZES]
+CASES += [(family, "num_hidden_layers", 50_000) for family in SIZES]
 
 
 @pytest.fixture(scope="module")

@@ -112,6 +112,7 @@ def test_entries_are_those_of_torch(zipped, tmp_path):
         state[str(dtype)] = torch.zeros(3, 1, dtype=dtype)
     if zipped:
         state["float8"] = torch.zeros(4).to(torch.float8_e4m3fn)
+        state["uint32"] = torch.zeros(4, dtype=torch.uint32)
     state = torch.nn.Module().state_dict() | state
     torch.save(state, tmp_path / "x.bin", _use_new_zipfile_serialization=zipped)
     found = entries(tmp_path / "x.bin")
@@ -131,16 +132,20 @@ def archive(file, content, records=(), compression=zipfile.ZIP_STORED):
             made.writestr(f"archive/{name}", data)
 
 
-def tensor(numbers, size, stride, key="0", offset=0):
+def tensor(numbers, size, stride, key="0", offset=0, dtype=None):
     """The pickle of {"w": tensor} with this storage and shape."""
 
     class Pickler(pickle.Pickler):
         def persistent_id(self, value):
-            return ("storage", torch.FloatStorage, key, "cpu", numbers) if value is Pickler else None
+            storage = torch.FloatStorage if dtype is None else torch.UntypedStorage
+            return ("storage", storage, key, "cpu", numbers) if value is Pickler else None
 
         def reducer_override(self, value):
             if isinstance(value, Rebuilt):
-                return torch._utils._rebuild_tensor_v2, (Pickler, offset, size, stride, False, {})
+                shape = (Pickler, offset, size, stride, False, {})
+                if dtype is None:
+                    return torch._utils._rebuild_tensor_v2, shape
+                return torch._utils._rebuild_tensor_v3, (*shape, dtype)
             return NotImplemented
 
     class Rebuilt:
@@ -171,6 +176,7 @@ HOSTILE = {
     "beyond its storage": tensor(4, (2, 4), (4, 1)),
     "offset": tensor(4, (4,), (1,), offset=1),
     "one number for a million": tensor(1, (10**3, 10**3), (0, 0)),
+    "more bytes than numbers": tensor(16, (16,), (1,), dtype=torch.float32),
     "negative": tensor(4, (-4,), (1,)),
     "not a dict": FLOOR + b"K\x01.",
 }
