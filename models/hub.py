@@ -7,18 +7,19 @@ A checkpoint is a folder with `config.json` and its weights, in the first of the
 from __future__ import annotations
 
 import json
-import pickle
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from models import pickled
 from models.common import require
+from models.damage import AGAIN, damaged, what_it_is
 from models.errors import UserError
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
@@ -27,6 +28,8 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # A .bin file is mapped, and its pages count as ours for as long as the mapping lives: it is opened anew
 # after so many numbers.
 MAPPED_NUMBERS = 2**26
+LISTED = 12  # names that an error has, of each kind
+MOST_JSON = 2**27  # bytes; the index of a thousand shards has a few million
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,15 @@ class Stored:
     @property
     def numbers(self) -> int:
         return torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The files that hold a checkpoint's weights. index: says which of them has a tensor (`assigned`)."""
+
+    files: list[Path]
+    index: Path | None = None
+    assigned: dict[str, Path] | None = None
 
 
 def find_folder(name_or_path: str | Path, revision: str | None = None) -> Path:
@@ -91,49 +103,92 @@ def _download(name: str, revision: str | None, weights: str) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises UserError if the file is missing or no JSON object."""
+    """A JSON object in UTF-8, -16 or -32, with or without a byte order mark.
+
+    Raises UserError, in one line, if the file is missing or holds anything else.
+    """
     require(path.exists(), f"{path.parent} has no {path.name}; give the folder of a checkpoint")
+    require(path.is_file(), f"{path} is not a regular file; give the folder of a checkpoint")
+    require(path.stat().st_size <= MOST_JSON, f"{path} is larger than {MOST_JSON:,} bytes; {AGAIN}")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged ({error}); fetch it again") from error
-    require(isinstance(value, dict), f"{path} is no JSON object; fetch it again")
+        value = json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise damaged(path, "nests lists or objects too deep") from error
+    except ValueError as error:  # no JSON, no text, or a number of thousands of digits
+        raise damaged(path, what_it_is(path) or f"is not JSON ({error})") from error
+    require(isinstance(value, dict), f"{path} is no JSON object; {AGAIN}")
     return value
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights. Raises UserError if there are none, or shards are missing."""
+def weight_files(folder: Path) -> Weights:
+    """The files that hold the weights. Raises UserError if there are none, or shards are missing.
+
+    An index counts only if there is no single file, as for `transformers`.
+    """
     for name in (SAFETENSORS, PICKLED):
         if (folder / name).exists():
-            return [folder / name]
+            return Weights([folder / name])
         if (index := folder / (name + INDEX)).exists():
-            shards = read_json(index).get("weight_map") or {}
-            require(len(shards) > 0, f"{index} lists no weights; fetch it again")
-            files = [folder / shard for shard in sorted(set(shards.values()))]
-            missing = [file.name for file in files if not file.exists()]
-            require(not missing, f"{folder} lacks {', '.join(missing)}; fetch what {index.name} lists")
-            return files
+            return _indexed(folder, index)
     raise UserError(f"{folder} has neither {SAFETENSORS} nor {PICKLED}, whole or sharded")
 
 
-def contents(files: Iterable[Path]) -> dict[str, Stored]:
-    """Key -> where it is, without reading the weights. Raises UserError for damaged files."""
+def _indexed(folder: Path, index: Path) -> Weights:
+    listed: Any = read_json(index).get("weight_map")
+    names = isinstance(listed, dict) and all(isinstance(shard, str) for shard in listed.values())
+    require(names, f"{index}: weight_map is no object of file names by tensor; {AGAIN}")
+    require(len(listed) > 0, f"{index} lists no weights; {AGAIN}")
+    shards = sorted(set(listed.values()))
+    for shard in shards:
+        inside = shard and not PurePath(shard).is_absolute() and ".." not in PurePath(shard).parts
+        require(inside, f"{index} leads to {shard!r}, outside its folder; {AGAIN}")
+    missing = [shard for shard in shards if not (folder / shard).exists()]
+    require(not missing, f"{folder} lacks {listing(missing)}; fetch what {index.name} lists")
+    assigned = {key: folder / shard for key, shard in listed.items()}
+    return Weights([folder / shard for shard in shards], index, assigned)
+
+
+def listing(names: Sequence[str]) -> str:
+    """The first of them, and how many more there are."""
+    more = len(names) - LISTED
+    return ", ".join(names[:LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def contents(weights: Weights) -> dict[str, Stored]:
+    """Key -> where it is, without reading the weights.
+
+    Where two shards have a tensor, the index decides. Raises UserError for damaged files, and for an index
+    that does not belong to them.
+    """
     found: dict[str, Stored] = {}
-    for file in files:
+    elsewhere: dict[str, Path] = {}
+    assigned = weights.assigned or {}
+    for file in weights.files:
         for key, shape in _shapes(file):
-            require(key not in found, f"{key} is in two files, {file} is the second; fetch them again")
-            found[key] = Stored(file, key, shape)
+            if assigned.get(key, file) == file:
+                require(key not in found, f"{key} is in two files, {file} is the second; {AGAIN}")
+                found[key] = Stored(file, key, shape)
+            else:
+                elsewhere.setdefault(key, file)
+    for key, file in elsewhere.items():
+        require(
+            key in found,
+            f"{weights.index} says that {key} is in {assigned[key].name}, but it is in {file.name}: the "
+            "index is not that of these files; fetch them again",
+        )
     return found
 
 
 def _shapes(file: Path) -> list[tuple[str, tuple[int, ...]]]:
+    require(file.is_file(), f"{file} is not a regular file; {AGAIN}")
     if file.suffix == ".safetensors":
         try:
             with safe_open(file, framework="pt") as opened:
                 return [(key, tuple(opened.get_slice(key).get_shape())) for key in opened.keys()]  # noqa: SIM118
         except SafetensorError as error:
-            raise UserError(f"{file} is damaged ({error}); fetch it again") from error
-    return [(key, tuple(tensor.shape)) for key, tensor in _unpickle(file).items()]
+            reason = str(error).removeprefix("Error while deserializing header: ")
+            raise damaged(file, what_it_is(file) or f"is damaged ({reason})") from error
+    return [(key, entry.shape) for key, entry in pickled.entries(file).items()]
 
 
 def tensors(stored: Iterable[Stored]) -> Iterator[tuple[Stored, Tensor]]:
@@ -151,8 +206,9 @@ def tensors(stored: Iterable[Stored]) -> Iterator[tuple[Stored, Tensor]]:
                 for each in wanted:
                     yield each, opened.get_tensor(each.key)
         else:
-            for group in _groups(wanted):
-                opened = _unpickle(file)
+            # one that cannot be mapped is in memory as a whole, and so read once
+            for group in _groups(wanted) if pickled.is_archive(file) else [wanted]:
+                opened = pickled.tensors(file)
                 for each in group:
                     yield each, opened[each.key]
                 del opened
@@ -167,15 +223,3 @@ def _groups(stored: list[Stored]) -> Iterator[list[Stored]]:
             group = []
         group.append(each)
     yield group
-
-
-def _unpickle(file: Path) -> dict[str, Tensor]:
-    """A .bin file's tensors as views of the mapped file; nothing in it is executed."""
-    try:
-        state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"{file} cannot be read as a file of weights ({reason}); fetch it again") from error
-    named = isinstance(state, dict) and all(isinstance(tensor, Tensor) for tensor in state.values())
-    require(named, f"{file} does not hold named tensors alone; save the model's state_dict in it")
-    return state

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import models
-from models.checkpoints import Checkpoint, examine
+from models.checkpoints import Checkpoint, examine, outline
 from models.errors import UserError
 from models.registry import FAMILIES
 from synthetic.checks import check
@@ -51,7 +51,8 @@ def find(config: RunConfig, init: str, family: str) -> Start:
         )
     try:
         checkpoint = examine(init)
-    except ValueError as error:
+        outline(checkpoint)
+    except UserError as error:
         raise UserError(f"--init {init}: {error}") from error
     found = next(name for name, (kind, _) in FAMILIES.items() if type(checkpoint.config) is kind)
     check(

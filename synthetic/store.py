@@ -170,19 +170,12 @@ def restore(
 
 
 def load_model(folder: str | Path) -> Any:
-    """The trained model in runs/<id>/<family>/, ready for inference or probing."""
+    """The trained model in runs/<id>/<family>/, ready for inference or probing: `models.load` of a folder."""
     import models
 
-    folder = Path(folder)
-    if not (folder / "model.safetensors").exists():
-        raise UserError(f"{folder} has no model.safetensors; give the folder of one finished model")
-    saved = read_json(folder / "config.json")
-    model = models.build(saved["name"], **saved["config"])
-    tensors, _ = load_tensors(folder / "model.safetensors")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(tensors[name])
-    return model.eval()
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder} is no folder; give that of one finished model, runs/<id>/<family>")
+    return models.load(Path(folder))
 
 
 def environment(threads: int) -> Row:

@@ -24,6 +24,8 @@ from models.ops.cross_entropy import linear_cross_entropy
 from vlm.layout import IGNORE, splice
 
 CONNECTOR, ENCODER = "vision_embed_tokens.", "vision_encoder."  # of the names in released checkpoints
+# of their config.json; the width repeats d_model, and what the encoder is comes with its module
+VISION_FIELDS = ("hidden_size", "vision_encoder_name", "select_layer", "select_feature", "image_size")
 
 
 def prefix_tokens(encoder: nn.Module) -> int:
@@ -135,7 +137,7 @@ def load(
     if first is None:
         raise UserError(f"{place} has no {CONNECTOR}0.weight, so it is no VLM; use models.load for it")
     raw = hub.read_json(place / "config.json")
-    config = hub_configs.read_config(raw, parts[""], str(place / "config.json"))
+    config = hub_configs.read_config(raw, parts[""], str(place / "config.json"), beside=VISION_FIELDS)
     lm = from_config(config, device="meta")
     lm.accept_hub_spellings(parts[""])
     with torch.device("meta"):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from models.errors import MissingPackage, UserError
+from models.unpickle import Plain, scan
 
 
 def require(folder: str | Path, name: str, what: str) -> Path:
@@ -56,28 +57,15 @@ def json_lines(path: Path) -> Iterator[Any]:
                     ) from error
 
 
-class _Plain(pickle.Unpickler):
-    """Knows containers, text and numbers; whatever names a class or function is refused before it
-    is imported.
-    """
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module in ("builtins", "__builtin__") and name in ("set", "frozenset"):
-            return {"set": set, "frozenset": frozenset}[name]
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError("it has persistent ids")
-
-
 def load_plain_pickle(path: Path) -> Any:
     """Content of a pickle of plain containers, text and numbers (Python 2 or 3); nothing in it is executed.
 
     Raises UserError for everything else, and for files that are no pickles.
     """
+    content = path.read_bytes()
     try:
-        with path.open("rb") as file:
-            return _Plain(file, encoding="latin1").load()
+        scan(content)
+        return Plain(io.BytesIO(content), encoding="latin1").load()
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise UserError(
             f"{path} is not a pickle of plain data ({error}); download the official file"
