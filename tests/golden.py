@@ -22,7 +22,7 @@ from synthetic.config import TRAINING_VERSION, RunConfig, plan
 PATH = Path(__file__).with_suffix(".json")
 FAMILIES = ("transformer", "mamba", "mamba2", "hybrid")
 STEPS = 5
-# Every default of a run, except for what makes five steps show everything: warm-up, clipping, decay, schedule.
+# The defaults of a run, but five steps go through warm-up, clipping, decay and schedule.
 CONFIG = RunConfig(
     seq_len=16, num_symbols=40, curriculum=8, steps=STEPS, warmup=2, schedule="cosine", weight_decay=0.1,
     batch_tokens=512, eval_every=1000, eval_examples=8, device="cpu", precision="float32",

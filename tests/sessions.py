@@ -30,7 +30,7 @@ NARROW: dict[str, dict[str, int]] = {
 
 
 def small(family: str, **changed: Any) -> Plan:
-    """The plan of a session whose steps take milliseconds; `changed`: fields of the RunConfig, then the plan."""
+    """The plan of a session whose steps take milliseconds. changed: fields of RunConfig or of Plan."""
     names = {f.name for f in dataclasses.fields(RunConfig)}
     asked = {name: value for name, value in changed.items() if name in names}
     p = plan(dataclasses.replace(SMALL, **asked), family)

@@ -118,7 +118,7 @@ def test_residual_in_fp32_decides_where_blocks_are_added_up(name, wide):
 @pytest.mark.parametrize("how", ["weights", "autocast"])
 @pytest.mark.parametrize("name", ["mamba-tiny", "mamba2-tiny"])
 def test_step_sizes_and_decays_stay_float32(name, how):
-    """dt = softplus(projection + bias), A_bar = exp(dt A), from bfloat16 projections on in float64 by hand."""
+    """dt = softplus(projection + bias), A_bar = exp(dt A): by hand in float64 from bfloat16 projections."""
     model = models.build(name, vocab_size=VOCAB, n_layer=1, d_model=64)
     model = model.bfloat16() if how == "weights" else model
     mixer = model.parts()[1][0].mixer
