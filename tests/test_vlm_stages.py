@@ -1,4 +1,4 @@
-"""What a stage of VLM training does with its settings, seen through torch's hooks and against plain PyTorch."""
+"""What a stage of VLM training does with its settings, seen by torch's hooks and beside plain PyTorch."""
 
 from __future__ import annotations
 
