@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import models
+from models.common import RMSNorm
+from models.mamba2 import GatedRMSNorm
 from probes import record
 
 VOCAB, WIDTH = 61, 48
@@ -141,3 +143,19 @@ def test_step_sizes_and_decays_stay_float32(name, how):
     got_dt, got_A_bar = (seen[hook] for hook in names)
     torch.testing.assert_close(got_dt.double(), dt, rtol=1e-5, atol=0)
     torch.testing.assert_close(got_A_bar.double(), A_bar, rtol=1e-5, atol=1e-30)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gated", [False, True])
+def test_norms_round_once(gated):
+    """What leaves a norm is its float64 value rounded to the weights' bfloat16, then times the weight."""
+    generator = torch.Generator().manual_seed(0)
+    x, z = torch.randn(2, 50, 64, generator=generator), torch.randn(2, 50, 64, generator=generator)
+    norm = (GatedRMSNorm(64, ngroups=2, eps=1e-5) if gated else RMSNorm(64)).bfloat16()
+    norm.weight.copy_(1 + 0.1 * torch.randn(64, generator=generator))
+    got = norm(x, z.bfloat16()) if gated else norm(x)
+    exact = x.double() * F.silu(z.bfloat16().double()) if gated else x.double()
+    groups = exact.unflatten(-1, (2 if gated else 1, -1))
+    exact = (groups / (groups.square().mean(-1, keepdim=True) + 1e-5).sqrt()).flatten(-2)
+    assert got.dtype == torch.bfloat16
+    assert (got != exact.bfloat16() * norm.weight).double().mean() < 2e-3  # float32 may round a tie
