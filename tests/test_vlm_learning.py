@@ -1,4 +1,4 @@
-"""A small VLM really learns to read digits and words in scenes of 3 x 3 patches. (python -m pytest -m slow)"""
+"""A small VLM really learns to read digits and words in scenes of 3 x 3 patches (pytest -m slow)."""
 
 from __future__ import annotations
 
