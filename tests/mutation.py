@@ -158,7 +158,7 @@ def quiet() -> dict[str, str]:
     """The environment of mutants: one thread each, and no tree but their own to import from."""
     one = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return kept | one | {"MPLBACKEND": "Agg", "HYPOTHESIS_STORAGE_DIRECTORY": "/dev/null"}
+    return kept | one | {"MPLBACKEND": "Agg"}
 
 
 def report(tree: Tree, names: list[str], survivors: bool) -> str:

@@ -31,11 +31,11 @@ class PerfectFeatures:
         return torch.stack([self.of(source, int(image)) for image in images])
 
     def of(self, source, index):
-        labels, _ = scenes.annotation(sample_scene(source.seed, source.split, index), SIDE)
-        hot = [
-            F.one_hot(torch.from_numpy(labels[name]).clamp(min=0), n) * (labels[name] >= 0)[:, None]
-            for name, n in scenes.QUESTIONS.items()
-        ]
+        annotated, _ = scenes.annotation(sample_scene(source.seed, source.split, index), SIDE)
+        hot = []
+        for name, n in scenes.QUESTIONS.items():
+            labels = torch.from_numpy(annotated[name])  # -1 = does not apply: all zeros
+            hot.append(F.one_hot(labels.clamp(min=0), n) * (labels >= 0)[:, None])
         return 4.0 * torch.cat(hot, dim=1).float()  # about as long as a normed vector
 
 
