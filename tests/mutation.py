@@ -1,0 +1,208 @@
+"""The mutation score of a module: which small changes to its code do the tests notice?
+
+    python tests/mutation.py synthetic.train --sample 60    a seeded random sample of a module's mutants
+    python tests/mutation.py all --sample 60                the same of every module in TESTS
+    python tests/mutation.py synthetic.train --report       what is known so far, survivors with their diffs
+
+mutmut (pip install mutmut) makes and runs the mutants, in a copy of the tree below --work; this file says
+which tests concern which module, samples, and adds up. It resumes: mutants that have a verdict are not run
+again as long as neither their module nor its tests have changed. mutmut leaves alone what stands outside
+functions and below decorators other than staticmethod and classmethod.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("models", "synthetic", "probes", "analysis", "benchmarks", "studies", "vlm")
+CLI = "import sys; from mutmut.__main__ import cli; sys.argv[0] = 'mutmut'; cli()"
+KILLED, SURVIVED, UNTESTED = "killed", "survived", "no test runs it"
+
+_TASKS = ["test_tasks", "test_tasks_distributions", "test_tasks_family", "test_tasks_split"]
+TESTS: dict[str, list[str]] = {
+    "synthetic.train": [
+        "test_session", "test_golden", "test_run", "test_memory", "test_tasks_training", "test_evaluate",
+    ],
+    "synthetic.optimizers": ["test_session", "test_golden", "test_memory", "test_run"],
+    "synthetic.evaluate": ["test_session", "test_evaluate", "test_tasks_training", "test_tasks_split"],
+    "synthetic.tasks.base": [*_TASKS, "test_tasks_training"],
+    "synthetic.tasks.grid": _TASKS,
+    "synthetic.tasks.induction": _TASKS,
+    "synthetic.tasks.layouts": _TASKS,
+    "synthetic.tasks.mqar": _TASKS,
+    "synthetic.tasks.ngram": [*_TASKS, "test_tasks_original"],
+    "synthetic.tasks.original": ["test_tasks_original"],
+    "synthetic.tasks.position": [*_TASKS, "test_tasks_original"],
+    "synthetic.tasks.sampling": _TASKS,
+    "synthetic.tasks.selective_copy": _TASKS,
+    "analysis.statistics": ["test_statistics"],
+    "vlm.metrics.boxes": ["test_vlm_metrics"],
+    "vlm.metrics.captions": ["test_vlm_metrics"],
+    "vlm.metrics.choices": ["test_vlm_metrics"],
+    "vlm.metrics.vqa": ["test_vlm_metrics"],
+    "probes.ablation": ["test_hooks_edits", "test_patching", "test_probes_run"],
+    "probes.cache": ["test_hooks", "test_hooks_edits"],
+    "probes.cells": ["test_patching"],
+    "probes.heads": ["test_probe_heads"],
+    "probes.hooks": ["test_hooks", "test_hooks_edits"],
+    "probes.lens": ["test_probe_linear", "test_patching"],
+    "probes.linear": ["test_probe_linear"],
+    "probes.names": ["test_hooks"],
+    "probes.pairs": ["test_pairs"],
+    "probes.patching": ["test_patching"],
+    "probes.retention": ["test_probe_retention"],
+    "probes.roles": ["test_pairs", "test_probes_run"],
+    "probes.run": ["test_probes_run"],
+    "probes.sites": ["test_patching"],
+    "probes.updates": ["test_probe_updates"],
+}  # fmt: skip
+
+
+class Tree:
+    """A copy of the tracked tree for one module's mutants, made anew when the module or its tests change."""
+
+    def __init__(self, module: str, work: Path):
+        self.module, self.folder = module, work / module
+        self.path = Path(*module.split(".")).with_suffix(".py")
+        self.tests = [f"tests/{name}.py" for name in TESTS[module]]
+
+    def prepare(self) -> None:
+        listed = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT, check=True, capture_output=True, text=True,
+        ).stdout.split("\0")  # fmt: skip
+        helpers = [name for name in listed if name.startswith("tests/") and "/test_" not in name]
+        digest = hashlib.sha256()
+        for path in (str(self.path), *self.tests, *helpers):
+            digest.update((ROOT / path).read_bytes())
+        stamp = self.folder / "stamp"
+        if stamp.exists() and stamp.read_text() == digest.hexdigest():
+            return
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for name in filter(None, listed):
+            if (ROOT / name).is_file():
+                target = self.folder / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, target)
+        if (shared := ROOT.parent / "shared").exists():
+            (self.folder / "shared").symlink_to(shared)
+        others = [p.name for p in self.folder.iterdir() if p.name not in (*PACKAGES, "tests", "shared")]
+        settings = {
+            "source_paths": list(PACKAGES),
+            "only_mutate": [str(self.path)],
+            "also_copy": others,
+            "pytest_add_cli_args_test_selection": self.tests,
+            "pytest_add_cli_args": ["-p", "no:cacheprovider", "-m", "not slow"],
+            # torch and numba have threads, which a fork of the process that ran them would wait for forever
+            "process_isolation": "forkserver",
+            "use_git_change_detection": False,
+            "timeout_multiplier": 6.0,
+            "timeout_constant": 10.0,
+        }
+        lines = "\n".join(f"{name} = {json.dumps(value)}" for name, value in settings.items())
+        with open(self.folder / "pyproject.toml", "a", encoding="utf-8") as file:
+            file.write(f"\n[tool.mutmut]\n{lines}\n")
+        stamp.write_text(digest.hexdigest())
+
+    def mutants(self) -> list[str]:
+        """Names of all mutants, in order."""
+        found = self.mutmut_python(
+            "import sys, pathlib\n"
+            "from mutmut.mutation.file_mutation import mutate_file_contents\n"
+            "from mutmut.utils.format_utils import get_mutant_name\n"
+            "path = pathlib.Path(sys.argv[1])\n"
+            "for name in mutate_file_contents(str(path), path.read_text()).mutant_names:\n"
+            "    print(get_mutant_name(path, name))",
+            str(self.path),
+        )
+        return found.split()
+
+    def known(self) -> dict[str, str]:
+        """Verdict of every mutant that has been run."""
+        meta = self.folder / "mutants" / f"{self.path}.meta"
+        if not meta.exists():
+            return {}
+        codes = json.loads(meta.read_text(encoding="utf-8"))["exit_code_by_key"]
+        verdicts = {0: SURVIVED, 5: UNTESTED, 33: UNTESTED}
+        return {name: verdicts.get(code, KILLED) for name, code in codes.items() if code is not None}
+
+    def run(self, names: list[str]) -> None:
+        """Run mutants; its own words go to mutmut.log in the tree."""
+        with open(self.folder / "mutmut.log", "a", encoding="utf-8") as log:
+            command = [sys.executable, "-c", CLI, "run", "--max-children", "1", *names]
+            status = subprocess.run(command, cwd=self.folder, env=quiet(), stdout=log, stderr=log).returncode
+        if status:
+            raise SystemExit(f"mutmut ended with status {status}; read {self.folder / 'mutmut.log'}")
+
+    def diff(self, name: str) -> str:
+        return self.mutmut_python(CLI, "show", name)
+
+    def mutmut_python(self, program: str, *argv: str) -> str:
+        command = [sys.executable, "-c", program, *argv]
+        done = subprocess.run(command, cwd=self.folder, env=quiet(), capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        return done.stdout
+
+
+def quiet() -> dict[str, str]:
+    """The environment of mutants: one thread each, and no tree but their own to import from."""
+    one = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return kept | one | {"MPLBACKEND": "Agg"}
+
+
+def report(tree: Tree, names: list[str], survivors: bool) -> str:
+    """One line of docs/testing.md's table; with survivors, what nobody noticed."""
+    from synthetic.evaluate import wilson
+
+    known = tree.known()
+    verdicts = {name: known[name] for name in names if name in known}
+    killed = sum(v == KILLED for v in verdicts.values())
+    low, high = wilson(killed, len(verdicts))
+    share = f"{100 * killed / len(verdicts):.0f} %" if verdicts else "-"
+    lines = [
+        f"| `{tree.module}` | {len(names)} | {len(verdicts)} | {killed} | {share} "
+        f"| {100 * low:.0f} to {100 * high:.0f} |"
+    ]
+    if survivors:
+        for name, verdict in verdicts.items():
+            if verdict != KILLED:
+                lines += ["", f"{name}: {verdict}", tree.diff(name).rstrip()]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    parser.add_argument("module", choices=[*TESTS, "all"], metavar="MODULE", help="a dotted name, or all")
+    parser.add_argument("--sample", type=int, default=60, help="mutants of a module; 0: all")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample; larger samples contain smaller")
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "mutation", help="folder of the copies")
+    options = parser.parse_args()
+    print("| module | mutants | run | killed | score | 95 % interval |\n|---|---|---|---|---|---|")
+    for module in TESTS if options.module == "all" else [options.module]:
+        tree = Tree(module, options.work.resolve())
+        tree.prepare()
+        names = tree.mutants()
+        # an order, so that a larger sample goes on where a smaller one has stopped
+        chosen = random.Random(options.seed).sample(names, len(names))[: options.sample or len(names)]
+        known = tree.known()
+        if not options.report and (missing := [name for name in chosen if name not in known]):
+            tree.run(missing)
+        print(report(tree, chosen, survivors=True), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,31 @@
+"""Every family really learns to retrieve: from chance, 1 in 8, to above 0.9. (python -m pytest -m slow)"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from synthetic import train
+from synthetic.config import RunConfig, plan
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "family, steps, lr",
+    [("transformer", 200, 2e-3), ("hybrid", 200, 2e-3), ("mamba", 400, 3e-3), ("mamba2", 400, 3e-3)],
+)
+def test_a_family_learns_length_8(tmp_path, family, steps, lr):
+    """With the default schedule, curriculum and clipping; half a minute at most on one core."""
+    config = RunConfig(
+        seq_len=8, steps=steps, lr=lr, batch_tokens=512, stop_at=0.95, eval_every=50, eval_examples=64,
+        final_eval_examples=256, device="cpu", precision="float32",
+    )  # fmt: skip
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so that the machine does not decide how sums are split, and what is learned
+    try:
+        result = train.train(plan(config, family), tmp_path)
+    finally:
+        torch.set_num_threads(threads)
+    assert result["count"] == 256 and result["chance"] == 1 / 8
+    assert result["accuracy"] > 0.9
