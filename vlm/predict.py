@@ -19,7 +19,8 @@ from synthetic.cli import guarded, parse
 from vlm import parts, prompts
 from vlm.config import Run
 from vlm.data.samples import Sample
-from vlm.evaluate import load, saved_run, say
+from vlm.evaluate import load, say
+from vlm.folders import saved_run
 from vlm.model import VLM
 
 Picture = npt.NDArray[np.uint8]
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def predict(options: Options) -> int:
     picture = read_picture(options.image)
-    run, out = saved_run(options.run), options.run.parent
+    run, out = saved_run(options.run)
     said = ask(load(run, out), run, out, picture, options.question, options.task)
     print(said)
     height, width = picture.shape[:2]

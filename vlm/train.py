@@ -22,7 +22,8 @@ from models.errors import MissingPackage, UserError
 from synthetic.cli import INTERRUPTED, StopSignals, guarded, parse
 from vlm import parts
 from vlm.config import Run, read_file
-from vlm.stages import RESULT, Interrupted, train_stage
+from vlm.folders import RESULT, remember
+from vlm.stages import Interrupted, train_stage
 
 ACCELERATE_HELP = 'training VLMs needs accelerate: pip install -e ".[vlm]"'
 
@@ -123,6 +124,8 @@ def train_here(options: Options, runs: Sequence[Run], accelerator: Any) -> int:
                 return INTERRUPTED
     for run in runs:
         folder = options.out / run.stage_ids()[-1]
+        if accelerator.is_main_process:
+            remember(run, options.out)
         console.print(f"{run.name}: {folder}", highlight=False, soft_wrap=True)
     console.print(f"next: python -m vlm.evaluate {options.config}", highlight=False, soft_wrap=True)
     return 0

@@ -7,6 +7,7 @@ frozen features, so what differs between them is how a sequence of patches is re
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from synthetic import store
+from vlm.scenes import VERSION as SCENES_VERSION
 from vlm.scenes.scene import Scene, sample_scene
 from vlm.scenes.stamps import COLOURS, SHAPES, SIZES, TEXTURES, WORDS, render
 
@@ -146,7 +148,8 @@ def scaled(pixels: Tensor) -> Tensor:
 def key(images: int = IMAGES) -> str:
     """Names everything that the encoder's weights depend on."""
     sizes = "-".join(map(str, TRAINED))
-    return f"scenes-v{VERSION}-{sizes}px-{images}x{EPOCHS}"
+    more = hashlib.sha256(repr((SCENES_VERSION, PATCH, WIDTH, STEPS, BATCH, LR)).encode()).hexdigest()[:8]
+    return f"scenes-v{VERSION}-{sizes}px-{images}x{EPOCHS}-{more}"
 
 
 def trained(folder: Path, *, images: int = IMAGES, progress: bool = True) -> SceneEncoder:
