@@ -22,7 +22,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 from models.errors import UserError
 from vlm import schema
 from vlm.data.samples import Source
-from vlm.schema import FileName, Natural, NonNegative, Positive, Seed, Text, checked
+from vlm.schema import AsTuple, FileName, Momentum, Natural, NonNegative, Positive, Seed, Text, checked
 
 TRAINING_VERSION = 2  # raise it when a config leads to other numbers than before
 Layout = Literal["agnostic", "instruction-first", "query-first"]
@@ -169,11 +169,11 @@ class Stage:
     epochs: NonNegative = 0.0
     weights: Mapping[str, NonNegative] | None = None
     train: Literal["connector", "all"] = "all"
-    layouts: Annotated[tuple[Layout, ...], Field(strict=False)] = ()
+    layouts: Annotated[tuple[Layout, ...], AsTuple] = ()
     image_size: Annotated[int, Field(ge=0, le=4096)] = 0
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.03
     weight_decay: NonNegative = 0.0
-    betas: Annotated[tuple[schema.Momentum, schema.Momentum], Field(strict=False)] = (0.9, 0.95)
+    betas: Annotated[tuple[Momentum, Momentum], AsTuple] = (0.9, 0.95)
     grad_clip: NonNegative = 1.0
     max_length: Positive | None = None
     group: Positive = 1
@@ -209,7 +209,7 @@ class Run:
 
     name: FileName
     model: str
-    stages: Annotated[tuple[Stage, ...], Field(strict=False)]
+    stages: Annotated[tuple[Stage, ...], AsTuple]
     evaluation: Sources
     model_overrides: Mapping[str, Any] = field(default_factory=dict)
     init: Text | None = None
@@ -329,7 +329,8 @@ def _line_of(path: Path, error: Exception) -> int | None:
     frames = traceback.extract_tb(error.__traceback__)
     here = [i for i, frame in enumerate(frames) if frame.filename == str(path)]
     if not here:
-        return 1 if isinstance(error, SyntaxError | UnicodeError | ValueError) else None
+        called = bool(frames) and Path(frames[-1].filename) == Path(__file__)  # get_config wants arguments
+        return 1 if called or isinstance(error, SyntaxError | ValueError) else None
     ours = Path(__file__).parents[1]
     below = [Path(frame.filename) for frame in frames[here[-1] + 1 :]]
     if not isinstance(error, UserError) and any(file.is_relative_to(ours) for file in below):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 
 import pydantic
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor
 from typing_extensions import dataclass_transform
@@ -43,6 +43,7 @@ FileName = Annotated[str, AfterValidator(_file_name)]
 Positive = Annotated[int, Field(ge=1, le=2**40)]
 Natural = Annotated[int, Field(ge=0, le=2**40)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 NonNegative = Annotated[float, Field(ge=0)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from synthetic import store
+from vlm import schema
 from vlm.scenes import VERSION as SCENES_VERSION
 from vlm.scenes.scene import Scene, sample_scene
 from vlm.scenes.stamps import COLOURS, SHAPES, SIZES, TEXTURES, WORDS, render
@@ -156,7 +157,7 @@ def trained(folder: Path, *, images: int = IMAGES, progress: bool = True) -> Sce
     """The frozen encoder: from `folder`, or trained into it if it is not there.
 
     images: how many training scenes it sees, EPOCHS times, each time at one of the sizes TRAINED. Takes about
-    two minutes on two cores.
+    two minutes on two cores. Raises UserError for a damaged file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{key(images)}.safetensors"
@@ -164,10 +165,14 @@ def trained(folder: Path, *, images: int = IMAGES, progress: bool = True) -> Sce
         torch.manual_seed(0)
         encoder, heads = SceneEncoder(), Heads()
     with FileLock(path.with_suffix(".lock")):
+        schema.remove_left(path)
         if not path.exists():
             _train(encoder, heads, images, progress)
             store.save_tensors(path, encoder.state_dict(), {"encoder": key(images)})
-    encoder.load_state_dict(store.load_tensors(path)[0])
+    remedy = "delete it, and it is trained anew, which takes about two minutes"
+    found, _ = schema.tensors(path, remedy)
+    schema.check_tensors(path, found, encoder.state_dict(), remedy)
+    encoder.load_state_dict(found)
     return encoder.eval().requires_grad_(False)
 
 
