@@ -189,7 +189,8 @@ def folder(made, tmp_path):
 
 
 JSON_DAMAGE = ["", "[]", "{}", "null", '"text"', "7", "{", "[" * 50_000, "\0\0\0", '{"plans": []}',
-               '{"plans": [1]}', '{"plans": "x"}', '{"plans": {"a": 1}}', '{"plans": [[]]}', '{"plans": [null]}']  # fmt: skip
+               '{"plans": [1]}', '{"plans": "x"}', '{"plans": {"a": 1}}', '{"plans": [[]]}',
+               '{"plans": [null]}']  # fmt: skip
 
 
 @pytest.mark.parametrize("content", JSON_DAMAGE)

@@ -304,7 +304,10 @@ def test_bad_input_of_the_others_is_one_line(command, tmp_path, capsys):
 
 
 def test_evaluate_refuses_what_it_cannot_use(tmp_path, capsys):
-    for argv, line in (([str(tmp_path), "--threads", "-1"], "--threads -1 must lie in"), ([], "RUN is missing")):
+    for argv, line in (
+        ([str(tmp_path), "--threads", "-1"], "--threads -1 must lie in"),
+        ([], "RUN is missing"),
+    ):
         assert evaluate.main(argv) == 2
         said = capsys.readouterr().err.strip().splitlines()
         assert len(said) == 1 and line in said[0]
