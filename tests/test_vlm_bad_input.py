@@ -314,7 +314,7 @@ def test_a_damaged_scenes_encoder_is_named(folder, how):
        ({"flux": 1}, "flux"), ([], "")],
 )  # fmt: skip
 def test_a_damaged_checkpoint_is_named(folder, how, said):
-    wanted, out = folders.saved_run(folder)
+    wanted = folders.saved_run(folder)[0]
     model = parts.model(wanted, encoder.WIDTH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for p in model.parameters():

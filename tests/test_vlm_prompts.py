@@ -87,8 +87,9 @@ def test_boxes_survive_printing_to_half_a_percent(corners, width, height):
 
 
 def test_what_is_no_box():
-    for text in ("", "none", "[1,2,3]", "[a,b,c,d]", "0.1,0.2,0.3,0.4", "[0.1,0.2",
-                 "[0.1,0.2,0.3,0.4,0.5]", "[nan,0,1,1]", "[0,0,inf,1]", "[0,0,1e308,1]", "[]", "[,,,]", "[0.1 0.2 0.3 0.4]"):  # fmt: skip
+    unclosed = ("[0.1,0.2", "[0.1,0.2,0.3,0.4", "0.1,0.2,0.3,0.4")
+    others = ("", "none", "[1,2,3]", "[a,b,c,d]", "[0.1,0.2,0.3,0.4,0.5]", "[nan,0,1,1]", "[0,0,inf,1]")
+    for text in (*unclosed, *others, "[0,0,1e308,1]", "[]", "[,,,]", "[0.1 0.2 0.3 0.4]"):
         assert prompts.parse_box(text, 10, 10) is None
     for text in (
         "[0.1,0.2,0.3,0.4] or [9,9,9,9]",
