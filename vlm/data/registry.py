@@ -116,8 +116,8 @@ def read(name: str, folder: str | Path, split: str, **options: str) -> Iterator[
     """Records of one split of a data set whose official files are in ``folder``, in the files' order.
 
     ``options`` are the reader's own, such as ``expressions="last"`` of RefCOCO. Raises UserError for unknown
-    names and splits (listing the valid ones) and for malformed files, FileNotFoundError for missing ones; the
-    two of files may come with the first record.
+    names and splits (listing the valid ones) and for malformed and
+    missing files; those of files may come with the first record.
     """
     known = check(name, split)
     module, function = known.reader.split(".")

@@ -16,7 +16,8 @@ from vlm.evaluate import load, say
 from vlm.folders import saved_run
 from vlm.looking import averages, look
 from vlm.model import VLM
-from vlm.predict import Picture, wording
+from vlm.pictures import Picture
+from vlm.predict import wording
 from vlm.prompts import END
 from vlm.scenes import TASKS, Example, Scene, make_example
 from vlm.scenes.source import answer, question
