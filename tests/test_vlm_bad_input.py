@@ -531,3 +531,75 @@ def test_captions_that_are_not_scored_are_said_in_one_line(monkeypatch, capsys):
     assert results.score([sample], ["a star"]) == results.score([sample], ["a star"]) == []
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1 and "pycocoevalcap is missing" in said[0]
+
+
+# --- commands -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["config.json", "stage.json", "model.safetensors", "encoder"])
+@pytest.mark.parametrize("command", ["predict", "looking", "demo", "evaluate"])
+def test_an_empty_file_of_a_stage_ends_every_command_in_one_line(folder, tmp_path, capsys, command, name):
+    from PIL import Image
+
+    from vlm import looking, predict
+    from vlm.demo import __main__ as demo
+
+    pytest.importorskip("gradio", reason="gradio is not installed; .ci/run installs it")
+    path = folder / name
+    if name == "encoder":
+        path = folder.parent / parts.ENCODERS / f"{encoder.key()}.safetensors"
+    path.write_bytes(b"")
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (32, 32)).save(picture)
+    status = {
+        "predict": lambda: predict.main([str(folder), str(picture), "Is it?"]),
+        "looking": lambda: looking.main(
+            [str(folder), "--out", str(tmp_path / "a.parquet"), "--examples", "2"]
+        ),
+        "demo": lambda: demo.main([str(folder), str(folder)]),
+        "evaluate": lambda: evaluate.main([str(folder)]),
+    }[command]()
+    said = capsys.readouterr().err.strip().splitlines()
+    assert status == 2 and len(said) == 1 and str(path) in said[0] and "delete" in said[0]
+
+
+@pytest.mark.parametrize("command", ["predict", "looking", "demo", "evaluate"])
+def test_ctrl_c_in_every_command_is_status_130_without_a_traceback(
+    folder, tmp_path, capsys, monkeypatch, command
+):
+    from vlm import looking, predict
+    from vlm.demo import __main__ as demo
+
+    def pressed(*_, **__):
+        raise KeyboardInterrupt
+
+    for module in (predict, looking, evaluate, demo):
+        name = {"predict": "predict", "looking": "measure", "evaluate": "evaluate_all", "demo": "serve"}
+        monkeypatch.setattr(module, name[command], pressed, raising=False)
+    argv = {"predict": ["x", "y"], "looking": ["x", "--out", "y"], "demo": ["x", "y"], "evaluate": ["x"]}
+    main = {"predict": predict, "looking": looking, "demo": demo, "evaluate": evaluate}[command].main
+    assert main(argv[command]) == 130
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_evaluate_takes_every_run_of_a_folder_prints_names_as_they_are_and_keeps_what_is_current(
+    folder, capsys
+):
+    wanted, out = folders.saved_run(folder)
+    asked = {"count": Scenes("count", 3, "heldout")}
+    names = ["[red]a", "[link=x]"]
+    for name in names:
+        folders.remember(dataclasses.replace(wanted, name=name, evaluation=asked), out)
+    folders.remember(dataclasses.replace(wanted, evaluation=asked), out)
+    assert evaluate.main([str(folder), "--only", "["]) == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in names)
+    path = results.table_path(out, "[red]a")
+    before = path.stat().st_mtime_ns
+    assert evaluate.main([str(folder), "--only", "["]) == 0
+    assert path.stat().st_mtime_ns == before
+    longer = dataclasses.replace(wanted, name="[red]a", evaluation={"count": Scenes("count", 4, "heldout")})
+    folders.remember(longer, out)
+    assert evaluate.main([str(folder), "--only", "[red]"]) == 0
+    assert set(results.read(path)["count"]) == {4}  # the edited evaluation, not the old table
+    assert not results.table_path(out, "two").exists()
