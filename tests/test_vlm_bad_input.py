@@ -423,6 +423,12 @@ def test_stage_ids_know_encoder_tokenizer_and_scenes(monkeypatch, tmp_path):
     assert own == run(tokenizer=str(file)).stage_ids()
     file.write_text("{} ")
     assert run(tokenizer=str(tmp_path)).stage_ids() != own
+    elsewhere = run(
+        tokenizer=str(file), encoder="eva02_large_patch14_clip_336"
+    )  # only the samples are of scenes
+    before = elsewhere.stage_ids()
+    monkeypatch.setattr(vlm.scenes, "VERSION", 99)
+    assert elsewhere.stage_ids() != before
 
 
 def test_features_of_scenes_know_their_version(monkeypatch):
@@ -439,6 +445,14 @@ def test_betas_are_part_of_a_stages_name_and_reach_the_optimizer(folder, monkeyp
     assert run(stages=(stage(betas=(0.9, 0.999)),)).stage_ids() != run().stage_ids()
     assert {one.betas for made in paper.get_config() for one in made.stages} == {(0.9, 0.999)}
     assert stage().betas == (0.9, 0.95)
+    train = pytest.importorskip("vlm.train", reason="accelerate is not installed; .ci/run installs it")
+    wanted = dataclasses.replace(vlm_runs.run("mamba-tiny"), stages=(stage(betas=(0.5, 0.75), steps=1),))
+    seen = []
+    monkeypatch.setattr(
+        stages, "update", lambda _, optimizer, *__: seen.append(optimizer.param_groups[0]["betas"]) or 1.0
+    )
+    stages.train_stage(wanted, 0, folder.parent, train.accelerate([wanted]))
+    assert seen == [(0.5, 0.75)]
 
 
 def test_a_saved_run_is_read_as_it_was():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -23,6 +26,7 @@ from models.errors import UserError
 from synthetic import store
 from vlm import folders, parts, stages, train
 from vlm.config import Scenes, Stage
+from vlm.console import plain_console
 from vlm.scenes import encoder
 
 ROOT = Path(__file__).parents[1]
@@ -128,11 +132,11 @@ train.WATCHED_EVERY = 0.05
 if len(sys.argv) > 1:
     train.watch_parent()
     print(os.getpid(), flush=True)
-    time.sleep(60)
+    time.sleep(600)
 else:
     known = os.environ | {train.PARENT: str(os.getpid())}
     subprocess.Popen([sys.executable, __file__, "helper"], env=known)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 
@@ -147,11 +151,12 @@ def test_a_helper_does_not_outlive_the_process_that_started_it(tmp_path):
     helper = int(parent.stdout.readline())
     parent.kill()
     parent.wait()
-    assert parent.stdout.read() == ""  # the helper, which holds the other end, is gone: this returns
-    with pytest.raises(ProcessLookupError):
-        for _ in range(100):  # a process that init has not collected yet still has its number
-            os.kill(helper, 0)
-            time.sleep(0.05)
+    try:  # the helper holds the other end of the pipe: it is closed when it is gone
+        closed, _, _ = select.select([parent.stdout], [], [], 60)
+        assert closed and parent.stdout.read() == ""
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(helper, signal.SIGKILL)
 
 
 def test_only_helpers_watch(monkeypatch):
@@ -214,3 +219,12 @@ def test_brackets_in_names_are_printed_as_they_are(out, tmp_path, capsys):
     assert all(f"\n{name}: {out}" in said for name in names)
     folder = out / tiny().stage_ids()[0]
     assert [run.name for run in folders.saved_runs(folder)] == names
+
+
+def test_the_bar_prints_names_as_they_are():
+    content = io.StringIO()
+    wanted = dataclasses.replace(tiny(), name="b [red] c [bold]")
+    console = plain_console(file=content, force_terminal=True, width=200)
+    with train.Display(wanted, 0, console, train.Stop()) as display:
+        display(dict(step=1, steps=4, loss=1.5, seconds=0.0))
+    assert "b [red] c [bold], stage 1 of 1" in content.getvalue()
