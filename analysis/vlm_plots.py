@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FAMILY = {"transformer": "Pythia-VL", "mamba": "Mamba-VL"}
+LIGHTEST = 0.45  # opacity of a family's first bar; the last one is opaque
 MAIN = ("accuracy", "iou@0.5", "vqa_accuracy")  # the metric of a task that figures show
 
 
@@ -85,12 +86,12 @@ def over_seeds(
 
 
 def resolution_table(results: pd.DataFrame) -> pd.DataFrame:
-    """Fig. 3 for own runs: accuracy by task, family and resolution, agnostic. Empty for one resolution."""
+    """Fig. 3 for own runs: accuracy by task, model and resolution, agnostic. Empty for one resolution."""
     rows = main_rows(results)
     rows = rows[rows["layout"] == "agnostic"]
     if rows["image_size"].nunique() < 2:
         return rows.iloc[:0]
-    table = over_seeds(rows, ["task", "family", "image_size"], (0, 1))
+    table = over_seeds(rows, ["task", "family", "model", "image_size"], (0, 1))
     facts = rows.groupby("task", as_index=False)[["chance", "question_only"]].mean()
     return table.merge(facts, on="task", how="left")
 
@@ -98,7 +99,7 @@ def resolution_table(results: pd.DataFrame) -> pd.DataFrame:
 def layout_table(results: pd.DataFrame) -> pd.DataFrame:
     """Fig. 4 for own runs: relative difference of other layouts to the agnostic one, seed by seed.
 
-    difference: (value - agnostic) / agnostic of runs of equal family, size, resolution and seed. Empty where
+    difference: (value - agnostic) / agnostic of runs of equal model, resolution and seed. Empty where
     there is no other layout to compare.
     """
     rows = main_rows(results)
@@ -109,32 +110,27 @@ def layout_table(results: pd.DataFrame) -> pd.DataFrame:
     if others.empty:
         return others
     others = others.assign(value=(others["value"] - others["agnostic"]) / others["agnostic"])
-    return over_seeds(others, ["task", "family", "image_size", "layout"])
+    return over_seeds(others, ["task", "family", "model", "image_size", "layout"])
 
 
 def resolution(table: pd.DataFrame, width: float = DOUBLE) -> Figure:
     """Bars of `resolution_table`, a panel per family; chance and the blind guess as lines."""
-    sizes = sorted(table["image_size"].unique())
-    shades = {size: 0.45 + 0.55 * i / max(1, len(sizes) - 1) for i, size in enumerate(sizes)}
-
-    def look(row: pd.Series) -> tuple[str, float]:
-        return f"{row['image_size']} px", shades[row["image_size"]]
-
-    return _bars(table, look, "right answers (share)", width, chance=True)
+    return _bars(table, lambda row: f"{row['image_size']} px", "right answers (share)", width, chance=True)
 
 
 def layouts(table: pd.DataFrame, width: float = DOUBLE) -> Figure:
     """Bars of `layout_table`, a panel per family."""
-    kinds = list(dict.fromkeys(zip(table["layout"], table["image_size"], strict=True)))
-    shades = {kind: 0.4 + 0.6 * i / max(1, len(kinds) - 1) for i, kind in enumerate(kinds)}
 
-    def look(row: pd.Series) -> tuple[str, float]:
-        return f"{row['layout']}, {row['image_size']} px", shades[row["layout"], row["image_size"]]
+    def name(row: pd.Series) -> str:
+        return f"{row['layout']}, {row['image_size']} px"
 
-    return _bars(table, look, "relative difference to agnostic", width, chance=False)
+    return _bars(table, name, "relative difference to agnostic", width, chance=False)
 
 
-def _bars(table: pd.DataFrame, look: Callable, label: str, width: float, chance: bool) -> Figure:
+def _bars(
+    table: pd.DataFrame, name: Callable[[pd.Series], str], label: str, width: float, chance: bool
+) -> Figure:
+    """A bar a row, named by name(row) and, in a family of several models, by the model as well."""
     import matplotlib.pyplot as plt
 
     families = [name for name in NAMES if name in set(table["family"])]
@@ -149,14 +145,17 @@ def _bars(table: pd.DataFrame, look: Callable, label: str, width: float, chance:
     colours = family_colors()
     for ax, family in zip(axes[:, 0], families, strict=True):
         mine = table[table["family"] == family]
-        names = list(dict.fromkeys(look(row)[0] for _, row in mine.iterrows()))
+        several = mine["model"].nunique() > 1
+        named = [f"{row['model']}, {name(row)}" if several else name(row) for _, row in mine.iterrows()]
+        names = list(dict.fromkeys(named))
         bar = 0.8 / len(names)
-        for _, row in mine.iterrows():
-            name, alpha = look(row)
-            x = tasks.index(row["task"]) + (names.index(name) - (len(names) - 1) / 2) * bar
+        for said, (_, row) in zip(named, mine.iterrows(), strict=True):
+            place = names.index(said)
+            x = tasks.index(row["task"]) + (place - (len(names) - 1) / 2) * bar
+            alpha = LIGHTEST + (1 - LIGHTEST) * place / max(1, len(names) - 1)
             drawn = ax.bar(x, row["mean"], bar, color=colours[family], alpha=alpha)
-            if name not in ax.get_legend_handles_labels()[1]:
-                drawn.set_label(name)
+            if said not in ax.get_legend_handles_labels()[1]:
+                drawn.set_label(said)
             if np.isfinite(row["low"]):
                 ax.plot([x, x], [row["low"], row["high"]], color="black", lw=0.8)
         for i, task in enumerate(tasks if chance else ()):

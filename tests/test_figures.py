@@ -97,6 +97,27 @@ def test_relative_differences_are_paired_by_seed():
     assert vlm_plots.resolution_table(own(sizes=(64,))).empty
 
 
+def test_models_of_one_family_are_not_averaged():
+    """Relative differences +0.10, -0.10 and 0: nothing but their mean would be left of three presets."""
+    rows = []
+    for model, gain in (("mamba-790m", 0.1), ("mamba-1.4b", -0.1), ("mamba-2.8b", 0.0)):
+        for layout, size in (("agnostic", 336), ("instruction-first", 336), ("agnostic", 480)):
+            value = 0.5 * (1 + gain * (layout != "agnostic")) + (gain if size == 480 else 0)
+            rows.append(
+                dict.fromkeys(COLUMNS) | dict(run=model, family="mamba", model=model, layout=layout, seed=0,
+                image_size=size, task="vqa", metric="accuracy", value=value, chance=None, question_only=0.1)
+            )  # fmt: skip
+    table, sizes = vlm_plots.layout_table(pd.DataFrame(rows)), vlm_plots.resolution_table(pd.DataFrame(rows))
+    assert dict(zip(table["model"], table["mean"], strict=True)) == pytest.approx(
+        {"mamba-790m": 0.1, "mamba-1.4b": -0.1, "mamba-2.8b": 0.0}
+    )
+    assert (table["seeds"] == 1).all() and len(sizes) == 6
+    (ax,) = vlm_plots.layouts(table).axes
+    names = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert names == [f"{model}, instruction-first, 336 px" for model in table["model"]]
+    assert [bar.get_height() for bar in ax.patches] == pytest.approx(table["mean"].tolist())
+
+
 def texts_of(figure):
     figure.canvas.draw()
     renderer = figure.canvas.get_renderer()

@@ -193,12 +193,12 @@ def test_bad_input_is_one_line(call, message):
         call()
 
 
-def test_contact_sheet_needs_neither_torch_nor_timm(tmp_path):
+def test_contact_sheet_needs_no_timm(tmp_path):
+    """It imports torchvision, which must match torch."""
     code = (
-        "import runpy, sys; "
-        f"sys.argv = ['scenes', '--out', {str(tmp_path / 'a.png')!r}]; "
-        "runpy.run_module('vlm.scenes', run_name='__main__'); "
-        "assert not {'torch', 'timm'} & set(sys.modules)"
+        "import sys; sys.modules['timm'] = sys.modules['torchvision'] = None; "
+        "from vlm.scenes.__main__ import main; "
+        f"sys.exit(main(['--out', {str(tmp_path / 'a.png')!r}]))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]

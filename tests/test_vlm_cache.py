@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from models.errors import UserError
 from vlm.data.cache import FeatureCache, Uncached
 
 COUNT = 23
@@ -160,15 +161,30 @@ def damage(path, how):
         path.with_suffix(".json").write_text(how)
 
 
-@pytest.mark.parametrize("how", ["short", "not an array", "missing", "another shape", "{", "{}", "[]"])
+@pytest.mark.parametrize(
+    "how",
+    ["short", "not an array", "missing", "another shape", "{", "{}", "[]", "", "null", "[" * 50_000]
+    + [f'{{"done": {done}}}' for done in ('"3"', "3.5", "-1", "24", "1e99", "NaN", "true", "[]")],
+)
 def test_damaged_files_are_one_line(tmp_path, how):
     filled(tmp_path)
     damage(next(tmp_path.glob("*.npy")), how)
     cache, source = FeatureCache(tmp_path, "tiny-336", Encoder()), Grey()
     for use in (lambda: cache.get(source, ["1"]), lambda: cache.fill(source, progress=False)):
-        with pytest.raises(ValueError, match=r"is damaged .*; delete .*\.\* to encode") as error:
+        with pytest.raises(UserError, match=r"is damaged .*; delete .*\.\* to encode") as error:
             use()
         assert "\n" not in str(error.value)
+
+
+def test_what_a_killed_fill_left_is_removed_and_nothing_else(tmp_path):
+    filled(tmp_path)
+    (array,) = tmp_path.glob("*.npy")
+    mine = [tmp_path / f".{array.stem}{end}.0123456789ab.tmp" for end in (".npy", ".json")]
+    other = tmp_path / ".another.npy.0123456789ab.tmp"  # another process may be writing it
+    for path in (*mine, other):
+        path.write_text("half")
+    filled(tmp_path)
+    assert not any(path.exists() for path in mine) and other.exists()
 
 
 def test_encoders_that_give_something_else_are_named(tmp_path):

@@ -62,10 +62,8 @@ def test_iou_counts_pixels(x, y, w, h, u, v, k, m):
 
 def test_boxes_at_the_threshold_and_answers_that_are_no_box():
     gold = [[0, 0, 2, 1]] * 4
-    said = [[0, 0, 1, 1], [0, 0, 2, 1], [2, 1, 0, 0], boxes.parse("a dog", 9, 9)]
+    said = [[0, 0, 1, 1], [0, 0, 2, 1], [2, 1, 0, 0], [math.nan] * 4]
     assert boxes.scores(said, gold) == {"accuracy": 0.25, "mean_iou": 0.375}
-    assert boxes.parse("[0.10,0.2,0.5,1.00].", 100, 50) == pytest.approx((10, 10, 50, 50))
-    assert all(map(math.isnan, boxes.parse("[0.1,0.2,0.3]", 100, 50)))
     with pytest.raises(ValueError, match="gold"):
         boxes.iou([[0, 0, 1, 1]], [[1, 1, 0, 0]])
 

@@ -13,7 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import models
+from models.ops.cross_entropy import linear_cross_entropy
 from vlm import layout
+from vlm import model as vlm_model
 from vlm.layout import IGNORE
 from vlm.model import VLM, load
 
@@ -78,6 +80,26 @@ def test_loss_is_the_mean_of_each_examples_mean(family):
     labels[1] = IGNORE
     with pytest.raises(ValueError, match="example 1 of the batch has no supervised token"):
         model.loss(ids, features, labels)
+
+
+def test_the_head_meets_labelled_rows_alone_and_gradients_are_those_of_all_logits(monkeypatch):
+    model, (ids, labels, features) = make("mamba"), example()
+    met = []
+
+    def watched(x, weight, y):
+        met.append(y.tolist())
+        return linear_cross_entropy(x, weight, y)
+
+    monkeypatch.setattr(vlm_model, "linear_cross_entropy", watched)
+    model.loss(ids, features, labels).backward()
+    assert met == [[y for y in row if y != IGNORE] for row in labels[:, 1:].tolist()]
+    found = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    logits = model(ids, features)[:, :-1]
+    each = [F.cross_entropy(x, y, ignore_index=IGNORE) for x, y in zip(logits, labels[:, 1:], strict=True)]
+    torch.stack(each).mean().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", SHAPES)

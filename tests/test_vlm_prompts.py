@@ -87,9 +87,17 @@ def test_boxes_survive_printing_to_half_a_percent(corners, width, height):
 
 
 def test_what_is_no_box():
-    for text in ("", "none", "[1,2,3]", "[a,b,c,d]", "0.1,0.2,0.3,0.4", "[0.1,0.2", "[0.1,0.2,0.3,0.4,0.5]"):
+    unclosed = ("[0.1,0.2", "[0.1,0.2,0.3,0.4", "0.1,0.2,0.3,0.4")
+    others = ("", "none", "[1,2,3]", "[a,b,c,d]", "[0.1,0.2,0.3,0.4,0.5]", "[nan,0,1,1]", "[0,0,inf,1]")
+    for text in (*unclosed, *others, "[0,0,1e308,1]", "[]", "[,,,]", "[0.1 0.2 0.3 0.4]"):
         assert prompts.parse_box(text, 10, 10) is None
-    assert prompts.parse_box("[0.1,0.2,0.3,0.4] or [9,9,9,9]", 10, 20) == pytest.approx((1, 4, 3, 8))
+    for text in (
+        "[0.1,0.2,0.3,0.4] or [9,9,9,9]",
+        "[[0.1,0.2,0.3,0.4]",
+        "[[0.1,0.2,0.3,0.4]]",
+        "[ [0.1,0.2,0.3,0.4" + "]",
+    ):
+        assert prompts.parse_box(text, 10, 20) == pytest.approx((1, 4, 3, 8))
     for box in ((-1, 0, 1, 1), (1, 0, 1, 1), (0, 2, 1, 1)):
         with pytest.raises(ValueError, match="clip or drop it"):
             prompts.box_text(box, 10, 10)

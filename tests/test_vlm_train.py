@@ -315,7 +315,7 @@ def test_evaluate_refuses_what_it_cannot_use(tmp_path, capsys):
 
 @pytest.mark.parametrize("wrong", [{"layout": "sideways"}, {"stages": ()}, {"image_size": 4}])
 def test_impossible_runs_are_refused(wrong):
-    with pytest.raises(ValueError, match=r"sideways|no stages|too small"):
+    with pytest.raises(ValueError, match=r"sideways|no stages|image_size=4"):
         run(**wrong)
 
 
@@ -325,7 +325,7 @@ def test_epochs_are_steps_through_all_the_data(out):
     wanted = run(stages=(stage,))
     trained(wanted, out)
     assert store.read_json(out / wanted.stage_ids()[0] / stages.RESULT)["steps"] == 30
-    with pytest.raises(ValueError, match=r"steps=8 and epochs=1.0 .* give one of them"):
+    with pytest.raises(ValueError, match=r"steps=8 and epochs=1.0: give one of them"):
         run(stages=(dataclasses.replace(FIRST, epochs=1.0),))
 
 

@@ -11,27 +11,39 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from models.errors import UserError
+from vlm import schema
 from vlm.data.samples import Source
-from vlm.prompts import LAYOUTS
+from vlm.schema import AsTuple, FileName, Momentum, Natural, NonNegative, Positive, Seed, Text, checked
 
-TRAINING_VERSION = 1  # raise it when a config leads to other numbers than before
+TRAINING_VERSION = 2  # raise it when a config leads to other numbers than before
+Layout = Literal["agnostic", "instruction-first", "query-first"]
+ImageSize = Annotated[int, Field(ge=16, le=4096)]
 
 
-@dataclass(frozen=True)
+@checked
 class Scenes:
     """Samples of rendered scenes (`vlm.scenes.source.SceneSource`), an image each."""
 
     task: str
-    images: int
-    split: str = "train"
-    seed: int = 0
-    turns: int = 1
+    images: Positive
+    split: Literal["train", "heldout", "combination"] = "train"
+    seed: Seed = 0
+    turns: Positive = 1
+
+    def __post_init__(self) -> None:
+        from vlm.scenes.source import SOURCES
+
+        if self.task not in SOURCES:
+            raise UserError(f"task {self.task!r} of scenes is unknown; use {', '.join(SOURCES)}")
 
     def build(self, *, answers: bool) -> Source:
         from vlm.scenes.source import SceneSource
@@ -52,7 +64,7 @@ class Scenes:
         return None if self.task == "caption" else dataclasses.replace(self, split="train", images=4000)
 
 
-@dataclass(frozen=True)
+@checked
 class Files:
     """Samples of official files (`vlm.data.sources.FileSource`).
 
@@ -64,15 +76,20 @@ class Files:
 
     dataset: str
     split: str
-    annotations: str
-    images: str
-    first: int = 0
-    regions: str = "grounding"
+    annotations: Text
+    images: Text
+    first: Natural = 0
+    regions: Literal["grounding", "dense captioning"] = "grounding"
     every_slot: bool = True
     published: bool = False
     filtered: bool = False
     index: str | None = None
     options: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        from vlm.data import registry
+
+        registry.check(self.dataset, self.split)
 
     def build(self, *, answers: bool) -> Source:
         from vlm.data.sources import FileSource
@@ -116,32 +133,61 @@ class First:
 Data = Scenes | Files
 
 
-@dataclass(frozen=True)
+def _kind_of_data(value: Any) -> str:
+    files = isinstance(value, Files) or (isinstance(value, Mapping) and "dataset" in value)
+    return "files" if files else "scenes"
+
+
+def _pairs(value: Any) -> Any:
+    """The pairs that `Stage.to_dict` makes of the sources, as a dict again."""
+    if isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+        return {name: source for name, source in value if isinstance(name, str)}
+    return value
+
+
+_AnyData = Annotated[
+    Annotated[Scenes, Tag("scenes")] | Annotated[Files, Tag("files")], Discriminator(_kind_of_data)
+]
+Sources = Mapping[Text, _AnyData]
+
+
+@checked
 class Stage:
     """One stretch of training: so many steps, or so many epochs of all its data.
 
     data, weights: sources by name and their shares (`vlm.data.mixture.Mixture`). train: "connector", or "all"
     for connector and language model; the vision encoder is frozen always. layouts: of the prompts, those of
     consecutive batches taking turns; empty = the run's. image_size: 0 = the run's. warmup: share of the
-    steps; the rate then falls as a cosine to 0. group: batches that are sorted by length together.
+    steps; the rate then falls as a cosine to 0. betas: of AdamW. group: batches that are sorted by length
+    together. Raises UserError, in one line, for values out of range and combinations that cannot be.
     """
 
-    data: Mapping[str, Data]
-    batch_size: int
-    lr: float
-    steps: int = 0
-    epochs: float = 0.0
-    weights: Mapping[str, float] | None = None
+    data: Annotated[Sources, BeforeValidator(_pairs), Field(min_length=1)]
+    batch_size: Positive
+    lr: Annotated[float, Field(gt=0, le=100)]
+    steps: Natural = 0
+    epochs: NonNegative = 0.0
+    weights: Mapping[str, NonNegative] | None = None
     train: Literal["connector", "all"] = "all"
-    layouts: tuple[str, ...] = ()
-    image_size: int = 0
-    warmup: float = 0.03
-    weight_decay: float = 0.0
-    grad_clip: float = 1.0
-    max_length: int | None = None
-    group: int = 1
-    accumulate: int = 1
-    workers: int = 0
+    layouts: Annotated[tuple[Layout, ...], AsTuple] = ()
+    image_size: Annotated[int, Field(ge=0, le=4096)] = 0
+    warmup: Annotated[float, Field(ge=0, le=1)] = 0.03
+    weight_decay: NonNegative = 0.0
+    betas: Annotated[tuple[Momentum, Momentum], AsTuple] = (0.9, 0.95)
+    grad_clip: NonNegative = 1.0
+    max_length: Positive | None = None
+    group: Positive = 1
+    accumulate: Positive = 1
+    workers: Annotated[int, Field(ge=0, le=1024)] = 0
+
+    def __post_init__(self) -> None:
+        if (self.steps > 0) == (self.epochs > 0):
+            raise UserError(f"steps={self.steps} and epochs={self.epochs}: give one of them")
+        if 0 < self.image_size < 16:
+            raise UserError(f"image_size={self.image_size} is too small; use at least 16, or 0 for the run's")
+        if self.weights is not None and self.weights.keys() != self.data.keys():
+            odd = ", ".join(sorted(self.weights.keys() ^ self.data.keys()))
+            raise UserError(f"weights and data must have the same names; only one of them has {odd}")
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values; the sources as pairs, since their order decides which example comes when."""
@@ -149,50 +195,48 @@ class Stage:
         return dataclasses.asdict(self) | {"data": data}
 
 
-@dataclass(frozen=True)
+@checked
 class Run:
     """A model, its stages and what it is evaluated on.
 
-    model, model_overrides: `models.build`; init: a published language model's weights (`models.load`).
-    encoder: "scenes" (trained on rendered scenes when first needed) or a name of timm (`vlm.encoder.build`),
-    whose weights are fetched. tokenizer: "scenes", or a name or folder that `tokenizers` reads. seed: of
-    weights and of the order of data. cache: keep features on disk. evaluation: sources by name.
-    max_new_tokens: of answers.
+    name: of its tables. model, model_overrides: `models.build`; init: a published language model's weights
+    (`models.load`). encoder: "scenes" (trained on rendered scenes when first needed) or a name of timm
+    (`vlm.encoder.build`), whose weights are fetched. tokenizer: "scenes", or a name or folder that
+    `tokenizers` reads. seed: of weights and of the order of data. cache: keep features on disk. evaluation:
+    sources by name. max_new_tokens: of answers.
+    Raises UserError, in one line, for values out of range and combinations that cannot be.
     """
 
-    name: str
+    name: FileName
     model: str
-    stages: tuple[Stage, ...]
-    evaluation: Mapping[str, Data]
+    stages: Annotated[tuple[Stage, ...], AsTuple]
+    evaluation: Sources
     model_overrides: Mapping[str, Any] = field(default_factory=dict)
-    init: str | None = None
-    encoder: str = "scenes"
-    image_size: int = 64
-    tokenizer: str = "scenes"
-    layout: str = "agnostic"
-    seed: int = 0
+    init: Text | None = None
+    encoder: Text = "scenes"
+    image_size: ImageSize = 64
+    tokenizer: Text = "scenes"
+    layout: Layout = "agnostic"
+    seed: Seed = 0
     precision: Literal["no", "bf16", "fp16"] = "bf16"
-    max_new_tokens: int = 16
+    max_new_tokens: Annotated[int, Field(ge=1, le=100_000)] = 16
     cache: bool = True
 
     def __post_init__(self) -> None:
-        for layout in (self.layout, *(name for stage in self.stages for name in stage.layouts)):
-            if layout not in LAYOUTS:
-                raise UserError(f"layout {layout!r} is unknown; use {', '.join(LAYOUTS)}")
+        import models
+
         if not self.stages:
             raise UserError(f"run {self.name!r} has no stages; give at least one")
-        if self.image_size < 16:
+        try:
+            json.dumps(dict(self.model_overrides), allow_nan=False)
+        except (TypeError, ValueError) as error:
             raise UserError(
-                f"image_size={self.image_size} of run {self.name!r} is too small; use at least 16"
-            )
-        for stage in self.stages:
-            if (stage.steps > 0) == (stage.epochs > 0):
-                raise UserError(
-                    f"steps={stage.steps} and epochs={stage.epochs} of run {self.name!r}: give one of them"
-                )
-            for name in ("batch_size", "accumulate", "group"):
-                if getattr(stage, name) < 1:
-                    raise UserError(f"{name}={getattr(stage, name)} of run {self.name!r} must be at least 1")
+                f"model_overrides of run {self.name!r} must be plain finite values ({error})"
+            ) from None
+        try:
+            models.config(self.model, **self.model_overrides)
+        except (UserError, TypeError) as error:
+            raise UserError(f"model {self.model!r} of run {self.name!r}: {error}") from None
 
     @property
     def family(self) -> str:
@@ -208,40 +252,44 @@ class Run:
 
     def stage_ids(self) -> list[str]:
         """The folder name of every stage's outcome."""
+        from vlm import tokenizer
+        from vlm.scenes import VERSION, encoder
+
         said: Any = {"version": TRAINING_VERSION} | {
-            name: getattr(self, name)
-            for name in ("model", "model_overrides", "init", "encoder", "tokenizer", "seed", "precision")
+            name: getattr(self, name) for name in ("model", "model_overrides", "init", "seed", "precision")
         }
+        said["encoder"] = encoder.key() if self.encoder == "scenes" else self.encoder
+        said["tokenizer"] = tokenizer.fingerprint(self.tokenizer)
         names = []
-        for stage in self.stages:
+        for number, stage in enumerate(self.stages):
             settled = stage.to_dict()
             settled |= {"layouts": stage.layouts or (self.layout,), "image_size": self.size(stage)}
             del settled["workers"]  # they change no number
             del settled["steps" if stage.epochs else "epochs"]
+            if any(isinstance(source, Scenes) for source in stage.data.values()):
+                settled["scenes"] = VERSION
+            if number == len(self.stages) - 1 and settled["layouts"] != (self.layout,):
+                settled["asked"] = self.layout  # a folder's model is asked in one layout
             said = {"before": said, "stage": settled}
             digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
             names.append(f"{self.family}-{self.size(stage)}px-seed{self.seed}-{digest[:10]}")
         return names
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"stages": [stage.to_dict() for stage in self.stages]}
+        stages = [stage.to_dict() for stage in self.stages]
+        return dataclasses.asdict(self) | {"stages": stages}
 
 
 def from_dict(saved: Mapping[str, Any]) -> Run:
-    """The run that `Run.to_dict` has written, as read from JSON."""
-    stages = tuple(
-        Stage(**{**stage, "data": _data(dict(stage["data"])), "layouts": tuple(stage["layouts"])})
-        for stage in saved["stages"]
-    )
-    return Run(**{**saved, "stages": stages, "evaluation": _data(saved["evaluation"])})
-
-
-def _data(saved: Mapping[str, Any]) -> dict[str, Data]:
-    return {name: Files(**v) if "dataset" in v else Scenes(**v) for name, v in saved.items()}
+    """The run that `Run.to_dict` has written, as read from JSON. Raises UserError for anything else."""
+    return schema.parsed(Run, json.dumps(saved).encode(), Path("a saved run"), "save it again")
 
 
 def read_file(path: str | Path) -> list[Run]:
-    """The runs of a config file. Raises UserError, in one line, for a file that has none."""
+    """The runs of a config file. Raises UserError, one line with the file's name, for a file that has none.
+
+    What the file itself does wrong is said with the number of its line.
+    """
     path = Path(path)
     if path.suffix != ".py" or not path.is_file():
         raise UserError(
@@ -250,8 +298,18 @@ def read_file(path: str | Path) -> list[Run]:
     spec = importlib.util.spec_from_file_location(f"_vlm_config_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    runs: Sequence[Run] = module.get_config() if hasattr(module, "get_config") else ()
+    runs: Any = ()
+    try:
+        spec.loader.exec_module(module)
+        if callable(getattr(module, "get_config", None)):
+            runs = module.get_config()
+            runs = list(runs) if isinstance(runs, Sequence) and not isinstance(runs, str) else ()
+    except Exception as error:
+        line = _line_of(path, error)
+        if line is None:
+            raise
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        raise UserError(f"{path} line {line}: {kind}{error}") from error
     if not runs or not all(isinstance(run, Run) for run in runs):
         raise UserError(f"{path} must have get_config() that returns a list of vlm.config.Run")
     names = [run.name for run in runs]
@@ -259,3 +317,22 @@ def read_file(path: str | Path) -> list[Run]:
     if twice:
         raise UserError(f"{path} names two runs {twice[0]!r}; give each a name of its own")
     return list(runs)
+
+
+def _line_of(path: Path, error: Exception) -> int | None:
+    """The line of a config file that an exception is to be blamed on; None for a bug of ours.
+
+    The file's, unless the exception is none of a user's and was raised by code of this project.
+    """
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        return error.lineno
+    frames = traceback.extract_tb(error.__traceback__)
+    here = [i for i, frame in enumerate(frames) if frame.filename == str(path)]
+    if not here:
+        called = bool(frames) and Path(frames[-1].filename) == Path(__file__)  # get_config wants arguments
+        return 1 if called or isinstance(error, SyntaxError | ValueError) else None
+    ours = Path(__file__).parents[1]
+    below = [Path(frame.filename) for frame in frames[here[-1] + 1 :]]
+    if not isinstance(error, UserError) and any(file.is_relative_to(ours) for file in below):
+        return None
+    return frames[here[-1]].lineno

@@ -15,16 +15,16 @@ import tyro
 from torch import Tensor
 
 from models.errors import UserError
-from synthetic import store
 from synthetic.cli import guarded, parse, use_threads
 from synthetic.evaluate import autocast
-from vlm import parts, results
-from vlm.config import Data, Run, from_dict, read_file
+from vlm import folders, parts, results
+from vlm.config import Data, Run, read_file
+from vlm.console import plain_console
 from vlm.data.samples import Sample, Source
+from vlm.folders import RESULT
 from vlm.layout import image_ids
 from vlm.model import VLM
 from vlm.prompts import END
-from vlm.stages import RESULT, WEIGHTS, fill
 
 BATCH = 64
 MOST_ACROSS = 4  # runs whose names fit beside each other
@@ -39,7 +39,7 @@ class Options:
     out: Path = Path("runs/vlm")
     """Folder that vlm.train wrote to, for config files."""
     only: str = ""
-    """Of a config file, only the runs whose name contains this."""
+    """Only the runs whose name contains this."""
     threads: int = 0
     """CPU threads; 0 = as PyTorch chooses."""
     again: bool = False
@@ -54,47 +54,48 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def evaluate_all(options: Options) -> int:
     import pandas as pd
-    from rich.console import Console
 
     use_threads(options.threads)
     if not options.run:
         raise UserError("RUN is missing; give folders that vlm.train printed, or config files")
-    console, rows = Console(), []
+    console, tables = plain_console(), []
     if not console.is_terminal:
         console.width = 120  # a file has no edge
     for path in options.run:
         if path.suffix == ".py":
-            found = [(run, options.out) for run in read_file(path) if options.only in run.name]
+            found, out = read_file(path), options.out
         else:
-            found = [(saved_run(path), path.parent)]
-        for run, out in found:
-            table = results.table_path(out, run.name)
-            if options.again or not table.exists() or not current(table, run):
-                results.write(table, evaluate(run, out, progress=console.is_terminal))
-            rows.append(pd.read_parquet(table))
-    if not rows:
+            found, out = folders.saved_runs(path), path.resolve().parent
+        for run in found:
+            if options.only not in run.name:
+                continue
+            table = None if options.again else current(out, run)
+            if table is None:
+                rows, answers = evaluate(run, out, progress=console.is_terminal)
+                table = results.write(out, run.name, rows, answers)
+            tables.append(table)
+    if not tables:
         raise UserError(f"--only {options.only}: no run has that in its name")
-    console.print(summary(pd.concat(rows)))
-    console.print(f"results: {out / results.RESULTS}", highlight=False, soft_wrap=True)
+    console.print(summary(pd.concat(tables)))
+    console.print(f"results: {out / results.RESULTS}", soft_wrap=True)
     return 0
 
 
-def saved_run(folder: Path) -> Run:
-    """The run whose last stage is in a folder. Raises UserError, in one line, for other folders."""
-    path = folder / "config.json"
-    if not path.exists() or not (folder / RESULT).exists():
-        raise UserError(
-            f"{folder} holds no trained VLM; give a folder that vlm.train printed, or a config file"
-        )
-    plans = store.read_json(path)["plans"]
-    return from_dict(plans[0])
+def current(out: Path, run: Run) -> Any:
+    """The table of this very run, asked and scored as now; None if there is none.
 
-
-def current(table: Path, run: Run) -> bool:
-    """Whether a table is of this very run, and not of one that had its name before."""
-    import pandas as pd
-
-    return set(pd.read_parquet(table, columns=["stage"])["stage"]) == {run.stage_ids()[-1]}
+    A damaged one is said on standard error and counts as none: it is made anew.
+    """
+    path = results.table_path(out, run.name)
+    if not path.exists():
+        return None
+    try:
+        table = results.read(path)
+    except UserError as error:
+        print(f"{error}; it is evaluated again", file=sys.stderr)
+        return None
+    made = set(zip(table["stage"], table["evaluation"], strict=True))
+    return table if made == {(run.stage_ids()[-1], results.fingerprint(run))} else None
 
 
 def load(run: Run, out: Path, device: str = "cpu") -> VLM:
@@ -103,12 +104,15 @@ def load(run: Run, out: Path, device: str = "cpu") -> VLM:
     if not (folder / RESULT).exists():
         raise UserError(f"run {run.name!r} is not trained in {out}; run python -m vlm.train first")
     model = parts.model(run, parts.eyes(run.encoder, run.image_size, out, device).width)
-    fill(model, folder / WEIGHTS)
+    folders.load_weights(folder, model)
     return model.to(device).eval()
 
 
-def evaluate(run: Run, out: Path, progress: bool = False, device: str | None = None) -> list[dict[str, Any]]:
-    """Rows of the results table (`vlm.results.COLUMNS`); the answers go to `vlm.results.answers_path`."""
+def evaluate(
+    run: Run, out: Path, progress: bool = False, device: str | None = None
+) -> tuple[list[results.Row], list[results.Row]]:
+    """Rows of the results table (`vlm.results.COLUMNS`), and the answers, a row each."""
+    from rich.markup import escape
     from rich.progress import track
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -116,10 +120,11 @@ def evaluate(run: Run, out: Path, progress: bool = False, device: str | None = N
     features = parts.features(run, run.image_size, out, device)
     side = parts.eyes(run.encoder, run.image_size, out, device).side
     folder = out / run.stage_ids()[-1]
-    spent = [store.read_json(out / name / RESULT) for name in run.stage_ids()]
+    spent = [folders.finished(out / name) for name in run.stage_ids()]
     fixed = dict(
         run=run.name,
         stage=folder.name,
+        evaluation=results.fingerprint(run),
         family=run.family,
         model=run.model,
         layout=run.layout,
@@ -127,13 +132,13 @@ def evaluate(run: Run, out: Path, progress: bool = False, device: str | None = N
         image_tokens=len(image_ids(side)),
         seed=run.seed,
         parameters=sum(p.numel() for p in model.parameters()),
-        steps=sum(stage["steps"] for stage in spent),
-        seconds=sum(stage["seconds"] for stage in spent),
-        commit=store.read_json(folder / "environment.json")["commit"],
+        steps=sum(stage.steps for stage in spent),
+        seconds=sum(stage.seconds for stage in spent),
+        commit=folders.commit(folder),
     )
     rows: list[dict[str, Any]] = []
     written: list[dict[str, Any]] = []
-    for task, data in track(run.evaluation.items(), run.name, disable=not progress):
+    for task, data in track(run.evaluation.items(), escape(run.name), disable=not progress):
         source = data.build(answers=False)
         features.fill(source, progress=False)
         samples = _samples(source)
@@ -149,10 +154,7 @@ def evaluate(run: Run, out: Path, progress: bool = False, device: str | None = N
                 dict(task=task, id=sample.id, image=sample.image, asked=results.asked(sample))
                 | dict(said=said, right=results.right(sample, said), target=dict(sample.target))
             )
-    path = results.answers_path(out, run.name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    store.write_rows(path, written)
-    return rows
+    return rows, written
 
 
 def blind_rows(data: Data) -> Mapping[str, float]:

@@ -77,7 +77,7 @@ def sequence(
     if max_length is None or len(ids) <= max_length:
         return ids, labels
     if image_stop > max_length:
-        error = TooLong if side * (side + 1) + 1 <= max_length else ValueError
+        error = TooLong if side * (side + 1) + 1 <= max_length else UserError
         raise error(
             f"max_length={max_length} cuts the image, which ends at token {image_stop}; use at least that"
         )

@@ -40,7 +40,9 @@ from synthetic.cli import guarded, parse
 from synthetic.results import to_parquet
 from vlm import parts
 from vlm.config import Run, Scenes
-from vlm.evaluate import alike, load, saved_run
+from vlm.console import plain_console
+from vlm.evaluate import alike, load
+from vlm.folders import saved_run
 from vlm.layout import IGNORE
 from vlm.model import VLM
 from vlm.scenes.encoder import annotation, coverage
@@ -312,7 +314,7 @@ def measure(options: Options) -> int:
         raise UserError("RUN is missing; give folders that vlm.train printed")
     if options.examples < 2:
         raise UserError(f"--examples {options.examples} must be at least 2, for an interval")
-    looks = pd.concat([table(saved_run(path), path.parent, options.examples) for path in options.run])
+    looks = pd.concat([table(*saved_run(path), options.examples) for path in options.run])
     rows: list[Any] = looks.to_dict("records")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     store.write_bytes(options.out, to_parquet(rows, COLUMNS))
@@ -324,9 +326,9 @@ def measure(options: Options) -> int:
 def show(contrasts: pd.DataFrame) -> None:
     """A table per run: a line per layer, quantity and `at`."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
+    console = plain_console()
     for run, part in contrasts.groupby("run", sort=False):
         title = f"{run}: target's patches over other shapes' [95 % interval]"
         lines = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1))
@@ -336,7 +338,7 @@ def show(contrasts: pd.DataFrame) -> None:
             relative = f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
             raw = f"{row['raw']:.2f} [{row['raw_low']:.2f}, {row['raw_high']:.2f}]"
             lines.add_row(str(row["layer"]), row["quantity"], row["at"], relative, raw)
-        Console().print(lines)
+        console.print(lines)
 
 
 if __name__ == "__main__":

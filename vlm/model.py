@@ -82,10 +82,13 @@ class VLM(nn.Module):
             row = int(supervised.logical_not().nonzero()[0])
             raise UserError(f"example {row} of the batch has no supervised token; drop it")
         hidden = self.lm.hidden(inputs_embeds=self.embed(input_ids, features))[:, :-1]
-        head = self.lm.parts()[3].weight
+        head, targets = self.lm.parts()[3].weight, labels[:, 1:]
+        # only labelled rows meet the head: at a published vocabulary the others are most of all products
+        counts = (targets != IGNORE).sum(1).tolist()
+        rows, wanted = hidden[targets != IGNORE], targets[targets != IGNORE]
         each = [
-            linear_cross_entropy(x[None], head, y[None])[0]
-            for x, y in zip(hidden, labels[:, 1:].contiguous(), strict=True)
+            linear_cross_entropy(x, head, y)[0]
+            for x, y in zip(rows.split(counts), wanted.split(counts), strict=True)
         ]
         return torch.stack(each).mean()
 

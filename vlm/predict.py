@@ -8,21 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import tyro
 
-from models.errors import MissingPackage, UserError
+from models.errors import UserError
 from synthetic import store
 from synthetic.cli import guarded, parse
-from vlm import parts, prompts
+from vlm import parts, pictures, prompts
 from vlm.config import Run
 from vlm.data.samples import Sample
-from vlm.evaluate import load, saved_run, say
+from vlm.evaluate import load, say
+from vlm.folders import saved_run
 from vlm.model import VLM
+from vlm.pictures import Picture
 
-Picture = npt.NDArray[np.uint8]
+OUTSIDE = 8  # pixels around a picture: a frame beyond it is drawn there, unseen
+MOST_ASKED = 1000  # characters of a question
 Task = Literal["auto", "vqa", "grounding", "captioning"]
 RIGHT, WRONG, SAID = (0, 130, 60), (200, 30, 30), (0, 90, 200)
 
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def predict(options: Options) -> int:
     picture = read_picture(options.image)
-    run, out = saved_run(options.run), options.run.parent
+    run, out = saved_run(options.run)
     said = ask(load(run, out), run, out, picture, options.question, options.task)
     print(said)
     height, width = picture.shape[:2]
@@ -67,22 +68,17 @@ def predict(options: Options) -> int:
 
 def read_picture(path: Path) -> Picture:
     """(height, width, 3) uint8, RGB. Raises UserError, in one line, for what is no picture."""
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError as error:
-        raise MissingPackage('pictures need pillow: pip install -e ".[vlm]"') from error
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except FileNotFoundError:
-        raise UserError(f"IMAGE {path} does not exist; give a picture") from None
-    except UnidentifiedImageError:
-        raise UserError(f"IMAGE {path} is no picture that Pillow reads; give a PNG or JPEG file") from None
+    return pictures.read(path, f"IMAGE {path}", upright=True)
 
 
 def wording(question: str, task: Task, width: int, height: int) -> list[prompts.Chunk]:
-    """The prompt of a question in the words that training used."""
+    """The prompt of a question in the words that training used.
+
+    Raises UserError for questions of more than MOST_ASKED characters, which would take all memory.
+    """
     question = question.strip()
+    if len(question) > MOST_ASKED:
+        raise UserError(f"the question has {len(question)} characters; ask in at most {MOST_ASKED}")
     if task == "auto":
         task = (
             "captioning"
@@ -123,12 +119,10 @@ def draw(
     image = Image.fromarray(picture).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(12)
     for (x0, y0, x1, y1), colour, label in framed:
-        corners = (
-            min(x0, x1) * zoom - 2,
-            min(y0, y1) * zoom - 2,
-            max(x0, x1) * zoom + 1,
-            max(y0, y1) * zoom + 1,
-        )
+        x0, x1, y0, y1 = *sorted((x0 * zoom, x1 * zoom)), *sorted((y0 * zoom, y1 * zoom))
+        edges = ((x0 - 2, image.width), (y0 - 2, image.height), (x1 + 1, image.width), (y1 + 1, image.height))
+        # what a model says may lie far outside
+        corners = [min(max(value, -OUTSIDE), side + OUTSIDE) for value, side in edges]
         pen.rectangle(corners, outline=colour, width=2)
         if label:
             pen.text((corners[0] + 3, corners[1] + 1), label, fill=colour, font=font)

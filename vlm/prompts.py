@@ -9,6 +9,7 @@ the released instructions.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,14 +77,18 @@ def box_text(box: Box, width: float, height: float) -> str:
 
 
 def parse_box(text: str, width: float, height: float) -> Box | None:
-    """The box that an answer names, in pixels; None if it names none (which counts as wrong)."""
+    """The box that an answer names, in pixels; None if it names none (which counts as wrong).
+
+    It is what the first closed pair of brackets without brackets inside holds: four finite numbers.
+    """
     found = re.search(r"\[([^\[\]]*)\]", text)
     parts = found.group(1).split(",") if found else []
     try:
         x0, y0, x1, y1 = (float(part) for part in parts)
     except ValueError:
         return None
-    return x0 * width, y0 * height, x1 * width, y1 * height
+    box = (x0 * width, y0 * height, x1 * width, y1 * height)
+    return box if all(math.isfinite(value) for value in box) else None
 
 
 # --- tasks --------------------------------------------------------------------------------------------------

@@ -6,10 +6,16 @@ runs/vlm/results/<run>.jsonl     what was asked and answered, example by example
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,13 +25,19 @@ from vlm.data.samples import Sample
 from vlm.data.turns import usual
 from vlm.metrics import boxes, choices, vqa
 from vlm.prompts import box_text, parse_box
+from vlm.schema import remove_left, shortened
+
+if TYPE_CHECKING:
+    from vlm.config import Run
 
 Row = dict[str, Any]
+VERSION = 1  # raise it when the same answers lead to other rows
 RESULTS = "results"
 MOST_BOXES = 2000  # that the best single box is sought among
 COLUMNS = {
     "run": ("string", "name in the config file"),
     "stage": ("string", "folder of the trained weights"),
+    "evaluation": ("string", "hash of what was asked, how, and how it was scored"),
     "family": ("string", "mamba, transformer, ..."),
     "model": ("string", "preset"),
     "layout": ("string", "agnostic, instruction-first or query-first"),
@@ -46,6 +58,7 @@ COLUMNS = {
     "seconds": ("float64", "of training, all stages"),
     "commit": ("string", "of this project; + if files differed from it"),
 }
+NEEDED = ("run", "stage", "evaluation", "family", "task", "metric", "value")  # never missing
 
 
 def table_path(out: Path, run: str) -> Path:
@@ -132,9 +145,8 @@ def _mean(values: Sequence[float]) -> float:
 
 def captioning(samples: Sequence[Sample], answers: Sequence[str]) -> list[Row]:
     """CIDEr, BLEU and ROUGE-L, of NoCaps by domain as well (metric "cider/in-domain", ...)."""
-    try:
-        import pycocoevalcap  # noqa: F401
-    except ImportError:
+    if not captions_are_scored():
+        _warn_of_captions()
         return []
     from vlm.metrics import captions
 
@@ -150,6 +162,20 @@ def captioning(samples: Sequence[Sample], answers: Sequence[str]) -> list[Row]:
         for part, scored in found.items()
         for metric, value in scored.items()
     ]
+
+
+def captions_are_scored() -> bool:
+    """Whether pycocoevalcap is installed."""
+    return importlib.util.find_spec("pycocoevalcap") is not None
+
+
+@lru_cache(maxsize=1)  # once a process
+def _warn_of_captions() -> None:
+    print(
+        "warning: captions are answered but not scored (CIDEr, BLEU, ROUGE-L): pycocoevalcap is missing; "
+        'pip install -e ".[vlm-metrics]" and evaluate again',
+        file=sys.stderr,
+    )
 
 
 def question_only(train: Iterable[Sample], test: Sequence[Sample]) -> list[str]:
@@ -183,10 +209,49 @@ def asked(sample: Sample) -> str:
     return "".join(chunk.text for chunk in sample.chunks if not chunk.supervised)
 
 
-def write(path: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    """One run's rows as Parquet with exactly COLUMNS."""
+def fingerprint(run: Run) -> str:
+    """Hash of what a table of this run depends on beside its weights: what is asked, how, and the scores."""
+    from vlm.scenes import VERSION as SCENES
+
+    asked = [(name, dataclasses.asdict(data)) for name, data in run.evaluation.items()]
+    said = [VERSION, SCENES, asked, run.layout, run.max_new_tokens, captions_are_scored()]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def write(out: Path, run: str, rows: Sequence[Mapping[str, Any]], answers: Sequence[Row]) -> Any:
+    """One run's rows as Parquet with exactly COLUMNS, and its answers; returns the table."""
+    from filelock import FileLock
+
     from synthetic import store
     from synthetic.results import to_parquet
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    store.write_bytes(path, to_parquet([dict(row) for row in rows], COLUMNS))
+    table, said = table_path(out, run), answers_path(out, run)
+    table.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(table.with_name(f".{run}.lock")):
+        remove_left(said)
+        store.write_rows(said, answers)
+        remove_left(table)
+        store.write_bytes(table, to_parquet([dict(row) for row in rows], COLUMNS))
+    return read(table)
+
+
+def read(path: Path) -> Any:
+    """A table that `write` has made, as a data frame. Raises UserError for a damaged one."""
+    import pyarrow as pa
+    from pyarrow import compute, parquet
+
+    try:
+        table = parquet.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path} is damaged ({shortened(str(error))})") from None
+    for name, (kind, _) in COLUMNS.items():
+        if name not in table.column_names:
+            raise UserError(f"{path} has no column {name!r}: it is damaged, or of another version")
+        column = table[name]
+        if column.type != pa.type_for_alias(kind):
+            raise UserError(f"{path} is damaged (column {name!r} is {column.type}, not {kind})")
+        if name in NEEDED and (
+            column.null_count or (kind == "float64" and compute.any(compute.is_nan(column)).as_py())
+        ):
+            raise UserError(f"{path} is damaged (column {name!r} has missing values)")
+    return table.to_pandas()

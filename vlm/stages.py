@@ -8,6 +8,7 @@ the same order.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Callable
@@ -21,14 +22,16 @@ from torch import Tensor, nn
 
 from models.errors import UserError
 from synthetic import store
-from vlm import parts
+from synthetic.distributed import fill
+from synthetic.optimizers import make_state
+from vlm import folders, parts, schema
 from vlm.config import Run, Stage
 from vlm.data.loader import VLMBatch, batches
 from vlm.data.mixture import Mixture
+from vlm.folders import CHECKPOINT, METRICS, RESULT, WEIGHTS
 from vlm.model import VLM
+from vlm.schema import Natural, NonNegative, checked
 
-CHECKPOINT, WEIGHTS = "checkpoint.safetensors", "model.safetensors"
-METRICS, RESULT = "metrics.jsonl", "stage.json"  # the latter marks a stage as finished
 CHECKPOINT_SECONDS = 30.0
 LOG_EVERY = 20  # steps between rows of the metrics
 
@@ -48,6 +51,15 @@ class Progress:
     tokens: int = 0
 
 
+@checked
+class _Header:
+    """`Progress` as the checkpoint's header has it."""
+
+    step: Natural
+    seconds: NonNegative
+    tokens: Natural
+
+
 def train_stage(
     run: Run,
     number: int,
@@ -58,7 +70,8 @@ def train_stage(
 ) -> None:
     """Train one stage in its folder below `out`, from the weights of the stage before it; resumes.
 
-    Raises Interrupted when should_stop() turned true, ValueError for what a config asks and cannot have.
+    Raises Interrupted when should_stop() turned true, UserError for what a config asks and cannot have, for
+    damaged files, and where training diverges.
     """
     stage, names = run.stages[number], run.stage_ids()
     folder = out / names[number]
@@ -76,19 +89,20 @@ def train_stage(
     sources = {name: data.build(answers=True) for name, data in stage.data.items()}
     mixture = Mixture(sources, stage.weights)
     if stage.epochs:
-        stage = dataclasses.replace(stage, steps=math.ceil(stage.epochs * len(mixture) / stage.batch_size))
+        steps = math.ceil(stage.epochs * len(mixture) / stage.batch_size)
+        stage = dataclasses.replace(stage, steps=steps, epochs=0.0)
     for source in sources.values():
         features.fill(source, progress=accelerator.is_main_process)
     model = parts.model(run, seen.width).to(accelerator.device)
     if number:
-        fill(model, out / names[number - 1] / WEIGHTS)
+        folders.load_weights(out / names[number - 1], model)
     model.lm.requires_grad_(stage.train == "all")
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=stage.lr, betas=(0.9, 0.95), weight_decay=stage.weight_decay)
-    now = resume(folder, model, optimizer)
+    optimizer = torch.optim.AdamW(trained, lr=stage.lr, betas=stage.betas, weight_decay=stage.weight_decay)
+    now = resume(folder, model, optimizer, stage.steps)
     if accelerator.is_main_process:
         store.prepare(folder, {}, [run.to_dict()], torch.get_num_threads())
-        rows = [row for row in store.read_rows(folder / METRICS) if row["step"] <= now.step]
+        rows = [row for row in folders.metrics(folder) if row["step"] <= now.step]
         store.write_rows(folder / METRICS, rows)
     loss_of, optimizer = accelerator.prepare(Loss(model), optimizer)
     saved = time.monotonic()
@@ -111,6 +125,8 @@ def train_stage(
         for group in optimizer.param_groups:
             group["lr"] = stage.lr * rate(now.step, stage)
         loss = update(loss_of, optimizer, batch, stage, accelerator)
+        if not math.isfinite(loss):
+            raise diverged(run, number, f"its loss is {loss} at step {now.step + 1} of {stage.steps}")
         now.step += 1
         now.tokens += batch.input_ids.numel()
         now.seconds = time.monotonic() - started
@@ -127,6 +143,8 @@ def train_stage(
             saved = time.monotonic()
         if stopped:
             raise Interrupted(f"stopped at step {now.step} of stage {number + 1}")
+    if not all(p.isfinite().all() for p in trained):
+        raise diverged(run, number, "its weights are no finite numbers after the last step")
     if accelerator.is_main_process:
         store.save_tensors(
             folder / WEIGHTS, dict(model.named_parameters()), {"run": run.name, "stage": number}
@@ -134,6 +152,15 @@ def train_stage(
         store.write_json(folder / RESULT, {"steps": stage.steps, "seconds": time.monotonic() - started})
         (folder / CHECKPOINT).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
+
+
+def diverged(run: Run, number: int, why: str) -> UserError:
+    """The one line that stops a training whose numbers would mean nothing."""
+    stage = run.stages[number]
+    return UserError(
+        f"run {run.name!r}, stage {number + 1} has diverged: {why}; lower lr={stage.lr:g}, or clip gradients "
+        f"(grad_clip={stage.grad_clip:g}, 0 = not at all)"
+    )
 
 
 class Loss(nn.Module):
@@ -192,18 +219,19 @@ def plain(optimizer: Any) -> torch.optim.Optimizer:
     return getattr(optimizer, "optimizer", optimizer)
 
 
-def resume(folder: Path, model: VLM, optimizer: torch.optim.Optimizer) -> Progress:
-    """Go on from the folder's checkpoint, if it has one."""
-    if not (folder / CHECKPOINT).exists():
+def resume(folder: Path, model: VLM, optimizer: torch.optim.Optimizer, steps: int) -> Progress:
+    """Go on from the folder's checkpoint, if it has one. Raises UserError for a damaged one."""
+    path, remedy = folder / CHECKPOINT, folders.remedy(folder)
+    if not path.exists():
         return Progress()
-    tensors, header = store.load_tensors(folder / CHECKPOINT)
-    store.restore(model, optimizer, tensors, header["step"])
-    return Progress(**header)
-
-
-def fill(model: VLM, path: Path) -> None:
-    """Copy the weights that a stage has written into the model."""
-    tensors, _ = store.load_tensors(path)
+    tensors, header = schema.tensors(path, remedy)
+    said = schema.parsed(_Header, json.dumps(header).encode(), path, remedy)
+    if said.step > steps:
+        raise UserError(f"{path} is damaged (step={said.step} of {steps}); {remedy}")
+    make_state(model, optimizer, said.step)
+    wanted = store.checkpoint_tensors(model, optimizer)
+    schema.check_tensors(path, tensors, wanted, remedy)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(tensors[name])
+        for name, target in wanted.items():
+            fill(target, tensors[name])
+    return Progress(said.step, said.seconds, said.tokens)

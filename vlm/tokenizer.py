@@ -5,6 +5,7 @@ Both are objects of the `tokenizers` library, so that encoding, decoding and fil
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,27 @@ def from_words(texts: Iterable[str]) -> Text:
     return Text(tokenizer)
 
 
+def fingerprint(name: str) -> str:
+    """Names what ids a tokenizer gives: the one of scenes by what it is made from, a file by its content.
+
+    One of the hub is known by its name.
+    """
+    if name == "scenes":
+        from vlm.scenes import VERSION
+
+        return f"scenes-v{VERSION}-{_digest(repr((PIECES, SPECIAL)).encode())}"
+    path = _file(name)
+    return f"file-{_digest(path.read_bytes())}" if path.is_file() else name
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _file(name: str) -> Path:
+    return Path(name) / "tokenizer.json" if Path(name).is_dir() else Path(name)
+
+
 def read(name: str) -> Text:
     """A tokenizer by its name on the hub, or from a folder with tokenizer.json or such a file.
 
@@ -72,7 +94,7 @@ def read(name: str) -> Text:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise MissingPackage(HELP) from error
-    path = Path(name) / "tokenizer.json" if Path(name).is_dir() else Path(name)
+    path = _file(name)
     try:
         return Text(Tokenizer.from_file(str(path)) if path.exists() else Tokenizer.from_pretrained(name))
     except Exception as error:  # the library raises Exception itself, for files and for the network

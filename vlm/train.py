@@ -6,24 +6,31 @@ This file shares the stages out among processes; `vlm.stages` trains one.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import torch
 import tyro
 
 from models.errors import MissingPackage, UserError
-from synthetic.cli import INTERRUPTED, StopSignals, guarded, parse
+from synthetic.cli import INTERRUPTED, StopSignals, guarded, parse, use_threads
 from vlm import parts
 from vlm.config import Run, read_file
-from vlm.stages import RESULT, Interrupted, train_stage
+from vlm.console import plain_console
+from vlm.folders import RESULT, remember
+from vlm.stages import Interrupted, train_stage
 
+PARENT = "VLM_TRAIN_PARENT"  # environment variable of a helper: the process that started it
+WATCHED_EVERY = 1.0  # seconds
 ACCELERATE_HELP = 'training VLMs needs accelerate: pip install -e ".[vlm]"'
 
 
@@ -61,18 +68,24 @@ def train_all(options: Options) -> int:
     runs = [run for run in read_file(options.config) if options.only in run.name]
     if not runs:
         raise UserError(f"--only {options.only}: no run of {options.config} has that in its name")
-    for name in ("jobs", "threads"):
-        if getattr(options, name) < 0:
-            raise UserError(f"--{name} {getattr(options, name)} must be at least 1, or 0 for the default")
-    accelerator = accelerate(runs)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most = max(64, 4 * cores)
+    if not 0 <= options.jobs <= most:
+        raise UserError(
+            f"--jobs {options.jobs} must lie in 0 .. {most}; {len(runs)} runs have no use for more than "
+            f"{len(runs)}, and 0 takes as many as there are cores"
+        )
+    use_threads(options.threads)
+    watch_parent()
+    accelerator = accelerate(runs)
     several = accelerator.num_processes > 1 or accelerator.device.type != "cpu"
     jobs = options.jobs or (1 if several else min(cores, len(runs)))
     threads = options.threads or (max(1, cores // jobs) if jobs > 1 else 0)
     if jobs > 1:
         # the one thing that all wait for: by all cores, before they are shared out
-        for run in runs:
-            parts.eyes(run.encoder, run.size(run.stages[0]), options.out, str(accelerator.device))
+        with Stop():
+            for run in runs:
+                parts.eyes(run.encoder, run.size(run.stages[0]), options.out, str(accelerator.device))
         print(f"{jobs} processes share {len(runs)} runs; what follows is the first one's part", flush=True)
     if threads:
         torch.set_num_threads(threads)
@@ -83,15 +96,45 @@ def train_all(options: Options) -> int:
         return status
 
 
+class Stop(StopSignals):
+    """As `StopSignals`, but at once, by KeyboardInterrupt, where there is no step to finish.
+
+    What comes before a stage's first step keeps what it has done (features) or is short (the encoder).
+    """
+
+    training = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self.training:
+            raise KeyboardInterrupt
+        super()._handle(number, frame)
+
+
+def watch_parent() -> None:
+    """Stop as by SIGTERM when the process that this one helps is gone, however it ended."""
+    parent = os.environ.get(PARENT, "")
+    if not parent.isdigit():
+        return
+
+    def watch() -> None:
+        while os.getppid() == int(parent):
+            time.sleep(WATCHED_EVERY)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 @contextmanager
 def helpers(options: Options, count: int, threads: int) -> Iterator[Callable[[], None]]:
     """Processes with the same command, which take what this one has not begun; stopped when the block ends.
 
-    Gives a function that waits for them, and raises ValueError if one failed: its own line says why.
+    They stop as well when this process is killed (`watch_parent`). Gives a function that waits for them, and
+    raises UserError if one failed: its own line says why.
     """
     command = [sys.executable, "-m", "vlm.train", str(options.config), "--out", str(options.out)]
     command += ["--only", options.only, "--jobs", "1", "--threads", str(threads)]
-    started = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(count)]
+    known = os.environ | {PARENT: str(os.getpid())}
+    started = [subprocess.Popen(command, stdout=subprocess.DEVNULL, env=known) for _ in range(count)]
 
     def wait() -> None:
         failed = [status for process in started if (status := process.wait()) not in (0, INTERRUPTED)]
@@ -108,23 +151,21 @@ def helpers(options: Options, count: int, threads: int) -> Iterator[Callable[[],
 
 def train_here(options: Options, runs: Sequence[Run], accelerator: Any) -> int:
     """What one process does of the runs; returns the exit status."""
-    from rich.console import Console
-
-    console = Console(quiet=not accelerator.is_main_process)
-    stop = StopSignals()
+    console = plain_console(quiet=not accelerator.is_main_process)
     for run, number in shared_out(runs, options.out, alone=accelerator.num_processes == 1):
-        with Display(run, number, console) as display, stop:
+        stop = Stop()
+        with Display(run, number, console, stop) as display, stop:
             try:
                 train_stage(run, number, options.out, accelerator, display, stop.asked)
             except Interrupted as reason:
-                console.print(
-                    f"{run.name} {reason}; nothing is lost: the same command resumes", highlight=False
-                )
+                console.print(f"{run.name} {reason}; nothing is lost: the same command resumes")
                 return INTERRUPTED
     for run in runs:
         folder = options.out / run.stage_ids()[-1]
-        console.print(f"{run.name}: {folder}", highlight=False, soft_wrap=True)
-    console.print(f"next: python -m vlm.evaluate {options.config}", highlight=False, soft_wrap=True)
+        if accelerator.is_main_process:
+            remember(run, options.out)
+        console.print(f"{run.name}: {folder}", soft_wrap=True)
+    console.print(f"next: python -m vlm.evaluate {options.config}", soft_wrap=True)
     return 0
 
 
@@ -139,7 +180,10 @@ def accelerate(runs: Sequence[Run]) -> Any:
         raise UserError(
             f"the runs have precisions {', '.join(precisions)}; use --only, or one precision for all"
         )
-    return Accelerator(mixed_precision=precisions[0])
+    try:
+        return Accelerator(mixed_precision=precisions[0])
+    except ValueError as error:  # fp16 without a GPU
+        raise UserError(f"precision={precisions[0]!r}: {error}; use 'bf16' or 'no'") from error
 
 
 def shared_out(runs: Sequence[Run], out: Path, alone: bool = True) -> Iterator[tuple[Run, int]]:
@@ -176,15 +220,18 @@ def shared_out(runs: Sequence[Run], out: Path, alone: bool = True) -> Iterator[t
 
 
 class Display:
-    """A live bar on a terminal; a line at the end of every tenth of a stage elsewhere."""
+    """A live bar on a terminal; a line at the end of every tenth of a stage elsewhere.
 
-    def __init__(self, run: Run, number: int, console: Any):
+    It tells `stop` when steps begin.
+    """
+
+    def __init__(self, run: Run, number: int, console: Any, stop: Stop):
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.console = console
+        self.console, self.stop = console, stop
         self.title = f"{run.name}, stage {number + 1} of {len(run.stages)}"
         self.bar = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(),
             TextColumn("{task.completed}/{task.total}  loss {task.fields[loss]}"),
             TimeRemainingColumn(),
@@ -201,12 +248,12 @@ class Display:
         self.bar.stop()
 
     def __call__(self, row: dict[str, Any]) -> None:
+        self.stop.training = True
         self.bar.update(self.task, completed=row["step"], total=row["steps"], loss=f"{row['loss']:.3f}")
         if not self.console.is_terminal and row["step"] % max(1, row["steps"] // 10) == 0:
             self.console.print(
                 f"{self.title}: step {row['step']} of {row['steps']}, loss {row['loss']:.3f}, "
                 f"{row['seconds']:.0f} s",
-                highlight=False,
                 soft_wrap=True,
             )
 

@@ -51,13 +51,16 @@ def training() -> dict[str, Data]:
 
 
 def get_config() -> list[Run]:
+    betas = (0.9, 0.999)  # as the released scripts' trainer has them by default
     align = Stage(
         {"llava": files("llava-pretrain", "train")},
-        batch_size=256, lr=1e-3, epochs=1, train="connector", max_length=1024, workers=4,
+        batch_size=256, lr=1e-3, epochs=1, train="connector", betas=betas, max_length=1024,
+        workers=4,
     )  # fmt: skip
     instruct = Stage(
-        training(), batch_size=128, lr=2e-5, epochs=1, max_length=1024, group=16, accumulate=2, workers=4
-    )
+        training(), batch_size=128, lr=2e-5, epochs=1, betas=betas, max_length=1024, group=16, accumulate=2,
+        workers=4,
+    )  # fmt: skip
     evaluation: dict[str, Data] = {name: files(name, split) for name, split in ASKED.items()}
     evaluation |= {f"pope-{split}": files("pope", split) for split in ("random", "popular")}
     evaluation |= {f"{name}-testB": files(name, "testB") for name in ("refcoco", "refcoco+")}

@@ -24,12 +24,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from filelock import FileLock
+from rich.markup import escape
 from rich.progress import Progress
 from torch import Tensor
 
 from models.errors import UserError
 from synthetic.store import read_json, replacing, write_json
 from vlm.data.samples import Source
+from vlm.schema import remove_left, shortened
 
 Picture = npt.NDArray[np.uint8]
 EncodePictures = Callable[[Sequence[Picture]], Tensor]
@@ -83,8 +85,10 @@ class FeatureCache:
         keys = list(opened.rows)
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(opened.path.with_suffix(".lock")), Progress(disable=not progress) as bar:
+            for path in (opened.path, opened.path.with_suffix(".json")):
+                remove_left(path)
             self._read_progress(opened)
-            task = bar.add_task(f"features of {source.name}", total=len(keys), completed=opened.done)
+            task = bar.add_task(escape(f"features of {source.name}"), total=len(keys), completed=opened.done)
             done, recorded = opened.done, time.monotonic()
             try:
                 while done < len(keys):
@@ -164,9 +168,12 @@ class FeatureCache:
             opened.done = 0
             return
         try:
-            opened.done = int(read_json(about)["done"])
-        except (ValueError, KeyError, TypeError) as error:
+            done = read_json(about)["done"]
+            if type(done) is not int or not 0 <= done <= len(opened.rows):
+                raise ValueError(f"done={shortened(done)} of {len(opened.rows)} rows")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise _damaged(about, error, opened.path) from error
+        opened.done = done
         self._mapped(opened)
 
     def _mapped(self, opened: _Opened) -> np.memmap:
@@ -179,10 +186,10 @@ class FeatureCache:
         return features
 
 
-def _damaged(path: Path, error: Exception, array: Path | None = None) -> ValueError:
+def _damaged(path: Path, error: Exception, array: Path | None = None) -> UserError:
     said = " ".join(str(error).split())
     beside = (array or path).with_suffix(".*")
-    return ValueError(f"{path} is damaged ({said}); delete {beside} to encode these pictures anew")
+    return UserError(f"{path} is damaged ({said}); delete {beside} to encode these pictures anew")
 
 
 class Uncached:

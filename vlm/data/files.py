@@ -9,23 +9,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from models.errors import MissingPackage, UserError
+from models.errors import UserError
 from models.unpickle import Plain, scan
 
 
+class MissingFile(UserError, FileNotFoundError):
+    """An official file or a picture is not there; the message says what to download."""
+
+
 def require(folder: str | Path, name: str, what: str) -> Path:
-    """``folder/name``; raises FileNotFoundError saying in words what to download where it is not there."""
+    """``folder/name``; raises MissingFile saying in words what to download where it is not there."""
     path = Path(folder) / name
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: download {what} and put {name} into {folder}")
+        raise MissingFile(f"{path} is missing: download {what} and put {name} into {folder}")
     return path
 
 
 @contextmanager
 def structure(path: Path) -> Iterator[None]:
-    """Turns what goes wrong while entries of ``path`` are read into a ValueError of one line with
-    its name.
-    """
+    """Turns what goes wrong while entries of ``path`` are read into a UserError of one line with its name."""
     try:
         yield
     except KeyError as error:
@@ -37,10 +39,10 @@ def structure(path: Path) -> Iterator[None]:
 
 
 def load_json(path: Path) -> Any:
-    """Content of a JSON file; ValueError naming the file where it is not JSON."""
+    """Content of a JSON file; UserError naming the file where it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a JSON file ({error}); download it again") from error
 
 
@@ -51,7 +53,7 @@ def json_lines(path: Path) -> Iterator[Any]:
             if line.strip():
                 try:
                     yield json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise UserError(
                         f"{path} line {number} is not JSON ({error}); download it again"
                     ) from error
@@ -70,20 +72,3 @@ def load_plain_pickle(path: Path) -> Any:
         raise UserError(
             f"{path} is not a pickle of plain data ({error}); download the official file"
         ) from error
-
-
-@contextmanager
-def opened_picture(path: Path, name: str) -> Iterator[Any]:
-    """A picture of Pillow whose pixels are not read yet; what goes wrong until it is closed is one line."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise MissingPackage('pictures need Pillow: pip install -e ".[vlm]"') from error
-    try:
-        with Image.open(path) as image:
-            yield image
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing: {name} needs it; complete the image folder") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        said = " ".join(str(error).split())
-        raise UserError(f"{path} cannot be read as a picture ({said}); download it again") from error

@@ -12,7 +12,9 @@ from typing import cast
 
 import numpy as np
 
-from vlm.data.files import load_json, opened_picture, require, structure
+from models.errors import UserError
+from vlm import pictures
+from vlm.data.files import load_json, require, structure
 from vlm.data.records import Grounded, GroundedCaption, Record
 
 Read = Callable[[], Iterable[Record]]
@@ -79,11 +81,10 @@ def legible(records: Iterable[Record], annotations: Path, images: Path) -> Itera
 
 def _shows_something(path: Path) -> bool:
     try:
-        with opened_picture(path, "ocr-vqa") as picture:
-            if min(picture.size) <= COVER_SIDE:
-                return False
-            pixels = np.asarray(picture.convert("RGB")).astype(np.int64)
-    except (FileNotFoundError, ValueError):
+        if min(pictures.size(path)) <= COVER_SIDE:
+            return False
+        pixels = pictures.read(path).astype(np.int64)
+    except UserError:
         return False
     _, counts = np.unique(pixels @ np.array([1 << 16, 1 << 8, 1]), return_counts=True)
     return bool(counts.max() <= PLAIN * counts.sum())

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from models.errors import UserError
-from vlm.data.files import load_json, load_plain_pickle, require, structure
+from vlm.data.files import MissingFile, load_json, load_plain_pickle, require, structure
 from vlm.data.records import Box, Choice, Grounded, GroundedCaption, Question, Span, xywh_box
 from vlm.data.vqa import shuffled
 
@@ -174,7 +174,7 @@ def grit(folder: Path, split: str) -> Iterator[GroundedCaption]:
                 ),
             )
     if empty:
-        raise FileNotFoundError(
+        raise MissingFile(
             f"{folder} has no SHARD/KEY.json next to its KEY.jpg: download GRIT's images with img2dataset"
         )
 

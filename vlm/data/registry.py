@@ -102,18 +102,24 @@ DATASETS: dict[str, DataSet] = {
 }
 
 
-def read(name: str, folder: str | Path, split: str, **options: str) -> Iterator[Record]:
-    """Records of one split of a data set whose official files are in ``folder``, in the files' order.
-
-    ``options`` are the reader's own, such as ``expressions="last"`` of RefCOCO. Raises UserError for unknown
-    names and splits (listing the valid ones) and for malformed files, FileNotFoundError for missing ones; the
-    two of files may come with the first record.
-    """
+def check(name: str, split: str) -> DataSet:
+    """The data set of a name that has this split. Raises UserError, with the valid ones, for others."""
     if name not in DATASETS:
         raise UserError(f"data set {name!r} is unknown; the names are {', '.join(sorted(DATASETS))}")
     known = DATASETS[name]
     if split not in known.splits:
         raise UserError(f"split {split!r} of {name} is unknown; the splits are {', '.join(known.splits)}")
+    return known
+
+
+def read(name: str, folder: str | Path, split: str, **options: str) -> Iterator[Record]:
+    """Records of one split of a data set whose official files are in ``folder``, in the files' order.
+
+    ``options`` are the reader's own, such as ``expressions="last"`` of RefCOCO. Raises UserError for unknown
+    names and splits (listing the valid ones) and for malformed and
+    missing files; those of files may come with the first record.
+    """
+    known = check(name, split)
     module, function = known.reader.split(".")
     return getattr(import_module(f"vlm.data.{module}"), function)(Path(folder), split, **options)
 

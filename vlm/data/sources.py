@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from models.errors import UserError
+from vlm import pictures
 from vlm.data import filters, lines, registry
-from vlm.data.files import opened_picture
+from vlm.data.files import MissingFile
 from vlm.data.records import Record
 from vlm.data.samples import Sample
 from vlm.data.turns import Rules, samples
@@ -40,7 +41,7 @@ class FileSource:
     and LLaVA. That costs the disk, one pass (a JSON file is parsed whole; GRIT, which has a file an image, is
     read shard by shard), and another one whenever files, rules or options change.
 
-    Raises UserError and FileNotFoundError, in one line, for unknown names, missing and malformed files.
+    Raises UserError, in one line, for unknown names, missing and malformed files.
     """
 
     def __init__(
@@ -75,9 +76,8 @@ class FileSource:
         return Sample(id_, self.name, image, task, chunks, target)
 
     def picture(self, image: str) -> npt.NDArray[np.uint8]:
-        """(height, width, 3) uint8, RGB, as stored. Raises FileNotFoundError or ValueError, in one line."""
-        with opened_picture(self.images / image, self.name) as found:
-            return np.asarray(found.convert("RGB"))
+        """(height, width, 3) uint8, RGB, as stored. Raises UserError, in one line."""
+        return pictures.read(self._picture_file(image), advice="download it again")
 
     def keys(self) -> Sequence[str]:
         """Every picture's key once, in the order of the samples; one pass over them when first asked for."""
@@ -106,8 +106,13 @@ class FileSource:
 
     def _size(self, record: Record) -> tuple[int, int]:
         """Width and height from the header of a picture."""
-        with opened_picture(self.images / record.image, self.name) as found:
-            return found.size
+        return pictures.size(self._picture_file(record.image), advice="download it again")
+
+    def _picture_file(self, image: str) -> Path:
+        path = self.images / image
+        if not path.exists():
+            raise MissingFile(f"{path} is missing: {self.name} needs it; complete the image folder")
+        return path
 
     def _state(self, index_folder: Path) -> str:
         """Hash of what the samples depend on: rules, options, and the official files by size and time."""

@@ -25,6 +25,7 @@ from typing import Any, TypeVar, cast
 
 from models.errors import UserError
 from vlm import prompts
+from vlm.data.files import MissingFile
 from vlm.data.records import (
     Captioned,
     Choice,
@@ -250,6 +251,8 @@ def _prompt(turns: Sequence[Any], rules: Rules, size: Size) -> tuple[str, list[C
     """Task and chunks of records of one type about one image; in evaluation of one record, unanswered."""
     try:
         return _chunks(turns, rules, size)
+    except MissingFile:  # which says all
+        raise
     except ValueError as error:
         raise UserError(f"{turns[0].source} {turns[0].id}: {error}") from error
 

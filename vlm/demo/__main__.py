@@ -42,6 +42,8 @@ def serve(options: Options) -> int:
         from vlm.demo import app
     except ImportError as error:
         raise MissingPackage(f"{HELP} ({error})") from error
+    if not 1 <= options.port <= 65535:
+        raise UserError(f"--port {options.port} must lie in 1 .. 65535; choose another one")
     use_threads(options.threads)
     contestants = [Contestant.open(folder) for folder in (options.run_a, options.run_b)]
     try:

@@ -10,12 +10,16 @@ import gradio as gr
 import matplotlib.colors
 
 from analysis.style import NAMES, family_colors
+from models.errors import UserError
+from vlm import pictures
 from vlm.demo import drawing
 from vlm.demo.asking import Contestant, Question, Reply, ask, questions, typed
-from vlm.predict import Picture
+from vlm.pictures import Picture
+from vlm.predict import MOST_ASKED
 from vlm.results import overlap
 from vlm.scenes import SPLITS, render, sample_scene
 
+MOST_BYTES, MOST_PIXELS = "20mb", 50_000_000  # of an upload
 TITLE = "Where do two models look?"
 INTRODUCTION = f"""
 # {TITLE}
@@ -45,6 +49,22 @@ CSS = """
 .scale {height: .8em; flex: 1; max-width: 16em; border-radius: .2em; border: 1px solid #999}
 #picture img {width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated}
 """
+
+
+def read_upload(payload: Any) -> Picture | None:
+    """A picture of the user's as `vlm.pictures.read` reads it; what that refuses is shown on the page."""
+    if payload is None:
+        return None
+    name = payload.orig_name or "The picture"
+    try:
+        width, height = pictures.size(payload.path, name)
+        if width * height > MOST_PIXELS:
+            raise UserError(
+                f"{name} has {width} x {height} pixels; give one of at most {MOST_PIXELS // 10**6} million"
+            )
+        return pictures.read(payload.path, name, upright=True)
+    except UserError as error:
+        raise gr.Error(str(error)) from None
 
 
 class Card:
@@ -165,6 +185,8 @@ def build(contestants: Sequence[Contestant]) -> gr.Blocks:
                     label="Picture", show_label=False, type="numpy", format="png",
                     sources=["upload", "clipboard"], elem_id="picture", height=360, buttons=[],
                 )  # fmt: skip
+                # not a subclass: gradio writes a file beside the module of every one
+                picture.preprocess = read_upload
             with gr.Column(min_width=280):
                 with gr.Row():
                     index = gr.Number(0, label="Scene", precision=0, minimum=0, min_width=80, elem_id="index")
@@ -175,7 +197,7 @@ def build(contestants: Sequence[Contestant]) -> gr.Blocks:
                 rendered = gr.Button("Render a scene", elem_id="render")
                 example = gr.Dropdown([], label="Questions about this scene", elem_id="example")
                 words = gr.Textbox(
-                    label="Question", elem_id="question", lines=1,
+                    label="Question", elem_id="question", lines=1, max_length=MOST_ASKED,
                     info='"Where is the red star?" asks for a box; nothing asks for a caption.',
                 )  # fmt: skip
                 asked = gr.Button("Ask both", variant="primary", elem_id="ask")
@@ -198,8 +220,11 @@ def build(contestants: Sequence[Contestant]) -> gr.Blocks:
         def ask_both(shown: Picture | None, which: Any, said: str, *layers: int) -> list[Any]:
             if shown is None:
                 raise gr.Error("There is no picture yet: upload one, or render a scene.")
-            asking = _question(shown, which, said)
-            replies = [ask(contestant, shown, asking) for contestant in contestants]
+            try:
+                asking = _question(shown, which, said or "")
+                replies = [ask(contestant, shown, asking) for contestant in contestants]
+            except UserError as error:
+                raise gr.Error(str(error)) from None
             both = zip(cards, replies, layers, strict=True)
             return [(shown, replies), *(x for card, r, layer in both for x in card.show(shown, r, layer))]
 
@@ -263,6 +288,7 @@ def serve(page: gr.Blocks, port: int) -> None:
         server_name="127.0.0.1",
         server_port=port,
         share=False,
+        max_file_size=MOST_BYTES,
         ssr_mode=False,
         quiet=True,
         prevent_thread_lock=True,

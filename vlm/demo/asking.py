@@ -12,10 +12,12 @@ import torch
 from vlm import parts, results
 from vlm.config import Run
 from vlm.data.samples import Sample
-from vlm.evaluate import load, saved_run, say
+from vlm.evaluate import load, say
+from vlm.folders import saved_run
 from vlm.looking import averages, look
 from vlm.model import VLM
-from vlm.predict import Picture, wording
+from vlm.pictures import Picture
+from vlm.predict import wording
 from vlm.prompts import END
 from vlm.scenes import TASKS, Example, Scene, make_example
 from vlm.scenes.source import answer, question
@@ -35,9 +37,9 @@ class Contestant:
 
     @classmethod
     def open(cls, folder: Path) -> Contestant:
-        """Raises ValueError, in one line, for folders that `vlm.train` has not written."""
-        run = saved_run(folder)
-        return cls(run, folder.parent, load(run, folder.parent))
+        """Raises UserError, in one line, for folders that `vlm.train` has not written."""
+        run, out = saved_run(folder)
+        return cls(run, out, load(run, out))
 
     @property
     def layers(self) -> int:

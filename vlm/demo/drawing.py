@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vlm.demo.asking import Question, Reply
-from vlm.predict import RIGHT, SAID, Picture, draw
+from vlm.pictures import Picture
+from vlm.predict import RIGHT, SAID, draw
 from vlm.prompts import Box, parse_box
 
 SIDE = 320  # pixels of the longer side of what is shown: about what a page has room for

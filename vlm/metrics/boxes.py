@@ -1,8 +1,6 @@
-"""Overlap of boxes, and the text form in which models write boxes."""
+"""Overlap of boxes; `vlm.prompts.parse_box` reads them from answers."""
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -36,17 +34,3 @@ def scores(predicted: ArrayLike, gold: ArrayLike, threshold: float = 0.5) -> dic
     if not overlaps.size:
         raise UserError("gold has no boxes to score")
     return {"accuracy": float((overlaps > threshold).mean()), "mean_iou": float(overlaps.mean())}
-
-
-def parse(text: str, width: float, height: float) -> tuple[float, float, float, float]:
-    """Box in pixels from an answer such as ``[0.12,0.34,0.56,0.78].`` with coordinates relative to the image.
-
-    What is between the first "[" and the first "]" must be four numbers; else all four are NaN,
-    which scores 0.
-    """
-    inside = text.partition("[")[2].partition("]")[0].split(",")
-    try:
-        x1, y1, x2, y2 = (float(number) for number in inside)
-    except ValueError:
-        return (math.nan,) * 4
-    return x1 * width, y1 * height, x2 * width, y2 * height

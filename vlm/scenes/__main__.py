@@ -5,16 +5,18 @@ python -m vlm.scenes --out docs/images/scenes.png --seed 0
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image, ImageDraw, ImageFont
 
-from vlm.scenes import SPLITS, TASKS, Example, make_example, render, sample_scene
+from synthetic.cli import guarded, parse
+from synthetic.store import replacing
+from vlm.scenes import TASKS, Example, make_example, render, sample_scene
 
 _COLUMNS, _ZOOM, _PAD, _TEXT = 5, 2, 12, 150
 
@@ -53,25 +55,32 @@ def _framed(example: Example, font: Any) -> Image.Image:
     return image
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True, help="the PNG to write")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--split", choices=SPLITS, default="train")
-    args = parser.parse_args()
-    try:
-        sheet = contact_sheet(args.seed, args.split)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = args.out.with_name(f".{args.out.name}.{os.getpid()}")
-    sheet.save(partial, format="PNG")
-    partial.replace(args.out)
-    print(args.out)
+@dataclass(frozen=True)
+class Options:
+    """A contact sheet of scenes, each with one example of a task below it."""
+
+    out: Path
+    """The PNG to write."""
+    seed: int = 0
+    """Of the scenes."""
+    split: Literal["train", "heldout", "combination"] = "train"
+    """Which scenes."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 2 for bad input."""
+    options = parse(Options, argv, "python -m vlm.scenes")
+    return guarded(lambda: draw(options), out=options.out)
+
+
+def draw(options: Options) -> int:
+    sheet = contact_sheet(options.seed, options.split)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(options.out) as temporary:
+        sheet.save(temporary, format="PNG")
+    print(options.out)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,6 +7,7 @@ frozen features, so what differs between them is how a sequence of patches is re
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from torch.nn import functional as F
 
 from models.seeding import seeded
 from synthetic import store
+from vlm import schema
+from vlm.scenes import VERSION as SCENES_VERSION
 from vlm.scenes.scene import Scene, sample_scene
 from vlm.scenes.stamps import COLOURS, SHAPES, SIZES, TEXTURES, WORDS, render
 
@@ -147,24 +150,29 @@ def scaled(pixels: Tensor) -> Tensor:
 def key(images: int = IMAGES) -> str:
     """Names everything that the encoder's weights depend on."""
     sizes = "-".join(map(str, TRAINED))
-    return f"scenes-v{VERSION}-{sizes}px-{images}x{EPOCHS}"
+    more = hashlib.sha256(repr((SCENES_VERSION, PATCH, WIDTH, STEPS, BATCH, LR)).encode()).hexdigest()[:8]
+    return f"scenes-v{VERSION}-{sizes}px-{images}x{EPOCHS}-{more}"
 
 
 def trained(folder: Path, *, images: int = IMAGES, progress: bool = True) -> SceneEncoder:
     """The frozen encoder: from `folder`, or trained into it if it is not there.
 
     images: how many training scenes it sees, EPOCHS times, each time at one of the sizes TRAINED. Takes about
-    two minutes on two cores.
+    two minutes on two cores. Raises UserError for a damaged file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{key(images)}.safetensors"
     with seeded(0):
         encoder, heads = SceneEncoder(), Heads()
     with FileLock(path.with_suffix(".lock")):
+        schema.remove_left(path)
         if not path.exists():
             _train(encoder, heads, images, progress)
             store.save_tensors(path, encoder.state_dict(), {"encoder": key(images)})
-    encoder.load_state_dict(store.load_tensors(path)[0])
+    remedy = "delete it, and it is trained anew, which takes about two minutes"
+    found, _ = schema.tensors(path, remedy)
+    schema.check_tensors(path, found, encoder.state_dict(), remedy)
+    encoder.load_state_dict(found)
     return encoder.eval().requires_grad_(False)
 
 

@@ -12,7 +12,7 @@ from models.errors import UserError
 from vlm import prompts
 from vlm.data.samples import Sample
 from vlm.prompts import Chunk
-from vlm.scenes import TASKS, Example, Object, Scene, make_example, render, sample_scene
+from vlm.scenes import TASKS, VERSION, Example, Object, Scene, make_example, render, sample_scene
 from vlm.scenes.questions import phrase, unique_phrases
 from vlm.scenes.scene import scene_stream
 
@@ -44,7 +44,7 @@ class SceneSource:
             raise UserError(f"task {task!r} of scenes is unknown; use {', '.join(SOURCES)}")
         self.name, self.images, self.seed, self.split = task, images, seed, split
         self.turns, self.answers = turns, answers
-        self.fingerprint = f"scenes-{split}-seed{seed}"
+        self.fingerprint = f"scenes-v{VERSION}-{split}-seed{seed}"
 
     def __len__(self) -> int:
         return self.images
