@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import pandas as pd
 import tyro
 
-from models.errors import UserError
-from synthetic.cli import guarded, parse
+from ssm_retrieval.cli import guarded, parse
+from ssm_retrieval.errors import UserError
 
 DIGITS = 10  # of numbers in CSV files
 

@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from analysis import curves, diagrams, published, vlm_plots
 from analysis.style import DOUBLE, SINGLE, save, theme
 from analysis.tables import concatenated, files, load
-from models.errors import UserError
-from synthetic.cli import guarded, parse
+from ssm_retrieval.cli import guarded, parse
+from ssm_retrieval.errors import UserError
 from synthetic.store import write_bytes
 
 STUDIES = Path(__file__).resolve().parent.parent / "studies"

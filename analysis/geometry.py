@@ -18,7 +18,7 @@ from scipy import stats
 
 from analysis.settings import label, looks, variants
 from analysis.tables import load
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from analysis.style import NAMES, family_colors
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,7 +17,7 @@ import pandas as pd
 from scipy import optimize, stats
 
 from analysis.statistics import bootstrap_median_time, require, share_interval
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 
 RUN = ["run", "model"]
 CELL = ("task", "layout", "seq_len", "model", "preset", "position", "d_state", "n_layer")

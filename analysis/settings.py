@@ -9,7 +9,7 @@ from pandas.api.types import is_number
 
 from analysis.scaling import CELL
 from analysis.style import FAMILIES, NAMES, family_colors
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from synthetic.results import CONFIG
 
 POSITION_NAMES = {"rope": "RoPE", "none": "no positions"}  # learned positions, the default, go without saying

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 
 EVEN = 1e-12  # slack that keeps rounding from deciding whether a product of fractions is <= 1/2
 FEW = 10  # values below which BCa's acceleration, a third moment from a jackknife, is noise

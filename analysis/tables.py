@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.style import FAMILIES
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 
 if TYPE_CHECKING:  # seconds, which `import analysis` can spare
     import pandas as pd

@@ -9,8 +9,8 @@ import reprlib
 import sys
 from typing import Any, cast
 
-from models.errors import UserError
 from models.ops.selective_scan import BACKENDS, MAX_D_STATE
+from ssm_retrieval.errors import UserError
 
 POSITIONS = ("rope", "learned", "none")
 LARGEST = 2**31 - 1  # no tensor of any machine has more along an axis

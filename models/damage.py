@@ -6,7 +6,7 @@ import json
 import tarfile
 from pathlib import Path
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 
 LOOKED_AT = 512  # bytes
 AGAIN = "fetch it again"

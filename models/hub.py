@@ -20,7 +20,7 @@ from torch import Tensor
 from models import pickled
 from models.common import require
 from models.damage import AGAIN, damaged, what_it_is
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
 INDEX = ".index.json"

@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from models.common import Config, require
-from models.errors import UserError
 from models.hub_schema import (
     CARRIED,
     DROPOUTS,
@@ -33,6 +32,7 @@ from models.mamba import MambaConfig
 from models.mamba2 import Mamba2Config
 from models.own_configs import check_sizes, respelt, typed
 from models.transformer import TransformerConfig
+from ssm_retrieval.errors import UserError
 
 Raw = Mapping[str, Any]
 NORM_BIAS = re.compile(r"backbone\.(norm_f|layers\.\d+\.norm)\.bias")

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from models.common import require
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 
 Size = Annotated[int, Field(ge=1, le=2**31)]
 StateSize = Annotated[int, Field(ge=1, le=256)]

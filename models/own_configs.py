@@ -17,10 +17,10 @@ from typing import Annotated, Any, cast, get_type_hints
 from pydantic import BaseModel, Field, ValidationError, create_model
 
 from models.common import Config, require
-from models.errors import UserError
 from models.hub import Stored
 from models.hub_schema import STRICT, NotNegative, Positive, explain, shown
 from models.registry import FAMILIES, PRESETS, resolve
+from ssm_retrieval.errors import UserError
 
 MODEL_TYPE, FORMAT = "ssm-retrieval", 1
 POSITIVE = ("dt_min", "dt_max", "rope_theta")  # numbers that must not be 0

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from models.damage import damaged, what_it_is
-from models.errors import UserError
 from models.unpickle import NoPickle, Restricted, scan
+from ssm_retrieval.errors import UserError
 
 MOST_OPCODES = 5_000_000  # of the names and shapes: some hundred thousand tensors
 MOST_NAMES = 2**26  # bytes of them in an archive

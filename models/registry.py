@@ -16,12 +16,12 @@ import torch
 
 from models.common import LanguageModel
 from models.configuration import Config, require
-from models.errors import UserError
 from models.hybrid import HybridConfig, HybridForCausalLM
 from models.mamba import MambaConfig, MambaForCausalLM
 from models.mamba2 import Mamba2Config, Mamba2ForCausalLM
 from models.seeding import defaults, seeded
 from models.transformer import TransformerConfig, TransformerForCausalLM
+from ssm_retrieval.errors import UserError
 
 FAMILIES: dict[str, tuple[type[Config], type[LanguageModel]]] = {
     "transformer": (TransformerConfig, TransformerForCausalLM),

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from analysis.statistics import mean_interval
 from models.common import LanguageModel
-from models.errors import UserError
 from models.ops.linear import linear
 from models.transformer import TransformerBlock
 from probes.sites import Heads, captured, context_of, residuals, run_from
+from ssm_retrieval.errors import UserError
 from synthetic.evaluate import wilson
 from synthetic.tasks import Batch
 

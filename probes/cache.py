@@ -21,10 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.common import LanguageModel
-from models.errors import UserError
 from models.hooks import Point, points
 from probes.hooks import Probe, absolute, at_work
 from probes.names import resolve
+from ssm_retrieval.errors import UserError
 
 CHANNEL_AXES = ("D", "E", "H", "M", "J")  # at most one of them stands in a name's axes
 GIB = 2**30

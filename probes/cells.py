@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.errors import UserError
 from probes.pairs import Pairs
 from probes.roles import ROLES, role
+from ssm_retrieval.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)

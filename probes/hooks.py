@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from models.common import LanguageModel
-from models.errors import UserError
 from models.hooks import Hook, Hooked, Point, points
 from probes.names import resolve
+from ssm_retrieval.errors import UserError
 
 Change = Callable[[Tensor], Tensor] | Tensor
 

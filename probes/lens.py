@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from analysis.statistics import mean_interval
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from synthetic.evaluate import wilson
 
 

@@ -28,7 +28,7 @@ from scipy import optimize
 from torch import Tensor
 from torch.nn import functional as F_
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from synthetic.evaluate import wilson
 
 PENALTIES = tuple(

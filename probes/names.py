@@ -7,8 +7,8 @@ import fnmatch
 from collections.abc import Iterable, Sequence
 
 from models.common import LanguageModel
-from models.errors import UserError
 from models.hooks import points
+from ssm_retrieval.errors import UserError
 
 _STATE = "B L E N; Mamba-2 B L H P N"
 _HEADS = "B L E; Mamba-2 B L H P"

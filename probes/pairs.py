@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from models.errors import UserError
 from probes.roles import role, roles
+from ssm_retrieval.errors import UserError
 from synthetic.tasks import Batch, Task, sampling
 from synthetic.tasks.position import Position
 from synthetic.tasks.sampling import IntArray

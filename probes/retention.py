@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.errors import UserError
 from probes.updates import BUDGET, Scan, _inside, chunks, state_changes
+from ssm_retrieval.errors import UserError
 
 RESULT_LIMIT = 2**30  # bytes of a result, above which a function refuses and says what to ask for instead
 MAP_BUDGET = 2**25  # bytes of working memory of the maps: heads that fit in a cache together are fastest

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from synthetic.tasks import Batch, Task
 from synthetic.tasks.position import Position
 

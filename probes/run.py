@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from models.errors import UserError
-from synthetic.cli import guarded, parse, use_threads
+from ssm_retrieval.cli import guarded, parse, use_threads
+from ssm_retrieval.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from analysis.statistics import mean_interval
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 
 BUDGET = 128 * 2**20  # bytes of working memory, for the functions that pass through states
 

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from synthetic import records, store
 from synthetic.executors import Job
 

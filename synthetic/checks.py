@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 
 if TYPE_CHECKING:
     from synthetic.config import RunConfig

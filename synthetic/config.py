@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from synthetic.checks import check, check_values
 from synthetic.identity import TRAINING_VERSION, Plan, normal, run_id
 

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from synthetic import evaluate
 from synthetic.evaluate import Evaluation
 

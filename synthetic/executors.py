@@ -19,12 +19,13 @@ from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any, Protocol
 
+from ssm_retrieval.errors import UserError
 from synthetic.config import Plan, RunConfig
 
 HEARTBEAT = 1.0  # seconds between the notes a run leaves for the live table
 
 
-class Unavailable(Exception):
+class Unavailable(UserError):
     """What executes the runs is not installed or cannot be reached; one line with the remedy."""
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 
 ABANDONED = 24 * 3600.0  # seconds after which no process can still be writing a temporary file
 TEMPORARY = re.compile(r"\..*\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.tmp")

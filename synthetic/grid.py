@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from synthetic.config import RunConfig, check
 from synthetic.store import Row
 

@@ -10,7 +10,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 
 # Raise it whenever the trainer comes to other numbers for the same plan: it is part of every run's identity.
 TRAINING_VERSION = 2  # 2: a validation split decides when training stops, and is asked twice

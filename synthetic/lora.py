@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-from models.errors import MissingPackage
 from models.seeding import seeded
+from ssm_retrieval.errors import MissingPackage
 
 if TYPE_CHECKING:
     from models import LanguageModel

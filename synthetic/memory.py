@@ -12,8 +12,8 @@ from rich.table import Table
 
 import models
 from analysis.style import NAMES
-from models.errors import UserError
 from models.planning import Memory, Step, device_peak, evaluation_memory, smallest_machine, step_memory
+from ssm_retrieval.errors import UserError
 from synthetic import tasks
 from synthetic.config import Plan
 from synthetic.evaluate import rows_at_once

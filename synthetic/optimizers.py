@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from models.errors import MissingPackage
+from ssm_retrieval.errors import MissingPackage
 
 if TYPE_CHECKING:
     from models import LanguageModel

@@ -16,8 +16,8 @@ import torch
 
 import models
 from models.checkpoints import Checkpoint, examine, outline
-from models.errors import UserError
 from models.registry import FAMILIES
+from ssm_retrieval.errors import UserError
 from synthetic.checks import check
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 
 FORMAT = 1  # of all these files; raised when an older version would misread what a newer one writes
 Row = dict[str, Any]

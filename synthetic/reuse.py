@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from synthetic import distributed, records, store, train
 from synthetic.identity import Plan, run_id
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from synthetic.cli import INTERRUPTED, StopSignals, fail, guarded, parse, use_threads
+from ssm_retrieval.cli import INTERRUPTED, StopSignals, fail, guarded, parse, use_threads
 from synthetic.config import FAMILIES, Plan, RunConfig
 
 if TYPE_CHECKING:

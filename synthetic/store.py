@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from synthetic import records
 from synthetic.files import collect, replacing, write_bytes
 from synthetic.optimizers import make_state, state_tensors

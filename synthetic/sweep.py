@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from models.errors import UserError
-from synthetic.cli import guarded, parse
+from ssm_retrieval.cli import guarded, parse
+from ssm_retrieval.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -19,8 +19,8 @@ from torch import Tensor
 
 import models
 from models import LanguageModel
-from models.errors import UserError
 from models.ops.cross_entropy import IGNORE
+from ssm_retrieval.errors import UserError
 from synthetic import distributed, pretrained, records, store, tasks
 from synthetic.config import Plan
 from synthetic.distributed import ALONE, World

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 
 PAD, BOS, QUERY = "<pad>", "<bos>", "<query>"
 TASK = "<task>"

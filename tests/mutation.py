@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("models", "synthetic", "probes", "analysis", "benchmarks", "studies", "vlm")
+PACKAGES = ("ssm_retrieval", "models", "synthetic", "probes", "analysis", "benchmarks", "studies", "vlm")
 CLI = "import sys; from mutmut.__main__ import cli; sys.argv[0] = 'mutmut'; cli()"
 KILLED, SURVIVED, UNTESTED = "killed", "survived", "no test runs it"
 

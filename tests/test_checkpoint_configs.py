@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 import models
 from models import hub_schema
-from models.errors import UserError
 from models.hub_configs import read_config
+from ssm_retrieval.errors import UserError
 
 NEAR = 1e-5  # of the largest logit, float32
 # mamba_ssm's names, which published -hf configs carry along; untrue where a case changes their subject

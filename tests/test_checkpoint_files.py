@@ -17,8 +17,8 @@ from checkpoint_forms import IDS, change, checkpoint, edit, peer, relative_error
 from safetensors.torch import load_file, save_file
 
 import models
-from models.errors import UserError
 from models.pickled import entries
+from ssm_retrieval.errors import UserError
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 516567560\n"
 NEAR = 1e-5

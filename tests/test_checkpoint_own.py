@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tiny_runs import tiny_run
 
 import models
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from synthetic import run, store
 
 IDS = torch.arange(12)[None] % 11

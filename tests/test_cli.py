@@ -7,8 +7,9 @@ import stat
 
 import pytest
 
-from models.errors import MissingPackage, UserError
-from synthetic import cli, store
+from ssm_retrieval import cli
+from ssm_retrieval.errors import MissingPackage, UserError
+from synthetic import store
 
 
 def raised(error, out="results"):

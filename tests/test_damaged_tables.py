@@ -16,8 +16,8 @@ from result_tables import run_rows, tables
 from analysis import curves, figures
 from analysis.report import __main__ as report
 from analysis.tables import load
-from models.errors import UserError
 from probes import run as probes
+from ssm_retrieval.errors import UserError
 from synthetic import store
 
 

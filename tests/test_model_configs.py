@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import models
-from models.errors import UserError
 from models.registry import FAMILIES
+from ssm_retrieval.errors import UserError
 
 CONFIGS = {name: kind for name, (kind, _) in FAMILIES.items()}
 ZERO_MEANS_DEFAULT = ("dt_rank", "d_mlp")

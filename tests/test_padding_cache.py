@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import models
 from models.packing import batches
 from models.padding import real_first
+from ssm_retrieval.errors import UserError
 
 VARIANTS = {
     "transformer-rope": ("transformer", dict(position="rope")),
@@ -183,7 +184,7 @@ def test_prompts_and_end_tokens_that_are_refused():
         (ids, dict(eos_token_id=[1, 2.5]), r"eos_token_id=\[1, 2.5\] must be"),
         ([[1, 2]], {}, r"give input_ids \(B, L\) or inputs_embeds"),
     ):
-        with pytest.raises(models.errors.UserError, match=said):
+        with pytest.raises(UserError, match=said):
             models.generate(lm, prompt, 2, **options)
 
 
@@ -294,7 +295,7 @@ def test_arguments_that_do_not_fit_each_other_give_one_line(family):
         ),
         (dict(input_ids=ids, cache=other), "the cache is of 1 layers"),
     ):
-        with pytest.raises(models.errors.UserError, match=said) as caught:
+        with pytest.raises(UserError, match=said) as caught:
             lm(**options)
         assert "\n" not in str(caught.value)
     assert used.length == 5

@@ -9,10 +9,10 @@ from scipy import stats
 
 import models
 import probes
-from models.errors import UserError
 from probes import ablation, patching
 from probes.cells import cells, target_and_partner
 from probes.pairs import KINDS, pairs
+from ssm_retrieval.errors import UserError
 from synthetic import tasks
 
 POSITION_TYPE = ("position", "position-varlen", "grid")

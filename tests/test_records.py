@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from synthetic import records, results, store, train
 from synthetic.config import RunConfig, plan
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import models
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from synthetic.config import Plan, RunConfig, plan, run_id
 
 BASE = RunConfig(seq_len=16, model=("mamba",), device="cpu", precision="float32")

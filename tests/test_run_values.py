@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from synthetic import memory, run
 from synthetic.checks import BOUNDS
 from synthetic.config import RunConfig, plan

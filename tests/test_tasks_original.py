@@ -9,7 +9,7 @@ from task_solvers import read as read_row
 from task_solvers import solve_position
 
 import models
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from synthetic.evaluate import evaluate, score
 from synthetic.tasks.original import OriginalFiles, file_name, read
 

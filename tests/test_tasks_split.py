@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from task_solvers import POSITION_TASKS
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from synthetic import tasks
 from synthetic.tasks import sampling
 

@@ -14,7 +14,7 @@ pytest.importorskip("sklearn", reason="scikit-learn is not installed; .ci/run in
 
 import vlm_runs
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from synthetic import store
 from vlm import evaluate, folders, parts, results, stages
 from vlm.config import Files, Run, Scenes, Stage, from_dict, read_file

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from vlm.data.cache import FeatureCache, Uncached
 
 COUNT = 23

@@ -17,7 +17,7 @@ pytest.importorskip("sklearn", reason="scikit-learn is not installed; .ci/run in
 import vlm_runs
 from PIL import Image
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from vlm import pictures, predict
 from vlm.scenes import __main__ as scenes
 

@@ -22,11 +22,11 @@ pytest.importorskip("sklearn", reason="scikit-learn is not installed; .ci/run in
 
 import vlm_runs
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from synthetic import store
+from synthetic.terminal import plain_console
 from vlm import folders, parts, stages, train
 from vlm.config import Scenes, Stage
-from vlm.console import plain_console
 from vlm.scenes import encoder
 
 ROOT = Path(__file__).parents[1]

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from vlm import schema
 from vlm.data.samples import Source
 from vlm.schema import AsTuple, FileName, Momentum, Natural, NonNegative, Positive, Seed, Text, checked

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.errors import MissingPackage, UserError
+from ssm_retrieval.errors import MissingPackage, UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -14,12 +14,12 @@ import torch
 import tyro
 from torch import Tensor
 
-from models.errors import UserError
-from synthetic.cli import guarded, parse, use_threads
+from ssm_retrieval.cli import guarded, parse, use_threads
+from ssm_retrieval.errors import UserError
 from synthetic.evaluate import autocast
+from synthetic.terminal import plain_console
 from vlm import folders, parts, results
 from vlm.config import Data, Run, read_file
-from vlm.console import plain_console
 from vlm.data.samples import Sample, Source
 from vlm.folders import RESULT
 from vlm.layout import image_ids

@@ -22,7 +22,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from synthetic import store
 from vlm import schema
 from vlm.config import Run

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from vlm.prompts import Chunk, image_place
 
 if TYPE_CHECKING:

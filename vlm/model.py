@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from models import LanguageModel, from_config, generate, hub, hub_configs
 from models.checkpoints import fill
-from models.errors import UserError
 from models.ops.cross_entropy import linear_cross_entropy
+from ssm_retrieval.errors import UserError
 from vlm.layout import IGNORE, splice
 
 CONNECTOR, ENCODER = "vision_embed_tokens.", "vision_encoder."  # of the names in released checkpoints

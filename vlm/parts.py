@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import models
-from models.errors import UserError
 from models.seeding import seeded
+from ssm_retrieval.errors import UserError
 from vlm import encoder as timm_encoder
 from vlm import tokenizer
 from vlm.config import Run

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from models.errors import MissingPackage, UserError
+from ssm_retrieval.errors import MissingPackage, UserError
 
 Picture = npt.NDArray[np.uint8]
 T = TypeVar("T")

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from models.errors import UserError
+from ssm_retrieval.cli import guarded, parse
+from ssm_retrieval.errors import UserError
 from synthetic import store
-from synthetic.cli import guarded, parse
 from vlm import parts, pictures, prompts
 from vlm.config import Run
 from vlm.data.samples import Sample

@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 
 END = "<|endoftext|>"
 LAYOUTS = ("agnostic", "instruction-first", "query-first")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from synthetic.evaluate import wilson
 from vlm.data.samples import Sample
 from vlm.data.turns import usual

@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor
 from typing_extensions import dataclass_transform
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from synthetic import store
 
 T = TypeVar("T")

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from synthetic import store
 from synthetic.distributed import fill
 from synthetic.optimizers import make_state

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from models.errors import MissingPackage, UserError
+from ssm_retrieval.errors import MissingPackage, UserError
 from vlm.prompts import END
 
 # A piece: a number of a box, a word with the space before it, or one character; nothing is lost or added.

@@ -21,11 +21,11 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from models.errors import MissingPackage, UserError
-from synthetic.cli import INTERRUPTED, StopSignals, guarded, parse, use_threads
+from ssm_retrieval.cli import INTERRUPTED, StopSignals, guarded, parse, use_threads
+from ssm_retrieval.errors import MissingPackage, UserError
+from synthetic.terminal import plain_console
 from vlm import parts
 from vlm.config import Run, read_file
-from vlm.console import plain_console
 from vlm.folders import RESULT, remember
 from vlm.stages import Interrupted, train_stage
 

@@ -10,8 +10,8 @@ from typing import Annotated
 
 import tyro
 
-from models.errors import MissingPackage
-from synthetic.cli import guarded, parse
+from ssm_retrieval.cli import guarded, parse
+from ssm_retrieval.errors import MissingPackage
 
 LARGE = 10_000_000  # bytes: what mail servers and browsers take without trouble
 

@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.style import FAMILIES, NAMES
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from synthetic import store
 from synthetic.config import RunConfig
 from synthetic.store import Row

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("models", "synthetic", "probes", "analysis", "vlm")
+PACKAGES = ("ssm_retrieval", "models", "synthetic", "probes", "analysis", "vlm")
 TITLE = "API reference"
 INTRODUCTION = """\
 Every public module, from its docstrings. Shapes are in brackets; *Raises* says which mistakes are refused in

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.errors import MissingPackage
+from ssm_retrieval.errors import MissingPackage
 
 OLDEST = {"mamba_ssm": "mamba-ssm>=2.2", "causal_conv1d": "causal-conv1d>=1.4"}
 INSTALL = "pip install --no-build-isolation"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import MISSING, fields
 from typing import Any
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from synthetic.tasks.base import Batch, Task
 from synthetic.tasks.grid import Grid
 from synthetic.tasks.induction import Induction

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from synthetic.tasks import sampling
 from synthetic.tasks.sampling import IntArray
 from synthetic.vocab import Vocabulary

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from synthetic.tasks.position import Position
 from synthetic.tasks.sampling import IntArray
 from synthetic.vocab import IMAGE, ROW, Vocabulary

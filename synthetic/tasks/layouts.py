@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from synthetic.tasks.sampling import IntArray
 from synthetic.vocab import Vocabulary
 

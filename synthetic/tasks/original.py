@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from synthetic.tasks import sampling
 from synthetic.tasks.base import ROW_BLOCK, Batch
 from synthetic.tasks.position import Position

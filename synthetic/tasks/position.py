@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from synthetic.tasks.base import Batch, Task
 from synthetic.tasks.layouts import LAYOUTS, check_layout
 from synthetic.tasks.sampling import IntArray, sample_distinct

@@ -25,7 +25,7 @@ from math import exp, log
 import numpy as np
 import numpy.typing as npt
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 
 IntArray = npt.NDArray[np.int64]
 

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from synthetic.tasks.base import Batch, Task
 from synthetic.tasks.sampling import IntArray, sample_distinct
 from synthetic.vocab import COPY, WHITE, Vocabulary

@@ -28,7 +28,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from torch import Tensor
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from synthetic.store import read_json, replacing, write_json
 from vlm.data.samples import Source
 from vlm.schema import remove_left, shortened

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from vlm.data.captions import ocr_tokens, text_image
 from vlm.data.files import load_json, require, structure
 from vlm.data.records import Choice, Question

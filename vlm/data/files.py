@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from models.errors import UserError
 from models.unpickle import Plain, scan
+from ssm_retrieval.errors import UserError
 
 
 class MissingFile(UserError, FileNotFoundError):

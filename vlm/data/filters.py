@@ -12,7 +12,7 @@ from typing import cast
 
 import numpy as np
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from vlm import pictures
 from vlm.data.files import load_json, require, structure
 from vlm.data.records import Grounded, GroundedCaption, Record

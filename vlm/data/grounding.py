@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from vlm.data.files import MissingFile, load_json, load_plain_pickle, require, structure
 from vlm.data.records import Box, Choice, Grounded, GroundedCaption, Question, Span, xywh_box
 from vlm.data.vqa import shuffled

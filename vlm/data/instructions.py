@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from vlm.data.files import load_json, require, structure
 from vlm.data.records import Conversation, Turn
 

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from synthetic.store import replacing
 
 

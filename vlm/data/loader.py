@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from vlm.data.mixture import Mixture
 from vlm.data.samples import Sample, Source
 from vlm.layout import BEGIN, IGNORE, ROW, Encode, TooLong, sequence

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from vlm.data.samples import Source
 
 ROUNDS = 8

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 
 Box = tuple[float, float, float, float]
 

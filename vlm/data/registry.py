@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from vlm.data.records import Record
 
 

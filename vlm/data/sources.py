@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from vlm import pictures
 from vlm.data import filters, lines, registry
 from vlm.data.files import MissingFile

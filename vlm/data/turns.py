@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, TypeVar, cast
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from vlm import prompts
 from vlm.data.files import MissingFile
 from vlm.data.records import (

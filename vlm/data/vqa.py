@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from vlm.data.files import json_lines, load_json, require, structure
 from vlm.data.records import Choice, Question, Statement
 

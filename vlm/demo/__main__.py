@@ -10,8 +10,8 @@ from typing import Annotated
 
 import tyro
 
-from models.errors import MissingPackage, UserError
-from synthetic.cli import guarded, parse, use_threads
+from ssm_retrieval.cli import guarded, parse, use_threads
+from ssm_retrieval.errors import MissingPackage, UserError
 from vlm.demo.asking import Contestant
 
 HELP = 'the demo needs gradio: pip install -e ".[demo]"'

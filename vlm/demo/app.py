@@ -10,7 +10,7 @@ import gradio as gr
 import matplotlib.colors
 
 from analysis.style import NAMES, family_colors
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from vlm import pictures
 from vlm.demo import drawing
 from vlm.demo.asking import Contestant, Question, Reply, ask, questions, typed

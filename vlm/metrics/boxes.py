@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 
 
 def iou(predicted: ArrayLike, gold: ArrayLike) -> NDArray[np.float64]:

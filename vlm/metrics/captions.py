@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 
-from models.errors import MissingPackage, UserError
+from ssm_retrieval.errors import MissingPackage, UserError
 
 # What the official tokenizer's result is rid of; words and numbers keep their inner marks, clitics
 # are split off

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from string import ascii_uppercase
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 
 
 def letter(text: str) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 NUMBERS = {

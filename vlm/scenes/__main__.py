@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from PIL import Image, ImageDraw, ImageFont
 
-from synthetic.cli import guarded, parse
+from ssm_retrieval.cli import guarded, parse
 from synthetic.store import replacing
 from vlm.scenes import TASKS, Example, make_example, render, sample_scene
 

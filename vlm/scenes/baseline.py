@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from vlm.scenes.questions import Example
 
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from vlm.prompts import box_text
 from vlm.scenes.scene import COLOUR_COUNTS, HELDOUT_PAIRS, Box, Object, Scene, scene_stream
 from vlm.scenes.stamps import COLOURS, SHAPES

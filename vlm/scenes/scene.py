@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from synthetic.tasks.sampling import stream
 from vlm.scenes.stamps import COLOURS, GRID, MARGIN, SHAPES, SIZES, TEXTURES, WORDS, digit_images, stamp
 

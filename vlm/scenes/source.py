@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 from vlm import prompts
 from vlm.data.samples import Sample
 from vlm.prompts import Chunk

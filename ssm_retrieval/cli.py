@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
-from models.errors import UserError
+from ssm_retrieval.errors import UserError
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 REPORT = (

@@ -1,0 +1,1 @@
+"""What every package of the toolkit stands on: errors and the frame of a command. Imports nothing heavy."""
