@@ -115,20 +115,15 @@ def chosen(asked: Sequence[str]) -> list[str]:
 
 def trained(folder: Path) -> dict[str, tuple[Path, Task]]:
     """Family -> (folder of its model, its task) of every finished one. Raises UserError if there is none."""
-    from synthetic import store, tasks
+    from synthetic import records, tasks
 
     if not (folder / "config.json").is_file():
         raise UserError(f"RUN_DIR {folder} has no config.json; give the folder of one run (runs/<id>)")
     found = {}
-    try:
-        for plan in store.read_json(folder / "config.json")["plans"]:
-            place = folder / plan["family"]
-            if (place / "model.safetensors").exists():
-                found[plan["family"]] = place, tasks.build(plan["task"], **plan["task_options"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"RUN_DIR {folder}/config.json is damaged or of another version ({error!r}); give another run"
-        ) from error
+    for plan in records.config(folder)["plans"]:
+        place = folder / plan["family"]
+        if (place / "model.safetensors").exists():
+            found[plan["family"]] = place, tasks.build(plan["task"], **plan["task_options"])
     if not found:
         raise UserError(f"RUN_DIR {folder} has no finished model; let synthetic.run finish training it first")
     return found

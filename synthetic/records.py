@@ -145,6 +145,7 @@ class PositionRecord(Record):
     rate: float
     ci_low: float
     ci_high: float
+    chance: float
 
 
 class ModelRecord(Record):

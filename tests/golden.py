@@ -3,7 +3,7 @@
     python tests/golden.py      adds the numbers of this TRAINING_VERSION, if it has none yet
 
 Numbers that are there are never replaced: other numbers for the same plan need another version
-(`synthetic/config.py`), or finished runs and new ones would differ under one name.
+(`synthetic/identity.py`), or finished runs and new ones would differ under one name.
 """
 
 from __future__ import annotations

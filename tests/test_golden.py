@@ -19,7 +19,7 @@ def test_training_gives_the_numbers_of_its_version(family):
     assert str(TRAINING_VERSION) in known, f"version {TRAINING_VERSION} is new: run python tests/golden.py"
     losses = golden.trajectory(family)
     assert losses == pytest.approx(known[str(TRAINING_VERSION)][family], rel=NEAR), (
-        "the same plan leads to other numbers than before: raise TRAINING_VERSION in synthetic/config.py, "
+        "the same plan leads to other numbers than before: raise TRAINING_VERSION in synthetic/identity.py, "
         "then run python tests/golden.py"
     )
 

@@ -9,19 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from analysis.style import FAMILIES, NAMES
 from ssm_retrieval.errors import UserError
-from synthetic import store
+from synthetic import records
 from synthetic.config import RunConfig
 from synthetic.store import Row
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-METRICS = ("model", "step", "tokens", "length", "train_length", "accuracy", "ci_low", "ci_high", "loss")
-POSITIONS = ("model", "position", "correct", "count", "chance")
 UNASKED = ("plan", "threads")  # options that a command to resume a run can do without
 
 
@@ -101,39 +98,20 @@ def read(folder: Path, letter: str = "") -> Run:
     """One run. Raises UserError, in one line, if the folder is not a run's or a file in it is damaged."""
     if not (folder / "config.json").is_file():
         raise UserError(f"RUNS {folder} has no config.json; give folders of runs (runs/<id>)")
-    try:
-        saved = store.read_json(folder / "config.json")
-        plans = {plan["family"]: plan for plan in saved["plans"]}
-        environment = folder / "environment.json"
-        results = {
-            family: store.read_json(folder / family / "result.json")
+    saved = records.config(folder)
+    plans = {plan["family"]: plan for plan in saved["plans"]}
+    environment = folder / "environment.json"
+    return Run(
+        folder=folder,
+        letter=letter,
+        plans={family: plans[family] for family in FAMILIES if family in plans},
+        asked=saved["run"],
+        environment=records.environment(folder)["sessions"][-1] if environment.exists() else {},
+        metrics=pd.DataFrame(records.metrics(folder)),
+        positions=pd.DataFrame(records.by_position(folder)),
+        results={
+            family: records.result(folder / family)
             for family in plans
             if (folder / family / "result.json").exists()
-        }
-        return Run(
-            folder=folder,
-            letter=letter,
-            plans={family: plans[family] for family in FAMILIES if family in plans},
-            asked=saved["run"],
-            environment=_last_session(store.read_json(environment)) if environment.exists() else {},
-            metrics=_rows(folder / "metrics.jsonl", METRICS),
-            positions=_rows(folder / "by_position.jsonl", POSITIONS),
-            results=results,
-        )
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise UserError(f"RUNS {folder} is damaged ({error!r}); give another, or train it again") from error
-
-
-def _last_session(environment: Row) -> Row:
-    """Of what environment.json holds: a list of sessions, or that of the only one."""
-    return dict(environment.get("sessions", [environment])[-1])
-
-
-def _rows(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """Rows of a JSON Lines file; empty without the file. Raises ValueError for rows without these columns."""
-    rows: list[Any] = store.read_rows(path)
-    for number, row in enumerate(rows, start=1):
-        missing = [name for name in columns if not isinstance(row, dict) or name not in row]
-        if missing:
-            raise ValueError(f"line {number} of {path.name} lacks {', '.join(missing)}")
-    return pd.DataFrame(rows)
+        },
+    )
