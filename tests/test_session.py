@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 import models
 from models.ops.linear import Linear
-from synthetic import evaluate, tasks, train
+from synthetic import evaluate, store, tasks, train
 
 DECAYED = {  # by the last two parts of their names: matrices that weight decay pulls, and no others
     "transformer": {
@@ -255,6 +256,46 @@ def test_evaluation_has_another_batch_every_time_and_the_same_at_every_step(tmp_
     second = [r.input_ids for r in read if not r.training]
     assert len(first) > 3 and torch.equal(torch.cat(first), torch.cat(second))
     assert len({tuple(row) for row in torch.cat(first).tolist()}) == 24
+
+
+# --- what is written ---------------------------------------------------------------------------------
+
+
+def test_a_finished_session_writes_down_what_it_did(tmp_path):
+    p = small("mamba", eval_every=6, final_eval_examples=40, curriculum=16, seed=3)
+    before = time.monotonic()
+    result = train.train(p, tmp_path)
+    taken = time.monotonic() - before
+    rows = store.read_rows(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [6, 12]
+    assert all(row["train_loss"] > 0 and 0 <= row["train_accuracy"] <= 1 for row in rows)
+    assert 0 < rows[0]["seconds"] < rows[1]["seconds"] <= result["seconds"] <= round(taken, 3)
+    for row, count in ((rows[0], 8), (rows[1], 8), (result, 40)):
+        assert (row["model"], row["seed"], row["length"], row["train_length"]) == ("mamba", 3, 16, 16)
+        assert row["count"] == count and row["correct"] == row["accuracy"] * count
+        assert row["chance"] == 1 / 16 and row["ci_low"] <= row["accuracy"] <= row["ci_high"]
+    assert result["reached"] is False and result["longest_length"] == 0
+    places = store.read_rows(tmp_path / "by_position.jsonl")
+    assert sum(row["count"] for row in places) == 40
+    for row in places:
+        fixed = {"model": "mamba", "seed": 3, "step": 12, "length": 16, "chance": 1 / 16}
+        assert row | fixed == row
+    _, header = store.load_tensors(tmp_path / "mamba" / "model.safetensors")
+    assert header == {"step": 12}
+
+
+def test_a_checkpoint_is_written_when_it_is_due_and_only_then(tmp_path, monkeypatch):
+    for seconds, due in ((0.0, True), (1e9, False)):
+        monkeypatch.setattr(train, "CHECKPOINT_SECONDS", seconds)
+        work = session(small("mamba"), tmp_path / str(due))
+        work.step()
+        path = work.own / train.SINGLE
+        assert path.exists() == due
+        if due:
+            tensors, header = store.load_tensors(path)
+            assert header["step"] == 1 and header["tokens"] == work.progress.tokens
+            for name, w in work.model.named_parameters():
+                assert torch.equal(tensors[f"model.{name}"], w)
 
 
 # --- independent of the trainer ----------------------------------------------------------------------
