@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
+import shutil
 import sys
 import types
 from functools import lru_cache
@@ -73,3 +75,33 @@ def report(probed_run, tmp_path_factory):
 
     path = tmp_path_factory.mktemp("report") / "report.html"
     return types.SimpleNamespace(path=path, text=write(path, probed_run))
+
+
+@pytest.fixture(scope="session")
+def two_stages(tmp_path_factory):
+    """The folder of a VLM's run of two stages that was saved untrained; tests copy it."""
+    import vlm_runs
+
+    from synthetic import store
+    from vlm import folders
+
+    stage = vlm_runs.stage
+    out = tmp_path_factory.mktemp("vlm")
+    vlm_runs.save_encoder(out)
+    wanted = dataclasses.replace(vlm_runs.run("mamba-tiny", name="two"), stages=(stage(), stage(lr=2e-3)))
+    for number, name in enumerate(wanted.stage_ids()):
+        kept = dataclasses.replace(wanted, stages=wanted.stages[: number + 1])
+        assert kept.stage_ids()[-1] == name
+        vlm_runs.save(kept, out)
+        store.write_json(out / name / folders.CONFIG, {"version": 1, "plans": [wanted.to_dict()]})
+    return out / wanted.stage_ids()[-1]
+
+
+@pytest.fixture
+def vlm_folder(two_stages, tmp_path):
+    """A copy of `two_stages`."""
+    from vlm import parts
+
+    shutil.copytree(two_stages.parent, tmp_path / "out")
+    parts.eyes.cache_clear()
+    return tmp_path / "out" / two_stages.name

@@ -298,9 +298,7 @@ def test_bad_input_of_the_others_is_one_line(command, tmp_path, capsys):
     more = [str(tmp_path / "absent.png"), "What?"] if command is predict else []
     assert command.main([str(tmp_path), *more]) == 2
     said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1 and (
-        "holds no trained VLM" in said[0] or "does not exist; give a picture" in said[0]
-    )
+    assert len(said) == 1 and ("holds no trained VLM" in said[0] or "does not exist; give a PNG" in said[0])
 
 
 def test_evaluate_refuses_what_it_cannot_use(tmp_path, capsys):

@@ -42,3 +42,21 @@ def save(wanted: Run, out: Path) -> Path:
     )
     store.write_json(folder / stages.RESULT, {"steps": 0, "seconds": 0.0})
     return folder
+
+
+def stage(**more) -> Stage:
+    """A stage that is valid as it is."""
+    return Stage(**dict(data={"locate": Scenes("locate", 40)}, batch_size=4, lr=1e-3, steps=3) | more)
+
+
+def planned(**more) -> Run:
+    """A run that is valid as it is, of no small model: never to be built."""
+    given = dict(name="a", model="mamba-tiny", stages=(stage(),), evaluation={}) | more
+    return Run(**given)
+
+
+def one_line(raised) -> str:
+    """What `pytest.raises` caught, which must be one line of a bearable length."""
+    text = str(raised.value)
+    assert text and "\n" not in text and len(text) < 1000
+    return text

@@ -22,10 +22,10 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 from ssm_retrieval.errors import UserError
 from vlm import schema
 from vlm.data.samples import Source
+from vlm.prompts import Layout
 from vlm.schema import AsTuple, FileName, Momentum, Natural, NonNegative, Positive, Seed, Text, checked
 
 TRAINING_VERSION = 2  # raise it when a config leads to other numbers than before
-Layout = Literal["agnostic", "instruction-first", "query-first"]
 ImageSize = Annotated[int, Field(ge=16, le=4096)]
 
 

@@ -13,11 +13,13 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from ssm_retrieval.errors import UserError
 
 END = "<|endoftext|>"
-LAYOUTS = ("agnostic", "instruction-first", "query-first")
+Layout = Literal["agnostic", "instruction-first", "query-first"]
+LAYOUTS: tuple[Layout, ...] = ("agnostic", "instruction-first", "query-first")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 INSTRUCTIONS = {
