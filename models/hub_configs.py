@@ -179,8 +179,9 @@ def _gpt_neox(raw: Raw, norm: str, where: str, beside: Collection[str]) -> Confi
     same("rope_theta", fields.rope_theta, "rotary_emb_base", theta, where)
     same("partial_rotary_factor", fields.partial_rotary_factor, "rotary_pct", share, where)
     width, heads = fields.hidden_size, fields.num_attention_heads
+    rotated = int(width // heads * share)
     require(
-        int(width // heads * share) % 2 == 0,
+        rotated % 2 == 0,
         f"{where}: rotary_pct={share} rotates an odd number of a head's {width // heads} dimensions, which "
         "is not supported",
     )
@@ -191,7 +192,8 @@ def _gpt_neox(raw: Raw, norm: str, where: str, beside: Collection[str]) -> Confi
         n_layer=fields.num_hidden_layers,
         n_head=heads,
         d_mlp=0 if mlp == 4 * width else mlp,
-        rotary_pct=share,
+        position="rope" if rotated else "none",  # as `transformers`, which then rotates nothing
+        rotary_pct=share if rotated else TransformerConfig.rotary_pct,
         rope_theta=theta,
         max_position_embeddings=fields.max_position_embeddings,
         parallel_residual=fields.use_parallel_residual,

@@ -116,6 +116,7 @@ def test_an_original_config_that_asks_for_another_norm_than_the_weights_have(tmp
 
 ROTARY = [
     dict(rotary_pct=0.5),
+    dict(rotary_pct=0.01),  # of 16 dimensions: rotates nothing
     dict(rotary_emb_base=500),
     dict(rotary_pct=0.5, rotary_emb_base=500, rope_theta=500.0, partial_rotary_factor=0.5),
     dict(rope_scaling={"rope_type": "default", "rope_theta": 70.0, "partial_rotary_factor": 0.5}),

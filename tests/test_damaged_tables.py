@@ -18,7 +18,7 @@ from analysis.report import __main__ as report
 from analysis.tables import load
 from probes import run as probes
 from ssm_retrieval.errors import UserError
-from synthetic import store
+from synthetic import records
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_a_run_that_cannot_be_read_is_not_called_damaged(copied, tmp_path, capsy
     def refused(path):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
-    monkeypatch.setattr(store, "read_json", refused)
+    monkeypatch.setattr(records, "text_of", refused)
     for call in (
         probes.main([str(copied)]),
         report.main([str(copied), "--out", str(tmp_path / "page.html")]),

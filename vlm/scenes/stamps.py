@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from ssm_retrieval.errors import MissingPackage
+
 if TYPE_CHECKING:
     from vlm.scenes.scene import Object, Scene
 
@@ -118,8 +120,8 @@ def digit_images() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     """((1797, 8, 8) ink 0 .. 255, (1797,) digits) of scikit-learn's handwritten digits."""
     try:
         from sklearn.datasets import load_digits
-    except ImportError:
-        raise ModuleNotFoundError("scenes need scikit-learn: pip install 'ssm-retrieval[vlm]'") from None
+    except ImportError as error:
+        raise MissingPackage('scenes need scikit-learn: pip install -e ".[vlm]"') from error
     data = load_digits()
     return (data.images * (255 / 16)).astype(np.uint8), data.target.astype(np.int64)
 
