@@ -265,14 +265,20 @@ def _model(config: RunConfig, family: str, task: Task, queries: int) -> tuple[st
             "max_position_embeddings": task.max_length(queries) + 1,
             "position": config.position or ("rope" if paper else "learned"),
         }
-        if overrides["position"] == "rope":
-            overrides["rotary_pct"] = config.rotary_pct
     try:
         name = models.resolve(f"{family}-{config.preset}")
         usual: Any = models.config(name)
     except ValueError as error:
         raise UserError(f"--preset {config.preset}: {error}") from error
-    # whoever asks for what the preset has anyway gets the same run as without asking
+    if overrides.get("position") == "rope":
+        width = (usual.attention_config() if family == "hybrid" else usual).d_head
+        check(
+            int(width * config.rotary_pct) >= 2,  # RoPE rotates pairs of dimensions
+            f"--rotary-pct {config.rotary_pct} rotates none of the {width} dimensions of a head; "
+            f"use at least {2 / width:g}, or --position none",
+        )
+        overrides["rotary_pct"] = config.rotary_pct
+    # a value that equals the preset's leads to the same run as leaving it out
     if config.layers is not None and config.layers != usual.n_layer:
         overrides["n_layer"] = config.layers
     if config.d_state is not None and family != "transformer" and config.d_state != usual.d_state:

@@ -10,8 +10,6 @@ import typing
 from dataclasses import dataclass
 from typing import Any
 
-from ssm_retrieval.errors import UserError
-
 # Raise it whenever the trainer comes to other numbers for the same plan: it is part of every run's identity.
 TRAINING_VERSION = 2  # 2: a validation split decides when training stops, and is asked twice
 NEVER = 1.01  # a --stop-at that no accuracy reaches
@@ -93,20 +91,12 @@ def normal(plan: Plan) -> Plan:
 
 
 def _rotary_pct(plan: Plan) -> float:
-    """The smallest share that rotates as many dimensions of a head, an even number, as the one asked for.
-
-    Raises UserError if that is none.
-    """
+    """The smallest share that rotates as many dimensions of a head, an even number, as the one asked for."""
     import models
 
     config: Any = models.config(plan.model, **plan.model_overrides)
     attention = config.attention_config() if hasattr(config, "attention_config") else config
     rotated, all_of_them = attention.rotary_dims, attention.d_head
-    if rotated == 0:
-        raise UserError(
-            f"--rotary-pct {attention.rotary_pct} rotates none of the {all_of_them} dimensions of a head; "
-            f"use at least {2 / all_of_them:g}, or --position none"
-        )
     share = rotated / all_of_them
     return share if int(all_of_them * share) == rotated else math.nextafter(share, 1)
 

@@ -203,10 +203,12 @@ def test_a_probe_table_of_another_version_is_made_again(copied, tmp_path, capsys
 def test_a_run_of_several_sessions_shows_the_last_one(copied):
     from analysis.report.runs import read
 
-    (copied / "environment.json").write_text(json.dumps({"sessions": [{"cpus": 2}, {"cpus": 8}]}))
-    assert read(copied).environment == {"cpus": 8}
-    (copied / "environment.json").write_text(json.dumps({"cpus": 4}))
-    assert read(copied).environment == {"cpus": 4}
+    (session,) = json.loads((copied / "environment.json").read_text())["sessions"]
+    first, last = session | {"threads": 1}, session | {"threads": 8}
+    (copied / "environment.json").write_text(json.dumps({"sessions": [first, last]}))
+    assert read(copied).environment == last
+    (copied / "environment.json").write_text(json.dumps(first))  # as version 0.1 wrote it
+    assert read(copied).environment == first
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "by_position.jsonl"])

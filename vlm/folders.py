@@ -35,10 +35,11 @@ FORMAT = 1  # of config.json; raise it when an older toolkit could not read it
 
 @checked
 class Saved:
-    """config.json. run, purpose: as `store.prepare` writes them, of no use here."""
+    """config.json. run, purpose, format: as `store.prepare` writes them, of no use here."""
 
     plans: tuple[Run, ...] = Field(min_length=1)
     version: Natural = 1
+    format: Natural = 1
     run: Mapping[str, Any] = field(default_factory=dict)
     purpose: str = ""
 
