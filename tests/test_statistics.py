@@ -203,6 +203,24 @@ def test_many_pairs_are_sampled_and_reproducible():
     assert p == pytest.approx(stats.ttest_1samp(differences, 0).pvalue, abs=0.02)
 
 
+def test_a_seed_decides_the_interval_of_a_paired_test():
+    table = pairs_of(np.random.default_rng(1).normal(0.1, 0.2, 12))
+    one, again, other = (paired_test(table, "a", "b", on=["seed"], seed=seed) for seed in (3, 3, 4))
+    assert (one.low, one.high) == (again.low, again.high) != (other.low, other.high)
+
+
+@pytest.mark.parametrize("confidence", [0, 1, -0.5, 95])
+def test_a_confidence_is_a_share_that_is_neither_none_nor_all(confidence):
+    for interval in (
+        lambda: mean_interval([1, 2], confidence),
+        lambda: share_interval(1, 3, confidence),
+        lambda: bootstrap([1.0, 2.0, 3.0], confidence=confidence),
+        lambda: bootstrap_median_time([1.0, 2.0], [True, True], confidence),
+    ):
+        with pytest.raises(ValueError, match=f"confidence {confidence} must lie between 0 and 1"):
+            interval()
+
+
 def test_pairs_are_matched_on_all_columns_and_missing_values():
     table = pairs_of([0.1, 0.2, 0.3], d_state=[16.0, np.nan, 64.0])
     table = table[~((table["model"] == "b") & (table["seed"] == 2))]  # a run without a partner

@@ -23,6 +23,12 @@ SAID = {"1": "a dog on the table", "2": "a red bus on the street.", "3": "a cat"
         ("The Two dogs.", "2 dogs"),
         ("dont", "don't"),
         ("couldntve", "couldn't've"),
+        ("couldn'tve", "couldn't've"),
+        ("couldnt've", "couldn't've"),
+        # the official rule: a mark that touches a space anywhere goes everywhere, else it becomes a space
+        ("semi-final", "semi final"),
+        ("semi-final - two", "semifinal 2"),
+        ("semi-final\t-two", "semifinal 2"),
         ("1,000", "1000"),
         ("black/white", "black white"),
         ("yes, sir", "yes sir"),
@@ -44,6 +50,7 @@ def test_vqa_accuracy_leaves_one_out():
         assert vqa.published_accuracy("Red", [a.lower() for a in answers]) == pytest.approx(
             [0, 0.3, 0.6, 0.9, 1, 1][k]
         )
+    assert vqa.published_accuracy("dog's", ["dog 's", "dogs"]) == pytest.approx(0.3)
     with pytest.raises(ValueError, match="answers"):
         vqa.accuracy("red", [])
 
