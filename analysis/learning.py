@@ -44,7 +44,8 @@ def _accuracy(full: pd.DataFrame, axes: Axes) -> None:
         axes.fill_between(x, rows["ci_low"], rows["ci_high"], color=color, alpha=0.2, linewidth=0)
     chance = float(full["chance"].iloc[0])
     axes.axhline(chance, color="0.4", linestyle="--", linewidth=1, label=f"chance ({chance:.2g})")
-    axes.set(ylim=(-0.03, 1.03), ylabel="held-out accuracy\n(single query, full length)")
+    split = "validation" if "validation" in set(full.get("split", ())) else "held-out"
+    axes.set(ylim=(-0.03, 1.03), ylabel=f"{split} accuracy\n(single query, full length)")
     axes.legend(loc="center right", frameon=True)
 
 
