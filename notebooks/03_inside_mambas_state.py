@@ -353,7 +353,7 @@ display(pd.DataFrame(rows).set_index("layer").round(3))
 # A **linear probe** is trained to say, from the state at the moment the answer is due, *which symbol stood at
 # place k*. If it can, a linear map of the state has the information. There are 12 symbols, so chance is 1 /
 # 12. The usual trap is that a probe with thousands of inputs can learn a lot by itself, so two controls
-#     come along:
+# come along:
 #
 # * **untrained weights**: what a random state already gives away;
 # * **shuffled labels**: the same probe on labels dealt to sequences at random, which must end at chance.
@@ -426,7 +426,6 @@ for (layout, weights), curves in read.items():
             "best layer": layer,
             "accuracy, mean over places": one["accuracy"].mean(),
             "shuffled labels": one["shuffled"].mean(),
-            "control task": one["control"].mean(),
             "chance": chance,
             f"symbols readable, of {N}": ((one["accuracy"] - chance) / (1 - chance)).sum(),
         }
@@ -436,10 +435,8 @@ display(summary.round(3))
 
 # %% [markdown]
 # *Reading the table.* "Symbols readable" adds up, over the places, how far the accuracy lies above chance, so
-# that guessing counts nothing. The control task comes out near 1 in every row, because the state is read
-# right behind a symbol, and which symbol was read last any probe can see; what it says is that this probe has
-# the capacity to memorise token types. What the probe cannot do is guess the context, which is what the
-# shuffled labels show. So the comparison that counts here is with the *untrained* weights.
+# that guessing counts nothing. The probe cannot guess the context, which is what the shuffled labels show. So
+# the comparison that counts here is with the *untrained* weights.
 
 # %%
 last, first = summary.loc[("query last", "trained")], summary.loc[("query first", "trained")]

@@ -164,7 +164,10 @@ say(f"Each of the 64 patches is told in {eyes.patches('heldout', 3).shape[1]} nu
 
 # %%
 STEPS_EACH = 200
-STAGE = Stage(data={}, batch_size=32, lr=2e-3, steps=STEPS_EACH)  # its rate warms up, then falls as a cosine
+WORDS = {"reading-word": Scenes("reading-word", 4000)}
+STAGE = Stage(
+    data=WORDS, batch_size=32, lr=2e-3, steps=STEPS_EACH
+)
 SIZES = {"transformer": dict(n_head=2, init_std=0.06), "mamba": {}}
 
 
@@ -174,7 +177,7 @@ def learn(family, place="agnostic"):
     torch.manual_seed(0)
     model = VLM(lm, features=eyes.patches("train", 0).shape[1])
     optimizer = torch.optim.AdamW(model.parameters(), lr=STAGE.lr, betas=(0.9, 0.95))
-    read = Mixture({"reading-word": Scenes("reading-word", 4000).build(answers=True)})
+    read = Mixture({name: words.build(answers=True) for name, words in STAGE.data.items()})
     losses = []
     for batch in batches(
         read, eyes, batch_size=STAGE.batch_size, start=0, stop=STEPS_EACH, seed=0,
@@ -217,7 +220,7 @@ test = Scenes("reading-word", HELDOUT, "heldout").build(answers=False)
 samples = [test[i] for i in range(HELDOUT)]
 rows = []
 for family, (model, _) in found.items():
-    run = Run(family, f"{family}-tiny", (STAGE,), {}, layout="agnostic")
+    run = Run(family, f"{family}-tiny", (STAGE,), WORDS, layout="agnostic")
     said = answer_all(model, run, eyes, test, samples, SIDE, "cpu")
     hits = sum(right(sample, answer) for sample, answer in zip(samples, said, strict=True))
     low, high = wilson(hits, HELDOUT)

@@ -54,6 +54,7 @@ def test_no_writable_folder_for_the_cache(tree):
     assert len(said) == 1 and "set NUMBA_CACHE_DIR to one that is" in said[0]
 
 
+@pytest.mark.slow
 def test_damaged_and_stale_caches_are_compiled_again(tree, tmp_path):
     cache = tmp_path / "cache"
 

@@ -54,7 +54,7 @@ def test_digits_and_words_are_read(tmp_path, monkeypatch):
     torch.set_num_threads(1)
     try:
         stages.train_stage(run, 0, tmp_path, train.accelerate([run]))
-        rows = evaluate.evaluate(run, tmp_path, device="cpu")
+        rows, _ = evaluate.evaluate(run, tmp_path, device="cpu")
     finally:
         torch.set_num_threads(threads)
     accuracy = {row["task"]: row["value"] for row in rows if row["metric"] == "accuracy"}
