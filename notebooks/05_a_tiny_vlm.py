@@ -165,9 +165,7 @@ say(f"Each of the 64 patches is told in {eyes.patches('heldout', 3).shape[1]} nu
 # %%
 STEPS_EACH = 200
 WORDS = {"reading-word": Scenes("reading-word", 4000)}
-STAGE = Stage(
-    data=WORDS, batch_size=32, lr=2e-3, steps=STEPS_EACH
-)
+STAGE = Stage(data=WORDS, batch_size=32, lr=2e-3, steps=STEPS_EACH)
 SIZES = {"transformer": dict(n_head=2, init_std=0.06), "mamba": {}}
 
 
