@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import os
 import shutil
 import sys
 import types
@@ -12,6 +13,10 @@ from functools import lru_cache
 from typing import Any
 
 import pytest
+
+# Idle threads of torch sleep: two test processes share the cores. Before torch is loaded, hence the order.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from hook_models import FAMILIES, build
 from tiny_runs import tiny_run
 

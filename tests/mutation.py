@@ -101,7 +101,7 @@ class Tree:
             "only_mutate": [str(self.path)],
             "also_copy": others,
             "pytest_add_cli_args_test_selection": self.tests,
-            "pytest_add_cli_args": ["-p", "no:cacheprovider", "-m", "not slow"],
+            "pytest_add_cli_args": ["-p", "no:cacheprovider", "-m", "not slow", "-n", "0"],
             # torch and numba have threads, which a fork of the process that ran them would wait for forever
             "process_isolation": "forkserver",
             "use_git_change_detection": False,
@@ -161,23 +161,22 @@ def quiet() -> dict[str, str]:
     return kept | one | {"MPLBACKEND": "Agg"}
 
 
-def report(tree: Tree, names: list[str], survivors: bool) -> str:
-    """One line of docs/testing.md's table; with survivors, what nobody noticed."""
+def report(tree: Tree, chosen: list[str], total: int) -> str:
+    """One line of docs/testing.md's table, then the mutants among `chosen` that nobody noticed."""
     from synthetic.evaluate import wilson
 
     known = tree.known()
-    verdicts = {name: known[name] for name in names if name in known}
+    verdicts = {name: known[name] for name in chosen if name in known}
     killed = sum(v == KILLED for v in verdicts.values())
     low, high = wilson(killed, len(verdicts))
     share = f"{100 * killed / len(verdicts):.0f} %" if verdicts else "-"
     lines = [
-        f"| `{tree.module}` | {len(names)} | {len(verdicts)} | {killed} | {share} "
+        f"| `{tree.module}` | {total} | {len(verdicts)} | {killed} | {share} "
         f"| {100 * low:.0f} to {100 * high:.0f} |"
     ]
-    if survivors:
-        for name, verdict in verdicts.items():
-            if verdict != KILLED:
-                lines += ["", f"{name}: {verdict}", tree.diff(name).rstrip()]
+    for name, verdict in verdicts.items():
+        if verdict != KILLED:
+            lines += ["", f"{name}: {verdict}", tree.diff(name).rstrip()]
     return "\n".join(lines)
 
 
@@ -200,7 +199,7 @@ def main() -> int:
         known = tree.known()
         if not options.report and (missing := [name for name in chosen if name not in known]):
             tree.run(missing)
-        print(report(tree, chosen, survivors=True), flush=True)
+        print(report(tree, chosen, len(names)), flush=True)
     return 0
 
 

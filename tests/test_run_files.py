@@ -145,18 +145,14 @@ def test_a_live_process_keeps_its_temporary_files(tmp_path):
         (".a.00000000-1-00000000.tmp", 2 * files.ABANDONED, True),
         (".a.0123456789ab.tmp", 0, False),  # of a version that did not say whose
         (".a.0123456789ab.tmp", 2 * files.ABANDONED, True),
-        (f".a.{files._machine()}-{os.getpid()}-00000000.tmp", 0, False),
-        (
-            f".a.{files._machine()}-{2**22 + 1}-00000000.tmp",
-            0,
-            True,
-        ),  # beyond the largest number of a process
+        (".a.{here}-{us}-00000000.tmp", 0, False),
+        (".a.{here}-{beyond}-00000000.tmp", 0, True),  # beyond the largest number of a process
         ("a.tmp", 2 * files.ABANDONED, False),
         (".a.txt", 2 * files.ABANDONED, False),
     ],
 )
 def test_whose_temporary_files_go(tmp_path, name, age, goes):
-    path = tmp_path / name
+    path = tmp_path / name.format(here=files._machine(), us=os.getpid(), beyond=2**22 + 1)
     path.write_text("")
     os.utime(path, (time.time() - age,) * 2)
     files.collect(tmp_path, tmp_path / "absent")
