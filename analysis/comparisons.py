@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.statistics import holm, paired_sign_test
+from ssm_retrieval.statistics import holm, paired_sign_test
 
 
 def comparisons(thresholds: pd.DataFrame) -> pd.DataFrame:

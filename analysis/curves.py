@@ -53,8 +53,8 @@ def _print_all(options: Options) -> int:
 def write(runs: Path, out: Path) -> Iterator[str]:
     """Write all figures and tables; yields a line on each. Raises UserError if there are no runs."""
     from analysis.settings import DENSE
-    from analysis.style import theme
     from analysis.tables import files, load
+    from ssm_retrieval.style import theme
 
     evaluations = load(runs)
     targets = load(runs, "targets") if files(runs, "targets") else None
@@ -126,8 +126,8 @@ def _geometry(runs: Path, task: str) -> Iterator[Drawn]:
 
 
 def _write(path: Path, table: Table, draw: Callable[[], Any] | None) -> str:
-    from analysis.style import save
-    from synthetic.store import write_bytes
+    from ssm_retrieval.style import save
+    from ssm_retrieval.training.store import write_bytes
 
     if table.empty:
         return f"{path}: left out, no runs to show it"

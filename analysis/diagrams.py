@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from analysis.style import DOUBLE, family_colors
+from ssm_retrieval.style import DOUBLE, family_colors
 from synthetic import tasks
 from vlm import prompts
 

@@ -92,7 +92,8 @@ def position_rows(folder: Path) -> dict[str, np.ndarray]:
     "input" only where it is not the readout itself (tied embeddings); "learned" are the rows of the places
     where a context's symbols stand. Raises UserError if the task has no position tokens.
     """
-    from synthetic import store, tasks
+    from ssm_retrieval.training import store
+    from synthetic import tasks
 
     saved = store.read_json(folder.parent / "config.json")
     (plan,) = (p for p in saved["plans"] if p["family"] == folder.name)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from analysis.style import NAMES, family_colors
 from ssm_retrieval.errors import UserError
+from ssm_retrieval.style import NAMES, family_colors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

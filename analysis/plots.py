@@ -10,8 +10,8 @@ import pandas as pd
 
 from analysis import settings
 from analysis.scaling import accuracy_by_position, examples_to_threshold, fit_power_laws, reachable_length
-from analysis.statistics import bootstrap_median_time, mean_interval
-from analysis.style import legend, panels
+from ssm_retrieval.statistics import bootstrap_median_time, mean_interval
+from ssm_retrieval.style import legend, panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

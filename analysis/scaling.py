@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 from scipy import optimize, stats
 
-from analysis.statistics import bootstrap_median_time, require, share_interval
 from ssm_retrieval.errors import UserError
+from ssm_retrieval.statistics import bootstrap_median_time, require, share_interval
 
 RUN = ["run", "model"]
 CELL = ("task", "layout", "seq_len", "model", "preset", "position", "d_state", "n_layer")

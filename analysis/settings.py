@@ -8,8 +8,8 @@ import pandas as pd
 from pandas.api.types import is_number
 
 from analysis.scaling import CELL
-from analysis.style import FAMILIES, NAMES, family_colors
 from ssm_retrieval.errors import UserError
+from ssm_retrieval.style import FAMILIES, NAMES, family_colors
 from synthetic.results import CONFIG
 
 POSITION_NAMES = {"rope": "RoPE", "none": "no positions"}  # learned positions, the default, go without saying
@@ -67,7 +67,7 @@ def cell_of(table: pd.DataFrame) -> list[str]:
 
 
 def _usual_state(model: str, preset: str) -> float | None:
-    import models
+    from ssm_retrieval import models
 
     try:
         return getattr(models.config(f"{model}-{preset}"), "d_state", None)

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis.style import FAMILIES
 from ssm_retrieval.errors import UserError
+from ssm_retrieval.style import FAMILIES
 
 if TYPE_CHECKING:  # seconds, which `import analysis` can spare
     import pandas as pd
@@ -136,7 +136,7 @@ def by_seed(values: Iterable[Any], digits: int = 3) -> str:
 
 def share(k: Any, n: Any) -> str:
     """How many seeds of how many, with Clopper and Pearson's interval: "2 of 3 [0.09, 0.99]"."""
-    from analysis.statistics import share_interval
+    from ssm_retrieval.statistics import share_interval
 
     low, high = share_interval(int(k), int(n))
     return f"{k} of {n} [{low:.2f}, {high:.2f}]"

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 
 from analysis import published
-from analysis.statistics import mean_interval
-from analysis.style import DOUBLE, NAMES, SINGLE, family_colors
+from ssm_retrieval.statistics import mean_interval
+from ssm_retrieval.style import DOUBLE, NAMES, SINGLE, family_colors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import nn
 
-import models
 from benchmarks.common import fresh, machine
-from models.checkpoints import load, save
-from models.hub_configs import write_config
+from ssm_retrieval import models
+from ssm_retrieval.models.checkpoints import load, save
+from ssm_retrieval.models.hub_configs import write_config
 
 SEED = 0
 

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import models
 from benchmarks.common import seconds
-from models.ops.causal_conv1d import causal_conv1d
-from models.ops.selective_scan import selective_scan
-from models.ops.ssd import ssd
+from ssm_retrieval import models
+from ssm_retrieval.ops.causal_conv1d import causal_conv1d
+from ssm_retrieval.ops.selective_scan import selective_scan
+from ssm_retrieval.ops.ssd import ssd
 
 PRESETS = ["mamba-130m", "mamba-370m", "mamba-1.4b", "mamba-2.8b", "mamba2-130m", "mamba2-2.7b"]
 NO_GPU = (
@@ -111,11 +111,13 @@ def report_errors(device: str, fast: Callable[[str], str]) -> bool:
 @contextlib.contextmanager
 def without_kernels() -> Iterator[None]:
     """Every op that chooses its backend takes the reference."""
-    modules = {"models.ops.selective_scan", "models.ops.causal_conv1d"}
+    modules = {"ssm_retrieval.ops.selective_scan", "ssm_retrieval.ops.causal_conv1d"}
     with contextlib.ExitStack() as stack:
         for module in modules:
             stack.enter_context(mock.patch.object(sys.modules[module], "_choose", lambda *_: "reference"))
-        stack.enter_context(mock.patch.object(sys.modules["models.mamba2"], "_choose", lambda *_: "chunks"))
+        stack.enter_context(
+            mock.patch.object(sys.modules["ssm_retrieval.models.mamba2"], "_choose", lambda *_: "chunks")
+        )
         yield
 
 

@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.common import machine, numpy_peak, seconds
-from models.ops.memory import keep_freed_memory
+from ssm_retrieval.ops.memory import keep_freed_memory
 from synthetic import tasks
 from synthetic.config import RunConfig
 from synthetic.evaluate import autocast
@@ -98,7 +98,7 @@ Loss = Callable[[Batch], torch.Tensor]
 
 def our_model(name: str, vocab_size: int, table: int) -> tuple[nn.Module, Loss]:
     """This project's model `name` and its loss on a batch, as `synthetic.train.update` computes it."""
-    import models
+    from ssm_retrieval import models
 
     options: dict[str, Any] = dict(vocab_size=vocab_size)
     if name.startswith("transformer"):

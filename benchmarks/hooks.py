@@ -30,10 +30,11 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-import models
 import probes
+import ssm_retrieval
 from benchmarks.common import machine, seconds
-from models.ops.memory import keep_freed_memory
+from ssm_retrieval import models
+from ssm_retrieval.ops.memory import keep_freed_memory
 
 STEP, FORWARD = (2, 256), (8, 1024)  # batch, length
 POSITIONS, VOCAB = 64, 2052
@@ -64,20 +65,18 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def without_hooks() -> ModuleType:
-    """A second copy of the package `models`, hook points cut out; it shares `models.ops` with the first."""
-    held = {name: m for name, m in sys.modules.items() if name.partition(".")[0] == "models"}
+    """A second copy of `ssm_retrieval.models`, hook points cut out; it shares the operators with the first."""
+    held = {name: m for name, m in sys.modules.items() if f"{name}.".startswith("ssm_retrieval.models.")}
     for name in held:
-        if not name.startswith("models.ops"):
-            del sys.modules[name]
+        del sys.modules[name]
     finder = _Finder()
     sys.meta_path.insert(0, finder)
     try:
-        return importlib.import_module("models")
+        return importlib.import_module("ssm_retrieval.models")
     finally:
         sys.meta_path.remove(finder)
-        for name in [name for name in sys.modules if name.partition(".")[0] == "models"]:
-            del sys.modules[name]
         sys.modules.update(held)
+        ssm_retrieval.models = models
 
 
 def pairs(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:

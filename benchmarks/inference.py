@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import models
 from benchmarks.common import fresh, machine, peak
-from models.hub_configs import write_config
+from ssm_retrieval import models
+from ssm_retrieval.models.hub_configs import write_config
 
 DTYPE = torch.bfloat16
 

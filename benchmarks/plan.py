@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import fresh, machine, peak
-from models.ops.memory import keep_freed_memory, return_freed_memory
+from ssm_retrieval.ops.memory import keep_freed_memory, return_freed_memory
 from synthetic.config import FAMILIES, Plan, RunConfig, plan
 
 LENGTHS = (256, 1024)
@@ -48,9 +48,9 @@ def make_plan(family: str, size: str, seq_len: int, precision: str, **options: A
 
 def updates(settled: Plan, steps: int) -> None:
     """Optimizer steps of a run at full length."""
-    import models
+    from ssm_retrieval import models
+    from ssm_retrieval.training.optimizers import make_optimizer
     from synthetic import tasks, train
-    from synthetic.optimizers import make_optimizer
 
     model = models.build(settled.model, **settled.model_overrides)
     model.checkpointing = settled.checkpointing
@@ -86,7 +86,7 @@ def measured(settled: Plan, keep: bool = False) -> float:
 
 def predicted(settled: Plan) -> float:
     """MiB."""
-    from models.planning import step_memory
+    from ssm_retrieval.models.planning import step_memory
     from synthetic.memory import meta_model, training_steps
 
     return step_memory(meta_model(settled), training_steps(settled)[-1]).peak / 2**20

@@ -37,7 +37,6 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-import models
 import probes
 from benchmarks.common import machine, peak_memory, seconds
 from probes import patching
@@ -45,6 +44,7 @@ from probes.cells import Cell
 from probes.pairs import Pairs, pairs
 from probes.retention import hidden_attention
 from probes.updates import Scan
+from ssm_retrieval import models
 from synthetic import tasks
 
 D_MODEL, N_LAYER, N_HEAD, D_STATE = 128, 4, 4, 16

@@ -8,7 +8,7 @@ over lengths 256 to 16,384 (linearity, 0.1 = 10 %).
 
 PyTorch on Linux gives large freed blocks back to the kernel and pays for fresh pages at the next allocation.
 The headline ratio is taken in a process like that; "_kept_memory" is measured after
-`models.ops.memory.keep_freed_memory()`, which helps the peer more, as it allocates more.
+`ssm_retrieval.ops.memory.keep_freed_memory()`, which helps the peer more, as it allocates more.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from benchmarks.common import machine, peak_memory, seconds
-from models.ops.memory import keep_freed_memory
-from models.ops.selective_scan import selective_scan
+from ssm_retrieval.ops.memory import keep_freed_memory
+from ssm_retrieval.ops.selective_scan import selective_scan
 
 BATCH, LENGTH, D_INNER, D_STATE = 8, 1024, 256, 16
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -62,8 +62,8 @@ def _mixer_step(mixer: torch.nn.Module, batch: int, length: int) -> Callable[[],
 
 
 def our_mixer(batch: int, length: int) -> Callable[[], Any]:
-    import models
-    from models.mamba import MambaMixer
+    from ssm_retrieval import models
+    from ssm_retrieval.models.mamba import MambaMixer
 
     return _mixer_step(MambaMixer(models.config("mamba-tiny")), batch, length)
 

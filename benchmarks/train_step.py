@@ -6,7 +6,7 @@ Peers: GPTNeoXForCausalLM (sdpa attention) and MambaForCausalLM, once with `use_
 path on a CPU, once with its default loop over time. Same shapes, dtype, optimiser, next-token loss at every
 position; ours without logits in memory (`LanguageModel.loss`), theirs as the library computes it.
 Ends with one machine-readable line per ratio. The headline ratios are float32 in a process as PyTorch leaves
-it; "_kept_memory" is after `models.ops.memory.keep_freed_memory()`, which `synthetic.run` calls and which
+it; "_kept_memory" is after `ops.memory.keep_freed_memory()`, which `synthetic.run` calls and which
 helps the peers more, as they allocate more.
 """
 
@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-import models
 from benchmarks.common import machine, peak_memory, seconds
-from models.ops.memory import keep_freed_memory
+from ssm_retrieval import models
+from ssm_retrieval.ops.memory import keep_freed_memory
 
 BATCH, LENGTH, HIDDEN, LAYERS, HEADS, VOCAB = 8, 1024, 128, 2, 4, 2052
 LENGTHS = (256, 1024, 4096, 16384)

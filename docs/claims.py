@@ -17,10 +17,10 @@ import pandas as pd
 import analysis
 from analysis import plots, published, settings
 from analysis.comparisons import comparisons
-from analysis.statistics import bootstrap_median_time, mean_interval
-from analysis.style import NAMES
 from analysis.tables import between, by_seed, fill, markdown, share
-from synthetic import store
+from ssm_retrieval.statistics import bootstrap_median_time, mean_interval
+from ssm_retrieval.style import NAMES
+from ssm_retrieval.training import store
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = Path(__file__).with_suffix(".md")

@@ -33,8 +33,8 @@ from IPython.display import display
 from lab import N, begin, counts, say, trained
 from matplotlib.patches import FancyBboxPatch
 
-from analysis.style import NAMES, family_colors, legend
 from probes.roles import ROLES, roles
+from ssm_retrieval.style import NAMES, family_colors, legend
 from synthetic import tasks
 from synthetic.evaluate import evaluate, heldout
 

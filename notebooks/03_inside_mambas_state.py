@@ -37,14 +37,14 @@ from IPython.display import display
 from lab import N, around, begin, say, trained
 from matplotlib.colors import LogNorm
 
-import models
 import probes
-from analysis.style import family_colors, legend, panels
 from probes.linear import decode_curve
 from probes.retention import retention
 from probes.roles import ROLES, role, roles
 from probes.suite.common import plain_log, recorded, scan_names, scan_of
 from probes.updates import iterate_states, write_norm
+from ssm_retrieval import models
+from ssm_retrieval.style import family_colors, legend, panels
 
 begin()
 COLOR = family_colors()["mamba"]

@@ -33,8 +33,6 @@ from IPython.display import display
 from lab import begin, say, trained
 from matplotlib.colors import LogNorm
 
-import models
-from analysis.style import NAMES, family_colors, legend, panels
 from probes.heads import retrieval_score
 from probes.pairs import pairs
 from probes.patching import patch
@@ -42,6 +40,8 @@ from probes.retention import attention_output
 from probes.roles import role, roles
 from probes.suite.attention import patterns
 from probes.suite.common import recorded, scan_names, scan_of
+from ssm_retrieval import models
+from ssm_retrieval.style import NAMES, family_colors, legend, panels
 
 begin()
 FAMILIES = ("transformer", "mamba")

@@ -32,9 +32,9 @@ from IPython.display import display
 from lab import begin, say
 from torch.nn import functional as F
 
-import models
-from analysis.statistics import mean_interval
-from analysis.style import NAMES, family_colors, legend
+from ssm_retrieval import models
+from ssm_retrieval.statistics import mean_interval
+from ssm_retrieval.style import NAMES, family_colors, legend
 from synthetic.evaluate import wilson
 from vlm import layout, parts
 from vlm.config import Run, Scenes, Stage

@@ -39,14 +39,14 @@ from IPython.display import display
 from lab import around, begin, say, trained
 from matplotlib.colors import LogNorm
 
-import models
 import probes
-from analysis.style import NAMES, family_colors, legend, panels
 from probes.heads import previous_token_score, retrieval_score
 from probes.linear import controlled
 from probes.suite.attention import patterns
 from probes.suite.common import plain_log, recorded, scan_names, scan_of
 from probes.updates import constant_horizon, write_norm
+from ssm_retrieval import models
+from ssm_retrieval.style import NAMES, family_colors, legend, panels
 from synthetic import tasks
 from synthetic.evaluate import wilson
 

@@ -18,7 +18,7 @@ import jupytext
 import nbformat
 from nbclient import NotebookClient
 
-from synthetic.store import write_bytes
+from ssm_retrieval.training.store import write_bytes
 
 HERE = Path(__file__).parent
 TIMEOUT = 600  # seconds of one cell

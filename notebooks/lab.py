@@ -18,11 +18,12 @@ from IPython.display import Markdown, display
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 from torch import Tensor
 
-from analysis import style
-from analysis.statistics import mean_interval
-from models import LanguageModel
-from models.ops.memory import keep_freed_memory
-from synthetic import store, tasks
+from ssm_retrieval import style
+from ssm_retrieval.models import LanguageModel
+from ssm_retrieval.ops.memory import keep_freed_memory
+from ssm_retrieval.statistics import mean_interval
+from ssm_retrieval.training import store
+from synthetic import tasks
 from synthetic.config import Plan, RunConfig, plan, run_id
 from synthetic.train import train
 
@@ -43,7 +44,7 @@ class Trained:
     """A trained model, its task, what was settled for its training, and what came of it.
 
     result: the final row; metrics: a row per evaluation; positions: final accuracy by target position;
-    columns as in the files of `synthetic.store`.
+    columns as in the files of `ssm_retrieval.training.store`.
     """
 
     model: LanguageModel

@@ -16,12 +16,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.statistics import mean_interval
-from models.common import LanguageModel
-from models.ops.linear import linear
-from models.transformer import TransformerBlock
 from probes.sites import Heads, captured, context_of, residuals, run_from
 from ssm_retrieval.errors import UserError
+from ssm_retrieval.models.common import LanguageModel
+from ssm_retrieval.models.transformer import TransformerBlock
+from ssm_retrieval.ops.linear import linear
+from ssm_retrieval.statistics import mean_interval
 from synthetic.evaluate import wilson
 from synthetic.tasks import Batch
 

@@ -20,11 +20,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from models.common import LanguageModel
-from models.hooks import Point, points
 from probes.hooks import Probe, absolute, at_work
 from probes.names import resolve
 from ssm_retrieval.errors import UserError
+from ssm_retrieval.models.common import LanguageModel
+from ssm_retrieval.models.hooks import Point, points
 
 CHANNEL_AXES = ("D", "E", "H", "M", "J")  # at most one of them stands in a name's axes
 GIB = 2**30

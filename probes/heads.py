@@ -14,8 +14,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.statistics import mean_interval
 from ssm_retrieval.errors import UserError
+from ssm_retrieval.statistics import mean_interval
 
 
 @dataclass(frozen=True)

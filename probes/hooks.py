@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.common import LanguageModel
-from models.hooks import Hook, Hooked, Point, points
 from probes.names import resolve
 from ssm_retrieval.errors import UserError
+from ssm_retrieval.models.common import LanguageModel
+from ssm_retrieval.models.hooks import Hook, Hooked, Point, points
 
 Change = Callable[[Tensor], Tensor] | Tensor
 

@@ -15,8 +15,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.statistics import mean_interval
 from ssm_retrieval.errors import UserError
+from ssm_retrieval.statistics import mean_interval
 from synthetic.evaluate import wilson
 
 

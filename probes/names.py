@@ -6,9 +6,9 @@ import difflib
 import fnmatch
 from collections.abc import Iterable, Sequence
 
-from models.common import LanguageModel
-from models.hooks import points
 from ssm_retrieval.errors import UserError
+from ssm_retrieval.models.common import LanguageModel
+from ssm_retrieval.models.hooks import points
 
 _STATE = "B L E N; Mamba-2 B L H P N"
 _HEADS = "B L E; Mamba-2 B L H P"

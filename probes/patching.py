@@ -24,13 +24,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.statistics import mean_interval
-from models.common import Cache, LanguageModel
 from probes.cells import Cell, cells, chunks, everything
 from probes.lens import logit_difference, normalised_difference
 from probes.pairs import Pairs
 from probes.sites import SITES, Heads, advance, has_site, residuals, run_from, ssm_state
 from ssm_retrieval.errors import UserError
+from ssm_retrieval.models.common import Cache, LanguageModel
+from ssm_retrieval.statistics import mean_interval
 from synthetic.evaluate import wilson
 
 # Numbers a block holds for each token at its peak, in units of d_model: projections, scan or MLP, copies.

@@ -74,7 +74,7 @@ def run(options: Options, out: Path) -> int:
     from filelock import FileLock, Timeout
     from rich.console import Console
 
-    from models.ops.memory import keep_freed_memory
+    from ssm_retrieval.ops.memory import keep_freed_memory
 
     matplotlib.use("Agg")
     keep_freed_memory()
@@ -115,7 +115,8 @@ def chosen(asked: Sequence[str]) -> list[str]:
 
 def trained(folder: Path) -> dict[str, tuple[Path, Task]]:
     """Family -> (folder of its model, its task) of every finished one. Raises UserError if there is none."""
-    from synthetic import records, tasks
+    from ssm_retrieval.training import records
+    from synthetic import tasks
 
     if not (folder / "config.json").is_file():
         raise UserError(f"RUN_DIR {folder} has no config.json; give the folder of one run (runs/<id>)")
@@ -140,7 +141,7 @@ def _probe_all(
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from probes.suite import PROBES, NotApplicable
-    from synthetic import store
+    from ssm_retrieval.training import store
 
     for left in out.glob(".*.tmp"):  # this process holds the lock, so these are a killed one's
         left.unlink(missing_ok=True)
@@ -198,7 +199,7 @@ def _configuration(name: str, probe: Probe, options: Options, folder: Path) -> d
 
 
 def _made_with(record: Path) -> Any:
-    from synthetic import store
+    from ssm_retrieval.training import store
 
     try:
         return store.read_json(record)
@@ -212,9 +213,9 @@ def _measure(
     """The table of one probe and model, with that of the untrained model if it is a control."""
     import pandas as pd
 
-    from models import build
     from probes.suite import Options as ProbeOptions
-    from synthetic import store
+    from ssm_retrieval.models import build
+    from ssm_retrieval.training import store
 
     saved = store.read_json(folder / "config.json")
     models = {"trained": store.load_model(folder)}
@@ -257,9 +258,9 @@ def tables(out: Path, name: str, families: Sequence[str]) -> pd.DataFrame | None
 
 def _drawn(out: Path, name: str, changed: bool, models: dict[str, Any], say: Say) -> bool:
     """Draw a probe's figures unless they are there; False if there is nothing to draw."""
-    from analysis.style import save, theme
     from probes.suite import PROBES
-    from synthetic.store import write_bytes
+    from ssm_retrieval.style import save, theme
+    from ssm_retrieval.training.store import write_bytes
 
     table = tables(out, name, list(models))
     if table is None:
@@ -278,7 +279,7 @@ def _drawn(out: Path, name: str, changed: bool, models: dict[str, Any], say: Say
 def summarise(run: Path, out: Path, families: Sequence[str], missing: Sequence[str]) -> None:
     """Write summary.md on all probes whose tables are there."""
     from probes.suite import PROBES
-    from synthetic.store import write_bytes
+    from ssm_retrieval.training.store import write_bytes
 
     text = [f"# Probes of {run.resolve().name}\n"]
     for name, probe in PROBES.items():

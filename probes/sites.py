@@ -14,7 +14,7 @@ input alone), so with D_t = h'_t - h_t a replaced state adds to the outputs
 
 which is a scan that starts from D_t and writes nothing.
 
-Letters as in `models.common`; c = patches side by side, T = tokens from `start` on.
+Letters as in `ssm_retrieval.models.common`; c = patches side by side, T = tokens from `start` on.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.common import Cache, Context, LanguageModel, LayerCache
-from models.mamba import MambaMixer
-from models.mamba2 import Mamba2Mixer
-from models.ops.causal_conv1d import causal_conv1d
-from models.ops.linear import linear
-from models.ops.selective_scan import selective_scan
-from models.ops.ssd import ssd
-from models.transformer import TransformerBlock
+from ssm_retrieval.models.common import Cache, Context, LanguageModel, LayerCache
+from ssm_retrieval.models.mamba import MambaMixer
+from ssm_retrieval.models.mamba2 import Mamba2Mixer
+from ssm_retrieval.models.transformer import TransformerBlock
+from ssm_retrieval.ops.causal_conv1d import causal_conv1d
+from ssm_retrieval.ops.linear import linear
+from ssm_retrieval.ops.selective_scan import selective_scan
+from ssm_retrieval.ops.ssd import ssd
 
 SITES = ("residual", "state", "head")
 

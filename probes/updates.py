@@ -21,8 +21,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.statistics import mean_interval
 from ssm_retrieval.errors import UserError
+from ssm_retrieval.statistics import mean_interval
 
 BUDGET = 128 * 2**20  # bytes of working memory, for the functions that pass through states
 
@@ -193,7 +193,7 @@ class Horizon:
     """steps: (B, positions, H, N or 1) float64, tokens until what is there has decayed to 1/e.
 
     reached: bool, of the same shape; False where the sequence ended before, and steps is how much of it was
-    left (right-censored, as `analysis.statistics.median_time` takes it).
+    left (right-censored, as `ssm_retrieval.statistics.median_time` takes it).
     """
 
     steps: Tensor

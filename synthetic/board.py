@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ssm_retrieval.errors import UserError
-from synthetic import records, store
+from ssm_retrieval.training import records, store
 from synthetic.executors import Job
 
 STATES = ("running", "failed", "waiting", "done")  # in the order in which they are listed

@@ -254,7 +254,7 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
 
 def _model(config: RunConfig, family: str, task: Task, queries: int) -> tuple[str, dict[str, Any], int]:
     """Registry name, overrides and width of a model that starts from random weights."""
-    import models
+    from ssm_retrieval import models
 
     paper = config.protocol == "paper"
     attention = family in ("transformer", "hybrid")

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from rich.text import Text
 
-from analysis.style import NAMES
+from ssm_retrieval.style import NAMES
 from synthetic.config import Plan
 
 MARKERS = {"transformer": "T", "mamba": "M", "mamba2": "2", "hybrid": "H"}

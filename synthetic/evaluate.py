@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from models import LanguageModel, generate
 from ssm_retrieval.errors import UserError
+from ssm_retrieval.models import LanguageModel, generate
 from synthetic.tasks import Batch, Task
 
 EVAL_SEED = 2409_05395  # of both streams; the same for every training seed, model and length

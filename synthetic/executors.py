@@ -48,7 +48,8 @@ class Job:
 
     def bring_up_to_date(self) -> None:
         """Mend what a kill after a run's last word, or another sweep's purpose for the run, left behind."""
-        from synthetic import records, results, store
+        from ssm_retrieval.training import records, store
+        from synthetic import results
 
         if not self.finished():
             return
@@ -83,8 +84,9 @@ def execute(job: Job) -> None:
     import torch
     from filelock import FileLock
 
-    from models.ops.memory import keep_freed_memory
-    from synthetic import memory, store
+    from ssm_retrieval.ops.memory import keep_freed_memory
+    from ssm_retrieval.training import store
+    from synthetic import memory
     from synthetic.results import train_recorded
 
     torch.set_num_threads(job.threads)

@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 
 from ssm_retrieval.errors import UserError
+from ssm_retrieval.training.store import Row
 from synthetic.config import RunConfig, check
-from synthetic.store import Row
 
 NOT_SWEPT = ("out", "threads", "plan")  # a sweep has one of each, and trains
 

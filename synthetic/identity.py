@@ -92,7 +92,7 @@ def normal(plan: Plan) -> Plan:
 
 def _rotary_pct(plan: Plan) -> float:
     """The smallest share that rotates as many dimensions of a head, an even number, as the one asked for."""
-    import models
+    from ssm_retrieval import models
 
     config: Any = models.config(plan.model, **plan.model_overrides)
     attention = config.attention_config() if hasattr(config, "attention_config") else config

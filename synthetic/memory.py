@@ -10,14 +10,21 @@ import torch
 from rich import box
 from rich.table import Table
 
-import models
-from analysis.style import NAMES
-from models.planning import Memory, Step, device_peak, evaluation_memory, smallest_machine, step_memory
+from ssm_retrieval import models
 from ssm_retrieval.errors import UserError
+from ssm_retrieval.models.planning import (
+    Memory,
+    Step,
+    device_peak,
+    evaluation_memory,
+    smallest_machine,
+    step_memory,
+)
+from ssm_retrieval.style import NAMES
+from ssm_retrieval.training.lora import add_adapters
 from synthetic import tasks
 from synthetic.config import Plan
 from synthetic.evaluate import rows_at_once
-from synthetic.lora import add_adapters
 from synthetic.train import batch_shape
 
 REMEDY = "try --checkpointing, --accumulate or --optimizer adafactor"

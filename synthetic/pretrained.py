@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-import models
-from models.checkpoints import Checkpoint, examine, outline
-from models.registry import FAMILIES
+from ssm_retrieval import models
 from ssm_retrieval.errors import UserError
+from ssm_retrieval.models.checkpoints import Checkpoint, examine, outline
+from ssm_retrieval.models.registry import FAMILIES
 from synthetic.checks import check
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@
     runs/targets/<run>.<family>.parquet   one row per evaluation and part of the context: right answers there
 
 Any number of processes may write at once, on one machine or on many that share the folder: a file belongs to
-one model of one run, is made anew from the run's own records (`synthetic.store`) and replaced as a whole.
+one model of one run, is made anew from the run's own records (`training.store`) and replaced as a whole.
 Read them with `analysis.load("runs")`, `pandas.read_parquet("runs/results")`, or in DuckDB
 `select * from 'runs/results/*.parquet'`.
 """
@@ -18,12 +18,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from synthetic import records, store
-from synthetic.store import Row
+from ssm_retrieval.training import records, store
+from ssm_retrieval.training.store import Row
 
 if TYPE_CHECKING:
+    from ssm_retrieval.training.distributed import World
     from synthetic.config import Plan
-    from synthetic.distributed import World
     from synthetic.train import Listener
 
 RESULTS, TARGETS = "results", "targets"  # folders beside the runs
@@ -121,7 +121,7 @@ def train_recorded(
     world: World | None = None,
 ) -> Row:
     """`synthetic.train.train`, with the data sets brought up to date at every evaluation and the end."""
-    from synthetic.distributed import World
+    from ssm_retrieval.training.distributed import World
     from synthetic.train import train
 
     world = world or World()
@@ -198,7 +198,7 @@ def _commits(folder: Path) -> str | None:
 
 def config_columns(plan: Row) -> Row:
     """The CONFIG columns that a plan (as a dictionary) determines."""
-    import models
+    from ssm_retrieval import models
 
     options, family = plan["task_options"], plan["family"]
     shape: Any = models.config(plan["model"], **plan["model_overrides"])

@@ -11,7 +11,8 @@ import shutil
 from pathlib import Path
 
 from ssm_retrieval.errors import UserError
-from synthetic import distributed, records, store, train
+from ssm_retrieval.training import distributed, records, store
+from synthetic import train
 from synthetic.identity import Plan, run_id
 
 FILES = (train.SINGLE, "model.safetensors", "config.json", "result.json")  # the last marks it as finished

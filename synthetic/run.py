@@ -14,7 +14,7 @@ from synthetic.config import FAMILIES, Plan, RunConfig
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from synthetic.distributed import World
+    from ssm_retrieval.training.distributed import World
 
 LOST = 1
 CURVE = "learning_curve.png"
@@ -32,10 +32,11 @@ def run(config: RunConfig) -> int:
     import torch
     from filelock import FileLock, Timeout
 
-    from models.ops.memory import keep_freed_memory, return_freed_memory
-    from synthetic import memory, reuse, store
+    from ssm_retrieval.ops.memory import keep_freed_memory, return_freed_memory
+    from ssm_retrieval.training import store
+    from ssm_retrieval.training.distributed import Lost, joined
+    from synthetic import memory, reuse
     from synthetic.config import plan, run_id
-    from synthetic.distributed import Lost, joined
 
     save_memory = config.checkpointing or config.accumulate > 1
     return_freed_memory() if save_memory else keep_freed_memory()  # numbers are the same either way
@@ -81,8 +82,8 @@ def _complete(plans: list[Plan], folder: Path) -> bool:
 
 
 def _show_finished(plans: list[Plan], folder: Path) -> None:
-    from synthetic import records
-    from synthetic.terminal import plain_console
+    from ssm_retrieval.terminal import plain_console
+    from ssm_retrieval.training import records
 
     console = plain_console()
     console.print(str(folder), style="bold", soft_wrap=True)
@@ -92,8 +93,8 @@ def _show_finished(plans: list[Plan], folder: Path) -> None:
 
 
 def _show_memory(plans: list[Plan]) -> int:
+    from ssm_retrieval.terminal import plain_console
     from synthetic.memory import table
-    from synthetic.terminal import plain_console
 
     plain_console().print(table(plans))
     return 0
@@ -115,9 +116,9 @@ def _follow(plans: list[Plan], folder: Path, world: World) -> int:
 
 def _train_all(plans: list[Plan], folder: Path, world: World, taken: dict[str, Path | None]) -> int:
     """taken: the runs from which finished models have been copied, by family."""
+    from ssm_retrieval.terminal import plain_console
     from synthetic.display import Display
     from synthetic.results import train_recorded
-    from synthetic.terminal import plain_console
     from synthetic.train import Interrupted
 
     console = plain_console()
@@ -145,7 +146,7 @@ def _report(results: list[dict], folder: Path, console: Console, draw: bool = Tr
     """Curve and table; draw: also the figure."""
     import pandas as pd
 
-    from synthetic import records
+    from ssm_retrieval.training import records
     from synthetic.display import summary, terminal_curve
 
     metrics = pd.DataFrame(records.metrics(folder))
@@ -154,7 +155,7 @@ def _report(results: list[dict], folder: Path, console: Console, draw: bool = Tr
 
         matplotlib.use("Agg")
         from analysis.learning import learning_curve
-        from analysis.style import save
+        from ssm_retrieval.style import save
 
         save(learning_curve(metrics), folder / Path(CURVE).stem, ("png",))
     print(terminal_curve(metrics, width=min(100, console.width)))

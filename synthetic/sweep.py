@@ -136,8 +136,8 @@ def _job(
 
 def sweep(wanted: Wanted) -> int:
     """Choose learning rates, train the reported runs, print the summary."""
+    from ssm_retrieval.terminal import plain_console
     from synthetic import grid
-    from synthetic.terminal import plain_console
 
     console, options, out, reported = plain_console(), wanted.options, wanted.out, wanted.reported
     if options.dry_run:
@@ -256,7 +256,8 @@ def choose_rates(tuning: dict[Group, dict[float, list[Job]]], failed: list[Failu
 
 
 def _score(job: Job) -> float:
-    from synthetic import grid, records
+    from ssm_retrieval.training import records
+    from synthetic import grid
 
     rows = [r for r in records.metrics(job.folder) if r["length"] == job.plan.seq_len]
     if job.plan.steps is not None:
@@ -272,7 +273,7 @@ def _report_rates(
     console: Console,
 ) -> None:
     """Keep the scores and the choice in learning_rates.json, and print the choice."""
-    from synthetic import store
+    from ssm_retrieval.training import store
 
     lost = {job.folder for job, _ in failed}
     rows: list[dict[str, Any]] = []

@@ -17,16 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import models
-from models import LanguageModel
-from models.ops.cross_entropy import IGNORE
+from ssm_retrieval import models
 from ssm_retrieval.errors import UserError
-from synthetic import distributed, pretrained, records, store, tasks
+from ssm_retrieval.models import LanguageModel
+from ssm_retrieval.ops.cross_entropy import IGNORE
+from ssm_retrieval.training import distributed, records, store
+from ssm_retrieval.training.distributed import ALONE, World
+from ssm_retrieval.training.lora import add_adapters, merge_adapters
+from ssm_retrieval.training.optimizers import make_optimizer, make_state
+from synthetic import pretrained, tasks
 from synthetic.config import Plan
-from synthetic.distributed import ALONE, World
 from synthetic.evaluate import Evaluation, autocast, heldout, wilson
-from synthetic.lora import add_adapters, merge_adapters
-from synthetic.optimizers import make_optimizer, make_state
 from synthetic.tasks import Batch, Task
 
 # Whoever changes one of these three raises config.TRAINING_VERSION.

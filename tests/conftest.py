@@ -87,7 +87,7 @@ def two_stages(tmp_path_factory):
     """The folder of a VLM's run of two stages that was saved untrained; tests copy it."""
     import vlm_runs
 
-    from synthetic import store
+    from ssm_retrieval.training import store
     from vlm import folders
 
     stage = vlm_runs.stage

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-import models
 import probes
+from ssm_retrieval import models
 
 FAMILIES = {
     "transformer": ("transformer-tiny", dict(n_head=2)),

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import tyro
 
-from synthetic import store
+from ssm_retrieval.training import store
 
 OPTIONS = (
     "--seq-len 32 --num-symbols 64 --queries 16 --curriculum 4 --batch-tokens 1024 --eval-every 20 "

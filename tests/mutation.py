@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("ssm_retrieval", "models", "synthetic", "probes", "analysis", "benchmarks", "studies", "vlm")
+PACKAGES = ("ssm_retrieval", "synthetic", "probes", "analysis", "benchmarks", "studies", "vlm")
 CLI = "import sys; from mutmut.__main__ import cli; sys.argv[0] = 'mutmut'; cli()"
 KILLED, SURVIVED, UNTESTED = "killed", "survived", "no test runs it"
 
@@ -32,7 +32,7 @@ TESTS: dict[str, list[str]] = {
     "synthetic.train": [
         "test_session", "test_golden", "test_run", "test_memory", "test_tasks_training", "test_evaluate",
     ],
-    "synthetic.optimizers": ["test_session", "test_golden", "test_memory", "test_run"],
+    "ssm_retrieval.training.optimizers": ["test_session", "test_golden", "test_memory", "test_run"],
     "synthetic.evaluate": ["test_session", "test_evaluate", "test_tasks_training", "test_tasks_split"],
     "synthetic.tasks.base": [*_TASKS, "test_tasks_training"],
     "synthetic.tasks.grid": _TASKS,
@@ -44,7 +44,7 @@ TESTS: dict[str, list[str]] = {
     "synthetic.tasks.position": [*_TASKS, "test_tasks_original"],
     "synthetic.tasks.sampling": _TASKS,
     "synthetic.tasks.selective_copy": _TASKS,
-    "analysis.statistics": ["test_statistics"],
+    "ssm_retrieval.statistics": ["test_statistics"],
     "vlm.metrics.boxes": ["test_vlm_metrics"],
     "vlm.metrics.captions": ["test_vlm_metrics"],
     "vlm.metrics.choices": ["test_vlm_metrics"],

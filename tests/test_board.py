@@ -8,7 +8,7 @@ import pytest
 from result_tables import run_rows, tables
 from rich.console import Console
 
-from synthetic import store
+from ssm_retrieval.training import store
 from synthetic.board import Board
 from synthetic.config import plan
 from synthetic.display import cells

@@ -13,10 +13,10 @@ from checkpoint_forms import IDS, LAYERS, VOCAB, WIDTH, checkpoint, edit, origin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import models
-from models import hub_schema
-from models.hub_configs import read_config
+from ssm_retrieval import models
 from ssm_retrieval.errors import UserError
+from ssm_retrieval.models import hub_schema
+from ssm_retrieval.models.hub_configs import read_config
 
 NEAR = 1e-5  # of the largest logit, float32
 # mamba_ssm's names, which published -hf configs carry along; untrue where a case changes their subject
@@ -191,7 +191,7 @@ def test_impossible_values_are_one_line_before_anything_is_made(folders, monkeyp
     def made(*_, **__):
         raise AssertionError("a model was made")
 
-    monkeypatch.setattr("models.checkpoints.from_config", made)
+    monkeypatch.setattr("ssm_retrieval.models.checkpoints.from_config", made)
     for family, field, value in CASES:
         path = folders[family] / "config.json"
         kept = path.read_text()

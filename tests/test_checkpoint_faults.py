@@ -21,7 +21,7 @@ from checkpoint_forms import (
     peer,
 )
 
-import models
+from ssm_retrieval import models
 
 # --- faults are one line -----------------------------------------------------------------------------
 
@@ -159,7 +159,8 @@ def test_cached_names_need_no_network(tmp_path):
     original(peer("mamba"), folder)
     cached(tmp_path / "cache", "state-spaces/mamba-130m", folder)
     code = f"""
-import sys, models
+import sys
+from ssm_retrieval import models
 assert "huggingface_hub" not in sys.modules
 print(type(models.load("EleutherAI/pythia-14m")).__name__)
 print(type(models.load("state-spaces/mamba-130m", revision="{COMMIT}")).__name__)

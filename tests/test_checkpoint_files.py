@@ -16,9 +16,9 @@ import transformers
 from checkpoint_forms import IDS, change, checkpoint, edit, peer, relative_error, write
 from safetensors.torch import load_file, save_file
 
-import models
-from models.pickled import entries
+from ssm_retrieval import models
 from ssm_retrieval.errors import UserError
+from ssm_retrieval.models.pickled import entries
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 516567560\n"
 NEAR = 1e-5

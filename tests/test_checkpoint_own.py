@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tiny_runs import tiny_run
 
-import models
+from ssm_retrieval import models
 from ssm_retrieval.errors import UserError
-from synthetic import run, store
+from ssm_retrieval.training import store
+from synthetic import run
 
 IDS = torch.arange(12)[None] % 11
 ATTENTION = dict(

@@ -29,7 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-import models
+from ssm_retrieval import models
 
 NEAR = 1e-4  # relative to the largest logit, float32
 PAIRS = [(family, form) for family in PEERS for form in FORMS]
@@ -97,7 +97,7 @@ def test_logits_at_full_size(preset, tmp_path):
 @pytest.mark.parametrize("preset", ["mamba-130m", "mamba2-130m", "pythia-160m"])
 def test_published_shapes_are_the_presets(preset):
     """config.json as state-spaces and EleutherAI publish it."""
-    from models.hub_configs import read_config
+    from ssm_retrieval.models.hub_configs import read_config
 
     shared = dict(d_model=768, n_layer=24, vocab_size=50277, rms_norm=True, residual_in_fp32=True)
     neox = dict(
@@ -186,7 +186,7 @@ def test_save_leaves_a_whole_folder_or_none(tmp_path, monkeypatch):
     def disk_full(*_, **__):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("models.checkpoints.save_file", disk_full)
+    monkeypatch.setattr("ssm_retrieval.models.checkpoints.save_file", disk_full)
     with pytest.raises(OSError, match="No space"):
         models.save(model, tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full"]

@@ -9,7 +9,7 @@ import pytest
 
 from ssm_retrieval import cli
 from ssm_retrieval.errors import MissingPackage, UserError
-from synthetic import store
+from ssm_retrieval.training import store
 
 
 def raised(error, out="results"):

@@ -14,9 +14,9 @@ import torch
 from conftest import import_without_kernels
 
 from benchmarks import cuda
-from models.ops import _cuda_kernels, _route, causal_conv1d, selective_scan
-from models.ops import ssd as ssd_module
-from models.ops.ssd import ssd, ssd_reference
+from ssm_retrieval.ops import _cuda_kernels, _route, causal_conv1d, selective_scan
+from ssm_retrieval.ops import ssd as ssd_module
+from ssm_retrieval.ops.ssd import ssd, ssd_reference
 
 SCAN = "mamba_ssm.ops.selective_scan_interface"
 

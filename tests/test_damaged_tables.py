@@ -18,7 +18,7 @@ from analysis.report import __main__ as report
 from analysis.tables import load
 from probes import run as probes
 from ssm_retrieval.errors import UserError
-from synthetic import records
+from ssm_retrieval.training import records
 
 
 @pytest.fixture(scope="module")

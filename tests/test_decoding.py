@@ -6,7 +6,7 @@ import pytest
 import torch
 from checkpoint_forms import IDS, PEERS, peer
 
-import models
+from ssm_retrieval import models
 
 FAMILIES = [name for name in PEERS if name in ("mamba", "mamba2", "neox")]
 

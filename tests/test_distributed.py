@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-import models
-from synthetic import distributed, store, tasks, train
+from ssm_retrieval import models
+from ssm_retrieval.training import distributed, store
+from ssm_retrieval.training.distributed import World
+from synthetic import tasks, train
 from synthetic.config import RunConfig, plan
-from synthetic.distributed import World
 
 ROOT = Path(__file__).parent.parent
 RUN = shlex.split(

@@ -11,8 +11,9 @@ import pytest
 from task_solvers import kinds, small
 from test_readme import COMMANDS, ROOT, commands, parsed
 
-import models
-from synthetic import store, tasks
+from ssm_retrieval import models
+from ssm_retrieval.training import store
+from synthetic import tasks
 
 PAGE = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
 GENERATOR = runpy.run_path(str(ROOT / "docs" / "tasks.py"))

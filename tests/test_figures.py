@@ -14,7 +14,7 @@ import pytest
 matplotlib.use("Agg")
 
 from analysis import curves, diagrams, figures, published, vlm_plots
-from analysis.style import DOUBLE, SINGLE, theme
+from ssm_retrieval.style import DOUBLE, SINGLE, theme
 from vlm.results import COLUMNS
 
 

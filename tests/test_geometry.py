@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import models
 from analysis import geometry
-from synthetic import results, store, tasks
+from ssm_retrieval import models
+from ssm_retrieval.training import store
+from synthetic import results, tasks
 from synthetic.config import plan, run_id
 from synthetic.grid import grid
 

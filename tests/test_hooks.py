@@ -22,10 +22,10 @@ from hook_models import (
 )
 from torch.nn import functional as F
 
-import models
 import probes
-from models.hooks import points
 from probes.names import local_name
+from ssm_retrieval import models
+from ssm_retrieval.models.hooks import points
 
 # --- names and shapes --------------------------------------------------------------------------------
 

@@ -19,8 +19,8 @@ from hook_models import (
 from torch.nn import functional as F
 
 import probes
-from models.ops.ssd import ssd
 from probes.names import local_name
+from ssm_retrieval.ops.ssd import ssd
 
 # --- what changes and what does not ------------------------------------------------------------------
 

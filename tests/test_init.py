@@ -8,9 +8,9 @@ import torch
 from scipy import stats
 from torch.nn import functional as F
 
-import models
-from models.mamba import MambaMixer
-from models.mamba2 import Mamba2Mixer
+from ssm_retrieval import models
+from ssm_retrieval.models.mamba import MambaMixer
+from ssm_retrieval.models.mamba2 import Mamba2Mixer
 
 MIN_P = 1e-5  # of some hundred comparisons; seeds are fixed
 SSM = {

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LOSS = """
 import torch
-from models.ops.cross_entropy import linear_cross_entropy
+from ssm_retrieval.ops.cross_entropy import linear_cross_entropy
 x, weight = torch.linspace(-1, 1, 40).view(5, 8), torch.linspace(-2, 2, 160).view(20, 8)
 labels = torch.arange(5)
 want = torch.nn.functional.cross_entropy(x @ weight.T, labels)
@@ -23,7 +23,7 @@ print(float(linear_cross_entropy(x, weight, labels)[0]), float(want))
 
 @pytest.fixture
 def tree(tmp_path):
-    """A copy of models/ops by itself, which nothing has compiled yet."""
+    """A copy of ssm_retrieval/ops by itself, which nothing has compiled yet."""
     ops = tmp_path / "tree" / "models" / "ops"
     shutil.copytree(ROOT / "models" / "ops", ops, ignore=shutil.ignore_patterns("__pycache__"))
     (ops.parent / "__init__.py").touch()
@@ -87,7 +87,7 @@ def test_jit_turned_off_runs_plain_loops(tree):
     code = (
         LOSS
         + """
-from models.ops.selective_scan import selective_scan
+from ssm_retrieval.ops.selective_scan import selective_scan
 u = torch.ones(1, 3, 4)
 assert selective_scan(u, u, -torch.ones(4, 2), torch.ones(1, 3, 2), torch.ones(1, 3, 2)).isfinite().all()
 try:
@@ -107,7 +107,8 @@ else:
 def test_compile_in_a_fresh_process_with_one_thread(tmp_path):
     """Dynamo must not trace into numba's compiler: values and gradients are those without it."""
     code = """
-import torch, models
+import torch
+from ssm_retrieval import models
 torch.set_num_threads(1)
 model = models.build("mamba-tiny", vocab_size=13, d_model=16, n_layer=1)
 ids = torch.arange(18).view(2, 9) % 13
@@ -127,7 +128,7 @@ def test_bounds_checks_see_a_short_array(tmp_path):
     """Under NUMBA_BOUNDSCHECK a vector that reaches behind its array is an IndexError, here by 8."""
     code = """
 import numpy as np
-from models.ops._softmax_kernels import softmax_rows
+from ssm_retrieval.ops._softmax_kernels import softmax_rows
 logits, labels = np.zeros(88, "f4"), np.array([1, 2])
 try:
     softmax_rows((0, 2), 48, -100, 1.0, logits, labels, np.zeros(2, "f4"), np.zeros(2, "i8"))

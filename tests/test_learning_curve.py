@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from analysis.learning import learning_curve
-from analysis.style import NAMES, family_colors
+from ssm_retrieval.style import NAMES, family_colors
 from synthetic.display import terminal_curve
 
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from test_run import SMALL, numbers
 
-import models
-from synthetic import run, store, tasks, train
+from ssm_retrieval import models
+from ssm_retrieval.training import store
+from ssm_retrieval.training.lora import TARGETS, add_adapters, merge_adapters
+from ssm_retrieval.training.optimizers import make_optimizer
+from synthetic import run, tasks, train
 from synthetic.config import RunConfig, plan, run_id
 from synthetic.evaluate import autocast
-from synthetic.lora import TARGETS, add_adapters, merge_adapters
-from synthetic.optimizers import make_optimizer
 
 FAMILIES = ("transformer", "mamba", "mamba2", "hybrid")
 OPTIMIZERS = ("adamw", "adamw-8bit", "adafactor")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-import models
-from models.registry import FAMILIES
+from ssm_retrieval import models
 from ssm_retrieval.errors import UserError
+from ssm_retrieval.models.registry import FAMILIES
 
 CONFIGS = {name: kind for name, (kind, _) in FAMILIES.items()}
 ZERO_MEANS_DEFAULT = ("dt_rank", "d_mlp")

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-import models
-from models.ops.ssd import ssd, ssd_reference
+from ssm_retrieval import models
+from ssm_retrieval.ops.ssd import ssd, ssd_reference
 
 FAMILIES = {
     "transformer-rope": ("transformer-tiny", dict(position="rope")),
@@ -196,7 +196,7 @@ def test_no_positions_means_order_enters_through_the_mask_only():
 def test_rope_is_relative():
     """Moving a sequence to the right, behind masked tokens, changes no attention."""
     model = build("transformer-rope", rotary_pct=0.5)
-    from models.transformer import rope_tables, rotate
+    from ssm_retrieval.models.transformer import rope_tables, rotate
 
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 8, generator=generator, dtype=torch.float64)

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from models.ops import linear as linear_ops
-from models.ops.causal_conv1d import causal_conv1d, in_causal_conv1d_layout
-from models.ops.cross_entropy import linear_cross_entropy
-from models.ops.linear import Linear, linear, matmul
+from ssm_retrieval.ops import linear as linear_ops
+from ssm_retrieval.ops.causal_conv1d import causal_conv1d, in_causal_conv1d_layout
+from ssm_retrieval.ops.cross_entropy import linear_cross_entropy
+from ssm_retrieval.ops.linear import Linear, linear, matmul
 
 # --- causal_conv1d -----------------------------------------------------------------------------------
 
@@ -157,7 +157,7 @@ def test_cross_entropy_rejects_labels_outside_the_vocabulary(label):
 
 def test_cross_entropy_in_blocks(monkeypatch, route):
     """Several blocks of rows, the last one short, sum up to one."""
-    from models.ops import cross_entropy
+    from ssm_retrieval.ops import cross_entropy
 
     x, W = torch.randn(2, 25, 16, requires_grad=True), torch.randn(33, 16, requires_grad=True)
     labels = torch.randint(0, 33, (2, 25))
@@ -172,7 +172,7 @@ def test_cross_entropy_in_blocks(monkeypatch, route):
 
 def test_cross_entropy_rows_of_other_devices():
     """The path of GPUs, run here: same losses, predictions and gradients as the CPU's kernel."""
-    from models.ops.cross_entropy import _cpu_rows, _reference_rows
+    from ssm_retrieval.ops.cross_entropy import _cpu_rows, _reference_rows
 
     logits, labels = 5 * torch.randn(20, 37), torch.randint(0, 37, (20,))
     labels[3] = -100

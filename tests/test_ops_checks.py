@@ -8,12 +8,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-import models
-from models.ops.causal_conv1d import causal_conv1d
-from models.ops.cross_entropy import linear_cross_entropy
-from models.ops.linear import linear
-from models.ops.selective_scan import selective_scan
-from models.ops.ssd import ssd, ssd_reference
+from ssm_retrieval import models
+from ssm_retrieval.ops.causal_conv1d import causal_conv1d
+from ssm_retrieval.ops.cross_entropy import linear_cross_entropy
+from ssm_retrieval.ops.linear import linear
+from ssm_retrieval.ops.selective_scan import selective_scan
+from ssm_retrieval.ops.ssd import ssd, ssd_reference
 
 
 def drawn(**shapes):
@@ -238,7 +238,7 @@ def test_jit_trace_is_refused_in_one_line(family):
 
 
 def test_jit_trace_of_a_linear_layer_can_be_saved(tmp_path):
-    from models.ops.linear import Linear
+    from ssm_retrieval.ops.linear import Linear
 
     layer, x = Linear(5, 3), torch.randn(2, 5)
     torch.jit.save(torch.jit.trace(layer, (x,)), str(tmp_path / "layer.pt"))

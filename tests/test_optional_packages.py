@@ -10,8 +10,8 @@ from ssm_retrieval.errors import MissingPackage, UserError
 
 
 def lora():
-    import models
-    from synthetic.lora import add_adapters
+    from ssm_retrieval import models
+    from ssm_retrieval.training.lora import add_adapters
 
     add_adapters(models.build("mamba-tiny", vocab_size=8, d_model=16, n_layer=1), rank=2, seed=0)
 
@@ -19,9 +19,9 @@ def lora():
 def optimizer():
     import dataclasses
 
-    import models
+    from ssm_retrieval import models
+    from ssm_retrieval.training.optimizers import make_optimizer
     from synthetic.config import RunConfig, plan
-    from synthetic.optimizers import make_optimizer
 
     asked = plan(RunConfig(seq_len=8, device="cpu", optimizer="adamw"), "mamba")
     model = models.build("mamba-tiny", vocab_size=8, d_model=16, n_layer=1)
@@ -62,7 +62,7 @@ def captions():
 
 
 def kernels():
-    from models.ops import _cuda_kernels
+    from ssm_retrieval.ops import _cuda_kernels
 
     _cuda_kernels.kernel("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn")
 

@@ -11,10 +11,10 @@ from hook_models import VOCAB, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import models
-from models.packing import batches
-from models.padding import real_first
+from ssm_retrieval import models
 from ssm_retrieval.errors import UserError
+from ssm_retrieval.models.packing import batches
+from ssm_retrieval.models.padding import real_first
 
 VARIANTS = {
     "transformer-rope": ("transformer", dict(position="rope")),

@@ -7,11 +7,11 @@ import pytest
 import torch
 from scipy import stats
 
-import models
 import probes
 from probes import ablation, patching
 from probes.cells import cells, target_and_partner
 from probes.pairs import KINDS, pairs
+from ssm_retrieval import models
 from ssm_retrieval.errors import UserError
 from synthetic import tasks
 

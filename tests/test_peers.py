@@ -7,7 +7,7 @@ import torch
 from conftest import import_without_kernels
 from torch.nn import functional as F
 
-import models
+from ssm_retrieval import models
 
 transformers = pytest.importorskip("transformers")
 
@@ -105,7 +105,7 @@ def test_mamba_mixer_equals_mamba_ssm(monkeypatch):
     monkeypatch.setattr(simple, "causal_conv1d_fn", None)
     torch.manual_seed(0)
     theirs = simple.Mamba(d_model=WIDTH, d_state=7, use_fast_path=False)
-    from models.mamba import MambaMixer
+    from ssm_retrieval.models.mamba import MambaMixer
 
     ours = MambaMixer(models.config("mamba-130m", d_model=WIDTH, d_state=7))
     ours.load_state_dict(theirs.state_dict())
@@ -118,7 +118,7 @@ def test_mamba_mixer_equals_mamba_ssm(monkeypatch):
 def test_mamba_initialisation_is_the_published_one():
     """The same distributions as mamba-ssm's layer (initialisation itself is random)."""
     simple = import_without_kernels("mamba_ssm.modules.mamba_simple")
-    from models.mamba import MambaMixer
+    from ssm_retrieval.models.mamba import MambaMixer
 
     torch.manual_seed(0)
     theirs = dict(simple.Mamba(d_model=512).named_parameters())

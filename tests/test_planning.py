@@ -10,15 +10,15 @@ import torch
 from test_memory import FAMILIES, OPTIMIZERS, needs, small
 from test_run import SMALL, command
 
-import models
-from models import planning
-from models.ops import _scan_kernels
-from models.planning import Machine, Step, head_memory, step_memory
+from ssm_retrieval import models
+from ssm_retrieval.models import planning
+from ssm_retrieval.models.planning import Machine, Step, head_memory, step_memory
+from ssm_retrieval.ops import _scan_kernels
+from ssm_retrieval.training.optimizers import make_optimizer
 from synthetic import run, tasks, train
 from synthetic.config import RunConfig, plan
 from synthetic.evaluate import autocast
 from synthetic.memory import meta_model, training_steps
-from synthetic.optimizers import make_optimizer
 
 
 def saved_bytes(model, ids, at, precision: str) -> int:

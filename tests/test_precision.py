@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import models
-from models.common import RMSNorm
-from models.mamba2 import GatedRMSNorm
 from probes import record
+from ssm_retrieval import models
+from ssm_retrieval.models.common import RMSNorm
+from ssm_retrieval.models.mamba2 import GatedRMSNorm
 
 VOCAB, WIDTH = 61, 48
 IDS = torch.randint(0, VOCAB, (4, 80), generator=torch.Generator().manual_seed(0))

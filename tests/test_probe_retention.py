@@ -10,8 +10,6 @@ from circuits import constant_decay, leaky_integrator, one_token_store, random_s
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.ops.selective_scan import selective_scan
-from models.ops.ssd import ssd
 from probes.retention import (
     apply_attention,
     attention_output,
@@ -24,6 +22,8 @@ from probes.retention import (
     retention,
 )
 from probes.updates import Scan, iterate_states, state_changes
+from ssm_retrieval.ops.selective_scan import selective_scan
+from ssm_retrieval.ops.ssd import ssd
 
 KINDS = ("mamba", "mamba2")
 

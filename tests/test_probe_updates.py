@@ -12,8 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from models.ops.selective_scan import selective_scan
-from models.ops.ssd import ssd_reference
 from probes.updates import (
     Scan,
     constant_horizon,
@@ -25,6 +23,8 @@ from probes.updates import (
     state_changes,
     write_norm,
 )
+from ssm_retrieval.ops.selective_scan import selective_scan
+from ssm_retrieval.ops.ssd import ssd_reference
 
 KINDS = ("mamba", "mamba2")
 

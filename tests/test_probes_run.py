@@ -10,11 +10,11 @@ import pytest
 import torch
 from tiny_runs import tiny_run
 
-import models
 from probes import run as cli
 from probes.linear import split
 from probes.suite import PROBES, NotApplicable, Options, linear, updates
 from probes.suite.common import coarse
+from ssm_retrieval import models
 from synthetic import tasks
 
 SSM_ONLY = ("updates", "retention")

@@ -16,9 +16,9 @@ import torch
 import tyro
 
 import analysis
-import models
 from analysis import curves
-from models.planning import device_peak
+from ssm_retrieval import models
+from ssm_retrieval.models.planning import device_peak
 from studies.learnability import report
 from studies.learnability.run import BASE, DIETS, VARIANTS, grid, tuning
 from synthetic import memory, sweep
@@ -209,7 +209,7 @@ def test_readme_starts_with_the_two_commands():
 
 def test_python_snippet_of_the_readme_runs(monkeypatch, capsys):
     """With the arguments of its last line defined, and a model in place of one that was trained."""
-    from synthetic import store
+    from ssm_retrieval.training import store
 
     (snippet,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     monkeypatch.setattr(store, "load_model", lambda folder: folder)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ssm_retrieval.errors import UserError
-from synthetic import records, results, store, train
+from ssm_retrieval.training import records, store
+from synthetic import results, train
 from synthetic.config import RunConfig, plan
 
 SMALL = RunConfig(

@@ -16,8 +16,8 @@ from tiny_runs import tiny_run
 from analysis.report import __main__ as cli
 from analysis.report.runs import read, read_all
 from analysis.report.sections import config
-from analysis.style import family_colors
-from synthetic import store
+from ssm_retrieval.style import family_colors
+from ssm_retrieval.training import store
 from synthetic.config import RunConfig, plan, run_id
 
 N = 8  # context symbols of the run

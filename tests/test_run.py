@@ -16,10 +16,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from synthetic import run, store, tasks, train
+from ssm_retrieval.training import store
+from ssm_retrieval.training.optimizers import make_optimizer
+from synthetic import run, tasks, train
 from synthetic.config import RunConfig, plan, run_id
 from synthetic.evaluate import evaluate
-from synthetic.optimizers import make_optimizer
 
 SMALL = RunConfig(
     seq_len=16,
@@ -353,7 +354,7 @@ def test_training_stops_at_the_accuracy_asked_for(tmp_path):
 
 
 def test_weight_decay_spares_norms_biases_embeddings_and_ssm_parameters():
-    import models
+    from ssm_retrieval import models
 
     p = plan(dataclasses.replace(SMALL, weight_decay=0.1), "hybrid")
     model = models.build(p.model, **p.model_overrides)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import models
+from ssm_retrieval import models
 from ssm_retrieval.errors import UserError
 from synthetic.config import Plan, RunConfig, plan, run_id
 

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from task_solvers import kinds, small
 from test_run import command, numbers
 
-import models
-from synthetic import grid, pretrained, results, run, store, tasks, train
+from ssm_retrieval import models
+from ssm_retrieval.training import store
+from synthetic import grid, pretrained, results, run, tasks, train
 from synthetic.config import PRETRAINED_LR, RunConfig, plan, run_id
 from synthetic.evaluate import evaluate
 from synthetic.vocab import UNKNOWN, Vocabulary

@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 from test_run_files import SMALL, command, folder_of, made  # noqa: F401  one finished run of Mamba
 
-from synthetic import config, identity, records, reuse, run, store, train
+from ssm_retrieval.training import records, store
+from synthetic import config, identity, reuse, run, train
 from synthetic.config import plan
 
 

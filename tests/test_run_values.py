@@ -90,7 +90,7 @@ def test_bounds_themselves_are_allowed(name):
 
 def test_memory_is_refused_where_the_plan_says_so(monkeypatch):
     """The limit lies at the peak that `--plan` prints: one byte less is too little."""
-    from models.planning import evaluation_memory, step_memory
+    from ssm_retrieval.models.planning import evaluation_memory, step_memory
 
     settled = plan(RunConfig(seq_len=64, device="cpu", precision="float32"), "mamba")
     model, evaluation = memory.meta_model(settled), memory.evaluation_step(settled)

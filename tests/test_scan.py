@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from models.ops._threads import _with_pool
-from models.ops.selective_scan import selective_scan
+from ssm_retrieval.ops._threads import _with_pool
+from ssm_retrieval.ops.selective_scan import selective_scan
 
 NAMES = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
 
@@ -189,7 +189,7 @@ def test_no_state_for_every_position_is_kept():
 
 def test_result_does_not_depend_on_threads(monkeypatch):
     """Bit for bit: one thread, several, and the pool that replaces OpenMP where it is not found."""
-    from models.ops import selective_scan as module
+    from ssm_retrieval.ops import selective_scan as module
 
     def everything():
         a = inputs(3, 200, 48, 16, torch.float32)
@@ -263,7 +263,7 @@ def test_cuda_backend_says_what_it_needs(monkeypatch):
 def test_arguments_reach_mamba_ssm_as_it_wants_them(absent):
     """What the cuda backend does around mamba-ssm's kernel, with its reference in the kernel's place."""
     kernel = import_without_kernels("mamba_ssm.ops.selective_scan_interface").selective_scan_ref
-    from models.ops.selective_scan import in_mamba_ssm_layout
+    from ssm_retrieval.ops.selective_scan import in_mamba_ssm_layout
 
     a = {k: v.detach() for k, v in inputs(2, 20, 8, 4, torch.float32, absent=("initial_state",)).items()}
     a |= dict.fromkeys(absent)

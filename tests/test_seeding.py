@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-import models
-from models.common import init_normal
-from models.registry import FAMILIES
-from models.seeding import seeded
-from synthetic.lora import add_adapters
+from ssm_retrieval import models
+from ssm_retrieval.models.common import init_normal
+from ssm_retrieval.models.registry import FAMILIES
+from ssm_retrieval.models.seeding import seeded
+from ssm_retrieval.training.lora import add_adapters
 
 SMALL = dict(vocab_size=40, d_model=16, n_layer=3)
 HEADS = {

@@ -10,9 +10,10 @@ import torch
 from sessions import FAMILIES, session, small, watch_inputs, watch_steps
 from torch.nn import functional as F
 
-import models
-from models.ops.linear import Linear
-from synthetic import evaluate, store, tasks, train
+from ssm_retrieval import models
+from ssm_retrieval.ops.linear import Linear
+from ssm_retrieval.training import store
+from synthetic import evaluate, tasks, train
 
 DECAYED = {  # by the last two parts of their names: matrices that weight decay pulls, and no others
     "transformer": {

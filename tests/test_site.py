@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-import models
+from ssm_retrieval import models
 
 ROOT = Path(__file__).parents[1]
 CONFIG = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
@@ -46,7 +46,7 @@ def test_api_has_every_public_module():
     for package in api.PACKAGES:
         names = pkgutil.walk_packages([str(ROOT / package)], f"{package}.")
         found |= {package, *(name for _, name, _ in names if "._" not in name)}
-    assert {"models.ops.selective_scan", "synthetic.tasks.position", "vlm.data.registry"} < found
+    assert {"ssm_retrieval.ops.selective_scan", "synthetic.tasks.position", "vlm.data.registry"} < found
     made = api.pages(ROOT)
     shown = {name: where for where, text in made.items() for name in re.findall(r"^::: (.+)$", text, re.M)}
     assert set(shown) == found
@@ -58,22 +58,26 @@ def test_api_has_every_public_module():
 
 def test_a_new_module_gets_a_page_and_a_private_one_none(tmp_path):
     for path, text in {
-        "models/__init__.py": '"""Nets."""',
-        "models/new.py": '"""A new\nthing (Black et al. 2022). More."""',
-        "models/_own.py": "",
-        "models/_ops/fast.py": "",
+        "ssm_retrieval/__init__.py": '"""All."""',
+        "ssm_retrieval/models/__init__.py": '"""Nets."""',
+        "ssm_retrieval/models/new.py": '"""A new\nthing (Black et al. 2022). More."""',
+        "ssm_retrieval/models/_own.py": "",
+        "ssm_retrieval/models/_ops/fast.py": "",
     }.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
     made = api.pages(tmp_path)
-    assert [where for where in made if where.startswith("api/models")] == [
-        "api/models/index.md",
-        "api/models/new.md",
+    own = "ssm_retrieval.models.new"
+    index = "api/ssm_retrieval/models/index.md"
+    assert [where for where in made if where.startswith("api/ssm_retrieval/models")] == [
+        index,
+        "api/ssm_retrieval/models/new.md",
     ]
-    assert "| [`models.new`](models/new.md) | A new thing (Black et al. 2022) |" in made["api/index.md"]
-    assert "| [`models.new`](new.md) |" in made["api/models/index.md"]
-    (tmp_path / "models/new.py").write_text("x = 1\n")
-    with pytest.raises(ValueError, match=r"models/new\.py has no docstring"):
+    row = f"| [`{own}`](ssm_retrieval/models/new.md) | A new thing (Black et al. 2022) |"
+    assert row in made["api/index.md"]
+    assert f"| [`{own}`](new.md) |" in made[index]
+    (tmp_path / "ssm_retrieval/models/new.py").write_text("x = 1\n")
+    with pytest.raises(ValueError, match=r"ssm_retrieval/models/new\.py has no docstring"):
         api.pages(tmp_path)
 
 
@@ -93,7 +97,7 @@ def test_getting_started_names_every_extra():
 
 def test_snippet_of_getting_started(monkeypatch, capsys):
     """With an untrained model in place of one that was trained."""
-    from synthetic import store
+    from ssm_retrieval.training import store
 
     page = (ROOT / "docs" / "getting-started.md").read_text(encoding="utf-8")
     (snippet,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)

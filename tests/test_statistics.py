@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from analysis.statistics import (
+from ssm_retrieval.statistics import (
     bootstrap,
     bootstrap_median_time,
     holm,

@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from synthetic import run, store, train
+from ssm_retrieval.training import store
+from synthetic import run, train
 from synthetic.config import RunConfig, plan
 from synthetic.evaluate import Evaluation, heldout
 from synthetic.results import record

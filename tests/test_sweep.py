@@ -16,7 +16,8 @@ import pytest
 import torch
 
 import analysis
-from synthetic import results, store, sweep
+from ssm_retrieval.training import store
+from synthetic import results, sweep
 from synthetic.config import plan, run_id
 from synthetic.grid import grid
 from synthetic.train import train

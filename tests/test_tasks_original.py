@@ -8,7 +8,7 @@ import torch
 from task_solvers import read as read_row
 from task_solvers import solve_position
 
-import models
+from ssm_retrieval import models
 from ssm_retrieval.errors import UserError
 from synthetic.evaluate import evaluate, score
 from synthetic.tasks.original import OriginalFiles, file_name, read

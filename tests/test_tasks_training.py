@@ -9,7 +9,7 @@ import pytest
 import torch
 from task_solvers import SOLVERS, answers_by_block, kinds, small
 
-import models
+from ssm_retrieval import models
 from synthetic import run, tasks, train
 from synthetic.config import RunConfig, plan, run_id
 from synthetic.evaluate import evaluate, evaluate_blocks, extrapolate, heldout, score, wilson

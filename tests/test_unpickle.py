@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.unpickle import MOST_DEPTH, NoPickle, Plain, Restricted, scan
+from ssm_retrieval.models.unpickle import MOST_DEPTH, NoPickle, Plain, Restricted, scan
 from vlm.data.files import load_plain_pickle
 
 PLAIN = st.recursive(

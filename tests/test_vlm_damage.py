@@ -13,7 +13,7 @@ pytest.importorskip("sklearn", reason="scikit-learn is not installed; .ci/run in
 from vlm_runs import one_line
 
 from ssm_retrieval.errors import UserError
-from synthetic import store
+from ssm_retrieval.training import store
 from vlm import evaluate, folders, parts, stages
 from vlm.scenes import encoder
 

@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("accelerate", reason="accelerate is not installed; .ci/run installs it")
 pytest.importorskip("sklearn", reason="scikit-learn is not installed; .ci/run installs it")
 
-from synthetic import store
+from ssm_retrieval.training import store
 from vlm import stages
 from vlm.config import read_file
 

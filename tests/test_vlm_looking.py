@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-import models
 import probes
 from probes.updates import iterate_states
+from ssm_retrieval import models
 from vlm import looking, prompts
 from vlm.layout import sequence
 from vlm.model import VLM

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-import models
-from models.ops.cross_entropy import linear_cross_entropy
+from ssm_retrieval import models
+from ssm_retrieval.ops.cross_entropy import linear_cross_entropy
 from vlm import layout
 from vlm import model as vlm_model
 from vlm.layout import IGNORE

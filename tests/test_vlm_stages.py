@@ -17,8 +17,8 @@ from accelerate.state import AcceleratorState
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from models.ops.linear import Linear
-from synthetic import store
+from ssm_retrieval.ops.linear import Linear
+from ssm_retrieval.training import store
 from vlm import evaluate, parts, stages, train
 from vlm.config import Run, Scenes, Stage
 from vlm.scenes import encoder as scenes

@@ -23,8 +23,8 @@ pytest.importorskip("sklearn", reason="scikit-learn is not installed; .ci/run in
 import vlm_runs
 
 from ssm_retrieval.errors import UserError
-from synthetic import store
-from synthetic.terminal import plain_console
+from ssm_retrieval.terminal import plain_console
+from ssm_retrieval.training import store
 from vlm import folders, parts, stages, train
 from vlm.config import Scenes, Stage
 from vlm.scenes import encoder
@@ -126,7 +126,10 @@ def test_ctrl_c_while_the_encoder_trains_ends_with_130_and_the_same_command_goes
 # --- helpers ------------------------------------------------------------------------------------------------
 
 WATCHED = """
-import os, subprocess, sys, time
+import os
+import subprocess
+import sys
+import time
 from vlm import train
 train.WATCHED_EVERY = 0.05
 if len(sys.argv) > 1:

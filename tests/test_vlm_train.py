@@ -14,7 +14,7 @@ pytest.importorskip("accelerate", reason="accelerate is not installed; .ci/run i
 pytest.importorskip("tokenizers", reason="tokenizers is not installed; .ci/run installs it")
 pytest.importorskip("sklearn", reason="scikit-learn is not installed; .ci/run installs it")
 
-from synthetic import store
+from ssm_retrieval.training import store
 from vlm import evaluate, parts, predict, results, stages, train
 from vlm.config import Run, Scenes, Stage, from_dict, read_file
 from vlm.scenes import encoder as scenes

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from synthetic import store
+from ssm_retrieval.training import store
 from vlm import parts, stages
 from vlm.config import Run, Scenes, Stage
 from vlm.scenes import encoder as scenes

@@ -223,7 +223,7 @@ class Run:
     cache: bool = True
 
     def __post_init__(self) -> None:
-        import models
+        from ssm_retrieval import models
 
         if not self.stages:
             raise UserError(f"run {self.name!r} has no stages; give at least one")
@@ -241,7 +241,7 @@ class Run:
     @property
     def family(self) -> str:
         """What the language model is: "mamba", "transformer", ..."""
-        import models
+        from ssm_retrieval import models
 
         name = self.model if self.model in models.FAMILIES else models.resolve(self.model)
         return name.partition("-")[0]

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ssm_retrieval.cli import guarded, parse, use_threads
 from ssm_retrieval.errors import UserError
+from ssm_retrieval.terminal import plain_console
 from synthetic.evaluate import autocast
-from synthetic.terminal import plain_console
 from vlm import folders, parts, results
 from vlm.config import Data, Run, read_file
 from vlm.data.samples import Sample, Source

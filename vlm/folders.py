@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import nn
 
 from ssm_retrieval.errors import UserError
-from synthetic import store
+from ssm_retrieval.training import store
 from vlm import schema
 from vlm.config import Run
 from vlm.schema import Natural, NonNegative, checked

@@ -28,17 +28,17 @@ import torch
 import tyro
 from torch import Tensor
 
-from analysis.statistics import mean_interval
-from models.ops.memory import keep_freed_memory
 from probes import record
 from probes.retention import attention_rows, normalise_rows, retention
 from probes.suite.common import layers_with, scan_names, scan_of
 from probes.updates import Scan, write_norm
 from ssm_retrieval.cli import guarded, parse
 from ssm_retrieval.errors import UserError
-from synthetic import store
+from ssm_retrieval.ops.memory import keep_freed_memory
+from ssm_retrieval.statistics import mean_interval
+from ssm_retrieval.terminal import plain_console
+from ssm_retrieval.training import store
 from synthetic.results import to_parquet
-from synthetic.terminal import plain_console
 from vlm import parts
 from vlm.config import Run, Scenes
 from vlm.evaluate import alike, load

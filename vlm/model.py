@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models import LanguageModel, from_config, generate, hub, hub_configs
-from models.checkpoints import fill
-from models.ops.cross_entropy import linear_cross_entropy
 from ssm_retrieval.errors import UserError
+from ssm_retrieval.models import LanguageModel, from_config, generate, hub, hub_configs
+from ssm_retrieval.models.checkpoints import fill
+from ssm_retrieval.ops.cross_entropy import linear_cross_entropy
 from vlm.layout import IGNORE, splice
 
 CONNECTOR, ENCODER = "vision_embed_tokens.", "vision_encoder."  # of the names in released checkpoints

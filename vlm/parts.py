@@ -13,9 +13,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-import models
-from models.seeding import seeded
+from ssm_retrieval import models
 from ssm_retrieval.errors import UserError
+from ssm_retrieval.models.seeding import seeded
 from vlm import encoder as timm_encoder
 from vlm import tokenizer
 from vlm.config import Run

@@ -13,7 +13,7 @@ import tyro
 
 from ssm_retrieval.cli import guarded, parse
 from ssm_retrieval.errors import UserError
-from synthetic import store
+from ssm_retrieval.training import store
 from vlm import parts, pictures, prompts
 from vlm.config import Run
 from vlm.data.samples import Sample

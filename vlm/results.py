@@ -222,7 +222,7 @@ def write(out: Path, run: str, rows: Sequence[Mapping[str, Any]], answers: Seque
     """One run's rows as Parquet with exactly COLUMNS, and its answers; returns the table."""
     from filelock import FileLock
 
-    from synthetic import store
+    from ssm_retrieval.training import store
     from synthetic.results import to_parquet
 
     table, said = table_path(out, run), answers_path(out, run)

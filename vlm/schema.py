@@ -20,7 +20,7 @@ from torch import Tensor
 from typing_extensions import dataclass_transform
 
 from ssm_retrieval.errors import UserError
-from synthetic import store
+from ssm_retrieval.training import store
 
 T = TypeVar("T")
 MOST_SHOWN = 60  # characters of a wrong value

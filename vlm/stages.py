@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from ssm_retrieval.errors import UserError
-from synthetic import store
-from synthetic.distributed import fill
-from synthetic.optimizers import make_state
+from ssm_retrieval.training import store
+from ssm_retrieval.training.distributed import fill
+from ssm_retrieval.training.optimizers import make_state
 from vlm import folders, parts, schema
 from vlm.config import Run, Stage
 from vlm.data.loader import VLMBatch, batches

@@ -23,7 +23,7 @@ import tyro
 
 from ssm_retrieval.cli import INTERRUPTED, StopSignals, guarded, parse, use_threads
 from ssm_retrieval.errors import MissingPackage, UserError
-from synthetic.terminal import plain_console
+from ssm_retrieval.terminal import plain_console
 from vlm import parts
 from vlm.config import Run, read_file
 from vlm.folders import RESULT, remember
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train_all(options: Options) -> int:
-    from models.ops.memory import keep_freed_memory
+    from ssm_retrieval.ops.memory import keep_freed_memory
 
     keep_freed_memory()
     runs = [run for run in read_file(options.config) if options.only in run.name]

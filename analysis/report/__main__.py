@@ -43,7 +43,7 @@ def write(options: Options) -> int:
         package = str(error.name).partition(".")[0]
         raise MissingPackage(f'the report needs {package}: pip install -e ".[report]"') from error
     from analysis.report.runs import read_all
-    from synthetic.store import write_bytes
+    from ssm_retrieval.training.store import write_bytes
 
     content = page(read_all(options.runs)).encode()
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.style import FAMILIES, NAMES
 from ssm_retrieval.errors import UserError
-from synthetic import records
+from ssm_retrieval.style import FAMILIES, NAMES
+from ssm_retrieval.training import records
+from ssm_retrieval.training.store import Row
 from synthetic.config import RunConfig
-from synthetic.store import Row
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 UNASKED = ("plan", "threads")  # options that a command to resume a run can do without

@@ -1,4 +1,4 @@
-"""Traces and layouts of plotly that several sections draw, with the colours of `analysis.style`."""
+"""Traces and layouts of plotly that several sections draw, with the colours of `ssm_retrieval.style`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from analysis.report.parts import NEUTRAL
-from analysis.style import FAMILIES, family_colors
+from ssm_retrieval.style import FAMILIES, family_colors
 
 ACCENT = "#e6308a"  # of marks on maps
 # From -1 to 1 on any page: 0 is transparent.

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("ssm_retrieval", "models", "synthetic", "probes", "analysis", "vlm")
+PACKAGES = ("ssm_retrieval", "synthetic", "probes", "analysis", "vlm")
 TITLE = "API reference"
 INTRODUCTION = """\
 Every public module, from its docstrings. Shapes are in brackets; *Raises* says which mistakes are refused in
@@ -32,7 +32,7 @@ def modules(root: Path, packages: Sequence[str] = PACKAGES) -> list[str]:
 
 
 def page(module: str, root: Path) -> str:
-    """Where a module's page is: api/models/mamba.md; api/models/index.md of a package."""
+    """Where a module's page is: api/ssm_retrieval/models/mamba.md; .../index.md of a package."""
     folder = (root / module.replace(".", "/")).is_dir()
     return f"api/{module.replace('.', '/')}{'/index' if folder else ''}.md"
 

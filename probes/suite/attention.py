@@ -14,8 +14,6 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.style import NAMES, family_colors, legend, panels
-from models.common import LanguageModel
 from probes.heads import HeadScores, induction_score, previous_token_score, retrieval_score
 from probes.retention import hidden_attention, mean_attention, normalise_rows
 from probes.roles import role, roles
@@ -39,6 +37,8 @@ from probes.suite.common import (
     scan_names,
     scan_of,
 )
+from ssm_retrieval.models.common import LanguageModel
+from ssm_retrieval.style import NAMES, family_colors, legend, panels
 from synthetic.tasks import Batch, Task
 from synthetic.tasks.position import Position
 

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from analysis import tables
-from analysis.statistics import mean_interval
-from analysis.style import FAMILIES, panels
-from models.common import LanguageModel
 from probes.cache import Recording, record
 from probes.updates import Scan
+from ssm_retrieval.models.common import LanguageModel
+from ssm_retrieval.statistics import mean_interval
+from ssm_retrieval.style import FAMILIES, panels
 from synthetic.tasks import Batch, Task
 from synthetic.tasks.position import Position
 

@@ -12,8 +12,6 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.style import NAMES, family_colors, legend, panels
-from models.common import LanguageModel
 from probes.lens import lens_table
 from probes.suite.common import (
     WEIGHTS,
@@ -25,6 +23,8 @@ from probes.suite.common import (
     recorded,
     rows_within,
 )
+from ssm_retrieval.models.common import LanguageModel
+from ssm_retrieval.style import NAMES, family_colors, legend, panels
 from synthetic.tasks import Task
 
 if TYPE_CHECKING:

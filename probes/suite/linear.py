@@ -26,8 +26,6 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.style import NAMES, family_colors, legend, panels
-from models.common import LanguageModel
 from probes.linear import capacity, controlled, project, split
 from probes.suite.common import (
     WEIGHTS,
@@ -44,6 +42,8 @@ from probes.suite.common import (
     rows_within,
     single_query,
 )
+from ssm_retrieval.models.common import LanguageModel
+from ssm_retrieval.style import NAMES, family_colors, legend, panels
 from synthetic.evaluate import wilson
 from synthetic.tasks import Batch, Task, sampling
 from synthetic.tasks.sampling import IntArray

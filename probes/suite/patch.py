@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from analysis.style import NAMES, panels
-from models.common import LanguageModel
 from probes.cells import cells, target_and_partner
 from probes.pairs import KINDS, pairs
 from probes.patching import trace
 from probes.suite.common import Options, Probe, families, interval, markdown, require_roles
+from ssm_retrieval.models.common import LanguageModel
+from ssm_retrieval.style import NAMES, panels
 from synthetic.tasks import Task
 
 if TYPE_CHECKING:

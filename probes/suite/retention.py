@@ -15,8 +15,6 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.style import NAMES, family_colors, legend, panels
-from models.common import LanguageModel
 from probes.retention import attention_output, mean_attention, normalise_rows, retention
 from probes.roles import role, roles
 from probes.suite.common import (
@@ -41,6 +39,8 @@ from probes.suite.common import (
     scan_of,
     ssm_layers,
 )
+from ssm_retrieval.models.common import LanguageModel
+from ssm_retrieval.style import NAMES, family_colors, legend, panels
 from synthetic.tasks import Task
 
 if TYPE_CHECKING:

@@ -16,9 +16,6 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.statistics import bootstrap_median_time
-from analysis.style import NAMES, family_colors, legend, panels
-from models.common import LanguageModel
 from probes.roles import ROLES, role, roles
 from probes.suite.common import (
     BINS,
@@ -44,6 +41,9 @@ from probes.suite.common import (
     ssm_layers,
 )
 from probes.updates import Scan, decay, horizon, split_by_role, state_changes, write_norm
+from ssm_retrieval.models.common import LanguageModel
+from ssm_retrieval.statistics import bootstrap_median_time
+from ssm_retrieval.style import NAMES, family_colors, legend, panels
 from synthetic.tasks import Task
 
 if TYPE_CHECKING:

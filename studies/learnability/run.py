@@ -23,8 +23,8 @@ from typing import Any, Literal
 import pandas as pd
 import tyro
 
+from ssm_retrieval.training.store import read_rows
 from synthetic.config import RunConfig, plan, run_id
-from synthetic.store import read_rows
 
 HERE = Path(__file__).parent
 BASE = RunConfig(
@@ -87,7 +87,7 @@ def one(variant: str, diet: str, config: RunConfig, out: str) -> dict[str, Any]:
     """Train one model on one thread; a row of the results."""
     import torch
 
-    from models.ops.memory import keep_freed_memory
+    from ssm_retrieval.ops.memory import keep_freed_memory
     from synthetic.train import train
 
     torch.set_num_threads(1)

@@ -21,9 +21,10 @@ import analysis
 from analysis import plots, settings
 from analysis.comparisons import comparisons
 from analysis.scaling import reachable_length
-from analysis.statistics import bootstrap_median_time
 from analysis.tables import between, by_seed, fill, markdown, share
-from synthetic import results, store
+from ssm_retrieval.statistics import bootstrap_median_time
+from ssm_retrieval.training import store
+from synthetic import results
 
 HERE = Path(__file__).parent
 RATES = HERE / "learning_rates.json"

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from synthetic import store
+from ssm_retrieval.training import store
 from vlm.metrics import captions as metric
 from vlm.scenes import make_example
 from vlm.scenes.scene import sample_scene

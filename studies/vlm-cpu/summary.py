@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.statistics import mean_interval
-from analysis.style import DOUBLE, NAMES, family_colors, legend, save, theme
 from analysis.tables import by_seed, concatenated, files, fill, markdown
 from analysis.vlm_plots import main_rows
+from ssm_retrieval.statistics import mean_interval
+from ssm_retrieval.style import DOUBLE, NAMES, family_colors, legend, save, theme
 from vlm.prompts import LAYOUTS
 
 HERE = Path(__file__).parent
@@ -42,7 +42,7 @@ def main(runs: Path | None) -> None:
     with theme():
         save(accuracy(results), HERE / "accuracy")
         save(looking(looks), HERE / "looking")
-    from synthetic import store
+    from ssm_retrieval.training import store
 
     path = HERE / "README.md"
     store.write_bytes(path, filled(path.read_text(encoding="utf-8")).encode())
@@ -56,7 +56,7 @@ def collect(out: Path) -> None:
     import torch
 
     import vlm.config
-    from synthetic import store
+    from ssm_retrieval.training import store
     from synthetic.results import to_parquet
     from vlm import looking as probe
     from vlm.results import COLUMNS
@@ -82,7 +82,7 @@ def pictures(runs: Sequence[Any], out: Path) -> Any:
     """
     import matplotlib.pyplot as plt
 
-    from synthetic import store
+    from ssm_retrieval.training import store
     from vlm.predict import RIGHT, SAID, WRONG, draw
     from vlm.prompts import parse_box
     from vlm.results import answers_path

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.statistics import mean_interval
-from analysis.style import NAMES
 from analysis.tables import by_seed, fill, markdown
-from synthetic import store
+from ssm_retrieval.statistics import mean_interval
+from ssm_retrieval.style import NAMES
+from ssm_retrieval.training import store
 
 HERE = Path(__file__).parent
 MEASURED = HERE / "measured.parquet"

@@ -9,8 +9,8 @@ import contrasts  # beside this file
 import numpy as np
 import pandas as pd
 
-from analysis.statistics import mean_interval
-from analysis.style import NAMES, family_colors, legend, panels, save, theme
+from ssm_retrieval.statistics import mean_interval
+from ssm_retrieval.style import NAMES, family_colors, legend, panels, save, theme
 
 TITLES = {
     "write": "written by the target\n/ by a distractor",

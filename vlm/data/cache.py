@@ -29,7 +29,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from ssm_retrieval.errors import UserError
-from synthetic.store import read_json, replacing, write_json
+from ssm_retrieval.training.store import read_json, replacing, write_json
 from vlm.data.samples import Source
 from vlm.schema import remove_left, shortened
 

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from models.unpickle import Plain, scan
 from ssm_retrieval.errors import UserError
+from ssm_retrieval.models.unpickle import Plain, scan
 
 
 class MissingFile(UserError, FileNotFoundError):

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from filelock import FileLock
 
 from ssm_retrieval.errors import UserError
-from synthetic.store import replacing
+from ssm_retrieval.training.store import replacing
 
 
 class Lines:

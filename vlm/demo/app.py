@@ -9,8 +9,8 @@ from typing import Any
 import gradio as gr
 import matplotlib.colors
 
-from analysis.style import NAMES, family_colors
 from ssm_retrieval.errors import UserError
+from ssm_retrieval.style import NAMES, family_colors
 from vlm import pictures
 from vlm.demo import drawing
 from vlm.demo.asking import Contestant, Question, Reply, ask, questions, typed

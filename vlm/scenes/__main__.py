@@ -15,7 +15,7 @@ from typing import Any, Literal
 from PIL import Image, ImageDraw, ImageFont
 
 from ssm_retrieval.cli import guarded, parse
-from synthetic.store import replacing
+from ssm_retrieval.training.store import replacing
 from vlm.scenes import TASKS, Example, make_example, render, sample_scene
 
 _COLUMNS, _ZOOM, _PAD, _TEXT = 5, 2, 12, 150

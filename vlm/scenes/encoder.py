@@ -20,8 +20,8 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.seeding import seeded
-from synthetic import store
+from ssm_retrieval.models.seeding import seeded
+from ssm_retrieval.training import store
 from vlm import schema
 from vlm.scenes import VERSION as SCENES_VERSION
 from vlm.scenes.scene import Scene, sample_scene

@@ -12,7 +12,7 @@ from analysis.report.parts import Block, Figure, Key, Mark, Move, Panel, Section
 from analysis.report.runs import Run
 from analysis.report.sections.probed import families, label, tables
 from analysis.report.traces import ACCENT, NEUTRAL, color_of, curve, frame, heat, opacity, plot, viridis
-from analysis.style import NAMES
+from ssm_retrieval.style import NAMES
 
 READING = (
     "Who reads whom, in one held-out sequence: a row of a map is the token that reads (query), a column the "

@@ -10,7 +10,7 @@ import pandas as pd
 from analysis.report.parts import Block, Figure, Key, Missing, Panel, Section, View
 from analysis.report.runs import Run
 from analysis.report.traces import DASHES, color_of, curve, in_order, level, plot
-from analysis.style import NAMES
+from ssm_retrieval.style import NAMES
 
 READING = (
     "Held-out accuracy at the run's full context length while the models were trained, with the Wilson 95 % "

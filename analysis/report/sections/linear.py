@@ -12,7 +12,7 @@ from analysis.report.parts import Block, Figure, Key, Panel, Section, View
 from analysis.report.runs import Run
 from analysis.report.sections.probed import beside_untrained, families, label, tables
 from analysis.report.traces import NEUTRAL, color_of, curve, level, opacity, plot
-from analysis.style import NAMES
+from ssm_retrieval.style import NAMES
 
 READING = (
     "Ridge probes are trained on what stands where the answer is due, and tested on other sequences. The "

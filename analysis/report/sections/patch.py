@@ -11,7 +11,7 @@ from analysis.report.parts import Block, Figure, Key, Panel, Section, View
 from analysis.report.runs import Run
 from analysis.report.sections.probed import families, label, tables
 from analysis.report.traces import DIVERGING, heat, plot
-from analysis.style import NAMES
+from ssm_retrieval.style import NAMES
 
 READING = (
     "Two runs that differ in one thing only (in another symbol that is asked for, or in the place of the "

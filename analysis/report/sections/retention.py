@@ -12,7 +12,7 @@ from analysis.report.parts import Block, Figure, Key, Panel, Section, View
 from analysis.report.runs import Run
 from analysis.report.sections.probed import families, label, tables
 from analysis.report.traces import NEUTRAL, color_of, curve, opacity, plot
-from analysis.style import NAMES
+from ssm_retrieval.style import NAMES
 
 READING = (
     "How much of what a context token wrote is left in an SSM's state when the answer is due, exactly, from "

@@ -1,0 +1,267 @@
+"""Checkpoints in and out: `load("state-spaces/mamba-130m")`, `load("runs/<id>/mamba")`, `save(model, path)`.
+
+A model is made without memory for its weights and filled tensor by tensor, so that loading takes little more
+than the model itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ssm_retrieval.models import hub, hub_configs, own_configs
+from ssm_retrieval.models.common import Config, LanguageModel, require
+from ssm_retrieval.models.registry import from_config
+
+# of weights that models here compute with; others have to be converted
+COMPUTED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# computed in float32 whatever the others are, so that they may be wider
+APART = (".A_log", ".D", ".dt_bias", ".dt_proj.bias")
+UNFINISHED = (
+    "checkpoint.safetensors"  # of a run's model before it has weights (`ssm_retrieval.training.store`)
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint's files and what they hold; no weights are in memory."""
+
+    folder: Path
+    files: list[Path]  # that decide about the weights
+    stored: dict[str, hub.Stored]  # by the file's own key
+    config: Config
+
+
+def examine(name_or_path: str | Path, *, revision: str | None = None) -> Checkpoint:
+    """Find a checkpoint (see `load`) and read everything about it but the weights."""
+    folder = hub.find_folder(name_or_path, revision)
+    place = folder / "config.json"
+    require(
+        place.exists() or not (folder / UNFINISHED).exists(),
+        f"{folder} is of a run that has not finished; give its command again, it goes on from there",
+    )
+    raw = hub.read_json(place)
+    if own_configs.is_own(raw):
+        config = own_configs.read_config(raw, str(place))
+        weights = hub.weight_files(folder)
+        stored = hub.contents(weights)
+        own_configs.check_sizes(config, raw, stored, str(place))
+    else:
+        weights = hub.weight_files(folder)
+        stored = hub.contents(weights)
+        config = hub_configs.read_config(raw, stored, str(place))
+    index = [] if weights.index is None else [weights.index]
+    return Checkpoint(folder, [*weights.files, *index], stored, config)
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: Any = None,
+) -> LanguageModel:
+    """The model of a checkpoint, ready for inference: a local folder, or a name on the Hugging Face hub.
+
+    Folders: what `save` has written, a model of a run (runs/<id>/<family>), what `transformers` saves of
+    MambaForCausalLM, Mamba2ForCausalLM and GPTNeoXForCausalLM, and copies of the next.
+    Names: state-spaces/mamba-*, state-spaces/mamba2-*, EleutherAI/pythia-*. A copy in the hub's cache needs
+    no network.
+    revision: branch, tag or commit on the hub; a commit names the same weights for ever.
+    dtype: of all weights; None leaves each as the file has it. device: anything `torch.device` takes.
+
+    Raises UserError, in one line, for a checkpoint that is not there, is damaged, is of a model that this
+    package does not have, whose tensors are not exactly those that its config asks for, or whose dtypes
+    cannot be computed together. Nothing in a file is executed.
+    Warns, in one line, of fields of config.json that have no effect.
+    """
+    checkpoint = examine(name_or_path, revision=revision)
+    model, sources = outline(checkpoint)
+    fill(model, sources, checkpoint.folder, dtype=dtype, device=device)
+    return model.eval()
+
+
+def outline(checkpoint: Checkpoint) -> tuple[LanguageModel, dict[str, hub.Stored]]:
+    """The model without memory for its weights, and where they are by its names.
+
+    Raises UserError if the weights are not exactly those of the model.
+    """
+    model = from_config(checkpoint.config, device="meta")
+    sources = dict(checkpoint.stored)
+    model.accept_hub_spellings(sources)
+    _match(model, sources, checkpoint.folder)
+    return model, sources
+
+
+def fill(
+    model: nn.Module,
+    sources: dict[str, hub.Stored],
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: Any = None,
+) -> None:
+    """Give a module that was made on "meta" its weights, tensor by tensor. sources: by the module's names.
+
+    Tied weights may be there under either name, or all. Raises UserError if they are not exactly those of the
+    module, or if a language model cannot compute with their dtypes.
+    """
+    homes = _match(model, sources, folder)
+    names_of = {names[0]: names for names, _ in homes}
+    source_of = {sources[name]: name for name in names_of}
+    for stored, tensor in hub.tensors(source_of):
+        what = f"{stored.file}: {stored.key} is {_short(tensor.dtype)}"
+        require(tensor.is_floating_point(), f"{what}, not floating; fetch weights that are not quantised")
+        require(
+            dtype is not None or tensor.dtype in COMPUTED,
+            f"{what}, in which nothing is computed; give dtype=torch.bfloat16 or a wider one",
+        )
+        mapped = stored.file.suffix != ".safetensors"
+        _assign(model, names_of[source_of[stored]], tensor.to(device=device, dtype=dtype, copy=mapped))
+    _check_ties(model, homes, sources)
+    if isinstance(model, LanguageModel):
+        _check_dtypes(model, folder)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_dtypes(model: LanguageModel, folder: Path) -> None:
+    """Weights that are multiplied with each other must have one dtype."""
+    found: dict[torch.dtype, str] = {}
+    for name, parameter in model.named_parameters():
+        if not name.endswith(APART):
+            found.setdefault(parameter.dtype, name)
+    said = ", ".join(f"{_short(dtype)} ({name}, ...)" for dtype, name in found.items())
+    widest = max(found, key=lambda dtype: dtype.itemsize)
+    require(
+        len(found) < 2,
+        f"the weights in {folder} are of several dtypes, {said}, which cannot be multiplied with each other; "
+        f"give dtype={widest}",
+    )
+
+
+def _match(
+    model: nn.Module, sources: dict[str, hub.Stored], folder: Path
+) -> list[tuple[list[str], tuple[int, ...]]]:
+    """The homes of a module's weights; `sources` gets all names of tied ones. Raises UserError as `fill`."""
+    homes = _homes(model)
+    for names, _ in homes:
+        present = [name for name in names if name in sources]
+        sources |= {name: sources[present[0]] for name in names if present and name not in sources}
+    _compare(sources, {name: shape for names, shape in homes for name in names}, folder)
+    return homes
+
+
+def _homes(model: nn.Module) -> list[tuple[list[str], tuple[int, ...]]]:
+    """Every weight's names, more than one if it is tied, and its shape."""
+    names: dict[int, list[str]] = {}
+    shapes: dict[int, tuple[int, ...]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+        shapes[id(parameter)] = tuple(parameter.shape)
+    return [(names[key], shapes[key]) for key in names]
+
+
+def _compare(sources: dict[str, hub.Stored], wanted: dict[str, tuple[int, ...]], folder: Path) -> None:
+    """Raises ValueError that lists every tensor missing, in excess or of another shape."""
+    missing = [name for name in wanted if name not in sources]
+    extra = [stored.key for name, stored in sources.items() if name not in wanted]
+    wrong = [
+        f"{sources[name].key} {list(sources[name].shape)} instead of {list(shape)}"
+        for name, shape in wanted.items()
+        if name in sources and sources[name].shape != shape
+    ]
+    parts = (("missing", missing), ("not of this model", extra), ("wrongly shaped", wrong))
+    said = "; ".join(f"{what}: {hub.listing(names)}" for what, names in parts if names)
+    require(not said, f"the weights in {folder} do not fit its config.json: {said}; fetch both anew")
+
+
+def _assign(model: nn.Module, names: Iterable[str], tensor: Tensor) -> None:
+    """Make one parameter of `tensor`, under all of its names."""
+    parameter = nn.Parameter(tensor)
+    for name in names:
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, parameter)
+
+
+def _check_ties(
+    model: nn.Module, homes: list[tuple[list[str], tuple[int, ...]]], sources: dict[str, hub.Stored]
+) -> None:
+    """A file may hold tied weights twice, but not different ones."""
+    twice = {sources[name]: names for names, _ in homes for name in names[1:]}
+    twice = {stored: names for stored, names in twice.items() if stored != sources[names[0]]}
+    for stored, tensor in hub.tensors(twice):
+        kept = model.get_parameter(twice[stored][0])
+        require(
+            torch.equal(tensor.to(kept), kept),
+            f"{stored.file}: {stored.key} differs from {sources[twice[stored][0]].key}, to which config.json "
+            "ties it (tie_word_embeddings or tie_embeddings); set that to false",
+        )
+
+
+def save(model: LanguageModel, folder: str | Path, *, max_shard_size: int | str = "5GB") -> Path:
+    """Write `config.json` and safetensors into a new folder, from which `load` makes the same model.
+
+    `transformers` opens it as well, unless it has no such class (hybrids, learned or no positions, another
+    norm than the architecture's, ...): `config.json` then has our own form, model_type "ssm-retrieval".
+    max_shard_size: of one file, in bytes or as "5GB"; several files have an index. The tokenizer is not part
+    of a model: those of the published models are EleutherAI/gpt-neox-20b's. Returns the folder, which appears
+    when it is complete.
+    Raises UserError if the folder is not empty.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    folder = Path(folder)
+    require(
+        not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
+        f"{folder} exists and is not empty; choose a new folder",
+    )
+    own = hub_configs.lacking(model.config) is not None
+    named = ((name if own else _published(name), p) for name, p in model.named_parameters())
+    tensors = {name: parameter.detach().contiguous() for name, parameter in named}
+    if own:
+        config = own_configs.write_config(model.config)
+    else:
+        dtypes = {_short(tensor.dtype) for tensor in tensors.values()}
+        config = hub_configs.write_config(model.config, dtypes.pop() if len(dtypes) == 1 else None)
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
+    temporary.mkdir()
+    try:
+        _write_json(temporary / "config.json", config)
+        mode = (temporary / "config.json").stat().st_mode
+        for name, keys in split.filename_to_tensors.items():
+            save_file({key: tensors[key] for key in keys}, temporary / name, metadata={"format": "pt"})
+            os.chmod(temporary / name, mode)  # safetensors leaves a file for its owner alone
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            _write_json(temporary / (hub.SAFETENSORS + hub.INDEX), index)
+        for file in temporary.iterdir():
+            with open(file, "rb+") as written:
+                os.fsync(written.fileno())
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _published(name: str) -> str:
+    """A weight's name on the hub."""
+    return name.replace("backbone.embedding.", "backbone.embeddings.")
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,336 @@
+"""What every architecture here shares: the call signature, norms, padding, packing, the cache.
+
+Glossary (one letter per axis, used in every shape comment of this package)
+
+    B  batch            L  length of this call         S  keys visible (cached + this call)
+    D  d_model          E  d_inner = expand * d_model  N  d_state
+    H  heads            P  width of one head           V  vocab_size
+
+A model is an embedding, a list of blocks mapping (B, L, D) to (B, L, D), a final norm and a head;
+`LanguageModel` runs that list. An architecture file defines its config, its block, and the names of
+its parameters, which are the names the published checkpoints use.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ssm_retrieval.models.configuration import Config as Config
+from ssm_retrieval.models.configuration import require as require
+from ssm_retrieval.models.hooks import Hooked, points
+from ssm_retrieval.models.packing import Packing
+from ssm_retrieval.models.padding import real_first
+from ssm_retrieval.ops._route import refuse_tracing
+from ssm_retrieval.ops.cross_entropy import linear_cross_entropy
+
+LayerCache = dict[str, Tensor]
+INTEGERS = (torch.int64, torch.int32)
+
+
+@dataclass
+class Cache:
+    """What the model remembers between calls: one dictionary of tensors per layer.
+
+    SSM layers keep `conv` (B, d_conv-1, E) and `ssm` (B, E, N): constant in the number of tokens.
+    Attention layers keep `k` and `v` (B, H, S, P), which grow with it.
+    """
+
+    layers: list[LayerCache]
+    length: int = 0  # tokens seen so far, padding included
+    mask: Tensor | None = None  # (B, length) bool, True = real token; None = no padding so far
+
+    def num_elements(self) -> int:
+        """Numbers held in memory: the state size, counted rather than derived from a formula."""
+        return sum(t.numel() for layer in self.layers for t in layer.values())
+
+
+@dataclass
+class Context:
+    """What a block must know about the tokens besides their vectors."""
+
+    mask: Tensor | None = None  # (B, L) bool, True = real token of this call; None = all are
+    key_mask: Tensor | None = None  # (B, S) bool, the same including cached tokens
+    positions: Tensor | None = None  # (L,) or (B, L) int64, index of each token in its sequence
+    cached: bool = False  # tokens came before this call
+    kept: bool = False  # tokens may come after it
+
+    @cached_property
+    def order(self) -> Tensor | None:
+        """`models.padding.real_first` of this call: made for those that ask, once for all layers."""
+        return None if self.mask is None else real_first(self.mask, self.cached, self.kept)
+
+
+class Block(Protocol):
+    def __call__(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor: ...
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang & Sennrich 2019).
+
+    Computed in float32 at least and returned in the dtype of `weight`, so that a residual stream kept
+    in float32 meets the projections of a bfloat16 model in bfloat16.
+    """
+
+    def __init__(self, d: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(d))
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        y = F.rms_norm(x.to(dtype), x.shape[-1:], eps=self.eps)
+        return y.to(self.weight.dtype) * self.weight
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm that also accepts a float32 residual stream in a model of lower precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
+def respell(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Hook before `load_state_dict`: `LanguageModel.accept_hub_spellings`."""
+    cast(LanguageModel, module).accept_hub_spellings(state_dict, prefix)
+
+
+def init_normal(weight: Tensor, std: float) -> None:
+    """Fill with normal(0, std) drawn in float32, whatever the dtype: the same weights at every precision."""
+    with torch.no_grad():
+        drawn = torch.empty(weight.shape, device=weight.device, dtype=torch.float32)
+        weight.copy_(drawn.normal_(std=std))
+
+
+def make_norm(kind: str, d: int, eps: float) -> nn.Module:
+    """`kind` is "rms" or "layer"."""
+    return {"rms": RMSNorm, "layer": LayerNorm}[kind](d, eps=eps)
+
+
+def described(x: Any) -> str:
+    """What an argument is, for the line that refuses it."""
+    return f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+
+
+def chosen(x: Tensor, at: Tensor | None) -> Tensor:
+    """x (B, L, D) at the indices `at`: (A,) or (B, A); all of it for None."""
+    if at is None:
+        return x
+    return x[:, at] if at.dim() == 1 else x.take_along_dim(at[..., None], dim=1)
+
+
+class LanguageModel(Hooked, nn.Module):
+    """Causal language model: tokens or embeddings in, next-token logits out.
+
+    Subclasses set `config` (with `vocab_size`, `d_model`, `n_layer`) and implement `parts()`.
+    """
+
+    config: Any
+    # Training keeps each block's input only and runs the block again for its gradients (Chen et al. 2016,
+    # arXiv 1604.06174): same numbers, less memory, about a third more time. Not with a cache or hooks.
+    checkpointing: bool = False
+    hook_axes: ClassVar = {"hook_embed": "B L D", "ln_final.hook_normalized": "B L D"}
+
+    def parts(self) -> tuple[nn.Embedding, list[Block], nn.Module, nn.Linear]:
+        """The embedding, the blocks in order, the final norm, the head."""
+        raise NotImplementedError
+
+    def accept_hub_spellings(self, named: dict[str, Any], prefix: str = "") -> None:
+        """Give tensors, or whatever stands for them in `named`, the names they have here, in place.
+
+        Families that other code publishes under other names override this.
+        """
+
+    def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """(B, L) int64 -> (B, L, D). Position schemes that add to the embedding override this."""
+        return self.parts()[0](input_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        seq_ids: Tensor | None = None,
+        logits_at: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Next-token logits.
+
+        input_ids: (B, L) int64, or inputs_embeds: (B, L, D) floating; exactly one of them.
+        attention_mask: (B, L), non-zero = real token, of this call's tokens; a cache knows the earlier ones.
+            Padding may stand anywhere, with a cache too (`models.padding`); logits at it are meaningless.
+        seq_ids: (B, L) int, several sequences packed into one row (`models.packing`); no cache, no mask.
+        logits_at: (A,) int64 sequence indices whose logits are wanted, or (B, A), others for every row;
+            default all.
+        cache: from `init_cache`; continues from it and updates it in place.
+
+        Returns (B, L or A, V) logits, in the dtype of the head's weights (autocast's dtype under it).
+        Raises UserError for arguments that do not fit each other or the model.
+        """
+        x = self.hidden(
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            seq_ids=seq_ids,
+            at=logits_at,
+            cache=cache,
+        )
+        return self.parts()[3](x)
+
+    def loss(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        labels: Tensor,
+        logits_at: Tensor | None = None,
+        **inputs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy in nats, and the arg-max predictions, without the logits in memory.
+
+        labels: (B, L or A) int64; labels[:, j] is what the logits at index j (logits_at[j]) should
+        predict, -100 = nothing. Other arguments as `forward`. Returns a scalar and (B, L or A) int64.
+        """
+        x = self.hidden(input_ids, at=logits_at, **inputs)
+        return linear_cross_entropy(x, self.parts()[3].weight, labels)
+
+    def hidden(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        seq_ids: Tensor | None = None,
+        at: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """What the head reads, (B, L or A, D): `forward` without the head; `at` is its `logits_at`."""
+        refuse_tracing(type(self).__name__)
+        tokens = self._checked(input_ids, inputs_embeds, attention_mask, seq_ids, at, cache)
+        norm = self.parts()[2]
+        if seq_ids is None or seq_ids.numel() == 0:
+            x = self._stream(tokens, attention_mask, cache)
+            if self.hook is not None:  # normalise all, so that the hook sees the axes of every other name
+                return chosen(self.hook("ln_final.hook_normalized", norm(x)), at)
+            return norm(chosen(x, at))
+        packing = Packing(seq_ids, one_batch=self.hook is not None)  # a name fires once per call
+        batches = [self._stream(rows, None, None) for rows in packing.unpack(tokens)]
+        if self.hook is not None:
+            (x,) = batches
+            return chosen(packing.pack([self.hook("ln_final.hook_normalized", norm(x))]), at)
+        return norm(chosen(packing.pack(batches), at))
+
+    def _checked(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        mask: Tensor | None,
+        seq_ids: Tensor | None,
+        at: Tensor | None,
+        cache: Cache | None,
+    ) -> Tensor:
+        """The one of input_ids and inputs_embeds that is given.
+
+        Raises UserError for arguments that do not fit each other. Looks at shapes and dtypes
+        only: values may be on a GPU, and to read them is to wait for it.
+        """
+        require((input_ids is None) != (inputs_embeds is None), "give input_ids or inputs_embeds, not both")
+        require(
+            seq_ids is None or (mask is None and cache is None),
+            "seq_ids cannot be combined with attention_mask or cache: pack sequences without padding",
+        )
+        D = self.config.d_model
+        if inputs_embeds is None:
+            tokens, name, wanted = input_ids, "input_ids", "an integer tensor (batch, length)"
+            fits = isinstance(tokens, Tensor) and tokens.dim() == 2 and tokens.dtype in INTEGERS
+        else:
+            tokens, name, wanted = inputs_embeds, "inputs_embeds", f"a floating (batch, length, d_model={D})"
+            fits = isinstance(tokens, Tensor) and tokens.shape[2:] == (D,) and tokens.is_floating_point()
+        require(fits, f"{name} must be {wanted}; got {described(tokens)}")
+        tokens = cast(Tensor, tokens)
+        B, L = tokens.shape[:2]
+        for name, given in (("attention_mask", mask), ("seq_ids", seq_ids)):
+            fits = given is None or (isinstance(given, Tensor) and given.shape == (B, L))
+            require(fits, f"{name} must be {(B, L)}, for the tokens of this call; got {described(given)}")
+        if at is not None:
+            fits = isinstance(at, Tensor) and at.dtype in INTEGERS and at.dim() in (1, 2)
+            fits = fits and at.shape[:-1] in ((), (B,))
+            wanted = f"an integer tensor (A,) or (batch={B}, A)"
+            require(fits, f"logits_at must be {wanted}; got {described(at)}")
+        if cache is not None:
+            rows = {len(t) for layer in cache.layers for t in layer.values()} or {B}
+            require(
+                len(cache.layers) == self.config.n_layer and rows == {B},
+                f"the cache is of {len(cache.layers)} layers and {max(rows)} sequences, this call of "
+                f"{self.config.n_layer} and {B}; begin each batch with a new init_cache()",
+            )
+        return tokens
+
+    def _stream(self, tokens: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
+        """The residual stream behind the last block (B, L, D), of ids (B, L) or embeddings (B, L, D)."""
+        if self.hook is not None:
+            B, L = tokens.shape[:2]
+            self.hook.begin(B, L, L if cache is None else L + cache.length)
+        context = self._context(tokens, mask, cache)
+        embedded = tokens.dim() == 3
+        x = tokens if embedded else self.embed(tokens, cast(Tensor, context.positions))
+        if self.hook is not None:
+            # a copy of what the caller owns: a recording must not change with it
+            x = self.hook("hook_embed", x.clone() if embedded else x)
+        x = x.to(torch.promote_types(x.dtype, torch.float32)) if self.config.residual_in_fp32 else x
+        # a block that records or updates something must not run twice
+        again = self.checkpointing and torch.is_grad_enabled() and cache is None and self.hook is None
+        for i, block in enumerate(self.parts()[1]):
+            if again:
+                x = checkpoint(block, x, context, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, context, None if cache is None else cache.layers[i])
+        return x
+
+    def _context(self, tokens: Tensor, mask: Tensor | None, cache: Cache | None) -> Context:
+        B, L = tokens.shape[:2]
+        past = 0 if cache is None else cache.length
+        positions = torch.arange(past, past + L, device=tokens.device)
+        if mask is not None:
+            mask = mask.bool()
+        key_mask = mask
+        if cache is not None:
+            if mask is not None or cache.mask is not None:
+                seen = tokens.new_ones(B, past, dtype=torch.bool) if cache.mask is None else cache.mask
+                new = tokens.new_ones(B, L, dtype=torch.bool) if mask is None else mask
+                key_mask = cache.mask = torch.cat([seen, new], dim=1)
+            cache.length = past + L
+        if key_mask is not None:  # positions count real tokens only, so padding shifts nothing
+            positions = (key_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
+        return Context(mask, key_mask, positions, cached=past > 0, kept=cache is not None)
+
+    def hook_children(self) -> dict[str, Hooked]:
+        return {f"blocks.{i}.": cast(Hooked, block) for i, block in enumerate(self.parts()[1])}
+
+    def hook_sizes(self) -> dict[str, int]:
+        return {"D": self.config.d_model}
+
+    def hook_names(self) -> list[str]:
+        """Every name that `probes.record` and `probes.intervene` take (`probes.NAMES` describes them)."""
+        return list(points(self))
+
+    def init_cache(self) -> Cache:
+        """An empty cache; its tensors are made by the first call that uses it."""
+        return Cache(layers=[{} for _ in range(self.config.n_layer)])
+
+    def step(self, input_ids: Tensor, cache: Cache) -> Tensor:
+        """One token of recurrent decoding. input_ids: (B,) int64 -> logits (B, V); updates the cache."""
+        return self(input_ids[:, None], cache=cache)[:, -1]
+
+    def num_parameters(self, embeddings: bool = True) -> int:
+        """Number of trainable numbers, tied weights counted once; without the tables on request."""
+        skip = (
+            [] if embeddings else [id(p) for m in (self.parts()[0], self.parts()[3]) for p in m.parameters()]
+        )
+        return sum(p.numel() for p in self.parameters() if id(p) not in skip)

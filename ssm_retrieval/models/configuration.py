@@ -1,0 +1,88 @@
+"""Configs: frozen dataclasses whose values are checked where they are made, by one table for all families."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+import reprlib
+import sys
+from typing import Any, cast
+
+from ssm_retrieval.errors import UserError
+from ssm_retrieval.ops.selective_scan import BACKENDS, MAX_D_STATE
+
+POSITIONS = ("rope", "learned", "none")
+LARGEST = 2**31 - 1  # no tensor of any machine has more along an axis
+# What a number may be, ends included, where that is not the rule: a whole number 1 or more, another above 0.
+RANGES: dict[str, tuple[float, float]] = {
+    "n_layer": (1, 100_000),  # a million blocks fill a machine with their Python objects alone
+    "d_state": (1, MAX_D_STATE),
+    "dt_rank": (0, LARGEST),
+    "dt_max": (1e-4, math.inf),  # the floor of dt at initialisation
+    "d_mlp": (0, LARGEST),
+    "ssm_per_attention": (0, LARGEST),
+    "rotary_pct": (0, 1),
+    "norm_eps": (0, math.inf),
+    "embedding_std": (0, math.inf),
+    "init_std": (0, math.inf),
+}
+CHOICES: dict[str, tuple[str, ...]] = {
+    "norm": ("rms", "layer"),
+    "position": POSITIONS,
+    "ssm": ("mamba", "mamba2"),
+    "scan_backend": BACKENDS,
+}
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise UserError with a one-line message unless the condition holds (configs use this)."""
+    if not condition:
+        raise UserError(message)
+
+
+class Config:
+    """Base of the frozen dataclass configs: dictionaries in and out, unknown keys and bad values refused.
+
+    Subclasses extend `__post_init__` with what must hold between their fields.
+    """
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(cast(Any, self)):
+            check(field.name, str(field.type), getattr(self, field.name))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(cast(Any, self))
+
+    def replace(self, **overrides: Any) -> Any:
+        """A copy with fields changed. Raises UserError for unknown fields and bad values."""
+        known = [f.name for f in dataclasses.fields(cast(Any, self))]
+        for key in overrides:
+            if key not in known:
+                raise UserError(f"{type(self).__name__} has no option {key!r}; it has {', '.join(known)}")
+        return dataclasses.replace(cast(Any, self), **overrides)
+
+
+def check(name: str, kind: str, value: Any) -> None:
+    """Raise UserError, naming field, value and remedy, unless the value is of its kind and in its range.
+
+    kind: the field's annotation, "int", "float", "bool" or "str".
+    """
+    said = f"{name}={reprlib.repr(value)}"
+    if kind == "str":
+        require(value in CHOICES[name], f"{said} is unknown; use {', '.join(map(repr, CHOICES[name]))}")
+    elif kind == "bool":
+        require(isinstance(value, bool), f"{said} must be True or False")
+    else:
+        whole = kind == "int"
+        fits = isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool)
+        require(fits, f"{said} must be {'a whole number' if whole else 'a number'}")
+        require(
+            abs(value) <= sys.float_info.max, f"{said} must be finite"
+        )  # math.isfinite(10**400) overflows
+        low, high = RANGES.get(name, (1, LARGEST) if whole else (0, math.inf))
+        if whole or name in RANGES:
+            wanted = f"{low} or more" if high >= LARGEST > value else f"{low} to {high}"
+            require(low <= value <= high, f"{said} is not supported; use {wanted}")
+        else:
+            require(value > 0, f"{said} is not supported; use a number above 0")

@@ -1,0 +1,151 @@
+"""`config.json` of our own models: the form that `models.save` writes where `transformers` has no class.
+
+    {"model_type": "ssm-retrieval", "format": 1, "family": "hybrid", "d_model": 128, ...}
+
+and that of a run's model, runs/<id>/<family>/config.json: {"name": preset or family, "config": overrides}.
+Configs of every form end here: `check_sizes` holds them against the tensors before anything is made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from functools import cache
+from typing import Annotated, Any, cast, get_type_hints
+
+from pydantic import BaseModel, Field, ValidationError, create_model
+
+from ssm_retrieval.errors import UserError
+from ssm_retrieval.models.common import Config, require
+from ssm_retrieval.models.hub import Stored
+from ssm_retrieval.models.hub_schema import STRICT, NotNegative, Positive, explain, shown
+from ssm_retrieval.models.registry import FAMILIES, PRESETS, resolve
+
+MODEL_TYPE, FORMAT = "ssm-retrieval", 1
+POSITIVE = ("dt_min", "dt_max", "rope_theta")  # numbers that must not be 0
+WIDE = 2**16  # sizes up to here need no tensor that wide: nothing is made of them yet
+# a size of ours -> its name in files of `transformers`
+SPELLINGS = dict(
+    d_model="hidden_size", n_layer="num_hidden_layers", d_state="state_size", d_conv="conv_kernel",
+    dt_rank="time_step_rank", n_head="num_attention_heads", d_mlp="intermediate_size", headdim="head_dim",
+    ngroups="n_groups",
+)  # fmt: skip
+
+
+def write_config(config: Config) -> dict[str, Any]:
+    """All of a config and what is needed to read it."""
+    family = next(name for name, (kind, _) in FAMILIES.items() if type(config) is kind)
+    return {"model_type": MODEL_TYPE, "format": FORMAT, "family": family, **config.to_dict()}
+
+
+def is_own(raw: Mapping[str, Any]) -> bool:
+    """Whether `read_config` has to read these contents of a `config.json`."""
+    return raw.get("model_type") == MODEL_TYPE or (
+        "model_type" not in raw and ("plans" in raw or "name" in raw)
+    )
+
+
+def read_config(raw: Mapping[str, Any], where: str) -> Config:
+    """The config in a file of ours. Raises UserError that names file and field for what is not one."""
+    if "plans" in raw:
+        plans = raw["plans"] if isinstance(raw["plans"], list) else []
+        found = [
+            plan["family"] for plan in plans if isinstance(plan, dict) and isinstance(plan.get("family"), str)
+        ]
+        folder = where.removesuffix("config.json")
+        places = " or ".join(f"{folder}{family}" for family in found) or "one in it"
+        raise UserError(f"{where} is of a whole run; give the folder of one of its models: {places}")
+    if "model_type" not in raw:
+        return _of_run(raw, where)
+    version = raw.get("format")
+    require(
+        version == FORMAT,
+        f"{where}: format={shown(version)} is not supported, only {FORMAT}; update ssm-retrieval",
+    )
+    family = raw.get("family")
+    require(
+        isinstance(family, str) and family in FAMILIES,
+        f"{where}: family={shown(family)} is unknown; only {', '.join(FAMILIES)}",
+    )
+    options = {name: value for name, value in raw.items() if name not in ("model_type", "format", "family")}
+    return typed(FAMILIES[cast(str, family)][0], options, where)
+
+
+def _of_run(raw: Mapping[str, Any], where: str) -> Config:
+    name, options = raw.get("name"), raw.get("config")
+    require(
+        isinstance(name, str), f"{where}: name={shown(name)} must be a preset or a family; train it again"
+    )
+    require(isinstance(options, dict), f"{where}: config={shown(options)} must be an object; train it again")
+    name, options = cast(str, name), cast("dict[str, Any]", options)
+    if name in FAMILIES:
+        return typed(FAMILIES[name][0], options, where)
+    try:
+        preset = resolve(name)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    return typed(FAMILIES[preset.partition("-")[0]][0], PRESETS[preset] | options, where)
+
+
+def typed(kind: type[Config], options: Mapping[str, Any], where: str) -> Config:
+    """A config whose every field has its type and a possible value.
+
+    Raises UserError that names `where` and the field; also for fields that the kind does not have.
+    """
+    known = [field.name for field in dataclasses.fields(cast(Any, kind))]
+    unknown = sorted(set(options) - set(known))
+    require(
+        not unknown,
+        f"{where}: {', '.join(unknown)[:200]} is no option of {kind.__name__}; a newer release may know it",
+    )
+    try:
+        _schema(cast(Any, kind)).model_validate(dict(options))
+    except ValidationError as error:
+        raise UserError(explain(error, where)) from error
+    try:
+        return kind(**options)
+    except UserError as error:  # of the config, which does not know the file
+        raise UserError(f"{where}: {error}") from error
+
+
+@cache
+def _schema(kind: Any) -> type[BaseModel]:
+    """The types of a config's fields, and that numbers are finite and not negative."""
+    hints = get_type_hints(kind)
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(cast(Any, kind)):
+        hint: Any = hints[field.name]
+        if hint is int:
+            hint = Annotated[int, Field(ge=0, le=2**31)]
+        elif hint is float:
+            hint = Positive if field.name in POSITIVE else NotNegative
+        fields[field.name] = (hint, field.default)
+    return create_model(kind.__name__, __config__=STRICT, **fields)
+
+
+def check_sizes(config: Config, raw: Mapping[str, Any], stored: Mapping[str, Stored], where: str) -> None:
+    """Refuse sizes that none of the tensors can have, before a model of them is made.
+
+    Making one takes time that grows with n_layer, and torch cannot even describe a tensor of 2^63 bytes.
+    """
+    mine = config.to_dict()
+    widest = max((n for s in stored.values() if s.numbers for n in s.shape), default=0)
+    sizes = {name: n for name, n in mine.items() if isinstance(n, int) and not isinstance(n, bool)}
+    free = ["chunk_size", "ssm_per_attention"]
+    free += ["max_position_embeddings"] if mine.get("position") != "learned" else []
+    limit = f"no tensor is wider than {widest:,}", max(widest, WIDE)
+    limits = {name: limit for name in sizes if name not in free}
+    limits["n_layer"] = (f"there are only {len(stored)} tensors", len(stored))
+    for name, (what, most) in limits.items():
+        size = mine["d_model"] * mine["expand"] if name == "expand" else mine[name]
+        said = f"{where}: {name}={shown(mine[name])} does not fit the weights beside it: {what}; mend one"
+        require(size <= most, respelt(said, raw))
+
+
+def respelt(said: str, raw: Mapping[str, Any]) -> str:
+    """An error about our options with the names that the file has for them."""
+    for ours, theirs in SPELLINGS.items():
+        if theirs in raw:
+            said = re.sub(rf"\b{ours}=", f"{theirs}=", said)
+    return said

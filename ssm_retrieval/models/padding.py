@@ -1,0 +1,61 @@
+"""Padding, on either side or between two turns of a sequence, changes nothing at its real tokens.
+
+One rule for each kind of layer:
+
+    attention   a padded key is never attended to; positions count real tokens only
+    SSM         a padded token enters the convolution as zero and has dt = 0, the identity on the state
+
+Zeros are what the convolution takes to stand before a sequence, so padding on the left is right as it is, and
+what stands on the right is never read. One case is left: padding between two real tokens of a sequence, which
+windows of the convolution would reach into. It arises when a call continues a cache and pads its rows on the
+left, or when a row padded on the right is continued. `real_first` finds it, and `convolve` then runs on rows
+whose real tokens have been moved together.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ssm_retrieval.ops.causal_conv1d import causal_conv1d
+
+
+def real_first(mask: Tensor, cached: bool, kept: bool) -> Tensor | None:
+    """For each row the indices of its real tokens, then those of its padding: (B, L) int64.
+
+    None where no padding stands between two real tokens of a sequence, so that rows can stay as they are.
+    mask: (B, L) bool, True = real token; cached: tokens came before this call; kept: more may come after it.
+    """
+    edge = mask.new_zeros(len(mask), 1)
+    line = torch.cat([edge, edge | cached, mask, edge | kept], dim=1)
+    runs = (line[:, 1:] & ~line[:, :-1]).sum(dim=1)  # of real tokens, those before and after included
+    if not mask.is_meta and bool((runs <= 1).all()):
+        return None
+    return torch.argsort((~mask).byte(), dim=1, stable=True)
+
+
+def convolve(
+    x: Tensor, conv: nn.Conv1d, mask: Tensor | None, order: Tensor | None, cache: dict[str, Tensor] | None
+) -> Tensor:
+    """silu(conv(x)) of the real tokens of x (B, L, E), which is zero at padding; E: channels of `conv`.
+
+    mask: (B, L) bool; order: from `real_first`. cache: its `conv`, the last d_conv - 1 real inputs
+    (B, d_conv - 1, E), goes before x and is replaced by the last ones of x.
+    """
+    weight, bias = conv.weight.squeeze(1), conv.bias
+    before = None if cache is None else cache.get("conv")
+    if order is None:
+        y = causal_conv1d(x, weight, bias, "silu", before, return_last_state=cache is not None)
+        if cache is not None:
+            y, cache["conv"] = y
+        return y
+    assert mask is not None
+    x = x.take_along_dim(order.unsqueeze(-1), dim=1)
+    if cache is not None:
+        width = weight.shape[1] - 1
+        start = x.new_zeros(len(x), width, x.shape[2]) if before is None else before.to(x.dtype)
+        # in `start` and x the last real inputs of a row with n of them begin at n
+        last = mask.sum(dim=1, keepdim=True) + torch.arange(width, device=x.device)
+        cache["conv"] = torch.cat([start, x], dim=1).take_along_dim(last.unsqueeze(-1), dim=1)
+    y = causal_conv1d(x, weight, bias, "silu", before)
+    return y.take_along_dim(order.argsort(dim=1).unsqueeze(-1), dim=1)

@@ -1,0 +1,176 @@
+"""Depthwise causal convolution over time, with the activation fused: the short filter before every scan.
+
+    y_t = act(bias + sum_k weight[:, k] * x_{t - K + 1 + k})       K = d_conv taps, x before the start = 0
+
+`reference` is torch's conv1d between two transposes. `cpu` runs the same in the (batch, length, channels)
+layout of the rest of the model with the numba vectors of `_simd.py`; after the scan itself was fast the
+transposes and the separate silu were the largest item in a Mamba block's profile.
+`cuda` is the causal-conv1d package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ssm_retrieval.ops import LANES, _cuda_kernels
+from ssm_retrieval.ops._arrays import flat
+from ssm_retrieval.ops._checks import check_flags, check_name, check_shapes, check_tensor
+from ssm_retrieval.ops._route import obstacle, refuse_tracing, require_cpu, uncompiled, without_autocast
+from ssm_retrieval.ops._threads import run_tasks
+from ssm_retrieval.ops.selective_scan import BACKENDS, _wide, pad_channels
+
+
+@uncompiled
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,
+    return_last_state: bool = False,
+    backend: str = "auto",
+) -> Any:
+    """Convolve every channel of every sequence with its own causal filter.
+
+    x: (batch, length, channels) floating. weight: (channels, d_conv). bias: (channels,).
+    activation: None or "silu". initial_state: (batch, d_conv - 1, channels), the inputs before x.
+    Returns y like x, and with return_last_state the d_conv - 1 inputs that a continuation needs, as a tuple.
+    Computed in float32 (float64 for float64 x). Raises ValueError for wrong shapes, dtypes, devices or names,
+    NotImplementedError under torch.jit.trace.
+    """
+    refuse_tracing("causal_conv1d")
+    check_name("backend", backend, BACKENDS)
+    check_name("activation", activation, (None, "silu"))
+    check_flags(return_last_state=return_last_state)
+    check_tensor("x", x, ("batch", "length", "channels"))
+    check_tensor("weight", weight, ("channels", "d_conv"))
+    (b, _, E), K = x.shape, weight.shape[1]
+    if K < 1:
+        raise ValueError("weight has no taps; d_conv must be at least 1")
+    before = (b, K - 1, E)
+    check_shapes(x, weight=(weight, (E, K)), bias=(bias, (E,)), initial_state=(initial_state, before))
+    tensors = (x, weight, bias, initial_state)
+    if backend == "auto":
+        backend = _choose(*tensors)
+    elif backend == "cpu":
+        require_cpu(*tensors)
+    if backend == "cuda":
+        y = _cuda(x, weight, bias, activation, initial_state)
+    elif backend == "cpu" and x.numel() > 0:
+        y = _cpu(x, weight, bias, activation, initial_state)
+    else:
+        y = _reference(x, weight, bias, activation, initial_state)
+    return (y, _last_state(x, initial_state, before[1])) if return_last_state else y
+
+
+def _choose(x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None) -> str:
+    if x.device.type == "cuda":
+        able = initial_state is None and _kernel_takes(x, weight)
+        return "cuda" if able and _cuda_kernels.installed("causal_conv1d") else "reference"
+    return "cpu" if obstacle(x, weight, bias, initial_state) is None else "reference"
+
+
+def _kernel_takes(x: Tensor, weight: Tensor) -> bool:
+    return _cuda_kernels.takes(x) and weight.shape[1] in (2, 3, 4) and x.shape[2] % 8 == 0
+
+
+def _with_history(x: Tensor, initial_state: Tensor | None, length: int) -> Tensor:
+    if initial_state is None:
+        return F.pad(x, (0, 0, length, 0))
+    return torch.cat([initial_state.to(x.dtype), x], dim=1)
+
+
+def _last_state(x: Tensor, initial_state: Tensor | None, length: int) -> Tensor:
+    """The last `length` inputs; only as much of x is copied as is needed."""
+    if x.shape[1] >= length:
+        return x[:, x.shape[1] - length :].clone()
+    return _with_history(x, initial_state, length)[:, x.shape[1] :]
+
+
+def _reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, initial_state: Tensor | None
+) -> Tensor:
+    dtype, wide = x.dtype, _wide(x)
+    history = _with_history(x, initial_state, weight.shape[1] - 1).to(wide).transpose(1, 2)
+    if x.numel() == 0:
+        return x + 0.0 * weight.sum().to(dtype)  # nothing to convolve, still part of the graph
+    filters, shift = weight.to(wide).unsqueeze(1), None if bias is None else bias.to(wide)
+    with without_autocast(x.device.type):
+        y = F.conv1d(history, filters, shift, groups=weight.shape[0]).transpose(1, 2)
+    return (F.silu(y) if activation == "silu" else y).to(dtype)
+
+
+def _cpu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, initial_state: Tensor | None
+) -> Tensor:
+    dtype, wide, E = x.dtype, _wide(x), x.shape[-1]
+    shift = x.new_zeros(E) if bias is None else bias
+    before = None if initial_state is None else pad_channels(initial_state, wide)
+    arguments = (pad_channels(t, wide) for t in (x, weight.t(), shift))
+    y = _Conv.apply(*arguments, before, activation == "silu")
+    return (y if y.shape[-1] == E else y[..., :E]).to(dtype)
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None, silu: bool
+    ) -> Tensor:
+        from ssm_retrieval.ops._conv_kernels import conv_forward  # numba: imported on first use only
+
+        b, L, E = x.shape
+        y, sizes = torch.empty_like(x), (L, E // LANES, weight.shape[0])
+        given = [flat(t, x.dtype) for t in (x, weight, bias, before, y)]
+        run_tasks(lambda tasks: conv_forward(tasks, sizes, silu, *given), b * sizes[1])
+        ctx.save_for_backward(x, weight, bias, before)
+        ctx.silu = silu
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gy: Tensor) -> Any:
+        from ssm_retrieval.ops._conv_kernels import conv_backward
+
+        x, weight, bias, before = ctx.saved_tensors
+        b, L, E = x.shape
+        K = weight.shape[0]
+        dx = torch.empty_like(x)
+        dweight, dbias = x.new_empty(b, K, E), x.new_empty(b, E)
+        dbefore = None if before is None else torch.empty_like(before)
+        given = [flat(t, x.dtype) for t in (x, weight, bias, before, gy.contiguous())]
+        out = [flat(t, x.dtype) for t in (dx, dweight, dbias, dbefore)]
+        sizes = (L, E // LANES, K)
+        run_tasks(lambda tasks: conv_backward(tasks, sizes, ctx.silu, *given, *out), b * sizes[1])
+        return dx, dweight.sum(0), dbias.sum(0), dbefore, None
+
+
+def _cuda(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, initial_state: Tensor | None
+) -> Tensor:
+    if initial_state is not None:
+        raise ValueError("backend='cuda' does not take initial_state in this layout; use backend='auto'")
+    if not _kernel_takes(x, weight):
+        raise ValueError(
+            "backend='cuda' takes float32, bfloat16 or float16, channels in multiples of 8 and 2 to 4 taps; "
+            f"got {x.dtype} {tuple(x.shape)} and {weight.shape[1]} taps; use backend='auto'"
+        )
+    convolve = _cuda_kernels.kernel("causal_conv1d", "causal_conv1d_fn", "activation")
+    _cuda_kernels.on_gpu(x)
+    return in_causal_conv1d_layout(convolve, x, weight, bias, activation)
+
+
+def in_causal_conv1d_layout(
+    kernel: Callable[..., Any], x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
+) -> Tensor:
+    """Call a function of causal-conv1d's signature: channels before time, everything in x's dtype.
+
+    The kernel wants strides that are multiples of 8, which slices need not have.
+    """
+    shift = None if bias is None else bias.to(x.dtype)
+    turned = _cuda_kernels.packed(x).transpose(1, 2)
+    return kernel(turned, weight.to(x.dtype), shift, activation=activation).transpose(1, 2)

@@ -1,0 +1,1 @@
+"""Training: run folders, checkpoints, optimizers, several processes."""

@@ -1,0 +1,265 @@
+"""One run in several processes: `torchrun --nproc-per-node 8 -m synthetic.run ...`, or `accelerate launch`.
+
+The numbers are those of one process up to rounding: every process draws the whole batch (generators are
+thousands of times faster than a step), trains on its share of the rows, and gradients are averaged with the
+shares' label counts. So data order, curriculum and results do not depend on how many processes there are, and
+a run can go on in another number of them.
+
+    ddp    every process holds the whole model, gradients are summed (Li et al. 2020, arXiv 2006.15704)
+    fsdp   weights, gradients and moments are sharded by block (FSDP2; Zhao et al. 2023, arXiv 2304.11277)
+
+Checkpoints are sharded: each process writes its part as safetensors, through torch.distributed.checkpoint.
+Only the first process writes results.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ssm_retrieval.errors import UserError
+from synthetic import evaluate
+from synthetic.evaluate import Evaluation
+
+if TYPE_CHECKING:
+    from ssm_retrieval.models import LanguageModel
+    from synthetic.config import Plan
+    from synthetic.tasks import Batch
+
+Loss = Callable[..., tuple[Tensor, Tensor]]
+TIMEOUT = timedelta(minutes=30)  # for the slowest process of a collective call: the first compiles kernels
+POINTER = "checkpoint.json"  # names the folder of the last whole checkpoint
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run; a single one by default. strategy: "ddp" or "fsdp"."""
+
+    rank: int = 0
+    size: int = 1
+    strategy: str = "ddp"
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes and shows results."""
+        return self.rank == 0
+
+    def sums(self, *numbers: float) -> list[float]:
+        """Each number summed over the processes: the same on all of them."""
+        if self.size == 1:
+            return list(numbers)
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        total = torch.tensor(numbers, dtype=torch.float64, device=device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        self.sums(0.0)
+
+    def gathered(self, value: Any) -> list[Any]:
+        """The values of all processes, in the order of their ranks."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+
+ALONE = World()
+
+
+class Lost(Exception):
+    """Another process of the run has ended before its time."""
+
+
+@contextmanager
+def joined(strategy: str, plan: Plan) -> Iterator[World]:
+    """The world that torchrun or accelerate has started this process in; a world of one without them.
+
+    strategy: "ddp", "fsdp", or "auto": what accelerate's configuration asks for, else ddp.
+    Raises UserError for what cannot be sharded, Lost if the connection to another process breaks.
+    """
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1:
+        yield World()
+        return
+    if strategy == "auto":
+        strategy = "fsdp" if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1") else "ddp"
+    if strategy == "fsdp" and plan.optimizer != "adamw":
+        raise UserError(f"--optimizer {plan.optimizer} cannot be sharded by --parallel fsdp; use adamw")
+    if strategy == "fsdp" and plan.lora:
+        raise UserError(f"--lora {plan.lora} cannot be sharded by --parallel fsdp; use --parallel ddp")
+    if plan.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    dist.init_process_group("nccl" if plan.device == "cuda" else "gloo", timeout=TIMEOUT)
+    world = World(dist.get_rank(), size, strategy)
+    try:
+        yield world
+        world.barrier()  # who ends first would cut the others' last messages off
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not any(word in str(error) for word in ("gloo", "NCCL")):
+            raise
+        raise Lost(
+            f"process {world.rank} of {size} lost the connection to another one, which has ended; the same "
+            "command resumes from the last checkpoint"
+        ) from error
+    gc.collect()  # sharded models, which hold the group, before it
+    dist.destroy_process_group()
+
+
+class _Loss(nn.Module):
+    """DDP averages the gradients of a module's forward pass."""
+
+    def __init__(self, model: LanguageModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        return self.model.loss(*inputs, **options)
+
+
+def spread(model: LanguageModel, world: World) -> Loss:
+    """`model.loss` with averaged gradients. With fsdp the model's parameters become shards, in place."""
+    if world.size == 1:
+        return model.loss
+    if world.strategy == "ddp":
+        return nn.parallel.DistributedDataParallel(_Loss(model))
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh("cuda" if dist.get_backend() == "nccl" else "cpu", (world.size,))
+    for block in cast(list[nn.Module], model.parts()[1]):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, "loss")
+    return model.loss
+
+
+def share(batch: Batch, world: World) -> Batch:
+    """This process' rows of a batch. Raises UserError if there are fewer rows than processes."""
+    if world.size == 1:
+        return batch
+    rows = batch.input_ids.shape[0]
+    if rows < world.size:
+        raise UserError(
+            f"--batch-tokens gives batches of {rows} sequences, too few for {world.size} processes; raise it"
+        )
+    return batch.split(world.size)[world.rank]
+
+
+@torch.no_grad()
+def score(
+    model: LanguageModel, batches: Iterable[Batch], world: World, *, device: str, precision: str
+) -> Evaluation:
+    """`evaluate.score`, each process on its rows of every batch; all have the whole result."""
+    if world.size == 1:
+        return evaluate.score(model, batches, device=device, precision=precision)
+    mine: list[Evaluation | None] = []
+    for batch in batches:
+        parts = batch.split(world.size)
+        part, empty = parts[world.rank], len(parts[world.rank].labels) == 0
+        # a process without rows takes part in the forward pass all the same
+        result = evaluate.score(model, [parts[0] if empty else part], device=device, precision=precision)
+        mine.append(None if empty else result)
+    reshard(model)
+    in_order = zip(*world.gathered(mine), strict=True)  # batch by batch, its parts by rank
+    found: list[Evaluation] = [result for results in in_order for result in results if result is not None]
+    counts = [len(result.correct) for result in found]
+    return Evaluation(
+        found[0].length,
+        np.concatenate([result.correct for result in found]),
+        np.concatenate([result.target for result in found]),
+        float(np.average([result.loss for result in found], weights=counts)),
+        found[0].chance,
+    )
+
+
+def reshard(model: LanguageModel) -> None:
+    """Undo what a forward pass without a backward one leaves behind.
+
+    FSDP keeps the outermost module's weights whole for the backward pass. Until they are shards again, they
+    are other tensors than those that the optimizer has, and a checkpoint would miss their moments.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+def full(parameter: Tensor) -> Tensor:
+    """A parameter with its shards put together; every process must ask."""
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+
+
+def fill(target: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor into one that may be sharded."""
+    if hasattr(target, "device_mesh"):
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        sharded = cast(DTensor, target)
+        value = distribute_tensor(value.to(sharded.device), sharded.device_mesh, sharded.placements)
+    target.copy_(value)
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------
+
+
+def save(folder: Path, tensors: dict[str, Tensor], header: dict[str, Any], world: World) -> None:
+    """Write folder/checkpoint-<step>/ by all processes, and then, as one, say that it is the last one."""
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
+
+    from ssm_retrieval.training import store
+
+    place = folder / f"checkpoint-{header['step']}"
+    if world.main:
+        shutil.rmtree(place, ignore_errors=True)  # of a process that was killed while it wrote
+    world.barrier()
+    plain = {name: tensor.detach() for name, tensor in tensors.items()}
+    save(plain, storage_writer=HuggingFaceStorageWriter(str(place), save_distributed=True))
+    world.barrier()
+    if world.main:
+        store.write_json(folder / POINTER, {"folder": place.name, "progress": header})
+        for old in folder.glob("checkpoint-*"):
+            if old != place:
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def saved(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Folder and header of the last sharded checkpoint, if there is one."""
+    from ssm_retrieval.training import store
+
+    path = folder / POINTER
+    if not path.exists():
+        return None
+    found = store.read_json(path)
+    return folder / found["folder"], found["progress"]
+
+
+def load(place: Path, tensors: dict[str, Tensor], world: World) -> None:
+    """Fill tensors, sharded or not, with what any number of processes wrote. Raises UserError if damaged."""
+    import warnings
+
+    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    plain = {name: tensor.detach() for name, tensor in tensors.items()}
+    try:
+        with warnings.catch_warnings():  # a single process is what may be meant
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            load(plain, storage_reader=HuggingFaceStorageReader(str(place)), no_dist=world.size == 1)
+    except (CheckpointException, OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1:]
+        raise UserError(f"{place} is damaged ({reason}); delete it and {POINTER} to start anew") from error

@@ -1,0 +1,89 @@
+"""The optimizers of training and what a checkpoint keeps of them.
+
+    adamw        torch's fused AdamW: two float32 moments, 8 bytes a parameter
+    adamw-8bit   bitsandbytes' (Dettmers et al. 2022, arXiv 2110.02861): moments in blocks of 256 bytes with
+                 a scale each, about 2 bytes a parameter; tensors below 4,096 numbers keep float32
+    adafactor    torch's (Shazeer & Stern 2018, arXiv 1804.04235): a row and a column of every matrix;
+                 its steps are relative to the size of the weights, so --lr means something else
+
+Whatever the precision of the products, weights are float32 and so their own master weights.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ssm_retrieval.errors import MissingPackage
+
+if TYPE_CHECKING:
+    from ssm_retrieval.models import LanguageModel
+    from synthetic.config import Plan
+
+EXEMPT = ("A_log", "embed_pos", "conv1d")  # of weight decay, by Mamba's authors
+EIGHT_BIT_HELP = (
+    "--optimizer adamw-8bit needs bitsandbytes: pip install bitsandbytes (or --optimizer adafactor)"
+)
+
+
+def make_optimizer(model: LanguageModel, plan: Plan) -> torch.optim.Optimizer:
+    """plan.optimizer over the parameters that train; weight decay on matrices only, and not on embeddings
+    or what Mamba's authors exempt. Raises ImportError, in one line, if its library is missing."""
+    embeddings = {id(p) for part in (model.parts()[0], model.parts()[3]) for p in part.parameters()}
+    decayed: list[Tensor] = []
+    plain: list[Tensor] = []
+    for name, p in trained(model):
+        spared = p.dim() < 2 or id(p) in embeddings or any(word in name for word in EXEMPT)
+        (plain if spared else decayed).append(p)
+    groups = [
+        {"params": decayed, "weight_decay": plan.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    if plan.optimizer == "adafactor":
+        return torch.optim.Adafactor(groups, lr=plan.lr)
+    if plan.optimizer == "adamw-8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise MissingPackage(EIGHT_BIT_HELP) from error
+        return AdamW8bit(groups, lr=plan.lr, betas=plan.betas)
+    return torch.optim.AdamW(groups, lr=plan.lr, betas=plan.betas, fused=True)
+
+
+def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as `<what>.<parameter>`: exp_avg.*, row_var.*, state1.*, ...
+
+    Left out are the number of steps, which the checkpoint's progress has, and bitsandbytes' tables of
+    quantiles (qmap*), which are constants that all parameters share.
+    """
+    return {
+        f"{what}.{name}": value
+        for name, parameter in trained(model)
+        for what, value in optimizer.state[parameter].items()
+        if isinstance(value, Tensor) and what != "step" and not what.startswith("qmap")
+    }
+
+
+@torch.no_grad()
+def make_state(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Let a new optimizer make its state, to be filled with what `state_tensors` gave after `step` steps.
+
+    Moves the weights: restore them afterwards. Every optimizer makes its state in its first step, each in its
+    own form; so it does one on zeros.
+    """
+    for _, parameter in trained(model):
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    for _, parameter in trained(model):
+        state: dict[str, Any] = optimizer.state[parameter]
+        if isinstance(state["step"], Tensor):
+            state["step"].fill_(step)
+        else:
+            state["step"] = step

@@ -1,0 +1,214 @@
+"""What a run leaves on disk, written so that a crash at any moment loses at most a few seconds of work.
+
+    runs/<id>/config.json           what was asked, what was settled, and what for (report or validation)
+              environment.json      versions, hardware, commit: of the latest session, and of all in order
+              metrics.jsonl         tidy: one line per evaluation of every model
+              by_position.jsonl     tidy: the final accuracy by target position
+              learning_curve.png
+              <family>/checkpoint.safetensors   weights, optimiser, progress: what resuming needs
+              <family>/model.safetensors        final weights
+              <family>/config.json              {"name": ..., "config": ...}: rebuilds the model
+              <family>/result.json              the final numbers; its presence means finished
+
+Whole files are written under a temporary name, flushed to the disk and renamed (`training.files`). What is
+read back is checked by `ssm_retrieval.training.records`.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ssm_retrieval.errors import UserError
+from ssm_retrieval.training import records
+from ssm_retrieval.training.files import collect, replacing, write_bytes
+from ssm_retrieval.training.optimizers import make_state, state_tensors
+
+__all__ = ["Row", "replacing", "write_bytes"]
+
+Row = dict[str, Any]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Raises ValueError for NaN and infinities, which JSON does not have."""
+    write_bytes(path, (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Raises UserError, naming file and line, for what is no JSON."""
+    return records.json_of(records.text_of(path), str(path))
+
+
+def prepare(folder: Path, asked: Row, plans: list[Row], threads: int, purpose: str = "report") -> None:
+    """Make a run's folder with what was asked, what was settled from it, and the environment of this session.
+
+    Its caller holds the folder's lock. Removes temporary files that killed processes have left.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    collect(folder, *(folder / str(plan.get("family", "")) for plan in plans))
+    collect(*(folder.parent / name for name in ("results", "targets")))
+    if not (folder / "config.json").exists():
+        asked = json.loads(json.dumps(asked))
+        head = {"format": records.FORMAT, "run": asked, "plans": plans, "purpose": purpose}
+        write_json(folder / "config.json", head)
+    add_session(folder / "environment.json", environment(threads))
+
+
+def add_session(path: Path, session: Row) -> None:
+    """Append to the sessions of environment.json, unless it is equal to the last; the file's own fields are
+    those of the latest."""
+    earlier = records.environment(path.parent)["sessions"] if path.exists() else []
+    session = json.loads(json.dumps(session))
+    if not earlier or earlier[-1] != session:
+        write_json(path, {"format": records.FORMAT, **session, "sessions": [*earlier, session]})
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    write_bytes(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode())
+
+
+def append_row(path: Path, row: Row) -> None:
+    line = json.dumps(row, allow_nan=False) + "\n"
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a JSON Lines file; a last line that a crash cut short is left out.
+
+    Raises UserError, naming file and line, for damaged ones.
+    """
+    if not path.exists():
+        return []
+    rows = records.json_lines(path)
+    for i, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, row {i} is no object with fields; {records.REMEDY}")
+    return rows
+
+
+def drop_rows_after(path: Path, family: str, step: int) -> None:
+    """Forget a family's evaluations after `step`: a resumed run will make them again."""
+    rows = read_rows(path)
+    write_rows(path, [row for row in rows if row["model"] != family or row["step"] <= step])
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Row) -> None:
+    """One safetensors file whose header carries JSON values beside the tensors. Raises OSError.
+
+    Written straight from the tensors: as bytes first, they would be in memory three times.
+    """
+    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    with replacing(path) as temporary:
+        try:
+            save_file(plain, temporary, metadata={"state": json.dumps(header)})
+        except SafetensorError as error:  # the library's own error, with the system's number in its text
+            number = re.search(r"os error (\d+)", str(error))
+            code = int(number[1]) if number else errno.EIO
+            raise OSError(code, os.strerror(code), str(path)) from error
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], Row]:
+    """What `save_tensors` wrote. Raises UserError, in one line, for a damaged file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})["state"])
+            if not isinstance(header, dict):
+                raise KeyError("state")
+            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
+    except (SafetensorError, KeyError, json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}); {anew(path)}") from error
+
+
+def anew(path: Path) -> str:
+    """What to do about a model's damaged file: while its result is there, a model is not trained again."""
+    if (path.parent / "result.json").exists():
+        return f"delete the folder {path.parent} and run its command again, which trains this model anew"
+    return "delete it and run its command again, which starts this model anew"
+
+
+def checkpoint_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Weights as `model.*`, the optimiser's as `exp_avg.*`, ... (see `state_tensors`); tied weights once."""
+    weights = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
+    return weights | state_tensors(model, optimizer)
+
+
+@torch.no_grad()
+def restore(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], step: int
+) -> None:
+    """Copy a checkpoint into a model, whole or sharded, and an optimiser made for it.
+
+    Raises UserError for a tensor that is missing or of another shape.
+    """
+    from ssm_retrieval.training.distributed import fill
+
+    make_state(model, optimizer, step)
+    for name, target in checkpoint_tensors(model, optimizer).items():
+        if name not in tensors:
+            raise UserError(f"the checkpoint lacks {name}")
+        found, wanted = tuple(tensors[name].shape), tuple(target.shape)
+        if found != wanted:
+            raise UserError(f"the checkpoint has {name} of shape {found} instead of {wanted}")
+        fill(target, tensors[name])
+
+
+def load_model(folder: str | Path) -> Any:
+    """The trained model in runs/<id>/<family>/, ready for inference or probing: `models.load` of a folder."""
+    from ssm_retrieval import models
+
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder} is no folder; give that of one finished model, runs/<id>/<family>")
+    return models.load(Path(folder))
+
+
+def environment(threads: int) -> Row:
+    """Versions and hardware that a reader of the numbers may want to know."""
+    packages = ("torch", "numba", "numpy", "safetensors", "mamba-ssm", "causal-conv1d")
+    versions: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "threads": threads,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "packages": versions,
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """The project's git commit, with "+" if the working tree differs from it."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=here, capture_output=True, text=True, check=True, timeout=10,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+" if changed else "")
