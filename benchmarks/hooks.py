@@ -65,7 +65,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def without_hooks() -> ModuleType:
-    """A second copy of `ssm_retrieval.models`, hook points cut out; it shares the operators with the first."""
+    """A second copy of `ssm_retrieval.models` without hook points; it shares the operators with the first."""
     held = {name: m for name, m in sys.modules.items() if f"{name}.".startswith("ssm_retrieval.models.")}
     for name in held:
         del sys.modules[name]
