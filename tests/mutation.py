@@ -31,7 +31,7 @@ _TASKS = ["test_tasks", "test_tasks_distributions", "test_tasks_family", "test_t
 TESTS: dict[str, list[str]] = {
     "synthetic.train": [
         "test_session", "test_golden", "test_run", "test_memory", "test_tasks_training", "test_evaluate",
-        "test_stopping", "test_run_init", "test_records",
+        "test_stopping", "test_run_init", "test_records", "test_shares",
     ],
     "synthetic.optimizers": [
         "test_session", "test_golden", "test_memory", "test_run", "test_planning", "test_optional_packages",

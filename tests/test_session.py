@@ -182,7 +182,10 @@ def test_the_curriculum_doubles_when_the_running_accuracy_passes(tmp_path, monke
     assert running[:29] == pytest.approx([1 - 0.9**n for n in range(1, 30)])
     assert running[29] == pytest.approx(0.1)  # it begins anew
     assert running[57] == pytest.approx(1 - 0.9**29)
+    assert running[-1] == pytest.approx(1 - 0.9**42)  # but not at full length
+    assert train.longest_passed(work.plan, work.progress) == 12
     assert [events[i]["length"] for i in (0, 28, 29, 58)] == [4, 4, 8, 12]
+    assert {(row["model"], row["loss"]) for row in events} == {("mamba", 0.5)}
     assert events[-1]["examples"] == sum(b.input_ids.shape[0] for b in batches)
     assert events[-1]["tokens"] == sum(b.input_ids.numel() for b in batches)
 

@@ -180,9 +180,14 @@ def test_blocks_of_a_task_with_one_answer_are_refused():
 
 @pytest.mark.parametrize(
     "name, precision",
-    [("ngram", "float32"), ("ngram-duplicate", "float32"), ("mqar", "bfloat16"), ("selective-copy", "float32"),
-     ("induction", "float32")],
-)  # fmt: skip
+    [
+        ("ngram", "float32"),
+        ("ngram-duplicate", "float32"),
+        ("mqar", "bfloat16"),
+        ("selective-copy", "float32"),
+        ("induction", "float32"),
+    ],
+)
 def test_extrapolation_is_the_same_task_with_longer_contexts(name, precision):
     task = small(name)
     model = models.build("mamba-tiny", vocab_size=task.vocab_size, n_layer=1)

@@ -53,7 +53,7 @@ def test_vqa_accuracy_leaves_one_out():
     assert vqa.published_accuracy("dog's", ["dog 's", "dogs"]) == pytest.approx(0.3)
     with pytest.raises(ValueError, match="answers"):
         vqa.accuracy("red", [])
-    with pytest.raises(ValueError, match="^answers is empty"):
+    with pytest.raises(ValueError, match=r"^answers is empty"):
         vqa.published_accuracy("red", [])
 
 
