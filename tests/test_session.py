@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import models
 from models.ops.linear import Linear
-from synthetic import evaluate, store, tasks, train
+from synthetic import evaluate, records, store, tasks, train
 
 DECAYED = {  # by the last two parts of their names: matrices that weight decay pulls, and no others
     "transformer": {
@@ -278,6 +278,8 @@ def test_a_finished_session_writes_down_what_it_did(tmp_path):
         assert row["count"] == count and row["correct"] == row["accuracy"] * count
         assert row["chance"] == 1 / 16 and row["ci_low"] <= row["accuracy"] <= row["ci_high"]
     assert result["reached"] is False and result["longest_length"] == 0
+    written = store.read_json(tmp_path / "mamba" / "result.json")
+    assert written == result and written["format"] == records.FORMAT
     places = store.read_rows(tmp_path / "by_position.jsonl")
     assert sum(row["count"] for row in places) == 40
     for row in places:
