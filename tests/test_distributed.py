@@ -1,6 +1,5 @@
 """One run in two processes (gloo, CPU): the numbers of one, checkpoints for any number, a clear end."""
 
-import dataclasses
 import json
 import os
 import shlex
@@ -14,11 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from ssm_retrieval import models
 from ssm_retrieval.training import distributed, store
 from ssm_retrieval.training.distributed import World
-from synthetic import tasks, train
-from synthetic.config import RunConfig, plan
+from synthetic import train
 
 ROOT = Path(__file__).parent.parent
 RUN = shlex.split(
@@ -152,75 +149,3 @@ def test_a_killed_process_ends_the_run_clearly_and_another_number_of_processes_r
     step = json.loads(pointer.read_text())["progress"]["step"]
     assert 0 < step < 100
     assert_same_numbers(whole, ran(out, "--steps", "100"), near=2e-3)  # one process goes on from two shards
-
-
-def test_shares_of_a_batch_are_the_batch():
-    task = tasks.build("ngram", seq_len=20)
-    batch = task.batch(7, seed=0, index=0)
-    parts = [distributed.share(batch, World(rank, 3)) for rank in range(3)]
-    for field in dataclasses.fields(batch):
-        whole = getattr(batch, field.name)
-        if isinstance(whole, torch.Tensor) and whole.shape[0] == 7:
-            assert torch.equal(torch.cat([getattr(part, field.name) for part in parts]), whole)
-    with pytest.raises(ValueError, match=r"batches of 7 sequences, too few for 8 processes; raise it"):
-        distributed.share(batch, World(0, 8))
-
-
-class Doubled(World):
-    """One of two processes, where the other one has the same sums."""
-
-    def sums(self, *numbers):
-        return [2 * number for number in numbers]
-
-
-class Kept:
-    """An optimizer that keeps the gradients it is asked to apply."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def step(self):
-        self.gradients = {name: p.grad.clone() for name, p in self.model.named_parameters()}
-
-    def zero_grad(self):
-        self.model.zero_grad()
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_gradients_of_uneven_shares_average_to_those_of_the_batch(accumulate):
-    config = RunConfig(seq_len=6, device="cpu", precision="float32", grad_clip=0.0, accumulate=accumulate)
-    settled = plan(config, "mamba")
-    batch = tasks.build(settled.task, **settled.task_options).batch(7, seed=0, index=0, queries=3)
-
-    def gradients(world):
-        model = models.build("mamba-tiny", vocab_size=settled.model_overrides["vocab_size"], n_layer=1)
-        kept = Kept(model)
-        train.update(model, kept, batch, settled, world=world)
-        return kept.gradients
-
-    whole, first, second = gradients(World()), gradients(Doubled(0, 2)), gradients(Doubled(1, 2))
-    for name, wanted in whole.items():
-        torch.testing.assert_close((first[name] + second[name]) / 2, wanted, rtol=1e-4, atol=1e-6)
-
-
-def test_a_step_is_written_once(tmp_path, monkeypatch):
-    """Shards of a step that are written again would first be removed: for a moment there would be none."""
-    written, save_tensors = [], store.save_tensors
-
-    def noted(path, tensors, header):
-        written.append((path.name, header["step"]))
-        save_tensors(path, tensors, header)
-
-    monkeypatch.setattr(store, "save_tensors", noted)
-    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0.0)  # due after every step
-    monkeypatch.setattr(train, "CHECKPOINT_SHARE", 1e9)
-    settled = plan(RunConfig(seq_len=6, layers=1, device="cpu", precision="float32", steps=3), "mamba")
-    steps = iter([False, True])
-    with pytest.raises(train.Interrupted, match="step 2"):
-        train.train(settled, tmp_path, should_stop=lambda: next(steps))
-    train.train(settled, tmp_path)
-    expected = [(train.SINGLE, step) for step in (1, 2, 3)]
-    assert written == [*expected, ("model.safetensors", 3)]
-    (tmp_path / "mamba" / "result.json").unlink()  # as if it had been killed in its final evaluation
-    train.train(settled, tmp_path)
-    assert written == [*expected, *[("model.safetensors", 3)] * 2]

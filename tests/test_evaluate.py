@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from synthetic.evaluate import wilson
+from synthetic import evaluate, tasks
+from synthetic.evaluate import Evaluation, heldout, wilson
 
 counts = st.one_of(st.integers(1, 300), st.integers(1, 10**12)).flatmap(
     lambda n: st.tuples(st.one_of(st.sampled_from([0, 1, n - 1, n]), st.integers(0, n)), st.just(n))
@@ -37,3 +40,41 @@ def test_wilson_interval_is_that_of_scipy(observed):
 
 def test_nothing_is_known_without_observations():
     assert wilson(0, 0) == (0.0, 1.0)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 18), st.booleans()), min_size=1, max_size=40), st.integers(1, 30))
+def test_answers_by_equal_parts_of_the_context(answers, bins):
+    """Every answer in the one part that holds its target; parts that differ by one symbol at most."""
+    target, right = (np.array(x) for x in zip(*answers, strict=True))
+    parts = Evaluation(19, right, target, 0.0, 1 / 19).by_target(bins)
+    assert len(parts) == min(bins, 19) and [p[0] for p in parts[1:]] == [p[1] for p in parts[:-1]]
+    assert parts[0][0] == 0 and parts[-1][1] == 19
+    sizes = {high - low for low, high, _, _ in parts}
+    assert max(sizes) - min(sizes) <= 1
+    for low, high, correct, count in parts:
+        inside = [ok for at, ok in answers if low <= at < high]
+        assert (correct, count) == (sum(inside), len(inside))
+
+
+def test_answers_by_position_have_counts_rates_and_intervals():
+    right = np.array([True, False, True, True, False])
+    rows = Evaluation(6, right, np.array([4, 1, 4, 1, 4]), 0.0, 1 / 6).by_position()
+    (a, b), (c, d) = wilson(1, 2), wilson(2, 3)
+    assert rows == [
+        dict(position=1, correct=1, count=2, rate=1 / 2, ci_low=a, ci_high=b),
+        dict(position=4, correct=2, count=3, rate=2 / 3, ci_low=c, ci_high=d),
+    ]
+
+
+def test_held_out_sequences_begin_with_the_first_and_come_in_batches_of_limited_size(monkeypatch):
+    monkeypatch.setattr(evaluate, "EVAL_TOKENS", 100)
+    task = tasks.build("selective-copy", seq_len=12, num_tokens=3)  # 15 tokens a sequence
+    batches = list(heldout(task, 20, 12))
+    assert [len(batch.labels) for batch in batches] == [6, 6, 6, 2]
+    same = dict(seed=evaluate.EVAL_SEED, split="heldout", length=12, start=0)
+    (want,) = task.examples(20, **same)
+    assert torch.equal(torch.cat([batch.input_ids for batch in batches]), want.input_ids)
+    assert len(next(heldout(task, 4, 12)).labels) == 4
+    monkeypatch.setattr(evaluate, "EVAL_TOKENS", 3)  # less than one sequence
+    assert [len(batch.labels) for batch in heldout(task, 2, 12)] == [1, 1]

@@ -13,7 +13,7 @@ from test_run import SMALL, numbers
 from ssm_retrieval import models
 from ssm_retrieval.training import store
 from ssm_retrieval.training.lora import TARGETS, add_adapters, merge_adapters
-from ssm_retrieval.training.optimizers import make_optimizer
+from ssm_retrieval.training.optimizers import make_optimizer, make_state, state_tensors
 from synthetic import run, tasks, train
 from synthetic.config import RunConfig, plan, run_id
 from synthetic.evaluate import autocast
@@ -136,6 +136,34 @@ def test_the_checkpoint_of_adamw_has_the_names_it_always_had(tmp_path):
     tensors, _ = store.load_tensors(tmp_path / "mamba" / "checkpoint.safetensors")
     names = [n for n, _ in models.build(p.model, **p.model_overrides).named_parameters()]
     assert set(tensors) == {f"{what}.{n}" for what in ("model", "exp_avg", "exp_avg_sq") for n in names}
+
+
+@pytest.mark.parametrize(
+    "optimizer, kept",
+    [
+        ("adamw", {"exp_avg", "exp_avg_sq"}),
+        ("adamw-8bit", {"state1", "state2", "absmax1", "absmax2"}),
+        ("adafactor", {"row_var", "col_var", "variance"}),
+    ],
+)
+def test_the_plan_reaches_the_optimizer_and_its_state_has_moments_only(optimizer, kept):
+    """The peak rate in every group; neither step numbers nor constants in what a checkpoint keeps."""
+    needs(optimizer)
+    p = plan(dataclasses.replace(SMALL, optimizer=optimizer, lr=0.0123, weight_decay=0.4), "mamba")
+    model = models.build(p.model, **p.model_overrides)
+    made = make_optimizer(model, p)
+    assert [group["lr"] for group in made.param_groups] == [0.0123] * 2
+    assert [group["weight_decay"] for group in made.param_groups] == [0.4, 0.0]
+    if optimizer != "adafactor":
+        assert [tuple(group["betas"]) for group in made.param_groups] == [tuple(p.betas)] * 2
+    if optimizer == "adamw":
+        assert all(group["fused"] for group in made.param_groups)
+    make_state(model, made, step=7)
+    assert any(w.numel() >= 4096 and w.dim() > 1 for w in model.parameters())  # large enough for 8 bits
+    names = {what.partition(".")[0] for what in state_tensors(model, made)}
+    assert names == kept
+    steps = {int(made.state[w]["step"]) for w in model.parameters()}
+    assert steps == {7} and all(w.grad is None for w in model.parameters())
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -92,7 +92,7 @@ def test_resumed_equals_uninterrupted_even_if_the_checkpoint_is_gone(folder, tmp
     p = plan(config(folder, steps=7), "mamba")
     train.train(p, tmp_path / "whole")
     ticks = itertools.count(1)
-    with pytest.raises(train.Interrupted):
+    with pytest.raises(train.Interrupted, match="stopped at step 3"):
         train.train(p, tmp_path / "pieces", should_stop=lambda: next(ticks) >= 3)
     shutil.rmtree(folder)
     train.train(p, tmp_path / "pieces")

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ssm_retrieval import models
 from ssm_retrieval.ops.linear import Linear
-from ssm_retrieval.training import store
+from ssm_retrieval.training import records, store
 from synthetic import evaluate, tasks, train
 
 DECAYED = {  # by the last two parts of their names: matrices that weight decay pulls, and no others
@@ -183,7 +183,10 @@ def test_the_curriculum_doubles_when_the_running_accuracy_passes(tmp_path, monke
     assert running[:29] == pytest.approx([1 - 0.9**n for n in range(1, 30)])
     assert running[29] == pytest.approx(0.1)  # it begins anew
     assert running[57] == pytest.approx(1 - 0.9**29)
+    assert running[-1] == pytest.approx(1 - 0.9**42)  # but not at full length
+    assert train.longest_passed(work.plan, work.progress) == 12
     assert [events[i]["length"] for i in (0, 28, 29, 58)] == [4, 4, 8, 12]
+    assert {(row["model"], row["loss"]) for row in events} == {("mamba", 0.5)}
     assert events[-1]["examples"] == sum(b.input_ids.shape[0] for b in batches)
     assert events[-1]["tokens"] == sum(b.input_ids.numel() for b in batches)
 
@@ -276,6 +279,8 @@ def test_a_finished_session_writes_down_what_it_did(tmp_path):
         assert row["count"] == count and row["correct"] == row["accuracy"] * count
         assert row["chance"] == 1 / 16 and row["ci_low"] <= row["accuracy"] <= row["ci_high"]
     assert result["reached"] is False and result["longest_length"] == 0
+    written = store.read_json(tmp_path / "mamba" / "result.json")
+    assert written == result and written["format"] == records.FORMAT
     places = store.read_rows(tmp_path / "by_position.jsonl")
     assert sum(row["count"] for row in places) == 40
     for row in places:

@@ -151,6 +151,22 @@ def test_bootstrap_median_time_enumerated():
     assert np.isnan(bootstrap_median_time([3], [True])[1:]).all()
 
 
+def test_a_seed_decides_the_interval_of_a_median_time():
+    value = np.random.default_rng(2).exponential(size=30)
+    one, again, other = (
+        bootstrap_median_time(value, [True] * 30, resamples=20, seed=seed) for seed in (3, 3, 4)
+    )
+    assert one == again != other
+
+
+def test_the_interval_of_two_resamples_has_both_as_its_ends():
+    value = np.random.default_rng(2).exponential(size=30)
+    both = [bootstrap_median_time(value, [True] * 30, resamples=2, seed=seed)[1:] for seed in range(5)]
+    assert all(low < high and {low, high} < set(value) for low, high in both)
+    low, high = bootstrap_median_time(value, [True] * 30, resamples=1)[1:]
+    assert low == high
+
+
 # --- pairs ---
 
 
@@ -201,12 +217,16 @@ def test_many_pairs_are_sampled_and_reproducible():
     p = sign_flip_p(differences)
     assert p == sign_flip_p(differences)
     assert p == pytest.approx(stats.ttest_1samp(differences, 0).pvalue, abs=0.02)
+    # the observed signs and 10,000 random flips: p is a share of 10,001
+    assert p < 1 and p * 10_001 == pytest.approx(round(p * 10_001), abs=1e-6)
 
 
 def test_a_seed_decides_the_interval_of_a_paired_test():
     table = pairs_of(np.random.default_rng(1).normal(0.1, 0.2, 12))
     one, again, other = (paired_test(table, "a", "b", on=["seed"], seed=seed) for seed in (3, 3, 4))
     assert (one.low, one.high) == (again.low, again.high) != (other.low, other.high)
+    usual, differences = paired_test(table, "a", "b", on=["seed"]), table[table.model == "a"].accuracy - 0.5
+    assert (usual.low, usual.high) == pytest.approx(bootstrap(differences)[1:])
 
 
 @pytest.mark.parametrize("confidence", [0, 1, -0.5, 95])
@@ -283,6 +303,7 @@ def test_holm_lies_between_no_correction_and_bonferronis(p):
         (lambda: share_interval(4, 3), "4 of 3 is no share"),
         (lambda: share_interval(0, 0), "0 of 0 is no share"),
         (lambda: bootstrap([1, np.nan]), "must be finite"),
+        (lambda: mean_interval([1, None]), "must be finite"),
         (lambda: mean_interval([1, 2], confidence=95), "confidence 95"),
         (lambda: paired_test(pairs_of([1.0]), "a", "z", on=["seed"]), "no rows with model z; choose from"),
         (lambda: paired_test(pairs_of([1.0]), "a", "a", on=["seed"]), "differ"),

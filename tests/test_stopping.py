@@ -122,6 +122,9 @@ def test_reached_and_whether_the_final_evaluation_agrees(
     result = train.train(plan(dataclasses.replace(SMALL, curriculum=0), "mamba"), tmp_path)
     assert (result["step"] == 4) == stopped and result["reached"] is stopped
     assert result["heldout_reached"] is agrees
+    rows = store.read_rows(tmp_path / "metrics.jsonl")
+    confirmed = [row.get("confirm_correct") for row in rows]  # a second look only where the first passed
+    assert confirmed == [round(looks[1] * 50), *[None] * (len(rows) - 1)]
 
 
 def test_tables_say_which_sequences_and_whether_the_goal_was_reached(tmp_path, monkeypatch):

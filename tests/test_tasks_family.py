@@ -284,6 +284,22 @@ def test_original_lengths_and_vocabularies():
     assert tasks.build("mqar", seq_len=64).vocabulary.num_symbols == 8192
 
 
+@pytest.mark.parametrize("name", NEW)
+def test_max_length_is_that_of_the_longest_batch(name):
+    """No token too many in a table of positions."""
+    task = small(name, **(dict(seq_len=30) if name == "ngram-duplicate" else {}))  # whole blocks
+    for queries in {task.usual_queries(), task.max_queries()}:
+        batch = task.batch(2, seed=0, index=0, queries=queries, length=task.seq_len)
+        assert batch.input_ids.shape[1] == task.max_length(queries)
+
+
+@pytest.mark.parametrize("name", ["induction", "selective-copy"])
+def test_chance_is_one_of_the_symbols_that_are_answers(name):
+    task = small(name)
+    batch = task.batch(2000, seed=0, index=0)
+    assert batch.chance == 1 / len(batch.labels.unique())
+
+
 @pytest.mark.parametrize("name", ["ngram", "ngram-duplicate"])
 def test_chance_of_an_ngram_is_that_of_guessing_its_place(name):
     task = tasks.build(name, seq_len=100, query_size=2, answer_size=3)

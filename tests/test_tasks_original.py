@@ -133,7 +133,7 @@ def test_bad_wishes_give_one_line(task):
     with pytest.raises(UserError, match="the file of test has 40 rows"):
         list(task.examples(50, seed=0, split="heldout", length=8))
     with pytest.raises(
-        ValueError, match=r"seqlen8\.json: symbol 1. is not below num_symbols .*give num_symbols >= 1"
+        ValueError, match=r"seqlen8\.json: symbol 11 is not below num_symbols 9: give num_symbols >= 12"
     ):
         OriginalFiles(seq_len=8, num_symbols=9, folder=task.folder).batch(2, **same)
     assert task.max_length(64) == 8 + 3

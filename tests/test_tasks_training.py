@@ -151,8 +151,8 @@ class Chooser(Oracle):
         return self(ids, torch.tensor([ids.shape[1] - 1]), cache=cache)[:, -1]
 
 
-@pytest.mark.parametrize("block", [0, 1, 2])
-def test_which_block_was_answered(block):
+@pytest.mark.parametrize("block, precision", [(0, "float32"), (1, "float32"), (2, "bfloat16")])
+def test_which_block_was_answered(block, precision):
     task = small("ngram-duplicate")
     known = {}
     for batch in heldout(task, 30, 32):
@@ -160,7 +160,8 @@ def test_which_block_was_answered(block):
             question = tuple(task.vocabulary.decode(ids[: int(batch.answer_at[0]) + 1]))
             known[question] = [task.vocabulary.decode(answer) for answer in answers]
     for miss in (False, True):
-        rows = evaluate_blocks(Chooser(task, known, block, miss), task, examples=30, length=32, **HOW)
+        how = HOW | dict(precision=precision)
+        rows = evaluate_blocks(Chooser(task, known, block, miss), task, examples=30, length=32, **how)
         expected = "missed" if miss else str(block)
         assert [row["block"] for row in rows] == ["0", "1", "2", "missed"]
         assert [row["answers"] for row in rows] == [30 * (row["block"] == expected) for row in rows]
@@ -177,16 +178,26 @@ def test_blocks_of_a_task_with_one_answer_are_refused():
 # --- longer contexts than in training ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["ngram", "ngram-duplicate", "mqar", "selective-copy", "induction"])
-def test_extrapolation_is_the_same_task_with_longer_contexts(name):
+@pytest.mark.parametrize(
+    "name, precision",
+    [
+        ("ngram", "float32"),
+        ("ngram-duplicate", "float32"),
+        ("mqar", "bfloat16"),
+        ("selective-copy", "float32"),
+        ("induction", "float32"),
+    ],
+)
+def test_extrapolation_is_the_same_task_with_longer_contexts(name, precision):
     task = small(name)
     model = models.build("mamba-tiny", vocab_size=task.vocab_size, n_layer=1)
     lengths = [task.seq_len, 40, 64]
-    results = extrapolate(model, task, lengths, examples=10, **HOW)
+    how = HOW | dict(precision=precision)
+    results = extrapolate(model, task, lengths, examples=10, **how)
     for n, result in zip(lengths, results, strict=True):
         longer = dataclasses.replace(task, seq_len=n)
         assert longer.vocabulary == task.vocabulary
-        direct = evaluate(model, longer, examples=10, length=n, **HOW)
+        direct = evaluate(model, longer, examples=10, length=n, **how)
         assert result.loss == direct.loss and (result.target == direct.target).all()
         assert result.target.max() < n
     assert results[-1].length == (63 if name == "ngram-duplicate" else 64)

@@ -53,6 +53,26 @@ def test_vqa_accuracy_leaves_one_out():
     assert vqa.published_accuracy("dog's", ["dog 's", "dogs"]) == pytest.approx(0.3)
     with pytest.raises(ValueError, match="answers"):
         vqa.accuracy("red", [])
+    with pytest.raises(ValueError, match=r"^answers is empty"):
+        vqa.published_accuracy("red", [])
+
+
+def test_published_accuracy_reads_commas_and_question_marks_as_nothing():
+    """The official rule would make a space of a mark that touches none."""
+    for said in ("red,blue", "red?blue", "Red,?blue"):
+        assert vqa.published_accuracy(said, ["redblue"] * 10) == 1
+        assert vqa.published_accuracy(said, ["red blue"] * 10) == 0
+
+
+def test_contractions_are_found_with_any_one_apostrophe_or_all_of_them_missing():
+    assert vqa._without_some_apostrophes("couldn't've") == ["couldntve", "couldnt've", "couldn'tve"]
+    assert set(vqa._without_some_apostrophes("isn't")) == {"isnt"}
+
+
+def test_exact_match_forgives_case_and_one_full_stop():
+    same = ("Yes.", " yes ", "YES", "yes")
+    assert [vqa.exact_match(said, "Yes ") for said in same] == [1.0] * 4
+    assert [vqa.exact_match(said, "yes") for said in ("yes..", "y", "yes!", "the yes")] == [0.0] * 4
 
 
 corner = st.integers(0, 30)
