@@ -4,6 +4,7 @@ from ssm_retrieval.models.architecture import Architecture
 from ssm_retrieval.models.checkpoints import load, save
 from ssm_retrieval.models.common import Cache, LanguageModel
 from ssm_retrieval.models.decoding import generate
+from ssm_retrieval.models.mixer import from_mixer
 from ssm_retrieval.models.registry import (
     ARCHITECTURES,
     architecture_of,
@@ -26,6 +27,7 @@ __all__ = [
     "build",
     "config",
     "from_config",
+    "from_mixer",
     "generate",
     "grow_vocabulary",
     "load",
