@@ -47,8 +47,8 @@ vlm.evaluate, or one of their Parquet files."""
     """How wide figures of VLMs' results are, in columns of a page. Drawings and the synthetic task's curves \
 need both."""
     imports: Imports = ()
-    """A Python module of yours that registers models or tasks (docs/extending.md); runs in --runs name theirs \
-themselves."""
+    """A Python module of yours that registers models or tasks (docs/extending.md); runs in --runs name \
+theirs themselves."""
     out: Path = Path("figures")
     """Folder for figures (PDF, SVG, PNG), tables (Markdown, LaTeX), the CSV behind each and index.json."""
 

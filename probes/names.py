@@ -18,7 +18,10 @@ _HEADS = "B L E; Mamba-2 B L H P"
 NAMES: dict[str, tuple[str, str]] = {
     "hook_embed": ("B L D", "embeddings, learned positions included"),
     "hook_resid_pre": ("B L D", "residual stream before the block"),
-    "hook_resid_mid": ("B L D", "residual stream between attention (or a user's mixer) and MLP; sequential blocks only"),
+    "hook_resid_mid": (
+        "B L D",
+        "residual stream between attention (or a user's mixer) and MLP; sequential blocks only",
+    ),
     "hook_resid_post": ("B L D", "residual stream after the block"),
     "hook_attn_out": ("B L D", "what attention adds"),
     "hook_mlp_out": ("B L D", "what the MLP adds"),

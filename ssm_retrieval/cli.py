@@ -33,7 +33,9 @@ STOPPED = "stopped; what was written is kept, the same command goes on from ther
 
 Options = TypeVar("Options")
 # The option --import of a command, a field `imports`: what `registry.use` takes.
-Imports = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="import", metavar="MODULE")]
+Imports = Annotated[
+    tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="import", metavar="MODULE")
+]
 
 
 def parse(options: type[Options], argv: Sequence[str] | None, prog: str) -> Options:

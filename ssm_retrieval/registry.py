@@ -65,7 +65,7 @@ class Registry(Mapping[str, Record], Generic[Record]):
         """
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise UserError(
-                f"a {self.kind} cannot be named {name!r}; use small letters, digits, -, _ and ., a letter first"
+                f"a {self.kind} cannot be named {name!r}; use small letters, digits, -, _ and . after a letter"
             )
         if name in self.ours:
             raise UserError(f"{self.kind} {name} is one of this toolkit's; give yours another name")

@@ -201,7 +201,9 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
     )
     queries = 1 if paper else config.queries or task.dense_queries()
     task.check(config.seq_len, queries)
-    name, overrides, width = _model(config, ARCHITECTURES[family], task, queries) if start is None else start.model(task)
+    name, overrides, width = (
+        _model(config, ARCHITECTURES[family], task, queries) if start is None else start.model(task)
+    )
     curriculum = config.curriculum
     if curriculum is None:
         curriculum = first_length(task)
@@ -235,7 +237,9 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
         batch_tokens=config.batch_tokens,
         batch_size=PAPER_BATCH if paper else None,
         weight_decay=config.weight_decay,
-        warmup=(total // course.warmup if paper and course else 50) if config.warmup is None else config.warmup,
+        warmup=(total // course.warmup if paper and course else 50)
+        if config.warmup is None
+        else config.warmup,
         schedule=course.schedule if paper and course else config.schedule,
         grad_clip=config.grad_clip,
         eval_every=config.eval_every or (max(1, total // course.evaluations) if paper and course else 100),

@@ -106,7 +106,9 @@ def table(plans: list[Plan]) -> Table:
     found.add_column("", no_wrap=True)
     rows: dict[str, list[str]] = {}
     for plan in plans:
-        found.add_column(f"{NAMES[plan.family]} {plan.model.removeprefix(f'{plan.family}-')}", justify="right")
+        found.add_column(
+            f"{NAMES[plan.family]} {plan.model.removeprefix(f'{plan.family}-')}", justify="right"
+        )
         for name, value in column(plan).items():
             rows.setdefault(name, []).append(value)
     for name, values in rows.items():

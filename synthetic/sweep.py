@@ -56,8 +56,8 @@ latter two need their extra, and --out on a file system that all machines share.
     retries: int = 1
     """How often a failed run is tried again."""
     imports: Imports = ()
-    """A Python module of yours that registers models or tasks (docs/extending.md), for every run; may be given \
-several times."""
+    """A Python module of yours that registers models or tasks (docs/extending.md), for every run; may be \
+given several times."""
     dry_run: bool = False
     """Only list the runs and whether they are finished."""
 

@@ -1,8 +1,8 @@
 """`Architecture`: all that the toolkit needs to know of a kind of model, in one record.
 
-The file of an architecture ends with its record, and `ssm_retrieval.registry` has a line with its name. Command
-line, tables, figures, planner and probes read the record, so nothing else has to be touched. A user's own
-record is made known by `models.register`; `models.from_mixer` makes one of a sequence mixer (docs/extending.md).
+The file of an architecture ends with its record, and `ssm_retrieval.registry` has a line with its name.
+Command line, tables, figures, planner and probes read the record, so nothing else has to be touched. A user's
+own is made known by `models.register`; `models.from_mixer` makes one of a sequence mixer (docs/extending.md).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ssm_retrieval.models.common import LanguageModel
 from ssm_retrieval.models.configuration import POSITIONS, Config, require
 from ssm_retrieval.registry import NAME
 
-# Every architecture has a size of this name: about 0.5 M parameters with the default task, trained in minutes.
+# Of the size of this name: about 0.5 M parameters with the default task, trained in minutes.
 TINY: Mapping[str, Any] = dict(d_model=128, vocab_size=2051, tie_word_embeddings=True)
 
 
@@ -35,7 +35,7 @@ class Architecture:
         label: its name in tables and figures. Default: `name`.
         color: in figures, as matplotlib writes it. Default: one that no other architecture has.
         marker: one character that stands for it in curves of the terminal. Default: of `label` the first.
-        presets: size ("tiny", "130m") -> options of the config: what `--preset` and `build("name-size")` know.
+        presets: size ("tiny", "130m") -> options of the config: what `--preset` and `build("name-tiny")` know.
         positions: the schemes of `config.position` that a run may choose, its default first; () if order is
             known without any. A config of such an architecture also has `max_position_embeddings`.
         state_size: (config, seq_len) -> numbers that decoding keeps for one sequence after seq_len tokens.
@@ -69,7 +69,11 @@ class Architecture:
             require(fits, f"size {size!r} of model {self.name} must be small letters, digits, _ and .")
         for scheme in self.positions:
             require(scheme in POSITIONS, f"position {scheme!r} of model {self.name} is none of {POSITIONS}")
-        options = [*(["position", "max_position_embeddings"] if self.positions else ()), "vocab_size", "d_model"]
+        options = [
+            *(["position", "max_position_embeddings"] if self.positions else ()),
+            "vocab_size",
+            "d_model",
+        ]
         for option in (*options, "n_layer"):
             require(self.has(option), f"{self.config.__name__} of model {self.name} lacks the field {option}")
 

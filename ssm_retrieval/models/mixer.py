@@ -73,7 +73,9 @@ class MixerBlock(Hooked, nn.Module):
 
     def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         x = self._tap("hook_resid_pre", x)
-        x = self._tap("hook_resid_mid", x + self._tap("hook_mixer_out", self.mix(self.norm1(x), context, cache)))
+        x = self._tap(
+            "hook_resid_mid", x + self._tap("hook_mixer_out", self.mix(self.norm1(x), context, cache))
+        )
         out = self._tap("hook_mlp_out", self.down(F.gelu(self.up(self.norm2(x)))))
         return self._tap("hook_resid_post", x + out)
 
@@ -142,8 +144,8 @@ def from_mixer(
 
     Args:
         name: what `--model` calls it.
-        mixer: mixer(d_model, **options) makes a module that maps (B, L, D) to (B, L, D) causally. Options have
-            defaults and the type int, float or bool; they become fields of the config, which presets and
+        mixer: mixer(d_model, **options) makes a module that maps (B, L, D) to (B, L, D) causally. Options
+            have defaults and the type int, float or bool; they become fields of the config, which presets and
             `models.build` can set.
         presets: size -> fields of the config. Default: "tiny", of 128 channels and 2 blocks.
         positions: () for a mixer that knows the order of tokens; ("learned", "none") for one that needs to be
@@ -187,5 +189,7 @@ def _field(name: str, parameter: inspect.Parameter) -> tuple[str, str, Any]:
     said = f"option {parameter.name} of the mixer of model {name}"
     require(kind in KINDS, f"{said} must be annotated as one of {', '.join(KINDS)}")
     require(parameter.default is not parameter.empty, f"{said} needs a default")
-    require(parameter.name not in MixerConfig.__dataclass_fields__, f"{said} is one of every model's; rename it")
+    require(
+        parameter.name not in MixerConfig.__dataclass_fields__, f"{said} is one of every model's; rename it"
+    )
     return parameter.name, kind, parameter.default

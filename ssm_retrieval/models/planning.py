@@ -135,7 +135,7 @@ def block_memory(config: Any, step: Step) -> list[BlockMemory]:
     architecture = registry.architecture_of(config)
     if architecture.memory is None:
         raise UserError(
-            f"{architecture.label} has no formula of its memory; give its Architecture a memory, or measure it"
+            f"{architecture.label} has no formula of its memory; give its Architecture one (memory=...)"
         )
     return architecture.memory(config, step)
 

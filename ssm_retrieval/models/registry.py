@@ -1,7 +1,7 @@
 """From a name to a model: `build("mamba-130m")`, `build("pythia-160m")`, ...
 
-A name is ARCHITECTURE-SIZE; the records at the end of the architectures' files have the sizes. Published shapes:
-Gu & Dao 2023 (state-spaces/mamba-*), Dao & Gu 2024 (state-spaces/mamba2-*), Biderman et al. 2023
+A name is ARCHITECTURE-SIZE; the records at the end of the architectures' files have the sizes. Published
+shapes: Gu & Dao 2023 (state-spaces/mamba-*), Dao & Gu 2024 (state-spaces/mamba2-*), Biderman et al. 2023
 (EleutherAI/pythia-*); `150m` are the models of Retrievit (arXiv 2603.02874), without its vocabulary.
 `tiny` models have about 0.5 M parameters with the default synthetic task and train in minutes on a CPU.
 """
@@ -15,7 +15,7 @@ import torch
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.models.architecture import Architecture
 from ssm_retrieval.models.common import LanguageModel
-from ssm_retrieval.models.configuration import Config, require
+from ssm_retrieval.models.configuration import require
 from ssm_retrieval.models.seeding import defaults, seeded
 from ssm_retrieval.registry import ARCHITECTURES
 
@@ -73,7 +73,7 @@ def resolve(name: str) -> str:
 
 
 def preset_of(family: str, size: str) -> str:
-    """The preset of an architecture that is compared with others of this size: ("mamba", "160m") is mamba-130m.
+    """The preset that is compared with others of this size: ("mamba", "160m") is mamba-130m.
 
     Raises:
         UserError: if it has none; the line lists those that it has.
@@ -113,7 +113,9 @@ def state_size(config: Any, seq_len: int) -> int:
         UserError: for a config of no registered architecture, or of one that does not say.
     """
     record = architecture_of(config)
-    require(record.state_size is not None, f"model {record.name} has no state_size; give its Architecture one")
+    require(
+        record.state_size is not None, f"model {record.name} has no state_size; give its Architecture one"
+    )
     return cast(Any, record).state_size(config, seq_len)
 
 

@@ -1,7 +1,7 @@
 """The tasks by name: `build("position", seq_len=1024, num_symbols=1024, layout="suffix")`.
 
-A task is one file with one frozen dataclass derived from `Task`, which says all about itself: name, options and
-their defaults, one line for the help page, its paper's schedule. A line in `TASKS` makes it known to the
+A task is one file with one frozen dataclass derived from `Task`, which says all about itself: name, options
+and their defaults, a line for the help page, its paper's schedule. A line in `TASKS` makes it known to the
 trainer, the command line and the tests that run over every task; `register` does so for a user's own
 (docs/extending.md).
 """
