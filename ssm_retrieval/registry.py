@@ -64,9 +64,7 @@ class Registry(Mapping[str, Record], Generic[Record]):
             UserError: if the name is one of ours, or cannot be the name of a folder.
         """
         if not isinstance(name, str) or not NAME.fullmatch(name):
-            raise UserError(
-                f"a {self.kind} cannot be named {name!r}; use small letters, digits, -, _ and . after a letter"
-            )
+            raise UserError(f"a {self.kind} cannot be named {name!r}; use small letters, digits, -, _ and .")
         if name in self.ours:
             raise UserError(f"{self.kind} {name} is one of this toolkit's; give yours another name")
         self._theirs[name] = record

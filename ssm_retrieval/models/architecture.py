@@ -35,7 +35,7 @@ class Architecture:
         label: its name in tables and figures. Default: `name`.
         color: in figures, as matplotlib writes it. Default: one that no other architecture has.
         marker: one character that stands for it in curves of the terminal. Default: of `label` the first.
-        presets: size ("tiny", "130m") -> options of the config: what `--preset` and `build("name-tiny")` know.
+        presets: size ("tiny", "130m") -> options of the config: what `--preset` and `models.build` know.
         positions: the schemes of `config.position` that a run may choose, its default first; () if order is
             known without any. A config of such an architecture also has `max_position_embeddings`.
         state_size: (config, seq_len) -> numbers that decoding keeps for one sequence after seq_len tokens.

@@ -1,9 +1,9 @@
 """What one block keeps for its gradients, by arithmetic: the terms that `planning` adds up.
 
 Each term of `attention`, `mamba` and `mamba2` is a tensor that an autograd function of that architecture's
-file (or of ops/) saves. The letters are those of common.py, T = B * L, and c the bytes of a product's operand:
-4, or 2 under bfloat16 autocast, which then also keeps a copy of each weight. The tests count saved tensors,
-`benchmarks/plan.py` measures processes. The formulas are of the CPU kernels.
+file (or of ops/) saves. The letters are those of common.py, T = B * L, and c the bytes of a product's
+operand: 4, or 2 under bfloat16 autocast, which then also keeps a copy of each weight. The tests count saved
+tensors, `benchmarks/plan.py` measures processes. The formulas are of the CPU kernels.
 """
 
 from __future__ import annotations

@@ -48,8 +48,7 @@ def architecture_of(config: Any) -> Architecture:
     known = ", ".join(record.config.__name__ for record in ARCHITECTURES.values())
     require(
         found is not None,
-        f"{type(config).__name__} is of no registered architecture, which has one of {known}; "
-        "models.config(name) makes one",
+        f"a model's config is one of {known}, not {type(config).__name__}; models.config(name) makes one",
     )
     return cast(Architecture, found)
 
