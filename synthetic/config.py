@@ -13,7 +13,7 @@ import tyro
 from ssm_retrieval import registry
 from ssm_retrieval.cli import Imports
 from ssm_retrieval.errors import UserError
-from ssm_retrieval.registry import ARCHITECTURES, Record, Registry
+from ssm_retrieval.registry import ARCHITECTURES, Registry
 from synthetic.checks import check, check_values, position
 from synthetic.identity import TRAINING_VERSION, Plan, normal, run_id
 from synthetic.tasks import TASKS, Task
@@ -21,7 +21,7 @@ from synthetic.tasks import TASKS, Task
 if TYPE_CHECKING:  # torch takes seconds to import, which a help page can spare
     from ssm_retrieval.models.architecture import Architecture
 
-__all__ = ["TRAINING_VERSION", "Plan", "RunConfig", "check", "plan", "run_id"]
+__all__ = ["TRAINING_VERSION", "Plan", "RunConfig", "check", "check_names", "plan", "run_id"]
 
 # The names of models and tasks are checked in `plan`: a user's own may be among them.
 MODELS = tyro.conf.arg(metavar=f"[{{{','.join(ARCHITECTURES)}}} [...]]")
@@ -182,10 +182,8 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
     """
     from synthetic import pretrained, tasks
 
-    registry.use(config.imports)
-    for name in config.model:
-        _known(ARCHITECTURES, name, "--model")
-    course = _known(TASKS, config.task, "--task").paper
+    check_names(config)
+    course = TASKS[config.task].paper
     paper = config.protocol == "paper"
     check_values(config, paper, course.schedule if course else "")
     options = _task_options(config)
@@ -258,11 +256,19 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
     return normal(settled)
 
 
-def _known(registered: Registry[Record], name: str, option: str) -> Record:
-    try:
-        return registered.find(name)
-    except UserError as error:
-        raise UserError(f"{option} {name}: {error}") from error
+def check_names(config: RunConfig) -> None:
+    """Import the user's modules. Raises UserError for models and tasks that neither we nor they have."""
+    registry.use(config.imports)
+    asked: list[tuple[str, Registry[Any], tuple[str, ...]]] = [
+        ("model", ARCHITECTURES, config.model),
+        ("task", TASKS, (config.task,)),
+    ]
+    for option, registered, names in asked:
+        for name in names:
+            try:
+                registered.find(name)
+            except UserError as error:
+                raise UserError(f"--{option} {name}: {error}") from error
 
 
 def _model(

@@ -91,6 +91,7 @@ class Wanted:
     @classmethod
     def read(cls, options: Options) -> Wanted:
         """Raises UserError, in one line, for bad options, files and runs."""
+        from ssm_retrieval import registry
         from synthetic import grid
         from synthetic.config import check
 
@@ -102,6 +103,7 @@ class Wanted:
             options.address is None or options.executor == "ray",
             f"--address {options.address} is for --executor ray; give both or neither",
         )
+        registry.use(options.imports)
         wanted = grid.load(options.file)
         check(options.out != "", "--out is empty; give a folder, or . for this one")
         # not resolve(): it fails for a loop of links, which making the folder tells in one line
