@@ -28,7 +28,7 @@ from ssm_retrieval.models.transformer import add_learned_positions
 from ssm_retrieval.ops.linear import Linear
 
 POSITIONS = ("learned", "none")
-KINDS = {"int": int, "float": float, "bool": bool}  # of a mixer's options
+KINDS = ("int", "float", "bool")  # of a mixer's options
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,9 @@ def from_mixer(
     Raises:
         UserError: for options of another type, or without a default.
     """
-    fields = [_field(name, parameter) for parameter in [*inspect.signature(mixer).parameters.values()][1:]]
+    parameters = [*inspect.signature(mixer).parameters.values()][1:]  # without d_model
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    fields = [_field(name, parameter) for parameter in named]
     options = [field for field, *_ in fields]
     config = dataclasses.make_dataclass(
         "".join(word.capitalize() for word in name.replace(".", "-").split("-")) + "Config",
