@@ -85,6 +85,7 @@ def preset_of(family: str, size: str) -> str:
 
 
 def _compared(family: str, size: str) -> str | None:
+    size = size.lower()
     row = next((row for row in SIZES if size in row), ())
     sizes = ARCHITECTURES[family].presets if family in ARCHITECTURES else ()
     return next((f"{family}-{same}" for same in (size, *row) if same in sizes), None)
