@@ -19,8 +19,9 @@ from ssm_retrieval.errors import UserError
 from ssm_retrieval.models.registry import preset_of
 from ssm_retrieval.registry import ARCHITECTURES
 from ssm_retrieval.style import NAMES, family_colors
+from ssm_retrieval.training import records
 from synthetic import run, tasks
-from synthetic.config import RunConfig
+from synthetic.config import RunConfig, plan
 from synthetic.grid import grid
 
 ROOT = Path(__file__).parents[1]
@@ -264,6 +265,13 @@ def test_names_that_a_users_model_cannot_have(theirs, name, said):
     assert len(ARCHITECTURES) == 4
 
 
+def test_a_config_is_of_one_model(theirs):
+    """Weights are read by the class of their config: two models of one class could not be told apart."""
+    mamba = ARCHITECTURES["mamba"]
+    with pytest.raises(UserError, match="MambaConfig is the config of model mamba; derive your own"):
+        models.register(models.Architecture(name="mine", config=mamba.config, model=mamba.model))
+
+
 def test_registering_again_replaces(theirs):
     for label in ("first", "second"):
         models.register(models.from_mixer("mine", Narrow, label=label))
@@ -340,6 +348,15 @@ def test_a_sweeps_file_names_its_modules(theirs):
     assert found.imports == ("my_mixer",) and "linear-attention" in ARCHITECTURES
     with pytest.raises(UserError, match="--task before: unknown task 'before'"):
         grid(task="before")
+
+
+@pytest.mark.parametrize("modules", ["my_mixer", [1], None])
+def test_a_damaged_list_of_modules_is_one_line(theirs, tmp_path, modules):
+    settled = plan(RunConfig(seq_len=8), "mamba").to_dict()
+    kept = dict(format=records.FORMAT, run={"imports": modules}, plans=[settled], plan=settled)
+    (tmp_path / "config.json").write_text(json.dumps(kept))
+    with pytest.raises(UserError, match=r"config.json: run.imports is .*, not a list of names"):
+        records.config(tmp_path)
 
 
 def test_a_help_page_needs_no_torch():

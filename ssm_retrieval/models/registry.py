@@ -29,11 +29,16 @@ def register(architecture: Architecture) -> Architecture:
     Registering a name again replaces it, as a cell of a notebook does that is run again.
 
     Raises:
-        UserError: if the name is one of the toolkit's.
+        UserError: if the name is one of the toolkit's, or another model has the same config class.
     """
     aliases = {alias: ours for ours in ARCHITECTURES.ours for alias in ARCHITECTURES[ours].aliases}
     clash = {architecture.name, *architecture.aliases} & {*aliases, *ARCHITECTURES.ours}
     require(not clash, f"model {', '.join(clash)} is one of this toolkit's; give yours another name")
+    same = [known.name for known in ARCHITECTURES.values() if known.config is architecture.config]
+    require(
+        same in ([], [architecture.name]),
+        f"{architecture.config.__name__} is the config of model {', '.join(same)}; derive your own",
+    )
     ARCHITECTURES.add(architecture.name, architecture)
     return architecture
 

@@ -232,7 +232,10 @@ def config(folder: Path) -> Row:
     if not path.exists():
         raise UserError(f"{folder} has no config.json; give the folder of a run")
     found = _file(path, RunRecord)
-    registry.use(found["run"].get("imports", ()), where=str(folder))
+    modules = found["run"].get("imports", [])
+    if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
+        raise UserError(f"{path}: run.imports is {_short(modules)}, not a list of names; {REMEDY}")
+    registry.use(modules, where=str(folder))
     return found
 
 
