@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 
 from analysis import curves, diagrams, published, vlm_plots
 from analysis.tables import concatenated, files, load
-from ssm_retrieval.cli import guarded, parse
+from ssm_retrieval import registry
+from ssm_retrieval.cli import Imports, guarded, parse
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.style import DOUBLE, SINGLE, save, theme
 from ssm_retrieval.training.store import write_bytes
@@ -45,6 +46,9 @@ vlm.evaluate, or one of their Parquet files."""
     columns: Literal[1, 2] = 2
     """How wide figures of VLMs' results are, in columns of a page. Drawings and the synthetic task's curves \
 need both."""
+    imports: Imports = ()
+    """A Python module of yours that registers models or tasks (docs/extending.md); runs in --runs name \
+theirs themselves."""
     out: Path = Path("figures")
     """Folder for figures (PDF, SVG, PNG), tables (Markdown, LaTeX), the CSV behind each and index.json."""
 
@@ -80,6 +84,7 @@ def write(options: Options) -> Iterator[str]:
     """Write everything that the options ask for; yields a line on each. Raises UserError for bad sources."""
     if options.published and options.runs is not None:
         raise UserError(f"--published and --runs {options.runs} exclude each other; give one of them")
+    registry.use(options.imports)
     options.out.mkdir(parents=True, exist_ok=True)
     index = []
     with theme():

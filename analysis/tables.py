@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.style import FAMILIES
+from ssm_retrieval.training import records
 
 if TYPE_CHECKING:  # seconds, which `import analysis` can spare
     import pandas as pd
@@ -101,12 +102,22 @@ def read(path: Path) -> pd.DataFrame:
                 f"{path}: column {name} must be numbers {allowed}; delete it and run the command that made it"
             )
     families = set(frame.get("model", ())) if "seq_len" in frame else set()
+    if families - set(FAMILIES):
+        _use_modules_of(frame, path.parent.parent)
     unknown = sorted(map(str, families - set(FAMILIES)))
     if unknown:
         raise UserError(
-            f"{path}: model {unknown[0]} is unknown; valid: {', '.join(FAMILIES)} (a newer version's file?)"
+            f"{path}: model {unknown[0]} is unknown; valid: {', '.join(FAMILIES)}; a model of your own needs "
+            "--import and the module that registers it (or is this a newer version's file?)"
         )
     return frame
+
+
+def _use_modules_of(frame: pd.DataFrame, folder: Path) -> None:
+    """Import what the runs in a folder were made with (`--import`)."""
+    for run in frame["run"].unique() if "run" in frame else ():
+        if (folder / str(run) / "config.json").exists():
+            records.config(folder / str(run))
 
 
 def fill(text: str, tables: Mapping[str, str]) -> str:

@@ -24,7 +24,8 @@ import torch
 
 from benchmarks.common import fresh, machine, peak
 from ssm_retrieval.ops.memory import keep_freed_memory, return_freed_memory
-from synthetic.config import FAMILIES, Plan, RunConfig, plan
+from ssm_retrieval.registry import ARCHITECTURES
+from synthetic.config import Plan, RunConfig, plan
 
 LENGTHS = (256, 1024)
 SIZES: dict[str, dict[str, int]] = {  # without and with a language model's vocabulary
@@ -122,7 +123,7 @@ def compare(case: dict[str, Any], keep: bool = False) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one length, no other optimizers")
-    parser.add_argument("--family", nargs="+", choices=FAMILIES, default=FAMILIES)
+    parser.add_argument("--family", nargs="+", choices=list(ARCHITECTURES), default=list(ARCHITECTURES))
     asked = parser.parse_args()
     print(machine())
     print(f"{'family':<12} {'size':<24} length precision {'options':<27} predicted  measured MiB ratio")

@@ -18,11 +18,14 @@ _HEADS = "B L E; Mamba-2 B L H P"
 NAMES: dict[str, tuple[str, str]] = {
     "hook_embed": ("B L D", "embeddings, learned positions included"),
     "hook_resid_pre": ("B L D", "residual stream before the block"),
-    "hook_resid_mid": ("B L D", "residual stream between attention and MLP; sequential blocks only"),
+    "hook_resid_mid": (
+        "B L D",
+        "residual stream between attention (or a user's mixer) and MLP; sequential blocks only",
+    ),
     "hook_resid_post": ("B L D", "residual stream after the block"),
     "hook_attn_out": ("B L D", "what attention adds"),
     "hook_mlp_out": ("B L D", "what the MLP adds"),
-    "hook_mixer_out": ("B L D", "what the SSM mixer adds"),
+    "hook_mixer_out": ("B L D", "what the mixer of an SSM, or a user's own, adds"),
     "attn.hook_q": ("B L H P", "queries before rotation"),
     "attn.hook_k": ("B L H P", "keys before rotation"),
     "attn.hook_v": ("B L H P", "values"),

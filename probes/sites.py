@@ -41,7 +41,9 @@ SITES = ("residual", "state", "head")
 
 def has_site(block: Any, site: str) -> bool:
     """Whether a block has states (SSM) or heads (attention); every one has a residual stream."""
-    return site == "residual" or isinstance(block, TransformerBlock) == (site == "head")
+    if site == "state":
+        return isinstance(getattr(block, "mixer", None), MambaMixer | Mamba2Mixer)
+    return site == "residual" or isinstance(block, TransformerBlock)
 
 
 def context_of(x: Tensor) -> Context:

@@ -18,7 +18,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TypeVar
+from typing import Annotated, TypeVar
+
+import tyro
 
 from ssm_retrieval.errors import UserError
 
@@ -30,12 +32,14 @@ REPORT = (
 STOPPED = "stopped; what was written is kept, the same command goes on from there"
 
 Options = TypeVar("Options")
+# The option --import of a command, a field `imports`: what `registry.use` takes.
+Imports = Annotated[
+    tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="import", metavar="MODULE")
+]
 
 
 def parse(options: type[Options], argv: Sequence[str] | None, prog: str) -> Options:
     """Command-line arguments as an instance of a dataclass; exits with status 2 for unknown ones."""
-    import tyro
-
     write_anything()
     return tyro.cli(options, args=argv, prog=prog)
 

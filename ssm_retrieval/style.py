@@ -1,27 +1,47 @@
-"""How every figure looks: one colour, marker and name per family, one theme."""
+"""How every figure looks: one colour and name per architecture, from its record, and one theme."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from ssm_retrieval.registry import ARCHITECTURES
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from matplotlib.figure import Figure
 
-# One colour per family everywhere, from seaborn's colour-blind-safe palette.
-FAMILIES = ("transformer", "mamba", "mamba2", "hybrid")
 SINGLE, DOUBLE = 3.03, 6.30  # inches: one column of the ACL's pages, and both
-NAMES = {"transformer": "Transformer", "mamba": "Mamba", "mamba2": "Mamba-2", "hybrid": "Hybrid"}
+FAMILIES = ARCHITECTURES  # names, in the order of every figure
+
+
+class _Names(Mapping[str, str]):
+    """Name of an architecture -> its label."""
+
+    def __getitem__(self, name: str) -> str:
+        return ARCHITECTURES[name].label
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(ARCHITECTURES)
+
+    def __len__(self) -> int:
+        return len(ARCHITECTURES)
+
+
+NAMES = _Names()
 
 
 def family_colors() -> dict[str, Any]:
+    """(r, g, b) of every architecture; those without a colour of their own get free ones of the palette."""
     import seaborn
+    from matplotlib.colors import to_rgb
 
-    palette = seaborn.color_palette("colorblind")
-    return dict(zip(FAMILIES, (palette[0], palette[1], palette[2], palette[4]), strict=True))
+    chosen = {name: to_rgb(record.color) for name, record in ARCHITECTURES.items() if record.color}
+    free = [color for color in seaborn.color_palette("colorblind") if color not in chosen.values()]
+    rest = [name for name in ARCHITECTURES if name not in chosen]
+    return chosen | {name: free[i % len(free)] for i, name in enumerate(rest)}
 
 
 def panels(rows: int, columns: int, size: tuple[float, float], **more: Any) -> Any:

@@ -6,8 +6,10 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from ssm_retrieval.errors import UserError
+from ssm_retrieval.registry import ARCHITECTURES
 
 if TYPE_CHECKING:
+    from ssm_retrieval.models.architecture import Architecture
     from synthetic.config import RunConfig
 
 LARGE = 10**12  # steps or sequences: longer than any machine lasts, and far below what files can hold
@@ -92,28 +94,41 @@ def check_values(config: RunConfig, paper: bool, schedule: str) -> None:
         f"--curriculum {config.curriculum} contradicts --protocol paper, which has none; leave one out",
     )
     if config.init is None:  # which settles the shape, and refuses these options itself
-        check_architecture(config, paper)
+        check_architecture(config)
 
 
-def check_architecture(config: RunConfig, paper: bool) -> None:
+def position(config: RunConfig, architecture: Architecture) -> str:
+    """The position scheme of a model: the one asked for, or its default, for the papers' protocol RoPE."""
+    schemes = architecture.positions
+    default = "rope" if config.protocol == "paper" and "rope" in schemes else schemes[0]
+    chosen = config.position or default
+    check(
+        chosen in schemes,
+        f"--position {chosen} is none of --model {architecture.name}'s; use {', '.join(schemes)}",
+    )
+    return chosen
+
+
+def check_architecture(config: RunConfig) -> None:
     """Raise UserError for options that none of the models asked for has: they would be ignored."""
     models = " ".join(config.model)
-    attention = any(family in ("transformer", "hybrid") for family in config.model)
-    position = config.position or ("rope" if paper else "learned")
+    records = [ARCHITECTURES[name] for name in config.model]
+    schemes = {position(config, record) for record in records if record.positions}
     check(
-        config.position is None or attention,
+        config.position is None or bool(schemes),
         f"--position {config.position} is for attention, which --model {models} lacks; leave it out",
     )
     check(
-        config.d_state is None or any(family != "transformer" for family in config.model),
+        config.d_state is None or any(record.has("d_state") for record in records),
         f"--d-state {config.d_state} is for state space models, which --model {models} lacks; leave it out",
     )
     default = type(config).rotary_pct
     check(
-        config.rotary_pct == default or attention,
+        config.rotary_pct == default or bool(schemes),
         f"--rotary-pct {config.rotary_pct} is for attention, which --model {models} lacks; leave it out",
     )
     check(
-        config.rotary_pct == default or position == "rope",
-        f"--rotary-pct {config.rotary_pct} has no effect with --position {position}; give --position rope",
+        config.rotary_pct == default or "rope" in schemes,
+        f"--rotary-pct {config.rotary_pct} has no effect with --position {', '.join(sorted(schemes))}; "
+        "give --position rope",
     )

@@ -6,18 +6,29 @@ Defaults stand here and nowhere else; the command line and its help are generate
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import tyro
+
+from ssm_retrieval import registry
+from ssm_retrieval.cli import Imports
 from ssm_retrieval.errors import UserError
-from synthetic.checks import check, check_values
+from ssm_retrieval.registry import ARCHITECTURES, Registry
+from synthetic.checks import check, check_values, position
 from synthetic.identity import TRAINING_VERSION, Plan, normal, run_id
+from synthetic.tasks import TASKS, Task
 
 if TYPE_CHECKING:  # torch takes seconds to import, which a help page can spare
-    from synthetic.tasks import Task
+    from ssm_retrieval.models.architecture import Architecture
 
-__all__ = ["FAMILIES", "TRAINING_VERSION", "Plan", "RunConfig", "check", "plan", "run_id"]
+__all__ = ["TRAINING_VERSION", "Plan", "RunConfig", "check", "check_names", "plan", "run_id"]
 
-FAMILIES = ("transformer", "mamba", "mamba2", "hybrid")
+# The names of models and tasks are checked in `plan`: a user's own may be among them.
+MODELS = tyro.conf.arg(metavar=f"[{{{','.join(ARCHITECTURES)}}} [...]]")
+TASK_NAMES = tyro.conf.arg(
+    metavar="{" + ",".join(TASKS) + "}",
+    help=". ".join(f"{name}: {task.help}" for name, task in TASKS.items()) + ".",
+)
 
 # What serves every family best at the tiny preset (docs/learnability.md). The learning rate falls with
 # sqrt(width) for wider models.
@@ -29,8 +40,6 @@ DEFAULT_STEPS = 3000
 PAPER_EXAMPLES = 20_000_000  # training budget, batch and learning rate of Retrievit's position scripts
 PAPER_BATCH = 128
 PAPER_LR = 5e-5
-# Retrievit's schedule, steps of warm-up and between evaluations (1 / so much of all steps), by kind of task.
-PAPER_COURSE = {"position": ("cosine", 10, 100), "ngram": ("linear", 20, 1000)}
 TASK_OPTIONS = (
     "seq_len",
     "num_symbols",
@@ -62,25 +71,12 @@ class RunConfig:
 
     seq_len: int = 1024
     """Number of context symbols N. The goal of the run: held-out accuracy at this length."""
-    model: tuple[Literal["transformer", "mamba", "mamba2", "hybrid"], ...] = ("transformer", "mamba")
+    model: Annotated[tuple[str, ...], MODELS] = ("transformer", "mamba")
     """Architectures to train, one after the other; at the same step and length they see the same batch."""
     preset: str = "tiny"
     """Model size: tiny (about 0.5 M), 14m, 31m, 70m (Transformer), 130m/160m, 150m, 370m/410m, 790m/1b, \
 1.4b, 2.8b; a name that a family lacks is answered with those that it has."""
-    task: Literal[
-        "position",
-        "position-varlen",
-        "grid",
-        "ngram",
-        "ngram-duplicate",
-        "mqar",
-        "selective-copy",
-        "induction",
-    ] = "position"
-    """position: all context symbols differ. position-varlen: only the queried one is unique. grid: position \
-in an image of rows, --seq-len a square. ngram: the symbols behind the queried ones. ngram-duplicate: the \
-same, but they stand in several blocks. mqar: values of many keys (Zoology). selective-copy, induction: the \
-Mamba paper's."""
+    task: Annotated[str, TASK_NAMES] = "position"
     layout: Literal["suffix", "prefix", "instruction"] = "suffix"
     """suffix: query last (task-agnostic). prefix: query first (task-aware). instruction: a generic task \
 token first, query last."""
@@ -172,6 +168,9 @@ steps are relative to the weights, so its --lr is another."""
 optimizer state. auto: what accelerate's configuration says, else ddp. Not part of the run's identity."""
     threads: int = 0
     """CPU threads; 0 = torch's default. Recorded, but not part of the run's identity."""
+    imports: Imports = ()
+    """A Python module of yours that registers models or tasks (docs/extending.md), here or on PYTHONPATH; \
+may be given several times."""
     out: str = "runs"
     """Folder that receives runs/<id>/."""
 
@@ -183,9 +182,10 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
     """
     from synthetic import pretrained, tasks
 
+    check_names(config)
+    course = TASKS[config.task].paper
     paper = config.protocol == "paper"
-    course = PAPER_COURSE["ngram" if config.task.startswith("ngram") else "position"]
-    check_values(config, paper, course[0])
+    check_values(config, paper, course.schedule if course else "")
     options = _task_options(config)
     start = None
     if config.init is not None:
@@ -199,7 +199,9 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
     )
     queries = 1 if paper else config.queries or task.dense_queries()
     task.check(config.seq_len, queries)
-    name, overrides, width = _model(config, family, task, queries) if start is None else start.model(task)
+    name, overrides, width = (
+        _model(config, ARCHITECTURES[family], task, queries) if start is None else start.model(task)
+    )
     curriculum = config.curriculum
     if curriculum is None:
         curriculum = first_length(task)
@@ -233,10 +235,12 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
         batch_tokens=config.batch_tokens,
         batch_size=PAPER_BATCH if paper else None,
         weight_decay=config.weight_decay,
-        warmup=(total // course[1] if paper else 50) if config.warmup is None else config.warmup,
-        schedule=course[0] if paper else config.schedule,
+        warmup=(total // course.warmup if paper and course else 50)
+        if config.warmup is None
+        else config.warmup,
+        schedule=course.schedule if paper and course else config.schedule,
         grad_clip=config.grad_clip,
-        eval_every=config.eval_every or (max(1, total // course[2]) if paper else 100),
+        eval_every=config.eval_every or (max(1, total // course.evaluations) if paper and course else 100),
         betas=(0.9, 0.999) if paper else (0.9, 0.98),
         eval_examples=config.eval_examples,
         final_eval_examples=config.final_eval_examples,
@@ -252,26 +256,43 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
     return normal(settled)
 
 
-def _model(config: RunConfig, family: str, task: Task, queries: int) -> tuple[str, dict[str, Any], int]:
+def check_names(config: RunConfig) -> None:
+    """Import the user's modules. Raises UserError for models and tasks that neither we nor they have."""
+    registry.use(config.imports)
+    asked: list[tuple[str, Registry[Any], tuple[str, ...]]] = [
+        ("model", ARCHITECTURES, config.model),
+        ("task", TASKS, (config.task,)),
+    ]
+    for option, registered, names in asked:
+        for name in names:
+            try:
+                registered.find(name)
+            except UserError as error:
+                raise UserError(f"--{option} {name}: {error}") from error
+
+
+def _model(
+    config: RunConfig, architecture: Architecture, task: Task, queries: int
+) -> tuple[str, dict[str, Any], int]:
     """Registry name, overrides and width of a model that starts from random weights."""
     from ssm_retrieval import models
+    from ssm_retrieval.models.registry import preset_of
 
     paper = config.protocol == "paper"
-    attention = family in ("transformer", "hybrid")
     overrides: dict[str, Any] = {"vocab_size": task.vocab_size}
-    if attention:
+    if architecture.positions:
         # the longest evaluation and training sequence, whichever layout
         overrides |= {
             "max_position_embeddings": task.max_length(queries) + 1,
-            "position": config.position or ("rope" if paper else "learned"),
+            "position": position(config, architecture),
         }
     try:
-        name = models.resolve(f"{family}-{config.preset}")
+        name = preset_of(architecture.name, config.preset)
         usual: Any = models.config(name)
     except ValueError as error:
         raise UserError(f"--preset {config.preset}: {error}") from error
     if overrides.get("position") == "rope":
-        width = (usual.attention_config() if family == "hybrid" else usual).d_head
+        width = (usual.attention_config() if hasattr(usual, "attention_config") else usual).d_head
         check(
             int(width * config.rotary_pct) >= 2,  # RoPE rotates pairs of dimensions
             f"--rotary-pct {config.rotary_pct} rotates none of the {width} dimensions of a head; "
@@ -281,12 +302,13 @@ def _model(config: RunConfig, family: str, task: Task, queries: int) -> tuple[st
     # a value that equals the preset's leads to the same run as leaving it out
     if config.layers is not None and config.layers != usual.n_layer:
         overrides["n_layer"] = config.layers
-    if config.d_state is not None and family != "transformer" and config.d_state != usual.d_state:
+    if config.d_state is not None and architecture.has("d_state") and config.d_state != usual.d_state:
         overrides["d_state"] = config.d_state
     width = models.config(name, **overrides).d_model
     if not paper:
-        overrides["embedding_std"] = 0.1
-        if attention:  # as wide as torch's default, which the SSM blocks have
+        if architecture.has("embedding_std"):
+            overrides["embedding_std"] = 0.1
+        if architecture.has("init_std"):  # as wide as torch's default, which the SSM blocks have
             overrides["init_std"] = round((3 * width) ** -0.5, 6)
     return name, overrides, width
 
@@ -306,11 +328,12 @@ def _task_options(config: RunConfig) -> dict[str, Any]:
     """What the user chose of the task's options. Raises UserError for an option that the task lacks."""
     from synthetic import tasks
 
-    known = tasks.options(config.task)
+    known, course = tasks.options(config.task), TASKS[config.task].paper
     paper = config.protocol == "paper"
+    having = [name for name, task in TASKS.items() if task.paper]
     check(
-        not paper or "supervise_bos" in known or "answer_size" in known,
-        f"--protocol paper is for positions and n-grams; leave it out for --task {config.task}",
+        not paper or course is not None,
+        f"--protocol paper is for {', '.join(having)}; leave it out for --task {config.task}",
     )
     options: dict[str, Any] = {}
     for name in TASK_OPTIONS:
@@ -321,9 +344,7 @@ def _task_options(config: RunConfig) -> dict[str, Any]:
         )
         if name in known and value is not None:
             options[name] = value
-    if "supervise_bos" in known:
-        options["supervise_bos"] = paper
-    return options
+    return options | dict.fromkeys(course.switches if course else (), paper)
 
 
 def _settled(task: Task, chosen: dict[str, Any]) -> dict[str, Any]:

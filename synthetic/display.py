@@ -12,10 +12,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from rich.text import Text
 
+from ssm_retrieval.registry import ARCHITECTURES
 from ssm_retrieval.style import NAMES
 from synthetic.config import Plan
-
-MARKERS = {"transformer": "T", "mamba": "M", "mamba2": "2", "hybrid": "H"}
 
 
 class Display:
@@ -96,7 +95,7 @@ def terminal_curve(metrics: pd.DataFrame, width: int = 80, height: int = 16) -> 
     plotext.plotsize(width, height)
     for family, rows in full.groupby("model", sort=False):
         x, y = (rows["tokens"] / 1e6).tolist(), rows["accuracy"].tolist()
-        plotext.plot(x, y, label=NAMES[str(family)], marker=MARKERS[str(family)])
+        plotext.plot(x, y, label=NAMES[str(family)], marker=ARCHITECTURES[str(family)].marker)
     plotext.ylim(0, 1)
     plotext.title(f"validation accuracy at length {int(full['length'].iloc[0])}")
     plotext.xlabel("training tokens (millions)")

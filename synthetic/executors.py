@@ -84,11 +84,13 @@ def execute(job: Job) -> None:
     import torch
     from filelock import FileLock
 
+    from ssm_retrieval import registry
     from ssm_retrieval.ops.memory import keep_freed_memory
     from ssm_retrieval.training import store
     from synthetic import memory
     from synthetic.results import train_recorded
 
+    registry.use(job.config.imports)
     torch.set_num_threads(job.threads)
     keep_freed_memory()
     told = 0.0

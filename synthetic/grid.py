@@ -28,7 +28,7 @@ import numpy as np
 
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.training.store import Row
-from synthetic.config import RunConfig, check
+from synthetic.config import RunConfig, check, check_names
 
 NOT_SWEPT = ("out", "threads", "plan")  # a sweep has one of each, and trains
 
@@ -120,6 +120,7 @@ def _check_values(run: RunConfig) -> None:
                     else f"its type is {getattr(kind, '__name__', kind)}"
                 ),
             )
+    check_names(run)
 
 
 def _allowed(kind: Any) -> tuple[tuple[Any, ...], tuple[type, ...]]:

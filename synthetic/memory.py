@@ -20,6 +20,7 @@ from ssm_retrieval.models.planning import (
     smallest_machine,
     step_memory,
 )
+from ssm_retrieval.registry import ARCHITECTURES
 from ssm_retrieval.style import NAMES
 from ssm_retrieval.training.lora import add_adapters
 from synthetic import tasks
@@ -73,9 +74,12 @@ def evaluation_step(plan: Plan) -> Step:
 
 
 def require(plan: Plan) -> None:
-    """Raise UserError, before any is asked for, if training needs more memory than the device has."""
+    """Raise UserError, before any is asked for, if training needs more memory than the device has.
+
+    What is not known, of a user's own model, is not asked.
+    """
     there = available(plan.device)
-    if there is None:
+    if there is None or ARCHITECTURES[plan.family].memory is None:
         return
     largest = max(training_steps(plan), key=lambda step: step.at_once * step.length)
     needed = device_peak(meta_model(plan), largest, evaluation_step(plan), devices=1)
@@ -102,7 +106,9 @@ def table(plans: list[Plan]) -> Table:
     found.add_column("", no_wrap=True)
     rows: dict[str, list[str]] = {}
     for plan in plans:
-        found.add_column(f"{NAMES[plan.family]} {plan.model.partition('-')[2]}", justify="right")
+        found.add_column(
+            f"{NAMES[plan.family]} {plan.model.removeprefix(f'{plan.family}-')}", justify="right"
+        )
         for name, value in column(plan).items():
             rows.setdefault(name, []).append(value)
     for name, values in rows.items():

@@ -17,7 +17,7 @@ import torch
 from ssm_retrieval import models
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.models.checkpoints import Checkpoint, examine, outline
-from ssm_retrieval.models.registry import FAMILIES
+from ssm_retrieval.models.registry import architecture_of
 from synthetic.checks import check
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def find(config: RunConfig, init: str, family: str) -> Start:
         outline(checkpoint)
     except UserError as error:
         raise UserError(f"--init {init}: {error}") from error
-    found = next(name for name, (kind, _) in FAMILIES.items() if type(checkpoint.config) is kind)
+    found = architecture_of(checkpoint.config).name
     check(
         family == found,
         f"--model {family} contradicts --init {init}, which is a {found}; use --model {found}",

@@ -18,6 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ssm_retrieval.registry import ARCHITECTURES
 from ssm_retrieval.training import records, store
 from ssm_retrieval.training.store import Row
 
@@ -37,7 +38,7 @@ CONFIG = {
     "layout": ("string", "suffix, prefix or instruction; missing for tasks that have one"),
     "seq_len": ("int64", "context symbols, the goal of the run"),
     "num_symbols": ("int64", "different symbols"),
-    "model": ("string", "family: transformer, mamba, mamba2 or hybrid"),
+    "model": ("string", "architecture: transformer, mamba, mamba2, hybrid, or a user's own"),
     "preset": ("string", "size"),
     "position": ("string", "how attention learns about order; missing without attention"),
     "rotary_pct": ("float64", "share of a head's dimensions that RoPE rotates; missing without RoPE"),
@@ -202,7 +203,7 @@ def config_columns(plan: Row) -> Row:
 
     options, family = plan["task_options"], plan["family"]
     shape: Any = models.config(plan["model"], **plan["model_overrides"])
-    attention = family in ("transformer", "hybrid")
+    attention = bool(ARCHITECTURES[family].positions)
     return {name: plan[name] for name in CONFIG if name in plan} | {
         "task_options": json.dumps(options, sort_keys=True),
         "layout": options.get("layout"),
@@ -214,7 +215,7 @@ def config_columns(plan: Row) -> Row:
         "rotary_pct": shape.rotary_pct if attention and shape.position == "rope" else None,
         "n_layer": shape.n_layer,
         "d_model": shape.d_model,
-        "d_state": None if family == "transformer" else getattr(shape, "d_state", None),
+        "d_state": getattr(shape, "d_state", None),
     }
 
 

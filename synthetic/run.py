@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ssm_retrieval.cli import INTERRUPTED, StopSignals, fail, guarded, parse, use_threads
-from synthetic.config import FAMILIES, Plan, RunConfig
+from ssm_retrieval.registry import ARCHITECTURES
+from synthetic.config import Plan, RunConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,7 +43,7 @@ def run(config: RunConfig) -> int:
     return_freed_memory() if save_memory else keep_freed_memory()  # numbers are the same either way
     use_threads(config.threads)
     if not config.model:
-        return fail("--model needs at least one of " + ", ".join(FAMILIES))
+        return fail("--model needs at least one of " + ", ".join(ARCHITECTURES))
     plans = [plan(config, family, elsewhere=config.plan) for family in config.model]
     if config.plan:
         return _show_memory(plans)

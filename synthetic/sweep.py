@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from ssm_retrieval.cli import guarded, parse
+from ssm_retrieval.cli import Imports, guarded, parse
 from ssm_retrieval.errors import UserError
 
 if TYPE_CHECKING:
@@ -55,6 +55,9 @@ latter two need their extra, and --out on a file system that all machines share.
     """Of an existing Ray cluster, for instance auto or ray://head:10001. Default: one on this machine."""
     retries: int = 1
     """How often a failed run is tried again."""
+    imports: Imports = ()
+    """A Python module of yours that registers models or tasks (docs/extending.md), for every run; may be \
+given several times."""
     dry_run: bool = False
     """Only list the runs and whether they are finished."""
 
@@ -88,6 +91,7 @@ class Wanted:
     @classmethod
     def read(cls, options: Options) -> Wanted:
         """Raises UserError, in one line, for bad options, files and runs."""
+        from ssm_retrieval import registry
         from synthetic import grid
         from synthetic.config import check
 
@@ -99,6 +103,7 @@ class Wanted:
             options.address is None or options.executor == "ray",
             f"--address {options.address} is for --executor ray; give both or neither",
         )
+        registry.use(options.imports)
         wanted = grid.load(options.file)
         check(options.out != "", "--out is empty; give a folder, or . for this one")
         # not resolve(): it fails for a loop of links, which making the folder tells in one line
@@ -130,6 +135,7 @@ def _job(
 
     if lr is not None:
         config = dataclasses.replace(config, lr=lr)
+    config = dataclasses.replace(config, imports=tuple(dict.fromkeys((*config.imports, *options.imports))))
     settled = plan(config, config.model[0], elsewhere=options.executor != "local")
     return Job(config, settled, out / run_id([settled]), purpose, options.threads)
 

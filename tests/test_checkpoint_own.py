@@ -76,7 +76,7 @@ def same(a, b):
 @given(made=MODELS, seed=st.integers(0, 99), half=st.booleans(), sharded=st.booleans())
 def test_every_model_comes_back_bit_by_bit(made, seed, half, sharded, tmp_path_factory):
     family, options = made
-    fields = models.FAMILIES[family][0].__dataclass_fields__
+    fields = models.ARCHITECTURES[family].config.__dataclass_fields__
     options = {name: value for name, value in options.items() if name in fields}
     model = models.build(family, seed=seed, dtype=torch.bfloat16 if half else None, **options)
     folder = tmp_path_factory.mktemp("own") / "model"

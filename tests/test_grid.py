@@ -31,7 +31,7 @@ BAD = [
     (lambda: grid(sequence=8), "no option 'sequence'; valid: seq_len"),
     (lambda: grid(out="elsewhere"), "no option 'out'"),
     (lambda: grid(model="mamba", layout="infix"), "layout 'infix' is not valid; choose from suffix, prefix"),
-    (lambda: grid(model="lstm"), "model 'lstm' is not valid"),
+    (lambda: grid(model="lstm"), "--model lstm: unknown model 'lstm'; valid: transformer, mamba"),
     (lambda: grid(model="mamba", position="sine"), "position 'sine' is not valid; .*rope, none, None"),
     (lambda: Sweep(runs=[]), "runs is empty"),
     (lambda: Sweep(runs=[RunConfig()]), "must be a single one"),

@@ -11,9 +11,9 @@ import torch
 
 from ssm_retrieval import models
 from ssm_retrieval.errors import UserError
-from ssm_retrieval.models.registry import FAMILIES
+from ssm_retrieval.models.registry import ARCHITECTURES
 
-CONFIGS = {name: kind for name, (kind, _) in FAMILIES.items()}
+CONFIGS = {name: record.config for name, record in ARCHITECTURES.items()}
 ZERO_MEANS_DEFAULT = ("dt_rank", "d_mlp")
 MAY_BE_ZERO = (*ZERO_MEANS_DEFAULT, "ssm_per_attention", "norm_eps", "embedding_std", "init_std")
 FIELDS = [(name, field) for name, kind in CONFIGS.items() for field in dataclasses.fields(kind)]
@@ -113,6 +113,6 @@ def test_from_config_refuses_anything_else_in_one_line():
 
     for thing in ({"d_model": 16}, "mamba-tiny", None, CONFIGS["mamba"], Other()):
         with pytest.raises(
-            UserError, match="from_config takes one of TransformerConfig, MambaConfig, Mamba2Config"
+            UserError, match="a model's config is one of TransformerConfig, MambaConfig, Mamba2Config"
         ):
             models.from_config(thing)

@@ -282,8 +282,10 @@ def test_every_preset_builds_on_the_meta_device(name):
 
 
 def test_names_and_aliases():
-    for a, b in (("mamba-160m", "mamba-130m"), ("pythia-1b", "transformer-790m"), ("pythia-160m",) * 2):
-        assert models.resolve(a) == models.resolve(b)
+    assert models.resolve("pythia-160m") == models.resolve("Transformer-160m") == "transformer-160m"
+    for name, near in (("mamba-160m", "mamba-130m"), ("pythia-790m", "transformer-1b")):
+        with pytest.raises(ValueError, match=rf"unknown model {name!r} \(did you mean {near!r}\?\)"):
+            models.build(name)  # one size must not pass for another; only --preset compares them
     with pytest.raises(ValueError, match=r"unknown model 'mamba-131m' \(did you mean 'mamba-130m'\?\)"):
         models.build("mamba-131m")
     with pytest.raises(ValueError, match="MambaConfig has no option 'n_head'; it has"):

@@ -11,7 +11,7 @@ from test_memory import FAMILIES, OPTIMIZERS, needs, small
 from test_run import SMALL, command
 
 from ssm_retrieval import models
-from ssm_retrieval.models import planning
+from ssm_retrieval.models import block_memory, planning
 from ssm_retrieval.models.planning import Machine, Step, head_memory, step_memory
 from ssm_retrieval.ops import _scan_kernels
 from ssm_retrieval.training.optimizers import make_optimizer
@@ -110,7 +110,7 @@ def test_adapters_have_the_only_moments():
 
 
 def test_constants_are_those_of_the_kernels():
-    assert (planning.SCAN_CHUNK, planning.SCAN_GROUP) == (_scan_kernels.CHUNK, _scan_kernels.GROUP)
+    assert (block_memory.SCAN_CHUNK, block_memory.SCAN_GROUP) == (_scan_kernels.CHUNK, _scan_kernels.GROUP)
 
 
 def test_less_memory_by_every_option():

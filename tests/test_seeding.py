@@ -7,7 +7,7 @@ import torch
 
 from ssm_retrieval import models
 from ssm_retrieval.models.common import init_normal
-from ssm_retrieval.models.registry import FAMILIES
+from ssm_retrieval.models.registry import ARCHITECTURES
 from ssm_retrieval.models.seeding import seeded
 from ssm_retrieval.training.lora import add_adapters
 
@@ -32,7 +32,7 @@ def draw_everything(seed=3):
     return model
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=list(ARCHITECTURES))
 def family(request):
     return request.param
 
@@ -42,7 +42,7 @@ def test_weights_are_those_of_torch_seeded_by_hand(family):
     config = small(family)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(11)
-        wanted = FAMILIES[family][1](config).state_dict()
+        wanted = ARCHITECTURES[family].model(config, None).state_dict()
     got = models.from_config(config, seed=11).state_dict()
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
 

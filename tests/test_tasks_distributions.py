@@ -61,20 +61,20 @@ def test_ngram_contexts_are_all_those_with_a_unique_query():
 
 
 def test_context_counts_are_no_overestimates():
-    """`_log_contexts` decides whether a split is possible: compared with full enumeration."""
+    """`log_contexts` decides whether a split is possible: compared with full enumeration."""
     for v, n in ((2, 6), (3, 5), (4, 5)):
         task = tasks.build("ngram", seq_len=12, num_symbols=v, query_size=2, answer_size=1)
         exact = sum(
             any(sum(c[i : i + 2] == c[s : s + 2] for i in range(n - 1)) == 1 for s in range(n - 2))
             for c in itertools.product(range(v), repeat=n)
         )
-        assert math.exp(task._log_contexts(n)) <= exact
+        assert math.exp(task.log_contexts(n)) <= exact
     task = tasks.build("induction", seq_len=9, num_symbols=3)
-    assert round(math.exp(task._log_contexts(5))) == 4 * 3**4
+    assert round(math.exp(task.log_contexts(5))) == 4 * 3**4
     task = tasks.build("selective-copy", seq_len=9, num_tokens=2, num_symbols=5)
-    assert round(math.exp(task._log_contexts(6))) == 15 * 25
+    assert round(math.exp(task.log_contexts(6))) == 15 * 25
     task = tasks.build("mqar", seq_len=20, num_symbols=20, num_pairs=2)
-    assert round(math.exp(task._log_contexts(8))) == 90 * 90
+    assert round(math.exp(task.log_contexts(8))) == 90 * 90
 
 
 def test_duplicates_ask_for_every_block_equally_and_stand_anywhere_in_it():

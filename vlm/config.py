@@ -243,8 +243,7 @@ class Run:
         """What the language model is: "mamba", "transformer", ..."""
         from ssm_retrieval import models
 
-        name = self.model if self.model in models.FAMILIES else models.resolve(self.model)
-        return name.partition("-")[0]
+        return models.architecture_of(models.config(self.model)).name
 
     def size(self, stage: Stage) -> int:
         """Pixels a side of a stage's images."""

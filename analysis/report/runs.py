@@ -53,6 +53,9 @@ class Run:
         words = ["python -m synthetic.run"]
         for field in dataclasses.fields(RunConfig):
             value = self.asked.get(field.name, field.default)
+            if field.name == "imports":
+                words += [word for module in value for word in ("--import", shlex.quote(module))]
+                continue
             usual = list(field.default) if isinstance(field.default, tuple) else field.default
             if value != usual and value != field.default and field.name not in UNASKED:
                 given = value if isinstance(value, (list, tuple)) else [] if value is True else [value]

@@ -56,6 +56,8 @@ SHOWN = 12  # best rows of a family and score in the summary
 def patterns(model: LanguageModel, ids: Tensor) -> dict[int, Tensor]:
     """Layer -> (B, H, T, T), rows of sum 1, of one batch; SSM layers as the module says."""
     attention, ssm = layers_with(model, "attn.hook_pattern"), layers_with(model, "mixer.hook_dt")
+    if not attention and not ssm:
+        raise NotApplicable("it has neither attention nor SSM layers")
     names = [f"blocks.{i}.attn.hook_pattern" for i in attention] + scan_names(ssm)
     cache = recorded(model, ids, names)
     found = {i: cache[f"blocks.{i}.attn.hook_pattern"] for i in attention}
@@ -91,8 +93,6 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
                 first[layer] = pattern[0].clone()
         if target is None and match is not None:
             target = int(match[0])
-    if not scores:
-        raise NotApplicable("it has neither attention nor SSM layers")
     table: list[dict[str, Any]] = []
     best: dict[int, int] = {}
     for (layer, name), parts in scores.items():

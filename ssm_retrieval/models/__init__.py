@@ -1,22 +1,39 @@
 """Mamba, Mamba-2, Transformer (GPT-NeoX / Pythia) and hybrids, each in one file, behind one signature."""
 
+from ssm_retrieval.models.architecture import Architecture
 from ssm_retrieval.models.checkpoints import load, save
 from ssm_retrieval.models.common import Cache, LanguageModel
 from ssm_retrieval.models.decoding import generate
-from ssm_retrieval.models.registry import FAMILIES, build, config, from_config, presets, resolve
+from ssm_retrieval.models.mixer import from_mixer
+from ssm_retrieval.models.registry import (
+    ARCHITECTURES,
+    architecture_of,
+    build,
+    config,
+    from_config,
+    presets,
+    register,
+    resolve,
+    state_size,
+)
 from ssm_retrieval.models.vocabulary import grow_vocabulary
 
 __all__ = [
-    "FAMILIES",
+    "ARCHITECTURES",
+    "Architecture",
     "Cache",
     "LanguageModel",
+    "architecture_of",
     "build",
     "config",
     "from_config",
+    "from_mixer",
     "generate",
     "grow_vocabulary",
     "load",
     "presets",
+    "register",
     "resolve",
     "save",
+    "state_size",
 ]

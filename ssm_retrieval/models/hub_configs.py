@@ -32,6 +32,7 @@ from ssm_retrieval.models.hub_schema import (
 from ssm_retrieval.models.mamba import MambaConfig
 from ssm_retrieval.models.mamba2 import Mamba2Config
 from ssm_retrieval.models.own_configs import check_sizes, respelt, typed
+from ssm_retrieval.models.registry import architecture_of
 from ssm_retrieval.models.transformer import TransformerConfig
 
 Raw = Mapping[str, Any]
@@ -81,7 +82,7 @@ def _dialect(raw: Raw, where: str, others: bool) -> Callable[..., Config]:
     if "d_model" in raw and (kind in (None, "") or others):
         return _state_spaces
     raise UserError(
-        f"{where}: model_type={shown(kind)} is not supported; only mamba, mamba2, gpt_neox, ssm-retrieval, "
+        f"{where}: model_type={shown(kind)} is not supported; only {', '.join(known)}, ssm-retrieval, "
         "and state-spaces' own config with d_model and ssm_cfg"
     )
 
@@ -221,15 +222,16 @@ def _with_extras(config: Any, raw: Raw, where: str) -> Config:
 
 def lacking(config: Config) -> str | None:
     """What of a config no class of `transformers` has, as name=value; None if one has all of it."""
+    record = architecture_of(config)
+    if record.hub is None:
+        return f"architecture={record.name!r}"
     if isinstance(config, TransformerConfig):
         dims = config.d_head * config.rotary_pct
         if config.position == "rope" and not (config.rotary_dims > 0 and int(dims) == config.rotary_dims):
             return f"rotary_pct={config.rotary_pct}"
         wanted = dict(position="rope", norm="layer", residual_in_fp32=False)
-    elif isinstance(config, MambaConfig | Mamba2Config):
-        wanted = dict(norm="rms")
     else:
-        return f"architecture={type(config).__name__.removesuffix('Config').lower()!r}"
+        wanted = dict(norm="rms")
     found = ((name, getattr(config, name)) for name in wanted)
     return next((f"{name}={value!r}" for name, value in found if value != wanted[name]), None)
 

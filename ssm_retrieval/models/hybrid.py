@@ -15,16 +15,22 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ssm_retrieval.models import block_memory
+from ssm_retrieval.models.architecture import TINY, Architecture
+from ssm_retrieval.models.block_memory import BlockMemory, Step
 from ssm_retrieval.models.common import Block, LanguageModel, init_normal, make_norm
 from ssm_retrieval.models.configuration import Config, require
 from ssm_retrieval.models.mamba import MambaBlock, MambaConfig, MambaMixer, rescale_out_proj
+from ssm_retrieval.models.mamba import state_size as mamba_state
 from ssm_retrieval.models.mamba2 import Mamba2Config, Mamba2Mixer
+from ssm_retrieval.models.mamba2 import state_size as mamba2_state
 from ssm_retrieval.models.transformer import (
     TransformerBlock,
     TransformerConfig,
     add_learned_positions,
     init_linear,
 )
+from ssm_retrieval.models.transformer import state_size as attention_state
 from ssm_retrieval.ops.linear import Linear
 
 
@@ -123,3 +129,44 @@ class HybridForCausalLM(LanguageModel):
         if self.config.position == "learned":
             x = add_learned_positions(x, positions, self.backbone.embed_pos)
         return x
+
+
+def state_size(config: HybridConfig, seq_len: int) -> int:
+    """What each block keeps."""
+    attention, ssm = config.attention_config().replace(n_layer=1), config.ssm_config().replace(n_layer=1)
+    sizes = {True: attention_state(attention, seq_len), False: SSM[config.ssm][1](ssm, seq_len)}
+    return sum(sizes[config.is_attention(layer)] for layer in range(config.n_layer))
+
+
+def memory(config: HybridConfig, step: Step) -> list[BlockMemory]:
+    parts = {
+        True: block_memory.attention(config.attention_config(), step),
+        False: SSM[config.ssm][0](config.ssm_config(), step),
+    }
+    return [parts[config.is_attention(layer)] for layer in range(config.n_layer)]
+
+
+SSM: dict[str, tuple[Any, Any]] = {
+    "mamba": (block_memory.mamba, mamba_state),
+    "mamba2": (block_memory.mamba2, mamba2_state),
+}
+ARCHITECTURE = Architecture(
+    name="hybrid",
+    label="Hybrid",
+    color="#cc78bc",
+    marker="H",
+    config=HybridConfig,
+    model=HybridForCausalLM,
+    presets={
+        "tiny": dict(TINY, n_layer=3, ssm_per_attention=2, n_head=4),
+        "130m": dict(d_model=768, n_layer=16, n_head=12),
+        "150m": dict(d_model=1024, n_layer=16, n_head=16),
+        "370m": dict(d_model=1024, n_layer=32, n_head=16),
+        "790m": dict(d_model=1536, n_layer=34, n_head=12),
+        "1.4b": dict(d_model=2048, n_layer=34, n_head=16),
+        "2.8b": dict(d_model=2560, n_layer=44, n_head=20),
+    },
+    positions=("learned", "rope", "none"),
+    state_size=state_size,
+    memory=memory,
+)

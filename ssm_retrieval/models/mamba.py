@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssm_retrieval.models.architecture import TINY, Architecture
+from ssm_retrieval.models.block_memory import every_block, mamba
 from ssm_retrieval.models.common import (
     Block,
     Context,
@@ -333,3 +335,30 @@ def rescale_out_proj(block: nn.Module, n_layer: int) -> nn.Module:
     with torch.no_grad():
         cast(Any, block).mixer.out_proj.weight.div_(math.sqrt(n_layer))
     return block
+
+
+def state_size(config: MambaConfig, seq_len: int) -> int:
+    """h and the convolution's window, whatever seq_len is."""
+    return config.n_layer * config.d_inner * (config.d_state + config.d_conv - 1)
+
+
+ARCHITECTURE = Architecture(
+    name="mamba",
+    label="Mamba",
+    color="#de8f05",
+    marker="M",
+    config=MambaConfig,
+    model=MambaForCausalLM,
+    presets={
+        "tiny": dict(TINY, n_layer=4),
+        "130m": dict(d_model=768, n_layer=24),
+        "150m": dict(d_model=1024, n_layer=24),
+        "370m": dict(d_model=1024, n_layer=48),
+        "790m": dict(d_model=1536, n_layer=48),
+        "1.4b": dict(d_model=2048, n_layer=48),
+        "2.8b": dict(d_model=2560, n_layer=64),
+    },
+    state_size=state_size,
+    memory=every_block(mamba),
+    hub="mamba",
+)

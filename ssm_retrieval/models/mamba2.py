@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssm_retrieval.models.architecture import TINY, Architecture
+from ssm_retrieval.models.block_memory import every_block, mamba2
 from ssm_retrieval.models.common import LayerCache
 from ssm_retrieval.models.configuration import Config, require
 from ssm_retrieval.models.hooks import STATE_NAMES, Hook, Hooked, hooked_scan, masked_hook
@@ -238,3 +240,31 @@ class Mamba2ForCausalLM(MambaForCausalLM):
     """Mamba-2 language model with a tied head (state_dict of state-spaces/mamba2-*)."""
 
     mixer = Mamba2Mixer
+
+
+def state_size(config: Mamba2Config, seq_len: int) -> int:
+    """h and the convolution's window, whatever seq_len is."""
+    window = (config.d_conv - 1) * (config.d_inner + 2 * config.ngroups * config.d_state)
+    return config.n_layer * (config.d_inner * config.d_state + window)
+
+
+ARCHITECTURE = Architecture(
+    name="mamba2",
+    label="Mamba-2",
+    color="#029e73",
+    marker="2",
+    config=Mamba2Config,
+    model=Mamba2ForCausalLM,
+    presets={
+        "tiny": dict(TINY, n_layer=4, d_state=64),
+        "130m": dict(d_model=768, n_layer=24),
+        "150m": dict(d_model=1024, n_layer=24, d_state=16),
+        "370m": dict(d_model=1024, n_layer=48),
+        "780m": dict(d_model=1536, n_layer=48),
+        "1.3b": dict(d_model=2048, n_layer=48),
+        "2.7b": dict(d_model=2560, n_layer=64),
+    },
+    state_size=state_size,
+    memory=every_block(mamba2),
+    hub="mamba2",
+)

@@ -20,7 +20,7 @@ from ssm_retrieval.errors import UserError
 from ssm_retrieval.models.common import Config, require
 from ssm_retrieval.models.hub import Stored
 from ssm_retrieval.models.hub_schema import STRICT, NotNegative, Positive, explain, shown
-from ssm_retrieval.models.registry import FAMILIES, PRESETS, resolve
+from ssm_retrieval.models.registry import ARCHITECTURES, architecture_of, resolve
 
 MODEL_TYPE, FORMAT = "ssm-retrieval", 1
 POSITIVE = ("dt_min", "dt_max", "rope_theta")  # numbers that must not be 0
@@ -35,7 +35,7 @@ SPELLINGS = dict(
 
 def write_config(config: Config) -> dict[str, Any]:
     """All of a config and what is needed to read it."""
-    family = next(name for name, (kind, _) in FAMILIES.items() if type(config) is kind)
+    family = architecture_of(config).name
     return {"model_type": MODEL_TYPE, "format": FORMAT, "family": family, **config.to_dict()}
 
 
@@ -65,11 +65,12 @@ def read_config(raw: Mapping[str, Any], where: str) -> Config:
     )
     family = raw.get("family")
     require(
-        isinstance(family, str) and family in FAMILIES,
-        f"{where}: family={shown(family)} is unknown; only {', '.join(FAMILIES)}",
+        isinstance(family, str) and family in ARCHITECTURES,
+        f"{where}: family={shown(family)} is unknown; only {', '.join(ARCHITECTURES)}, or one of your own, "
+        "whose module must be imported first (--import)",
     )
     options = {name: value for name, value in raw.items() if name not in ("model_type", "format", "family")}
-    return typed(FAMILIES[cast(str, family)][0], options, where)
+    return typed(ARCHITECTURES[cast(str, family)].config, options, where)
 
 
 def _of_run(raw: Mapping[str, Any], where: str) -> Config:
@@ -79,13 +80,15 @@ def _of_run(raw: Mapping[str, Any], where: str) -> Config:
     )
     require(isinstance(options, dict), f"{where}: config={shown(options)} must be an object; train it again")
     name, options = cast(str, name), cast("dict[str, Any]", options)
-    if name in FAMILIES:
-        return typed(FAMILIES[name][0], options, where)
+    if name in ARCHITECTURES:
+        return typed(ARCHITECTURES[name].config, options, where)
     try:
         preset = resolve(name)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    return typed(FAMILIES[preset.partition("-")[0]][0], PRESETS[preset] | options, where)
+    family, _, size = preset.rpartition("-")
+    record = ARCHITECTURES[family]
+    return typed(record.config, {**record.presets[size], **options}, where)
 
 
 def typed(kind: type[Config], options: Mapping[str, Any], where: str) -> Config:

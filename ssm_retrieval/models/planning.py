@@ -7,10 +7,7 @@ A step's peak is the largest of four moments (B rows of L tokens at a time, weig
     embedding   all gradients, and the table's once more
     update      all gradients, and what the optimizer needs beside them
 
-What a block keeps follows from its equations: each term of `attention`, `mamba` and `mamba2` is a tensor that
-an autograd function of that file (or of ops/) saves. The letters are those of common.py,
-T = B * L, and c the bytes of a product's operand: 4, or 2 under bfloat16 autocast, which then also keeps a
-copy of each weight. The tests count saved tensors, `benchmarks/plan.py` measures processes.
+What a block keeps follows from its equations: `Architecture.memory`, for ours a function of block_memory.py.
 
 The formulas are of the CPU kernels. The CUDA kernels of mamba-ssm and causal-conv1d keep less (operands in
 bfloat16), torch's reference scan keeps far more (every state).
@@ -19,56 +16,20 @@ bfloat16), torch's reference scan keeps far more (every state).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from torch import nn
 
+from ssm_retrieval.errors import UserError
 from ssm_retrieval.models import registry
+from ssm_retrieval.models.block_memory import F32, BlockMemory, norm
+from ssm_retrieval.models.block_memory import Step as Step
 from ssm_retrieval.models.common import LanguageModel
-from ssm_retrieval.models.mamba import MambaConfig
-from ssm_retrieval.models.mamba2 import Mamba2Config
-from ssm_retrieval.models.transformer import TransformerConfig
-from ssm_retrieval.ops import LANES
 from ssm_retrieval.ops.cross_entropy import BLOCK_LOGITS
 
-SCAN_CHUNK = 64  # tokens between the states that the scan keeps (ssm_retrieval/ops/_scan_kernels.py)
-SCAN_GROUP = 8  # blocks of channels whose dB, dC are summed before they are stored (the same file)
 EIGHT_BIT_FROM, EIGHT_BIT_BLOCK = 4096, 256  # of bitsandbytes
-F32 = 4
-
-
-@dataclass(frozen=True)
-class Step:
-    """What of a training step decides its memory."""
-
-    rows: int  # sequences of a whole batch
-    length: int  # tokens of each
-    answers: int  # positions of each whose logits the loss needs
-    bfloat16: bool = False  # autocast
-    optimizer: str = "adamw"  # as in ssm_retrieval/training/optimizers.py
-    accumulate: int = 1
-    checkpointing: bool = False
-
-    @property
-    def at_once(self) -> int:
-        """Rows of the largest part of a batch."""
-        return math.ceil(self.rows / min(self.accumulate, self.rows))
-
-    @property
-    def itemsize(self) -> int:
-        return 2 if self.bfloat16 else 4
-
-
-@dataclass(frozen=True)
-class BlockMemory:
-    """Bytes of one block."""
-
-    input: int  # the residual stream that it reads: all that checkpointing keeps
-    kept: int  # from its forward to its backward pass, input included
-    casts: int  # of that, copies of weights in autocast's dtype
-    working: int  # beside what is kept, at most, in its backward pass
 
 
 @dataclass(frozen=True)
@@ -93,7 +54,7 @@ def step_memory(model: LanguageModel, step: Step) -> Memory:
     state = optimizer_state([tuple(p.shape) for p in trained.values()], step.optimizer)
     weights = F32 * sum(p.numel() for p in model.parameters())
     embedding, layers, _, last = model.parts()
-    blocks = [block_memory(config, step) for config in block_configs(model.config)]
+    blocks = block_memory(model.config, step)
     own = [F32 * _trained_numbers(cast(nn.Module, layer)) for layer in layers]
     table, head_table = (F32 * p.weight.numel() for p in (embedding, last))
     head, head_working = head_memory(model.config, step)
@@ -127,7 +88,7 @@ def evaluation_memory(model: LanguageModel, step: Step) -> int:
     """Bytes beside weights and moments of a forward pass without gradients over step.rows sequences: no more
     than a block would keep for its gradients, autocast's copies of all weights, and logits, twice."""
     whole = replace(step, accumulate=1)
-    blocks = [block_memory(config, whole) for config in block_configs(model.config)]
+    blocks = block_memory(model.config, whole)
     casts = sum(b.casts for b in blocks)
     logits = step.rows * step.answers * model.config.vocab_size * (step.itemsize + F32)
     head = step.itemsize * model.config.vocab_size * model.config.d_model if step.bfloat16 else 0
@@ -165,100 +126,29 @@ def update_working(largest: int, optimizer: str) -> int:
     return F32 * largest * {"adamw": 0, "adafactor": 1, "adamw-8bit": 5}[optimizer]
 
 
-def block_configs(config: Any) -> list[Any]:
-    """The config of each block: a hybrid's are those of its two parents."""
-    if not hasattr(config, "is_attention"):
-        return [config] * config.n_layer
-    parts = {True: config.attention_config(), False: config.ssm_config()}
-    return [parts[config.is_attention(i)] for i in range(config.n_layer)]
+def block_memory(config: Any, step: Step) -> list[BlockMemory]:
+    """Of every block, by the formula of the config's architecture.
 
-
-def block_memory(config: Any, step: Step) -> BlockMemory:
-    kinds: dict[type, Callable[[Any, Step], BlockMemory]] = {
-        TransformerConfig: attention,
-        MambaConfig: mamba,
-        Mamba2Config: mamba2,
-    }
-    return kinds[type(config)](config, step)
+    Raises:
+        UserError: if it has none.
+    """
+    architecture = registry.architecture_of(config)
+    if architecture.memory is None:
+        raise UserError(
+            f"{architecture.label} has no formula of its memory; give its Architecture one (memory=...)"
+        )
+    return architecture.memory(config, step)
 
 
 def head_memory(config: Any, step: Step) -> tuple[int, int]:
     """What the final norm and the loss keep, and what the loss needs beside it while it runs."""
     D, V, c = config.d_model, config.vocab_size, step.itemsize
     rows = step.at_once * step.answers
-    kept = F32 * rows * D + _norm(config.norm, rows, D)  # the rows with an answer
+    kept = F32 * rows * D + norm(config.norm, rows, D)  # the rows with an answer
     kept += F32 * rows * D + F32 * V * D  # the gradients of x and of the head's weights
     logits = min(rows, max(1, BLOCK_LOGITS // V)) * V * (F32 if c == 4 else 2 * c + F32)
     weights = c * V * D if c == 2 else 0
     return kept, logits + weights + F32 * rows * D + c * V * D
-
-
-def _norm(kind: str, T: int, D: int) -> int:
-    """Beside its input: the statistics, and what RMSNorm multiplies with its weight."""
-    return 8 * T if kind == "layer" else F32 * T + F32 * T * D
-
-
-def attention(config: TransformerConfig, step: Step) -> BlockMemory:
-    """norm, qkv, rotation, attention, dense; norm, MLP."""
-    B, L, c = step.at_once, step.length, step.itemsize
-    D, H, M, T = config.d_model, config.n_head, config.mlp_width, B * L
-    x = F32 * T * D
-    kept = x + 2 * (_norm(config.norm, T, D) + c * T * D)
-    kept += 0 if config.parallel_residual else x
-    kept += 3 * c * T * D + F32 * B * H * L  # qkv, log of the softmax's sums
-    # the output; rotated queries are contiguous by head, and so is what comes from them: turned, it is a copy
-    kept += (2 if config.rotary_dims > 0 else 1) * c * T * D
-    if config.rotary_dims > 0:
-        kept += 2 * c * T * D + 2 * F32 * L * config.rotary_dims
-    kept += 2 * c * T * M  # before and after the activation function
-    casts = 2 * (4 * D * D + 2 * D * M) if step.bfloat16 else 0
-    # two gradients of the MLP's width, when what it read last is freed; the residual stream's
-    return BlockMemory(x, kept + casts, casts, c * T * M + 2 * x + c * T * D)
-
-
-def mamba(config: MambaConfig, step: Step) -> BlockMemory:
-    """norm, in_proj, convolution, x_proj, dt_proj, scan, out_proj."""
-    B, L, c = step.at_once, step.length, step.itemsize
-    D, E, N, R, T = config.d_model, config.d_inner, config.d_state, config.rank, B * L
-    wide = -(-E // LANES) * LANES  # the kernels' channels
-    x, channels = F32 * T * D, F32 * T * wide
-    kept = x + _norm(config.norm, T, D) + c * T * D
-    kept += channels + F32 * config.d_conv * wide  # convolution
-    kept += 3 * channels + (c * T * E if c == 2 else 0)  # u, dt, z in float32; u also as x_proj reads it
-    kept += c * T * (R + 2 * N) + 2 * F32 * T * N + 2 * F32 * E * N  # x_proj's output, B, C, A
-    kept += F32 * B * math.ceil(L / SCAN_CHUNK) * wide * N  # states
-    kept += c * T * E  # y
-    casts = 2 * (2 * D * E + E * (R + 2 * N) + R * E + E * D) if step.bfloat16 else 0
-    # gradients of y (freed), u, dt, z, and of B and C for each group of channels
-    groups = math.ceil(wide / LANES / SCAN_GROUP)
-    working = 4 * channels - c * T * E + 2 * F32 * groups * T * N + 2 * x
-    return BlockMemory(x, kept + casts, casts, working)
-
-
-def mamba2(config: Mamba2Config, step: Step) -> BlockMemory:
-    """norm, in_proj, convolution, the chunks of `ssd`, gated norm, out_proj."""
-    B, L, c = step.at_once, step.length, step.itemsize
-    D, E, N, H, G, T = config.d_model, config.d_inner, config.d_state, config.n_head, config.ngroups, B * L
-    J, Q = E + 2 * G * N, min(config.chunk_size, L)
-    chunks = math.ceil(L / Q)
-    P, state = B * chunks * Q, B * E * N  # padded tokens; numbers of a state
-    x, inside = F32 * T * D, P * Q  # inside: pairs of tokens of a chunk
-    kept = x + _norm(config.norm, T, D) + c * T * D
-    kept += F32 * T * J + F32 * config.d_conv * J + c * T * J  # convolution, its input and output
-    kept += 2 * F32 * T * H + (0 if P == T else c * P * J + F32 * P * H)  # dt before and after softplus
-    kept += F32 * H * inside + c * G * inside + c * H * inside + Q * Q  # decay, scores, their product
-    kept += c * P * E  # x times dt, as a matrix product reads it
-    if chunks > 1:
-        kept += 2 * F32 * P * H + 2 * c * P * E + 2 * c * P * H * N  # to the end, from the start; x, B, C
-        kept += (
-            F32 * (chunks - 1) * state + c * state + c * chunks * state + c * P * E
-        )  # states, their outputs
-    kept += c * T * (J + E + H) if c == 4 else F32 * T * E  # z
-    kept += 3 * F32 * T * E + F32 * T * G + F32 * T * E + c * T * E  # gate, y, gated norm, out_proj
-    casts = 2 * (D * (J + E + H) + E * D) if step.bfloat16 else 0
-    # gradients of decay and product; under autocast in both dtypes
-    working = (2 * F32 if c == 4 else 3 * F32 + c) * H * inside + 2 * x
-    return BlockMemory(x, kept + casts, casts, working)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssm_retrieval.models.architecture import TINY, Architecture
+from ssm_retrieval.models.block_memory import attention, every_block
 from ssm_retrieval.models.common import (
     Block,
     Context,
@@ -341,3 +343,35 @@ def add_learned_positions(x: Tensor, positions: Tensor, table: nn.Embedding) -> 
         f"sequence of {longest} tokens exceeds max_position_embeddings={limit}; build the model with more",
     )
     return x + table(positions)
+
+
+def state_size(config: TransformerConfig, seq_len: int) -> int:
+    """A key and a value for every token."""
+    return config.n_layer * 2 * seq_len * config.d_model
+
+
+ARCHITECTURE = Architecture(
+    name="transformer",
+    label="Transformer",
+    color="#0173b2",
+    marker="T",
+    config=TransformerConfig,
+    model=TransformerForCausalLM,
+    presets={
+        "tiny": dict(TINY, n_layer=2, n_head=4, max_position_embeddings=2048),
+        "14m": dict(d_model=128, n_layer=6, n_head=4),
+        "31m": dict(d_model=256, n_layer=6, n_head=8),
+        "70m": dict(d_model=512, n_layer=6, n_head=8),
+        "150m": dict(d_model=1024, n_layer=12, n_head=16, vocab_size=50280),
+        "160m": dict(d_model=768, n_layer=12, n_head=12),
+        "410m": dict(d_model=1024, n_layer=24, n_head=16),
+        "1b": dict(d_model=2048, n_layer=16, n_head=8),
+        "1.4b": dict(d_model=2048, n_layer=24, n_head=16),
+        "2.8b": dict(d_model=2560, n_layer=32, n_head=32),
+    },
+    positions=("learned", "rope", "none"),
+    state_size=state_size,
+    memory=every_block(attention),
+    hub="gpt_neox",
+    aliases=("pythia",),
+)

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ssm_retrieval import registry
 from ssm_retrieval.errors import UserError
 
 FORMAT = 1  # of all these files; raised when an older version would misread what a newer one writes
@@ -38,7 +39,7 @@ class PlanRecord(Record):
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
-    family: Literal["transformer", "mamba", "mamba2", "hybrid"]
+    family: str
     model: str
     model_overrides: dict[str, Any]
     task: str
@@ -226,10 +227,16 @@ def _lines(path: Path, kind: type[Record]) -> list[Row]:
 
 
 def config(folder: Path) -> Row:
+    """What a run was asked for and what that came to; its users' modules (`--import`) are imported again."""
     path = folder / "config.json"
     if not path.exists():
         raise UserError(f"{folder} has no config.json; give the folder of a run")
-    return _file(path, RunRecord)
+    found = _file(path, RunRecord)
+    modules = found["run"].get("imports", [])
+    if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
+        raise UserError(f"{path}: run.imports is {_short(modules)}, not a list of names; {REMEDY}")
+    registry.use(modules, where=str(folder))
+    return found
 
 
 def plan_of(folder: Path, family: str) -> Row:

@@ -1,28 +1,55 @@
 """The tasks by name: `build("position", seq_len=1024, num_symbols=1024, layout="suffix")`.
 
-A task is one file with one frozen dataclass derived from `Task`; adding it to `TASKS` makes it
-known to the trainer, the command line and the tests that run over every task.
+A task is one file with one frozen dataclass derived from `Task`, which says all about itself: name, options
+and their defaults, a line for the help page, its paper's schedule. A line in `TASKS` makes it known to the
+trainer, the command line and the tests that run over every task; `register` does so for a user's own
+(docs/extending.md).
 """
 
 from __future__ import annotations
 
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from ssm_retrieval.errors import UserError
-from synthetic.tasks.base import Batch, Task
-from synthetic.tasks.grid import Grid
-from synthetic.tasks.induction import Induction
+from ssm_retrieval.registry import Registry
+from synthetic.tasks.base import Batch, Course, Task
 from synthetic.tasks.layouts import LAYOUTS
-from synthetic.tasks.mqar import Mqar
-from synthetic.tasks.ngram import Ngram, NgramDuplicate
-from synthetic.tasks.position import Position, PositionVarlen
-from synthetic.tasks.selective_copy import SelectiveCopy
 
-__all__ = ["LAYOUTS", "TASKS", "Batch", "Task", "build", "names", "options"]
+__all__ = ["LAYOUTS", "TASKS", "Batch", "Course", "Task", "build", "names", "options", "register"]
 
-_ALL = (Position, PositionVarlen, Grid, Ngram, NgramDuplicate, Mqar, SelectiveCopy, Induction)
-TASKS: dict[str, type[Task]] = {task.name: task for task in _ALL}
+Kind = TypeVar("Kind", bound=type[Task])
+
+TASKS: Registry[type[Task]] = Registry(
+    "task",
+    {
+        "position": "synthetic.tasks.position:Position",
+        "position-varlen": "synthetic.tasks.position:PositionVarlen",
+        "grid": "synthetic.tasks.grid:Grid",
+        "ngram": "synthetic.tasks.ngram:Ngram",
+        "ngram-duplicate": "synthetic.tasks.ngram:NgramDuplicate",
+        "mqar": "synthetic.tasks.mqar:Mqar",
+        "selective-copy": "synthetic.tasks.selective_copy:SelectiveCopy",
+        "induction": "synthetic.tasks.induction:Induction",
+    },
+)
+
+
+def register(task: Kind) -> Kind:
+    """Make a user's task known, as a decorator of its class does: `@tasks.register`.
+
+    Registering a name again replaces it, as a cell of a notebook does that is run again.
+
+    Raises:
+        UserError: if the class says no name, version or help, or has the name of one of the toolkit's.
+    """
+    if not (isinstance(task, type) and issubclass(task, Task)):
+        raise UserError(f"{task!r} is no class derived from synthetic.tasks.Task; derive one")
+    for what in ("name", "version", "help"):
+        if not getattr(task, what, None):
+            raise UserError(f"task {task.__name__} has no {what}; give it as a class variable")
+    TASKS.add(task.name, task)
+    return task
 
 
 def names() -> list[str]:
@@ -32,9 +59,7 @@ def names() -> list[str]:
 
 def options(name: str) -> list[str]:
     """Names of the options of task `name`. Raises UserError if there is no such task."""
-    if name not in TASKS:
-        raise UserError(f"unknown task {name!r}; valid: {', '.join(TASKS)}")
-    return [field.name for field in fields(TASKS[name])]
+    return [field.name for field in fields(TASKS.find(name))]
 
 
 def build(name: str, **chosen: Any) -> Task:

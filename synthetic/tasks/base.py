@@ -101,17 +101,38 @@ class Batch:
         return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
 
 
+@dataclass(frozen=True)
+class Course:
+    """How a task's paper trains, for `--protocol paper`.
+
+    schedule: of the learning rate; warmup, evaluations: of all steps a share of 1 / warmup is warm-up, and an
+    evaluation follows every 1 / evaluations of them. switches: options of the task that are True in it, and
+    False in every other run.
+    """
+
+    schedule: str
+    warmup: int
+    evaluations: int
+    switches: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task(ABC):
     """A generator of labelled token sequences: all options are fields, all randomness arguments.
 
     A subclass says how to draw contexts and targets (`draw`), how to lay them out (`assemble`), and
-    sets `name` (registry key) and `version` (raised whenever the same arguments would give other
-    batches; store it with results).
+    sets
+
+        name      registry key: what `--task` and folders call it
+        version   raised whenever the same arguments would give other batches; part of a run's identity
+        help      what `--help` says of it, half a line
+        paper     how its paper trains; None: `--protocol paper` is refused
     """
 
     name: ClassVar[str]
     version: ClassVar[int]
+    help: ClassVar[str]
+    paper: ClassVar[Course | None] = None
 
     seq_len: int  # N, the longest context
     first_id: int = 0  # of the vocabulary: how many ids of a model's table belong to other tokens
@@ -153,7 +174,7 @@ class Task(ABC):
         """The batch for given contexts (B, N) of 0-based symbols and targets (B, K)."""
 
     @abstractmethod
-    def _log_contexts(self, length: int) -> float:
+    def log_contexts(self, length: int) -> float:
         """log of the number of different contexts, or of a lower bound."""
 
     @property
@@ -161,13 +182,13 @@ class Task(ABC):
         """The fewest context symbols for which the task makes sense."""
         return 1
 
-    def _settle(self) -> None:  # noqa: B027  tasks without such options need none
+    def settle(self) -> None:  # noqa: B027  tasks without such options need none
         """Check the options and fill in those that depend on others."""
 
     def __post_init__(self) -> None:
         if self.seq_len < self.shortest:
             raise UserError(f"seq_len {self.seq_len} must be at least {self.shortest}")
-        self._settle()
+        self.settle()
         length = self.lengths()[0]
         self.check(length, self.usual_queries(length))
 
@@ -181,7 +202,7 @@ class Task(ABC):
                 f"queries {queries} must be in 1 .. {self.max_queries(length)} for task {self.name}, "
                 f"length {length}, num_symbols {num_symbols}"
             )
-        sampling.require_contexts(self._log_contexts(length), length, num_symbols)
+        sampling.require_contexts(self.log_contexts(length), length, num_symbols)
 
     @property
     def vocab_size(self) -> int:

@@ -37,6 +37,7 @@ class Grid(Position):
     """
 
     name: ClassVar[str] = "grid"
+    help: ClassVar[str] = "position in an image of rows, --seq-len a square"
 
     @property
     def side(self) -> int:
@@ -47,13 +48,13 @@ class Grid(Position):
         num_symbols = self.seq_len if self.num_symbols is None else self.num_symbols
         return Vocabulary(num_symbols, num_positions=self.seq_len, extra=(IMAGE, ROW), first_id=self.first_id)
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         g = self.side
         if g * g != self.seq_len:
             raise UserError(
                 f"seq_len {self.seq_len} is no square of patches: give {g * g} or {(g + 1) * (g + 1)}"
             )
-        super()._settle()
+        super().settle()
 
     def _arrange(self, symbols: IntArray) -> IntArray:
         rows, n = symbols.shape

@@ -36,6 +36,7 @@ class Induction(Task):
 
     name: ClassVar[str] = "induction"
     version: ClassVar[int] = 1
+    help: ClassVar[str] = "what followed a special token before (the Mamba paper's)"
 
     num_symbols: int = 16
 
@@ -68,5 +69,5 @@ class Induction(Task):
         answer_at = np.array([n], dtype=np.int64)
         return Batch.from_numpy(ids, labels, answer_at, target, length=n, chance=1 / self.num_symbols)
 
-    def _log_contexts(self, length: int) -> float:
+    def log_contexts(self, length: int) -> float:
         return log(length - 1) + (length - 1) * log(self.num_symbols)

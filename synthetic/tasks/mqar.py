@@ -46,13 +46,14 @@ class Mqar(Task):
 
     name: ClassVar[str] = "mqar"
     version: ClassVar[int] = 1
+    help: ClassVar[str] = "values of many keys (Zoology)"
 
     num_symbols: int = 8192
     num_pairs: int = 8
     power: float = 0.01
     random_fillers: bool = True
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         if self.num_pairs < 1:
             raise UserError(f"num_pairs {self.num_pairs} must be at least 1")
         if 4 * self.num_pairs > self.seq_len:
@@ -133,7 +134,7 @@ class Mqar(Task):
         labels = np.take_along_axis(ids, target + 1, axis=1)
         return Batch.from_numpy(ids, labels, answer_at, target, length=n, chance=1 / self.pairs(n))
 
-    def _log_contexts(self, length: int) -> float:
+    def log_contexts(self, length: int) -> float:
         d, half = self.pairs(length), self.num_symbols // 2
         free = self.num_symbols - half
         keys, values = lgamma(half + 1) - lgamma(half - d + 1), lgamma(free + 1) - lgamma(free - d + 1)

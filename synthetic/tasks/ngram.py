@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ssm_retrieval.errors import UserError
-from synthetic.tasks.base import Batch, Task
+from synthetic.tasks.base import Batch, Course, Task
 from synthetic.tasks.layouts import NGRAM_LAYOUTS, check_layout
 from synthetic.tasks.sampling import IntArray, sample_distinct
 from synthetic.vocab import Vocabulary
@@ -46,6 +46,8 @@ class Ngram(Task):
 
     name: ClassVar[str] = "ngram"
     version: ClassVar[int] = 1
+    help: ClassVar[str] = "the symbols behind the queried ones"
+    paper: ClassVar[Course | None] = Course("linear", 20, 1000)
 
     num_symbols: int = 30
     min_seq_len: int | None = None
@@ -53,7 +55,7 @@ class Ngram(Task):
     answer_size: int = 3
     layout: str = "suffix"
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         check_layout(self.layout)
         for option, least in (("num_symbols", 2), ("query_size", 1), ("answer_size", 1)):
             if getattr(self, option) < least:
@@ -121,7 +123,7 @@ class Ngram(Task):
             alternatives=alternatives,
         )
 
-    def _log_contexts(self, length: int) -> float:
+    def log_contexts(self, length: int) -> float:
         """V^N contexts, of which a share e^-(expected occurrences) has any given query only once."""
         return length * log(self.num_symbols) - length / self.num_symbols**self.query_size
 
@@ -149,11 +151,12 @@ class NgramDuplicate(Ngram):
     """
 
     name: ClassVar[str] = "ngram-duplicate"
+    help: ClassVar[str] = "the same, but they stand in several blocks"
 
     blocks: int = 4
 
-    def _settle(self) -> None:
-        super()._settle()
+    def settle(self) -> None:
+        super().settle()
         if self.num_symbols < self.query_size:
             raise UserError(f"num_symbols {self.num_symbols} is less than query_size {self.query_size}")
         if 2 * self.blocks > self.num_symbols**self.answer_size:
@@ -196,7 +199,7 @@ class NgramDuplicate(Ngram):
         answers = [_slice(symbols, place[:, None], self.answer_size) for place in places.T]
         return self._assemble(context, target[:, :1], np.stack(answers, axis=1))
 
-    def _log_contexts(self, length: int) -> float:
+    def log_contexts(self, length: int) -> float:
         """The symbols that the n-grams leave free."""
         free = length // self.blocks - self.query_size - self.answer_size
         return self.blocks * free * log(self.num_symbols)

@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from ssm_retrieval.errors import UserError
-from synthetic.tasks.base import Batch, Task
+from synthetic.tasks.base import Batch, Course, Task
 from synthetic.tasks.layouts import LAYOUTS, check_layout
 from synthetic.tasks.sampling import IntArray, sample_distinct
 from synthetic.vocab import Vocabulary
@@ -40,13 +40,15 @@ class Position(Task):
 
     name: ClassVar[str] = "position"
     version: ClassVar[int] = 1
+    help: ClassVar[str] = "all context symbols differ"
+    paper: ClassVar[Course | None] = Course("cosine", 10, 100, switches=("supervise_bos",))
 
     seq_len: int
     num_symbols: int | None = None
     layout: str = "suffix"
     supervise_bos: bool = False
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         check_layout(self.layout)
         if self.num_symbols is None:
             object.__setattr__(self, "num_symbols", self.seq_len)
@@ -104,7 +106,7 @@ class Position(Task):
                 f"may occur twice: give num_symbols >= {self.seq_len}, or leave it out"
             )
 
-    def _log_contexts(self, length: int) -> float:
+    def log_contexts(self, length: int) -> float:
         """log of the number of different contexts, V! / (V - N)!."""
         v = self.vocabulary.num_symbols
         return lgamma(v + 1) - lgamma(v - length + 1)
@@ -130,6 +132,7 @@ class PositionVarlen(Position):
     """
 
     name: ClassVar[str] = "position-varlen"
+    help: ClassVar[str] = "only the queried one is unique"
 
     min_seq_len: int | None = None
 
@@ -167,7 +170,7 @@ class PositionVarlen(Position):
                 f"1 .. seq_len - 1 = {self.seq_len - 1}"
             )
 
-    def _log_contexts(self, length: int) -> float:
+    def log_contexts(self, length: int) -> float:
         """log of a lower bound on the number of contexts with a symbol that occurs once.
 
         N V (V-1)^(N-1) pairs of context and unique symbol; a context is in min(N, V) at most.

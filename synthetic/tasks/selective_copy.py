@@ -39,11 +39,12 @@ class SelectiveCopy(Task):
 
     name: ClassVar[str] = "selective-copy"
     version: ClassVar[int] = 1
+    help: ClassVar[str] = "symbols among noise, in order (the Mamba paper's)"
 
     num_symbols: int = 14
     num_tokens: int = 16
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         if not 1 <= self.num_tokens <= self.seq_len:
             raise UserError(f"num_tokens {self.num_tokens} must be in 1 .. seq_len {self.seq_len}")
 
@@ -87,7 +88,7 @@ class SelectiveCopy(Task):
         answer_at = n + np.arange(k, dtype=np.int64)
         return Batch.from_numpy(ids, labels, answer_at, target, length=n, chance=1 / self.num_symbols)
 
-    def _log_contexts(self, length: int) -> float:
+    def log_contexts(self, length: int) -> float:
         """V^K sequences at C(N, K) choices of places."""
         k = self.max_queries(length)
         places = lgamma(length + 1) - lgamma(k + 1) - lgamma(length - k + 1)

@@ -1,0 +1,125 @@
+"""What one block keeps for its gradients, by arithmetic: the terms that `planning` adds up.
+
+Each term of `attention`, `mamba` and `mamba2` is a tensor that an autograd function of that architecture's
+file (or of ops/) saves. The letters are those of common.py, T = B * L, and c the bytes of a product's
+operand: 4, or 2 under bfloat16 autocast, which then also keeps a copy of each weight. The tests count saved
+tensors, `benchmarks/plan.py` measures processes. The formulas are of the CPU kernels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ssm_retrieval.ops import LANES
+
+SCAN_CHUNK = 64  # tokens between the states that the scan keeps (ssm_retrieval/ops/_scan_kernels.py)
+SCAN_GROUP = 8  # blocks of channels whose dB, dC are summed before they are stored (the same file)
+F32 = 4
+
+
+@dataclass(frozen=True)
+class Step:
+    """What of a training step decides its memory."""
+
+    rows: int  # sequences of a whole batch
+    length: int  # tokens of each
+    answers: int  # positions of each whose logits the loss needs
+    bfloat16: bool = False  # autocast
+    optimizer: str = "adamw"  # as in ssm_retrieval/training/optimizers.py
+    accumulate: int = 1
+    checkpointing: bool = False
+
+    @property
+    def at_once(self) -> int:
+        """Rows of the largest part of a batch."""
+        return math.ceil(self.rows / min(self.accumulate, self.rows))
+
+    @property
+    def itemsize(self) -> int:
+        return 2 if self.bfloat16 else 4
+
+
+@dataclass(frozen=True)
+class BlockMemory:
+    """Bytes of one block."""
+
+    input: int  # the residual stream that it reads: all that checkpointing keeps
+    kept: int  # from its forward to its backward pass, input included
+    casts: int  # of that, copies of weights in autocast's dtype
+    working: int  # beside what is kept, at most, in its backward pass
+
+
+def norm(kind: str, T: int, D: int) -> int:
+    """Beside its input: the statistics, and what RMSNorm multiplies with its weight."""
+    return 8 * T if kind == "layer" else F32 * T + F32 * T * D
+
+
+def attention(config: Any, step: Step) -> BlockMemory:
+    """norm, qkv, rotation, attention, dense; norm, MLP."""
+    B, L, c = step.at_once, step.length, step.itemsize
+    D, H, M, T = config.d_model, config.n_head, config.mlp_width, B * L
+    x = F32 * T * D
+    kept = x + 2 * (norm(config.norm, T, D) + c * T * D)
+    kept += 0 if config.parallel_residual else x
+    kept += 3 * c * T * D + F32 * B * H * L  # qkv, log of the softmax's sums
+    # the output; rotated queries are contiguous by head, and so is what comes from them: turned, it is a copy
+    kept += (2 if config.rotary_dims > 0 else 1) * c * T * D
+    if config.rotary_dims > 0:
+        kept += 2 * c * T * D + 2 * F32 * L * config.rotary_dims
+    kept += 2 * c * T * M  # before and after the activation function
+    casts = 2 * (4 * D * D + 2 * D * M) if step.bfloat16 else 0
+    # two gradients of the MLP's width, when what it read last is freed; the residual stream's
+    return BlockMemory(x, kept + casts, casts, c * T * M + 2 * x + c * T * D)
+
+
+def mamba(config: Any, step: Step) -> BlockMemory:
+    """norm, in_proj, convolution, x_proj, dt_proj, scan, out_proj."""
+    B, L, c = step.at_once, step.length, step.itemsize
+    D, E, N, R, T = config.d_model, config.d_inner, config.d_state, config.rank, B * L
+    wide = -(-E // LANES) * LANES  # the kernels' channels
+    x, channels = F32 * T * D, F32 * T * wide
+    kept = x + norm(config.norm, T, D) + c * T * D
+    kept += channels + F32 * config.d_conv * wide  # convolution
+    kept += 3 * channels + (c * T * E if c == 2 else 0)  # u, dt, z in float32; u also as x_proj reads it
+    kept += c * T * (R + 2 * N) + 2 * F32 * T * N + 2 * F32 * E * N  # x_proj's output, B, C, A
+    kept += F32 * B * math.ceil(L / SCAN_CHUNK) * wide * N  # states
+    kept += c * T * E  # y
+    casts = 2 * (2 * D * E + E * (R + 2 * N) + R * E + E * D) if step.bfloat16 else 0
+    # gradients of y (freed), u, dt, z, and of B and C for each group of channels
+    groups = math.ceil(wide / LANES / SCAN_GROUP)
+    working = 4 * channels - c * T * E + 2 * F32 * groups * T * N + 2 * x
+    return BlockMemory(x, kept + casts, casts, working)
+
+
+def mamba2(config: Any, step: Step) -> BlockMemory:
+    """norm, in_proj, convolution, the chunks of `ssd`, gated norm, out_proj."""
+    B, L, c = step.at_once, step.length, step.itemsize
+    D, E, N, H, G, T = config.d_model, config.d_inner, config.d_state, config.n_head, config.ngroups, B * L
+    J, Q = E + 2 * G * N, min(config.chunk_size, L)
+    chunks = math.ceil(L / Q)
+    P, state = B * chunks * Q, B * E * N  # padded tokens; numbers of a state
+    x, inside = F32 * T * D, P * Q  # inside: pairs of tokens of a chunk
+    kept = x + norm(config.norm, T, D) + c * T * D
+    kept += F32 * T * J + F32 * config.d_conv * J + c * T * J  # convolution, its input and output
+    kept += 2 * F32 * T * H + (0 if P == T else c * P * J + F32 * P * H)  # dt before and after softplus
+    kept += F32 * H * inside + c * G * inside + c * H * inside + Q * Q  # decay, scores, their product
+    kept += c * P * E  # x times dt, as a matrix product reads it
+    if chunks > 1:
+        kept += 2 * F32 * P * H + 2 * c * P * E + 2 * c * P * H * N  # to the end, from the start; x, B, C
+        kept += (
+            F32 * (chunks - 1) * state + c * state + c * chunks * state + c * P * E
+        )  # states, their outputs
+    kept += c * T * (J + E + H) if c == 4 else F32 * T * E  # z
+    kept += 3 * F32 * T * E + F32 * T * G + F32 * T * E + c * T * E  # gate, y, gated norm, out_proj
+    casts = 2 * (D * (J + E + H) + E * D) if step.bfloat16 else 0
+    # gradients of decay and product; under autocast in both dtypes
+    working = (2 * F32 if c == 4 else 3 * F32 + c) * H * inside + 2 * x
+    return BlockMemory(x, kept + casts, casts, working)
+
+
+def every_block(block: Callable[[Any, Step], BlockMemory]) -> Callable[[Any, Step], list[BlockMemory]]:
+    """The formula of a model whose blocks are all alike."""
+    return lambda config, step: [block(config, step)] * config.n_layer

@@ -1,0 +1,197 @@
+"""`from_mixer`: a language model around any sequence mixer, in the manner of Zoology (arXiv 2312.04927).
+
+    x = x + mixer(norm(x))          (B, L, D) -> (B, L, D), causal; made by mixer(d_model, **options)
+    x = x + mlp(norm(x))            two matrices around a GELU, d_mlp wide
+
+Letters as in `ssm_retrieval.models.common`. A mixer need not know of padding, nor of a cache: because it is
+causal, tokens behind it change nothing, so that the real tokens of a row are moved to its front; and decoding
+runs it once more over all that it has read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssm_retrieval.models.architecture import TINY, Architecture
+from ssm_retrieval.models.common import Block, Context, LanguageModel, LayerCache, init_normal, make_norm
+from ssm_retrieval.models.configuration import Config, require
+from ssm_retrieval.models.hooks import Hooked
+from ssm_retrieval.models.transformer import add_learned_positions
+from ssm_retrieval.ops.linear import Linear
+
+POSITIONS = ("learned", "none")
+KINDS = ("int", "float", "bool")  # of a mixer's options
+
+
+@dataclass(frozen=True)
+class MixerConfig(Config):
+    """Shape of a model around a mixer; `from_mixer` adds the mixer's own options."""
+
+    vocab_size: int = 50280
+    d_model: int = 768
+    n_layer: int = 12
+    d_mlp: int = 0  # 0 = 4 * d_model
+    position: str = "none"  # or "learned"
+    max_position_embeddings: int = 2048
+    norm: str = "rms"
+    norm_eps: float = 1e-5
+    residual_in_fp32: bool = True
+    tie_word_embeddings: bool = True
+    embedding_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.position in POSITIONS, f"position={self.position!r} is not a mixer's; use {POSITIONS}")
+
+
+class MixerBlock(Hooked, nn.Module):
+    """Norm -> mixer -> add, norm -> MLP -> add."""
+
+    hook_axes: ClassVar = {
+        "hook_resid_pre": "B L D",
+        "hook_mixer_out": "B L D",
+        "hook_resid_mid": "B L D",
+        "hook_mlp_out": "B L D",
+        "hook_resid_post": "B L D",
+    }
+
+    def __init__(self, config: Any, mixer: nn.Module):
+        super().__init__()
+        D, M = config.d_model, config.d_mlp or 4 * config.d_model
+        self.norm1 = make_norm(config.norm, D, config.norm_eps)
+        self.mixer = mixer
+        self.norm2 = make_norm(config.norm, D, config.norm_eps)
+        self.up, self.down = Linear(D, M), Linear(M, D)
+
+    def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+        x = self._tap("hook_resid_pre", x)
+        x = self._tap(
+            "hook_resid_mid", x + self._tap("hook_mixer_out", self.mix(self.norm1(x), context, cache))
+        )
+        out = self._tap("hook_mlp_out", self.down(F.gelu(self.up(self.norm2(x)))))
+        return self._tap("hook_resid_post", x + out)
+
+    def mix(self, x: Tensor, context: Context, cache: LayerCache | None) -> Tensor:
+        """The mixer's outputs for x (B, L, D), after what the cache has; wrong at padding, as everywhere."""
+        L, mask = x.shape[1], context.key_mask
+        if cache is not None:
+            x = cache["x"] = torch.cat([cache["x"], x], dim=1) if "x" in cache else x
+        if mask is None:
+            y = self.mixer(x)
+        else:
+            order = torch.argsort((~mask).byte(), dim=1, stable=True).unsqueeze(-1)
+            y = self.mixer(x.take_along_dim(order, dim=1)).take_along_dim(order.argsort(dim=1), dim=1)
+        require(
+            isinstance(y, Tensor) and y.shape == x.shape,
+            f"{type(self.mixer).__name__} must map {tuple(x.shape)} to the same shape; it returned "
+            f"{tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__}",
+        )
+        return y[:, -L:]
+
+    def _tap(self, name: str, x: Tensor) -> Tensor:
+        return x if self.hook is None else self.hook(name, x)
+
+    def hook_sizes(self) -> dict[str, int]:
+        return {"D": self.up.in_features}
+
+
+class MixerForCausalLM(LanguageModel):
+    """Language model of `MixerBlock`s with a tied head.
+
+    make: (config) -> a mixer.
+    """
+
+    def __init__(self, config: Any, dtype: torch.dtype | None, make: Callable[[Any], nn.Module]):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model).to(dtype)
+        if config.position == "learned":
+            self.positions = nn.Embedding(config.max_position_embeddings, config.d_model).to(dtype)
+            init_normal(self.positions.weight, std=config.embedding_std)
+        self.blocks = nn.ModuleList(MixerBlock(config, make(config)).to(dtype) for _ in range(config.n_layer))
+        self.norm = make_norm(config.norm, config.d_model, config.norm_eps).to(dtype)
+        self.head = Linear(config.d_model, config.vocab_size, bias=False).to(dtype)
+        init_normal(self.embedding.weight, std=config.embedding_std)
+        init_normal(self.head.weight, std=config.embedding_std)
+        if config.tie_word_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def parts(self) -> tuple[nn.Embedding, list[Block], nn.Module, nn.Linear]:
+        return self.embedding, cast(list[Block], list(self.blocks)), self.norm, self.head
+
+    def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        return add_learned_positions(x, positions, self.positions) if self.config.position == "learned" else x
+
+
+def from_mixer(
+    name: str,
+    mixer: Callable[..., nn.Module],
+    *,
+    presets: Mapping[str, Mapping[str, Any]] | None = None,
+    positions: tuple[str, ...] = (),
+    **looks: Any,
+) -> Architecture:
+    """The architecture of language models around a mixer, for `models.register`.
+
+    Args:
+        name: what `--model` calls it.
+        mixer: mixer(d_model, **options) makes a module that maps (B, L, D) to (B, L, D) causally. Options
+            have defaults and the type int, float or bool; they become fields of the config, which presets and
+            `models.build` can set.
+        presets: size -> fields of the config. Default: "tiny", of 128 channels and 2 blocks.
+        positions: () for a mixer that knows the order of tokens; ("learned", "none") for one that needs to be
+            told, as attention does.
+        looks: `label`, `color`, `marker` and other fields of `Architecture`.
+
+    Raises:
+        UserError: for options of another type, or without a default.
+    """
+    parameters = [*inspect.signature(mixer).parameters.values()][1:]  # without d_model
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    fields = [_field(name, parameter) for parameter in named]
+    options = [field for field, *_ in fields]
+    config = dataclasses.make_dataclass(
+        "".join(word.capitalize() for word in name.replace(".", "-").split("-")) + "Config",
+        fields,
+        bases=(MixerConfig,),
+        frozen=True,
+        namespace={"__doc__": f"`MixerConfig` with the options of {name}.", "__module__": __name__},
+    )
+
+    def make(config: Any) -> nn.Module:
+        return mixer(config.d_model, **{option: getattr(config, option) for option in options})
+
+    return Architecture(
+        name=name,
+        config=config,
+        model=lambda config, dtype: MixerForCausalLM(config, dtype, make),
+        presets={"tiny": dict(TINY, n_layer=2)} if presets is None else presets,
+        positions=positions,
+        **{"state_size": _inputs, **looks},
+    )
+
+
+def _inputs(config: Any, seq_len: int) -> int:
+    """Decoding keeps what the mixers have read."""
+    return int(config.n_layer * config.d_model * seq_len)
+
+
+def _field(name: str, parameter: inspect.Parameter) -> tuple[str, str, Any]:
+    """Name, kind and default of a mixer's option, as a field of its config."""
+    kind = parameter.annotation if isinstance(parameter.annotation, str) else parameter.annotation.__name__
+    said = f"option {parameter.name} of the mixer of model {name}"
+    require(kind in KINDS, f"{said} must be annotated as one of {', '.join(KINDS)}")
+    require(parameter.default is not parameter.empty, f"{said} needs a default")
+    require(
+        parameter.name not in MixerConfig.__dataclass_fields__, f"{said} is one of every model's; rename it"
+    )
+    return parameter.name, kind, parameter.default

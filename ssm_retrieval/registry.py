@@ -1,0 +1,132 @@
+"""What can be asked for by name, ours or a user's: a record a name, in the file of the thing itself.
+
+    ARCHITECTURES["mamba"]      the `Architecture` at the end of ssm_retrieval/models/mamba.py
+    synthetic.tasks.TASKS       the same for tasks
+
+A record of ours is imported when it is first read, so that names cost nothing: a help page needs no torch.
+A user's module registers its own, and `--import my_module` (`use`) makes every command know it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from ssm_retrieval.errors import UserError
+
+if TYPE_CHECKING:
+    from ssm_retrieval.models.architecture import Architecture
+
+Record = TypeVar("Record")
+NAME = re.compile(r"[a-z][a-z0-9_.-]*")  # names are also those of folders
+MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
+
+
+class Registry(Mapping[str, Record], Generic[Record]):
+    """Records by name, in the order of every table and figure: ours first, then users' as they came.
+
+    Args:
+        kind: what the records are, for errors: "model".
+        ours: name -> "module:attribute" of a record.
+    """
+
+    def __init__(self, kind: str, ours: Mapping[str, str]):
+        self.kind, self.ours = kind, dict(ours)
+        self._records: dict[str, Record] = {}
+        self._theirs: dict[str, Record] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*self.ours, *self._theirs))
+
+    def __len__(self) -> int:
+        return len(self.ours) + len(self._theirs)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.ours or name in self._theirs
+
+    def __getitem__(self, name: str) -> Record:
+        if name in self._theirs:
+            return self._theirs[name]
+        if name not in self._records:
+            module, _, attribute = self.ours[name].partition(":")
+            self._records[name] = getattr(importlib.import_module(module), attribute)
+        return self._records[name]
+
+    def add(self, name: str, record: Record) -> None:
+        """Make a user's record known; one of the same name that a user gave before is replaced.
+
+        Raises:
+            UserError: if the name is one of ours, or cannot be the name of a folder.
+        """
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise UserError(f"a {self.kind} cannot be named {name!r}; use small letters, digits, -, _ and .")
+        if name in self.ours:
+            raise UserError(f"{self.kind} {name} is one of this toolkit's; give yours another name")
+        self._theirs[name] = record
+
+    def find(self, name: str) -> Record:
+        """The record of a name.
+
+        Raises:
+            UserError: if there is none, with the nearest name and how to make a user's own known.
+        """
+        if name in self:
+            return self[name]
+        raise UserError(self.unknown(name, list(self)))
+
+    def unknown(self, name: str, valid: Sequence[str], nearest: str | None = None) -> str:
+        """The one line that says that `name` is none of the valid names."""
+        close = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.6)
+        near = nearest or (close[0] if close else None)
+        hint = f" (did you mean {near!r}?)" if near else ""
+        return (
+            f"unknown {self.kind} {name!r}{hint}; valid: {', '.join(valid)}; a {self.kind} of your own needs "
+            "--import and the module that registers it"
+        )
+
+
+ARCHITECTURES: Registry[Architecture] = Registry(
+    "model",
+    {
+        "transformer": "ssm_retrieval.models.transformer:ARCHITECTURE",
+        "mamba": "ssm_retrieval.models.mamba:ARCHITECTURE",
+        "mamba2": "ssm_retrieval.models.mamba2:ARCHITECTURE",
+        "hybrid": "ssm_retrieval.models.hybrid:ARCHITECTURE",
+    },
+)
+
+
+def use(modules: Iterable[str], where: str = "") -> None:
+    """Import users' modules, which register what they have; the working directory is searched too.
+
+    Args:
+        where: what names the modules, for an error: a run's folder. Default: the option `--import`.
+
+    Raises:
+        UserError: if a module is not found. What a module raises itself keeps its traceback.
+    """
+    for name in modules:
+        if not MODULE.fullmatch(name) or name.endswith(".py"):
+            raise UserError(f"--import {name} is no name of a module; for my_module.py give my_module")
+        here = os.getcwd()
+        if not {"", here} & {*sys.path}:
+            sys.path.insert(0, here)
+        importlib.invalidate_caches()
+        try:
+            importlib.import_module(name)
+        except UserError as error:
+            raise UserError(f"--import {name}: {error}") from error
+        except ModuleNotFoundError as error:
+            missing = error.name or ""
+            if name != missing and not name.startswith(f"{missing}."):
+                raise  # the module is there, and itself lacks one
+            said = f"{where} was made with --import {name}, but" if where else f"--import {name}:"
+            raise UserError(
+                f"{said} there is no module {missing}; run the command in the folder of {missing}.py, or add "
+                "that folder to PYTHONPATH"
+            ) from error
