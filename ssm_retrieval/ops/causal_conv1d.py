@@ -20,12 +20,11 @@ from torch.nn import functional as F
 from ssm_retrieval.ops import LANES, _cuda_kernels
 from ssm_retrieval.ops._arrays import flat
 from ssm_retrieval.ops._checks import check_flags, check_name, check_shapes, check_tensor
-from ssm_retrieval.ops._route import obstacle, refuse_tracing, require_cpu, uncompiled, without_autocast
+from ssm_retrieval.ops._route import asked, obstacle, refuse_tracing, require_cpu, without_autocast
 from ssm_retrieval.ops._threads import run_tasks
-from ssm_retrieval.ops.selective_scan import BACKENDS, _wide, pad_channels
+from ssm_retrieval.ops._scan_cpu import pad_channels
 
 
-@uncompiled
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -44,7 +43,7 @@ def causal_conv1d(
     NotImplementedError under torch.jit.trace.
     """
     refuse_tracing("causal_conv1d")
-    check_name("backend", backend, BACKENDS)
+    backend = asked(backend)
     check_name("activation", activation, (None, "silu"))
     check_flags(return_last_state=return_last_state)
     check_tensor("x", x, ("batch", "length", "channels"))
@@ -95,7 +94,7 @@ def _last_state(x: Tensor, initial_state: Tensor | None, length: int) -> Tensor:
 def _reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, initial_state: Tensor | None
 ) -> Tensor:
-    dtype, wide = x.dtype, _wide(x)
+    dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
     history = _with_history(x, initial_state, weight.shape[1] - 1).to(wide).transpose(1, 2)
     if x.numel() == 0:
         return x + 0.0 * weight.sum().to(dtype)  # nothing to convolve, still part of the graph
@@ -108,7 +107,7 @@ def _reference(
 def _cpu(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, initial_state: Tensor | None
 ) -> Tensor:
-    dtype, wide, E = x.dtype, _wide(x), x.shape[-1]
+    dtype, wide, E = x.dtype, torch.promote_types(x.dtype, torch.float32), x.shape[-1]
     shift = x.new_zeros(E) if bias is None else bias
     before = None if initial_state is None else pad_channels(initial_state, wide)
     arguments = (pad_channels(t, wide) for t in (x, weight.t(), shift))

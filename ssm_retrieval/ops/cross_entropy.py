@@ -19,14 +19,13 @@ from torch import Tensor
 from ssm_retrieval.ops import linear as ops
 from ssm_retrieval.ops._arrays import flat
 from ssm_retrieval.ops._checks import check_tensor
-from ssm_retrieval.ops._route import obstacle, refuse_tracing, uncompiled, without_autocast
+from ssm_retrieval.ops._route import obstacle, refuse_tracing, without_autocast
 from ssm_retrieval.ops._threads import run_tasks
 
 BLOCK_LOGITS = 2**21  # logits per block: 8 MiB in float32, within the last level of a laptop's cache
 IGNORE = -100
 
 
-@uncompiled
 def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy in nats of the logits x weight^T, and what they predict.
 
