@@ -38,7 +38,7 @@ def backend(name: str) -> Iterator[None]:
             a kernel runs its PyTorch form.
 
     Raises:
-        ValueError: For another name, here; for an input that the backend cannot take, where the operator runs.
+        ValueError: For another name; later, by the operator, for an input that the backend cannot take.
     """
     check_name("backend", name, BACKENDS)
     before, _switch.name = _switch.name, name

@@ -1,4 +1,4 @@
-"""The selective scan in plain PyTorch, by blocks of tokens: on any device, differentiable any number of times.
+"""The selective scan in plain PyTorch by blocks of tokens: on any device, differentiable without limit.
 
 A block of 64 tokens is 8 groups of 8. With a_t = exp(delta_t A), w_t = delta_t B_t u_t, and sums and products
 over the tokens of t's group up to t:
@@ -48,7 +48,8 @@ def scan_by_chunks(
     h = u.new_zeros(u.shape[0], *A.shape) if initial_state is None else initial_state.to(wide)
     again = u.shape[1] > BLOCK and torch.is_grad_enabled()
     again = again and not (transformed() or torch.compiler.is_compiling())  # which cannot compute it twice
-    ys, found = [], {}
+    ys: list[Tensor] = []
+    found: dict[int, Tensor] = {}
     for start in range(0, u.shape[1], BLOCK):
         part = slice(start, start + BLOCK)
         wanted = sorted({t - start for t in positions or () if start <= t < start + BLOCK})

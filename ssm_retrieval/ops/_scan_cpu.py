@@ -11,9 +11,8 @@ Why numba. Four routes were considered for forward + backward at batch 8, length
     in seconds, is cached on disk, and installs as a wheel on every platform: full speed without a compiler.
 So there is one fast CPU path, and no fallback to maintain.
 
-A call goes straight to the kernels by an autograd function. While a graph is recorded it goes to the operators
-registered at the end, which are one node of that graph each. (They would do for both, but every call would
-take twice as long to reach the kernel.)
+A call goes to the kernels by an autograd function; while torch.compile or torch.export record a graph, by the
+operators registered at the end, of which each is one node of that graph.
 """
 
 from __future__ import annotations
@@ -33,8 +32,6 @@ from ssm_retrieval.ops._arrays import flat
 from ssm_retrieval.ops._route import differentiable_gradients, traced
 from ssm_retrieval.ops._scan_chunks import scan_by_chunks
 from ssm_retrieval.ops._threads import run_tasks
-
-Arguments = tuple[Tensor | None, ...]  # u, dt, A, B, C, D, z, dt_bias, initial_state: as the kernels want them
 
 
 def pad_channels(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -207,9 +204,8 @@ def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         function = partial(_by_chunks, ctx.softplus, ctx.positions)
         found: list[Tensor | None] = differentiable_gradients(function, arguments, grads[:3])
     else:
-        *given, h0 = arguments
-        run = scan_backward if traced(*arguments) else _backward
-        made = run(*given, checkpoints, ctx.softplus, ctx.positions, *grads[:3])
+        run: Any = scan_backward if traced(*arguments) else _backward
+        made = run(*arguments[:-1], checkpoints, ctx.softplus, ctx.positions, *grads[:3])
         found = [None if x is None else grad for x, grad in zip(arguments, made, strict=True)]
     return (*found, None, None, None)
 

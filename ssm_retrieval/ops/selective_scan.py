@@ -4,7 +4,7 @@
     h_t     = exp(delta_t A) h_{t-1} + delta_t B_t u_t            h_{-1} = initial_state or 0
     y_t     = (C_t . h_t + D u_t) * silu(z_t)                     D and z optional
 
-`reference` is that loop. `chunks` computes it by blocks of tokens in plain PyTorch (`_scan_chunks.py`). `cuda`
+`reference` is that loop. `chunks` goes by blocks of tokens in plain PyTorch (`_scan_chunks.py`). `cuda`
 is mamba-ssm's kernel. `cpu` is ours (`_scan_cpu.py`): it never stores (batch, length, d_inner, d_state),
 returns states at chosen positions from the same pass, starts from any state, and gives gradients to and from
 all of them.
@@ -139,9 +139,7 @@ def _check(
     )
 
 
-def _choose(
-    tensors: tuple[Tensor | None, ...], positions: list[int] | None, needs_last_grad: bool
-) -> str:
+def _choose(tensors: tuple[Tensor | None, ...], positions: list[int] | None, needs_last_grad: bool) -> str:
     """The fastest backend that can do what is asked."""
     u, initial_state = tensors[0], tensors[-1]
     assert u is not None
