@@ -82,6 +82,11 @@ def _fake_types() -> tuple[type, ...]:
     return tuple(getattr(module, name) for module, name in modules if module is not None)
 
 
+def values_are_known(x: Tensor) -> bool:
+    """Whether Python may read the numbers of x: not on the meta device, in a recorded graph, a transform."""
+    return not (x.is_meta or traced(x) or transformed())
+
+
 def obstacle(*tensors: Tensor | None) -> str | None:
     """Why numba's kernels cannot take these tensors, as part of a line; None if they can."""
     for x in tensors:

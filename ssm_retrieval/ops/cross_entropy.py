@@ -105,7 +105,7 @@ def _check(x: Tensor, weight: Tensor, labels: Tensor) -> None:
             f"labels have shape {tuple(labels.shape)}; with x {tuple(x.shape)} they must be "
             f"{tuple(x.shape[:-1])}, a label for every row"
         )
-    check_tensor("labels", labels, [str(size) for size in x.shape[:-1]], (torch.int64,))
+    check_tensor("labels", labels, x.shape[:-1], (torch.int64,))
     for name, other in (("weight", weight), ("labels", labels)):
         if other.device != x.device:
             raise ValueError(f"{name} is on {other.device}, x on {x.device}; move it there")
