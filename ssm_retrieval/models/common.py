@@ -13,8 +13,7 @@ its parameters, which are the names the published checkpoints use.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, cast
 
 import torch
@@ -60,11 +59,16 @@ class Context:
     positions: Tensor | None = None  # (L,) or (B, L) int64, index of each token in its sequence
     cached: bool = False  # tokens came before this call
     kept: bool = False  # tokens may come after it
+    _order: list[Tensor | None] = field(default_factory=list)  # torch.compile knows no cached_property
 
-    @cached_property
+    @property
     def order(self) -> Tensor | None:
         """`models.padding.real_first` of this call: made for those that ask, once for all layers."""
-        return None if self.mask is None else real_first(self.mask, self.cached, self.kept)
+        if self.mask is None:
+            return None
+        if not self._order:
+            self._order.append(real_first(self.mask, self.cached, self.kept))
+        return self._order[0]
 
 
 class Block(Protocol):

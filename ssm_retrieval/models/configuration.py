@@ -10,7 +10,8 @@ import sys
 from typing import Any, cast
 
 from ssm_retrieval.errors import UserError
-from ssm_retrieval.ops.selective_scan import BACKENDS, MAX_D_STATE
+from ssm_retrieval.ops._route import BACKENDS
+from ssm_retrieval.ops.selective_scan import MAX_D_STATE
 
 POSITIONS = ("rope", "learned", "none")
 LARGEST = 2**31 - 1  # no tensor of any machine has more along an axis

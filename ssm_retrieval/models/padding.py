@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ssm_retrieval.ops._route import values_are_known
 from ssm_retrieval.ops.causal_conv1d import causal_conv1d
 
 
@@ -29,7 +30,7 @@ def real_first(mask: Tensor, cached: bool, kept: bool) -> Tensor | None:
     edge = mask.new_zeros(len(mask), 1)
     line = torch.cat([edge, edge | cached, mask, edge | kept], dim=1)
     runs = (line[:, 1:] & ~line[:, :-1]).sum(dim=1)  # of real tokens, those before and after included
-    if not mask.is_meta and bool((runs <= 1).all()):
+    if values_are_known(mask) and bool((runs <= 1).all()):
         return None
     return torch.argsort((~mask).byte(), dim=1, stable=True)
 

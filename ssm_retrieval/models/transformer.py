@@ -38,6 +38,8 @@ from ssm_retrieval.models.common import (
 )
 from ssm_retrieval.models.configuration import Config, require
 from ssm_retrieval.models.hooks import Hook, Hooked
+from ssm_retrieval.ops._route import values_are_known
+from ssm_retrieval.ops.attention import attention
 from ssm_retrieval.ops.linear import Linear
 
 
@@ -160,10 +162,10 @@ class Attention(Hooked, nn.Module):
             cache["k"], cache["v"] = k, v
         S = k.shape[2]
         if context.key_mask is None and (S == L or L == 1):  # nothing cached, or a single new token
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=L > 1)
+            y = attention(q, k, v, causal=L > 1)
         else:
             mask = attention_mask(L, context.key_mask, S, q.device)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            y = attention(q, k, v, mask)
         if self.hook is not None:
             pattern = hooked_pattern(self.hook, q, k, context.key_mask)
             y = _by_token(self.hook, "hook_z", y if pattern is None else pattern @ v)
@@ -336,12 +338,13 @@ class TransformerForCausalLM(LanguageModel):
 
 def add_learned_positions(x: Tensor, positions: Tensor, table: nn.Embedding) -> Tensor:
     """x (B, L, D) plus the vector of each position; one clear line when the sequence is too long."""
-    limit = table.num_embeddings
-    longest = int(positions.max()) + 1 if positions.numel() else 0
-    require(
-        longest <= limit,
-        f"sequence of {longest} tokens exceeds max_position_embeddings={limit}; build the model with more",
-    )
+    if values_are_known(positions):
+        limit = table.num_embeddings
+        longest = int(positions.max()) + 1 if positions.numel() else 0
+        require(
+            longest <= limit,
+            f"sequence of {longest} tokens exceeds max_position_embeddings={limit}; build a model with more",
+        )
     return x + table(positions)
 
 

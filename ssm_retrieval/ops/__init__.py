@@ -1,3 +1,11 @@
-"""The two operations that are slow in plain PyTorch: the selective scan and the causal convolution."""
+"""The operations that are slow in plain PyTorch, each with a reference and the fast ways to compute it.
 
-LANES = 16  # channels that fill a vector of the kernels; here, because `_simd.py` imports numba
+`with ops.backend("reference"):` chooses one way for all of them.
+"""
+
+from ssm_retrieval.ops._route import backend as backend
+
+# Sizes of the kernels; here, because their own files import numba
+LANES = 16  # channels that fill a vector
+CHUNK = 64  # tokens between the states that a scan keeps for its backward pass
+GROUP = 8  # blocks of LANES channels in one task of that pass

@@ -30,7 +30,7 @@ def check_flags(**flags: Any) -> None:
             raise ValueError(f"{name} must be True or False, not a {type(value).__name__}")
 
 
-def check_tensor(name: str, x: Any, axes: Sequence[str], dtypes: Sequence[torch.dtype] = FLOATS) -> None:
+def check_tensor(name: str, x: Any, axes: Sequence[Any], dtypes: Sequence[torch.dtype] = FLOATS) -> None:
     """x must be a dense tensor with these axes, of one of these dtypes."""
     if not isinstance(x, Tensor):
         raise ValueError(f"{name} must be a tensor, not a {type(x).__name__}")
@@ -40,7 +40,7 @@ def check_tensor(name: str, x: Any, axes: Sequence[str], dtypes: Sequence[torch.
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(f"{name} is {str(x.dtype).removeprefix('torch.')}; use {known}")
     if x.dim() != len(axes):
-        raise ValueError(f"{name} must be ({', '.join(axes)}); got {tuple(x.shape)}")
+        raise ValueError(f"{name} must be ({', '.join(map(str, axes))}); got {tuple(x.shape)}")
 
 
 def check_shapes(like: Tensor, **expected: tuple[Any, tuple[int, ...]]) -> None:
@@ -52,7 +52,7 @@ def check_shapes(like: Tensor, **expected: tuple[Any, tuple[int, ...]]) -> None:
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)}; with the other arguments it must be {shape}"
             )
-        check_tensor(name, x, [str(size) for size in shape])
+        check_tensor(name, x, shape)
         if x.device != like.device:
             raise ValueError(
                 f"{name} is on {x.device}, the other arguments are on {like.device}; move it there"

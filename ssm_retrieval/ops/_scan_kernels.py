@@ -9,13 +9,14 @@ Arrays are flattened; shapes below are (batch, tokens, channels) with channels a
 "blocked" arrays (..., blocks, N, 16) hold a (..., channels, N) tensor with 16 channels innermost.
 Work is split into tasks (sequence, group of blocks). A group's sums over channels (dB, dC) go to its own
 slice, and slices are added in a fixed order afterwards, so results do not depend on the number of threads.
+A task of the backward pass keeps the dB, dC of GROUP blocks in vectors before it sums their lanes.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from ssm_retrieval.ops import LANES
+from ssm_retrieval.ops import CHUNK, GROUP, LANES
 from ssm_retrieval.ops._compile import kernel
 from ssm_retrieval.ops._simd import (
     add,
@@ -36,9 +37,7 @@ from ssm_retrieval.ops._simd import (
     vmax,
 )
 
-CHUNK = 64
 AHEAD = 8  # tokens between asking for a row and using it
-GROUP = 8  # blocks per task: one task keeps the dB, dC of 128 channels in vectors before summing lanes
 
 
 @kernel(inline="always")

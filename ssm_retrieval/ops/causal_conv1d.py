@@ -20,12 +20,20 @@ from torch.nn import functional as F
 from ssm_retrieval.ops import LANES, _cuda_kernels
 from ssm_retrieval.ops._arrays import flat
 from ssm_retrieval.ops._checks import check_flags, check_name, check_shapes, check_tensor
-from ssm_retrieval.ops._route import obstacle, refuse_tracing, require_cpu, uncompiled, without_autocast
+from ssm_retrieval.ops._route import (
+    asked,
+    differentiable_gradients,
+    obstacle,
+    refuse_tracing,
+    require_cpu,
+    traced,
+    transformed,
+    without_autocast,
+)
+from ssm_retrieval.ops._scan_cpu import pad_channels
 from ssm_retrieval.ops._threads import run_tasks
-from ssm_retrieval.ops.selective_scan import BACKENDS, _wide, pad_channels
 
 
-@uncompiled
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -37,14 +45,29 @@ def causal_conv1d(
 ) -> Any:
     """Convolve every channel of every sequence with its own causal filter.
 
-    x: (batch, length, channels) floating. weight: (channels, d_conv). bias: (channels,).
-    activation: None or "silu". initial_state: (batch, d_conv - 1, channels), the inputs before x.
-    Returns y like x, and with return_last_state the d_conv - 1 inputs that a continuation needs, as a tuple.
-    Computed in float32 (float64 for float64 x). Raises ValueError for wrong shapes, dtypes, devices or names,
-    NotImplementedError under torch.jit.trace.
+    Computed in float32 (float64 for float64 x).
+
+    Args:
+        x: (batch, length, channels), floating.
+        weight: (channels, d_conv).
+        bias: (channels,).
+        activation: None or "silu".
+        initial_state: The inputs before x, (batch, d_conv - 1, channels).
+        return_last_state: Whether to return the inputs that a continuation needs.
+        backend: "auto" takes the one of the enclosing `ops.backend`, else `cpu` or `cuda` where they take the
+            input, else `reference`, which is also "chunks", and what a gradient of `cpu`'s gradients and
+            transforms of torch.func run.
+
+    Returns:
+        y like x; with return_last_state a tuple of it and the last d_conv - 1 inputs.
+
+    Raises:
+        ValueError: For wrong shapes, dtypes, devices or names.
+        ImportError: If causal-conv1d is asked for and missing.
+        NotImplementedError: Under torch.jit.trace.
     """
     refuse_tracing("causal_conv1d")
-    check_name("backend", backend, BACKENDS)
+    backend = asked(backend)
     check_name("activation", activation, (None, "silu"))
     check_flags(return_last_state=return_last_state)
     check_tensor("x", x, ("batch", "length", "channels"))
@@ -69,7 +92,7 @@ def causal_conv1d(
 
 
 def _choose(x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None) -> str:
-    if x.device.type == "cuda":
+    if x.device.type == "cuda" and not transformed():
         able = initial_state is None and _kernel_takes(x, weight)
         return "cuda" if able and _cuda_kernels.installed("causal_conv1d") else "reference"
     return "cpu" if obstacle(x, weight, bias, initial_state) is None else "reference"
@@ -95,7 +118,7 @@ def _last_state(x: Tensor, initial_state: Tensor | None, length: int) -> Tensor:
 def _reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, initial_state: Tensor | None
 ) -> Tensor:
-    dtype, wide = x.dtype, _wide(x)
+    dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
     history = _with_history(x, initial_state, weight.shape[1] - 1).to(wide).transpose(1, 2)
     if x.numel() == 0:
         return x + 0.0 * weight.sum().to(dtype)  # nothing to convolve, still part of the graph
@@ -108,45 +131,86 @@ def _reference(
 def _cpu(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, initial_state: Tensor | None
 ) -> Tensor:
-    dtype, wide, E = x.dtype, _wide(x), x.shape[-1]
+    dtype, wide, E = x.dtype, torch.promote_types(x.dtype, torch.float32), x.shape[-1]
     shift = x.new_zeros(E) if bias is None else bias
     before = None if initial_state is None else pad_channels(initial_state, wide)
-    arguments = (pad_channels(t, wide) for t in (x, weight.t(), shift))
-    y = _Conv.apply(*arguments, before, activation == "silu")
+    arguments = [pad_channels(t, wide) for t in (x, weight.t(), shift)]
+    run: Any = conv_forward if traced(*arguments, before) else _Conv.apply
+    y = run(*arguments, before, activation == "silu")
     return (y if y.shape[-1] == E else y[..., :E]).to(dtype)
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None, silu: bool) -> Tensor:
+    """Run the forward kernel; weight (d_conv, channels), channels a multiple of 16."""
+    from ssm_retrieval.ops._conv_kernels import conv_forward  # numba: imported on first use only
+
+    b, L, E = x.shape
+    y, sizes = torch.empty_like(x), (L, E // LANES, weight.shape[0])
+    given = [flat(t, x.dtype) for t in (x, weight, bias, before, y)]
+    run_tasks(lambda tasks: conv_forward(tasks, sizes, silu, *given), b * sizes[1])
+    return y
+
+
+def _backward(
+    x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None, silu: bool, gy: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run the backward kernel: the gradients of x, weight, bias and before (empty where that is absent)."""
+    from ssm_retrieval.ops._conv_kernels import conv_backward
+
+    b, L, E = x.shape
+    K = weight.shape[0]
+    dx = torch.empty_like(x)
+    dweight, dbias = x.new_empty(b, K, E), x.new_empty(b, E)
+    dbefore = x.new_empty(0) if before is None else torch.empty_like(before)
+    given = [flat(t, x.dtype) for t in (x, weight, bias, before, gy.contiguous())]
+    out = [flat(t, x.dtype) for t in (dx, dweight, dbias, dbefore)]
+    sizes = (L, E // LANES, K)
+    run_tasks(lambda tasks: conv_backward(tasks, sizes, silu, *given, *out), b * sizes[1])
+    return dx, dweight.sum(0), dbias.sum(0), dbefore
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.silu = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    if torch.is_grad_enabled():  # of the backward pass itself, whose own gradient somebody will want
+
+        def again(x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None) -> list[Tensor]:
+            return [_reference(x, weight.t(), bias, "silu" if ctx.silu else None, before)]
+
+        return (*differentiable_gradients(again, tensors, [gy]), None)
+    run: Any = conv_backward if traced(*tensors) else _backward
+    found = run(*tensors, ctx.silu, gy)
+    return (*(None if x is None else grad for x, grad in zip(tensors, found, strict=True)), None)
 
 
 class _Conv(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None, silu: bool
-    ) -> Tensor:
-        from ssm_retrieval.ops._conv_kernels import conv_forward  # numba: imported on first use only
-
-        b, L, E = x.shape
-        y, sizes = torch.empty_like(x), (L, E // LANES, weight.shape[0])
-        given = [flat(t, x.dtype) for t in (x, weight, bias, before, y)]
-        run_tasks(lambda tasks: conv_forward(tasks, sizes, silu, *given), b * sizes[1])
-        ctx.save_for_backward(x, weight, bias, before)
-        ctx.silu = silu
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        _save(ctx, inputs, y := _forward(*inputs))
         return y
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gy: Tensor) -> Any:
-        from ssm_retrieval.ops._conv_kernels import conv_backward
+    backward = staticmethod(_gradients)
 
-        x, weight, bias, before = ctx.saved_tensors
-        b, L, E = x.shape
-        K = weight.shape[0]
-        dx = torch.empty_like(x)
-        dweight, dbias = x.new_empty(b, K, E), x.new_empty(b, E)
-        dbefore = None if before is None else torch.empty_like(before)
-        given = [flat(t, x.dtype) for t in (x, weight, bias, before, gy.contiguous())]
-        out = [flat(t, x.dtype) for t in (dx, dweight, dbias, dbefore)]
-        sizes = (L, E // LANES, K)
-        run_tasks(lambda tasks: conv_backward(tasks, sizes, ctx.silu, *given, *out), b * sizes[1])
-        return dx, dweight.sum(0), dbias.sum(0), dbefore, None
+
+# One node each of the graphs of torch.compile and torch.export; a call that none records goes past them
+conv_forward = torch.library.custom_op("ssm_retrieval::causal_conv1d", _forward, mutates_args=())
+conv_backward = torch.library.custom_op("ssm_retrieval::causal_conv1d_backward", _backward, mutates_args=())
+conv_forward.register_autograd(_gradients, setup_context=_save)
+
+
+@conv_forward.register_fake
+def _(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+@conv_backward.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
+    dbefore = x.new_empty(0) if before is None else torch.empty_like(before)
+    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias), dbefore
 
 
 def _cuda(

@@ -19,39 +19,76 @@ from torch import Tensor
 from ssm_retrieval.ops import linear as ops
 from ssm_retrieval.ops._arrays import flat
 from ssm_retrieval.ops._checks import check_tensor
-from ssm_retrieval.ops._route import obstacle, refuse_tracing, uncompiled, without_autocast
+from ssm_retrieval.ops._route import (
+    asked,
+    differentiable_gradients,
+    obstacle,
+    refuse_tracing,
+    traced,
+    transformed,
+    without_autocast,
+)
 from ssm_retrieval.ops._threads import run_tasks
 
 BLOCK_LOGITS = 2**21  # logits per block: 8 MiB in float32, within the last level of a laptop's cache
 IGNORE = -100
 
 
-@uncompiled
 def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy in nats of the logits x weight^T, and what they predict.
 
-    x: (..., D) floating; weight: (V, D); labels: (...) int64, -100 = no label here.
-    Returns the loss, a float32 scalar (float64 for float64 x), and the arg-max of each row's logits,
-    (...) int64, without gradient. Products are made in autocast's dtype where it is on, sums in float32.
-    The loss is NaN if no position has a label, as with `F.cross_entropy`.
-    Raises ValueError for other shapes, dtypes or devices and, on a CPU, for a label outside of the
-    vocabulary; NotImplementedError under torch.jit.trace.
+    Products are made in autocast's dtype where it is on, sums in float32. The loss is NaN if no position has
+    a label, as with `F.cross_entropy`. Under `ops.backend("reference")` and inside transforms of torch.func
+    all logits exist at once; so they do for a gradient of the gradients.
+
+    Args:
+        x: (..., D), floating.
+        weight: (V, D).
+        labels: (...) int64, -100 = no label here.
+
+    Returns:
+        The loss, a float32 scalar (float64 for float64 x), and the arg-max of each row's logits, (...)
+        int64, without gradient.
+
+    Raises:
+        ValueError: For other shapes, dtypes or devices and, on a CPU, for a label outside of the vocabulary.
+        NotImplementedError: Under torch.jit.trace.
     """
     refuse_tracing("linear_cross_entropy")
     _check(x, weight, labels)
-    device = x.device.type
+    device, backend = x.device.type, asked("auto")
     dtype = weight.dtype
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     rows, target = x.reshape(-1, x.shape[-1]), labels.reshape(-1)
-    fused = obstacle(x, weight, labels) is None
-    if fused:
-        wrong = ((target < 0) & (target != IGNORE)) | (target >= weight.shape[0])
-        if wrong.any():  # the kernel would write beside the row
-            raise ValueError(f"label {int(target[wrong][0])} is outside of 0 .. {weight.shape[0] - 1}")
-    keep = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    loss, predictions = _LinearCrossEntropy.apply(rows, weight, target, dtype, keep, fused)
+    recorded = traced(x, weight, labels)
+    if device == "cpu" and not recorded and not transformed():
+        _check_labels(target, weight.shape[0])
+    if backend == "reference" or transformed():
+        loss, predictions = _reference(rows, weight, target, dtype)
+    else:
+        fused = backend in ("auto", "cpu") and obstacle(x, weight, labels) is None
+        keep = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        run: Any = fused_cross_entropy if recorded else _LinearCrossEntropy.apply
+        loss, predictions, _, _ = run(rows, weight, target, dtype, keep, fused)
     return loss, predictions.view(labels.shape)
+
+
+def _check_labels(labels: Tensor, V: int) -> None:
+    """A kernel would write beside the row."""
+    wrong = ((labels < 0) & (labels != IGNORE)) | (labels >= V)
+    if wrong.any():
+        raise ValueError(f"label {int(labels[wrong][0])} is outside of 0 .. {V - 1}")
+
+
+def _reference(x: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The equation as written, differentiable any number of times; x (M, D), labels (M,)."""
+    real = labels != IGNORE
+    with without_autocast(x.device.type):
+        logits = (x.to(dtype) @ weight.to(dtype).t()).to(torch.promote_types(x.dtype, torch.float32))
+    chosen = logits.gather(-1, labels.masked_fill(~real, 0).unsqueeze(-1)).squeeze(-1)
+    losses = (logits.logsumexp(-1) - chosen).masked_fill(~real, 0.0)
+    return losses.sum() / real.sum(), logits.argmax(-1)
 
 
 def _check(x: Tensor, weight: Tensor, labels: Tensor) -> None:
@@ -68,53 +105,86 @@ def _check(x: Tensor, weight: Tensor, labels: Tensor) -> None:
             f"labels have shape {tuple(labels.shape)}; with x {tuple(x.shape)} they must be "
             f"{tuple(x.shape[:-1])}, a label for every row"
         )
-    check_tensor("labels", labels, [str(size) for size in x.shape[:-1]], (torch.int64,))
+    check_tensor("labels", labels, x.shape[:-1], (torch.int64,))
     for name, other in (("weight", weight), ("labels", labels)):
         if other.device != x.device:
             raise ValueError(f"{name} is on {other.device}, x on {x.device}; move it there")
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        dtype: torch.dtype,
-        keep: bool,
-        fused: bool,
-    ) -> tuple[Tensor, Tensor]:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        W, M, V = weight.to(dtype), x.shape[0], weight.shape[0]
-        onednn = dtype == torch.float32 and x.device.type == "cpu" and ops.onednn_is_faster()
-        losses, predictions = x.new_zeros(M, dtype=wide), torch.empty_like(labels)
-        dx = torch.empty_like(x) if keep else None
-        dW = torch.zeros_like(weight, dtype=wide) if keep else None
-        scale = 1.0 / (labels != IGNORE).sum().to(wide)
-        rows = max(1, BLOCK_LOGITS // V)
-        with without_autocast(x.device.type):
-            for start in range(0, M, rows):
-                part = slice(start, start + rows)
-                xs = x[part].to(dtype)
-                logits = (ops.matmul(xs, W) if onednn else xs @ W.t()).to(wide)
-                kernel = _cpu_rows if fused else _reference_rows
-                losses[part], predictions[part] = kernel(logits, labels[part], scale)
-                if dx is None or dW is None:
-                    continue
+def _forward(
+    x: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, keep: bool, fused: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, the predictions and, if `keep`, the gradients of x and of weight (else empty)."""
+    if x.device.type == "cpu":
+        _check_labels(labels, weight.shape[0])
+    wide = torch.promote_types(x.dtype, torch.float32)
+    W, M, V = weight.to(dtype), x.shape[0], weight.shape[0]
+    onednn = ops.by_onednn(dtype, x.device)
+    losses, predictions = x.new_zeros(M, dtype=wide), torch.empty_like(labels)
+    dx = torch.empty_like(x) if keep else x.new_empty(0)
+    dW = torch.zeros_like(weight, dtype=wide) if keep else weight.new_empty(0, dtype=wide)
+    scale = 1.0 / (labels != IGNORE).sum().to(wide)
+    rows = max(1, BLOCK_LOGITS // V)
+    with without_autocast(x.device.type):
+        for start in range(0, M, rows):
+            part = slice(start, start + rows)
+            xs = x[part].to(dtype)
+            logits = (ops.matmul(xs, W) if onednn else xs @ W.t()).to(wide)
+            kernel = _cpu_rows if fused else _reference_rows
+            losses[part], predictions[part] = kernel(logits, labels[part], scale)
+            if keep:
                 g = logits.to(dtype)
                 dx[part] = ops.matmul(g, W.t()) if onednn else g @ W
                 dW += ops.outer(g, xs) if onednn else g.t() @ xs
-        ctx.save_for_backward(dx, dW)
-        ctx.weight_dtype = weight.dtype
-        ctx.mark_non_differentiable(predictions)
-        return losses.sum() * scale, predictions
+    return losses.sum() * scale, predictions, dx, dW
 
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, labels, ctx.dtype, *_ = inputs
+    ctx.save_for_backward(x, weight, labels, *output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    x, weight, labels, dx, dW = ctx.saved_tensors
+    nothing = (None,) * 4
+    if grad is None:
+        return None, None, *nothing
+    if torch.is_grad_enabled():  # of the backward pass itself, whose own gradient somebody will want
+
+        def again(x: Tensor, weight: Tensor) -> list[Tensor]:
+            return [_reference(x, weight, labels, ctx.dtype)[0]]
+
+        return *differentiable_gradients(again, (x, weight), [grad]), *nothing
+    return dx * grad.to(dx.dtype), (dW * grad).to(weight.dtype), *nothing
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
-        dx, dW = ctx.saved_tensors
-        return dx * grad.to(dx.dtype), (dW * grad).to(ctx.weight_dtype), None, None, None, None
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        output = _forward(*inputs)
+        ctx.mark_non_differentiable(*output[1:])
+        _save(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_gradients)
+
+
+# One node of the graphs of torch.compile and torch.export; a call that none records goes past it
+fused_cross_entropy = torch.library.custom_op(
+    "ssm_retrieval::linear_cross_entropy", _forward, mutates_args=()
+)
+fused_cross_entropy.register_autograd(_gradients, setup_context=_save)
+
+
+@fused_cross_entropy.register_fake
+def _(
+    x: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, keep: bool, fused: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    dx = torch.empty_like(x) if keep else x.new_empty(0)
+    dW = torch.empty_like(weight, dtype=wide) if keep else weight.new_empty(0, dtype=wide)
+    return x.new_empty((), dtype=wide), torch.empty_like(labels), dx, dW
 
 
 def _reference_rows(logits: Tensor, labels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

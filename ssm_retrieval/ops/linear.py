@@ -3,14 +3,14 @@
 On a CPU torch multiplies float32 matrices with Intel's MKL, which does not use the AVX-512 units of AMD's
 processors; oneDNN, which torch also carries, does: 470 against 190 GFLOP/s on two Zen 5 cores. `linear`
 therefore goes to oneDNN there, and is torch's `F.linear` everywhere else (other processors, devices, dtypes,
-autocast). Which of the two runs depends on the machine only, so that a run repeats itself bit for bit.
+autocast, compilers and transforms of torch.func). Which of the two runs is decided once, when this module is
+imported: a run repeats itself bit for bit, and processors differ in speed and in rounding only.
 """
 
 from __future__ import annotations
 
 import platform
 import sys
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,20 +18,36 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssm_retrieval.ops._checks import check_shapes, check_tensor
+from ssm_retrieval.ops._route import asked, transformed
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weight^T + bias. x: (..., K), weight: (N, K), bias: (N,); returns (..., N). As `F.linear`.
+    """x weight^T + bias, as `F.linear`, differentiable any number of times.
 
-    Raises ValueError for other shapes, dtypes or devices.
+    Args:
+        x: (..., K), floating.
+        weight: (N, K).
+        bias: (N,).
+
+    Returns:
+        (..., N).
+
+    Raises:
+        ValueError: For other shapes, dtypes or devices.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # they know it, and would break at ours
         return F.linear(x, weight, bias)
     _check(x, weight, bias)
-    able = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0 and weight.numel() > 0
-    if able and not torch.is_autocast_enabled("cpu") and onednn_is_faster():
+    able = x.numel() > 0 and weight.numel() > 0 and not torch.is_autocast_enabled("cpu")
+    if able and by_onednn(x.dtype, x.device):
         return _Linear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def by_onednn(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products of this kind go to oneDNN: where it is faster or `ops.backend("cpu")` asks for it."""
+    wanted = {"auto": ONEDNN_IS_FASTER, "cpu": HAS_ONEDNN}.get(asked("auto"), False)
+    return wanted and dtype == torch.float32 and device.type == "cpu" and not transformed()
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -54,15 +70,6 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-@lru_cache(maxsize=1)
-def onednn_is_faster() -> bool:
-    """Whether this is an AMD processor with AVX-512 and a torch that uses MKL on it."""
-    able = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
-    if not able or torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return False
-    return "AuthenticAMD" in _processor() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
 def _processor() -> str:
     if sys.platform.startswith("linux"):
         try:
@@ -73,10 +80,25 @@ def _processor() -> str:
     return platform.processor()
 
 
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+# an AMD processor with AVX-512, and a torch that uses MKL on it
+ONEDNN_IS_FASTER = (
+    HAS_ONEDNN
+    and torch.backends.mkl.is_available()
+    and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    and "AuthenticAMD" in _processor()
+)
+
+
 def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a b^T + bias of float32 matrices (M, K), (N, K) by oneDNN; matrices that are neither
+    """a b^T + bias of float32 matrices (M, K), (N, K) by oneDNN, without gradient; matrices that are neither
     contiguous nor transposed are copied there."""
     return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+
+
+def outer(g: Tensor, x: Tensor) -> Tensor:
+    """g^T x for g: (M, N), x: (M, K), the smaller of N and K as oneDNN's rows, which is faster."""
+    return matmul(g.t(), x.t()) if g.shape[1] <= x.shape[1] else matmul(x.t(), g.t()).t()
 
 
 class _Linear(torch.autograd.Function):
@@ -88,20 +110,15 @@ class _Linear(torch.autograd.Function):
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        g = grad.reshape(-1, grad.shape[-1])
+        g, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        again = torch.is_grad_enabled()  # these products will be differentiated: by torch's own
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = matmul(g, weight.t()).view(x.shape)
+            dx = (g @ weight if again else matmul(g, weight.t())).view(x.shape)
         if ctx.needs_input_grad[1]:
-            dweight = outer(g, x.reshape(-1, x.shape[-1]))
+            dweight = g.t() @ rows if again else outer(g, rows)
         if ctx.has_bias and ctx.needs_input_grad[2]:
             dbias = g.sum(0)
         return dx, dweight, dbias
-
-
-def outer(g: Tensor, x: Tensor) -> Tensor:
-    """g^T x for g: (M, N), x: (M, K), the smaller of N and K as oneDNN's rows, which is faster."""
-    return matmul(g.t(), x.t()) if g.shape[1] <= x.shape[1] else matmul(x.t(), g.t()).t()

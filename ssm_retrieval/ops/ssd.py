@@ -17,25 +17,41 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssm_retrieval.ops import _cuda_kernels
-from ssm_retrieval.ops._checks import check_flags, check_name, check_positions, check_shapes, check_tensor
-from ssm_retrieval.ops._route import refuse_tracing
-
-BACKENDS = ("auto", "chunks", "cuda")
+from ssm_retrieval.ops._checks import check_flags, check_positions, check_shapes, check_tensor
+from ssm_retrieval.ops._route import asked, refuse_tracing, transformed
 
 
 def ssd_reference(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The recurrence, one token after the other; shapes as in `ssd`, returns y and the last state."""
+    y, last, _ = _recurrence(x, dt, A, B, C, initial_state, [])
+    return y, last
+
+
+def _recurrence(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor | None,
+    positions: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`ssd_reference` and the states after the tokens `positions`."""
     b, L, H, P = x.shape
     B, C = (t.repeat_interleave(H // t.shape[2], dim=2) for t in (B, C))
     h = x.new_zeros(b, H, P, B.shape[-1]) if initial_state is None else initial_state
-    ys = []
+    ys, found = [], {}
     for t in range(L):
         decay = torch.exp(dt[:, t] * A)[..., None, None]  # (b, H, 1, 1)
         h = decay * h + (dt[:, t, :, None] * x[:, t]).unsqueeze(-1) * B[:, t].unsqueeze(-2)
-        ys.append((h @ C[:, t].unsqueeze(-1)).squeeze(-1))
-    return torch.stack(ys, dim=1) if ys else torch.zeros_like(x), h
+        ys.append((h * C[:, t].unsqueeze(-2)).sum(-1))
+        if t in positions:
+            found[t] = h
+    y = torch.stack(ys, dim=1).to(x.dtype) if ys else torch.zeros_like(x)
+    states = h.new_empty(b, 0, *h.shape[1:])
+    return y, h, torch.stack([found[t] for t in positions], dim=1) if positions else states
 
 
 def ssd(
@@ -52,25 +68,44 @@ def ssd(
 ) -> Any:
     """State space duality by chunks (listing 1 of the paper), with matrix products only.
 
-    x: (b, L, H, P); dt: (b, L, H) positive; A: (H,) negative; B, C: (b, L, G, N), G dividing H;
-    initial_state: (b, H, P, N); states_at: positions in [0, L), any order. Returns y (b, L, H, P), with
-    return_last_state also the last state (b, H, P, N), with states_at also h_t (b, positions, H, P, N); in
-    this order as a tuple.
-    backend: "chunks" computes here, "cuda" by mamba-ssm's `mamba_chunk_scan_combined` (not with states_at),
-    "auto" takes "cuda" for CUDA tensors where that is installed.
     Decays are exponentials of sums that are masked to -inf before the exponential, so neither the
     values nor the gradients overflow. Cost: L * chunk_size * (N + P) per head, linear in L.
     The sum of dt A from one token to another is the difference of two sums from the chunk's start, so in
     float32 its error grows with the chunk: up to 3e-5 relative at dt A = -80 and 256 tokens.
-    Raises ValueError for wrong shapes, dtypes, devices, positions or names, ImportError if mamba-ssm is
-    missing, NotImplementedError under torch.jit.trace.
+
+    Args:
+        x: (b, L, H, P).
+        dt: (b, L, H), positive.
+        A: (H,), negative.
+        B: (b, L, G, N), G dividing H.
+        C: As B.
+        initial_state: (b, H, P, N).
+        chunk_size: Tokens per chunk: a choice of speed, not of function.
+        return_last_state: Whether to return the state after the last token.
+        states_at: Positions in [0, L), any order.
+        backend: "chunks" computes here, "cuda" by mamba-ssm's `mamba_chunk_scan_combined` (not with
+            states_at), "reference" token by token, "cpu" is "chunks" for tensors on a CPU; "auto" takes the
+            one of the enclosing `ops.backend`, else "cuda" for CUDA tensors where that is installed and takes
+            the input, else "chunks".
+
+    Returns:
+        y (b, L, H, P), with return_last_state also the last state (b, H, P, N), with states_at also h_t (b,
+        positions, H, P, N); in this order as a tuple.
+
+    Raises:
+        ValueError: For wrong shapes, dtypes, devices, positions or names.
+        ImportError: If mamba-ssm is asked for and missing.
+        NotImplementedError: Under torch.jit.trace.
     """
     refuse_tracing("ssd")
-    _check(x, dt, A, B, C, initial_state, chunk_size, backend)
+    backend = asked(backend)
+    _check(x, dt, A, B, C, initial_state, chunk_size)
     check_flags(return_last_state=return_last_state)
     positions = None if states_at is None else check_positions(states_at, x.shape[1])
     if backend == "auto":
         backend = _choose(x, positions)
+    elif backend == "cpu" and x.device.type != "cpu":
+        raise ValueError(f"backend='cpu' got tensors on {x.device}; use backend='chunks'")
     if backend == "cuda":
         if positions is not None:
             raise ValueError("backend='cuda' cannot return states_at; use backend='auto'")
@@ -80,6 +115,23 @@ def ssd(
                 f"{tuple(x.shape)}; use backend='auto'"
             )
         return _given(*_cuda(x, dt, A, B, C, initial_state, return_last_state))
+    if backend == "reference":
+        y, last, states = _recurrence(x, dt, A, B, C, initial_state, positions or ())
+        return _given(y, last if return_last_state else None, None if positions is None else states)
+    return _chunks(x, dt, A, B, C, initial_state, chunk_size, return_last_state, positions)
+
+
+def _chunks(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor | None,
+    chunk_size: int,
+    return_last_state: bool,
+    positions: list[int] | None,
+) -> Any:
     b, L, H, P = x.shape
     G, N = B.shape[2:]
     dtype, last = x.dtype, x.new_zeros(b, H, P, N) if initial_state is None else initial_state
@@ -131,9 +183,7 @@ def _check(
     C: Tensor,
     initial_state: Tensor | None,
     chunk_size: int,
-    backend: str,
 ) -> None:
-    check_name("backend", backend, BACKENDS)
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
         said = chunk_size if isinstance(chunk_size, (int, float)) else f"a {type(chunk_size).__name__}"
         raise ValueError(f"chunk_size must be an integer of at least 1, not {said}")
@@ -153,7 +203,7 @@ def _check(
 
 
 def _choose(x: Tensor, positions: list[int] | None) -> str:
-    able = positions is None and _cuda_kernels.takes(x)
+    able = positions is None and _cuda_kernels.takes(x) and not transformed()
     cuda = x.device.type == "cuda" and able and _cuda_kernels.installed("mamba_ssm")
     return "cuda" if cuda else "chunks"
 
