@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 pytest.importorskip("tokenizers", reason="tokenizers is not installed; .ci/run installs it")
 pytest.importorskip("sklearn", reason="scikit-learn is not installed; .ci/run installs it")
 
-from vlm import parts, prompts, results, tokenizer
+from vlm import components, prompts, results, tokenizer
 from vlm.data.samples import Sample
 from vlm.scenes import TASKS, render, sample_scene
 from vlm.scenes import encoder as scenes
@@ -74,7 +74,7 @@ def test_all_sources_of_a_split_show_the_same_pictures():
 @pytest.mark.parametrize("task", SOURCES)
 @pytest.mark.parametrize("split", ["train", "heldout", "combination"])
 def test_the_tokenizer_knows_every_piece_of_scenes(task, split):
-    words = parts.text("scenes")
+    words = components.text("scenes")
     source = SceneSource(task, 60, split=split, seed=5, turns=6)
     unknown = words.encode("~")
     for i in range(60):
@@ -86,7 +86,7 @@ def test_the_tokenizer_knows_every_piece_of_scenes(task, split):
 
 @given(st.lists(st.floats(0, 1), min_size=4, max_size=4))
 def test_every_box_is_eleven_tokens_with_its_end(numbers):
-    words = parts.text("scenes")
+    words = components.text("scenes")
     box = "[" + ",".join(f"{n:.2f}" for n in numbers) + "]." + prompts.END
     ids = words.encode(box)
     assert len(ids) == 11 and ids[-1] == words.encode(prompts.END)[0] == 0
@@ -150,7 +150,7 @@ def test_a_few_steps_teach_the_encoder_and_its_file_is_used_again(tmp_path, monk
     assert not torch.equal(scenes.SceneEncoder()(x), encoder(x))
     assert not any(p.requires_grad for p in encoder.parameters())
     with pytest.raises(ValueError, match="image_size=36 must be a multiple"):
-        parts.eyes("scenes", 36, tmp_path)
+        components.eyes("scenes", 36, tmp_path)
 
 
 # --- scores -------------------------------------------------------------------------------------------------

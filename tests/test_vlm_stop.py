@@ -25,7 +25,7 @@ import vlm_runs
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.terminal import plain_console
 from ssm_retrieval.training import store
-from vlm import folders, parts, stages, train
+from vlm import components, folders, stages, train
 from vlm.config import Scenes, Stage
 from vlm.scenes import encoder
 
@@ -112,12 +112,12 @@ def test_ctrl_c_while_the_encoder_trains_ends_with_130_and_the_same_command_goes
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
 
-    parts.eyes.cache_clear()
+    components.eyes.cache_clear()
     with monkeypatch.context() as patched:
         patched.setattr(encoder, "_train", interrupted)
         assert train.main([str(config), "--out", str(out), "--jobs", "1"]) == 130
     assert "the same command goes on" in capsys.readouterr().err
-    assert not list((out / parts.ENCODERS).glob("*.safetensors"))
+    assert not list((out / components.ENCODERS).glob("*.safetensors"))
     monkeypatch.setattr(encoder, "_train", lambda *_: None)
     assert train.main([str(config), "--out", str(out), "--jobs", "1"]) == 0
     assert store.read_json(out / tiny().stage_ids()[0] / folders.RESULT)["steps"] == 4

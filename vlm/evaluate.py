@@ -17,8 +17,7 @@ from torch import Tensor
 from ssm_retrieval.cli import guarded, parse, use_threads
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.terminal import plain_console
-from synthetic.evaluate import autocast
-from vlm import folders, parts, results
+from vlm import components, folders, results
 from vlm.config import Data, Run, read_file
 from vlm.data.samples import Sample, Source
 from vlm.folders import RESULT
@@ -103,7 +102,7 @@ def load(run: Run, out: Path, device: str = "cpu") -> VLM:
     folder = out / run.stage_ids()[-1]
     if not (folder / RESULT).exists():
         raise UserError(f"run {run.name!r} is not trained in {out}; run python -m vlm.train first")
-    model = parts.model(run, parts.eyes(run.encoder, run.image_size, out, device).width)
+    model = components.model(run, components.eyes(run.encoder, run.image_size, out, device).width)
     folders.load_weights(folder, model)
     return model.to(device).eval()
 
@@ -117,8 +116,8 @@ def evaluate(
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load(run, out, device)
-    features = parts.features(run, run.image_size, out, device)
-    side = parts.eyes(run.encoder, run.image_size, out, device).side
+    features = components.features(run, run.image_size, out, device)
+    side = components.eyes(run.encoder, run.image_size, out, device).side
     folder = out / run.stage_ids()[-1]
     spent = [folders.finished(out / name) for name in run.stage_ids()]
     fixed = dict(
@@ -188,8 +187,8 @@ def say(model: VLM, run: Run, input_ids: Tensor, features: Tensor) -> list[list[
 
     Ids up to and with the end token, which rows that end early repeat.
     """
-    end = parts.text(run.tokenizer).encode(END)[0]
-    with autocast(input_ids.device.type, "bfloat16" if run.precision == "bf16" else "float32"):
+    end = components.text(run.tokenizer).encode(END)[0]
+    with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
         return model.generate(input_ids, features, run.max_new_tokens, eos_token_id=end).tolist()
 
 
@@ -197,8 +196,8 @@ def answer_all(
     model: VLM, run: Run, features: Any, source: Source, samples: Sequence[Sample], side: int, device: str
 ) -> list[str]:
     """Answers to samples of a source, whose images have side x side patches."""
-    text = parts.text(run.tokenizer)
-    prompts = [parts.prompt(run, sample, side)[0] for sample in samples]
+    text = components.text(run.tokenizer)
+    prompts = [components.prompt(run, sample, side)[0] for sample in samples]
     answers = [""] * len(samples)
     for numbers in alike(map(len, prompts), BATCH):
         ids = torch.tensor([prompts[i] for i in numbers], device=device)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ssm_retrieval.errors import UserError
-from synthetic.evaluate import wilson
+from ssm_retrieval.statistics import wilson
 from vlm.data.samples import Sample
 from vlm.data.turns import usual
 from vlm.metrics import boxes, choices, vqa
@@ -223,7 +223,7 @@ def write(out: Path, run: str, rows: Sequence[Mapping[str, Any]], answers: Seque
     from filelock import FileLock
 
     from ssm_retrieval.training import store
-    from synthetic.results import to_parquet
+    from ssm_retrieval.training.parquet import to_parquet
 
     table, said = table_path(out, run), answers_path(out, run)
     table.parent.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ from ssm_retrieval.errors import UserError
 from ssm_retrieval.training import store
 from ssm_retrieval.training.distributed import fill
 from ssm_retrieval.training.optimizers import make_state
-from vlm import folders, parts, schema
+from vlm import components, folders, schema
 from vlm.config import Run, Stage
 from vlm.data.loader import VLMBatch, batches
 from vlm.data.mixture import Mixture
@@ -84,8 +84,8 @@ def train_stage(
             f"{stage.accumulate} parts; use a multiple of {world * stage.accumulate}"
         )
     device = str(accelerator.device)
-    text, seen = parts.text(run.tokenizer), parts.eyes(run.encoder, run.size(stage), out, device)
-    features = parts.features(run, run.size(stage), out, device)
+    text, seen = components.text(run.tokenizer), components.eyes(run.encoder, run.size(stage), out, device)
+    features = components.features(run, run.size(stage), out, device)
     sources = {name: data.build(answers=True) for name, data in stage.data.items()}
     mixture = Mixture(sources, stage.weights)
     if stage.epochs:
@@ -93,7 +93,7 @@ def train_stage(
         stage = dataclasses.replace(stage, steps=steps, epochs=0.0)
     for source in sources.values():
         features.fill(source, progress=accelerator.is_main_process)
-    model = parts.model(run, seen.width).to(accelerator.device)
+    model = components.model(run, seen.width).to(accelerator.device)
     if number:
         folders.load_weights(out / names[number - 1], model)
     model.lm.requires_grad_(stage.train == "all")
