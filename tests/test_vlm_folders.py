@@ -208,9 +208,10 @@ def test_what_a_killed_evaluation_left_is_removed(tmp_path):
 
 def test_captions_that_are_not_scored_are_said_in_one_line(monkeypatch, capsys):
     from vlm.data.samples import Sample
+    from vlm.metrics import scores
 
-    monkeypatch.setattr(results, "captions_are_scored", lambda: False)
-    results._warn_of_captions.cache_clear()
+    monkeypatch.setattr(scores, "captions_are_scored", lambda: False)
+    scores._warn_of_captions.cache_clear()
     sample = Sample("0", "caption", "0", "caption", (), {"captions": ["a star"]})
     assert results.score([sample], ["a star"]) == results.score([sample], ["a star"]) == []
     said = capsys.readouterr().err.strip().splitlines()
