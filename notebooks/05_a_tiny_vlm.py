@@ -36,7 +36,7 @@ from ssm_retrieval import models
 from ssm_retrieval.statistics import mean_interval
 from ssm_retrieval.style import NAMES, family_colors, legend
 from synthetic.evaluate import wilson
-from vlm import layout, parts
+from vlm import components, layout
 from vlm.config import Run, Scenes, Stage
 from vlm.data.loader import batches
 from vlm.data.mixture import Mixture
@@ -86,7 +86,7 @@ display(pd.DataFrame(rows).set_index("task"))
 # known, which the paper did not try).
 
 # %%
-words = parts.text("scenes")  # a small tokenizer for scenes
+words = components.text("scenes")  # a small tokenizer for scenes
 source = Scenes("reading-word", 400, "heldout").build(answers=True)
 sample = source[3]
 KINDS = ("patch of the picture", "marker of the picture", "question", "answer")

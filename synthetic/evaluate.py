@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.models import LanguageModel, generate
+from ssm_retrieval.statistics import wilson
 from synthetic.tasks import Batch, Task
 
 EVAL_SEED = 2409_05395  # of both streams; the same for every training seed, model and length
@@ -70,21 +71,6 @@ class Evaluation:
                 )
             )
         return rows
-
-
-def wilson(correct: int, count: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """95 % confidence interval of a proportion (Wilson 1927); (0, 1) for no observations.
-
-    It contains correct / count, and reaches 0 and 1 where that does: exactly, whatever the rounding.
-    """
-    if count == 0:
-        return 0.0, 1.0
-    p, n = correct / count, count
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    low = 0.0 if correct == 0 else max(0.0, min(p, centre - half))
-    high = 1.0 if correct == count else min(1.0, max(p, centre + half))
-    return low, high
 
 
 def autocast(device: str, precision: str) -> AbstractContextManager[object]:

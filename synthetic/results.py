@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssm_retrieval.registry import ARCHITECTURES
 from ssm_retrieval.training import records, store
+from ssm_retrieval.training.parquet import to_parquet
 from ssm_retrieval.training.store import Row
 
 if TYPE_CHECKING:
@@ -224,20 +225,3 @@ def _num_symbols(task: str, options: str) -> int:
     from synthetic import tasks
 
     return tasks.build(task, **json.loads(options)).vocabulary.num_symbols
-
-
-def to_parquet(rows: list[Row], columns: dict[str, tuple[str, str]]) -> bytes:
-    """A Parquet file of `rows` with exactly these columns; missing values are null."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    schema = pa.schema(
-        [
-            pa.field(n, pa.type_for_alias(kind), metadata={"meaning": text})
-            for n, (kind, text) in columns.items()
-        ]
-    )
-    table = pa.Table.from_pylist([{name: row.get(name) for name in columns} for row in rows], schema=schema)
-    content = io.BytesIO()
-    parquet.write_table(table, content, compression="zstd")
-    return content.getvalue()

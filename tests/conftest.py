@@ -105,8 +105,8 @@ def two_stages(tmp_path_factory):
 @pytest.fixture
 def vlm_folder(two_stages, tmp_path):
     """A copy of `two_stages`."""
-    from vlm import parts
+    from vlm import components
 
     shutil.copytree(two_stages.parent, tmp_path / "out")
-    parts.eyes.cache_clear()
+    components.eyes.cache_clear()
     return tmp_path / "out" / two_stages.name

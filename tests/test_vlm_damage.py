@@ -14,7 +14,7 @@ from vlm_runs import one_line
 
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.training import store
-from vlm import evaluate, folders, parts, stages
+from vlm import components, evaluate, folders, stages
 from vlm.scenes import encoder
 
 NAN, INF = float("nan"), float("inf")
@@ -131,10 +131,10 @@ def test_damaged_weights_of_a_stage_are_named(vlm_folder, how):
 
 @pytest.mark.parametrize("how", [how for how in TENSOR_DAMAGE if how != "missing"])
 def test_a_damaged_scenes_encoder_is_named(vlm_folder, how):
-    path = vlm_folder.parent / parts.ENCODERS / f"{encoder.key()}.safetensors"
+    path = vlm_folder.parent / components.ENCODERS / f"{encoder.key()}.safetensors"
     damage_tensors(path, how)
     with pytest.raises(UserError, match="; delete it, and it is trained anew") as raised:
-        parts.eyes("scenes", 32, vlm_folder.parent)
+        components.eyes("scenes", 32, vlm_folder.parent)
     assert str(path) in one_line(raised)
 
 
@@ -147,7 +147,7 @@ def test_a_damaged_scenes_encoder_is_named(vlm_folder, how):
 )  # fmt: skip
 def test_a_damaged_checkpoint_is_named(vlm_folder, how, said):
     wanted = folders.saved_run(vlm_folder)[0]
-    model = parts.model(wanted, encoder.WIDTH)
+    model = components.model(wanted, encoder.WIDTH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
@@ -194,7 +194,7 @@ def test_an_empty_file_of_a_stage_ends_every_command_in_one_line(vlm_folder, tmp
     pytest.importorskip("gradio", reason="gradio is not installed; .ci/run installs it")
     path = vlm_folder / name
     if name == "encoder":
-        path = vlm_folder.parent / parts.ENCODERS / f"{encoder.key()}.safetensors"
+        path = vlm_folder.parent / components.ENCODERS / f"{encoder.key()}.safetensors"
     path.write_bytes(b"")
     picture = tmp_path / "a.png"
     Image.new("RGB", (32, 32)).save(picture)

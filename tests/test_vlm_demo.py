@@ -22,7 +22,7 @@ pytest.importorskip("PIL", reason="pillow is not installed; .ci/run installs it"
 import vlm_runs
 from PIL import Image
 
-from vlm import looking, parts, predict
+from vlm import components, looking, predict
 from vlm.demo import __main__ as command
 from vlm.demo import asking, drawing
 from vlm.layout import sequence
@@ -64,7 +64,7 @@ def test_the_answer_is_that_of_predict_and_the_maps_those_of_looking(folders, wh
     reply = asking.ask(contestant, picture, question)
     run, out = contestant.run, contestant.out
     assert reply.said == predict.ask(contestant.model, run, out, picture, question.text)
-    text, eyes = parts.text("scenes"), parts.eyes("scenes", 32, out)
+    text, eyes = components.text("scenes"), components.eyes("scenes", 32, out)
     ids, _ = sequence(question.sample.chunks, text.encode, 4, run.layout, markers=text.markers)
     words = contestant.model.generate(torch.tensor([ids]), eyes([picture]), run.max_new_tokens)[0].tolist()
     words = words[: words.index(0)] if 0 in words else words

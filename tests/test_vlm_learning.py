@@ -12,7 +12,7 @@ pytest.importorskip("accelerate", reason="accelerate is not installed; .ci/run i
 pytest.importorskip("tokenizers", reason="tokenizers is not installed; .ci/run installs it")
 pytest.importorskip("sklearn", reason="scikit-learn is not installed; .ci/run installs it")
 
-from vlm import evaluate, parts, stages, train
+from vlm import components, evaluate, stages, train
 from vlm.config import Run, Scenes, Stage
 from vlm.scenes import encoder as scenes
 from vlm.scenes.scene import sample_scene
@@ -41,8 +41,8 @@ class PerfectFeatures:
 
 def test_digits_and_words_are_read(tmp_path, monkeypatch):
     """Held-out scenes; guessing is right for a tenth of the digits. Half a minute on one core."""
-    monkeypatch.setattr(parts, "eyes", lambda *_: types.SimpleNamespace(width=WIDTH, side=SIDE))
-    monkeypatch.setattr(parts, "features", lambda *_: PerfectFeatures())
+    monkeypatch.setattr(components, "eyes", lambda *_: types.SimpleNamespace(width=WIDTH, side=SIDE))
+    monkeypatch.setattr(components, "features", lambda *_: PerfectFeatures())
     tasks = ("reading-digit", "reading-word")
     stage = Stage({task: Scenes(task, 4000) for task in tasks}, steps=350, batch_size=16, lr=3e-3)
     run = Run(

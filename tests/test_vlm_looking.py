@@ -290,14 +290,14 @@ def test_the_command_writes_what_each_layer_does_with_targets_and_distractors(fo
 
 
 def test_a_row_of_the_table_is_the_mean_over_its_patches(folders):
-    from vlm import evaluate, parts
+    from vlm import components, evaluate
     from vlm.config import Scenes
     from vlm.folders import saved_run
 
     run, out = saved_run(folders[1])
     row = looking.table(run, out, 4).query("quantity == 'write' and layer == 1 and example == 3").iloc[0]
     source = Scenes("grounding", 4, "heldout").build(answers=False)
-    eyes, text = parts.eyes("scenes", 32, out), parts.text("scenes")
+    eyes, text = components.eyes("scenes", 32, out), components.text("scenes")
     ids, _ = sequence(source[3].chunks, text.encode, 4, run.layout, markers=text.markers)
     features = eyes([source.picture("3")])
     look = looking.look(evaluate.load(run, out), torch.tensor([ids]), features, [len(ids) - 1])[1]

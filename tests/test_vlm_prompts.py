@@ -112,7 +112,7 @@ def test_lengths_of_images(pixels, length):
     side = layout.grid_side(pixels)
     ids = layout.image_ids(side)
     assert len(ids) == length == side * (side + 1) + 1
-    assert ids.count(layout.PATCH) == side**2 and ids.count(layout.ROW) == side - 1
+    assert ids.count(layout.PLACEHOLDER) == side**2 and ids.count(layout.ROW) == side - 1
     assert ids[0] == ids[-1] == 4118
 
 

@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ssm_retrieval.ops.linear import Linear
 from ssm_retrieval.training import store
-from vlm import evaluate, parts, stages, train
+from vlm import components, evaluate, stages, train
 from vlm.config import Run, Scenes, Stage
 from vlm.scenes import encoder as scenes
 
@@ -61,7 +61,7 @@ def watch(tmp_path, monkeypatch):
         seen, out = Seen(), tmp_path / name
         if not out.exists():
             vlm_runs.save_encoder(out)
-        build, batches = parts.model, stages.batches
+        build, batches = components.model, stages.batches
 
         def watched_model(*args):
             model = build(*args)
@@ -86,7 +86,7 @@ def watch(tmp_path, monkeypatch):
             seen.steps.append(Handed(groups, gradients))
 
         with monkeypatch.context() as patch:
-            patch.setattr(parts, "model", watched_model)
+            patch.setattr(components, "model", watched_model)
             patch.setattr(stages, "batches", watched_batches)
             hook = register_optimizer_step_pre_hook(note)
             try:
@@ -129,7 +129,7 @@ def loss_by_hand(model, batch) -> torch.Tensor:
 
 
 def fresh(wanted: Run):
-    return parts.model(wanted, scenes.WIDTH).double()
+    return components.model(wanted, scenes.WIDTH).double()
 
 
 # --- the optimizer -----------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ def test_each_stage_trains_what_it_says_and_begins_with_the_weights_before_it(wa
     for handed in seen.steps[:3]:  # nor is anything computed for the others
         assert {name for name, g in handed.gradients.items() if g is not None} == connector
     after = [store.load_tensors(watch.out / "0" / name / stages.WEIGHTS)[0] for name in wanted.stage_ids()]
-    start = dict(parts.model(wanted, scenes.WIDTH).named_parameters())
+    start = dict(components.model(wanted, scenes.WIDTH).named_parameters())
     assert all(torch.equal(seen.first[0][name], start[name]) for name in everything)
     assert all(torch.equal(seen.first[1][name], after[0][name]) for name in everything)
     for name in everything:
@@ -222,10 +222,10 @@ def test_each_stage_trains_what_it_says_and_begins_with_the_weights_before_it(wa
 
 def test_the_vision_encoder_never_trains(watch):
     seen = watch(small())
-    eyes = parts.eyes("scenes", 32, watch.out / "0")
+    eyes = components.eyes("scenes", 32, watch.out / "0")
     assert not any(w.requires_grad for w in eyes.module.parameters())
     assert not any(name.startswith("vision_encoder") for name in seen.first[0])
-    saved = store.load_tensors(watch.out / "0" / parts.ENCODERS / f"{scenes.key()}.safetensors")[0]
+    saved = store.load_tensors(watch.out / "0" / components.ENCODERS / f"{scenes.key()}.safetensors")[0]
     assert all(torch.equal(w, saved[name]) for name, w in eyes.module.state_dict().items())
 
 

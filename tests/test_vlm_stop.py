@@ -25,7 +25,8 @@ import vlm_runs
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.terminal import plain_console
 from ssm_retrieval.training import store
-from vlm import folders, parts, stages, train
+from ssm_retrieval.training.loop import CheckpointClock
+from vlm import components, folders, stages, train
 from vlm.config import Scenes, Stage
 from vlm.scenes import encoder
 
@@ -74,6 +75,39 @@ def test_weights_that_diverge_in_the_last_step_are_not_written(out, monkeypatch)
     assert not (out / wanted.stage_ids()[0] / folders.RESULT).exists()
 
 
+# --- checkpoints --------------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("due", [(1, 3), ()])
+def test_a_checkpoint_is_kept_of_the_last_step_at_which_it_was_due(out, monkeypatch, due):
+    steps = []
+
+    class Clock(CheckpointClock):
+        def due(self):
+            return len(steps) in due
+
+    def killed_at_4(row):
+        steps.append(row["step"])
+        if row["step"] == 4:
+            raise Killed
+
+    monkeypatch.setattr(stages, "CheckpointClock", Clock)
+    wanted = tiny(steps=6)
+    with pytest.raises(Killed):
+        train_one(wanted, out, listener=killed_at_4)
+    path = out / wanted.stage_ids()[0] / folders.CHECKPOINT
+    assert path.exists() == bool(due)
+    if due:
+        assert store.load_tensors(path)[1]["step"] == 3
+    steps.clear()
+    train_one(wanted, out, listener=lambda row: steps.append(row["step"]))
+    assert steps == list(range(4 if due else 1, 7))
+
+
 # --- signals ------------------------------------------------------------------------------------------------
 
 
@@ -112,12 +146,12 @@ def test_ctrl_c_while_the_encoder_trains_ends_with_130_and_the_same_command_goes
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
 
-    parts.eyes.cache_clear()
+    components.eyes.cache_clear()
     with monkeypatch.context() as patched:
         patched.setattr(encoder, "_train", interrupted)
         assert train.main([str(config), "--out", str(out), "--jobs", "1"]) == 130
     assert "the same command goes on" in capsys.readouterr().err
-    assert not list((out / parts.ENCODERS).glob("*.safetensors"))
+    assert not list((out / components.ENCODERS).glob("*.safetensors"))
     monkeypatch.setattr(encoder, "_train", lambda *_: None)
     assert train.main([str(config), "--out", str(out), "--jobs", "1"]) == 0
     assert store.read_json(out / tiny().stage_ids()[0] / folders.RESULT)["steps"] == 4

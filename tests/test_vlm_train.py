@@ -15,7 +15,7 @@ pytest.importorskip("tokenizers", reason="tokenizers is not installed; .ci/run i
 pytest.importorskip("sklearn", reason="scikit-learn is not installed; .ci/run installs it")
 
 from ssm_retrieval.training import store
-from vlm import evaluate, parts, predict, results, stages, train
+from vlm import components, evaluate, predict, results, stages, train
 from vlm.config import Run, Scenes, Stage, from_dict, read_file
 from vlm.scenes import encoder as scenes
 
@@ -127,7 +127,7 @@ def test_both_families_see_the_same_examples_in_the_same_order(out, monkeypatch)
 def test_a_connector_stage_changes_the_connector_alone(out):
     wanted = run(stages=(dataclasses.replace(FIRST, train="connector"),))
     after = trained(wanted, out)
-    before = dict(parts.model(wanted, scenes.WIDTH).named_parameters())
+    before = dict(components.model(wanted, scenes.WIDTH).named_parameters())
     changed = {name.partition(".")[0] for name in after if not torch.equal(after[name], before[name])}
     assert changed == {"vision_embed_tokens"}
 
@@ -139,7 +139,7 @@ def test_parts_of_a_batch_add_up_to_the_batch(out):
     accelerator = train.accelerate([whole])
     after = []
     for wanted in (whole, halves):
-        model = parts.model(wanted, scenes.WIDTH)
+        model = components.model(wanted, scenes.WIDTH)
         optimizer = accelerator.prepare(torch.optim.SGD(model.parameters(), lr=1.0))
         torch.manual_seed(3)
         batch = stages.VLMBatch(
@@ -152,7 +152,7 @@ def test_parts_of_a_batch_add_up_to_the_batch(out):
         stages.update(stages.Loss(model), optimizer, batch, wanted.stages[0], accelerator)
         after.append(dict(model.named_parameters()))
     assert all(torch.allclose(after[0][n], after[1][n], atol=1e-6) for n in after[0])
-    fresh = dict(parts.model(whole, scenes.WIDTH).named_parameters())
+    fresh = dict(components.model(whole, scenes.WIDTH).named_parameters())
     assert not all(torch.equal(fresh[n], after[0][n]) for n in fresh)
 
 
@@ -240,7 +240,7 @@ class Sleeper:
 def test_a_box_in_the_answer_is_drawn_around_the_object(monkeypatch, out, capsys, tmp_path):
     wanted = run(stages=(SECOND,))
     trained(wanted, out)
-    said = parts.text("scenes").encode("[0.25,0.50,0.75,1.00].")
+    said = components.text("scenes").encode("[0.25,0.50,0.75,1.00].")
     monkeypatch.setattr(predict, "say", lambda *_: [said])
     picture, drawn = tmp_path / "grey.png", tmp_path / "drawn.png"
     from PIL import Image

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ssm_retrieval.training import store
-from vlm import parts, stages
+from vlm import components, stages
 from vlm.config import Run, Scenes, Stage
 from vlm.scenes import encoder as scenes
 
@@ -26,10 +26,10 @@ def run(model: str, **more) -> Run:
 def save_encoder(out: Path) -> None:
     """An untrained vision encoder in `out`, so that none is trained."""
     torch.manual_seed(0)
-    path = out / parts.ENCODERS / f"{scenes.key()}.safetensors"
+    path = out / components.ENCODERS / f"{scenes.key()}.safetensors"
     path.parent.mkdir(parents=True)
     store.save_tensors(path, scenes.SceneEncoder().state_dict(), {})
-    parts.eyes.cache_clear()
+    components.eyes.cache_clear()
 
 
 def save(wanted: Run, out: Path) -> Path:
@@ -38,7 +38,7 @@ def save(wanted: Run, out: Path) -> Path:
     folder.mkdir(parents=True)
     store.prepare(folder, {}, [wanted.to_dict()], 1)
     store.save_tensors(
-        folder / stages.WEIGHTS, dict(parts.model(wanted, scenes.WIDTH).named_parameters()), {}
+        folder / stages.WEIGHTS, dict(components.model(wanted, scenes.WIDTH).named_parameters()), {}
     )
     store.write_json(folder / stages.RESULT, {"steps": 0, "seconds": 0.0})
     return folder

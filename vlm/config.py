@@ -21,6 +21,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from ssm_retrieval.errors import UserError
 from vlm import schema
+from vlm.data.declaration import Scored
 from vlm.data.samples import Source
 from vlm.prompts import Layout
 from vlm.schema import AsTuple, FileName, Momentum, Natural, NonNegative, Positive, Seed, Text, checked
@@ -53,15 +54,17 @@ class Scenes:
             turns=self.turns, answers=answers,
         )  # fmt: skip
 
-    def chance(self) -> float | None:
-        """Of guessing among the answers that a question allows; None for boxes and captions."""
-        from vlm.scenes import CHANCE
+    def declared(self) -> Scored:
+        """How answers are scored."""
+        from vlm.scenes.declared import SCENES
 
-        return CHANCE.get(self.task)
+        return SCENES[self.task]
 
     def training(self) -> Scenes | None:
-        """What a guess without the image learns from; None for captions: no single answer."""
-        return None if self.task == "caption" else dataclasses.replace(self, split="train", images=4000)
+        """What a guess without the image learns from; None where none is declared."""
+        if self.declared().blind is None:
+            return None
+        return dataclasses.replace(self, split="train", images=4000)
 
 
 @checked
@@ -102,9 +105,11 @@ class Files:
         )  # fmt: skip
         return First(source, self.first) if self.first else source
 
-    def chance(self) -> float | None:
-        """Unknown: official questions differ in their answers."""
-        return None
+    def declared(self) -> Scored:
+        """How answers are scored."""
+        from vlm.data import registry
+
+        return registry.asked_for(registry.DATASETS[self.dataset], self.regions)
 
     def training(self) -> Files | None:
         """Training questions are another split's, which a guess without the image is not given here."""

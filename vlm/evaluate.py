@@ -17,11 +17,12 @@ from torch import Tensor
 from ssm_retrieval.cli import guarded, parse, use_threads
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.terminal import plain_console
-from synthetic.evaluate import autocast
-from vlm import folders, parts, results
+from vlm import components, folders, results
 from vlm.config import Data, Run, read_file
+from vlm.data.declaration import Guess
 from vlm.data.samples import Sample, Source
 from vlm.folders import RESULT
+from vlm.guesses import asked
 from vlm.layout import image_ids
 from vlm.model import VLM
 from vlm.prompts import END
@@ -103,7 +104,7 @@ def load(run: Run, out: Path, device: str = "cpu") -> VLM:
     folder = out / run.stage_ids()[-1]
     if not (folder / RESULT).exists():
         raise UserError(f"run {run.name!r} is not trained in {out}; run python -m vlm.train first")
-    model = parts.model(run, parts.eyes(run.encoder, run.image_size, out, device).width)
+    model = components.model(run, components.eyes(run.encoder, run.image_size, out, device).width)
     folders.load_weights(folder, model)
     return model.to(device).eval()
 
@@ -117,8 +118,8 @@ def evaluate(
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load(run, out, device)
-    features = parts.features(run, run.image_size, out, device)
-    side = parts.eyes(run.encoder, run.image_size, out, device).side
+    features = components.features(run, run.image_size, out, device)
+    side = components.eyes(run.encoder, run.image_size, out, device).side
     folder = out / run.stage_ids()[-1]
     spent = [folders.finished(out / name) for name in run.stage_ids()]
     fixed = dict(
@@ -143,15 +144,13 @@ def evaluate(
         features.fill(source, progress=False)
         samples = _samples(source)
         answers = answer_all(model, run, features, source, samples, side, device)
-        blind = blind_rows(data)
+        blind, chance = blind_rows(data), data.declared().chance
         for row in results.score(samples, answers):
-            more = dict(
-                task=task, split=data.split, chance=data.chance(), question_only=blind.get(row["metric"])
-            )
+            more = dict(task=task, split=data.split, chance=chance, question_only=blind.get(row["metric"]))
             rows.append(fixed | more | row)
         for sample, said in zip(samples, answers, strict=True):
             written.append(
-                dict(task=task, id=sample.id, image=sample.image, asked=results.asked(sample))
+                dict(task=task, id=sample.id, image=sample.image, asked=asked(sample))
                 | dict(said=said, right=results.right(sample, said), target=dict(sample.target))
             )
     return rows, written
@@ -159,14 +158,14 @@ def evaluate(
 
 def blind_rows(data: Data) -> Mapping[str, float]:
     """Metrics of answering without the image, as training samples of the same kind teach; {} if none fit."""
-    training = data.training()
-    return {} if training is None else _blind(data, training)
+    training, guess = data.training(), data.declared().blind
+    return {} if training is None or guess is None else _blind(data, training, guess)
 
 
 @lru_cache(maxsize=64)  # the same for every run that is asked the same
-def _blind(data: Data, training: Data) -> Mapping[str, float]:
-    known, test = (_samples(asked.build(answers=False)) for asked in (training, data))
-    return {row["metric"]: row["value"] for row in results.score(test, results.question_only(known, test))}
+def _blind(data: Data, training: Data, guess: Guess) -> Mapping[str, float]:
+    known, test = (_samples(one.build(answers=False)) for one in (training, data))
+    return {row["metric"]: row["value"] for row in results.score(test, guess(known, test))}
 
 
 def _samples(source: Source) -> list[Sample]:
@@ -183,27 +182,31 @@ def alike(keys: Iterable[Hashable], size: int) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def say(model: VLM, run: Run, input_ids: Tensor, features: Tensor) -> list[list[int]]:
+def say(
+    model: VLM, run: Run, input_ids: Tensor, features: Tensor, most: int | None = None
+) -> list[list[int]]:
     """Greedy answers to prompts of one length, (B, L) int64 with features (B, P, F), in the run's precision.
 
-    Ids up to and with the end token, which rows that end early repeat.
+    Ids up to and with the end token, which rows that end early repeat; at most as many as the run allows, and
+    as `most`.
     """
-    end = parts.text(run.tokenizer).encode(END)[0]
-    with autocast(input_ids.device.type, "bfloat16" if run.precision == "bf16" else "float32"):
-        return model.generate(input_ids, features, run.max_new_tokens, eos_token_id=end).tolist()
+    length = min(run.max_new_tokens, most or run.max_new_tokens)
+    end = components.text(run.tokenizer).encode(END)[0]
+    with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
+        return model.generate(input_ids, features, length, eos_token_id=end).tolist()
 
 
 def answer_all(
     model: VLM, run: Run, features: Any, source: Source, samples: Sequence[Sample], side: int, device: str
 ) -> list[str]:
     """Answers to samples of a source, whose images have side x side patches."""
-    text = parts.text(run.tokenizer)
-    prompts = [parts.prompt(run, sample, side)[0] for sample in samples]
-    answers = [""] * len(samples)
+    text = components.text(run.tokenizer)
+    prompts = [components.prompt(run, sample, side)[0] for sample in samples]
+    answers, most = [""] * len(samples), results.declared(samples[0]).max_new_tokens
     for numbers in alike(map(len, prompts), BATCH):
         ids = torch.tensor([prompts[i] for i in numbers], device=device)
         seen = features.get(source, [samples[i].image for i in numbers]).to(device)
-        for i, said in zip(numbers, say(model, run, ids, seen), strict=True):
+        for i, said in zip(numbers, say(model, run, ids, seen, most), strict=True):
             answers[i] = text.decode(said)
     return answers
 

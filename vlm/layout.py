@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 BEGIN = 4118  # "###"
 ROW = 10494  # "&&"
-PATCH = -200  # placeholder, no token
+PLACEHOLDER = -200  # placeholder, no token
 IGNORE = -100  # label of what is not supervised
 Encode = Callable[[str], list[int]]
 
@@ -43,7 +43,7 @@ def image_ids(side: int, markers: tuple[int, int] = (BEGIN, ROW)) -> list[int]:
     edge, row_mark = markers
     ids = [edge]
     for row in range(side):
-        ids += [PATCH] * side + [row_mark if row < side - 1 else edge]
+        ids += [PLACEHOLDER] * side + [row_mark if row < side - 1 else edge]
     return ids
 
 

@@ -38,8 +38,8 @@ from ssm_retrieval.ops.memory import keep_freed_memory
 from ssm_retrieval.statistics import mean_interval
 from ssm_retrieval.terminal import plain_console
 from ssm_retrieval.training import store
-from synthetic.results import to_parquet
-from vlm import parts
+from ssm_retrieval.training.parquet import to_parquet
+from vlm import components
 from vlm.config import Run, Scenes
 from vlm.evaluate import alike, load
 from vlm.folders import saved_run
@@ -196,9 +196,9 @@ def table(run: Run, out: Path, examples: int = 100, device: str = "cpu") -> pd.D
     """
     import pandas as pd
 
-    model, seen = load(run, out, device), parts.eyes(run.encoder, run.image_size, out, device)
+    model, seen = load(run, out, device), components.eyes(run.encoder, run.image_size, out, device)
     source: Any = Scenes("grounding", examples, "heldout").build(answers=True)
-    features = parts.features(run, run.image_size, out, device)
+    features = components.features(run, run.image_size, out, device)
     features.fill(source, progress=False)
     values: dict[tuple[int, str, str], npt.NDArray[np.float64]] = defaultdict(
         lambda: np.zeros((examples, seen.side**2))
@@ -243,7 +243,7 @@ def _by_place(quantity: str, values: Tensor) -> dict[str, Tensor]:
 
 def _prompts(run: Run, source: Any, side: int) -> Iterator[tuple[list[int], list[list[int]], list[int]]]:
     """(numbers of samples, their input_ids, their answer's places), equally long ones together."""
-    prompts = [parts.prompt(run, source[number], side) for number in range(len(source))]
+    prompts = [components.prompt(run, source[number], side) for number in range(len(source))]
     places = [answer_places(labels) for _, labels in prompts]
     for numbers in alike(((len(prompts[i][0]), *at) for i, at in enumerate(places)), BATCH):
         yield numbers, [prompts[i][0] for i in numbers], places[numbers[0]]

@@ -14,7 +14,7 @@ import tyro
 from ssm_retrieval.cli import guarded, parse
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.training import store
-from vlm import parts, pictures, prompts
+from vlm import components, pictures, prompts
 from vlm.config import Run
 from vlm.data.samples import Sample
 from vlm.evaluate import load, say
@@ -103,10 +103,10 @@ def ask(
     """The model's answer about a picture (height, width, 3) uint8."""
     height, width = picture.shape[:2]
     sample = Sample("0", "picture", "0", task, tuple(wording(question, task, width, height)))
-    eyes = parts.eyes(run.encoder, run.image_size, out, device)
-    ids, _ = parts.prompt(run, sample, eyes.side)
+    eyes = components.eyes(run.encoder, run.image_size, out, device)
+    ids, _ = components.prompt(run, sample, eyes.side)
     (said,) = say(model, run, torch.tensor([ids], device=device), eyes([picture]))
-    return parts.text(run.tokenizer).decode(said)
+    return components.text(run.tokenizer).decode(said)
 
 
 def draw(

@@ -8,32 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.util
 import json
-import sys
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ssm_retrieval.errors import UserError
-from synthetic.evaluate import wilson
+from vlm.data.declaration import Scored
 from vlm.data.samples import Sample
-from vlm.data.turns import usual
-from vlm.metrics import boxes, choices, vqa
-from vlm.prompts import box_text, parse_box
+from vlm.metrics import scores
+from vlm.metrics.scores import Row
 from vlm.schema import remove_left, shortened
 
 if TYPE_CHECKING:
     from vlm.config import Run
 
-Row = dict[str, Any]
 VERSION = 1  # raise it when the same answers lead to other rows
 RESULTS = "results"
-MOST_BOXES = 2000  # that the best single box is sought among
 COLUMNS = {
     "run": ("string", "name in the config file"),
     "stage": ("string", "folder of the trained weights"),
@@ -71,150 +62,51 @@ def answers_path(out: Path, run: str) -> Path:
     return out / RESULTS / f"{run}.jsonl"
 
 
-def right(sample: Sample, said: str) -> bool | None:
-    """Whether an answer is the right one; None where that is no matter of yes or no, or hidden.
+def declared(sample: Sample) -> Scored:
+    """How answers to a sample are scored, as its source declares it.
 
-    Boxes: IoU above 0.5. Letters, true/false, yes/no: as `vlm.metrics.choices` reads them. One short answer:
-    `vlm.metrics.vqa.exact_match`, as GQA is scored. Of several annotators: what most said, normalised.
+    Raises UserError for a source that is none of the scenes' and no registered data set.
     """
-    target = sample.target
-    if "width" in target and "box" in target:
-        return overlap(sample, said) > 0.5
-    if "label" in target:
-        says = choices.says_yes if sample.source == "pope" else choices.says_true
-        return bool(says(said) == target["label"])
-    if "choices" in target or "boxes" in target:
-        return None if target["answer"] is None else choices.letter(said) == target["answer"]
-    if "answers" in target:
-        most = usual(target["answers"])
-        if most is None:
-            return None
-        if sample.source == "gqa":
-            return bool(vqa.exact_match(said, most))
-        return vqa.normalise(said) == vqa.normalise(most)
-    return bool(vqa.exact_match(said, target["answer"])) if "answer" in target else None
+    from vlm.data import registry
+    from vlm.scenes.declared import SCENES
+
+    if sample.source in SCENES:
+        return SCENES[sample.source]
+    if sample.source not in registry.DATASETS:
+        raise UserError(f"data set {sample.source!r} is not registered; use vlm.data.registry.register")
+    return registry.asked_for(registry.DATASETS[sample.source], sample.task)
 
 
-def overlap(sample: Sample, said: str) -> float:
-    """IoU of the answered box with the sample's; 0 where the answer is no box."""
-    box = parse_box(said, sample.target["width"], sample.target["height"])
-    return 0.0 if box is None else float(boxes.iou([box], [sample.target["box"]])[0])
+def right(sample: Sample, said: str) -> bool | None:
+    """Whether an answer is right by its data set's metric.
+
+    None where that is no matter of yes or no, or where the right answer is hidden.
+    """
+    if not sample.target:  # nobody knows, as of a user's own question
+        return None
+    metric = declared(sample).metric
+    return None if metric is None else metric.right(sample.target, said)
 
 
 def score(samples: Sequence[Sample], answers: Sequence[str]) -> list[Row]:
-    """Rows (metric, value, count, and ci_low, ci_high of shares) of one task's samples and answers to them.
+    """Rows (metric, value, count, and ci_low, ci_high of shares) of one data set's answered samples.
 
-    Which metrics a sample has is decided by its target (`vlm.data.turns`); [] for tasks without one, such as
-    conversations, for captions where pycocoevalcap is missing, and for hidden answers.
+    [] for data sets without a metric, such as conversations, for captions where pycocoevalcap is missing, and
+    for hidden answers.
     """
-    first, pairs = samples[0], list(zip(samples, answers, strict=True))
-    if "captions" in first.target and "box" not in first.target:
-        return captioning(samples, answers)
-    if first.source != "gqa" and first.target.get("answers") and "label" not in first.target:
-        accuracies = {"vqa_accuracy": vqa.accuracy, "vqa_accuracy_published": vqa.published_accuracy}
-        return [
-            dict(
-                metric=name,
-                value=_mean([rule(said, s.target["answers"]) for s, said in pairs]),
-                count=len(pairs),
-            )
-            for name, rule in accuracies.items()
-        ]
-    known = [found for sample, said in pairs if (found := right(sample, said)) is not None]
-    if not known:
-        return []
-    grounded = "box" in first.target
-    rows = [_share("iou@0.5" if grounded else "accuracy", sum(known), len(known))]
-    if grounded:
-        rows.append(dict(metric="mean_iou", value=_mean([overlap(s, x) for s, x in pairs]), count=len(pairs)))
-    if "label" in first.target:
-        says = choices.says_yes if first.source == "pope" else choices.says_true
-        more = choices.binary([says(said) for said in answers], [s.target["label"] for s in samples])
-        rows += [dict(metric=k, value=v, count=len(pairs)) for k, v in more.items() if k != "accuracy"]
-    return rows
-
-
-def _share(metric: str, hits: int, count: int) -> Row:
-    low, high = wilson(hits, count)
-    return dict(metric=metric, value=hits / count, ci_low=low, ci_high=high, count=count)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values))
-
-
-def captioning(samples: Sequence[Sample], answers: Sequence[str]) -> list[Row]:
-    """CIDEr, BLEU and ROUGE-L, of NoCaps by domain as well (metric "cider/in-domain", ...)."""
-    if not captions_are_scored():
-        _warn_of_captions()
-        return []
-    from vlm.metrics import captions
-
-    said = {sample.id: text for sample, text in zip(samples, answers, strict=True)}
-    references = {sample.id: sample.target["captions"] for sample in samples}
-    domains = {sample.id: str(sample.target.get("domain") or "") for sample in samples}
-    if all(domains.values()):
-        found = captions.by_domain(said, references, domains)
-    else:
-        found = {"entire": captions.scores(said, references)}
-    return [
-        dict(metric=metric if part == "entire" else f"{metric}/{part}", value=value, count=len(samples))
-        for part, scored in found.items()
-        for metric, value in scored.items()
-    ]
-
-
-def captions_are_scored() -> bool:
-    """Whether pycocoevalcap is installed."""
-    return importlib.util.find_spec("pycocoevalcap") is not None
-
-
-@lru_cache(maxsize=1)  # once a process
-def _warn_of_captions() -> None:
-    print(
-        "warning: captions are answered but not scored (CIDEr, BLEU, ROUGE-L): pycocoevalcap is missing; "
-        'pip install -e ".[vlm-metrics]" and evaluate again',
-        file=sys.stderr,
-    )
-
-
-def question_only(train: Iterable[Sample], test: Sequence[Sample]) -> list[str]:
-    """Answers without looking: the most frequent training answer to the same question, else to its task.
-
-    Where a box is asked for, the one training box that overlaps most others by more than half.
-    """
-    known = list(train)
-    if not known:
-        raise UserError("no training samples to learn answers from; give some")
-    if "box" in known[0].target:
-        return [best_box(known)] * len(test)
-    same: dict[str, Counter[str]] = defaultdict(Counter)
-    for sample in known:
-        same[asked(sample)][sample.target["answer"]] += 1
-    every = sum(same.values(), Counter())
-    return [(same.get(asked(sample)) or every).most_common(1)[0][0] for sample in test]
-
-
-def best_box(known: Sequence[Sample]) -> str:
-    """The answer among those of `known` that is right for most of them."""
-    targets = [sample.target for sample in known[:MOST_BOXES]]
-    shares = np.array([t["box"] for t in targets]) / [[t["width"], t["height"]] * 2 for t in targets]
-    hits = [(boxes.iou(np.broadcast_to(one, shares.shape), shares) > 0.5).sum() for one in shares]
-    best = targets[int(np.argmax(hits))]
-    return box_text(tuple(best["box"]), best["width"], best["height"])
-
-
-def asked(sample: Sample) -> str:
-    """The text of a sample before its answer."""
-    return "".join(chunk.text for chunk in sample.chunks if not chunk.supervised)
+    metric = declared(samples[0]).metric if samples[0].target else None
+    return [] if metric is None else metric.rows(samples, answers)
 
 
 def fingerprint(run: Run) -> str:
     """Hash of what a table of this run depends on beside its weights: what is asked, how, and the scores."""
     from vlm.scenes import VERSION as SCENES
 
-    asked = [(name, dataclasses.asdict(data)) for name, data in run.evaluation.items()]
-    said = [VERSION, SCENES, asked, run.layout, run.max_new_tokens, captions_are_scored()]
+    asked = [
+        (name, dataclasses.asdict(data), data.declared().max_new_tokens)
+        for name, data in run.evaluation.items()
+    ]
+    said = [VERSION, SCENES, asked, run.layout, run.max_new_tokens, scores.captions_are_scored()]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -223,7 +115,7 @@ def write(out: Path, run: str, rows: Sequence[Mapping[str, Any]], answers: Seque
     from filelock import FileLock
 
     from ssm_retrieval.training import store
-    from synthetic.results import to_parquet
+    from ssm_retrieval.training.parquet import to_parquet
 
     table, said = table_path(out, run), answers_path(out, run)
     table.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,16 @@ from torch import Tensor, nn
 
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.training import store
-from ssm_retrieval.training.distributed import fill
-from ssm_retrieval.training.optimizers import make_state
-from vlm import folders, parts, schema
+from ssm_retrieval.training.loop import (
+    CheckpointClock,
+    Diverged,
+    Interrupted,
+    half_cosine,
+    set_rate,
+    warm_up,
+)  # fmt: skip
+from ssm_retrieval.training.optimizers import trained
+from vlm import components, folders, schema
 from vlm.config import Run, Stage
 from vlm.data.loader import VLMBatch, batches
 from vlm.data.mixture import Mixture
@@ -36,10 +44,6 @@ CHECKPOINT_SECONDS = 30.0
 LOG_EVERY = 20  # steps between rows of the metrics
 
 Listener = Callable[[dict[str, Any]], None]
-
-
-class Interrupted(Exception):
-    """Raised after a checkpoint was written because `should_stop` said so."""
 
 
 @dataclass
@@ -84,8 +88,8 @@ def train_stage(
             f"{stage.accumulate} parts; use a multiple of {world * stage.accumulate}"
         )
     device = str(accelerator.device)
-    text, seen = parts.text(run.tokenizer), parts.eyes(run.encoder, run.size(stage), out, device)
-    features = parts.features(run, run.size(stage), out, device)
+    text, seen = components.text(run.tokenizer), components.eyes(run.encoder, run.size(stage), out, device)
+    features = components.features(run, run.size(stage), out, device)
     sources = {name: data.build(answers=True) for name, data in stage.data.items()}
     mixture = Mixture(sources, stage.weights)
     if stage.epochs:
@@ -93,20 +97,20 @@ def train_stage(
         stage = dataclasses.replace(stage, steps=steps, epochs=0.0)
     for source in sources.values():
         features.fill(source, progress=accelerator.is_main_process)
-    model = parts.model(run, seen.width).to(accelerator.device)
+    model = components.model(run, seen.width).to(accelerator.device)
     if number:
         folders.load_weights(out / names[number - 1], model)
     model.lm.requires_grad_(stage.train == "all")
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=stage.lr, betas=stage.betas, weight_decay=stage.weight_decay)
+    parameters = [p for _, p in trained(model)]
+    optimizer = torch.optim.AdamW(parameters, lr=stage.lr, betas=stage.betas, weight_decay=stage.weight_decay)
     now = resume(folder, model, optimizer, stage.steps)
     if accelerator.is_main_process:
         store.prepare(folder, {}, [run.to_dict()], torch.get_num_threads())
         rows = [row for row in folders.metrics(folder) if row["step"] <= now.step]
         store.write_rows(folder / METRICS, rows)
     loss_of, optimizer = accelerator.prepare(Loss(model), optimizer)
-    saved = time.monotonic()
-    started = saved - now.seconds
+    clock = CheckpointClock(CHECKPOINT_SECONDS)
+    started = time.monotonic() - now.seconds
     for batch in batches(
         mixture,
         features,
@@ -122,8 +126,7 @@ def train_stage(
         group=stage.group,
         workers=stage.workers,
     ):
-        for group in optimizer.param_groups:
-            group["lr"] = stage.lr * rate(now.step, stage)
+        set_rate(optimizer, stage.lr * rate(now.step, stage))
         loss = update(loss_of, optimizer, batch, stage, accelerator)
         if not math.isfinite(loss):
             raise diverged(run, number, f"its loss is {loss} at step {now.step + 1} of {stage.steps}")
@@ -136,14 +139,13 @@ def train_stage(
         if accelerator.is_main_process and (now.step % LOG_EVERY == 0 or done):
             store.append_row(folder / METRICS, row)
         stopped = any_process(should_stop(), accelerator) and not done
-        if any_process(stopped or time.monotonic() - saved > CHECKPOINT_SECONDS, accelerator):
-            if accelerator.is_main_process:
+        if accelerator.is_main_process and (stopped or clock.due()):
+            with clock.writing():
                 tensors = store.checkpoint_tensors(model, plain(optimizer))
                 store.save_tensors(folder / CHECKPOINT, tensors, dataclasses.asdict(now))
-            saved = time.monotonic()
         if stopped:
             raise Interrupted(f"stopped at step {now.step} of stage {number + 1}")
-    if not all(p.isfinite().all() for p in trained):
+    if not all(p.isfinite().all() for p in parameters):
         raise diverged(run, number, "its weights are no finite numbers after the last step")
     if accelerator.is_main_process:
         store.save_tensors(
@@ -154,10 +156,10 @@ def train_stage(
     accelerator.wait_for_everyone()
 
 
-def diverged(run: Run, number: int, why: str) -> UserError:
+def diverged(run: Run, number: int, why: str) -> Diverged:
     """The one line that stops a training whose numbers would mean nothing."""
     stage = run.stages[number]
-    return UserError(
+    return Diverged(
         f"run {run.name!r}, stage {number + 1} has diverged: {why}; lower lr={stage.lr:g}, or clip gradients "
         f"(grad_clip={stage.grad_clip:g}, 0 = not at all)"
     )
@@ -202,9 +204,7 @@ def update(loss_of: nn.Module, optimizer: Any, batch: VLMBatch, stage: Stage, ac
 def rate(step: int, stage: Stage) -> float:
     """Factor on the peak rate: linear warm-up over a share of the steps, then half a cosine to 0."""
     warm = max(1, round(stage.warmup * stage.steps))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, stage.steps - warm)))
+    return warm_up(step, warm) if step < warm else half_cosine(step - warm, stage.steps - warm)
 
 
 def any_process(said: bool, accelerator: Any) -> bool:
@@ -228,10 +228,6 @@ def resume(folder: Path, model: VLM, optimizer: torch.optim.Optimizer, steps: in
     said = schema.parsed(_Header, json.dumps(header).encode(), path, remedy)
     if said.step > steps:
         raise UserError(f"{path} is damaged (step={said.step} of {steps}); {remedy}")
-    make_state(model, optimizer, said.step)
-    wanted = store.checkpoint_tensors(model, optimizer)
-    schema.check_tensors(path, tensors, wanted, remedy)
-    with torch.no_grad():
-        for name, target in wanted.items():
-            fill(target, tensors[name])
+    check = partial(schema.check_tensors, path, remedy=remedy)
+    store.restore(model, optimizer, tensors, said.step, check)
     return Progress(said.step, said.seconds, said.tokens)

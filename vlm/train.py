@@ -24,7 +24,7 @@ import tyro
 from ssm_retrieval.cli import INTERRUPTED, StopSignals, guarded, parse, use_threads
 from ssm_retrieval.errors import MissingPackage, UserError
 from ssm_retrieval.terminal import plain_console
-from vlm import parts
+from vlm import components
 from vlm.config import Run, read_file
 from vlm.folders import RESULT, remember
 from vlm.stages import Interrupted, train_stage
@@ -85,7 +85,7 @@ def train_all(options: Options) -> int:
         # the one thing that all wait for: by all cores, before they are shared out
         with Stop():
             for run in runs:
-                parts.eyes(run.encoder, run.size(run.stages[0]), options.out, str(accelerator.device))
+                components.eyes(run.encoder, run.size(run.stages[0]), options.out, str(accelerator.device))
         print(f"{jobs} processes share {len(runs)} runs; what follows is the first one's part", flush=True)
     if threads:
         torch.set_num_threads(threads)

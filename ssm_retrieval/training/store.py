@@ -23,7 +23,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -151,22 +151,34 @@ def checkpoint_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer)
 
 @torch.no_grad()
 def restore(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], step: int
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tensors: dict[str, Tensor],
+    step: int,
+    check: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], None] | None = None,
 ) -> None:
     """Copy a checkpoint into a model, whole or sharded, and an optimiser made for it.
 
-    Raises UserError for a tensor that is missing or of another shape.
+    check: (tensors, wanted) -> None, raises where they do not fit. By default it raises UserError for a
+    tensor that is missing or of another shape.
     """
     from ssm_retrieval.training.distributed import fill
 
     make_state(model, optimizer, step)
-    for name, target in checkpoint_tensors(model, optimizer).items():
+    wanted = checkpoint_tensors(model, optimizer)
+    (check or check_shapes)(tensors, wanted)
+    for name, target in wanted.items():
+        fill(target, tensors[name])
+
+
+def check_shapes(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Raises UserError for a tensor that is missing or of another shape than wanted."""
+    for name, target in wanted.items():
         if name not in tensors:
             raise UserError(f"the checkpoint lacks {name}")
-        found, wanted = tuple(tensors[name].shape), tuple(target.shape)
-        if found != wanted:
-            raise UserError(f"the checkpoint has {name} of shape {found} instead of {wanted}")
-        fill(target, tensors[name])
+        found, shape = tuple(tensors[name].shape), tuple(target.shape)
+        if found != shape:
+            raise UserError(f"the checkpoint has {name} of shape {found} instead of {shape}")
 
 
 def load_model(folder: str | Path) -> Any:

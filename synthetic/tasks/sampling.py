@@ -26,10 +26,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ssm_retrieval.errors import UserError
+from ssm_retrieval.streams import SPLITS
+from ssm_retrieval.streams import stream as stream
 
 IntArray = npt.NDArray[np.int64]
 
-SPLITS = ("train", "heldout", "validation")  # the order is part of every random stream
 SHARES = {"train": 7 / 8, "heldout": 1 / 16, "validation": 1 / 16}  # of all contexts
 KEPT_BITS = 3  # one context in 2**3 is kept from training ...
 VALIDATION_BIT = 53  # ... and this bit of its hash says for which of the other two
@@ -40,23 +41,6 @@ MIN_CONTEXTS = 64
 MOST_IN_VAIN = 2**14
 # Candidates per round of `draw_split`, in table cells of 8 bytes: bounds its memory to ~32 MB.
 _CELLS_PER_ROUND = 2**22
-
-
-def stream(seed: int, split: str, index: int) -> np.random.Generator:
-    """The random stream of batch number `index`: a function of the three arguments only.
-
-    Philox is a cipher of a counter (Salmon et al. 2011): streams with different keys, or with
-    counters 2**192 apart as here, do not overlap, so that any worker can make any batch.
-    Raises UserError for an unknown split or a negative (or > 64 bit) seed or index.
-    """
-    if split not in SPLITS:
-        raise UserError(f"unknown split {split!r}; valid: {', '.join(SPLITS)}")
-    for name, value in (("seed", seed), ("index", index)):
-        if not 0 <= value < 2**64:
-            raise UserError(f"{name} {value} must be in 0 .. 2**64 - 1")
-    key = np.array([seed, SPLITS.index(split)], dtype=np.uint64)
-    counter = np.array([0, 0, 0, index], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 def sample_distinct(rng: np.random.Generator, rows: int, size: int, num: int) -> IntArray:

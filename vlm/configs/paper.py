@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 
 from vlm.config import Data, Files, Run, Stage
+from vlm.data.registry import DATASETS
 
 DATA = os.environ.get("VLM_DATA", "data")
 TOKENIZER = "EleutherAI/gpt-neox-20b"
@@ -29,16 +30,23 @@ MIXTURE = (
     "refcoco", "refcoco+", "refcocog", "textcaps", "visual7w-telling", "visual7w-pointing",
     "visual-genome-regions", "visual-genome-qa", "vqav2", "vsr",
 )  # fmt: skip
-ASKED = {
-    "coco": "test", "nocaps": "val", "vqav2": "val", "gqa": "testdev", "visual7w-telling": "test",
-    "vsr": "test", "pope": "adversarial", "refcoco": "testA", "refcoco+": "testA", "refcocog": "test",
-    "visual7w-pointing": "test", "textcaps": "val", "textvqa": "val", "ai2d": "test",
-}  # fmt: skip
+ASKED = (
+    "coco", "nocaps", "vqav2", "gqa", "visual7w-telling", "vsr", "pope", "refcoco", "refcoco+", "refcocog",
+    "visual7w-pointing", "textcaps", "textvqa", "ai2d",
+)  # fmt: skip
 
 
 def files(name: str, split: str, **more: object) -> Files:
     folder = f"{DATA}/{name}"
-    return Files(name, split, folder, f"{folder}/images", index=f"{DATA}/index", **more)  # type: ignore[arg-type]
+    images = f"{folder}/{DATASETS[name].images}"
+    return Files(name, split, folder, images, index=f"{DATA}/index", **more)  # type: ignore[arg-type]
+
+
+def evaluation() -> dict[str, Data]:
+    """Every data set's main split by its name, then the others as name-split."""
+    main: dict[str, Data] = {name: files(name, DATASETS[name].asked[0]) for name in ASKED}
+    more = [(name, split) for name in ASKED for split in DATASETS[name].asked[1:]]
+    return main | {f"{name}-{split}": files(name, split) for name, split in more}
 
 
 def training() -> dict[str, Data]:
@@ -61,9 +69,6 @@ def get_config() -> list[Run]:
         training(), batch_size=128, lr=2e-5, epochs=1, betas=betas, max_length=1024, group=16, accumulate=2,
         workers=4,
     )  # fmt: skip
-    evaluation: dict[str, Data] = {name: files(name, split) for name, split in ASKED.items()}
-    evaluation |= {f"pope-{split}": files("pope", split) for split in ("random", "popular")}
-    evaluation |= {f"{name}-testB": files(name, "testB") for name in ("refcoco", "refcoco+")}
     return [
         Run(
             name=f"{name}-{layout}",
@@ -74,9 +79,9 @@ def get_config() -> list[Run]:
             tokenizer=TOKENIZER,
             layout=layout,
             stages=(align, instruct),
-            evaluation=evaluation,
+            evaluation=evaluation(),
             seed=12345,
-            max_new_tokens=40,
+            max_new_tokens=max(DATASETS[name].max_new_tokens for name in ASKED),
             cache=False,  # 1.2 MB an image
         )
         for name, init in MODELS.items()

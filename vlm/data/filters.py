@@ -1,4 +1,7 @@
-"""What the published training data leave out of GRIT, OCR-VQA and Visual Genome's regions."""
+"""What the published training data leave out of GRIT, OCR-VQA and Visual Genome's regions.
+
+A filter is a function (read, annotations, images) -> records (`DataSet.keep`). It calls read once or twice.
+"""
 
 from __future__ import annotations
 
@@ -27,54 +30,42 @@ PLAIN = 0.85  # share of a cover's pixels that one colour may take
 ARTICLES = frozenset(("a", "an", "the", "some"))
 
 
-def published(name: str, read: Read, annotations: Path, images: Path) -> Iterable[Record]:
-    """The records of `read` that the published data keep; all of them where nothing is left out.
-
-    read is called once or twice. OCR-VQA's pictures are all opened, GRIT's phrases held in memory.
-    """
-    match name:
-        case "visual-genome-regions":
-            return small_regions(cast("Iterable[Grounded]", read()))
-        case "grit":
-            return balanced(cast("Callable[[], Iterable[GroundedCaption]]", read))
-        case "ocr-vqa":
-            return legible(read(), annotations, images)
-    return read()
-
-
-def small_regions(records: Iterable[Grounded]) -> Iterator[Grounded]:
+def small_regions(read: Read, annotations: Path, images: Path) -> Iterator[Grounded]:
     """Regions of at most LARGEST_REGION."""
-    for record in records:
+    for record in cast("Iterable[Grounded]", read()):
         x0, y0, x1, y1 = record.box
         if (x1 - x0) * (y1 - y0) <= LARGEST_REGION:
             yield record
 
 
-def balanced(read: Callable[[], Iterable[GroundedCaption]]) -> Iterator[GroundedCaption]:
-    """Images that are not small, and that one of their phrases keeps.
+def balanced(read: Read, annotations: Path, images: Path) -> Iterator[GroundedCaption]:
+    """Images that are not small, and that one of their phrases keeps. All phrases are held in memory.
 
     A phrase, without case and articles, of fewer than FEWEST images keeps none, one of more than MOST keeps
     MOST of them, drawn by a hash of phrase and image.
     """
     counts: Counter[str] = Counter()
     kept: dict[str, list[int]] = defaultdict(list)  # the smallest draws of a phrase, negated: a heap
-    for record in _large(read()):
+    for record in _large(cast("Iterable[GroundedCaption]", read())):
         for phrase in _phrases(record):
             counts[phrase] += 1
             push = heapq.heappush if len(kept[phrase]) < MOST else heapq.heappushpop
             push(kept[phrase], -_draw(phrase, record))
-    for record in _large(read()):
+    for record in _large(cast("Iterable[GroundedCaption]", read())):
         if any(counts[p] >= FEWEST and _draw(p, record) <= -kept[p][0] for p in _phrases(record)):
             yield record
 
 
-def legible(records: Iterable[Record], annotations: Path, images: Path) -> Iterator[Record]:
-    """Books whose cover has an address of its own and a picture that is there, large and not nearly plain."""
+def legible(read: Read, annotations: Path, images: Path) -> Iterator[Record]:
+    """Books whose cover has an address of its own and a picture that is there, large and not nearly plain.
+
+    All pictures are opened.
+    """
     path = require(annotations, "dataset.json", "OCR-VQA's dataset.json")
     with structure(path):
         addresses = {key: row["imageURL"] for key, row in load_json(path).items()}
     counts = Counter(addresses.values())
-    for image, group in groupby(records, lambda record: record.image):
+    for image, group in groupby(read(), lambda record: record.image):
         if counts[addresses[Path(image).stem]] == 1 and _shows_something(images / image):
             yield from group
 

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from ssm_retrieval.errors import UserError
-
-Box = tuple[float, float, float, float]
+from vlm.prompts import Box
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ssm_retrieval.errors import UserError
 from vlm import pictures
-from vlm.data import filters, lines, registry
+from vlm.data import lines, registry
 from vlm.data.files import MissingFile
 from vlm.data.records import Record
 from vlm.data.samples import Sample
@@ -31,7 +31,7 @@ class FileSource:
 
     annotation_folder: the official files. image_folder: the pictures, as the files name them below it.
     rules: what samples are made of the records (`vlm.data.turns.Rules`), for training by default.
-    filtered: leaves out what the published training data do (`vlm.data.filters`). options: the reader's own,
+    filtered: leaves out what the published training data do (`DataSet.keep`). options: the reader's own,
     such as expressions="last".
 
     Official files are read once, in their order, and their samples written as lines with an index of where
@@ -57,6 +57,7 @@ class FileSource:
         **options: str,
     ):
         self.name, self.split = name, split
+        registry.check(name, split)
         self.annotations, self.images = Path(annotation_folder), Path(image_folder)
         self.rules, self.filtered = rules or Rules(), filtered
         self.options = options
@@ -90,10 +91,11 @@ class FileSource:
     def _rows(self) -> Iterator[Any]:
         """The samples as JSON values."""
         records = self._read()
-        if self.filtered:
-            records = filters.published(self.name, self._read, self.annotations, self.images)
+        dataset = registry.asked_for(registry.DATASETS[self.name], self.rules.regions)
+        if self.filtered and dataset.keep is not None:
+            records = dataset.keep(self._read, self.annotations, self.images)
         empty = True
-        for sample in samples(records, self.rules, self._size):
+        for sample in samples(records, dataset, self.rules, self._size):
             empty = False
             texts = [(chunk.text, int(chunk.supervised)) for chunk in sample.chunks]
             yield sample.id, sample.image, sample.task, texts, sample.target
@@ -116,7 +118,7 @@ class FileSource:
 
     def _state(self, index_folder: Path) -> str:
         """Hash of what the samples depend on: rules, options, and the official files by size and time."""
-        listed = registry.DATASETS[self.name].files if self.name in registry.DATASETS else ()
+        listed = registry.DATASETS[self.name].files
         patterns = {re.sub(r"\{.*?\}|SHARD", "*", file).split("/")[0] for file in listed}
         found = {path for pattern in patterns for path in self.annotations.glob(pattern)}
         stats = [

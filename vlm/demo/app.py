@@ -14,9 +14,9 @@ from ssm_retrieval.style import NAMES, family_colors
 from vlm import pictures
 from vlm.demo import drawing
 from vlm.demo.asking import Contestant, Question, Reply, ask, questions, typed
+from vlm.metrics.scores import overlap
 from vlm.pictures import Picture
 from vlm.predict import MOST_ASKED
-from vlm.results import overlap
 from vlm.scenes import SPLITS, render, sample_scene
 
 MOST_BYTES, MOST_PIXELS = "20mb", 50_000_000  # of an upload
@@ -142,9 +142,7 @@ def verdict(reply: Reply) -> str:
     word = "answer" if right is None else name
     lines = [f'<span class="verdict {name}">{word}</span><span class="said">{_text(reply.said)}</span>']
     if "box" in target:
-        lines.append(
-            f"right: {_text(target['answer'])}, IoU {overlap(reply.question.sample, reply.said):.2f}"
-        )
+        lines.append(f"right: {_text(target['answer'])}, IoU {overlap(target, reply.said):.2f}")
     elif "answer" in target:
         lines.append(f"right: {_text(target['answer'])}")
     elif "captions" in target:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vlm import parts, results
+from vlm import components, results
 from vlm.config import Run
 from vlm.data.samples import Sample
 from vlm.evaluate import load, say
@@ -98,8 +98,8 @@ def typed(text: str, picture: Picture) -> Question:
 def ask(contestant: Contestant, picture: Picture, asked: Question) -> Reply:
     """The model's greedy answer about a picture (height, width, 3) uint8, and its looks while answering."""
     run, model = contestant.run, contestant.model
-    text, eyes = parts.text(run.tokenizer), parts.eyes(run.encoder, run.image_size, contestant.out)
-    ids, _ = parts.prompt(run, asked.sample, eyes.side)
+    text, eyes = components.text(run.tokenizer), components.eyes(run.encoder, run.image_size, contestant.out)
+    ids, _ = components.prompt(run, asked.sample, eyes.side)
     features, end = eyes([picture]), text.encode(END)[0]
     (said,) = say(model, run, torch.tensor([ids]), features)
     words = said[: said.index(end)] if end in said else said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 from ssm_retrieval.errors import UserError
@@ -131,3 +132,8 @@ def published_accuracy(prediction: str, answers: Sequence[str]) -> float:
 def exact_match(prediction: str, answer: str) -> float:
     """GQA's accuracy of one prediction, 0 or 1: the same text but for case, and one final full stop."""
     return float(prediction.strip().removesuffix(".").lower() == answer.strip().lower())
+
+
+def most_frequent(answers: Sequence[str]) -> str | None:
+    """What most annotators said, the first of equally frequent ones; None without answers."""
+    return Counter(answers).most_common(1)[0][0] if answers else None

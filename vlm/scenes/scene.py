@@ -9,10 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ssm_retrieval.errors import UserError
-from synthetic.tasks.sampling import stream
+from ssm_retrieval.streams import stream
+from vlm.prompts import Box
 from vlm.scenes.stamps import COLOURS, GRID, MARGIN, SHAPES, SIZES, TEXTURES, WORDS, digit_images, stamp
-
-Box = tuple[int, int, int, int]  # x1, y1, x2, y2 in pixels; x2 and y2 are the first ones outside
 
 # train; the same distribution with unseen digit images; colour x shape pairs that training never shows
 SPLITS = ("train", "heldout", "combination")
@@ -27,7 +26,10 @@ HELDOUT_PAIRS = frozenset((colour, SHAPES[(i + 1) % len(SHAPES)]) for i, colour 
 
 @dataclass(frozen=True)
 class Object:
-    """kind: "shape", "digit" or "word"; name: the shape, digit or word; source: which digit image (or -1)."""
+    """kind: "shape", "digit" or "word"; name: the shape, digit or word; source: which digit image (or -1).
+
+    box: x1, y1, x2, y2 in whole pixels; x2 and y2 are the first ones outside.
+    """
 
     kind: str
     name: str

@@ -17,7 +17,8 @@ from vlm.scenes.questions import phrase, unique_phrases
 from vlm.scenes.scene import scene_stream
 
 QUESTIONS = ("existence", "count", "attribute", "comparison", "spatial", "reading-digit", "reading-word")
-SOURCES = (*TASKS, "describe", "vqa", "locate")  # the last three pack turns
+PACKED = ("describe", "vqa", "locate")  # sources of several turns
+SOURCES = (*TASKS, *PACKED)
 _TURN_INDEX = 2**61  # keeps the streams here apart from those of scenes and questions
 
 

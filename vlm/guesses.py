@@ -1,0 +1,51 @@
+"""Answers without the image, as training samples teach them: floors that any claim of sight must clear."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from ssm_retrieval.errors import UserError
+from vlm.data.samples import Sample
+from vlm.metrics import boxes
+from vlm.prompts import box_text
+
+MOST_BOXES = 2000  # that the best single box is sought among
+
+
+def most_frequent_answer(known: Sequence[Sample], test: Sequence[Sample]) -> list[str]:
+    """The most frequent training answer to the same question, else to any.
+
+    Raises UserError without training samples.
+    """
+    _need(known)
+    same: dict[str, Counter[str]] = defaultdict(Counter)
+    for sample in known:
+        same[asked(sample)][sample.target["answer"]] += 1
+    every = sum(same.values(), Counter())
+    return [(same.get(asked(sample)) or every).most_common(1)[0][0] for sample in test]
+
+
+def best_box(known: Sequence[Sample], test: Sequence[Sample]) -> list[str]:
+    """The one training box that overlaps most others by more than half, for every question.
+
+    Raises UserError without training samples.
+    """
+    _need(known)
+    targets = [sample.target for sample in known[:MOST_BOXES]]
+    shares = np.array([t["box"] for t in targets]) / [[t["width"], t["height"]] * 2 for t in targets]
+    hits = [(boxes.iou(np.broadcast_to(one, shares.shape), shares) > 0.5).sum() for one in shares]
+    best = targets[int(np.argmax(hits))]
+    return [box_text(tuple(best["box"]), best["width"], best["height"])] * len(test)
+
+
+def asked(sample: Sample) -> str:
+    """The text of a sample before its answer."""
+    return "".join(chunk.text for chunk in sample.chunks if not chunk.supervised)
+
+
+def _need(known: Sequence[Sample]) -> None:
+    if not known:
+        raise UserError("no training samples to learn answers from; give some")
