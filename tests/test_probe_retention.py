@@ -9,7 +9,6 @@ import torch
 from circuits import constant_decay, leaky_integrator, one_token_store, random_scan
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
