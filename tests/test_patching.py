@@ -115,6 +115,12 @@ def test_residual_patch_equals_a_torch_hook(model):
     made = pairs(TASK, 4, 7, "target")
     traced = patching.trace(model, made, cells(made), ["residual"], controls=False)
     rows = torch.arange(4)
+    plain = [model(run.input_ids)[:, -1] for run in (made.clean, made.corrupted)]
+    clean, corrupted = (x[rows, made.answer] - x[rows, made.corrupted_answer] for x in plain)
+    table = traced.table()
+    assert table["gap"].to_numpy() == pytest.approx((clean - corrupted).mean().item())
+    for name, x in zip(("clean", "corrupted"), plain, strict=True):
+        assert (table[f"accuracy_{name}"] == (x.argmax(-1) == made.answer).double().mean().item()).all()
     for i, key in list(enumerate(traced.keys))[::5]:
         if key.layer == model.config.n_layer:
             continue
