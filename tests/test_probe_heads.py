@@ -10,9 +10,11 @@ import torch
 from circuits import copying_head, induction_head, previous_token_head
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from torch import nn
 
 from probes.heads import (
+    HeadScores,
     induction_score,
     previous_occurrence,
     previous_token_score,
@@ -133,6 +135,47 @@ def test_rows_of_a_part_of_the_pattern():
     torch.testing.assert_close(
         induction_score(last, tokens).value, induction_score(last, tokens, [7, 8, 9]).value
     )
+
+
+def test_one_row_of_a_pattern():
+    pattern, tokens = uniform(2, 10), torch.tensor([[0, 1, 2, 0, 3, 4, 5, 6, 7, 8]] * 2)
+    one = pattern[:, :, [3]]
+    assert (retrieval_score(one, 3, [0, 1], rows=[3]).value == 1 / 4).all()
+    for score in (previous_token_score(one, [3]), induction_score(one, tokens, [3])):
+        assert (score.value == 1 / 4).all() and (score.baseline == 1 / 4).all()
+    for wrong in ([-1], [10]):
+        with pytest.raises(ValueError, match=r"in 0 \.\. 9"):
+            previous_token_score(one, wrong)
+
+
+def test_scores_are_made_where_the_pattern_is():
+    """What a function makes without naming a device would be on another one here, and not fit."""
+    tokens, pattern = torch.randint(4, (2, 10), generator=generator()), uniform(2, 10)
+    query = torch.tensor([2, 9])
+
+    def results():
+        return (
+            retrieval_score(pattern, 8, [3, 4]),
+            retrieval_score(pattern[:, :, [2, 9]], query, [0, 1], rows=[2, 9]),
+            previous_token_score(pattern),
+            induction_score(pattern, tokens),
+        )
+
+    wanted = results()
+    with torch.device("meta"):
+        found = results()
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close((ours.value, ours.baseline), (theirs.value, theirs.baseline))
+
+
+def test_the_interval_of_a_score_is_students_and_stays_in_0_1():
+    value = torch.tensor([[0.5, 0.1], [0.7, 0.9], [0.6, 1.0]])
+    scores = HeadScores(value, torch.tensor([0.1, 0.2, 0.3])).table(confidence=0.8)
+    each = value[:, 0].double().numpy()
+    low, high = stats.t.interval(0.8, 2, each.mean(), stats.sem(each))
+    assert scores.loc[0, ["score", "low", "high"]].tolist() == pytest.approx([0.6, low, high])
+    assert scores.loc[1, "high"] == 1 and 0 < scores.loc[1, "low"] < 2 / 3
+    assert scores["baseline"].tolist() == pytest.approx([0.2, 0.2]) and scores["head"].tolist() == [0, 1]
 
 
 def test_several_matches_and_none():
