@@ -7,7 +7,7 @@ import torch
 from task_solvers import SMALL, read, small, solve_position
 from test_patching import POSITION_TYPE, TASK
 
-from probes.cells import cells, chunks
+from probes.cells import cells, chunks, everything, target_and_partner
 from probes.pairs import KINDS, pairs
 from probes.roles import ROLES, role, roles
 from synthetic import tasks
@@ -123,6 +123,23 @@ def test_cells_hold_every_token_once(name, layout, max_positions):
     assert (target.low, target.high) == (None, None)
     with pytest.raises(ValueError, match="max_positions 0"):
         cells(made, 0)
+
+
+def test_cells_are_made_where_the_pairs_are():
+    """What a function makes without naming a device would be on another one here, and not fit."""
+    made = pairs(TASK, 3, 8)
+
+    def results():
+        found = [*cells(made, 6), everything(made), target_and_partner(made)]
+        return found, list(chunks(torch.stack([cell.where for cell in found]), 20))
+
+    wanted, order = results()
+    with torch.device("meta"):
+        found, again = results()
+    assert again == order and len(found) == len(wanted)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert (ours.role, ours.low, ours.high) == (theirs.role, theirs.low, theirs.high)
+        assert torch.equal(ours.where, theirs.where)
 
 
 def test_chunks_keep_to_the_budget():
