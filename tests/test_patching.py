@@ -149,7 +149,10 @@ def test_sites_make_everything_where_the_model_is(model):
 
     def results():
         x = sites.residuals(model, ids)
+        cache = model.init_cache()
+        sites.advance(model, ids, cache, 3)
         found = [*x, sites.run_from(model, 1, x[1][None], None, made.answer_at)]
+        found.append(sites.run_from(model, 1, x[1][None, :, 3:], cache, made.answer_at - 3))
         for i, block in enumerate(model.parts()[1]):
             if sites.has_site(block, "head"):
                 heads = sites.Heads(block, x[i])
@@ -165,6 +168,8 @@ def test_sites_make_everything_where_the_model_is(model):
         found = results()
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs)
+    whole, rest = wanted[model.config.n_layer + 1 :][:2]
+    torch.testing.assert_close(whole, rest)
 
 
 # --- identities and controls --------------------------------------------------------------------------------
