@@ -88,6 +88,13 @@ def test_pairs_are_examples_that_differ_where_they_say(name, layout, kind):
     assert not torch.equal(pairs(task, 40, 13, kind, seed=4).clean.input_ids, clean.input_ids)
 
 
+def test_one_pair_of_the_longest_contexts_unless_told_otherwise():
+    made, told = pairs(TASK, 1), pairs(TASK, 1, 8, "query", seed=0)
+    assert len(made) == 1 and made.clean.input_ids.shape == (1, 11)
+    for name in ("clean", "corrupted"):
+        assert torch.equal(getattr(made, name).input_ids, getattr(told, name).input_ids)
+
+
 def test_pairs_refuse_what_cannot_be(monkeypatch):
     with pytest.raises(ValueError, match="unknown kind 'both'"):
         pairs(TASK, 2, kind="both")
