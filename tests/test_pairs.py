@@ -132,6 +132,33 @@ def test_cells_hold_every_token_once(name, layout, max_positions):
         cells(made, 0)
 
 
+@pytest.mark.parametrize("layout", tasks.LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_joint_cell_and_the_spans_of_cells(layout, kind):
+    made = pairs(tasks.build("position", seq_len=8, num_symbols=24, layout=layout), 20, 8, kind)
+    length = made.answer_at + 1
+    joint, whole = target_and_partner(made), everything(made)
+    for row in range(20):
+        target = (made.roles[row] == role("target")).nonzero().item()
+        wanted = sorted({target, made.partner[row].item()})
+        assert joint.where[row].nonzero().flatten().tolist() == wanted
+    assert (joint.role, joint.low, joint.high) == ("target+partner", None, None)
+    assert (whole.role, whole.low, whole.high) == ("everything", 0, length)
+    assert whole.where.shape == (20, length) and whole.where.all()
+    windows = [cell for cell in cells(made, 1) if cell.role == "distractor"]
+    assert len(windows) == 1
+    single = [cell.high - cell.low for cell in cells(made, length) if cell.role == "distractor"]
+    assert set(single) == {1}
+    for cell in cells(made):
+        columns = [tuple(row.nonzero().flatten().tolist()) for row in cell.where]
+        if cell.role != "distractor":  # those name their window, others the span all sequences share
+            same = len(set(columns)) == 1
+            assert (cell.low, cell.high) == ((columns[0][0], columns[0][-1] + 1) if same else (None, None))
+        else:
+            assert not cell.where[:, -1].any()  # the last token is the query, or a cell of its own
+            assert all(cell.low <= place < cell.high for places in columns for place in places)
+
+
 def test_cells_are_made_where_the_pairs_are():
     """What a function makes without naming a device would be on another one here, and not fit."""
     made = pairs(TASK, 3, 8)

@@ -22,9 +22,11 @@ from probes.heads import (
 )
 from probes.lens import (
     lens_table,
+    logit_difference,
     logit_lens,
     normalised_difference,
 )
+from synthetic.evaluate import wilson
 
 V, B, N = 9, 6, 7  # vocabulary, sequences, tokens before the query
 
@@ -239,12 +241,25 @@ def test_lens_table_by_layer():
     normaliser = math.log(math.exp(size) + V - 1)
     assert table.loc[0, "log_prob"] == pytest.approx(size / 2 - normaliser, rel=1e-6)
     assert table.loc[0, "accuracy"] == 0.5 and table.loc[0, "low"] < 0.5 < table.loc[0, "high"]
+    each = np.array([size, size, 0, 0]) - normaliser
+    low, high = stats.t.interval(0.95, 3, each.mean(), stats.sem(each))
+    assert table.loc[0, ["log_prob_low", "log_prob_high"]].tolist() == pytest.approx([low, high], rel=1e-5)
+    assert table.loc[0, ["low", "high"]].tolist() == pytest.approx(list(wilson(2, 4)))
+    assert table.loc[0, "median_rank"] == 0 and table["answers"].tolist() == [4, 4]
     assert table.loc["embed", "accuracy"] == 0.25  # of equal logits the first is the arg-max, as elsewhere
     with pytest.raises(ValueError, match=r"\(B, A, D\)"):
         logit_lens(residual[:, 0], nn.Identity(), nn.Identity(), answers)
 
 
 # --- effects ---
+
+
+def test_logit_difference_of_loops():
+    logits = torch.randn(3, 4, V, generator=generator())
+    clean, corrupted = (torch.randint(V, (3, 4), generator=generator(seed)) for seed in (1, 2))
+    found = logit_difference(logits, clean, corrupted)
+    for i, j in np.ndindex(3, 4):
+        assert found[i, j] == logits[i, j, clean[i, j]] - logits[i, j, corrupted[i, j]]
 
 
 def test_normalised_difference_is_0_for_corrupted_and_1_for_clean():
