@@ -258,6 +258,7 @@ def test_logit_difference_of_loops():
     logits = torch.randn(3, 4, V, generator=generator())
     clean, corrupted = (torch.randint(V, (3, 4), generator=generator(seed)) for seed in (1, 2))
     found = logit_difference(logits, clean, corrupted)
+    assert found.shape == (3, 4)
     for i, j in np.ndindex(3, 4):
         assert found[i, j] == logits[i, j, clean[i, j]] - logits[i, j, corrupted[i, j]]
 
