@@ -147,6 +147,10 @@ def test_the_joint_cell_and_the_spans_of_cells(layout, kind):
     assert whole.where.shape == (20, length) and whole.where.all()
     windows = [cell for cell in cells(made, 1) if cell.role == "distractor"]
     assert len(windows) == 1
+    context = (made.roles == role("target")) | (made.roles == role("distractor"))
+    last = int(context.any(0).nonzero()[-1])
+    for most in range(6, 10):  # the last window may be shorter
+        assert max(cell.high for cell in cells(made, most) if cell.role == "distractor") <= last + 1
     single = [cell.high - cell.low for cell in cells(made, length) if cell.role == "distractor"]
     assert set(single) == {1}
     for cell in cells(made):
