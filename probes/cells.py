@@ -74,9 +74,7 @@ def cells(pairs: Pairs, max_positions: int = 64) -> list[Cell]:
         exact.append(("last", (places == L - 1).expand_as(roles)))
     found = [Cell(name, *_span(where), where) for name, where in exact if bool(where.any())]
     context = (roles == role("distractor")) | (roles == role("target"))
-    ordinary = (
-        (roles == role("distractor")) & ~partner & (places < (L - 1 if found[-1].role == "last" else L))
-    )
+    ordinary = (roles == role("distractor")) & ~partner & (places < L - 1)
     begin, end = (int(context.any(0).nonzero()[i]) for i in (0, -1))
     size = 1 if max_positions >= L else -(-(end + 1 - begin) // max(1, max_positions - len(found)))
     for low in range(begin, end + 1, size):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import os
 import pickle
 from pathlib import Path
 
@@ -17,14 +19,15 @@ from hook_models import (
     B,
     L,
     build,
+    halve,
     recorded,
     recurrence,
 )
 from torch.nn import functional as F
 
 import probes
-from probes.names import local_name
-from ssm_retrieval import models
+from probes import cache as recording
+from probes.names import layer_of, local_name, resolve
 from ssm_retrieval.models.hooks import points
 
 # --- names and shapes --------------------------------------------------------------------------------
@@ -68,17 +71,33 @@ def test_hybrid_has_the_names_of_the_block_that_stands_there():
     assert [f"blocks.{i}.mixer.hook_ssm_state" in names for i in range(3)] == [True, True, False]
 
 
+def test_what_names_patterns_and_layers_mean():
+    model, blocks = build("mamba"), [f"blocks.{i}.hook_resid_pre" for i in range(4)]
+    assert resolve(model, "*") == model.hook_names()
+    assert resolve(model, [*blocks[::-1], "hook_embed"]) == ["hook_embed", *blocks]
+    assert resolve(model, "blocks.[12].hook_resid_pre") == blocks[1:3]
+    for layers in ([0, -1], [-4, 3, 3], (3, 0)):
+        found = resolve(model, ["*.hook_resid_pre", "hook_embed"], layers)
+        assert found == ["hook_embed", blocks[0], blocks[3]]
+    assert [layer_of(n) for n in ("blocks.12.mixer.hook_B", "hook_embed")] == [12, None]
+    assert [local_name(n) for n in ("blocks.12.mixer.hook_B", "hook_embed")] == ["mixer.hook_B", "hook_embed"]
+
+
 @pytest.mark.parametrize(
     "names, options, said",
     [
         (["blocks.0.mixer.hook_ssm_stat"], {}, "no hook .*did you mean blocks.0.mixer.hook_ssm_state"),
         ("*.hook_pattern", {}, r"no hook '\*.hook_pattern'"),
         ("blocks.9.*", {}, "no hook 'blocks.9"),
+        ("zzzz", {}, r"no hook 'zzzz'; model.hook_names\(\) lists them$"),
+        ("*", dict(layers=[0, -5]), r"layers=\[0, -5\] has -5, but the model has 4 layers"),
         ("*", dict(layers=[4]), r"layers=\[4\] has 4, but the model has 4 layers"),
         ("blocks.0.*", dict(layers=[1]), "means no hook"),
         ("*.hook_conv", dict(channels=[32]), "hook_conv has channels 0 to 31, not 32"),
+        ("*.hook_conv", dict(channels=[0, -1]), "hook_conv has channels 0 to 31, not -1"),
         ("*", dict(grad=True, folder="x"), "cannot be combined with folder="),
         ("*", dict(folder=Path(__file__).parent), "is not an empty folder"),
+        ("*", dict(folder=Path(__file__)), "is not an empty folder"),
         ("*", dict(positions=[]), "records nothing"),
     ],
 )
@@ -263,6 +282,52 @@ def test_budget_refuses_before_computing_or_streams(model, tmp_path):
         probes.Recording.read(tmp_path / "none")
     with pytest.raises(ValueError, match=r"alone needs .*choose positions= or raise budget="):
         recorded(model, ids=again, budget=largest, folder=tmp_path / "more")
+
+
+@torch.no_grad()
+def test_recordings_may_fill_half_of_the_memory(monkeypatch):
+    model = build("mamba")
+    size = IDS.numel() * 16 * 8
+    for spare, fits in ((0, True), (-2, False)):
+        monkeypatch.setattr(recording, "available_memory", lambda device, spare=spare: 2 * size + spare)
+        with probes.record(model, "hook_embed") as cache:
+            if fits:
+                model(IDS)
+                assert cache.num_bytes() == size
+            else:
+                with pytest.raises(ValueError, match="more than the budget"):
+                    model(IDS)
+
+
+def test_available_memory_is_what_the_system_says(monkeypatch):
+    told = "MemTotal:  9000 kB\nMemFree:  10 kB\nMemAvailable:   1234 kB\nMemAvailableToo: 5 kB\n"
+    files = {"/proc/meminfo": told}
+    monkeypatch.setattr(recording, "open", lambda path: io.StringIO(files[path]), raising=False)
+    assert recording.available_memory(torch.device("cpu")) == 1234 * 1024
+
+    def missing(path):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(recording, "open", missing, raising=False)
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1001}.__getitem__)
+    assert recording.available_memory(torch.device("cpu")) == 4096 * 1001 // 2
+    assert recording.gib(3 * 2**29) == "1.5 GiB"
+
+
+@torch.no_grad()
+def test_recordings_and_edits_stay_where_the_model_is(model):
+    """What is made without naming a device would be on another one here, and not fit."""
+    edits = {"blocks.*.hook_resid_post": probes.at([2, 5], halve), "hook_embed": lambda x: x + 1}
+
+    def results():
+        with probes.intervene(model, edits):
+            return recorded(model, "*", positions=[7, 1, -1], channels=[1, 0])
+
+    cache, logits = results()
+    with torch.device("meta"):
+        found, again = results()
+    assert torch.equal(again, logits) and list(found) == list(cache)
+    assert all(torch.equal(found[name], x) for name, x in cache.items())
 
 
 @torch.no_grad()

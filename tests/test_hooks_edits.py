@@ -19,6 +19,7 @@ from hook_models import (
 from torch.nn import functional as F
 
 import probes
+from probes.hooks import absolute
 from probes.names import local_name
 from ssm_retrieval.ops.ssd import ssd
 
@@ -84,6 +85,33 @@ def test_edits_reach_their_positions_and_later_ones_only(model):
             got = model(IDS)
         torch.testing.assert_close(got[:, :6], want[:, :6])
         assert not torch.allclose(got[:, 6], want[:, 6]), name
+
+
+@torch.no_grad()
+def test_the_outermost_edit_is_made_first_and_the_last_one_leaves_nothing(model):
+    name, plain = "blocks.1.hook_resid_post", model(IDS)
+    more, double = (lambda x: x + torch.arange(16)), (lambda x: 2 * x)
+    both = {}
+    for order, changes in ((0, [more, double]), (1, [double, more])):
+        with probes.intervene(model, {name: changes}):
+            both[order] = model(IDS)
+        with probes.intervene(model, {name: changes[0]}):
+            with probes.record(model, name) as cache, probes.intervene(model, {name: changes[1]}):
+                assert torch.equal(model(IDS), both[order])
+            clean = recorded(model, name)[0][name]  # the inner one has ended, the outer one has not
+            torch.testing.assert_close(cache[name], changes[1](clean))
+    assert not torch.allclose(both[0], both[1])
+    assert torch.equal(model(IDS), plain)
+    assert all(getattr(module, "hook", None) is None for module in model.modules())
+
+
+def test_positions_of_edits():
+    assert probes.at(3, halve).positions == (3,) and probes.at(-1, halve).positions == (-1,)
+    assert probes.at(torch.tensor([2, 0]), halve).positions == (2, 0)
+    assert absolute([-13, 12, 0, -1], 13, "x") == [0, 12, 0, 12]
+    for wrong in (13, -14):
+        with pytest.raises(ValueError, match=f"^x: position {wrong} does not exist in a call of 13 tokens$"):
+            absolute([0, wrong, 99], 13, "x")
 
 
 STATE_EDITS = [(3,), (0, 4, 5, 12), tuple(range(L))]

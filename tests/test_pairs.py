@@ -7,7 +7,7 @@ import torch
 from task_solvers import SMALL, read, small, solve_position
 from test_patching import POSITION_TYPE, TASK
 
-from probes.cells import cells, chunks
+from probes.cells import cells, chunks, everything, target_and_partner
 from probes.pairs import KINDS, pairs
 from probes.roles import ROLES, role, roles
 from synthetic import tasks
@@ -88,6 +88,13 @@ def test_pairs_are_examples_that_differ_where_they_say(name, layout, kind):
     assert not torch.equal(pairs(task, 40, 13, kind, seed=4).clean.input_ids, clean.input_ids)
 
 
+def test_one_pair_of_the_longest_contexts_unless_told_otherwise():
+    made, told = pairs(TASK, 1), pairs(TASK, 1, 8, "query", seed=0)
+    assert len(made) == 1 and made.clean.input_ids.shape == (1, 11)
+    for name in ("clean", "corrupted"):
+        assert torch.equal(getattr(made, name).input_ids, getattr(told, name).input_ids)
+
+
 def test_pairs_refuse_what_cannot_be(monkeypatch):
     with pytest.raises(ValueError, match="unknown kind 'both'"):
         pairs(TASK, 2, kind="both")
@@ -123,6 +130,54 @@ def test_cells_hold_every_token_once(name, layout, max_positions):
     assert (target.low, target.high) == (None, None)
     with pytest.raises(ValueError, match="max_positions 0"):
         cells(made, 0)
+
+
+@pytest.mark.parametrize("layout", tasks.LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_joint_cell_and_the_spans_of_cells(layout, kind):
+    made = pairs(tasks.build("position", seq_len=8, num_symbols=24, layout=layout), 20, 8, kind)
+    length = made.answer_at + 1
+    joint, whole = target_and_partner(made), everything(made)
+    for row in range(20):
+        target = (made.roles[row] == role("target")).nonzero().item()
+        wanted = sorted({target, made.partner[row].item()})
+        assert joint.where[row].nonzero().flatten().tolist() == wanted
+    assert (joint.role, joint.low, joint.high) == ("target+partner", None, None)
+    assert (whole.role, whole.low, whole.high) == ("everything", 0, length)
+    assert whole.where.shape == (20, length) and whole.where.all()
+    windows = [cell for cell in cells(made, 1) if cell.role == "distractor"]
+    assert len(windows) == 1
+    context = (made.roles == role("target")) | (made.roles == role("distractor"))
+    last = int(context.any(0).nonzero()[-1])
+    for most in range(6, 10):  # the last window may be shorter
+        assert max(cell.high for cell in cells(made, most) if cell.role == "distractor") <= last + 1
+    single = [cell.high - cell.low for cell in cells(made, length) if cell.role == "distractor"]
+    assert set(single) == {1}
+    for cell in cells(made):
+        columns = [tuple(row.nonzero().flatten().tolist()) for row in cell.where]
+        if cell.role != "distractor":  # those name their window, others the span all sequences share
+            same = len(set(columns)) == 1
+            assert (cell.low, cell.high) == ((columns[0][0], columns[0][-1] + 1) if same else (None, None))
+        else:
+            assert not cell.where[:, -1].any()  # the last token is the query, or a cell of its own
+            assert all(cell.low <= place < cell.high for places in columns for place in places)
+
+
+def test_cells_are_made_where_the_pairs_are():
+    """What a function makes without naming a device would be on another one here, and not fit."""
+    made = pairs(TASK, 3, 8)
+
+    def results():
+        found = [*cells(made, 6), everything(made), target_and_partner(made)]
+        return found, list(chunks(torch.stack([cell.where for cell in found]), 20))
+
+    wanted, order = results()
+    with torch.device("meta"):
+        found, again = results()
+    assert again == order and len(found) == len(wanted)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert (ours.role, ours.low, ours.high) == (theirs.role, theirs.low, theirs.high)
+        assert torch.equal(ours.where, theirs.where)
 
 
 def test_chunks_keep_to_the_budget():

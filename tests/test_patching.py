@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 import probes
-from probes import ablation, patching
+from probes import ablation, patching, sites
 from probes.cells import cells, target_and_partner
 from probes.pairs import KINDS, pairs
 from ssm_retrieval import models
@@ -105,8 +105,8 @@ def test_every_patch_equals_an_intervention_in_a_full_pass(model, layout, kind):
         assert traced.difference[i][~known].isnan().all()
         checked.add((key.site, key.layer, key.control))
     has_states, has_heads = ("mixer" in str(model), "attention" in str(model))
-    sites = {"residual"} | ({"state"} if has_states else set()) | ({"head"} if has_heads else set())
-    assert {site for site, _, _ in checked} == sites
+    expected = {"residual"} | ({"state"} if has_states else set()) | ({"head"} if has_heads else set())
+    assert {site for site, _, _ in checked} == expected
     assert {layer for site, layer, _ in checked if site == "residual"} == set(range(model.config.n_layer + 1))
 
 
@@ -115,6 +115,12 @@ def test_residual_patch_equals_a_torch_hook(model):
     made = pairs(TASK, 4, 7, "target")
     traced = patching.trace(model, made, cells(made), ["residual"], controls=False)
     rows = torch.arange(4)
+    plain = [model(run.input_ids)[:, -1] for run in (made.clean, made.corrupted)]
+    clean, corrupted = (x[rows, made.answer] - x[rows, made.corrupted_answer] for x in plain)
+    table = traced.table()
+    assert table["gap"].to_numpy() == pytest.approx((clean - corrupted).mean().item())
+    for name, x in zip(("clean", "corrupted"), plain, strict=True):
+        assert (table[f"accuracy_{name}"] == (x.argmax(-1) == made.answer).double().mean().item()).all()
     for i, key in list(enumerate(traced.keys))[::5]:
         if key.layer == model.config.n_layer:
             continue
@@ -133,6 +139,37 @@ def test_residual_patch_equals_a_torch_hook(model):
         want = logits[rows, made.answer] - logits[rows, made.corrupted_answer]
         known = where.any(1)
         torch.testing.assert_close(traced.difference[i][known], want[known], rtol=1e-9, atol=1e-10)
+
+
+@torch.no_grad()
+def test_sites_make_everything_where_the_model_is(model):
+    """What a function makes without naming a device would be on another one here, and not fit."""
+    made = pairs(TASK, 3, 8)
+    ids, at = made.clean.input_ids, torch.tensor([[1, 4, 9], [3, 3, 3]])
+
+    def results():
+        x = sites.residuals(model, ids)
+        cache = model.init_cache()
+        sites.advance(model, ids, cache, 3)
+        found = [*x, sites.run_from(model, 1, x[1][None], None, made.answer_at)]
+        found.append(sites.run_from(model, 1, x[1][None, :, 3:], cache, made.answer_at - 3))
+        for i, block in enumerate(model.parts()[1]):
+            if sites.has_site(block, "head"):
+                heads = sites.Heads(block, x[i])
+                found.append(heads.added(heads.z[None, :, 2:, 0], 1, 2))
+            else:
+                state = sites.ssm_state(block, x[i])
+                h = state.states([4, 1])
+                found += [h, state.added(h.transpose(0, 1), at, 1)]
+        return found
+
+    wanted = results()
+    with torch.device("meta"):
+        found = results()
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    whole, rest = wanted[model.config.n_layer + 1 :][:2]
+    torch.testing.assert_close(whole, rest)
 
 
 # --- identities and controls --------------------------------------------------------------------------------

@@ -10,9 +10,11 @@ import torch
 from circuits import copying_head, induction_head, previous_token_head
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from torch import nn
 
 from probes.heads import (
+    HeadScores,
     induction_score,
     previous_occurrence,
     previous_token_score,
@@ -20,9 +22,11 @@ from probes.heads import (
 )
 from probes.lens import (
     lens_table,
+    logit_difference,
     logit_lens,
     normalised_difference,
 )
+from synthetic.evaluate import wilson
 
 V, B, N = 9, 6, 7  # vocabulary, sequences, tokens before the query
 
@@ -135,6 +139,47 @@ def test_rows_of_a_part_of_the_pattern():
     )
 
 
+def test_one_row_of_a_pattern():
+    pattern, tokens = uniform(2, 10), torch.tensor([[0, 1, 2, 0, 3, 4, 5, 6, 7, 8]] * 2)
+    one = pattern[:, :, [3]]
+    assert (retrieval_score(one, 3, [0, 1], rows=[3]).value == 1 / 4).all()
+    for score in (previous_token_score(one, [3]), induction_score(one, tokens, [3])):
+        assert (score.value == 1 / 4).all() and (score.baseline == 1 / 4).all()
+    for wrong in ([-1], [10]):
+        with pytest.raises(ValueError, match=r"in 0 \.\. 9"):
+            previous_token_score(one, wrong)
+
+
+def test_scores_are_made_where_the_pattern_is():
+    """What a function makes without naming a device would be on another one here, and not fit."""
+    tokens, pattern = torch.randint(4, (2, 10), generator=generator()), uniform(2, 10)
+    query = torch.tensor([2, 9])
+
+    def results():
+        return (
+            retrieval_score(pattern, 8, [3, 4]),
+            retrieval_score(pattern[:, :, [2, 9]], query, [0, 1], rows=[2, 9]),
+            previous_token_score(pattern),
+            induction_score(pattern, tokens),
+        )
+
+    wanted = results()
+    with torch.device("meta"):
+        found = results()
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close((ours.value, ours.baseline), (theirs.value, theirs.baseline))
+
+
+def test_the_interval_of_a_score_is_students_and_stays_in_0_1():
+    value = torch.tensor([[0.5, 0.1], [0.7, 0.9], [0.6, 1.0]])
+    scores = HeadScores(value, torch.tensor([0.1, 0.2, 0.3])).table(confidence=0.8)
+    each = value[:, 0].double().numpy()
+    low, high = stats.t.interval(0.8, 2, each.mean(), stats.sem(each))
+    assert scores.loc[0, ["score", "low", "high"]].tolist() == pytest.approx([0.6, low, high])
+    assert scores.loc[1, "high"] == 1 and 0 < scores.loc[1, "low"] < 2 / 3
+    assert scores["baseline"].tolist() == pytest.approx([0.2, 0.2]) and scores["head"].tolist() == [0, 1]
+
+
 def test_several_matches_and_none():
     pattern = uniform(2, 5)
     score = retrieval_score(pattern, 4, torch.tensor([[0, 2], [1, -1]]))
@@ -196,12 +241,26 @@ def test_lens_table_by_layer():
     normaliser = math.log(math.exp(size) + V - 1)
     assert table.loc[0, "log_prob"] == pytest.approx(size / 2 - normaliser, rel=1e-6)
     assert table.loc[0, "accuracy"] == 0.5 and table.loc[0, "low"] < 0.5 < table.loc[0, "high"]
+    each = np.array([size, size, 0, 0]) - normaliser
+    low, high = stats.t.interval(0.95, 3, each.mean(), stats.sem(each))
+    assert table.loc[0, ["log_prob_low", "log_prob_high"]].tolist() == pytest.approx([low, high], rel=1e-5)
+    assert table.loc[0, ["low", "high"]].tolist() == pytest.approx(list(wilson(2, 4)))
+    assert table.loc[0, "median_rank"] == 0 and table["answers"].tolist() == [4, 4]
     assert table.loc["embed", "accuracy"] == 0.25  # of equal logits the first is the arg-max, as elsewhere
     with pytest.raises(ValueError, match=r"\(B, A, D\)"):
         logit_lens(residual[:, 0], nn.Identity(), nn.Identity(), answers)
 
 
 # --- effects ---
+
+
+def test_logit_difference_of_loops():
+    logits = torch.randn(3, 4, V, generator=generator())
+    clean, corrupted = (torch.randint(V, (3, 4), generator=generator(seed)) for seed in (1, 2))
+    found = logit_difference(logits, clean, corrupted)
+    assert found.shape == (3, 4)
+    for i, j in np.ndindex(3, 4):
+        assert found[i, j] == logits[i, j, clean[i, j]] - logits[i, j, corrupted[i, j]]
 
 
 def test_normalised_difference_is_0_for_corrupted_and_1_for_clean():

@@ -9,6 +9,8 @@ import torch
 from circuits import constant_decay, leaky_integrator, one_token_store, random_scan
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from probes.retention import (
     apply_attention,
@@ -181,8 +183,9 @@ def test_the_map_is_the_brute_force_one(kind):
     for budget in (1, 2**30):
         torch.testing.assert_close(hidden_attention(scan, budget=budget), expected)
         torch.testing.assert_close(mean_attention(scan, budget=budget), expected.abs().mean(1))
+    for chosen in ([3, 1], [2], [1, 1]):
+        torch.testing.assert_close(hidden_attention(scan, chosen), expected[:, chosen])
     chosen = [3, 1]
-    torch.testing.assert_close(hidden_attention(scan, chosen), expected[:, chosen])
     torch.testing.assert_close(mean_attention(scan, chosen), expected[:, chosen].abs().mean(1))
     at = [69, 0, 33]
     torch.testing.assert_close(attention_rows(scan, at), expected[:, :, at])
@@ -233,6 +236,52 @@ def test_padding_neither_writes_nor_decays():
     kept = [*range(10), *range(20, 40)]
     torch.testing.assert_close(hidden_attention(padded)[:, :, kept][..., kept], hidden_attention(short))
     assert (hidden_attention(padded)[..., 10:20] == 0).all()
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that is made."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        sizes = [x.untyped_storage().nbytes() for x in tree_leaves(made) if isinstance(x, torch.Tensor)]
+        self.bytes = max(self.bytes, *sizes, 0)
+        return made
+
+
+@pytest.mark.parametrize("work", [hidden_attention, attention_output, mean_attention])
+def test_maps_are_made_within_the_budget(work):
+    """Blocks of 32 x 32 decays of N states for 64 heads: 8 MiB at once."""
+    scan = random_scan("mamba", B=1, L=32, heads=64, N=16)
+    with Largest() as bounded:
+        work(scan, budget=2**20)
+    with Largest() as free:
+        work(scan, budget=2**30)
+    assert bounded.bytes <= 2**20 and free.bytes >= 2**23
+
+
+def test_everything_is_made_where_the_scan_is():
+    """What a function makes without naming a device would be on another one here, and not fit."""
+    scan, asked = random_scan("mamba", L=40), (torch.tensor([[1, 4], [3, 2]]), torch.arange(38, 40))
+
+    def results():
+        return (
+            *vars(retention(scan, *asked)).values(),
+            retention(scan, 1, [5, 7]).kept,
+            hidden_attention(scan),
+            hidden_attention(scan, [1, 2]),
+            attention_rows(scan, [4, 2], [3]),
+            attention_output(scan),
+            mean_attention(scan),
+        )
+
+    wanted = results()
+    with torch.device("meta"):
+        found = results()
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.device == scan.x.device
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 def test_row_sums_and_refusals():

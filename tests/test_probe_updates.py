@@ -76,6 +76,21 @@ def test_the_states_are_those_of_the_fast_scan():
     torch.testing.assert_close(states[:, -1], last, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_scan_is_kept_in_float32_or_in_float64_if_x_is(kind, dtype):
+    made = random_scan(kind, L=6, dtype=torch.float32)
+    parts = {
+        name: getattr(made, name).to(torch.bfloat16).requires_grad_() for name in ("A", "dt", "Bt", "Ct")
+    }
+    scan = Scan(**parts, x=made.x.to(dtype).requires_grad_())
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for name in (*parts, "x"):
+        kept = getattr(scan, name)
+        assert kept.dtype == wide and not kept.requires_grad, name
+    assert torch.equal(scan.dt, parts["dt"].to(wide))
+
+
 def test_chunks_of_the_stream_belong_to_the_caller():
     scan = random_scan("mamba", L=12)
     expected = state_changes(scan).norm
@@ -90,6 +105,8 @@ def test_a_million_states_are_never_held():
     scan = random_scan("mamba", B=1, L=64, heads=32, N=8)
     biggest = max(s.numel() for _, s in iterate_states(scan, budget=3 * 8 * 32 * 8 * 5))
     assert biggest == 5 * 32 * 8
+    places = [at for at, _ in iterate_states(scan, budget=1)]  # one position, if that is more already
+    assert places == [slice(t, t + 1) for t in range(64)]
 
 
 # --- closed forms ---
@@ -198,6 +215,7 @@ def test_roles_partition_the_sum(B, L, seed):
     "change, message",
     [
         (dict(dt=torch.ones(2, 6, 3)), "dt must have shape"),
+        (dict(Bt=torch.ones(2, 7, 5)), "Bt must have shape"),
         (dict(Ct=torch.ones(2, 6, 1)), "Ct must have shape"),
         (dict(A=torch.ones(4, 5)), "A must be at most 0"),
         (dict(dt=-torch.ones(2, 6, 4)), "dt at least 0"),
