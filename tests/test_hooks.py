@@ -28,6 +28,7 @@ from torch.nn import functional as F
 import probes
 from probes import cache as recording
 from probes.names import layer_of, local_name, resolve
+from ssm_retrieval import models
 from ssm_retrieval.models.hooks import points
 
 # --- names and shapes --------------------------------------------------------------------------------
