@@ -94,7 +94,8 @@ def scan_on_cpu(
     if return_last_state:
         out.append(_unblocked(last, E))
     if positions is not None and wanted is not None:
-        at = torch.tensor([wanted.index(t) for t in positions], dtype=torch.int64)
+        place = {t: i for i, t in enumerate(wanted)}
+        at = torch.tensor([place[t] for t in positions], dtype=torch.int64, device=u.device)
         out.append(_unblocked(states, E)[:, at])
     return out
 
