@@ -183,9 +183,9 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
     from synthetic import pretrained, tasks
 
     check_names(config)
-    course = TASKS[config.task].paper
     paper = config.protocol == "paper"
-    check_values(config, paper, course.schedule if course else "")
+    recipe = TASKS[config.task].paper if paper else None
+    check_values(config, paper, recipe.schedule if recipe else "")
     options = _task_options(config)
     start = None
     if config.init is not None:
@@ -200,7 +200,7 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
     queries = 1 if paper else config.queries or task.dense_queries()
     task.check(config.seq_len, queries)
     name, overrides, width = (
-        _model(config, ARCHITECTURES[family], task, queries) if start is None else start.model(task)
+        _model(config, ARCHITECTURES.find(family), task, queries) if start is None else start.model(task)
     )
     curriculum = config.curriculum
     if curriculum is None:
@@ -235,12 +235,10 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
         batch_tokens=config.batch_tokens,
         batch_size=PAPER_BATCH if paper else None,
         weight_decay=config.weight_decay,
-        warmup=(total // course.warmup if paper and course else 50)
-        if config.warmup is None
-        else config.warmup,
-        schedule=course.schedule if paper and course else config.schedule,
+        warmup=(total // recipe.warmup if recipe else 50) if config.warmup is None else config.warmup,
+        schedule=recipe.schedule if recipe else config.schedule,
         grad_clip=config.grad_clip,
-        eval_every=config.eval_every or (max(1, total // course.evaluations) if paper and course else 100),
+        eval_every=config.eval_every or (max(1, total // recipe.evaluations) if recipe else 100),
         betas=(0.9, 0.999) if paper else (0.9, 0.98),
         eval_examples=config.eval_examples,
         final_eval_examples=config.final_eval_examples,

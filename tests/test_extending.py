@@ -166,8 +166,9 @@ def test_positions_decide_whether_order_counts(theirs):
 def test_a_saved_model_is_loaded_with_the_options_of_its_mixer(linear_attention, tmp_path):
     place = models.save(linear_attention, tmp_path / "kept")
     assert json.loads((tmp_path / "kept" / "config.json").read_text())["n_head"] == 2
-    ids = tokens(1, 5)
-    torch.testing.assert_close(models.load(place)(ids), linear_attention(ids))
+    loaded, ids = models.load(place), tokens(1, 5)
+    assert loaded.blocks[0].mixer.n_head == 2
+    torch.testing.assert_close(loaded(ids), linear_attention(ids))
 
 
 def test_a_model_that_nobody_registered_is_one_line(linear_attention, tmp_path, monkeypatch):

@@ -236,6 +236,10 @@ def config(folder: Path) -> Row:
     if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
         raise UserError(f"{path}: run.imports is {_short(modules)}, not a list of names; {REMEDY}")
     registry.use(modules, where=str(folder))
+    for i, plan in enumerate(found["plans"]):
+        if plan["family"] not in registry.ARCHITECTURES:
+            said = registry.ARCHITECTURES.unknown(plan["family"], list(registry.ARCHITECTURES))
+            raise UserError(f"{path}: plans.{i}.family is {plan['family']!r}: {said}; else {REMEDY}")
     return found
 
 
