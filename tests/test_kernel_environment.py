@@ -24,9 +24,10 @@ print(float(linear_cross_entropy(x, weight, labels)[0]), float(want))
 @pytest.fixture
 def tree(tmp_path):
     """A copy of ssm_retrieval/ops by itself, which nothing has compiled yet."""
-    ops = tmp_path / "tree" / "models" / "ops"
-    shutil.copytree(ROOT / "models" / "ops", ops, ignore=shutil.ignore_patterns("__pycache__"))
+    ops = tmp_path / "tree" / "ssm_retrieval" / "ops"
+    shutil.copytree(ROOT / "ssm_retrieval" / "ops", ops, ignore=shutil.ignore_patterns("__pycache__"))
     (ops.parent / "__init__.py").touch()
+    shutil.copy(ROOT / "ssm_retrieval" / "errors.py", ops.parent)
     return ops
 
 

@@ -11,6 +11,7 @@ from conftest import import_without_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssm_retrieval.ops._threads import _with_pool
 from ssm_retrieval.ops.selective_scan import selective_scan
@@ -41,18 +42,20 @@ def gradients(arguments, results, seed=1):
     return torch.autograd.grad(total, list(arguments.values()), allow_unused=True, materialize_grads=True)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "chunks"])
 @pytest.mark.parametrize("N", [1, 2, 3, 15, 16, 17, 64, 256])
 @pytest.mark.parametrize("L, E", [(1, 16), (63, 5), (64, 16), (65, 40), (200, 130)])
-def test_cpu_equals_the_loop(N, L, E):
-    """Output, last state, chosen states and every gradient, at lengths around the kernel's chunks."""
+def test_equals_the_loop(N, L, E, backend):
+    """Output, last state, chosen states and every gradient, at lengths around the chunks."""
     positions = sorted({0, L // 2, L - 1})
     a, b = inputs(2, L, E, N), inputs(2, L, E, N)
-    got, want = outputs(a, "cpu", positions), outputs(b, "reference", positions)
+    got, want = outputs(a, backend, positions), outputs(b, "reference", positions)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
     for name, g, w in zip(NAMES, gradients(a, got), gradients(b, want), strict=True):
         torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("backend", ["cpu", "chunks"])
 @settings(deadline=None, max_examples=40)
 @given(
     b=st.integers(1, 3),
@@ -63,19 +66,19 @@ def test_cpu_equals_the_loop(N, L, E):
     softplus=st.booleans(),
     data=st.data(),
 )
-def test_cpu_equals_the_loop_for_any_arguments(b, L, E, N, absent, softplus, data):
+def test_equals_the_loop_for_any_arguments(backend, b, L, E, N, absent, softplus, data):
     """Optional arguments present or not; positions in any order and repeated."""
     positions = data.draw(st.lists(st.integers(0, L - 1), max_size=5))
     x, y = inputs(b, L, E, N, absent=absent), inputs(b, L, E, N, absent=absent)
     if not softplus:  # without it steps may be negative, and states grow beyond any tolerance
         x["dt"], y["dt"] = (t["dt"].detach().abs().requires_grad_() for t in (x, y))
         x.pop("dt_bias", None), y.pop("dt_bias", None)
-    got, want = outputs(x, "cpu", positions, softplus), outputs(y, "reference", positions, softplus)
+    got, want = outputs(x, backend, positions, softplus), outputs(y, "reference", positions, softplus)
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(gradients(x, got), gradients(y, want), rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "chunks", "reference"])
 def test_equals_mamba_ssm(backend):
     """state-spaces/mamba's selective_scan_ref (channels before time), output, last state and gradients."""
     peer = import_without_kernels("mamba_ssm.ops.selective_scan_interface").selective_scan_ref
@@ -90,7 +93,7 @@ def test_equals_mamba_ssm(backend):
     torch.testing.assert_close(gradients(a, got), gradients(b, want), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "chunks", "reference"])
 def test_gradcheck(backend):
     """Analytic against numerical derivatives of all outputs in all arguments, across a chunk border."""
     arguments = inputs(1, 66, 3, 2)
@@ -99,6 +102,7 @@ def test_gradcheck(backend):
         return outputs(dict(zip(arguments, values, strict=True)), backend, [3, 65])
 
     assert torch.autograd.gradcheck(scan, list(arguments.values()), nondet_tol=0.0, fast_mode=True)
+    assert torch.autograd.gradgradcheck(scan, list(arguments.values()), fast_mode=True)
 
 
 def test_closed_form():
@@ -119,7 +123,7 @@ def test_closed_form():
     torch.testing.assert_close(h.flatten(), series[-1:])
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "chunks", "reference"])
 def test_a_scan_in_two_pieces(backend):
     """The last state of the first piece starts the second; gradients flow through it."""
     a, b = inputs(2, 100, 20, 4), inputs(2, 100, 20, 4)
@@ -138,11 +142,12 @@ def test_a_scan_in_two_pieces(backend):
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "chunks"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_precision(dtype):
+def test_precision(dtype, backend):
     """Float32 inside whatever comes in: close to float64 on the rounded inputs."""
     low = {k: v.detach().to(dtype) for k, v in inputs(2, 300, 32, 16).items()}
-    y, last, states = outputs(low, "cpu", [0, 299])
+    y, last, states = outputs(low, backend, [0, 299])
     exact = outputs({k: v.double() for k, v in low.items()}, "reference", [0, 299])
     assert y.dtype == dtype and last.dtype == states.dtype == torch.float32
     near = max(4 * torch.finfo(dtype).eps, 1e-5)  # sums over 300 steps and 16 states round in float32
@@ -150,7 +155,7 @@ def test_precision(dtype):
     torch.testing.assert_close((last.double(), states.double()), exact[1:], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "chunks", "reference"])
 def test_length_zero(backend):
     a = inputs(2, 0, 5, 3)
     y, last, states = outputs(a, backend, [])
@@ -173,7 +178,8 @@ def test_views_and_strides():
     torch.testing.assert_close(outputs(odd, "cpu", [7]), outputs(a, "cpu", [7]), rtol=0, atol=0)
 
 
-def test_no_state_for_every_position_is_kept():
+@pytest.mark.parametrize("backend", ["cpu", "chunks"])
+def test_no_state_for_every_position_is_kept(backend):
     """The graph between forward and backward holds far less than (batch, length, d_inner, d_state)."""
     a = inputs(1, 1024, 32, 16, torch.float32)
     saved: list[int] = []
@@ -183,13 +189,13 @@ def test_no_state_for_every_position_is_kept():
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        selective_scan(**a, dt_softplus=True)
-    assert sum(saved) < 0.5 * 1024 * 32 * 16
+        selective_scan(**a, dt_softplus=True, backend=backend)
+    assert 0 < sum(saved) < 0.5 * 1024 * 32 * 16
 
 
 def test_result_does_not_depend_on_threads(monkeypatch):
     """Bit for bit: one thread, several, and the pool that replaces OpenMP where it is not found."""
-    from ssm_retrieval.ops import selective_scan as module
+    from ssm_retrieval.ops import _scan_cpu as module
 
     def everything():
         a = inputs(3, 200, 48, 16, torch.float32)
@@ -216,18 +222,54 @@ def test_result_does_not_depend_on_threads(monkeypatch):
         torch.set_num_threads(before)
 
 
-def test_extreme_values():
+class Largest(TorchDispatchMode):
+    """The most numbers that one tensor made meanwhile has."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            self.numel = max(self.numel, x.numel() if isinstance(x, torch.Tensor) else 0)
+        return out
+
+
+def test_chunks_never_hold_the_states_of_a_whole_sequence():
+    """No tensor on the way is larger than the states of 64 tokens, however long the sequence."""
+    a = {k: v.detach() for k, v in inputs(1, 640, 8, 16, torch.float32).items()}
+    with Largest() as largest:
+        outputs(a, "chunks", [3, 639])
+    assert 640 * 8 <= largest.numel <= 65 * 8 * 16
+
+
+@pytest.mark.parametrize("backend", ["cpu", "chunks"])
+def test_decays_near_zero_leave_the_latest_write(backend):
+    """exp(dt A) underflows at every token: h_t = dt_t B_t u_t, and no gradient is lost or infinite."""
+    a = inputs(1, 150, 4, 3, torch.float32, absent=("D", "z", "dt_bias", "initial_state"))
+    a["A"] = torch.full((4, 3), -1e4).requires_grad_()
+    a["dt"] = (1 + a["dt"].detach().abs()).requires_grad_()
+    y = selective_scan(**a, backend=backend)
+    want = a["dt"] * a["u"] * (a["B"] * a["C"]).sum(-1, keepdim=True)
+    torch.testing.assert_close(y, want)
+    names = ("u", "dt", "B", "C")
+    got, exact = (torch.autograd.grad(r.square().sum(), [a[n] for n in names]) for r in (y, want))
+    torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["auto", "chunks"])
+def test_extreme_values(backend):
     """Large steps forget, large negative ones do nothing, NaN stays visible."""
     a = {k: v.detach().float() for k, v in inputs(1, 8, 16, 4, absent=("initial_state",)).items()}
     a["dt"] = torch.full_like(a["dt"], -1e4)
-    y = selective_scan(**a, dt_softplus=True)
+    y = selective_scan(**a, dt_softplus=True, backend=backend)
     torch.testing.assert_close(y, a["D"] * a["u"] * F.silu(a["z"]))  # no write, only the skip
     a["dt"] = torch.full_like(a["dt"], 1e4)
-    assert selective_scan(**a, dt_softplus=True).isfinite().all()
+    assert selective_scan(**a, dt_softplus=True, backend=backend).isfinite().all()
     for name in ("u", "dt", "B"):
         broken = {**a, name: a[name].clone()}
         broken[name][0, 3, 0] = float("nan")
-        assert selective_scan(**broken, dt_softplus=True)[0, 3].isnan().any(), name
+        y = selective_scan(**broken, dt_softplus=True, backend=backend)
+        assert y[0, 3].isnan().any() and not y[0, :3].isnan().any(), name
 
 
 @pytest.mark.parametrize(
@@ -276,7 +318,7 @@ def test_arguments_reach_mamba_ssm_as_it_wants_them(absent):
 
 def test_gpu_packages_are_not_imported_on_a_cpu():
     code = (
-        "import sys, torch, models, synthetic.run\n"
+        "import sys, torch, synthetic.run\nfrom ssm_retrieval import models\n"
         "models.build('mamba-tiny', vocab_size=16, n_layer=1)(torch.zeros(1, 3, dtype=torch.long))\n"
         "bad = [m for m in ('mamba_ssm', 'causal_conv1d', 'triton', 'transformers') if m in sys.modules]\n"
         "assert not bad, bad"

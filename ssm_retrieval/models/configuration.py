@@ -10,7 +10,6 @@ import sys
 from typing import Any, cast
 
 from ssm_retrieval.errors import UserError
-from ssm_retrieval.ops._route import BACKENDS
 from ssm_retrieval.ops.selective_scan import MAX_D_STATE
 
 POSITIONS = ("rope", "learned", "none")
@@ -32,7 +31,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "norm": ("rms", "layer"),
     "position": POSITIONS,
     "ssm": ("mamba", "mamba2"),
-    "scan_backend": BACKENDS,
+    "scan_backend": ("auto", "reference", "cpu", "cuda"),
 }
 
 

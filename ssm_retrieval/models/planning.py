@@ -30,6 +30,7 @@ from ssm_retrieval.models.common import LanguageModel
 from ssm_retrieval.ops.cross_entropy import BLOCK_LOGITS
 
 EIGHT_BIT_FROM, EIGHT_BIT_BLOCK = 4096, 256  # of bitsandbytes
+INT64 = 8
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,7 @@ def head_memory(config: Any, step: Step) -> tuple[int, int]:
     D, V, c = config.d_model, config.vocab_size, step.itemsize
     rows = step.at_once * step.answers
     kept = F32 * rows * D + norm(config.norm, rows, D)  # the rows with an answer
+    kept += (F32 * D + INT64) * rows  # the head's input and the labels, for a gradient of the gradients
     kept += F32 * rows * D + F32 * V * D  # the gradients of x and of the head's weights
     logits = min(rows, max(1, BLOCK_LOGITS // V)) * V * (F32 if c == 4 else 2 * c + F32)
     weights = c * V * D if c == 2 else 0
