@@ -15,16 +15,18 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from ssm_retrieval.errors import UserError
 from vlm import schema
-from vlm.data.declaration import Scored
 from vlm.data.samples import Source
 from vlm.prompts import Layout
 from vlm.schema import AsTuple, FileName, Momentum, Natural, NonNegative, Positive, Seed, Text, checked
+
+if TYPE_CHECKING:
+    from vlm.data.declaration import Scored
 
 TRAINING_VERSION = 2  # raise it when a config leads to other numbers than before
 ImageSize = Annotated[int, Field(ge=16, le=4096)]
