@@ -123,7 +123,7 @@ def test_the_declared_metric_is_the_evaluators(name, tmp_path, monkeypatch):
 
 
 def my_reader(folder, split):
-    for i in range(3):
+    for i in range(3 if split == "test" else 14):
         yield Question(
             id=str(i), source="mine", split=split, image=f"{i}.png", question="Is there a red star?",
             answers=("yes",),
@@ -134,8 +134,9 @@ def test_a_data_set_of_ones_own_is_read_asked_and_scored_as_it_declares(vlm_fold
     monkeypatch.setattr(registry, "DATASETS", dict(DATASETS))
     mine = registry.register(
         DataSet(
-            name="mine", reader=my_reader, splits=("test",), files=(), task=tasks.questions(), metric=LENGTH,
-            max_new_tokens=2, chance=0.25,
+            name="mine", reader=my_reader, splits=("train", "test"), files=(), task=tasks.questions(),
+            metric=LENGTH, max_new_tokens=2, chance=0.25,
+            blind=lambda known, test: [f"{len(known)} {known[0].id}"] * len(test),
         )
     )  # fmt: skip
     with pytest.raises(UserError, match="'mine' is registered already"):
@@ -154,8 +155,8 @@ def test_a_data_set_of_ones_own_is_read_asked_and_scored_as_it_declares(vlm_fold
     words = components.text(run.tokenizer)
     assert len(said) == 3 and all(len(words.encode(text)) <= 2 for text in said)
     assert run.max_new_tokens > 2
-    blind = [row["question_only"] for row in rows]
-    assert blind[0] is None and blind[-1] is not None  # declared for scenes alone
+    assert row["question_only"] == 3 * len("14 0")  # what it learned from the training split
+    assert rows[-1]["task"] == "count" and rows[-1]["question_only"] is not None
 
 
 @pytest.mark.parametrize("name", SCENES)

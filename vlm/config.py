@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from vlm.data.declaration import Scored
 
 TRAINING_VERSION = 2  # raise it when a config leads to other numbers than before
+LEARNED = 4000  # training questions that a guess without the image knows
 ImageSize = Annotated[int, Field(ge=16, le=4096)]
 
 
@@ -66,7 +67,7 @@ class Scenes:
         """What a guess without the image learns from; None where none is declared."""
         if self.declared().blind is None:
             return None
-        return dataclasses.replace(self, split="train", images=4000)
+        return dataclasses.replace(self, split="train", images=LEARNED)
 
 
 @checked
@@ -114,8 +115,12 @@ class Files:
         return registry.asked_for(registry.DATASETS[self.dataset], self.regions)
 
     def training(self) -> Files | None:
-        """Training questions are another split's, which a guess without the image is not given here."""
-        return None
+        """What a guess without the image learns from; None where none is declared, or no training split."""
+        from vlm.data import registry
+
+        if self.declared().blind is None or "train" not in registry.DATASETS[self.dataset].splits:
+            return None
+        return dataclasses.replace(self, split="train", first=LEARNED)
 
 
 class First:
