@@ -15,18 +15,21 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from ssm_retrieval.errors import UserError
 from vlm import schema
-from vlm.data.declaration import Scored
 from vlm.data.samples import Source
 from vlm.prompts import Layout
 from vlm.schema import AsTuple, FileName, Momentum, Natural, NonNegative, Positive, Seed, Text, checked
 
+if TYPE_CHECKING:
+    from vlm.data.declaration import Scored
+
 TRAINING_VERSION = 2  # raise it when a config leads to other numbers than before
+LEARNED = 4000  # training questions that a guess without the image knows
 ImageSize = Annotated[int, Field(ge=16, le=4096)]
 
 
@@ -64,7 +67,7 @@ class Scenes:
         """What a guess without the image learns from; None where none is declared."""
         if self.declared().blind is None:
             return None
-        return dataclasses.replace(self, split="train", images=4000)
+        return dataclasses.replace(self, split="train", images=LEARNED)
 
 
 @checked
@@ -112,8 +115,12 @@ class Files:
         return registry.asked_for(registry.DATASETS[self.dataset], self.regions)
 
     def training(self) -> Files | None:
-        """Training questions are another split's, which a guess without the image is not given here."""
-        return None
+        """What a guess without the image learns from; None where none is declared, or no training split."""
+        from vlm.data import registry
+
+        if self.declared().blind is None or "train" not in registry.DATASETS[self.dataset].splits:
+            return None
+        return dataclasses.replace(self, split="train", first=LEARNED)
 
 
 class First:

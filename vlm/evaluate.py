@@ -6,7 +6,6 @@ import dataclasses
 import sys
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +18,6 @@ from ssm_retrieval.errors import UserError
 from ssm_retrieval.terminal import plain_console
 from vlm import components, folders, results
 from vlm.config import Data, Run, read_file
-from vlm.data.declaration import Guess
 from vlm.data.samples import Sample, Source
 from vlm.folders import RESULT
 from vlm.guesses import asked
@@ -159,13 +157,16 @@ def evaluate(
 def blind_rows(data: Data) -> Mapping[str, float]:
     """Metrics of answering without the image, as training samples of the same kind teach; {} if none fit."""
     training, guess = data.training(), data.declared().blind
-    return {} if training is None or guess is None else _blind(data, training, guess)
+    if training is None or guess is None:
+        return {}
+    key = repr((data, guess))
+    if key not in _blind:
+        known, test = (_samples(one.build(answers=False)) for one in (training, data))
+        _blind[key] = {row["metric"]: row["value"] for row in results.score(test, guess(known, test))}
+    return _blind[key]
 
 
-@lru_cache(maxsize=64)  # the same for every run that is asked the same
-def _blind(data: Data, training: Data, guess: Guess) -> Mapping[str, float]:
-    known, test = (_samples(one.build(answers=False)) for one in (training, data))
-    return {row["metric"]: row["value"] for row in results.score(test, guess(known, test))}
+_blind: dict[str, Mapping[str, float]] = {}  # by question: the same for every run that is asked the same
 
 
 def _samples(source: Source) -> list[Sample]:

@@ -2,7 +2,7 @@
 
     VLM_DATA=/data accelerate launch -m vlm.train vlm/configs/paper.py --only mamba-790m-agnostic
 
-/data/<data set> holds the official files, /data/<data set>/images the pictures (docs/data.md lists them).
+/data/<data set> holds the official files, and its folder `DataSet.images` the pictures (docs/data.md).
 Rates, schedule and mixture are those of the released scripts; these disagree on epochs (one for Mamba,
 more for Pythia), and here both families get one. What is published nowhere, such as the number of devices,
 is a choice: batches of 64 x 4 and 32 x 4. Its authors have not run it: no such data, weights or GPUs.
