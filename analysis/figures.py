@@ -23,7 +23,7 @@ from ssm_retrieval.style import DOUBLE, SINGLE, save, theme
 from ssm_retrieval.training.store import write_bytes
 
 STUDIES = Path(__file__).resolve().parent.parent / "studies"
-SYNTHETIC, VLM = "retrieval-cpu", "vlm-cpu"  # studies whose committed tables are drawn by default
+SYNTHETIC, VLM = "retrieval_cpu", "vlm_cpu"  # studies whose committed tables are drawn by default
 ABSENT = "the studies' tables come with the repository, not with the package; give your own --runs"
 DRAWN = "a drawing, no measurement"
 WIDTHS = {1: SINGLE, 2: DOUBLE}

@@ -158,7 +158,7 @@ say(
 
 # %% [markdown]
 # A run stops as soon as its held-out accuracy reaches 0.98, or when its budget of steps is used up. (The
-# learning rates are those that `studies/retrieval-cpu` chose for each architecture, on seeds that it does not
+# learning rates are those that `studies/retrieval_cpu` chose for each architecture, on seeds that it does not
 # report.)
 #
 # ## How fast: learning curves
@@ -248,7 +248,7 @@ say(
 # %% [markdown]
 # If Mamba simply forgot, its accuracy would fall with age: lowest on the left, at the symbols read first, and
 # highest on the right. Compare that expectation with the figure. The study
-# [`why-mamba-lags`](../studies/why-mamba-lags/README.md) asks the states themselves, and finds that the first
+# [`why_mamba_lags`](../studies/why_mamba_lags/README.md) asks the states themselves, and finds that the first
 # symbols are among those that are kept; notebook 03 looks into the state of this very model.
 #
 # ## How it errs
@@ -327,7 +327,7 @@ display(pd.DataFrame(rows).set_index("length"))
 #
 # With one seed, one size and one budget you have seen that both architectures learn to retrieve from short
 # contexts and that the Transformer gets to 12 with fewer tokens. It is an example, not evidence: for that,
-# three seeds and five architectures are in [`studies/retrieval-cpu`](../studies/retrieval-cpu/README.md),
+# three seeds and five architectures are in [`studies/retrieval_cpu`](../studies/retrieval_cpu/README.md),
 # which the next notebook reads.
 #
 # **Try it.** Change `layout` to `"prefix"` and train again: which model gains, which loses? In `lab.py`,

@@ -16,7 +16,7 @@
 #
 # Notebook 01 trained one model of each kind. Whoever repeats it with another seed gets other curves, so what
 # does one know after a run? This notebook reads the results of a study that is part of this repository,
-# [`studies/retrieval-cpu`](../studies/retrieval-cpu/README.md): several architectures, several lengths, three
+# [`studies/retrieval_cpu`](../studies/retrieval_cpu/README.md): several architectures, several lengths, three
 # seeds each, every evaluation of every run. Nothing is trained here.
 #
 # You will see how to draw curves of few runs honestly, what to do with runs that *never got there*, how the
@@ -39,7 +39,7 @@ from ssm_retrieval.statistics import bootstrap_median_time, kaplan_meier, mean_i
 from ssm_retrieval.style import legend, panels
 
 begin()
-STUDY = Path(analysis.__file__).parents[1] / "studies" / "retrieval-cpu"
+STUDY = Path(analysis.__file__).parents[1] / "studies" / "retrieval_cpu"
 
 # %% [markdown]
 # ## The table
@@ -358,4 +358,4 @@ say(
 # **Try it.** Put `by="examples"` in place of tokens (`plots.threshold_table(..., "examples")`) and see how
 # the length curriculum makes training *sequences* a treacherous unit. Draw
 # `plots.state_size(plots.state_table(...))`: does a larger state help? All figures of the study come from
-# `python -m analysis.curves studies/retrieval-cpu/results.parquet`.
+# `python -m analysis.curves studies/retrieval_cpu/results.parquet`.

@@ -277,7 +277,7 @@ say(
 # layer again later. If you had measured at the target alone (offset 0), you would have missed most of the
 # effect: the table has both.
 #
-# One model of one seed. The study [`why-mamba-lags`](../studies/why-mamba-lags/README.md) has three seeds of
+# One model of one seed. The study [`why_mamba_lags`](../studies/why_mamba_lags/README.md) has three seeds of
 # each, measured at the target itself: with the query first at length 16 it was written more strongly in the
 # last layer in every seed, by factors from 2 to 13 for Mamba, and at length 32 not in every one. Where and
 # how strongly a model marks the match differs from model to model; what to trust is that it does.

@@ -379,7 +379,7 @@ for family, (label, score, baseline) in best.items():
 # * What differs in the query alone leaves no trace in Mamba's state before the last token: memory and
 #   question are separate.
 # * This is one small model of each kind, on one task, asked last. The study
-#   [`why-mamba-lags`](../studies/why-mamba-lags/README.md) has three seeds of more models, also with the
+#   [`why_mamba_lags`](../studies/why_mamba_lags/README.md) has three seeds of more models, also with the
 #   query first, where the answer crosses over late.
 #
 # **Try it.** Trace the models with the query *first* (`trained("mamba", layout="prefix")`). Patch only

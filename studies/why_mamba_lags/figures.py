@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import contrasts  # beside this file
 import numpy as np
 import pandas as pd
 
 from ssm_retrieval.statistics import mean_interval
 from ssm_retrieval.style import NAMES, family_colors, legend, panels, save, theme
+from studies.why_mamba_lags import contrasts
 
 TITLES = {
     "write": "written by the target\n/ by a distractor",

@@ -1,6 +1,6 @@
-"""Tables and figures of this study, from probed runs of studies/retrieval-cpu:
+"""Tables and figures of this study, from probed runs of studies/retrieval_cpu:
 
-    python studies/why-mamba-lags/contrasts.py [RUNS PROBES]
+    python -m studies.why_mamba_lags.contrasts [RUNS PROBES]
 
 RUNS is the folder of that sweep, PROBES one with the output of
 `python -m probes.run RUNS/<id> --out PROBES/<id>` for each probed run. Writes measured.parquet beside this
@@ -305,7 +305,7 @@ def filled(text: str) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    import figures  # beside this file
+    from studies.why_mamba_lags import figures
 
     if arguments:
         table = collect(Path(arguments[0]), Path(arguments[1]))

@@ -1,6 +1,6 @@
 """Tables, figures and pictures of README.md, from the runs of this study:
 
-    python studies/vlm-cpu/summary.py [RUNS]
+    python -m studies.vlm_cpu.summary [RUNS]
 
 With RUNS (what `vlm.train --out` named) it first writes results.parquet, looks.csv (what `vlm.looking` finds,
 run by run) and predictions.png beside this file; floors.csv is floors.py's. The figures, and what stands

@@ -1,6 +1,6 @@
 """Results tables and the tables of README.md, from the runs of this study:
 
-    python studies/retrieval-cpu/report.py [RUNS]
+    python -m studies.retrieval_cpu.report [RUNS]
 
 Writes results.parquet and targets.parquet beside this file if RUNS is given, and replaces what stands between
 the markers `<!-- NAME -->` and `<!-- /NAME -->` in README.md. The figures come from
