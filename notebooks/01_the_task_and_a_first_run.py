@@ -33,7 +33,7 @@ from IPython.display import display
 from lab import N, begin, counts, say, trained
 from matplotlib.patches import FancyBboxPatch
 
-from probes.roles import ROLES, roles
+from probes.token_roles import ROLES, token_roles
 from ssm_retrieval.style import NAMES, family_colors, legend
 from synthetic import tasks
 from synthetic.evaluate import evaluate, heldout
@@ -76,7 +76,7 @@ def draw_row(ax, layout):
     task = tasks.build("position", seq_len=SHORT, layout=layout)
     batch = task.batch(1, seed=4, index=0)
     words = task.vocabulary.decode(batch.input_ids[0].tolist())
-    kinds = [ROLES[k] for k in roles(task, batch)[0]]
+    kinds = [ROLES[k] for k in token_roles(task, batch)[0]]
     for i, (word, kind) in enumerate(zip(words, kinds, strict=True)):
         color = COLORS.get(kind, "white")
         box = FancyBboxPatch((i - 0.42, 0), 0.84, 0.6, boxstyle="round,pad=0.03", fc=color, ec="0.35", lw=0.8)

@@ -40,8 +40,8 @@ from matplotlib.colors import LogNorm
 import probes
 from probes.linear import decode_curve
 from probes.retention import retention
-from probes.roles import ROLES, role, roles
 from probes.suite.common import plain_log, recorded, scan_names, scan_of
+from probes.token_roles import ROLES, role, token_roles
 from probes.updates import iterate_states, write_norm
 from ssm_retrieval import models
 from ssm_retrieval.style import family_colors, legend, panels
@@ -128,7 +128,7 @@ for ax, (layout, values) in zip(axes, maps.items(), strict=True):
     task, batch = runs[layout].task, example[layout]
     words = [word.strip("<>") for word in task.vocabulary.decode(batch.input_ids[0].tolist())]
     ax.set_xticks(range(len(words)), words)
-    for label, kind in zip(ax.get_xticklabels(), roles(task, batch)[0], strict=True):
+    for label, kind in zip(ax.get_xticklabels(), token_roles(task, batch)[0], strict=True):
         if ROLES[kind] in ("target", "query"):
             label.set(color="#d1495b", weight="bold")
     ax.set_yticks(list(LAYERS))
@@ -142,7 +142,7 @@ plt.show()
 # %%
 for layout, values in maps.items():
     layer, at = np.unravel_index(values.argmax(), values.shape)
-    kind = ROLES[roles(runs[layout].task, example[layout])[0, at]].replace("_", " ")
+    kind = ROLES[token_roles(runs[layout].task, example[layout])[0, at]].replace("_", " ")
     say(
         f"* {TITLES[layout].capitalize()}: the largest step is {values.max():.2f}, in layer {layer} at token "
         f"{at} ({kind}); the median over tokens and layers is {np.median(values):.2f}."
@@ -189,7 +189,7 @@ def measured(model, task):
         values.append(
             {"step size": scan.dt.mean(-1), "write": write, "left at the answer": left, "kept": kept}
         )
-    return roles(task, batch), values
+    return token_roles(task, batch), values
 
 
 def around_target(values, kinds):
@@ -370,7 +370,9 @@ def readable(model, task):
     """decode_curve at every layer: accuracy of the identity of each place's symbol, from the last state."""
     batch = task.batch(SEQUENCES, seed=23, index=0, split="heldout")
     ids, at = batch.input_ids, batch.input_ids.shape[1] - 1
-    symbol = (roles(task, batch)[0] == role("target")) | (roles(task, batch)[0] == role("distractor"))
+    symbol = (token_roles(task, batch)[0] == role("target")) | (
+        token_roles(task, batch)[0] == role("distractor")
+    )
     places = symbol.nonzero().flatten()
     names = [f"blocks.{i}.mixer.hook_ssm_state" for i in LAYERS]
     cache = recorded(model, ids, names, positions=[at])

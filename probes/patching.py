@@ -6,7 +6,7 @@ arXiv 2309.16042)
     (LD_patched - LD_corrupted) / (LD_clean - LD_corrupted)    LD = logit[clean answer] - logit[corrupted one]
 
 read where the answer is due: 0 where the patch changes nothing, 1 where it makes the corrupted run the clean
-one. `probes.sites` says what is patched, `probes.cells` which tokens together.
+one. `probes.patch_sites` says what is patched, `probes.patch_cells` which tokens together.
 
 Nothing is computed twice that a patch cannot change: a patch at layer l runs blocks l.. (l + 1.. inside a
 block), on the tokens from the patched one on, from the cached states of the corrupted run, and reads logits
@@ -24,10 +24,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from probes.cells import Cell, cells, chunks, everything
+from probes.contrast_pairs import Pairs
 from probes.lens import logit_difference, normalised_difference
-from probes.pairs import Pairs
-from probes.sites import SITES, Heads, advance, has_site, residuals, run_from, ssm_state
+from probes.patch_cells import Cell, chunks, everything, patch_cells
+from probes.patch_sites import SITES, Heads, advance, has_site, residuals, run_from, ssm_state
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.models.common import Cache, LanguageModel
 from ssm_retrieval.statistics import mean_interval
@@ -137,7 +137,7 @@ def patch(
     Columns
         site, layer, head     layer l of residual is what enters block l, n_layer the last norm; of state and
                               head it is block l; head is <NA> but for site head
-        role, low, high       the tokens low .. high - 1, see `probes.cells.Cell`
+        role, low, high       the tokens low .. high - 1, see `probes.patch_cells.Cell`
         control, n            below; pairs that have a token in this cell
         effect                ratio of mean differences (`ratio_of_means`); its 95 % interval _low, _high
         effect_each           mean over pairs of their normalised logit differences; _low, _high
@@ -159,7 +159,7 @@ def patch(
     Raises UserError for unknown sites or layers, and for controls of a single pair.
     """
     traced = trace(
-        model, pairs, cells(pairs, max_positions), sites,
+        model, pairs, patch_cells(pairs, max_positions), sites,
         layers=layers, controls=controls, memory_mb=memory_mb, progress=progress,
     )  # fmt: skip
     return traced.table()

@@ -228,7 +228,7 @@ class SignTest:
     p_smallest: float  # 2 / 2^(a_first + b_first)
 
 
-def _pairs(
+def _matched(
     table: pd.DataFrame, a: Any, b: Any, on: Sequence[str], columns: Sequence[str], factor: str
 ) -> pd.DataFrame:
     """One row for each combination of `on` that both levels have; columns end in _a and _b."""
@@ -298,7 +298,7 @@ def paired_test(
     """
     if value == "value" and "reached" in table and not table["reached"].all():
         raise UserError("value is censored where reached is False; use paired_sign_test")
-    pairs = _pairs(table, a, b, on, [value], factor)
+    pairs = _matched(table, a, b, on, [value], factor)
     differences = pairs[f"{value}_a"].to_numpy(float) - pairs[f"{value}_b"].to_numpy(float)
     difference, low, high = bootstrap(differences, confidence=confidence, seed=seed)
     p_wilcoxon = 1.0
@@ -326,7 +326,7 @@ def paired_sign_test(
     Ties and unknown pairs are counted but not tested, which is fair as long as both of a pair had the same
     budget. Raises UserError as `paired_test`.
     """
-    pairs = _pairs(table, a, b, on, [value, reached], factor)
+    pairs = _matched(table, a, b, on, [value, reached], factor)
     time_a, time_b = (pairs[f"{value}_{side}"].to_numpy(float) for side in "ab")
     got_a, got_b = (pairs[f"{reached}_{side}"].to_numpy(bool) for side in "ab")
     a_first = int((got_a & np.where(got_b, time_a < time_b, time_a <= time_b)).sum())

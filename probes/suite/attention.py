@@ -16,7 +16,6 @@ from torch import Tensor
 
 from probes.heads import HeadScores, induction_score, previous_token_score, retrieval_score
 from probes.retention import hidden_attention, mean_attention, normalise_rows
-from probes.roles import role, roles
 from probes.suite.common import (
     BUDGET,
     WEIGHTS,
@@ -37,6 +36,7 @@ from probes.suite.common import (
     scan_names,
     scan_of,
 )
+from probes.token_roles import role, token_roles
 from ssm_retrieval.models.common import LanguageModel
 from ssm_retrieval.style import NAMES, family_colors, legend, panels
 from synthetic.tasks import Batch, Task
@@ -119,7 +119,7 @@ def _target(task: Task, batch: Batch) -> Tensor | None:
     """(B,) positions of the target symbols; None where tokens have no roles."""
     if not isinstance(task, Position):
         return None
-    return (roles(task, batch) == role("target")).int().argmax(1)
+    return (token_roles(task, batch) == role("target")).int().argmax(1)
 
 
 def _labels(part: pd.DataFrame) -> list[str]:

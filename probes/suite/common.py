@@ -82,7 +82,7 @@ def single_query(task: Task) -> Task:
 
 
 def require_roles(task: Task, what: str) -> None:
-    """Raises NotApplicable for tasks whose tokens have no roles (`probes.roles`)."""
+    """Raises NotApplicable for tasks whose tokens have no roles (`probes.token_roles`)."""
     if not isinstance(task, Position):
         known = "position, position-varlen or grid"
         raise NotApplicable(f"{what} needs the roles of tokens, which task {task.name} lacks; use {known}")

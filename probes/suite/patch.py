@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from probes.cells import cells, target_and_partner
-from probes.pairs import KINDS, pairs
+from probes.contrast_pairs import KINDS, contrast_pairs
+from probes.patch_cells import patch_cells, target_and_partner
 from probes.patching import trace
 from probes.suite.common import Options, Probe, families, interval, markdown, require_roles
 from ssm_retrieval.models.common import LanguageModel
@@ -42,8 +42,8 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
         def share(done: int, count: int, k: int = k) -> None:
             options.progress((k + done / count) / len(KINDS))
 
-        made = pairs(task, examples, task.seq_len, kind, options.seed)
-        what = [*cells(made, SHORT if made.answer_at < SHORT else CELLS), target_and_partner(made)]
+        made = contrast_pairs(task, examples, task.seq_len, kind, options.seed)
+        what = [*patch_cells(made, SHORT if made.answer_at < SHORT else CELLS), target_and_partner(made)]
         tables.append(trace(model, made, what, SITES, progress=share).table().assign(part=kind))
     joined = pd.concat(tables, ignore_index=True)
     joined = joined.rename(columns=dict(low="start", high="stop"))

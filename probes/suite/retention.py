@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from probes.retention import attention_output, mean_attention, normalise_rows, retention
-from probes.roles import role, roles
 from probes.suite.common import (
     Options,
     Probe,
@@ -39,6 +38,7 @@ from probes.suite.common import (
     scan_of,
     ssm_layers,
 )
+from probes.token_roles import role, token_roles
 from ssm_retrieval.models.common import LanguageModel
 from ssm_retrieval.style import NAMES, family_colors, legend, panels
 from synthetic.tasks import Task
@@ -65,7 +65,7 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
     at = 0
     for batch in batches(task, examples, rows_within(task, scan_bytes(model, layers)), options):
         done = sum(len(k) for k in kinds)
-        kinds.append(roles(task, batch))
+        kinds.append(token_roles(task, batch))
         at = answer_at(batch)
         ids = batch.input_ids[:, : at + 1]
         cache = recorded(model, ids, scan_names(layers))

@@ -16,7 +16,6 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from probes.roles import ROLES, role, roles
 from probes.suite.common import (
     BINS,
     SHORT,
@@ -40,6 +39,7 @@ from probes.suite.common import (
     scan_of,
     ssm_layers,
 )
+from probes.token_roles import ROLES, role, token_roles
 from probes.updates import Scan, decay, horizon, split_by_role, state_changes, write_norm
 from ssm_retrieval.models.common import LanguageModel
 from ssm_retrieval.statistics import bootstrap_median_time
@@ -70,7 +70,7 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
     kinds: list[Tensor] = []
     tokens: list[str] = []
     for batch in batches(task, examples, rows_within(task, scan_bytes(model, layers)), options):
-        kinds.append(roles(task, batch))
+        kinds.append(token_roles(task, batch))
         tokens = tokens or task.vocabulary.decode(batch.input_ids[0])
         cache = recorded(model, batch.input_ids, scan_names(layers))
         for layer in layers:
