@@ -16,7 +16,7 @@ import analysis
 from analysis import plots, published, settings
 from analysis.comparisons import comparisons
 from analysis.tables import between, by_seed, fill, markdown, share
-from ssm_retrieval.statistics import bootstrap_median_time, mean_interval
+from ssm_retrieval.statistics import bootstrap_median_time, geometric_mean_interval
 from ssm_retrieval.style import NAMES
 from ssm_retrieval.training import store
 from studies.vlm_cpu import summary
@@ -196,8 +196,8 @@ def probes() -> pd.DataFrame:
 
 
 def ratio(values: pd.Series) -> str:
-    """Geometric mean of ratios with Student's 95 % interval of their logarithm."""
-    found = np.exp(mean_interval(np.log(values.to_numpy(float))))
+    """Geometric mean of ratios over seeds and its 95 % interval."""
+    found = geometric_mean_interval(values)
     return "{} [{}, {}]".format(*(f"{value:,.0f}" if value >= 10 else f"{value:.2f}" for value in found))
 
 

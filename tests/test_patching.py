@@ -318,24 +318,14 @@ def test_refusals_are_one_line():
         ablation.parts(model, 0, groups=5)
 
 
-def test_ratio_of_means_has_the_bootstraps_interval():
-    generator = torch.Generator().manual_seed(0)
-    corrupted = torch.randn(400, generator=generator)
-    clean = corrupted + 3 + torch.randn(400, generator=generator)
-    patched = corrupted + 0.4 * (clean - corrupted) + 0.5 * torch.randn(400, generator=generator)
-    value, low, high = patching.ratio_of_means(patched, clean, corrupted)
-    ratio = (patched - corrupted).mean() / (clean - corrupted).mean()
-    assert value == pytest.approx(ratio.item(), rel=1e-5)
-    draws = stats.bootstrap(
-        tuple(t.numpy() for t in (patched, clean, corrupted)),
-        lambda p, g, c, axis=-1: (p - c).mean(axis) / (g - c).mean(axis),
-        paired=True, vectorized=True, n_resamples=4000, method="percentile",
-        random_state=np.random.default_rng(0),
-    ).confidence_interval  # fmt: skip
-    assert (low, high) == pytest.approx((draws.low, draws.high), abs=0.1 * (high - low))
-    assert np.isnan(patching.ratio_of_means(corrupted, corrupted, corrupted)).all()  # there is no gap
-    some = patched.clone()
-    some[100:] = torch.nan
-    assert patching.ratio_of_means(some, clean, corrupted) == pytest.approx(
-        patching.ratio_of_means(patched[:100], clean[:100], corrupted[:100])
-    )
+def test_an_effect_is_the_share_of_the_gap_that_patches_restore():
+    """By hand: gaps 1, 2, 3, of which 1, 0, 2 are restored; an example without a patch is left out."""
+    corrupted = torch.tensor([5.0, -1.0, 2.0, 7.0])
+    clean = corrupted + torch.tensor([1.0, 2.0, 3.0, 100.0])
+    patched = corrupted + torch.tensor([1.0, 0.0, 2.0, torch.nan])
+    value, low, high = patching.effect(patched, clean, corrupted)
+    assert value == pytest.approx(3 / 6)
+    half = stats.t.ppf(0.975, 2) * np.std([0.5 / 2, -1 / 2, 0.5 / 2], ddof=1) / 3**0.5
+    assert (low, high) == pytest.approx((0.5 - half, 0.5 + half))
+    assert np.isnan(patching.effect(corrupted, corrupted, corrupted)).all()  # there is no gap
+    assert np.isnan(patching.effect(patched, corrupted + 1e-7, corrupted)).all()

@@ -19,7 +19,7 @@ import pandas as pd
 
 from analysis.tables import by_seed, concatenated, files, fill, markdown
 from analysis.vlm_plots import main_rows
-from ssm_retrieval.statistics import mean_interval
+from ssm_retrieval.statistics import geometric_mean_interval
 from ssm_retrieval.style import DOUBLE, NAMES, family_colors, legend, save, theme
 from vlm.prompts import LAYOUTS
 
@@ -300,7 +300,7 @@ def agreement(results: pd.DataFrame) -> str:
 
 def ratio(values: Any) -> str:
     """Geometric mean over seeds and its interval."""
-    mean, low, high = (np.exp(value) for value in mean_interval(np.log(np.asarray(values, float))))
+    mean, low, high = geometric_mean_interval(values)
     return f"{mean:.3g} [{low:.3g}, {high:.3g}]"
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.tables import by_seed, fill, markdown
-from ssm_retrieval.statistics import mean_interval
+from ssm_retrieval.statistics import geometric_mean_interval
 from ssm_retrieval.style import NAMES
 from ssm_retrieval.training import store
 
@@ -116,8 +116,8 @@ def best_layer(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
 
 
 def ratio(values: Any) -> str:
-    """Geometric mean of ratios with Student's 95 % interval of the logarithm."""
-    mean, low, high = np.exp(mean_interval(np.log(np.asarray(values, float))))
+    """Geometric mean of ratios over seeds and its 95 % interval."""
+    mean, low, high = geometric_mean_interval(values)
     return f"{_short(mean)} [{_short(low)}, {_short(high)}]"
 
 
