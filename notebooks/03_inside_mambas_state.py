@@ -38,9 +38,10 @@ from lab import N, around, begin, say, trained
 from matplotlib.colors import LogNorm
 
 import probes
+from analysis.plots.common import plain_log
 from probes.linear import decode_curve
 from probes.retention import retention
-from probes.suite.common import plain_log, recorded, scan_names, scan_of
+from probes.suite.common import recorded, scan_names, scan_of
 from probes.token_roles import ROLES, role, token_roles
 from probes.updates import iterate_states, write_norm
 from ssm_retrieval import models
@@ -467,7 +468,8 @@ say(
 # * The symbols that a linear reader finds in the state, told last, are those at the two ends; the model's own
 #   mistakes lie where it finds least, in the middle.
 # * All of this is from one pair of models, twelve symbols and half a million parameters. For seeds, lengths
-#   and sizes see the study; for your own runs, `python -m probes.run runs/<id>` makes such figures and more.
+#   and sizes see the study; for your own runs, `python -m probes.run runs/<id>` measures this and more, and
+#   `python -m analysis.figures runs/<id>` draws it.
 #
 # **Try it.** Which symbols do the states of `d_state=4` keep? Where does the *first* layer's step size come
 # from: replace the context by one repeated symbol and record again. Edit a state: `probes.intervene(model,

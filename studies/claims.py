@@ -13,11 +13,13 @@ import numpy as np
 import pandas as pd
 
 import analysis
-from analysis import plots, published, settings
+from analysis import published, settings
 from analysis.comparisons import comparisons
-from analysis.tables import between, by_seed, fill, markdown, share
+from analysis.plots import sweep
+from analysis.tables import between, by_seed, fill, share
 from ssm_retrieval.statistics import bootstrap_median_time, geometric_mean_interval
 from ssm_retrieval.style import NAMES
+from ssm_retrieval.tables import markdown
 from ssm_retrieval.training import store
 from studies.vlm_cpu import summary
 from studies.why_mamba_lags import contrasts
@@ -88,8 +90,8 @@ def evaluations() -> pd.DataFrame:
 def lengths(table: pd.DataFrame) -> str:
     """A line per architecture: how far it gets, and what it needs for length 16, query last, many queries."""
     table = table[(table["queries"] > 1) & table["usual_state"]]
-    outcomes = plots.threshold_table(table, "tokens")
-    laws = plots.scaling_table(table)
+    outcomes = sweep.threshold_table(table, "tokens")
+    laws = sweep.scaling_table(table)
     laws = laws[laws["unit"] == "tokens"].set_index("variant")
     rows = []
     for variant in settings.variants(table):
@@ -110,7 +112,7 @@ def lengths(table: pd.DataFrame) -> str:
 def layouts(table: pd.DataFrame) -> str:
     """Query last against query first, one query per sequence, length 16; seeds that are faster so."""
     table = table[(table["queries"] == 1) & table["usual_state"] & (table["seq_len"] == 16)]
-    outcomes = plots.threshold_table(table, "tokens")
+    outcomes = sweep.threshold_table(table, "tokens")
     tests = comparisons(outcomes)
     tests = tests[tests["kind"] == "layout"].set_index("within")
     rows = []
@@ -129,7 +131,7 @@ def layouts(table: pd.DataFrame) -> str:
 
 def states(table: pd.DataFrame) -> str:
     """State size at length 16: seeds at 0.95, accuracy, and how many symbols a linear probe finds in it."""
-    found = plots.state_table(table)
+    found = sweep.state_table(table)
     wanted = dict(quantity="tokens", site="state", seq_len=16, queries="dense", weights="trained")
     decodable = contrasts.best_layer(contrasts.cells(probes(), any_state=True, layout="suffix", **wanted), [])
     decodable["variant"] = decodable["model"].astype(str).map(NAMES)

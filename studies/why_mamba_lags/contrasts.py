@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.tables import by_seed, fill, markdown
+from analysis.tables import by_seed, fill
 from ssm_retrieval.statistics import geometric_mean_interval
 from ssm_retrieval.style import NAMES
+from ssm_retrieval.tables import markdown
 from ssm_retrieval.training import store
 
 HERE = Path(__file__).parent
