@@ -14,7 +14,7 @@ from ssm_retrieval.statistics import holm, paired_sign_test
 def comparisons(thresholds: pd.DataFrame) -> pd.DataFrame:
     """Who gets to the threshold with less, pairing runs of the same length and seed.
 
-    thresholds: `analysis.plots.threshold_table`, best in tokens, of which equal budgets are spent. kind
+    thresholds: `analysis.plots.sweep.threshold_table`, best in tokens, of which equal budgets are spent. kind
     "variant" pairs architectures in the same setting, "layout" layouts of the same architecture that differ
     in nothing else. The fields are those of `SignTest`; p_holm corrects over all rows of one kind. Pairs with
     nothing in common are left out.

@@ -94,25 +94,26 @@ def reported(evaluations: Table, targets: Table | None) -> tuple[Table, Table, i
 
 def figures(evaluations: Table, targets: Table) -> Iterator[Drawn]:
     """Everything that can be said from the two tables of the results store, for one task."""
-    from analysis import plots, scaling
+    from analysis import scaling
     from analysis.comparisons import comparisons
+    from analysis.plots import sweep
     from analysis.settings import cell_of
 
     yield "summary", scaling.summarise(evaluations, by=cell_of(evaluations)), None
-    curves = plots.accuracy_table(evaluations)
-    yield "accuracy_curves", curves, lambda: plots.accuracy_curves(curves)
-    for unit in plots.UNITS:
-        thresholds = plots.threshold_table(evaluations, unit)
-        yield f"{unit}_vs_length", thresholds, partial(plots.cost_vs_length, thresholds)
-    yield "scaling", plots.scaling_table(evaluations), None
+    curves = sweep.accuracy_table(evaluations)
+    yield "accuracy_curves", curves, lambda: sweep.accuracy_curves(curves)
+    for unit in sweep.UNITS:
+        thresholds = sweep.threshold_table(evaluations, unit)
+        yield f"{unit}_vs_length", thresholds, partial(sweep.cost_vs_length, thresholds)
+    yield "scaling", sweep.scaling_table(evaluations), None
     yield "comparisons", comparisons(thresholds), None
-    states = plots.state_table(evaluations)
-    yield "state_size", states, (lambda: plots.state_size(states)) if len(states) else None
+    states = sweep.state_table(evaluations)
+    yield "state_size", states, (lambda: sweep.state_size(states)) if len(states) else None
     if len(targets):
-        heat = plots.heat_table(targets)
-        yield "position_step", heat, (lambda: plots.position_step(heat)) if len(heat) else None
-        final = plots.position_table(targets)
-        yield "by_position", final, (lambda: plots.by_position(final)) if len(final) else None
+        heat = sweep.heat_table(targets)
+        yield "position_step", heat, (lambda: sweep.position_step(heat)) if len(heat) else None
+        final = sweep.position_table(targets)
+        yield "by_position", final, (lambda: sweep.by_position(final)) if len(final) else None
 
 
 def _geometry(runs: Path, task: str) -> Iterator[Drawn]:

@@ -1,4 +1,4 @@
-"""`python -m analysis.figures --out figures/`: the paper's figures and tables, with the CSV behind each."""
+"""`python -m analysis.figures [RUNS]`: the paper's figures and tables, or those of one run's probes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from analysis import curves, diagrams, published, vlm_plots
+from analysis.plots import FIGURES
 from analysis.tables import concatenated, files, load
 from ssm_retrieval import registry
 from ssm_retrieval.cli import Imports, guarded, parse
@@ -24,9 +25,10 @@ from ssm_retrieval.style import DOUBLE, SINGLE, save, theme
 from ssm_retrieval.training.store import write_bytes
 
 STUDIES = Path(__file__).resolve().parent.parent / "studies"
-SYNTHETIC, VLM = "retrieval-cpu", "vlm-cpu"  # studies whose committed tables are drawn by default
-ABSENT = "the studies' tables come with the repository, not with the package; give your own --runs"
+SYNTHETIC, VLM = "retrieval_cpu", "vlm_cpu"  # studies whose committed tables are drawn by default
+ABSENT = "the studies' tables come with the repository, not with the package; give your own RUNS"
 DRAWN = "a drawing, no measurement"
+FOLDER = Path("figures")
 WIDTHS = {1: SINGLE, 2: DOUBLE}
 
 
@@ -36,21 +38,23 @@ class Options:
 
     Without options: what is published, and the tables of the studies in this repository. Every figure says
     which of the two it shows. What a source does not have is left out, with a line that says why.
+    Of one run that probes.run has probed (runs/<id>) the figures of its probes.
     """
 
-    runs: Path | None = None
+    runs: Annotated[Path | None, tyro.conf.Positional] = None
     """Your own runs instead of the studies: a folder with results of synthetic.run, synthetic.sweep or
-vlm.evaluate, or one of their Parquet files."""
+vlm.evaluate, or one of their Parquet files; or the folder of one probed run."""
     published: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Only what is published, and drawings."""
     columns: Literal[1, 2] = 2
     """How wide figures of VLMs' results are, in columns of a page. Drawings and the synthetic task's curves \
 need both."""
     imports: Imports = ()
-    """A Python module of yours that registers models or tasks (docs/extending.md); runs in --runs name \
-theirs themselves."""
-    out: Path = Path("figures")
-    """Folder for figures (PDF, SVG, PNG), tables (Markdown, LaTeX), the CSV behind each and index.json."""
+    """A Python module of yours that registers models or tasks (docs/extending.md); runs name theirs \
+themselves."""
+    out: Path | None = None
+    """Folder for figures (PDF, SVG, PNG), tables (Markdown, LaTeX), the CSV behind each and index.json; by \
+default figures/. Figures of probes (PDF, PNG) stand beside the probes' tables by default."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Entry:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 2 for bad input."""
     options = parse(Options, argv, "python -m analysis.figures")
-    return guarded(lambda: _print_all(options), out=options.out)
+    return guarded(lambda: _print_all(options), out=options.out or options.runs or FOLDER)
 
 
 def _print_all(options: Options) -> int:
@@ -83,21 +87,61 @@ def _print_all(options: Options) -> int:
 def write(options: Options) -> Iterator[str]:
     """Write everything that the options ask for; yields a line on each. Raises UserError for bad sources."""
     if options.published and options.runs is not None:
-        raise UserError(f"--published and --runs {options.runs} exclude each other; give one of them")
+        raise UserError(f"--published and RUNS {options.runs} exclude each other; give one of them")
     registry.use(options.imports)
-    options.out.mkdir(parents=True, exist_ok=True)
+    probed = None if options.runs is None else probe_tables(options.runs)
+    out = options.out or probed or FOLDER
+    out.mkdir(parents=True, exist_ok=True)
+    if probed is not None:
+        yield from _probes(probed, out)
+        return
     index = []
     with theme():
         for found in entries(options):
             if isinstance(found, str):
                 yield found
                 continue
-            made = _write(options.out, found)
+            made = _write(out, found)
             if found.draw is not None:
                 about = dict(file=f"{found.name}.png", title=found.title, source=found.source)
                 index.append(about | dict(caption=f"The table behind it: {found.name}.csv", files=made))
-            yield f"{options.out / found.name}: {' '.join(sorted(file.rpartition('.')[2] for file in made))}"
-    write_bytes(options.out / "index.json", (json.dumps(index, indent=2) + "\n").encode())
+            yield f"{out / found.name}: {' '.join(sorted(file.rpartition('.')[2] for file in made))}"
+    write_bytes(out / "index.json", (json.dumps(index, indent=2) + "\n").encode())
+
+
+def probe_tables(place: Path) -> Path | None:
+    """The folder of a probed run's tables: probes/ in `place`, or itself; None where `place` is no such run.
+
+    Raises UserError for a run that has not been probed.
+    """
+    for folder in (place / "probes", place):
+        if any(path for name in FIGURES for path in folder.glob(f"{name}.*.parquet")):
+            return folder
+    if (place / "config.json").is_file():
+        raise UserError(
+            f"RUNS {place} is one run, which has not been probed; run python -m probes.run {place} first, "
+            f"or give the folder that it lies in, {place.parent}"
+        )
+    return None
+
+
+def _probes(folder: Path, out: Path) -> Iterator[str]:
+    """Draw the tables of probes.run in a folder, families side by side; yields a line on each figure."""
+    from probes.run import tables
+
+    drawn = False
+    with theme():
+        for name, draws in FIGURES.items():
+            families = sorted(path.name.split(".")[1] for path in folder.glob(f"{name}.*.parquet"))
+            table = tables(folder, name, families)
+            if table is None:
+                continue
+            for suffix, draw in draws.items():
+                save(draw(table), out / f"{name}{suffix}")
+                drawn = True
+                yield f"{out / name}{suffix}.png .pdf"
+    if not drawn:
+        raise UserError(f"RUNS {folder} has tables of another version only; let probes.run make them again")
 
 
 def entries(options: Options) -> Iterator[Entry | str]:
@@ -200,7 +244,7 @@ def _table(place: Path, column: str) -> pd.DataFrame | None:
     if not place.exists():
         if place.is_relative_to(STUDIES):
             return None
-        raise UserError(f"--runs {place} does not exist; give a folder of runs or a results.parquet")
+        raise UserError(f"RUNS {place} does not exist; give a folder of runs or a results.parquet")
     found = concatenated(files(place))
     return found if found is not None and column in found.columns else None
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ssm_retrieval import tables
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.style import FAMILIES
 from ssm_retrieval.training import records
@@ -73,24 +73,13 @@ def _begun(place: Path) -> bool:
 
 
 def read(path: Path) -> pd.DataFrame:
-    """A Parquet file's rows, as they were at one moment: a run may put another file in its place meanwhile.
+    """The rows of a file of the results store, as `ssm_retrieval.tables.read`.
 
-    Raises UserError, naming file and remedy, for what is not Parquet, and for numbers of the results store
-    that are none or out of range.
+    Raises UserError also for numbers that are none or out of range.
     """
-    import pandas as pd
     from pandas.api.types import is_numeric_dtype
-    from pyarrow import ArrowException
 
-    try:
-        frame = pd.read_parquet(io.BytesIO(path.read_bytes()))
-    except FileNotFoundError:
-        raise
-    except (ArrowException, ValueError, KeyError, OSError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"{path} cannot be read as Parquet ({reason}); delete it and run the command that made it again"
-        ) from error
+    frame = tables.read(path)
     for name, (least, most) in RANGES.items() if "seq_len" in frame else ():
         if name not in frame or frame.empty:
             continue
@@ -127,12 +116,6 @@ def fill(text: str, tables: Mapping[str, str]) -> str:
         after = rest.split(f"<!-- /{name} -->")[1]
         text = f"{before}<!-- {name} -->\n{made}\n<!-- /{name} -->{after}"
     return text
-
-
-def markdown(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table, without a newline at its end."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def between(value: Any, low: Any, high: Any, digits: int = 3) -> str:

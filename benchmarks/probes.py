@@ -40,8 +40,8 @@ from torch import Tensor
 import probes
 from benchmarks.common import machine, peak_memory, seconds
 from probes import patching
-from probes.cells import Cell
-from probes.pairs import Pairs, pairs
+from probes.contrast_pairs import Pairs, contrast_pairs
+from probes.patch_cells import Cell
 from probes.retention import hidden_attention
 from probes.updates import Scan
 from ssm_retrieval import models
@@ -152,7 +152,7 @@ def set_eager(peer: Any, eager: bool) -> None:
 
 def grid(length: int, positions: int) -> tuple[Pairs, list[int]]:
     """Pairs of about `length` tokens, and equally spaced positions in them, the last one included."""
-    made = pairs(task(), GRID_PAIRS, length - 3, "target")
+    made = contrast_pairs(task(), GRID_PAIRS, length - 3, "target")
     places = torch.linspace(0, made.answer_at, positions).round().long().unique()
     return made, places.tolist()
 

@@ -33,7 +33,7 @@ from IPython.display import display
 from lab import N, begin, counts, say, trained
 from matplotlib.patches import FancyBboxPatch
 
-from probes.roles import ROLES, roles
+from probes.token_roles import ROLES, token_roles
 from ssm_retrieval.style import NAMES, family_colors, legend
 from synthetic import tasks
 from synthetic.evaluate import evaluate, heldout
@@ -76,7 +76,7 @@ def draw_row(ax, layout):
     task = tasks.build("position", seq_len=SHORT, layout=layout)
     batch = task.batch(1, seed=4, index=0)
     words = task.vocabulary.decode(batch.input_ids[0].tolist())
-    kinds = [ROLES[k] for k in roles(task, batch)[0]]
+    kinds = [ROLES[k] for k in token_roles(task, batch)[0]]
     for i, (word, kind) in enumerate(zip(words, kinds, strict=True)):
         color = COLORS.get(kind, "white")
         box = FancyBboxPatch((i - 0.42, 0), 0.84, 0.6, boxstyle="round,pad=0.03", fc=color, ec="0.35", lw=0.8)
@@ -158,7 +158,7 @@ say(
 
 # %% [markdown]
 # A run stops as soon as its held-out accuracy reaches 0.98, or when its budget of steps is used up. (The
-# learning rates are those that `studies/retrieval-cpu` chose for each architecture, on seeds that it does not
+# learning rates are those that `studies/retrieval_cpu` chose for each architecture, on seeds that it does not
 # report.)
 #
 # ## How fast: learning curves
@@ -248,7 +248,7 @@ say(
 # %% [markdown]
 # If Mamba simply forgot, its accuracy would fall with age: lowest on the left, at the symbols read first, and
 # highest on the right. Compare that expectation with the figure. The study
-# [`why-mamba-lags`](../studies/why-mamba-lags/README.md) asks the states themselves, and finds that the first
+# [`why_mamba_lags`](../studies/why_mamba_lags/README.md) asks the states themselves, and finds that the first
 # symbols are among those that are kept; notebook 03 looks into the state of this very model.
 #
 # ## How it errs
@@ -327,7 +327,7 @@ display(pd.DataFrame(rows).set_index("length"))
 #
 # With one seed, one size and one budget you have seen that both architectures learn to retrieve from short
 # contexts and that the Transformer gets to 12 with fewer tokens. It is an example, not evidence: for that,
-# three seeds and five architectures are in [`studies/retrieval-cpu`](../studies/retrieval-cpu/README.md),
+# three seeds and five architectures are in [`studies/retrieval_cpu`](../studies/retrieval_cpu/README.md),
 # which the next notebook reads.
 #
 # **Try it.** Change `layout` to `"prefix"` and train again: which model gains, which loses? In `lab.py`,

@@ -16,7 +16,7 @@
 #
 # Notebook 01 trained one model of each kind. Whoever repeats it with another seed gets other curves, so what
 # does one know after a run? This notebook reads the results of a study that is part of this repository,
-# [`studies/retrieval-cpu`](../studies/retrieval-cpu/README.md): several architectures, several lengths, three
+# [`studies/retrieval_cpu`](../studies/retrieval_cpu/README.md): several architectures, several lengths, three
 # seeds each, every evaluation of every run. Nothing is trained here.
 #
 # You will see how to draw curves of few runs honestly, what to do with runs that *never got there*, how the
@@ -32,14 +32,15 @@ from IPython.display import display
 from lab import begin, counts, say
 
 import analysis
-from analysis import plots, settings
+from analysis import settings
 from analysis.comparisons import comparisons
+from analysis.plots import sweep
 from analysis.scaling import examples_to_threshold, fit_power_law, fit_power_laws
 from ssm_retrieval.statistics import bootstrap_median_time, kaplan_meier, mean_interval
 from ssm_retrieval.style import legend, panels
 
 begin()
-STUDY = Path(analysis.__file__).parents[1] / "studies" / "retrieval-cpu"
+STUDY = Path(analysis.__file__).parents[1] / "studies" / "retrieval_cpu"
 
 # %% [markdown]
 # ## The table
@@ -84,13 +85,13 @@ display(
 LENGTH, SETTING = 16, "suffix, dense queries"
 FAMILIES = ["Transformer", "Mamba", "Mamba-2", "Hybrid"]
 looks = settings.looks(table)
-curves = plots.accuracy_table(everything[everything["purpose"] == "report"])
+curves = sweep.accuracy_table(everything[everything["purpose"] == "report"])
 curves = curves[(curves["setting"] == SETTING) & (curves["seq_len"] == LENGTH)]
 
 figure, axes = panels(1, 4, size=(2.6, 3.0), sharex=True, sharey=True)
 for ax, name in zip(axes[0], FAMILIES, strict=True):
     color, cell = looks[name]["color"], curves[curves["variant"] == name]
-    wide = plots.carried(cell, "step")
+    wide = sweep.carried(cell, "step")
     tokens = cell.groupby("step")["tokens"].mean()
     bands = np.array([mean_interval(row, bounds=(0, 1)) for row in wide.to_numpy()])
     for _, run in cell.groupby("run"):
@@ -207,9 +208,9 @@ display(pd.DataFrame(rows).set_index("steps to 0.95"))
 # proportion: `b = 1`. A lookup that, once found, works at any length would give a `b` near 0.
 
 # %%
-outcomes = plots.threshold_table(everything[everything["purpose"] == "report"], "tokens")
+outcomes = sweep.threshold_table(everything[everything["purpose"] == "report"], "tokens")
 dense = outcomes[outcomes["setting"] == SETTING]
-plots.cost_vs_length(dense)
+sweep.cost_vs_length(dense)
 plt.show()
 
 # %%
@@ -355,7 +356,7 @@ say(
 #   million parameters, one task and a budget of minutes. "Mamba's cost is quadratic" is not, and neither is
 #   any statement about large models.
 #
-# **Try it.** Put `by="examples"` in place of tokens (`plots.threshold_table(..., "examples")`) and see how
+# **Try it.** Put `by="examples"` in place of tokens (`sweep.threshold_table(..., "examples")`) and see how
 # the length curriculum makes training *sequences* a treacherous unit. Draw
-# `plots.state_size(plots.state_table(...))`: does a larger state help? All figures of the study come from
-# `python -m analysis.curves studies/retrieval-cpu/results.parquet`.
+# `sweep.state_size(sweep.state_table(...))`: does a larger state help? All figures of the study come from
+# `python -m analysis.curves studies/retrieval_cpu/results.parquet`.

@@ -38,10 +38,11 @@ from lab import N, around, begin, say, trained
 from matplotlib.colors import LogNorm
 
 import probes
+from analysis.plots.common import plain_log
 from probes.linear import decode_curve
 from probes.retention import retention
-from probes.roles import ROLES, role, roles
-from probes.suite.common import plain_log, recorded, scan_names, scan_of
+from probes.suite.common import recorded, scan_names, scan_of
+from probes.token_roles import ROLES, role, token_roles
 from probes.updates import iterate_states, write_norm
 from ssm_retrieval import models
 from ssm_retrieval.style import family_colors, legend, panels
@@ -128,7 +129,7 @@ for ax, (layout, values) in zip(axes, maps.items(), strict=True):
     task, batch = runs[layout].task, example[layout]
     words = [word.strip("<>") for word in task.vocabulary.decode(batch.input_ids[0].tolist())]
     ax.set_xticks(range(len(words)), words)
-    for label, kind in zip(ax.get_xticklabels(), roles(task, batch)[0], strict=True):
+    for label, kind in zip(ax.get_xticklabels(), token_roles(task, batch)[0], strict=True):
         if ROLES[kind] in ("target", "query"):
             label.set(color="#d1495b", weight="bold")
     ax.set_yticks(list(LAYERS))
@@ -142,7 +143,7 @@ plt.show()
 # %%
 for layout, values in maps.items():
     layer, at = np.unravel_index(values.argmax(), values.shape)
-    kind = ROLES[roles(runs[layout].task, example[layout])[0, at]].replace("_", " ")
+    kind = ROLES[token_roles(runs[layout].task, example[layout])[0, at]].replace("_", " ")
     say(
         f"* {TITLES[layout].capitalize()}: the largest step is {values.max():.2f}, in layer {layer} at token "
         f"{at} ({kind}); the median over tokens and layers is {np.median(values):.2f}."
@@ -189,7 +190,7 @@ def measured(model, task):
         values.append(
             {"step size": scan.dt.mean(-1), "write": write, "left at the answer": left, "kept": kept}
         )
-    return roles(task, batch), values
+    return token_roles(task, batch), values
 
 
 def around_target(values, kinds):
@@ -277,7 +278,7 @@ say(
 # layer again later. If you had measured at the target alone (offset 0), you would have missed most of the
 # effect: the table has both.
 #
-# One model of one seed. The study [`why-mamba-lags`](../studies/why-mamba-lags/README.md) has three seeds of
+# One model of one seed. The study [`why_mamba_lags`](../studies/why_mamba_lags/README.md) has three seeds of
 # each, measured at the target itself: with the query first at length 16 it was written more strongly in the
 # last layer in every seed, by factors from 2 to 13 for Mamba, and at length 32 not in every one. Where and
 # how strongly a model marks the match differs from model to model; what to trust is that it does.
@@ -370,7 +371,9 @@ def readable(model, task):
     """decode_curve at every layer: accuracy of the identity of each place's symbol, from the last state."""
     batch = task.batch(SEQUENCES, seed=23, index=0, split="heldout")
     ids, at = batch.input_ids, batch.input_ids.shape[1] - 1
-    symbol = (roles(task, batch)[0] == role("target")) | (roles(task, batch)[0] == role("distractor"))
+    symbol = (token_roles(task, batch)[0] == role("target")) | (
+        token_roles(task, batch)[0] == role("distractor")
+    )
     places = symbol.nonzero().flatten()
     names = [f"blocks.{i}.mixer.hook_ssm_state" for i in LAYERS]
     cache = recorded(model, ids, names, positions=[at])
@@ -465,7 +468,8 @@ say(
 # * The symbols that a linear reader finds in the state, told last, are those at the two ends; the model's own
 #   mistakes lie where it finds least, in the middle.
 # * All of this is from one pair of models, twelve symbols and half a million parameters. For seeds, lengths
-#   and sizes see the study; for your own runs, `python -m probes.run runs/<id>` makes such figures and more.
+#   and sizes see the study; for your own runs, `python -m probes.run runs/<id>` measures this and more, and
+#   `python -m analysis.figures runs/<id>` draws it.
 #
 # **Try it.** Which symbols do the states of `d_state=4` keep? Where does the *first* layer's step size come
 # from: replace the context by one repeated symbol and record again. Edit a state: `probes.intervene(model,

@@ -33,13 +33,13 @@ from IPython.display import display
 from lab import begin, say, trained
 from matplotlib.colors import LogNorm
 
+from probes.contrast_pairs import contrast_pairs
 from probes.heads import retrieval_score
-from probes.pairs import pairs
 from probes.patching import patch
 from probes.retention import attention_output
-from probes.roles import role, roles
 from probes.suite.attention import patterns
 from probes.suite.common import recorded, scan_names, scan_of
+from probes.token_roles import role, token_roles
 from ssm_retrieval import models
 from ssm_retrieval.style import NAMES, family_colors, legend, panels
 
@@ -66,7 +66,7 @@ for family, run in runs.items():
 
 # %%
 PAIRS = 64
-made = {kind: pairs(task, PAIRS, kind=kind, seed=3) for kind in ("target", "query")}
+made = {kind: contrast_pairs(task, PAIRS, kind=kind, seed=3) for kind in ("target", "query")}
 for kind, pair in made.items():
     print(f"{kind}\n  clean      " + task.render(pair.clean).splitlines()[0].removeprefix("input  "))
     print("  corrupted  " + task.render(pair.corrupted).splitlines()[0].removeprefix("input  "))
@@ -281,7 +281,7 @@ say(
 
 # %%
 at = int(batch.answer_at[0])
-target = (roles(task, batch) == role("target")).int().argmax(1)
+target = (token_roles(task, batch) == role("target")).int().argmax(1)
 found = {family: patterns(run.model, batch.input_ids) for family, run in runs.items()}
 scores = {
     family: {layer: retrieval_score(pattern, at, target) for layer, pattern in maps.items()}
@@ -379,7 +379,7 @@ for family, (label, score, baseline) in best.items():
 # * What differs in the query alone leaves no trace in Mamba's state before the last token: memory and
 #   question are separate.
 # * This is one small model of each kind, on one task, asked last. The study
-#   [`why-mamba-lags`](../studies/why-mamba-lags/README.md) has three seeds of more models, also with the
+#   [`why_mamba_lags`](../studies/why_mamba_lags/README.md) has three seeds of more models, also with the
 #   query first, where the answer crosses over late.
 #
 # **Try it.** Trace the models with the query *first* (`trained("mamba", layout="prefix")`). Patch only

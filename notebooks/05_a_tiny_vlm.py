@@ -294,11 +294,11 @@ say(
 # ## With more training, and real eyes
 #
 # What you have seen is one seed and a hundred steps. The study
-# [`studies/vlm-cpu`](../studies/vlm-cpu/README.md) trains both families on everything that `vlm.scenes` asks,
+# [`studies/vlm_cpu`](../studies/vlm_cpu/README.md) trains both families on everything that `vlm.scenes` asks,
 # with an encoder that reads pixels, three seeds each. Its table is in the repository:
 
 # %%
-study = pd.read_parquet("../studies/vlm-cpu/results.parquet")
+study = pd.read_parquet("../studies/vlm_cpu/results.parquet")
 main = study[study["metric"].isin(["accuracy", "iou@0.5"]) & (study["image_size"] == 64)]
 tasks = list(dict.fromkeys(main["task"]))
 
@@ -318,7 +318,7 @@ axes[0].set_yticks(range(len(tasks)), tasks, fontsize=8)
 axes[0].invert_yaxis()
 looks = {NAMES[family]: dict(marker="o", ls="", color=family_colors()[family]) for family in FAMILIES}
 legend(figure, looks | {"best guess without the image": dict(ls=":", color="0.3")}, width=2.4)
-figure.suptitle("measured: studies/vlm-cpu, 64 px", fontsize=8)
+figure.suptitle("measured: studies/vlm_cpu, 64 px", fontsize=8)
 plt.show()
 
 # %% [markdown]

@@ -40,10 +40,11 @@ from lab import around, begin, say, trained
 from matplotlib.colors import LogNorm
 
 import probes
+from analysis.plots.common import plain_log
 from probes.heads import previous_token_score, retrieval_score
 from probes.linear import controlled
 from probes.suite.attention import patterns
-from probes.suite.common import plain_log, recorded, scan_names, scan_of
+from probes.suite.common import recorded, scan_names, scan_of
 from probes.updates import constant_horizon, write_norm
 from ssm_retrieval import models
 from ssm_retrieval.style import NAMES, family_colors, legend, panels

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from probes.sites import Heads, captured, context_of, residuals, run_from
+from probes.patch_sites import Heads, captured, context_of, residuals, run_from
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.models.common import LanguageModel
 from ssm_retrieval.models.transformer import TransformerBlock

@@ -19,6 +19,8 @@ from ssm_retrieval.errors import UserError
 from ssm_retrieval.statistics import mean_interval
 from synthetic.evaluate import wilson
 
+LEAST = 1e-6  # difference of logits up to which there is nothing for a patch to restore
+
 
 @dataclass(frozen=True)
 class Lens:
@@ -95,12 +97,12 @@ def logit_difference(logits: Tensor, clean_answer: Tensor, corrupted_answer: Ten
     ).squeeze(-1)
 
 
-def normalised_difference(patched: Tensor, clean: Tensor, corrupted: Tensor, least: float = 1e-6) -> Tensor:
+def normalised_difference(patched: Tensor, clean: Tensor, corrupted: Tensor) -> Tensor:
     """(patched - corrupted) / (clean - corrupted), elementwise over broadcast logit differences.
 
     1: the patch restored the clean run, 0: it changed nothing, below 0 or above 1: it went further. nan where
-    |clean - corrupted| <= least: there is nothing to restore. Means of this ratio are led by its smallest
-    denominators; `probes.patching.ratio_of_means` divides means instead.
+    |clean - corrupted| <= LEAST: there is nothing to restore. Means of this ratio are led by its smallest
+    denominators; `probes.patching.effect` divides means instead.
     """
     gap = clean - corrupted
-    return torch.where(gap.abs() > least, (patched - corrupted) / gap, torch.nan)
+    return torch.where(gap.abs() > LEAST, (patched - corrupted) / gap, torch.nan)

@@ -6,7 +6,7 @@ arXiv 2309.16042)
     (LD_patched - LD_corrupted) / (LD_clean - LD_corrupted)    LD = logit[clean answer] - logit[corrupted one]
 
 read where the answer is due: 0 where the patch changes nothing, 1 where it makes the corrupted run the clean
-one. `probes.sites` says what is patched, `probes.cells` which tokens together.
+one. `probes.patch_sites` says what is patched, `probes.patch_cells` which tokens together.
 
 Nothing is computed twice that a patch cannot change: a patch at layer l runs blocks l.. (l + 1.. inside a
 block), on the tokens from the patched one on, from the cached states of the corrupted run, and reads logits
@@ -24,13 +24,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from probes.cells import Cell, cells, chunks, everything
-from probes.lens import logit_difference, normalised_difference
-from probes.pairs import Pairs
-from probes.sites import SITES, Heads, advance, has_site, residuals, run_from, ssm_state
+from probes.contrast_pairs import Pairs
+from probes.lens import LEAST, logit_difference, normalised_difference
+from probes.patch_cells import Cell, chunks, everything, patch_cells
+from probes.patch_sites import SITES, Heads, advance, has_site, residuals, run_from, ssm_state
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.models.common import Cache, LanguageModel
-from ssm_retrieval.statistics import mean_interval
+from ssm_retrieval.statistics import mean_interval, ratio_of_means
 from synthetic.evaluate import wilson
 
 # Numbers a block holds for each token at its peak, in units of d_model: projections, scan or MLP, copies.
@@ -85,7 +85,7 @@ class Traced:
                 site=key.site, layer=key.layer, head=key.head, role=cell.role, low=cell.low, high=cell.high,
                 control=key.control, n=n,
             )  # fmt: skip
-            row |= _named("effect", ratio_of_means(self.difference[i], self.clean, self.corrupted))
+            row |= _named("effect", effect(self.difference[i], self.clean, self.corrupted))
             row |= _named("effect_each", _mean(each[i]))
             row |= _named("accuracy", (hits / n if n else np.nan, accuracy_low, accuracy_high))
             rows.append(row)
@@ -106,19 +106,16 @@ def _mean(values: Tensor) -> tuple[float, float, float]:
     return mean_interval(data) if len(data) else (np.nan, np.nan, np.nan)
 
 
-def ratio_of_means(patched: Tensor, clean: Tensor, corrupted: Tensor) -> tuple[float, float, float]:
+def effect(patched: Tensor, clean: Tensor, corrupted: Tensor) -> tuple[float, float, float]:
     """mean(patched - corrupted) / mean(clean - corrupted) over examples (B,), with its 95 % interval.
 
-    Unlike the mean of ratios it is not led by examples that the model hardly tells apart. The interval is
-    Student's, of the linearised ratio (delta method): values r + (p_i - r g_i) / mean(g), whose mean is r,
-    with p and g the two differences. nan in `patched` leaves an example out; nan without a gap.
+    nan in `patched` leaves an example out; nan where the mean gap is below LEAST: nothing to restore.
     """
     known = ~patched.isnan()
-    p, g = ((t - corrupted)[known].double().cpu() for t in (patched, clean))
-    if not len(p) or abs(float(g.mean())) < 1e-6:
+    moved, gap = ((t - corrupted)[known].double().cpu().numpy() for t in (patched, clean))
+    if not len(gap) or abs(gap.mean()) < LEAST:
         return np.nan, np.nan, np.nan
-    r = p.mean() / g.mean()
-    return mean_interval((r + (p - r * g) / g.mean()).numpy())
+    return ratio_of_means(moved, gap)
 
 
 def patch(
@@ -137,9 +134,9 @@ def patch(
     Columns
         site, layer, head     layer l of residual is what enters block l, n_layer the last norm; of state and
                               head it is block l; head is <NA> but for site head
-        role, low, high       the tokens low .. high - 1, see `probes.cells.Cell`
+        role, low, high       the tokens low .. high - 1, see `probes.patch_cells.Cell`
         control, n            below; pairs that have a token in this cell
-        effect                ratio of mean differences (`ratio_of_means`); its 95 % interval _low, _high
+        effect                ratio of mean differences (`effect`); its 95 % interval _low, _high
         effect_each           mean over pairs of their normalised logit differences; _low, _high
         accuracy              share of pairs that answer with the clean answer; Wilson's _low, _high
         gap, accuracy_clean, accuracy_corrupted
@@ -159,7 +156,7 @@ def patch(
     Raises UserError for unknown sites or layers, and for controls of a single pair.
     """
     traced = trace(
-        model, pairs, cells(pairs, max_positions), sites,
+        model, pairs, patch_cells(pairs, max_positions), sites,
         layers=layers, controls=controls, memory_mb=memory_mb, progress=progress,
     )  # fmt: skip
     return traced.table()

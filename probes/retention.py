@@ -44,7 +44,7 @@ class Retention:
     share: Tensor
 
 
-def pairs(scan: Scan, source: Any, at: Any) -> tuple[Tensor, Tensor]:
+def source_and_time(scan: Scan, source: Any, at: Any) -> tuple[Tensor, Tensor]:
     """(source, at), both int64 (B, ...): broadcast to each other and to the batch.
 
     A number is a list of one position, and a list holds for every sequence: both give (B, positions).
@@ -67,12 +67,12 @@ def contribution_norm(
 ) -> Tensor:
     """Frobenius norm of c(i -> t) over the layer's state (per head: a last dimension H); 0 for t < i.
 
-    source, at: int positions that broadcast to (B, ...), the shape of the result; see `pairs`.
+    source, at: int positions that broadcast to (B, ...), the shape of the result; see `source_and_time`.
     Because c has rank one, ||c||^2 = sum_h dt_i^2 |x_i|^2 sum_n B_in^2 exp(2 A_n sum_{i < s <= t} dt_s): no
-    state is formed, only `budget` bytes of pairs x H x N at a time. Raises UserError as `pairs`.
+    state is formed, only `budget` bytes of pairs x H x N at a time. Raises UserError as `source_and_time`.
     """
     (B, _, H), M = scan.dt.shape, scan.A.shape[1]
-    i, t = pairs(scan, source, at)
+    i, t = source_and_time(scan, source, at)
     shape = i.shape
     i, t = i.reshape(B, -1), t.reshape(B, -1)  # (B, R)
     elapsed = scan.elapsed()
@@ -103,9 +103,9 @@ def retention(
 
     source, at as in `contribution_norm`: `target[:, None]` (B, 1) and `torch.arange(L)` give (B, L), the
     fate of one token in each sequence. state_norm: ||h_t|| (B, L), or (B, L, H) per head, if
-    `updates.state_changes` has been called already. Raises UserError as `pairs`.
+    `updates.state_changes` has been called already. Raises UserError as `source_and_time`.
     """
-    i, t = pairs(scan, source, at)
+    i, t = source_and_time(scan, source, at)
     if state_norm is None:
         state_norm = state_changes(scan, per_head, budget).norm
     now = contribution_norm(scan, i, t, per_head, budget)
@@ -234,7 +234,7 @@ def attention_rows(
     at: (positions,) ints, the same in all sequences, or (B, positions). Raises as `hidden_attention`.
     """
     chosen = _heads(scan, heads)
-    _, t = pairs(scan, 0, at)
+    _, t = source_and_time(scan, 0, at)
     (B, L), R = scan.x.shape[:2], t.shape[1]
     _refuse_above(limit, (B, len(chosen), R, L), scan)
     alpha = scan.x.new_empty(B, len(chosen), R, L)

@@ -3,8 +3,9 @@
     RUN_DIR/probes/<probe>.<family>.parquet   tidy table (`probes.suite.common` says what all have in common)
                    <probe>.<family>.json      what it was made with; not run again while that holds
                    <probe>.csv                the same of all families
-                   <probe>*.png .pdf          figures, families side by side
                    summary.md                 what was measured, with intervals and controls
+
+`python -m analysis.figures RUN_DIR` draws the tables.
 
 Files are written under a temporary name and renamed, so that a stop at any moment loses one probe of one
 model at most, and the same command goes on.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -52,7 +54,7 @@ class Options:
     probe: tuple[str, ...] = ("all",)
     """updates, retention, linear, patch, attention, lens; or all."""
     out: Path | None = None
-    """Folder for tables and figures; by default RUN_DIR/probes."""
+    """Folder for the tables; by default RUN_DIR/probes."""
     examples: int | None = None
     """Held-out sequences of every probe; by default each probe's own number for the run's length."""
     seed: int = 0
@@ -69,14 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(options: Options, out: Path) -> int:
-    """Run the probes that are not there yet, then draw and summarise. Raises UserError for bad input."""
-    import matplotlib
+    """Run the probes that are not there yet, then summarise. Raises UserError for bad input."""
     from filelock import FileLock, Timeout
     from rich.console import Console
 
     from ssm_retrieval.ops.memory import keep_freed_memory
 
-    matplotlib.use("Agg")
     keep_freed_memory()
     use_threads(options.threads)
     names = chosen(options.probe)
@@ -173,11 +173,11 @@ def _probe_all(
                 store.write_bytes(out / f"{name}.{family}.parquet", _parquet(table))
                 store.write_json(record, wanted)
                 changed.add(name)
-    drawn = [name for name in names if _drawn(out, name, name in changed, models, say)]
-    if not drawn:
+    if not [name for name in names if _joined(out, name, name in changed, list(models))]:
         raise UserError("nothing was measured: " + "; ".join(missing))
     summarise(options.run, out, list(models), missing)
     say(f"{out / 'summary.md'}")
+    say(f"figures: python -m analysis.figures {shlex.quote(str(options.out or options.run))}")
     return 0
 
 
@@ -246,8 +246,8 @@ def tables(out: Path, name: str, families: Sequence[str]) -> pd.DataFrame | None
     """
     import pandas as pd
 
-    from analysis.tables import read
     from probes.suite import PROBES
+    from ssm_retrieval.tables import read
 
     paths = [out / f"{name}.{family}.parquet" for family in families]
     parts = [read(path) for path in paths if path.exists() and path.with_suffix(".json").exists()]
@@ -256,23 +256,15 @@ def tables(out: Path, name: str, families: Sequence[str]) -> pd.DataFrame | None
     return pd.concat(parts, ignore_index=True) if parts else None
 
 
-def _drawn(out: Path, name: str, changed: bool, models: dict[str, Any], say: Say) -> bool:
-    """Draw a probe's figures unless they are there; False if there is nothing to draw."""
-    from probes.suite import PROBES
-    from ssm_retrieval.style import save, theme
+def _joined(out: Path, name: str, changed: bool, families: Sequence[str]) -> bool:
+    """Write a probe's table of all families as CSV unless it is there; False if there is no table."""
     from ssm_retrieval.training.store import write_bytes
 
-    table = tables(out, name, list(models))
+    table = tables(out, name, families)
     if table is None:
         return False
-    paths = [out / f"{name}{suffix}.{kind}" for suffix in PROBES[name].figures for kind in ("png", "pdf")]
-    if not changed and all(path.exists() for path in [*paths, out / f"{name}.csv"]):
-        return True
-    write_bytes(out / f"{name}.csv", table.to_csv(index=False, float_format=f"%.{DIGITS}g").encode())
-    with theme():
-        for suffix, draw in PROBES[name].figures.items():
-            save(draw(table), out / f"{name}{suffix}")
-            say(f"{out / name}{suffix}.png .pdf")
+    if changed or not (out / f"{name}.csv").exists():
+        write_bytes(out / f"{name}.csv", table.to_csv(index=False, float_format=f"%.{DIGITS}g").encode())
     return True
 
 
@@ -290,8 +282,7 @@ def summarise(run: Path, out: Path, families: Sequence[str], missing: Sequence[s
         text.append(f"## {name}: {probe.title}\n")
         text += [f"- {line}\n" for line in lacking]
         if table is not None:
-            figures = " ".join(f"![{name}{suffix}]({name}{suffix}.png)" for suffix in probe.figures)
-            text.append(f"{probe.summary(table)}\n{figures}\n")
+            text.append(f"{probe.summary(table)}\n")
     write_bytes(out / "summary.md", "\n".join(text).encode())
 
 

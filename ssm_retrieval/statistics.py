@@ -196,6 +196,34 @@ def mean_interval(
     return mean, max(low, mean - half), min(high, mean + half)
 
 
+def geometric_mean_interval(values: Any, confidence: float = 0.95) -> tuple[float, float, float]:
+    """(mean, low, high) of positive ratios: exp of `mean_interval` of their logarithms.
+
+    Twice and half average to 1. Raises UserError for no values, missing ones, or ones that are not positive.
+    """
+    data = _values(values)
+    if (data <= 0).any():
+        raise UserError(f"values must be positive, but the smallest is {data.min():g}")
+    mean, low, high = np.exp(mean_interval(np.log(data), confidence))
+    return float(mean), float(low), float(high)
+
+
+def ratio_of_means(above: Any, below: Any, confidence: float = 0.95) -> tuple[float, float, float]:
+    """(r, low, high): r = mean(above) / mean(below) of n pairs, not led by pairs whose below is near 0.
+
+    Student's interval of the linearised ratio (delta method; Cochran 1977, chapter 6), the values
+    r + (above_i - r below_i) / mean(below), whose mean is r. Three times nan where mean(below) is 0. Raises
+    UserError for no pairs, missing values or unequal lengths.
+    """
+    a, b = _values(above, "above"), _values(below, "below")
+    if len(a) != len(b):
+        raise UserError(f"above and below must be pairs, but have {len(a)} and {len(b)} values")
+    if b.mean() == 0:
+        return np.nan, np.nan, np.nan
+    ratio = a.mean() / b.mean()
+    return mean_interval(ratio + (a - ratio * b) / b.mean(), confidence)
+
+
 def share_interval(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Bounds of a probability, of which k of n independent trials (seeds that learned, say) came true.
 
@@ -243,7 +271,7 @@ class SignTest:
     p_smallest: float  # 2 / 2^(a_first + b_first)
 
 
-def _pairs(
+def _matched(
     table: pd.DataFrame, a: Any, b: Any, on: Sequence[str], columns: Sequence[str], factor: str
 ) -> pd.DataFrame:
     """One row for each combination of `on` that both levels have; columns end in _a and _b."""
@@ -313,7 +341,7 @@ def paired_test(
     """
     if value == "value" and "reached" in table and not table["reached"].all():
         raise UserError("value is censored where reached is False; use paired_sign_test")
-    pairs = _pairs(table, a, b, on, [value], factor)
+    pairs = _matched(table, a, b, on, [value], factor)
     differences = pairs[f"{value}_a"].to_numpy(float) - pairs[f"{value}_b"].to_numpy(float)
     difference, low, high = bootstrap(differences, confidence=confidence, seed=seed)
     p_wilcoxon = 1.0
@@ -341,7 +369,7 @@ def paired_sign_test(
     Ties and unknown pairs are counted but not tested, which is fair as long as both of a pair had the same
     budget. Raises UserError as `paired_test`.
     """
-    pairs = _pairs(table, a, b, on, [value, reached], factor)
+    pairs = _matched(table, a, b, on, [value, reached], factor)
     time_a, time_b = (pairs[f"{value}_{side}"].to_numpy(float) for side in "ab")
     got_a, got_b = (pairs[f"{reached}_{side}"].to_numpy(bool) for side in "ab")
     a_first = int((got_a & np.where(got_b, time_a < time_b, time_a <= time_b)).sum())

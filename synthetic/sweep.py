@@ -35,7 +35,7 @@ class Options:
     """Train every model of a sweep and collect all evaluations in one table.
 
     FILE is a Python file whose get_config() returns a synthetic.grid.Sweep, such as
-    studies/retrieval-cpu/config.py. Runs are named by the hash of their configuration: finished ones are
+    studies/retrieval_cpu/config.py. Runs are named by the hash of their configuration: finished ones are
     skipped, so the same command resumes a sweep that was stopped or killed, or adds what was added to the
     file. Runs that fail are tried again, and listed at the end if that did not help.
     """

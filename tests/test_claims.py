@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import runpy
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +11,12 @@ import pytest
 from scipy import stats
 
 from analysis import published
+from studies import claims
+from studies.vlm_cpu import floors
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
-CLAIMS = runpy.run_path(str(ROOT / "docs" / "claims.py"))
-BODIES = {match["title"]: match["body"] for match in CLAIMS["CLAIM"].finditer(PAGE)}
+BODIES = {match["title"]: match["body"] for match in claims.CLAIM.finditer(PAGE)}
 
 
 def table(name: str) -> pd.DataFrame:
@@ -32,7 +32,7 @@ def numbers(text: str) -> list[float]:
 
 def finals(**wanted: object) -> pd.Series:
     """Final accuracies of the retrieval study's reported runs at length 16, by seed, from its file."""
-    runs = pd.read_parquet(ROOT / "studies" / "retrieval-cpu" / "results.parquet")
+    runs = pd.read_parquet(ROOT / "studies" / "retrieval_cpu" / "results.parquet")
     runs = runs[(runs["purpose"] == "report") & (runs["kind"] == "final") & (runs["seq_len"] == 16)]
     for name, value in wanted.items():
         runs = runs[runs[name] == value]
@@ -40,8 +40,8 @@ def finals(**wanted: object) -> pd.Series:
 
 
 def test_tables_are_the_committed_results():
-    """If not: `python docs/claims.py`, and look at what changed."""
-    assert CLAIMS["rewritten"](PAGE) == PAGE
+    """If not: `python -m studies.claims`, and look at what changed."""
+    assert claims.rewritten(PAGE) == PAGE
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_shares_of_seeds_come_with_clopper_and_pearsons_interval():
 
 def test_costs_against_the_evaluations_themselves():
     """The first evaluation at 0.95 or more of every seed, ∞ for seeds that have none or end below."""
-    runs = pd.read_parquet(ROOT / "studies" / "retrieval-cpu" / "results.parquet")
+    runs = pd.read_parquet(ROOT / "studies" / "retrieval_cpu" / "results.parquet")
     runs = runs[(runs["purpose"] == "report") & (runs["kind"] == "during") & (runs["length"] == 16)]
     runs = runs[(runs["model"] == "mamba") & (runs["seq_len"] == 16) & (runs["queries"] == 1)]
     for layout, column in (("suffix", "tokens, query last"), ("prefix", "tokens, query first")):
@@ -86,7 +86,7 @@ def test_costs_against_the_evaluations_themselves():
 
 
 def test_symbols_found_in_states_against_the_measurements():
-    probed = pd.read_parquet(ROOT / "studies" / "why-mamba-lags" / "measured.parquet")
+    probed = pd.read_parquet(ROOT / "studies" / "why_mamba_lags" / "measured.parquet")
     part = probed[
         (probed["model"] == "mamba2") & (probed["d_state"] == 4) & (probed["quantity"] == "tokens")
         & (probed["site"] == "state") & (probed["weights"] == "trained")
@@ -98,7 +98,7 @@ def test_symbols_found_in_states_against_the_measurements():
 
 def test_ratios_are_geometric():
     low, mean, high = 0.5, 1.0, 2.0
-    text = CLAIMS["ratio"](pd.Series([low, mean, high]))
+    text = claims.ratio(pd.Series([low, mean, high]))
     half = stats.t.ppf(0.975, 2) * np.log(2) / 3**0.5
     assert numbers(text) == pytest.approx([1, np.exp(-half), np.exp(half)], abs=5e-3)
 
@@ -113,7 +113,7 @@ def test_published_table_gives_the_gaps_known_from_it():
 
 def test_words_about_published_numbers():
     """What claims 5 to 7 say in words."""
-    ahead = CLAIMS["differences"]()
+    ahead = claims.differences()
     groups = {group: list(columns) for group, columns in published.GROUPS.items()}
     assert sorted(name for columns in groups.values() for name in columns) == sorted(ahead.columns)
     for group in ("captioning", "question answering", "reading"):
@@ -151,15 +151,15 @@ def test_words_about_measured_numbers():
 
 def test_words_about_the_vlms():
     """What claims 3, 5, 6 and 8 say in words, from the study's file, beside what guesses get."""
-    study = ROOT / "studies" / "vlm-cpu"
+    study = ROOT / "studies" / "vlm_cpu"
     found = pd.read_parquet(study / "results.parquet")
     found = found[found["metric"].isin(["accuracy", "iou@0.5", "cider"])]
-    floors = pd.read_csv(study / "floors.csv").groupby("task")["value"].max()
+    guessed = pd.read_csv(study / "floors.csv").groupby("task")["value"].max()
     values = found.groupby("task")["value"]
-    assert values.max()["caption"] < floors["caption"]  # so a lead in captions is no finding
-    assert values.max()["attribute"] < floors["attribute"]
+    assert values.max()["caption"] < guessed["caption"]  # so a lead in captions is no finding
+    assert values.max()["attribute"] < guessed["attribute"]
     mamba = found[(found["family"] == "mamba") & (found["task"] == "grounding")]
-    assert mamba["value"].min() > floors["grounding"]
+    assert mamba["value"].min() > guessed["grounding"]
     for title, body in BODIES.items():
         if title.startswith(("3.", "5.", "6.", "8.")):
             assert "**Verdict: not resolved at this size.**" in body, title
@@ -174,7 +174,7 @@ def test_words_about_the_vlms():
 
 def test_the_vlm_study_counts_its_comparisons():
     """By a loop over every pair of cells that its tables compare."""
-    study = ROOT / "studies" / "vlm-cpu"
+    study = ROOT / "studies" / "vlm_cpu"
     found = pd.read_parquet(study / "results.parquet")
     runs = found.set_index(["task", "metric", "family", "layout", "image_size", "seed"])["value"]
     cells = [("agnostic", 64), ("instruction-first", 64), ("query-first", 64), ("agnostic", 96)]
@@ -198,8 +198,7 @@ def test_the_vlm_study_counts_its_comparisons():
 
 @pytest.mark.slow
 def test_floors_of_the_vlm_study_are_what_guesses_get():
-    made = runpy.run_path(str(ROOT / "studies" / "vlm-cpu" / "floors.py"))
-    pd.testing.assert_frame_equal(made["floors"](), pd.read_csv(made["TABLE"]), atol=1e-4)
+    pd.testing.assert_frame_equal(floors.floors(), pd.read_csv(floors.TABLE), atol=1e-4)
 
 
 def test_every_claim_says_the_four_things():
@@ -222,4 +221,4 @@ def test_numbers_stand_in_tables():
 )
 def test_a_claim_without_one_known_verdict_is_refused(verdict):
     with pytest.raises(ValueError, match=r"'1\. Sky' needs one verdict out of: supported"):
-        CLAIMS["verdicts"](f"# Page\n\n## 1. Sky\n\n{verdict}\n")
+        claims.verdicts(f"# Page\n\n## 1. Sky\n\n{verdict}\n")

@@ -75,8 +75,7 @@ DAMAGE = {
 def test_damaged_tables(tmp_path, good, capsys, table, damage, command):
     content = DAMAGE[damage](good[table == "targets"])
     folder = stored(tmp_path / "runs", good, **{table: content})
-    named = [] if command is curves else ["--runs"]
-    assert command.main([*named, str(folder), "--out", str(tmp_path / "out")]) == 2
+    assert command.main([str(folder), "--out", str(tmp_path / "out")]) == 2
     one_line(capsys, f"{folder / table / 'x.parquet'}")
 
 

@@ -14,6 +14,9 @@ import pytest
 matplotlib.use("Agg")
 
 from analysis import curves, diagrams, figures, published, vlm_plots
+from analysis.plots import FIGURES, lens, patch
+from analysis.plots.common import grid_of
+from probes.suite import PROBES
 from ssm_retrieval.style import DOUBLE, SINGLE, theme
 from vlm.results import COLUMNS
 
@@ -204,7 +207,7 @@ def test_the_committed_figures_are_up_to_date(tmp_path):
 def test_own_runs_are_drawn_and_nothing_published_beside_them(tmp_path, capsys):
     (tmp_path / "results").mkdir()
     own().to_parquet(tmp_path / "results" / "all.parquet")
-    assert figures.main(["--runs", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    assert figures.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert "synthetic curves: left out" in said
     index = json.loads((tmp_path / "out" / "index.json").read_text())
@@ -236,16 +239,85 @@ def test_runs_without_numbers_to_report_are_named(change, line, tmp_path, capsys
     table = pd.read_parquet(figures.STUDIES / figures.SYNTHETIC / "results.parquet")
     one = table[(table["run"] == table["run"].iloc[0]) & (table["model"] == table["model"].iloc[0])]
     one.assign(**change).to_parquet(tmp_path / "results.parquet")
-    assert figures.main(["--runs", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    assert figures.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
     assert line in capsys.readouterr().out
     assert not list((tmp_path / "out").glob("position_*"))
+
+
+# --- of the probes of a run ---------------------------------------------------------------------------------
+
+
+def probe_table(probed_run, name):
+    paths = sorted((probed_run / "probes").glob(f"{name}.*.parquet"))
+    return pd.concat([pd.read_parquet(path) for path in paths], ignore_index=True)
+
+
+def test_a_probed_run_has_a_figure_of_every_table(probed_run, tmp_path, capsys):
+    assert figures.main([str(probed_run), "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert set(FIGURES) == set(PROBES)
+    names = [f"{name}{suffix}" for name, draws in FIGURES.items() for suffix in draws]
+    assert said == [f"{tmp_path / name}.png .pdf" for name in names]
+    for name in names:
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+    assert sorted(path.stem for path in tmp_path.iterdir()) == sorted(2 * names)  # and no index beside them
+
+
+def test_tables_anywhere_are_drawn_beside_themselves(probed_run, tmp_path):
+    """As the tables that probes.run --out has left."""
+    for path in (probed_run / "probes").glob("lens.*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    assert figures.main([str(tmp_path)]) == 0
+    assert [path.name for path in tmp_path.glob("*.png")] == ["lens.png"]
+    for path in tmp_path.glob("*.parquet"):
+        pd.read_parquet(path).drop(columns="chance").to_parquet(path)
+    assert figures.main([str(tmp_path)]) == 2
+
+
+def test_a_run_without_probes_says_what_to_run(probed_run, tmp_path, capsys):
+    (tmp_path / "config.json").write_bytes((probed_run / "config.json").read_bytes())
+    assert figures.main([str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"python -m probes.run {tmp_path}" in line
+
+
+def test_lens_figure_draws_the_table(probed_run):
+    table = probe_table(probed_run, "lens")
+    left, right = lens.draw(table).axes
+    for ax, part in ((left, "accuracy"), (right, "log_prob")):
+        rows = table[table["part"] == part].sort_values("layer")
+        wanted = [cell["value"].tolist() for _, cell in rows.groupby(["family", "weights"])]
+        drawn = [line.get_ydata().tolist() for line in ax.lines if len(line.get_xdata()) > 2]
+        assert sorted(drawn) == sorted(wanted) and len(drawn) == 4
+
+
+def test_maps_put_together_what_the_table_took_apart(probed_run):
+    rows = probe_table(probed_run, "retention")
+    rows = rows[(rows["part"] == "map") & (rows["weights"] == "trained") & (rows["layer"] == 0)]
+    grid = grid_of(rows)
+    assert np.isnan(grid[np.triu_indices(len(grid), 1)]).all()
+    assert np.allclose(np.nansum(grid, axis=1), 1, atol=1e-5)
+    for row in rows.sample(5, random_state=0).itertuples():
+        assert grid[int(row.query), int(row.key)] == row.value
+
+
+def test_tracing_maps_have_every_patch_in_its_place(probed_run):
+    table = probe_table(probed_run, "patch")
+    part = table[(table["family"] == "mamba") & (table["part"] == "target") & (table["site"] == "state")]
+    part = part[(part["control"] == "") & (part["role"] != "everything")]
+    grid, rows, columns = patch.tracing_grid(part)
+    assert np.isfinite(grid).sum() == part["value"].notna().sum()
+    target = part[part["role"] == "target"].set_index("layer")["value"]
+    drawn = grid[:, [label for *_, label in columns].index("target")]
+    assert drawn.tolist() == target.loc[[int(label) for *_, label in rows]].tolist()
 
 
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
-        (["--runs", "absent"], "--runs absent does not exist"),
-        (["--runs", ".", "--published"], "exclude each other"),
+        (["absent"], "RUNS absent does not exist"),
+        ([".", "--published"], "exclude each other"),
     ],
 )
 def test_bad_input_is_one_line(argv, line, tmp_path, capsys):

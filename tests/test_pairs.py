@@ -7,9 +7,9 @@ import torch
 from task_solvers import SMALL, read, small, solve_position
 from test_patching import POSITION_TYPE, TASK
 
-from probes.cells import cells, chunks, everything, target_and_partner
-from probes.pairs import KINDS, pairs
-from probes.roles import ROLES, role, roles
+from probes.contrast_pairs import KINDS, contrast_pairs
+from probes.patch_cells import chunks, everything, patch_cells, target_and_partner
+from probes.token_roles import ROLES, role, token_roles
 from synthetic import tasks
 from synthetic.tasks import sampling
 
@@ -38,7 +38,7 @@ def test_roles_of_rendered_tokens(name, layout):
     for options in ({}, dict(supervise_bos=True)):
         task = small(name, layout, **options)
         batch = task.batch(6, seed=0, index=0, length=11)
-        found = roles(task, batch)
+        found = token_roles(task, batch)
         for row in range(6):
             tokens, _ = read(task, batch, row)
             names = [role_of(token, i, tokens) for i, token in enumerate(tokens)]
@@ -49,9 +49,9 @@ def test_roles_of_rendered_tokens(name, layout):
 def test_roles_are_refused_where_there_is_no_single_target():
     other = small("mqar")
     with pytest.raises(ValueError, match="not defined for task mqar"):
-        roles(other, other.batch(2, seed=0, index=0))
+        token_roles(other, other.batch(2, seed=0, index=0))
     with pytest.raises(ValueError, match="3 queries"):
-        roles(TASK, TASK.batch(2, seed=0, index=0, queries=3))
+        token_roles(TASK, TASK.batch(2, seed=0, index=0, queries=3))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -59,7 +59,7 @@ def test_roles_are_refused_where_there_is_no_single_target():
 @pytest.mark.parametrize("name", POSITION_TYPE)
 def test_pairs_are_examples_that_differ_where_they_say(name, layout, kind):
     task = small(name, layout, supervise_bos=True)
-    made = pairs(task, 40, 13, kind, seed=3)
+    made = contrast_pairs(task, 40, 13, kind, seed=3)
     clean, corrupted = made.clean, made.corrupted
     for row in range(40):
         for batch, answer in ((clean, made.answer), (corrupted, made.corrupted_answer)):
@@ -83,13 +83,13 @@ def test_pairs_are_examples_that_differ_where_they_say(name, layout, kind):
         context = (made.roles == role("target")) | (made.roles == role("distractor"))
         assert sampling.is_heldout(ids[context].view(40, 13).numpy()).all()
     assert len({tuple(ids) for ids in clean.input_ids.tolist()}) > 35
-    again = pairs(task, 40, 13, kind, seed=3)
+    again = contrast_pairs(task, 40, 13, kind, seed=3)
     assert torch.equal(again.corrupted.input_ids, corrupted.input_ids)
-    assert not torch.equal(pairs(task, 40, 13, kind, seed=4).clean.input_ids, clean.input_ids)
+    assert not torch.equal(contrast_pairs(task, 40, 13, kind, seed=4).clean.input_ids, clean.input_ids)
 
 
 def test_one_pair_of_the_longest_contexts_unless_told_otherwise():
-    made, told = pairs(TASK, 1), pairs(TASK, 1, 8, "query", seed=0)
+    made, told = contrast_pairs(TASK, 1), contrast_pairs(TASK, 1, 8, "query", seed=0)
     assert len(made) == 1 and made.clean.input_ids.shape == (1, 11)
     for name in ("clean", "corrupted"):
         assert torch.equal(getattr(made, name).input_ids, getattr(told, name).input_ids)
@@ -97,16 +97,16 @@ def test_one_pair_of_the_longest_contexts_unless_told_otherwise():
 
 def test_pairs_refuse_what_cannot_be(monkeypatch):
     with pytest.raises(ValueError, match="unknown kind 'both'"):
-        pairs(TASK, 2, kind="both")
+        contrast_pairs(TASK, 2, kind="both")
     with pytest.raises(ValueError, match="not defined for task ngram"):
-        pairs(small("ngram"), 2)
+        contrast_pairs(small("ngram"), 2)
     with pytest.raises(ValueError, match=r"queries 2 must be in 1 \.\. 1"):
-        pairs(tasks.build("position-varlen", seq_len=100, num_symbols=2), 2)
+        contrast_pairs(tasks.build("position-varlen", seq_len=100, num_symbols=2), 2)
     monkeypatch.setattr(sampling, "split_of", lambda contexts: 1 * (contexts[:, 0] < contexts[:, 1]))
     with pytest.raises(ValueError, match="hardly any context of length 2"):
-        pairs(TASK, 3, 2, "target")
+        contrast_pairs(TASK, 3, 2, "target")
     with pytest.raises(ValueError, match="examples 0"):
-        pairs(TASK, 0)
+        contrast_pairs(TASK, 0)
 
 
 # --- cells --------------------------------------------------------------------------------------------------
@@ -116,8 +116,10 @@ def test_pairs_refuse_what_cannot_be(monkeypatch):
 @pytest.mark.parametrize("name", POSITION_TYPE)
 @pytest.mark.parametrize("max_positions", [12, 64])
 def test_cells_hold_every_token_once(name, layout, max_positions):
-    made = pairs(tasks.build(name, **SMALL[name] | dict(seq_len=25, layout=layout)), 30, 24, "target")
-    found = cells(made, max_positions)
+    made = contrast_pairs(
+        tasks.build(name, **SMALL[name] | dict(seq_len=25, layout=layout)), 30, 24, "target"
+    )
+    found = patch_cells(made, max_positions)
     assert len(found) <= max_positions
     covered = sum(cell.where.int() for cell in found)
     shared = torch.arange(made.answer_at + 1) == made.answer_at  # in layout prefix also target or partner
@@ -129,13 +131,13 @@ def test_cells_hold_every_token_once(name, layout, max_positions):
     assert torch.equal(target.where, made.roles[:, : made.answer_at + 1] == role("target"))
     assert (target.low, target.high) == (None, None)
     with pytest.raises(ValueError, match="max_positions 0"):
-        cells(made, 0)
+        patch_cells(made, 0)
 
 
 @pytest.mark.parametrize("layout", tasks.LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_joint_cell_and_the_spans_of_cells(layout, kind):
-    made = pairs(tasks.build("position", seq_len=8, num_symbols=24, layout=layout), 20, 8, kind)
+    made = contrast_pairs(tasks.build("position", seq_len=8, num_symbols=24, layout=layout), 20, 8, kind)
     length = made.answer_at + 1
     joint, whole = target_and_partner(made), everything(made)
     for row in range(20):
@@ -145,15 +147,15 @@ def test_the_joint_cell_and_the_spans_of_cells(layout, kind):
     assert (joint.role, joint.low, joint.high) == ("target+partner", None, None)
     assert (whole.role, whole.low, whole.high) == ("everything", 0, length)
     assert whole.where.shape == (20, length) and whole.where.all()
-    windows = [cell for cell in cells(made, 1) if cell.role == "distractor"]
+    windows = [cell for cell in patch_cells(made, 1) if cell.role == "distractor"]
     assert len(windows) == 1
     context = (made.roles == role("target")) | (made.roles == role("distractor"))
     last = int(context.any(0).nonzero()[-1])
     for most in range(6, 10):  # the last window may be shorter
-        assert max(cell.high for cell in cells(made, most) if cell.role == "distractor") <= last + 1
-    single = [cell.high - cell.low for cell in cells(made, length) if cell.role == "distractor"]
+        assert max(cell.high for cell in patch_cells(made, most) if cell.role == "distractor") <= last + 1
+    single = [cell.high - cell.low for cell in patch_cells(made, length) if cell.role == "distractor"]
     assert set(single) == {1}
-    for cell in cells(made):
+    for cell in patch_cells(made):
         columns = [tuple(row.nonzero().flatten().tolist()) for row in cell.where]
         if cell.role != "distractor":  # those name their window, others the span all sequences share
             same = len(set(columns)) == 1
@@ -165,10 +167,10 @@ def test_the_joint_cell_and_the_spans_of_cells(layout, kind):
 
 def test_cells_are_made_where_the_pairs_are():
     """What a function makes without naming a device would be on another one here, and not fit."""
-    made = pairs(TASK, 3, 8)
+    made = contrast_pairs(TASK, 3, 8)
 
     def results():
-        found = [*cells(made, 6), everything(made), target_and_partner(made)]
+        found = [*patch_cells(made, 6), everything(made), target_and_partner(made)]
         return found, list(chunks(torch.stack([cell.where for cell in found]), 20))
 
     wanted, order = results()

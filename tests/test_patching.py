@@ -8,9 +8,9 @@ import torch
 from scipy import stats
 
 import probes
-from probes import ablation, patching, sites
-from probes.cells import cells, target_and_partner
-from probes.pairs import KINDS, pairs
+from probes import ablation, patch_sites, patching
+from probes.contrast_pairs import KINDS, contrast_pairs
+from probes.patch_cells import patch_cells, target_and_partner
 from ssm_retrieval import models
 from ssm_retrieval.errors import UserError
 from synthetic import tasks
@@ -91,8 +91,8 @@ def naive(model, made, key, where, source):
 
 @pytest.mark.parametrize("layout, kind", [("suffix", "target"), ("prefix", "query")])
 def test_every_patch_equals_an_intervention_in_a_full_pass(model, layout, kind):
-    made = pairs(tasks.build("position", seq_len=8, num_symbols=24, layout=layout), 5, 6, kind)
-    traced = patching.trace(model, made, cells(made))
+    made = contrast_pairs(tasks.build("position", seq_len=8, num_symbols=24, layout=layout), 5, 6, kind)
+    traced = patching.trace(model, made, patch_cells(made))
     checked = set()
     for i, key in enumerate(traced.keys):
         cell = traced.cells[key.cell]
@@ -112,8 +112,8 @@ def test_every_patch_equals_an_intervention_in_a_full_pass(model, layout, kind):
 
 @torch.no_grad()
 def test_residual_patch_equals_a_torch_hook(model):
-    made = pairs(TASK, 4, 7, "target")
-    traced = patching.trace(model, made, cells(made), ["residual"], controls=False)
+    made = contrast_pairs(TASK, 4, 7, "target")
+    traced = patching.trace(model, made, patch_cells(made), ["residual"], controls=False)
     rows = torch.arange(4)
     plain = [model(run.input_ids)[:, -1] for run in (made.clean, made.corrupted)]
     clean, corrupted = (x[rows, made.answer] - x[rows, made.corrupted_answer] for x in plain)
@@ -144,21 +144,21 @@ def test_residual_patch_equals_a_torch_hook(model):
 @torch.no_grad()
 def test_sites_make_everything_where_the_model_is(model):
     """What a function makes without naming a device would be on another one here, and not fit."""
-    made = pairs(TASK, 3, 8)
+    made = contrast_pairs(TASK, 3, 8)
     ids, at = made.clean.input_ids, torch.tensor([[1, 4, 9], [3, 3, 3]])
 
     def results():
-        x = sites.residuals(model, ids)
+        x = patch_sites.residuals(model, ids)
         cache = model.init_cache()
-        sites.advance(model, ids, cache, 3)
-        found = [*x, sites.run_from(model, 1, x[1][None], None, made.answer_at)]
-        found.append(sites.run_from(model, 1, x[1][None, :, 3:], cache, made.answer_at - 3))
+        patch_sites.advance(model, ids, cache, 3)
+        found = [*x, patch_sites.run_from(model, 1, x[1][None], None, made.answer_at)]
+        found.append(patch_sites.run_from(model, 1, x[1][None, :, 3:], cache, made.answer_at - 3))
         for i, block in enumerate(model.parts()[1]):
-            if sites.has_site(block, "head"):
-                heads = sites.Heads(block, x[i])
+            if patch_sites.has_site(block, "head"):
+                heads = patch_sites.Heads(block, x[i])
                 found.append(heads.added(heads.z[None, :, 2:, 0], 1, 2))
             else:
-                state = sites.ssm_state(block, x[i])
+                state = patch_sites.ssm_state(block, x[i])
                 h = state.states([4, 1])
                 found += [h, state.added(h.transpose(0, 1), at, 1)]
         return found
@@ -178,8 +178,8 @@ def test_sites_make_everything_where_the_model_is(model):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_self_patch_changes_no_bit_and_everything_is_the_clean_run(family):
     """In float32, where roundings would show."""
-    model, made = tiny(family).float(), pairs(TASK, 6, 8, "target")
-    traced = patching.trace(model, made, cells(made))
+    model, made = tiny(family).float(), contrast_pairs(TASK, 6, 8, "target")
+    traced = patching.trace(model, made, patch_cells(made))
     seen = set()
     for i, key in enumerate(traced.keys):
         if key.control == "self":
@@ -196,8 +196,8 @@ def test_self_patch_changes_no_bit_and_everything_is_the_clean_run(family):
 
 
 def test_memory_decides_nothing_but_memory(model):
-    made = pairs(TASK, 40, 8, "target")
-    wide, narrow = (patching.trace(model, made, cells(made), memory_mb=m) for m in (512, 1))
+    made = contrast_pairs(TASK, 40, 8, "target")
+    wide, narrow = (patching.trace(model, made, patch_cells(made), memory_mb=m) for m in (512, 1))
     torch.testing.assert_close(wide.difference, narrow.difference, rtol=1e-9, atol=1e-10, equal_nan=True)
     assert torch.equal(wide.right, narrow.right) and wide.keys == narrow.keys
     torch.testing.assert_close(wide.clean, narrow.clean)
@@ -207,9 +207,9 @@ def test_memory_decides_nothing_but_memory(model):
 def test_state_behind_all_changes_carries_everything(family):
     """One layer, kind "target": behind the changed tokens, out of the convolution's sight of them, the runs
     differ in their states only, so the clean state makes the clean run; before them, nothing differs."""
-    model, made = tiny(family, n_layer=1), pairs(TASK, 60, 8, "target")
+    model, made = tiny(family, n_layer=1), contrast_pairs(TASK, 60, 8, "target")
     width = model.config.d_conv
-    traced = patching.trace(model, made, cells(made), ["state"], controls=False)
+    traced = patching.trace(model, made, patch_cells(made), ["state"], controls=False)
     effects, behind, before = traced.effects(), 0, 0
     for i, key in enumerate(traced.keys):
         cell = traced.cells[key.cell]
@@ -258,7 +258,7 @@ def test_effects_in_a_head_that_copies():
     task = tasks.build("position", seq_len=8, num_symbols=24)
     model = copying_transformer(task, 8)
     for kind in KINDS:
-        made = pairs(task, 30, 8, kind)
+        made = contrast_pairs(task, 30, 8, kind)
         table = patching.patch(model, made)
         assert (table["accuracy_clean"] == 1).all() and (table["accuracy_corrupted"] == 0).all()
         plain = table.query("control == ''")
@@ -321,28 +321,30 @@ def test_target_and_partner_together_are_all_that_differs(family):
     """Kind "target": before the first block they are the whole difference; kind "query": none of it."""
     model = tiny(family)
     for kind, effect in (("target", 1), ("query", 0)):
-        made = pairs(TASK, 12, 8, kind)
+        made = contrast_pairs(TASK, 12, 8, kind)
         traced = patching.trace(model, made, [target_and_partner(made)], ["residual"], layers=[0, 2])
         table = traced.table().query("control == ''").set_index("layer")
         assert table.loc[0, "effect"] == pytest.approx(effect, abs=1e-9)
         assert traced.cells[0].where.sum(1).tolist() == [2] * 12
-    apart = patching.trace(model, pairs(TASK, 12, 8, "target"), cells(made), ["residual"], layers=[2])
+    apart = patching.trace(
+        model, contrast_pairs(TASK, 12, 8, "target"), patch_cells(made), ["residual"], layers=[2]
+    )
     alone = apart.table().query("control == '' and role in ['target', 'partner']")["effect"].sum()
-    made = pairs(TASK, 12, 8, "target")
+    made = contrast_pairs(TASK, 12, 8, "target")
     joint = patching.trace(model, made, [target_and_partner(made)], ["residual"], layers=[2]).table()
     assert abs(alone - joint["effect"].iloc[0]) > 1e-3  # effects of two patches do not add up
 
 
 def test_one_pair_has_no_unrelated_run():
     """Rolled by one it would be its own control, with the effect of the patch itself."""
-    model, one = tiny("mamba"), pairs(TASK, 1, 8)
+    model, one = tiny("mamba"), contrast_pairs(TASK, 1, 8)
     with pytest.raises(UserError, match="needs two pairs; give more, or controls=False"):
         patching.patch(model, one, ["residual"])
     assert (patching.patch(model, one, ["residual"], controls=False)["control"] == "").all()
 
 
 def test_refusals_are_one_line():
-    model, made = tiny("mamba"), pairs(TASK, 2, 8)
+    model, made = tiny("mamba"), contrast_pairs(TASK, 2, 8)
     with pytest.raises(ValueError, match="unknown site 'heads'"):
         patching.patch(model, made, ["heads"])
     with pytest.raises(ValueError, match="n_layer = 3"):
@@ -353,24 +355,14 @@ def test_refusals_are_one_line():
         ablation.parts(model, 0, groups=5)
 
 
-def test_ratio_of_means_has_the_bootstraps_interval():
-    generator = torch.Generator().manual_seed(0)
-    corrupted = torch.randn(400, generator=generator)
-    clean = corrupted + 3 + torch.randn(400, generator=generator)
-    patched = corrupted + 0.4 * (clean - corrupted) + 0.5 * torch.randn(400, generator=generator)
-    value, low, high = patching.ratio_of_means(patched, clean, corrupted)
-    ratio = (patched - corrupted).mean() / (clean - corrupted).mean()
-    assert value == pytest.approx(ratio.item(), rel=1e-5)
-    draws = stats.bootstrap(
-        tuple(t.numpy() for t in (patched, clean, corrupted)),
-        lambda p, g, c, axis=-1: (p - c).mean(axis) / (g - c).mean(axis),
-        paired=True, vectorized=True, n_resamples=4000, method="percentile",
-        random_state=np.random.default_rng(0),
-    ).confidence_interval  # fmt: skip
-    assert (low, high) == pytest.approx((draws.low, draws.high), abs=0.1 * (high - low))
-    assert np.isnan(patching.ratio_of_means(corrupted, corrupted, corrupted)).all()  # there is no gap
-    some = patched.clone()
-    some[100:] = torch.nan
-    assert patching.ratio_of_means(some, clean, corrupted) == pytest.approx(
-        patching.ratio_of_means(patched[:100], clean[:100], corrupted[:100])
-    )
+def test_an_effect_is_the_share_of_the_gap_that_patches_restore():
+    """By hand: gaps 1, 2, 3, of which 1, 0, 2 are restored; an example without a patch is left out."""
+    corrupted = torch.tensor([5.0, -1.0, 2.0, 7.0])
+    clean = corrupted + torch.tensor([1.0, 2.0, 3.0, 100.0])
+    patched = corrupted + torch.tensor([1.0, 0.0, 2.0, torch.nan])
+    value, low, high = patching.effect(patched, clean, corrupted)
+    assert value == pytest.approx(3 / 6)
+    half = stats.t.ppf(0.975, 2) * np.std([0.5 / 2, -1 / 2, 0.5 / 2], ddof=1) / 3**0.5
+    assert (low, high) == pytest.approx((0.5 - half, 0.5 + half))
+    assert np.isnan(patching.effect(corrupted, corrupted, corrupted)).all()  # there is no gap
+    assert np.isnan(patching.effect(patched, corrupted + 1e-7, corrupted)).all()

@@ -20,8 +20,8 @@ from probes.retention import (
     hidden_attention,
     mean_attention,
     normalise_rows,
-    pairs,
     retention,
+    source_and_time,
 )
 from probes.updates import Scan, iterate_states, state_changes
 from ssm_retrieval.ops.selective_scan import selective_scan
@@ -140,7 +140,7 @@ def test_positions_may_be_shared_or_per_sequence():
     assert retention(scan, 2, 5).kept.shape == (3, 1)
     torch.testing.assert_close(retention(scan, 2, 5).kept, retention(scan, [2, 2], [4, 5]).kept[:, 1:])
     with pytest.raises(ValueError, match="leading dimension 3"):
-        pairs(scan, torch.zeros(2, 1, dtype=torch.int64), 0)
+        source_and_time(scan, torch.zeros(2, 1, dtype=torch.int64), 0)
     with pytest.raises(ValueError, match=r"0 \.\. 7"):
         retention(scan, 0, 8)
 

@@ -6,7 +6,6 @@ import dataclasses
 import io
 import json
 import re
-import runpy
 import shlex
 from pathlib import Path
 
@@ -21,6 +20,9 @@ from ssm_retrieval import models
 from ssm_retrieval.models.planning import device_peak
 from studies.learnability import report
 from studies.learnability.run import BASE, DIETS, VARIANTS, grid, tuning
+from studies.retrieval_cpu import report as retrieval
+from studies.vlm_cpu import summary
+from studies.why_mamba_lags import contrasts
 from synthetic import memory, sweep
 from synthetic.config import RunConfig, plan
 from synthetic.grid import group, load
@@ -112,25 +114,21 @@ def test_sweep_file_of_the_documents(tmp_path):
     first, second = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     (tmp_path / "sweep.py").write_text(first)
     assert len(load(tmp_path / "sweep.py").runs) == 2 * 2 * 3 + 2 * 3
-    study = ROOT / "studies" / "retrieval-cpu" / "results.parquet"
+    study = ROOT / "studies" / "retrieval_cpu" / "results.parquet"
     names: dict = {}
-    exec(second.replace('"runs/retrieval-cpu"', repr(str(study))), names)
+    exec(second.replace('"runs/retrieval_cpu"', repr(str(study))), names)
     assert {"Transformer", "Mamba", "Mamba-2", "Hybrid"} < set(names["laws"]["variant"])
 
 
-@pytest.mark.parametrize(
-    "study, script", [("retrieval-cpu", "report"), ("why-mamba-lags", "contrasts"), ("vlm-cpu", "summary")]
-)
-def test_tables_of_a_study_are_its_results(study, script):
+@pytest.mark.parametrize("script", [retrieval, contrasts, summary], ids=lambda script: script.__name__)
+def test_tables_of_a_study_are_its_results(script):
     """If not: run the script."""
-    folder = ROOT / "studies" / study
-    made = runpy.run_path(str(folder / f"{script}.py"))["filled"]
-    text = (folder / "README.md").read_text(encoding="utf-8")
-    assert made(text) == text
+    text = (script.HERE / "README.md").read_text(encoding="utf-8")
+    assert script.filled(text) == text
 
 
 def test_results_of_the_retrieval_study_are_all_of_its_runs_and_no_others():
-    folder = ROOT / "studies" / "retrieval-cpu"
+    folder = ROOT / "studies" / "retrieval_cpu"
     wanted = load(folder / "config.py")
     rates = json.loads((folder / "learning_rates.json").read_text())
     chosen = {(r["task"], r["model"], r["preset"], r["position"], r["layers"]): r["lr"] for r in rates}
@@ -152,7 +150,7 @@ def test_results_of_the_retrieval_study_are_all_of_its_runs_and_no_others():
 
 
 def test_results_of_the_vlm_study_are_all_of_its_runs_and_no_others():
-    folder = ROOT / "studies" / "vlm-cpu"
+    folder = ROOT / "studies" / "vlm_cpu"
     table = pd.read_parquet(folder / "results.parquet")
     known = [name for name in COLUMNS if name != "evaluation" or name in table]  # younger than the study
     assert list(table.columns) == known and not table.duplicated(["run", "task", "metric"]).any()
@@ -179,7 +177,7 @@ def test_results_of_the_vlm_study_are_all_of_its_runs_and_no_others():
 
 def test_figures_of_the_retrieval_study_come_from_its_results(tmp_path):
     """The tables behind them, number by number; the geometry needs the trained models."""
-    folder = ROOT / "studies" / "retrieval-cpu"
+    folder = ROOT / "studies" / "retrieval_cpu"
     from analysis.curves import figures
 
     table, targets = (analysis.load(folder / "results.parquet", name) for name in ("results", "targets"))

@@ -36,7 +36,7 @@ def entries(nav: object) -> list[str]:
 def test_navigation_has_every_page_once():
     found = [path for pattern in ("*.md", "docs/*.md", "studies/**/*.md") for path in ROOT.glob(pattern)]
     wanted = [pages.uri(path.relative_to(ROOT).as_posix()) for path in found]
-    assert {"index.md", "tasks.md", "studies/retrieval-cpu.md"} < set(wanted)
+    assert {"index.md", "tasks.md", "studies/retrieval_cpu.md"} < set(wanted)
     assert sorted(entries(CONFIG["nav"])) == sorted([*wanted, gallery.PAGE])
 
 
@@ -118,13 +118,13 @@ def test_snippet_of_getting_started(monkeypatch, capsys):
     "source, text, want",
     [
         ("README.md", "[a](docs/tasks.md#grid)", "[a](tasks.md#grid)"),
-        ("README.md", "[a](studies/retrieval-cpu/README.md)", "[a](studies/retrieval-cpu.md)"),
-        ("README.md", "[a](studies/retrieval-cpu)", "[a](studies/retrieval-cpu.md)"),
+        ("README.md", "[a](studies/retrieval_cpu/README.md)", "[a](studies/retrieval_cpu.md)"),
+        ("README.md", "[a](studies/retrieval_cpu)", "[a](studies/retrieval_cpu.md)"),
         ("docs/vlm.md", "![a](images/scenes.png)", "![a](images/scenes.png)"),
         ("docs/vlm.md", "[a](../README.md#gpus)", "[a](index.md#gpus)"),
         ("docs/vlm.md", "[a](../studies/learnability/grid.csv)", "[a](studies/learnability/grid.csv)"),
-        ("studies/why-mamba-lags/README.md", "[a](../../docs/tasks.md)", "[a](../tasks.md)"),
-        ("studies/retrieval-cpu/README.md", "[a](figures/)", "[a](retrieval-cpu/figures/index.md)"),
+        ("studies/why_mamba_lags/README.md", "[a](../../docs/tasks.md)", "[a](../tasks.md)"),
+        ("studies/retrieval_cpu/README.md", "[a](figures/)", "[a](retrieval_cpu/figures/index.md)"),
         ("README.md", "[a](https://x.org/b.md) [b](#c)", "[a](https://x.org/b.md) [b](#c)"),
         (
             "README.md",

@@ -15,12 +15,14 @@ from scipy import stats
 from ssm_retrieval.statistics import (
     bootstrap,
     bootstrap_median_time,
+    geometric_mean_interval,
     holm,
     kaplan_meier,
     mean_interval,
     median_time,
     paired_sign_test,
     paired_test,
+    ratio_of_means,
     require,
     share_interval,
     sign_flip_p,
@@ -86,6 +88,45 @@ def test_mean_interval_is_students():
     assert high > 1 and mean_interval(values, bounds=(0, 1))[2] == 1
     one = mean_interval([0.3])
     assert one[0] == 0.3 and np.isnan(one[1:]).all()
+
+
+@given(st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=9))
+def test_geometric_mean_and_its_interval_turn_over_with_the_ratios(values):
+    """Of b / a they are one over those of a / b, and the mean is scipy's."""
+    mean, low, high = geometric_mean_interval(values)
+    assert mean == pytest.approx(stats.gmean(values)) and low <= mean * (1 + 1e-12)
+    assert geometric_mean_interval(1 / np.array(values)) == pytest.approx((1 / mean, 1 / high, 1 / low))
+
+
+def test_the_interval_of_a_geometric_mean_by_hand():
+    half = stats.t.ppf(0.975, 2) * np.log(2) / 3**0.5
+    assert geometric_mean_interval([0.5, 1.0, 2.0]) == pytest.approx((1, np.exp(-half), np.exp(half)))
+
+
+def test_a_ratio_of_means_has_the_bootstraps_interval():
+    rng = np.random.default_rng(0)
+    below = 3 + rng.normal(size=400)
+    above = 0.4 * below + 0.5 * rng.normal(size=400)
+    value, low, high = ratio_of_means(above, below)
+    assert value == pytest.approx(above.mean() / below.mean())
+    draws = stats.bootstrap(
+        (above, below),
+        lambda a, b, axis=-1: a.mean(axis) / b.mean(axis),
+        paired=True, vectorized=True, n_resamples=4000, method="percentile",
+        random_state=np.random.default_rng(0),
+    ).confidence_interval  # fmt: skip
+    assert (low, high) == pytest.approx((draws.low, draws.high), abs=0.1 * (high - low))
+    assert np.isnan(ratio_of_means([1.0, 2.0], [0.0, 0.0])).all()
+
+
+def test_the_interval_of_a_ratio_holds_the_true_one_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(400):
+        below = rng.lognormal(0, 0.5, 100)
+        _, low, high = ratio_of_means(1.3 * rng.lognormal(0, 0.5, 100), below)
+        hits += low <= 1.3 <= high
+    assert 0.92 <= hits / 400 <= 0.98
 
 
 @pytest.mark.parametrize("n", [1, 3, 5, 8])
@@ -233,6 +274,8 @@ def test_a_seed_decides_the_interval_of_a_paired_test():
 def test_a_confidence_is_a_share_that_is_neither_none_nor_all(confidence):
     for interval in (
         lambda: mean_interval([1, 2], confidence),
+        lambda: geometric_mean_interval([1, 2], confidence),
+        lambda: ratio_of_means([1, 2], [1, 3], confidence),
         lambda: share_interval(1, 3, confidence),
         lambda: bootstrap([1.0, 2.0, 3.0], confidence=confidence),
         lambda: bootstrap_median_time([1.0, 2.0], [True, True], confidence),
@@ -305,6 +348,8 @@ def test_holm_lies_between_no_correction_and_bonferronis(p):
         (lambda: bootstrap([1, np.nan]), "must be finite"),
         (lambda: mean_interval([1, None]), "must be finite"),
         (lambda: mean_interval([1, 2], confidence=95), "confidence 95"),
+        (lambda: geometric_mean_interval([1, 0]), "must be positive, but the smallest is 0"),
+        (lambda: ratio_of_means([1, 2], [1]), "have 2 and 1 values"),
         (lambda: paired_test(pairs_of([1.0]), "a", "z", on=["seed"]), "no rows with model z; choose from"),
         (lambda: paired_test(pairs_of([1.0]), "a", "a", on=["seed"]), "differ"),
         (lambda: paired_test(pairs_of([1.0]), "a", "b", on=["length"]), "lacks the column.s. length"),

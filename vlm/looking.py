@@ -35,7 +35,7 @@ from probes.updates import Scan, write_norm
 from ssm_retrieval.cli import guarded, parse
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.ops.memory import keep_freed_memory
-from ssm_retrieval.statistics import mean_interval
+from ssm_retrieval.statistics import ratio_of_means
 from ssm_retrieval.terminal import plain_console
 from ssm_retrieval.training import store
 from ssm_retrieval.training.parquet import to_parquet
@@ -267,22 +267,9 @@ def contrast(looks: pd.DataFrame, by: Sequence[str] = KEYS, confidence: float = 
             (("target", "distractor"), ("raw", "raw_low", "raw_high")),
         ):
             above, below = (group[column].to_numpy() for column in columns)
-            row |= dict(zip(names, ratio_interval(above, below, confidence), strict=True))
+            row |= dict(zip(names, ratio_of_means(above, below, confidence), strict=True))
         rows.append(row | dict(examples=len(group)))
     return pd.DataFrame(rows)
-
-
-def ratio_interval(
-    above: npt.NDArray[np.float64], below: npt.NDArray[np.float64], confidence: float = 0.95
-) -> tuple[float, float, float]:
-    """Ratio of the means of n pairs with Student's interval, by linearisation (Cochran 1977, chapter 6).
-
-    Three times nan where below is 0 throughout.
-    """
-    if not below.any():
-        return np.nan, np.nan, np.nan
-    ratio = above.mean() / below.mean()
-    return mean_interval(ratio + (above - ratio * below) / below.mean(), confidence)
 
 
 # --- the command --------------------------------------------------------------------------------------------

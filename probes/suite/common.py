@@ -1,4 +1,4 @@
-"""What the probes of a run have in common: options, held-out sequences, layers, tables and panels.
+"""What the probes of a run have in common: options, held-out sequences, layers and tables.
 
 Every probe makes one tidy table, a row per number. Columns that all have:
 
@@ -15,24 +15,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis import tables
 from probes.cache import Recording, record
 from probes.updates import Scan
+from ssm_retrieval import tables
 from ssm_retrieval.models.common import LanguageModel
 from ssm_retrieval.statistics import mean_interval
-from ssm_retrieval.style import FAMILIES, panels
 from synthetic.tasks import Batch, Task
 from synthetic.tasks.position import Position
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 BUDGET = 192 * 2**20  # bytes of recorded tensors of one batch
 SHORT = 128  # up to this length maps show every token
@@ -56,17 +52,16 @@ class Options:
 
 @dataclass(frozen=True)
 class Probe:
-    """measure: (model, task, options) -> table; figures: name suffix -> table -> figure; summary: Markdown.
+    """measure: (model, task, options) -> table; summary: table -> Markdown. `analysis.plots` draws.
 
     title: what is asked, for the summary. version: raised whenever the same options would give other numbers.
     untrained: whether the same measurement of untrained weights is its control. columns: of its table, beside
     those that all have.
-    measure raises `NotApplicable`; figures and summary take the tables of all families in one.
+    measure raises `NotApplicable`; summary takes the tables of all families in one.
     """
 
     title: str
     measure: Callable[[LanguageModel, Task, Options], pd.DataFrame]
-    figures: dict[str, Callable[[pd.DataFrame], Figure]]
     summary: Callable[[pd.DataFrame], str]
     version: int = 1
     untrained: bool = True
@@ -82,7 +77,7 @@ def single_query(task: Task) -> Task:
 
 
 def require_roles(task: Task, what: str) -> None:
-    """Raises NotApplicable for tasks whose tokens have no roles (`probes.roles`)."""
+    """Raises NotApplicable for tasks whose tokens have no roles (`probes.token_roles`)."""
     if not isinstance(task, Position):
         known = "position, position-varlen or grid"
         raise NotApplicable(f"{what} needs the roles of tokens, which task {task.name} lacks; use {known}")
@@ -205,12 +200,6 @@ def map_rows(weights: Tensor, size: int, **columns: Any) -> list[dict[str, Any]]
     ]
 
 
-def families(table: pd.DataFrame) -> list[str]:
-    """Those in the table, in the order of every figure."""
-    there = set(table["family"])
-    return [name for name in FAMILIES if name in there]
-
-
 def interval(row: Any, digits: int = 3) -> str:
     """`0.42 [0.40, 0.44]`."""
     value = f"{row['value']:.{digits}g}"
@@ -235,65 +224,3 @@ def beside(table: pd.DataFrame, by: Sequence[str], headers: Sequence[str] = (), 
             cells.append(interval(part.iloc[0], digits) if len(part) else "")
         rows.append([*key, *cells])
     return markdown([*(headers or by), *WEIGHTS], rows)
-
-
-# --- panels -------------------------------------------------------------------------------------------------
-
-
-def plain_log(axis: Any) -> None:
-    """Ticks of a log axis as plain numbers, at 1, 2 and 5 times powers of ten where few of those are seen."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    low, high = sorted(axis.get_view_interval())
-    subs = (1.0, 2.0, 5.0) if low > 0 and high / low < 100 else (1.0,)
-    axis.set_major_locator(LogLocator(subs=subs, numticks=9))
-    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def error_bars(part: pd.DataFrame) -> np.ndarray:
-    """(2, rows) lengths for matplotlib; none where there is no interval."""
-    bars = np.stack([part["value"] - part["low"], part["high"] - part["value"]])
-    return np.nan_to_num(bars, posinf=0).clip(min=0)
-
-
-def grid_of(part: pd.DataFrame) -> np.ndarray:
-    """The map that `map_rows` took apart; nan above the diagonal."""
-    return part.pivot_table(index="query", columns="key", values="value").to_numpy()
-
-
-def map_panels(maps: pd.DataFrame, words: tuple[str, str], unit: str, decorate: Any) -> Figure:
-    """Maps of one sequence on a common log scale: a row per family, a panel per layer.
-
-    words: labels of the key and the query axis; unit: of the colour bar; decorate(ax, family, layer, part)
-    adds title and marks.
-    """
-    from matplotlib.colors import LogNorm
-
-    names = families(maps)
-    count = max(maps.loc[maps["family"] == name, "layer"].nunique() for name in names)
-    figure, axes = panels(len(names), count, size=(2.7, 2.7))
-    image = None
-    for ax in axes.flat:
-        ax.set_axis_off()
-    for i, family in enumerate(names):
-        for j, (layer, part) in enumerate(maps[maps["family"] == family].groupby("layer")):
-            ax = axes[i, j]
-            ax.set_axis_on()
-            image = ax.imshow(grid_of(part).clip(1e-4), norm=LogNorm(1e-4, 1), cmap="viridis", aspect="equal")
-            map_axes(ax, part)
-            ax.set_xlabel(words[0])
-            if j == 0:
-                ax.set_ylabel(words[1])
-            decorate(ax, family, layer, part)
-    figure.colorbar(image, ax=axes, shrink=0.8, aspect=30, label=unit)
-    return figure
-
-
-def map_axes(ax: Any, part: pd.DataFrame) -> None:
-    """Ticks of a map in tokens."""
-    starts = np.sort(part["query"].unique())
-    chosen = np.linspace(0, len(starts) - 1, min(5, len(starts))).round().astype(int)
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_ticks(chosen, [f"{starts[i]:.0f}" for i in chosen])
-    ax.grid(False)

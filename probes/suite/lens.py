@@ -5,8 +5,6 @@ Parts of the table: "accuracy" and "log_prob" of the answers by layer; layer 0 i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import numpy as np
 import pandas as pd
 import torch
@@ -14,21 +12,15 @@ from torch import Tensor
 
 from probes.lens import lens_table
 from probes.suite.common import (
-    WEIGHTS,
     Options,
     Probe,
     batches,
     beside,
-    families,
     recorded,
     rows_within,
 )
 from ssm_retrieval.models.common import LanguageModel
-from ssm_retrieval.style import NAMES, family_colors, legend, panels
 from synthetic.tasks import Task
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
@@ -64,33 +56,6 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
     return pd.concat([accuracy, log_prob], ignore_index=True)
 
 
-def draw(table: pd.DataFrame) -> Figure:
-    """Accuracy and log-probability of the answer by layer, families together, untrained weights dashed."""
-    figure, axes = panels(1, 2, size=(3.8, 3.2))
-    labels = {"accuracy": "accuracy of the lens", "log_prob": "log-probability of the answer (nats)"}
-    for ax, (part, label) in zip(axes[0], labels.items(), strict=True):
-        mine = table[table["part"] == part]
-        for family in families(mine):
-            for weights in WEIGHTS:
-                line = mine[(mine["family"] == family) & (mine["weights"] == weights)].sort_values("layer")
-                look: dict[str, Any] = dict(color=family_colors()[family])
-                look |= dict(marker="o", ms=4) if weights == "trained" else dict(ls="--", lw=1, alpha=0.7)
-                ax.plot(line["layer"], line["value"], **look)
-                ax.fill_between(
-                    line["layer"], line["low"], line["high"], color=look["color"], alpha=0.15, lw=0
-                )
-        ax.axhline(mine["chance"].iloc[0], color="0.4", ls=":", lw=1)
-        ax.set(xlabel="blocks passed (0 = embedding)", ylabel=label)
-        ax.set_xticks(range(int(mine["layer"].max()) + 1))
-    axes[0, 0].set_ylim(-0.03, 1.03)
-    looks: dict[str, dict[str, Any]] = {
-        NAMES[name]: dict(color=family_colors()[name], marker="o") for name in families(table)
-    }
-    looks |= {"untrained weights": dict(color="0.3", ls="--"), "chance": dict(color="0.4", ls=":")}
-    legend(figure, looks)
-    return figure
-
-
 def summary(table: pd.DataFrame) -> str:
     chance = table.groupby("part")["chance"].first()
     words = (
@@ -101,4 +66,4 @@ def summary(table: pd.DataFrame) -> str:
     return words + beside(table, ["family", "quantity", "layer"])
 
 
-PROBE = Probe("After which layer can the answer be read?", measure, {"": draw}, summary, columns=("chance",))
+PROBE = Probe("After which layer can the answer be read?", measure, summary, columns=("chance",))

@@ -8,27 +8,21 @@ The role target+partner is one patch of both symbols: effects of two patches do 
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from probes.cells import cells, target_and_partner
-from probes.pairs import KINDS, pairs
+from probes.contrast_pairs import KINDS, contrast_pairs
+from probes.patch_cells import patch_cells, target_and_partner
 from probes.patching import trace
-from probes.suite.common import Options, Probe, families, interval, markdown, require_roles
+from probes.suite.common import Options, Probe, interval, markdown, require_roles
 from ssm_retrieval.models.common import LanguageModel
-from ssm_retrieval.style import NAMES, panels
 from synthetic.tasks import Task
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 SHORT = 40  # tokens up to which every position has a cell of its own
 CELLS = 20  # otherwise
 SITES = ("residual", "state", "head")
-ANSWERS = 0.5  # accuracy of clean runs below which a share of the logit difference says nothing
 
 
 def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
@@ -42,8 +36,8 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
         def share(done: int, count: int, k: int = k) -> None:
             options.progress((k + done / count) / len(KINDS))
 
-        made = pairs(task, examples, task.seq_len, kind, options.seed)
-        what = [*cells(made, SHORT if made.answer_at < SHORT else CELLS), target_and_partner(made)]
+        made = contrast_pairs(task, examples, task.seq_len, kind, options.seed)
+        what = [*patch_cells(made, SHORT if made.answer_at < SHORT else CELLS), target_and_partner(made)]
         tables.append(trace(model, made, what, SITES, progress=share).table().assign(part=kind))
     joined = pd.concat(tables, ignore_index=True)
     joined = joined.rename(columns=dict(low="start", high="stop"))
@@ -51,7 +45,7 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
     return joined.assign(quantity="effect", kind=joined["part"])
 
 
-def _column(row: Any) -> tuple[int, int, str]:
+def column_key(row: Any) -> tuple[int, int, str]:
     """Sort key and label of a cell: named roles in the order of a sequence, then windows of distractors."""
     if row["role"] != "distractor":
         order = (
@@ -64,65 +58,11 @@ def _column(row: Any) -> tuple[int, int, str]:
     return 1, start, str(start) if stop == start + 1 else f"{start}-{stop - 1}"
 
 
-def _row(row: Any) -> tuple[int, int, str]:
+def row_key(row: Any) -> tuple[int, int, str]:
+    """Sort key and label of a layer, or of a head in it."""
     head = -1 if pd.isna(row["head"]) else int(row["head"])
     layer = int(row["layer"])
     return layer, head, str(layer) if head < 0 else f"{layer}.{head}"
-
-
-def tracing_grid(part: pd.DataFrame) -> tuple[np.ndarray, list[Any], list[Any]]:
-    """Rows of one family, site and control as a map: values (rows, columns), nan where there is none, and
-    the sort keys and labels of both, the label last."""
-    records = part.to_dict("records")
-    rows, columns = sorted({_row(r) for r in records}), sorted({_column(r) for r in records})
-    grid = np.full((len(rows), len(columns)), np.nan)
-    for r in records:
-        grid[rows.index(_row(r)), columns.index(_column(r))] = r["value"]
-    return grid, rows, columns
-
-
-def draw(table: pd.DataFrame, kind: str) -> Figure:
-    """Layer x tokens, families side by side: for each site the patches, and below them their control."""
-    table = table[(table["part"] == kind) & (table["role"] != "everything")]
-    names = families(table)
-    sites = [site for site in SITES if (table["site"] == site).any()]
-    controls = (("", "patch"), ("unrelated", "control: unrelated run"))
-    shown = [(site, *control) for site in sites for control in controls]
-    most = max(
-        len(tracing_grid(part)[1]) for _, part in table[table["control"] == ""].groupby(["family", "site"])
-    )
-    size = (4.3, max(1.9, 0.14 * most + 1.2))
-    figure, axes = panels(len(shown), len(names), size=size)
-    for i, (site, control, title) in enumerate(shown):
-        for j, family in enumerate(names):
-            ax = axes[i, j]
-            mine = table[(table["family"] == family) & (table["site"] == site)]
-            part = mine[mine["control"] == control]
-            if part.empty:
-                ax.set_axis_off()
-                continue
-            grid, rows, columns = tracing_grid(part)
-            image = ax.imshow(grid, vmin=-1, vmax=1, cmap="RdBu_r", aspect="auto", interpolation="nearest")
-            ax.set_xticks(range(len(columns)), [c[2] for c in columns], rotation=90, fontsize=7)
-            step = max(1, len(rows) // 16)
-            ax.set_yticks(range(0, len(rows), step), [r[2] for r in rows[::step]], fontsize=8)
-            named = sum(c[0] == 0 for c in columns)
-            ax.axvline(named - 0.5, color="0.3", lw=1)
-            ax.grid(False)
-            if part["accuracy_clean"].iloc[0] < ANSWERS:
-                image.set_alpha(0.15)
-                said = "shares mean nothing: the model does\nnot answer the clean run"
-                ax.text(0.5, 0.5, said, transform=ax.transAxes, ha="center", va="center", fontsize=9)
-            ax.set_title(f"{NAMES[family]}, {site}: {title}", fontsize=9)
-            ax.set_ylabel("layer.head" if site == "head" else "layer", fontsize=8)
-    figure.suptitle(f"clean and corrupted run differ in the {kind}", fontsize=10)
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-
-    scale = ScalarMappable(Normalize(-1, 1), "RdBu_r")
-    bar = figure.colorbar(scale, ax=axes, shrink=0.6, aspect=30)
-    bar.set_label("effect: share of the logit difference restored", fontsize=9)
-    return figure
 
 
 def summary(table: pd.DataFrame) -> str:
@@ -158,7 +98,7 @@ def summary(table: pd.DataFrame) -> str:
         }
         beside = [f"{v:.3g}" if np.isfinite(v) else "" for v in limits.values()]
         for row in patches.sort_values("value", ascending=False).head(3).to_dict("records"):
-            rows.append([*key, _row(row)[2], _column(row)[2], interval(row), *beside])
+            rows.append([*key, row_key(row)[2], column_key(row)[2], interval(row), *beside])
     head = [
         "family",
         "other",
@@ -176,7 +116,6 @@ def summary(table: pd.DataFrame) -> str:
 PROBE = Probe(
     "Which activations carry the answer?",
     measure,
-    {f"_{kind}": partial(draw, kind=kind) for kind in KINDS},
     summary,
     version=2,
     untrained=False,

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.plots.attention import head_labels
+from analysis.plots.common import families
 from analysis.report.parts import Block, Figure, Key, Mark, Move, Panel, Section, Slider, View
 from analysis.report.runs import Run
-from analysis.report.sections.probed import families, label, tables
+from analysis.report.sections.probed import label, tables
 from analysis.report.traces import ACCENT, NEUTRAL, color_of, curve, frame, heat, opacity, plot, viridis
 from ssm_retrieval.style import NAMES
 
@@ -132,7 +134,7 @@ def _scores(family: str, scores: pd.DataFrame) -> Panel:
     """Attention to the target when the answer is due, by layer and head."""
     scores = scores.sort_values(["layer", "head"])
     single = scores["head"].nunique() == 1
-    names = [f"{r.layer}" if single else f"{r.layer}.{r.head}" for r in scores.itertuples()]
+    names = head_labels(scores)
     labels = list(dict.fromkeys(names))
     scores = scores.assign(x=[labels.index(name) for name in names])
     looks: Any = {

@@ -7,10 +7,12 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.plots.common import families
+from analysis.plots.lens import UNITS
 from analysis.report.parts import Block, Figure, Key, Panel, Section, View
 from analysis.report.runs import Run
 from analysis.report.sections.learning import dash_of, keys
-from analysis.report.sections.probed import beside_untrained, families, tables
+from analysis.report.sections.probed import beside_untrained, tables
 from analysis.report.traces import color_of, level, plot
 
 READING = (
@@ -19,7 +21,6 @@ READING = (
     "model only passes it on. Bands are 95 % intervals (Wilson's, Student's), hollow points are untrained "
     "weights, the dotted lines are chance: a guess among the answers, and an even guess over the vocabulary."
 )
-UNITS = {"accuracy": "accuracy of the lens", "log_prob": "log-probability of the answer (nats)"}
 
 
 def section(runs: Sequence[Run]) -> Section:

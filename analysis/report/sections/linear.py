@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.plots.common import families
 from analysis.report.parts import Block, Figure, Key, Panel, Section, View
 from analysis.report.runs import Run
-from analysis.report.sections.probed import beside_untrained, families, label, tables
+from analysis.report.sections.probed import beside_untrained, label, tables
 from analysis.report.traces import NEUTRAL, color_of, curve, level, opacity, plot
 from ssm_retrieval.style import NAMES
 

@@ -7,9 +7,11 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.plots.common import families
+from analysis.plots.patch import ANSWERS, tracing_grid
 from analysis.report.parts import Block, Figure, Key, Panel, Section, View
 from analysis.report.runs import Run
-from analysis.report.sections.probed import families, label, tables
+from analysis.report.sections.probed import label, tables
 from analysis.report.traces import DIVERGING, heat, plot
 from ssm_retrieval.style import NAMES
 
@@ -25,7 +27,6 @@ READING = (
     "answer. The shares mean nothing for a model that does not answer the clean run; such maps are faded."
 )
 SITES = {"residual": "residual stream", "state": "SSM state", "head": "attention heads"}
-ANSWERS = 0.5  # accuracy of clean runs below which a share of the logit difference says nothing
 
 
 def section(runs: Sequence[Run]) -> Section:
@@ -69,8 +70,6 @@ def _block(family: str, table: pd.DataFrame) -> Block:
 
 
 def _panel(title: str, part: pd.DataFrame, answers: bool) -> Panel:
-    from probes.suite.patch import tracing_grid
-
     values, rows, columns = tracing_grid(part)
     names, tokens = [row[2] for row in rows], [column[2] for column in columns]
     x: list[int] = list(range(len(tokens)))

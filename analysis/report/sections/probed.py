@@ -9,7 +9,7 @@ import pandas as pd
 
 from analysis.report.parts import Missing
 from analysis.report.runs import Run
-from analysis.report.traces import curve, in_order
+from analysis.report.traces import curve
 
 
 def tables(
@@ -45,10 +45,6 @@ def _lacking(run: Run, probe: str, there: set[str]) -> list[Missing]:
         )
         missing.append(Missing(text, run.train_command()))
     return missing
-
-
-def families(table: pd.DataFrame) -> list[str]:
-    return in_order(table["family"])
 
 
 def label(run: Run, words: str) -> str:

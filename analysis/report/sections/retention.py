@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.plots.common import families
+from analysis.plots.retention import LEAST, UNITS
 from analysis.report.parts import Block, Figure, Key, Panel, Section, View
 from analysis.report.runs import Run
-from analysis.report.sections.probed import families, label, tables
+from analysis.report.sections.probed import label, tables
 from analysis.report.traces import NEUTRAL, color_of, curve, opacity, plot
 from ssm_retrieval.style import NAMES
 
@@ -22,8 +24,6 @@ READING = (
     "symbol that will be asked for no better than any other; the slope is how fast it forgets. Untrained "
     "weights are dotted."
 )
-UNITS = {"kept": "share of its write that is left", "share": "norm of what is left / norm of the state"}
-LEAST = 1e-8  # below which curves are not drawn
 
 
 def section(runs: Sequence[Run]) -> Section:

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.plots.common import families
 from analysis.report.parts import Block, Figure, Key, Mark, Move, Panel, Section, Slider, View
 from analysis.report.runs import Run
-from analysis.report.sections.probed import families, label, tables
+from analysis.report.sections.probed import label, tables
 from analysis.report.traces import ACCENT, NEUTRAL, color_of, curve, frame, heat, plot, viridis
 from ssm_retrieval.style import NAMES
 

@@ -1,4 +1,4 @@
-"""The tables of docs/claims.md, from committed results: `python docs/claims.py`.
+"""The tables of docs/claims.md, from committed results: `python -m studies.claims`.
 
 Replaces what stands between `<!-- NAME -->` and `<!-- /NAME -->`. Sources: the paper's own results in
 analysis/published, and the tables of the studies.
@@ -7,25 +7,26 @@ analysis/published, and the tables of the studies.
 from __future__ import annotations
 
 import re
-import runpy
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 import analysis
-from analysis import plots, published, settings
+from analysis import published, settings
 from analysis.comparisons import comparisons
-from analysis.tables import between, by_seed, fill, markdown, share
-from ssm_retrieval.statistics import bootstrap_median_time, mean_interval
+from analysis.plots import sweep
+from analysis.tables import between, by_seed, fill, share
+from ssm_retrieval.statistics import bootstrap_median_time, geometric_mean_interval
 from ssm_retrieval.style import NAMES
+from ssm_retrieval.tables import markdown
 from ssm_retrieval.training import store
+from studies.vlm_cpu import summary
+from studies.why_mamba_lags import contrasts
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENT = Path(__file__).with_suffix(".md")
-RETRIEVAL = ROOT / "studies" / "retrieval-cpu"
-PROBED = ROOT / "studies" / "why-mamba-lags"
+DOCUMENT = ROOT / "docs" / "claims.md"
+RETRIEVAL = ROOT / "studies" / "retrieval_cpu"
 PAIRS = {"1 B / 790 M": "1B and 790M", "1.4 B": "1.4B", "2.8 B": "2.8B"}  # as the page calls them
 CLAIM = re.compile(r"^## (?P<title>\d+\. [^\n]+)$(?P<body>.*?)(?=^## |\Z)", flags=re.MULTILINE | re.DOTALL)
 VERDICT = re.compile(r"\*\*Verdict: (?P<word>[^.*]+)\.\*\*")
@@ -77,7 +78,7 @@ def published_scale() -> str:
     )
 
 
-# --- studies/retrieval-cpu ---------------------------------------------------------------------------------
+# --- studies/retrieval_cpu ---------------------------------------------------------------------------------
 
 
 def evaluations() -> pd.DataFrame:
@@ -89,8 +90,8 @@ def evaluations() -> pd.DataFrame:
 def lengths(table: pd.DataFrame) -> str:
     """A line per architecture: how far it gets, and what it needs for length 16, query last, many queries."""
     table = table[(table["queries"] > 1) & table["usual_state"]]
-    outcomes = plots.threshold_table(table, "tokens")
-    laws = plots.scaling_table(table)
+    outcomes = sweep.threshold_table(table, "tokens")
+    laws = sweep.scaling_table(table)
     laws = laws[laws["unit"] == "tokens"].set_index("variant")
     rows = []
     for variant in settings.variants(table):
@@ -111,7 +112,7 @@ def lengths(table: pd.DataFrame) -> str:
 def layouts(table: pd.DataFrame) -> str:
     """Query last against query first, one query per sequence, length 16; seeds that are faster so."""
     table = table[(table["queries"] == 1) & table["usual_state"] & (table["seq_len"] == 16)]
-    outcomes = plots.threshold_table(table, "tokens")
+    outcomes = sweep.threshold_table(table, "tokens")
     tests = comparisons(outcomes)
     tests = tests[tests["kind"] == "layout"].set_index("within")
     rows = []
@@ -130,10 +131,9 @@ def layouts(table: pd.DataFrame) -> str:
 
 def states(table: pd.DataFrame) -> str:
     """State size at length 16: seeds at 0.95, accuracy, and how many symbols a linear probe finds in it."""
-    found = plots.state_table(table)
-    probed = study("contrasts")
+    found = sweep.state_table(table)
     wanted = dict(quantity="tokens", site="state", seq_len=16, queries="dense", weights="trained")
-    decodable = probed["best_layer"](probed["cells"](probes(), any_state=True, layout="suffix", **wanted), [])
+    decodable = contrasts.best_layer(contrasts.cells(probes(), any_state=True, layout="suffix", **wanted), [])
     decodable["variant"] = decodable["model"].astype(str).map(NAMES)
     rows = []
     for (variant, state), cell in found.groupby(["variant", "d_state"]):
@@ -157,16 +157,15 @@ def geometry() -> str:
     return markdown(["model", "length", "table", "locality, by seed", "seeds above shuffled positions"], rows)
 
 
-# --- studies/why-mamba-lags and studies/learnability -------------------------------------------------------
+# --- studies/why_mamba_lags and studies/learnability -------------------------------------------------------
 
 
 def updates() -> str:
     """What the last layer does with the target, over what it does with a distractor: length 16, one query."""
-    probed = study("contrasts")
     rows = []
-    for model in probed["USUAL_STATE"]:
-        for quantity, words in probed["WORDS"].items():
-            part = probed["cells"](
+    for model in contrasts.USUAL_STATE:
+        for quantity, words in contrasts.WORDS.items():
+            part = contrasts.cells(
                 probes(), model=model, quantity=quantity, seq_len=16, queries="single", weights="trained"
             )
             part = part[part["layer"] == part["layer"].max()]
@@ -191,27 +190,16 @@ def positions() -> str:
     return markdown(["model", "longest length learned, by seed", "accuracy at 256, by seed"], rows)
 
 
-def vlms(table: str) -> str:
-    """A table of studies/vlm-cpu."""
-    made = runpy.run_path(str(ROOT / "studies" / "vlm-cpu" / "summary.py"))
-    return str(made[table](pd.read_parquet(made["RESULTS"])))
-
-
-def study(script: str) -> dict[str, Any]:
-    """What a script of studies/why-mamba-lags defines."""
-    return runpy.run_path(str(PROBED / f"{script}.py"))
-
-
 def probes() -> pd.DataFrame:
-    return pd.read_parquet(PROBED / "measured.parquet")
+    return pd.read_parquet(contrasts.MEASURED)
 
 
 # --- pieces ------------------------------------------------------------------------------------------------
 
 
 def ratio(values: pd.Series) -> str:
-    """Geometric mean of ratios with Student's 95 % interval of their logarithm."""
-    found = np.exp(mean_interval(np.log(values.to_numpy(float))))
+    """Geometric mean of ratios over seeds and its 95 % interval."""
+    found = geometric_mean_interval(values)
     return "{} [{}, {}]".format(*(f"{value:,.0f}" if value >= 10 else f"{value:.2f}" for value in found))
 
 
@@ -242,7 +230,7 @@ def verdicts(text: str) -> str:
 
 def rewritten(text: str) -> str:
     """The page with its tables made anew."""
-    table = evaluations()
+    table, scenes = evaluations(), pd.read_parquet(summary.RESULTS)
     made = {
         "verdicts": verdicts(text),
         "published-groups": published_groups(),
@@ -253,7 +241,12 @@ def rewritten(text: str) -> str:
         "updates": updates(),
         "geometry": geometry(),
         "positions": positions(),
-    } | {f"vlm-{name}": vlms(name) for name in ("families", "captions", "floors", "layouts", "sizes")}
+        "vlm-families": summary.families(scenes),
+        "vlm-captions": summary.captions(scenes),
+        "vlm-floors": summary.floors(scenes),
+        "vlm-layouts": summary.layouts(scenes),
+        "vlm-sizes": summary.sizes(scenes),
+    }
     return fill(text, made)
 
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from probes.pairs import Pairs
-from probes.roles import ROLES, role
+from probes.contrast_pairs import Pairs
+from probes.token_roles import ROLES, role
 from ssm_retrieval.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """role: of `probes.roles`, or "partner" (the symbol that the corrupted sequence asks for), "last" (the
+    """role: of `probes.token_roles`, "partner" (the symbol that the corrupted sequence asks for), "last" (the
     token at which the answer is read, if that is neither the query nor otherwise named), "target+partner"
     (both at once), "everything".
     low, high: the tokens low .. high - 1 it lies in; None if that differs from sequence to sequence.
@@ -53,7 +53,7 @@ def target_and_partner(pairs: Pairs) -> Cell:
     return Cell("target+partner", *_span(where), where)
 
 
-def cells(pairs: Pairs, max_positions: int = 64) -> list[Cell]:
+def patch_cells(pairs: Pairs, max_positions: int = 64) -> list[Cell]:
     """Every token up to the answer, by roles and windows: about `max_positions` cells.
 
     Tokens with a role of their own are patched exactly: the target and its partner, wherever they stand, the

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from probes.roles import role, roles
+from probes.token_roles import role, token_roles
 from ssm_retrieval.errors import UserError
 from synthetic.tasks import Batch, Task, sampling
 from synthetic.tasks.position import Position
@@ -29,7 +29,7 @@ class Pairs:
 
     answer, corrupted_answer: (B,) int64 token ids; never equal.
     changed: (B, C) int64, the sequence indices in which they differ, increasing; C = 1 (kind "query") or 2.
-    roles: (B, L) int64, roles of the clean tokens (`probes.roles`).
+    roles: (B, L) int64, roles of the clean tokens (`probes.token_roles`).
     partner: (B,) int64, sequence index of the context symbol that the corrupted sequence asks for.
     """
 
@@ -51,7 +51,9 @@ class Pairs:
         return len(self.answer)
 
 
-def pairs(task: Task, examples: int, length: int | None = None, kind: str = "query", seed: int = 0) -> Pairs:
+def contrast_pairs(
+    task: Task, examples: int, length: int | None = None, kind: str = "query", seed: int = 0
+) -> Pairs:
     """`examples` pairs of contexts with `length` symbols (None: the task's longest).
 
     kind "query": the same context, another of its symbols is asked for.
@@ -83,8 +85,8 @@ def pairs(task: Task, examples: int, length: int | None = None, kind: str = "que
         answer=clean.labels[:, 0],
         corrupted_answer=corrupted.labels[:, 0],
         changed=differs.nonzero()[:, 1].view(examples, -1),
-        roles=roles(task, clean),
-        partner=(roles(task, corrupted) == role("target")).int().argmax(1),
+        roles=token_roles(task, clean),
+        partner=(token_roles(task, corrupted) == role("target")).int().argmax(1),
     )
 
 

@@ -18,11 +18,11 @@ ROLES = ("bos", "distractor", "target", "separator", "query_marker", "query", "t
 
 
 def role(name: str) -> int:
-    """The number that stands for a role in the tensors of `roles`."""
+    """The number that stands for a role in the tensors of `token_roles`."""
     return ROLES.index(name)
 
 
-def roles(task: Task, batch: Batch) -> Tensor:
+def token_roles(task: Task, batch: Batch) -> Tensor:
     """The role of every token, (B, L) int64 indices into `ROLES`.
 
     target is the context symbol that the query asks for, distractor every other one; separator the markers

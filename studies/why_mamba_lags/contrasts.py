@@ -1,6 +1,6 @@
-"""Tables and figures of this study, from probed runs of studies/retrieval-cpu:
+"""Tables and figures of this study, from probed runs of studies/retrieval_cpu:
 
-    python studies/why-mamba-lags/contrasts.py [RUNS PROBES]
+    python -m studies.why_mamba_lags.contrasts [RUNS PROBES]
 
 RUNS is the folder of that sweep, PROBES one with the output of
 `python -m probes.run RUNS/<id> --out PROBES/<id>` for each probed run. Writes measured.parquet beside this
@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.tables import by_seed, fill, markdown
-from ssm_retrieval.statistics import mean_interval
+from analysis.tables import by_seed, fill
+from ssm_retrieval.statistics import geometric_mean_interval
 from ssm_retrieval.style import NAMES
+from ssm_retrieval.tables import markdown
 from ssm_retrieval.training import store
 
 HERE = Path(__file__).parent
@@ -116,8 +117,8 @@ def best_layer(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
 
 
 def ratio(values: Any) -> str:
-    """Geometric mean of ratios with Student's 95 % interval of the logarithm."""
-    mean, low, high = np.exp(mean_interval(np.log(np.asarray(values, float))))
+    """Geometric mean of ratios over seeds and its 95 % interval."""
+    mean, low, high = geometric_mean_interval(values)
     return f"{_short(mean)} [{_short(low)}, {_short(high)}]"
 
 
@@ -305,7 +306,7 @@ def filled(text: str) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    import figures  # beside this file
+    from studies.why_mamba_lags import figures
 
     if arguments:
         table = collect(Path(arguments[0]), Path(arguments[1]))

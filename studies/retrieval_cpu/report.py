@@ -1,6 +1,6 @@
 """Results tables and the tables of README.md, from the runs of this study:
 
-    python studies/retrieval-cpu/report.py [RUNS]
+    python -m studies.retrieval_cpu.report [RUNS]
 
 Writes results.parquet and targets.parquet beside this file if RUNS is given, and replaces what stands between
 the markers `<!-- NAME -->` and `<!-- /NAME -->` in README.md. The figures come from
@@ -18,11 +18,13 @@ from typing import Any
 import pandas as pd
 
 import analysis
-from analysis import plots, settings
+from analysis import settings
 from analysis.comparisons import comparisons
+from analysis.plots import sweep
 from analysis.scaling import reachable_length
-from analysis.tables import between, by_seed, fill, markdown, share
+from analysis.tables import between, by_seed, fill, share
 from ssm_retrieval.statistics import bootstrap_median_time
+from ssm_retrieval.tables import markdown
 from ssm_retrieval.training import store
 from synthetic import results
 
@@ -65,7 +67,7 @@ def cells(table: pd.DataFrame, usual: bool) -> str:
     """A line per architecture, setting and length: seeds that got there, cost, accuracy."""
     table = settings.label(table)
     table = table[table["usual_state"]] if usual else table
-    outcomes = plots.threshold_table(table, "tokens")
+    outcomes = sweep.threshold_table(table, "tokens")
     final = table[table["kind"] == "final"].set_index("run")["accuracy"]
     longest = reachable_length(table).set_index("run")["value"]
     rows = []
@@ -90,7 +92,7 @@ def cells(table: pd.DataFrame, usual: bool) -> str:
 
 
 def states(table: pd.DataFrame) -> str:
-    found = plots.state_table(table)
+    found = sweep.state_table(table)
     rows = []
     for (variant, state), cell in found.groupby(["variant", "d_state"]):
         median = bootstrap_median_time(cell["value"], cell["reached"])
@@ -109,7 +111,7 @@ def states(table: pd.DataFrame) -> str:
 
 
 def exponents(table: pd.DataFrame) -> str:
-    laws = plots.scaling_table(table)
+    laws = sweep.scaling_table(table)
     rows: list[list[Any]] = []
     for law in laws.to_dict("records"):
         known = not math.isnan(law["exponent"])
@@ -125,7 +127,7 @@ def exponents(table: pd.DataFrame) -> str:
 
 
 def layout_tests(table: pd.DataFrame) -> str:
-    found = comparisons(plots.threshold_table(table, "tokens"))
+    found = comparisons(sweep.threshold_table(table, "tokens"))
     found = found[found["kind"] == "layout"]
     rows: list[list[Any]] = [
         [

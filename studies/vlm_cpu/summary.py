@@ -1,6 +1,6 @@
 """Tables, figures and pictures of README.md, from the runs of this study:
 
-    python studies/vlm-cpu/summary.py [RUNS]
+    python -m studies.vlm_cpu.summary [RUNS]
 
 With RUNS (what `vlm.train --out` named) it first writes results.parquet, looks.csv (what `vlm.looking` finds,
 run by run) and predictions.png beside this file; floors.csv is floors.py's. The figures, and what stands
@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.tables import by_seed, concatenated, files, fill, markdown
+from analysis.tables import by_seed, concatenated, files, fill
 from analysis.vlm_plots import main_rows
-from ssm_retrieval.statistics import mean_interval
+from ssm_retrieval.statistics import geometric_mean_interval
 from ssm_retrieval.style import DOUBLE, NAMES, family_colors, legend, save, theme
+from ssm_retrieval.tables import markdown
 from vlm.prompts import LAYOUTS
 
 HERE = Path(__file__).parent
@@ -300,7 +301,7 @@ def agreement(results: pd.DataFrame) -> str:
 
 def ratio(values: Any) -> str:
     """Geometric mean over seeds and its interval."""
-    mean, low, high = (np.exp(value) for value in mean_interval(np.log(np.asarray(values, float))))
+    mean, low, high = geometric_mean_interval(values)
     return f"{mean:.3g} [{low:.3g}, {high:.3g}]"
 
 

@@ -1,5 +1,5 @@
-"""The figures of a sweep. Each is a pair: a function that makes a tidy table from the results store, which is
-kept as CSV, and one that draws it."""
+"""The figures of a sweep. Each is a pair: a function that makes a tidy table from the results store, kept as
+CSV, and one that draws it."""
 
 from __future__ import annotations
 

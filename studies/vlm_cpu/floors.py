@@ -1,4 +1,4 @@
-"""What guesses get on this study's held-out scenes: `python studies/vlm-cpu/floors.py` writes floors.csv."""
+"""What guesses get on this study's held-out scenes: `python -m studies.vlm_cpu.floors` writes floors.csv."""
 
 from __future__ import annotations
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import contrasts  # beside this file
 import numpy as np
 import pandas as pd
 
-from ssm_retrieval.statistics import mean_interval
+from ssm_retrieval.statistics import geometric_mean_interval, mean_interval
 from ssm_retrieval.style import NAMES, family_colors, legend, panels, save, theme
+from studies.why_mamba_lags import contrasts
 
 TITLES = {
     "write": "written by the target\n/ by a distractor",
@@ -122,9 +122,8 @@ def lost(table: pd.DataFrame) -> Any:
 
 def _band(ax: Any, x: pd.Series, y: pd.Series, look: dict[str, Any], log: bool = False) -> None:
     """Mean over seeds (log: geometric) and Student's interval by x."""
-    values = y.astype(float).map(np.log) if log else y.astype(float)
-    bounds = pd.DataFrame({k: mean_interval(v.to_numpy()) for k, v in values.groupby(x)}).T
-    bounds = bounds.map(np.exp) if log else bounds
+    interval = geometric_mean_interval if log else mean_interval
+    bounds = pd.DataFrame({k: interval(v.to_numpy()) for k, v in y.astype(float).groupby(x)}).T
     ax.plot(bounds.index, bounds[0], lw=1.5, **look)
     ax.fill_between(bounds.index, bounds[1], bounds[2], color=look["color"], alpha=0.12, lw=0)
 

@@ -1,6 +1,6 @@
 """The study of README.md beside this file.
 
-    python -m vlm.train studies/vlm-cpu/runs.py --out runs/vlm-cpu
+    python -m vlm.train studies/vlm_cpu/runs.py --out runs/vlm_cpu
 
 Models of one family and seed learn together to find what is described, the three layouts taking turns; from
 there a copy for each layout goes on alone, and one at the higher resolution.

@@ -1,4 +1,4 @@
-"""The study of README.md beside this file: `python -m synthetic.sweep studies/retrieval-cpu/config.py`.
+"""The study of README.md beside this file: `python -m synthetic.sweep studies/retrieval_cpu/config.py`.
 
 Every model is of the tiny preset and has at most 1,000 steps of about 2,048 tokens, one thread, bfloat16.
 Lengths go as far as an architecture gets, and one further where the budget allows. README.md says how long it

@@ -1,0 +1,38 @@
+"""Tables as files and as text: what probes, figures and studies read and write alike."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ssm_retrieval.errors import UserError
+
+if TYPE_CHECKING:  # seconds, which `import analysis` can spare
+    import pandas as pd
+
+
+def read(path: Path) -> pd.DataFrame:
+    """A Parquet file's rows, as they were at one moment: a run may put another file in its place meanwhile.
+
+    Raises UserError, naming file and remedy, for what is not Parquet, and FileNotFoundError.
+    """
+    import pandas as pd
+    from pyarrow import ArrowException
+
+    try:
+        return pd.read_parquet(io.BytesIO(path.read_bytes()))
+    except FileNotFoundError:
+        raise
+    except (ArrowException, ValueError, KeyError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"{path} cannot be read as Parquet ({reason}); delete it and run the command that made it again"
+        ) from error
+
+
+def markdown(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table, without a newline at its end."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
