@@ -16,11 +16,11 @@ import tyro
 from matplotlib.figure import Figure
 
 from analysis import curves, diagrams, published, vlm_plots
-from analysis.tables import concatenated, files, load
 from ssm_retrieval.cli import guarded, parse
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.style import DOUBLE, SINGLE, save, theme
 from ssm_retrieval.training.store import write_bytes
+from ssm_retrieval.training.tables import concatenated, files, load
 
 STUDIES = Path(__file__).resolve().parent.parent / "studies"
 SYNTHETIC, VLM = "retrieval-cpu", "vlm-cpu"  # studies whose committed tables are drawn by default

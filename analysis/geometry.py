@@ -17,8 +17,8 @@ import pandas as pd
 from scipy import stats
 
 from analysis.settings import label, looks, variants
-from analysis.tables import load
 from ssm_retrieval.errors import UserError
+from ssm_retrieval.training.tables import load
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

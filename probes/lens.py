@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from ssm_retrieval.errors import UserError
-from ssm_retrieval.statistics import mean_interval
-from synthetic.evaluate import wilson
+from ssm_retrieval.statistics import mean_interval, wilson
 
 
 @dataclass(frozen=True)

@@ -246,8 +246,8 @@ def tables(out: Path, name: str, families: Sequence[str]) -> pd.DataFrame | None
     """
     import pandas as pd
 
-    from analysis.tables import read
     from probes.suite import PROBES
+    from ssm_retrieval.training.tables import read
 
     paths = [out / f"{name}.{family}.parquet" for family in families]
     parts = [read(path) for path in paths if path.exists() and path.with_suffix(".json").exists()]

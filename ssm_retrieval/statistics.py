@@ -102,6 +102,21 @@ def median_time(value: Any, reached: Any) -> float:
 # --- intervals -------------------------------------------------------------------------------------------
 
 
+def wilson(correct: int, count: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """95 % confidence interval of a proportion (Wilson 1927); (0, 1) for no observations.
+
+    It contains correct / count, and reaches 0 and 1 where that does: exactly, whatever the rounding.
+    """
+    if count == 0:
+        return 0.0, 1.0
+    p, n = correct / count, count
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    low = 0.0 if correct == 0 else max(0.0, min(p, centre - half))
+    high = 1.0 if correct == count else min(1.0, max(p, centre + half))
+    return low, high
+
+
 def bootstrap(
     values: Any,
     statistic: Callable[..., Any] = np.mean,

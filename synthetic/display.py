@@ -106,10 +106,10 @@ def terminal_curve(metrics: pd.DataFrame, width: int = 80, height: int = 16) -> 
 def cells(evaluations: pd.DataFrame) -> Table:
     """One line per cell of a sweep: its seeds, their mean accuracy and its range, cost of reaching 0.95.
 
-    evaluations: rows of the results store (`analysis.load`).
+    evaluations: rows of the results store (`training.tables.load`).
     """
-    from analysis.scaling import summarise
-    from analysis.settings import cell_of
+    from ssm_retrieval.training.outcomes import summarise
+    from synthetic.results import cell_of
 
     keys = cell_of(evaluations)
     rows = summarise(evaluations, by=keys)

@@ -22,6 +22,8 @@ from ssm_retrieval.training import records, store
 from ssm_retrieval.training.store import Row
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from ssm_retrieval.training.distributed import World
     from synthetic.config import Plan
     from synthetic.train import Listener
@@ -99,6 +101,12 @@ TARGET = {
     "count": ("int64", "answers whose target lies there"),
     "chance": ("float64", "accuracy of a guess"),
 }
+
+
+SIZES = ("preset", "n_layer")  # named in a label wherever runs of one label differ in them
+# Columns that a label never names: what a figure shows anyway, and what only identifies a run.
+SHOWN = ("run", "purpose", "commit", "task", "seq_len", "d_state", "seed", "task_options", "layout", "model",
+         "parameters", "parameters_without_embeddings", "position", "rotary_pct")  # fmt: skip
 
 
 def record(folder: Path, family: str) -> None:
@@ -223,6 +231,21 @@ def _num_symbols(task: str, options: str) -> int:
     from synthetic import tasks
 
     return tasks.build(task, **json.loads(options)).vocabulary.num_symbols
+
+
+def apart(table: pd.DataFrame, cell: list[str]) -> list[str]:
+    """Columns of the configuration that differ within a cell, so that a seed stands in it more than once."""
+    others = [name for name in CONFIG if name not in cell and name not in SHOWN and name not in SIZES]
+    counts = table.groupby(cell, dropna=False)[others].nunique(dropna=False)
+    return [name for name in others if (counts[name] > 1).any()]
+
+
+def cell_of(table: pd.DataFrame) -> list[str]:
+    """Columns that make cells in which a seed stands once: `outcomes.CELL` and all that differs within it."""
+    from ssm_retrieval.training.outcomes import CELL
+
+    cell = list(CELL)
+    return [*cell, *apart(table, [*cell, "seed"])]
 
 
 def to_parquet(rows: list[Row], columns: dict[str, tuple[str, str]]) -> bytes:

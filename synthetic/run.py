@@ -154,8 +154,8 @@ def _report(results: list[dict], folder: Path, console: Console, draw: bool = Tr
         import matplotlib
 
         matplotlib.use("Agg")
-        from analysis.learning import learning_curve
         from ssm_retrieval.style import save
+        from ssm_retrieval.training.learning_curve import learning_curve
 
         save(learning_curve(metrics), folder / Path(CURVE).stem, ("png",))
     print(terminal_curve(metrics, width=min(100, console.width)))

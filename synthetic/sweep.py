@@ -311,13 +311,13 @@ def _state(job: Job) -> str:
 
 def _summary(jobs: list[Job], out: Path, console: Console) -> None:
     """Mean accuracy over the seeds of every cell, from the results store."""
-    import analysis
+    from ssm_retrieval.training import tables
     from synthetic import results
     from synthetic.display import cells
 
     done = [job.folder.name for job in jobs if job.finished()]
     if done:
-        table = analysis.load(out)
+        table = tables.load(out)
         console.print(cells(table[table["run"].isin(done)]))
         console.print(f"results: {out / results.RESULTS} (Parquet)", soft_wrap=True)
 

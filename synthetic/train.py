@@ -21,13 +21,14 @@ from ssm_retrieval import models
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.models import LanguageModel
 from ssm_retrieval.ops.cross_entropy import IGNORE
+from ssm_retrieval.statistics import wilson
 from ssm_retrieval.training import distributed, records, store
 from ssm_retrieval.training.distributed import ALONE, World
 from ssm_retrieval.training.lora import add_adapters, merge_adapters
 from ssm_retrieval.training.optimizers import make_optimizer, make_state
 from synthetic import pretrained, tasks
 from synthetic.config import Plan
-from synthetic.evaluate import Evaluation, autocast, heldout, wilson
+from synthetic.evaluate import Evaluation, autocast, heldout, score_together
 from synthetic.tasks import Batch, Task
 
 # Whoever changes one of these three raises config.TRAINING_VERSION.
@@ -218,7 +219,7 @@ class Session:
         plan = self.plan
         batches = heldout(self.task, examples, length, split, start)
         how = dict(device=plan.device, precision=plan.precision)
-        return distributed.score(self.model, batches, self.world, **how)
+        return score_together(self.model, batches, self.world, **how)
 
     def _row(self, split: str, result: Evaluation, **more: Any) -> dict[str, Any]:
         plan, now = self.plan, self.progress

@@ -163,7 +163,7 @@ def quiet() -> dict[str, str]:
 
 def report(tree: Tree, chosen: list[str], total: int) -> str:
     """One line of docs/testing.md's table, then the mutants among `chosen` that nobody noticed."""
-    from synthetic.evaluate import wilson
+    from ssm_retrieval.statistics import wilson
 
     known = tree.known()
     verdicts = {name: known[name] for name in chosen if name in known}

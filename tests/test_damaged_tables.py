@@ -15,10 +15,10 @@ from result_tables import run_rows, tables
 
 from analysis import curves, figures
 from analysis.report import __main__ as report
-from analysis.tables import load
 from probes import run as probes
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.training import records
+from ssm_retrieval.training.tables import load
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from synthetic.evaluate import wilson
+from ssm_retrieval.statistics import wilson
 
 counts = st.one_of(st.integers(1, 300), st.integers(1, 10**12)).flatmap(
     lambda n: st.tuples(st.one_of(st.sampled_from([0, 1, n - 1, n]), st.integers(0, n)), st.just(n))

@@ -15,8 +15,9 @@ import pytest
 from filelock import FileLock
 from rich.table import Table
 
+from ssm_retrieval import files
 from ssm_retrieval.terminal import plain_console
-from ssm_retrieval.training import files, records, store
+from ssm_retrieval.training import records, store
 from synthetic import run, sweep, train
 from synthetic.config import RunConfig, plan
 
@@ -101,7 +102,7 @@ def test_what_a_kill_left_out_is_made_when_the_command_is_repeated(out, lost):
 def leave(*paths: Path) -> list[Path]:
     """What a process leaves that is killed while it writes these files."""
     code = (
-        "import contextlib, os, sys, pathlib; from ssm_retrieval.training.files import replacing\n"
+        "import contextlib, os, sys, pathlib; from ssm_retrieval.files import replacing\n"
         "with contextlib.ExitStack() as stack:\n"
         "    for path in map(pathlib.Path, sys.argv[1:]):\n"
         "        stack.enter_context(replacing(path)).write_bytes(b'half')\n"

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ssm_retrieval.errors import UserError
-from synthetic.evaluate import wilson
+from ssm_retrieval.statistics import wilson
 from vlm.data.samples import Sample
 from vlm.data.turns import usual
 from vlm.metrics import boxes, choices, vqa

@@ -43,8 +43,8 @@ from probes.suite.common import (
     single_query,
 )
 from ssm_retrieval.models.common import LanguageModel
+from ssm_retrieval.statistics import wilson
 from ssm_retrieval.style import NAMES, family_colors, legend, panels
-from synthetic.evaluate import wilson
 from synthetic.tasks import Batch, Task, sampling
 from synthetic.tasks.sampling import IntArray
 

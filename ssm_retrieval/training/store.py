@@ -10,8 +10,8 @@
               <family>/config.json              {"name": ..., "config": ...}: rebuilds the model
               <family>/result.json              the final numbers; its presence means finished
 
-Whole files are written under a temporary name, flushed to the disk and renamed (`training.files`). What is
-read back is checked by `ssm_retrieval.training.records`.
+Whole files are written under a temporary name, flushed to the disk and renamed (`ssm_retrieval.files`).
+What is read back is checked by `ssm_retrieval.training.records`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ssm_retrieval.errors import UserError
+from ssm_retrieval.files import collect, replacing, write_bytes
 from ssm_retrieval.training import records
-from ssm_retrieval.training.files import collect, replacing, write_bytes
 from ssm_retrieval.training.optimizers import make_state, state_tensors
 
 __all__ = ["Row", "replacing", "write_bytes"]

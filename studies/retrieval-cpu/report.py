@@ -20,10 +20,10 @@ import pandas as pd
 import analysis
 from analysis import plots, settings
 from analysis.comparisons import comparisons
-from analysis.scaling import reachable_length
 from analysis.tables import between, by_seed, fill, markdown, share
 from ssm_retrieval.statistics import bootstrap_median_time
 from ssm_retrieval.training import store
+from ssm_retrieval.training.outcomes import reachable_length
 from synthetic import results
 
 HERE = Path(__file__).parent

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.tables import by_seed, concatenated, files, fill, markdown
+from analysis.tables import by_seed, fill, markdown
 from analysis.vlm_plots import main_rows
 from ssm_retrieval.statistics import mean_interval
 from ssm_retrieval.style import DOUBLE, NAMES, family_colors, legend, save, theme
+from ssm_retrieval.training.tables import concatenated, files
 from vlm.prompts import LAYOUTS
 
 HERE = Path(__file__).parent
