@@ -25,7 +25,7 @@ from ssm_retrieval.statistics import mean_interval
 from ssm_retrieval.training import store
 from synthetic import tasks
 from synthetic.config import Plan, RunConfig, plan, run_id
-from synthetic.train import train
+from synthetic.trainer import train
 
 # Never the repository; one folder per user, because a lab's machine has many of them.
 RUNS = Path(tempfile.gettempdir()) / f"ssm-retrieval-notebooks-{getattr(os, 'getuid', getpass.getuser)()}"

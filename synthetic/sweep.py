@@ -131,7 +131,7 @@ def _job(
     if lr is not None:
         config = dataclasses.replace(config, lr=lr)
     settled = plan(config, config.model[0], elsewhere=options.executor != "local")
-    return Job(config, settled, out / run_id([settled]), purpose, options.threads)
+    return Job(config, settled, out / run_id(settled), purpose, options.threads)
 
 
 def sweep(wanted: Wanted) -> int:

@@ -1,8 +1,8 @@
 """The mutation score of a module: which small changes to its code do the tests notice?
 
-    python tests/mutation.py synthetic.train --sample 60    a seeded random sample of a module's mutants
+    python tests/mutation.py synthetic.trainer --sample 60    a seeded random sample of a module's mutants
     python tests/mutation.py all --sample 60                the same of every module in TESTS
-    python tests/mutation.py synthetic.train --report       what is known so far, survivors with their diffs
+    python tests/mutation.py synthetic.trainer --report       what is known so far, survivors with their diffs
 
 mutmut (pip install mutmut) makes and runs the mutants, in a copy of the tree below --work; this file says
 which tests concern which module, samples, and adds up. It resumes: mutants that have a verdict are not run
@@ -29,7 +29,7 @@ KILLED, SURVIVED, UNTESTED = "killed", "survived", "no test runs it"
 
 _TASKS = ["test_tasks", "test_tasks_distributions", "test_tasks_family", "test_tasks_split"]
 TESTS: dict[str, list[str]] = {
-    "synthetic.train": [
+    "synthetic.trainer": [
         "test_session", "test_golden", "test_run", "test_memory", "test_tasks_training", "test_evaluate",
     ],
     "ssm_retrieval.training.optimizers": ["test_session", "test_golden", "test_memory", "test_run"],

@@ -17,7 +17,7 @@ import torch
 from ssm_retrieval import models
 from ssm_retrieval.training import distributed, store
 from ssm_retrieval.training.distributed import World
-from synthetic import tasks, train
+from synthetic import tasks, trainer
 from synthetic.config import RunConfig, plan
 
 ROOT = Path(__file__).parent.parent
@@ -66,7 +66,7 @@ def assert_same_numbers(one: Path, other: Path, near: float = 1e-4) -> None:
     assert [[row[k] for k in fixed] for row in a] == [[row[k] for k in fixed] for row in b]
     for name in ("loss", "train_loss", "train_accuracy"):
         assert np.allclose([row[name] for row in a], [row[name] for row in b], rtol=near, atol=near), name
-    u, v = (store.load_tensors(next(path.glob("*/model.safetensors")))[0] for path in (one, other))
+    u, v = (store.load_tensors(next(path.glob("model.safetensors")))[0] for path in (one, other))
     assert u.keys() == v.keys()
     for name in u:
         assert torch.allclose(u[name], v[name], rtol=0, atol=near), name
@@ -76,8 +76,8 @@ def assert_same_numbers(one: Path, other: Path, near: float = 1e-4) -> None:
 
 def assert_same_checkpoint(one: Path, several: Path) -> None:
     """All weights and moments of one process' last checkpoint are in the shards of the other run's."""
-    wanted, header = store.load_tensors(one / "mamba" / train.SINGLE)
-    place, progress = distributed.saved(several / "mamba")
+    wanted, header = store.load_tensors(one / trainer.SINGLE)
+    place, progress = distributed.saved(several)
     assert progress["step"] == header["step"]
     found = {name: torch.full_like(tensor, torch.nan) for name, tensor in wanted.items()}
     distributed.load(place, found, World())
@@ -95,7 +95,7 @@ def test_ddp_and_fsdp_have_the_curve_of_one_process(single, tmp_path):
         options = ("--steps", "15", *SCALE, "--parallel", strategy)
         found = ran(tmp_path / strategy, *options, launcher=tuple(TORCHRUN))
         assert_same_numbers(single, found)
-        files = [path.name for path in (found / "mamba").rglob("*.safetensors")]
+        files = [path.name for path in found.rglob("*.safetensors")]
         assert sum(name.startswith("shard-") for name in files) == 2, files
         assert_same_checkpoint(single, found)  # written right after an evaluation, which must leave no trace
         assert (found.parent / "results").exists()  # written once, by the first process
@@ -195,7 +195,7 @@ def test_gradients_of_uneven_shares_average_to_those_of_the_batch(accumulate):
     def gradients(world):
         model = models.build("mamba-tiny", vocab_size=settled.model_overrides["vocab_size"], n_layer=1)
         kept = Kept(model)
-        train.update(model, kept, batch, settled, world=world)
+        trainer.update(model, kept, batch, settled, world=world)
         return kept.gradients
 
     whole, first, second = gradients(World()), gradients(Doubled(0, 2)), gradients(Doubled(1, 2))
@@ -212,15 +212,15 @@ def test_a_step_is_written_once(tmp_path, monkeypatch):
         save_tensors(path, tensors, header)
 
     monkeypatch.setattr(store, "save_tensors", noted)
-    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0.0)  # due after every step
-    monkeypatch.setattr(train, "CHECKPOINT_SHARE", 1e9)
+    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0.0)  # due after every step
+    monkeypatch.setattr(trainer, "CHECKPOINT_SHARE", 1e9)
     settled = plan(RunConfig(seq_len=6, layers=1, device="cpu", precision="float32", steps=3), "mamba")
     steps = iter([False, True])
-    with pytest.raises(train.Interrupted, match="step 2"):
-        train.train(settled, tmp_path, should_stop=lambda: next(steps))
-    train.train(settled, tmp_path)
-    expected = [(train.SINGLE, step) for step in (1, 2, 3)]
+    with pytest.raises(trainer.Interrupted, match="step 2"):
+        trainer.train(settled, tmp_path, should_stop=lambda: next(steps))
+    trainer.train(settled, tmp_path)
+    expected = [(trainer.SINGLE, step) for step in (1, 2, 3)]
     assert written == [*expected, ("model.safetensors", 3)]
-    (tmp_path / "mamba" / "result.json").unlink()  # as if it had been killed in its final evaluation
-    train.train(settled, tmp_path)
+    (tmp_path / "result.json").unlink()  # as if it had been killed in its final evaluation
+    trainer.train(settled, tmp_path)
     assert written == [*expected, *[("model.safetensors", 3)] * 2]

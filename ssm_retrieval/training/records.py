@@ -1,11 +1,10 @@
 """Files that the toolkit wrote, read back: one schema a kind of file, one line for what is wrong with one.
 
-    records.config(folder)            config.json of a run: asked, settled, purpose
-    records.environment(folder)       environment.json: a session each time the run was started
-    records.metrics(folder)           metrics.jsonl, a row per evaluation
-    records.by_position(folder)       by_position.jsonl
-    records.result(folder / family)   result.json of a model
-    records.model(folder / family)    config.json of a model: what rebuilds it
+    records.config(folder)        config.json of a run: asked, settled (its plan), purpose
+    records.environment(folder)   environment.json: a session each time the run was started
+    records.metrics(folder)       metrics.jsonl, a row per evaluation
+    records.by_position(folder)   by_position.jsonl
+    records.result(folder)        result.json
 
 All raise UserError naming file, field and remedy for what is damaged, incomplete, of another kind, or written
 by a newer version (`FORMAT`). What they return is plain JSON values, checked. A last line that a crash cut
@@ -22,7 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ssm_retrieval.errors import UserError
 
-FORMAT = 1  # of all these files; raised when an older version would misread what a newer one writes
+# Of all these files; raised when an older version would misread what a newer one writes. 2: one model a run.
+FORMAT = 2
 Row = dict[str, Any]
 REMEDY = "move the run's folder away and run its command again"
 
@@ -73,7 +73,7 @@ class PlanRecord(Record):
 class RunRecord(Record):
     format: int = 1
     run: dict[str, Any]
-    plans: list[PlanRecord] = Field(min_length=1)
+    plan: PlanRecord
     purpose: Literal["report", "validation"] = "report"
 
 
@@ -146,12 +146,6 @@ class PositionRecord(Record):
     ci_low: float
     ci_high: float
     chance: float
-
-
-class ModelRecord(Record):
-    format: int = 1
-    name: str
-    config: dict[str, Any]
 
 
 # --- what a file's text says -----------------------------------------------------------------------------
@@ -229,15 +223,13 @@ def config(folder: Path) -> Row:
     path = folder / "config.json"
     if not path.exists():
         raise UserError(f"{folder} has no config.json; give the folder of a run")
-    return _file(path, RunRecord)
-
-
-def plan_of(folder: Path, family: str) -> Row:
-    """One model's plan. Raises UserError if the run has no such model."""
-    plans = {plan["family"]: plan for plan in config(folder)["plans"]}
-    if family not in plans:
-        raise UserError(f"{folder} has no model {family}; it has {', '.join(plans)}")
-    return plans[family]
+    value = json_of(text_of(path), str(path))
+    if isinstance(value, dict) and "plans" in value:
+        raise UserError(
+            f"{folder} is of an older version, which kept several models in one folder; move it away and run "
+            "its command again"
+        )
+    return checked(value, RunRecord, str(path))
 
 
 def environment(folder: Path) -> Row:
@@ -257,9 +249,5 @@ def by_position(folder: Path) -> list[Row]:
     return _lines(folder / "by_position.jsonl", PositionRecord)
 
 
-def result(own: Path) -> Row:
-    return _file(own / "result.json", ResultRecord)
-
-
-def model(own: Path) -> Row:
-    return _file(own / "config.json", ModelRecord)
+def result(folder: Path) -> Row:
+    return _file(folder / "result.json", ResultRecord)
