@@ -235,15 +235,17 @@ def test_a_damaged_table_is_behind(folder, content, name):
 def test_every_session_has_its_environment(folder, monkeypatch):
     """A resumed run keeps where and with what each part was trained; the table has every commit."""
     first = records.environment(folder)["sessions"]
-    assert len(first) == 1 and first[0]["threads"] == 1
-    store.prepare(folder, {}, 1)  # the same again: nothing new
+    threads = torch.get_num_threads()
+    assert len(first) == 1 and first[0]["threads"] == threads
+    store.prepare(folder, {}, threads)  # the same again: nothing new
     assert records.environment(folder)["sessions"] == first
     monkeypatch.setattr(
         store, "environment", lambda threads: first[0] | {"threads": threads, "commit": "abc+"}
     )
-    store.prepare(folder, {}, 2)
+    store.prepare(folder, {}, threads + 1)
     found = records.environment(folder)
-    assert [session["threads"] for session in found["sessions"]] == [1, 2] and found["threads"] == 2
+    assert [session["threads"] for session in found["sessions"]] == [threads, threads + 1]
+    assert found["threads"] == threads + 1
     rows, _ = results.tables(folder)
     commits = [first[0]["commit"], "abc+"]
     assert {row["commit"] for row in rows} == {", ".join(c for c in commits if c)}

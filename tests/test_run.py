@@ -137,7 +137,7 @@ def test_both_models_train_on_the_same_batches(finished, monkeypatch):
 def test_finished_run_is_reported_again_not_repeated(finished, capsys, monkeypatch):
     before = [numbers(folder) for folder in by_family(finished).values()]
     monkeypatch.setattr(trainer.Session, "step", lambda self: pytest.fail("trained again"))
-    assert run.main(command(dataclasses.replace(SMALL, out=str(finished.parent)))) == 0
+    assert run.main(command(dataclasses.replace(SMALL, out=str(finished)))) == 0
     assert "finished before" in capsys.readouterr().out
     assert [numbers(folder) for folder in by_family(finished).values()] == before
 
@@ -222,7 +222,7 @@ def test_a_damaged_checkpoint_is_named_in_one_line(tmp_path, capsys):
 
 
 def test_terminals_without_our_characters_get_something_else(finished):
-    config = dataclasses.replace(SMALL, out=str(finished.parent))
+    config = dataclasses.replace(SMALL, out=str(finished))
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     words = [sys.executable, "-m", "synthetic.run", *command(config)]
     result = subprocess.run(words, env=environment, capture_output=True, text=True)

@@ -124,7 +124,7 @@ def test_compare_draws_every_run(out):
     assert run.main(command(out, "mamba", "transformer")) == 0
     runs = [synthetic.Run(by_family(out)[family]) for family in ("mamba", "transformer")]
     (top, _) = synthetic.compare(runs).axes
-    drawn = {line.get_label(): line.get_ydata().tolist() for line in top.get_lines()}
+    drawn = {line.get_label(): list(line.get_ydata()) for line in top.get_lines()}
     for one in runs:
         full = one.metrics[one.metrics["length"] == 8]
         assert drawn[NAMES[one.plan.family]] == full["accuracy"].tolist()
