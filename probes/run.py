@@ -201,7 +201,8 @@ def _probe_all(
                 except NotApplicable as reason:
                     bar.remove_task(line)
                     record.with_suffix(".parquet").unlink(missing_ok=True)
-                    store.write_json(record, wanted | {LEFT_OUT: str(reason)})
+                    if _made_with(record) != (said := wanted | {LEFT_OUT: str(reason)}):
+                        store.write_json(record, said)
                     missing.append(f"{name} {family}: left out, {reason}")
                     say(missing[-1])
                     continue

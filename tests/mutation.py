@@ -44,7 +44,7 @@ TESTS: dict[str, list[str]] = {
     "synthetic.tasks.position": [*_TASKS, "test_tasks_original"],
     "synthetic.tasks.sampling": _TASKS,
     "synthetic.tasks.selective_copy": _TASKS,
-    "ssm_retrieval.statistics": ["test_statistics"],
+    "ssm_retrieval.statistics": ["test_statistics", "test_evaluate"],
     "vlm.metrics.boxes": ["test_vlm_metrics"],
     "vlm.metrics.captions": ["test_vlm_metrics"],
     "vlm.metrics.choices": ["test_vlm_metrics"],

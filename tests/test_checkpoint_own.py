@@ -155,7 +155,7 @@ def test_load_opens_the_models_of_runs(family, finished, tmp_path):
 def test_folders_of_runs_that_are_no_models(tmp_path):
     for load in (models.load, store.load_model):
         (tmp_path / "begun").mkdir(exist_ok=True)
-        (tmp_path / "begun" / "checkpoint.safetensors").write_bytes(b"x")
+        store.write_json(tmp_path / "begun" / "config.json", of_run("mamba-tiny", {"vocab_size": 11}))
         with pytest.raises(UserError, match="is of a run that has not finished; give its command again"):
             load(tmp_path / "begun")
     with pytest.raises(UserError, match="nowhere is no folder"):

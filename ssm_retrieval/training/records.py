@@ -8,7 +8,7 @@
 
 All raise UserError naming file, field and remedy for what is damaged, incomplete, of another kind, or written
 by a newer version (`FORMAT`). What they return is plain JSON values, checked. A last line that a crash cut
-short is left out. Tables of the results store are read by `analysis.load`.
+short is left out. Tables of the results store are read by `training.tables.load`.
 """
 
 from __future__ import annotations
