@@ -14,7 +14,7 @@ from ssm_retrieval import models
 from ssm_retrieval.training import store
 from ssm_retrieval.training.lora import TARGETS, add_adapters, merge_adapters
 from ssm_retrieval.training.optimizers import make_optimizer
-from synthetic import run, tasks, trainer
+from synthetic import results, run, tasks, trainer
 from synthetic.config import RunConfig, plan, run_id
 from synthetic.evaluate import autocast
 
@@ -186,8 +186,10 @@ def test_adapters_take_part_and_only_they_train(family):
 
 def test_a_run_with_adapters_resumes_and_leaves_a_plain_model(tmp_path):
     pytest.importorskip("peft")
-    p = plan(dataclasses.replace(SMALL, lora=4, steps=10), "mamba")
+    config = dataclasses.replace(SMALL, lora=4, steps=10)
+    p = plan(config, "mamba")
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    results.begin(whole, config, p)
     result = trainer.train(p, whole)
     ticks = itertools.count(1)
     with pytest.raises(trainer.Interrupted):

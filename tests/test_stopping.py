@@ -132,7 +132,7 @@ def test_tables_say_which_sequences_and_whether_the_goal_was_reached(tmp_path, m
         words += ["--" + name.replace("_", "-"), str(getattr(SMALL, name))]
     assert run.main([*words, "--model", "mamba"]) == 0
     (folder,) = (path.parent for path in (tmp_path / "runs").glob("*/config.json"))
-    record(folder, "mamba")
+    record(folder)
     table = pd.read_parquet(tmp_path / "runs" / "results")
     during, final = table[table.kind == "during"], table[table.kind == "final"]
     assert set(during.split) == {"validation"} and set(final.split) == {"heldout"}
