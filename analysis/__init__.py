@@ -1,5 +1,5 @@
 """Statistics, curves and figures from the tables that runs leave behind."""
 
-from analysis.tables import load
+from ssm_retrieval.training.tables import load
 
 __all__ = ["load"]

@@ -53,8 +53,8 @@ def _print_all(options: Options) -> int:
 def write(runs: Path, out: Path) -> Iterator[str]:
     """Write all figures and tables; yields a line on each. Raises UserError if there are no runs."""
     from analysis.settings import DENSE
-    from analysis.tables import files, load
     from ssm_retrieval.style import theme
+    from ssm_retrieval.training.tables import files, load
 
     evaluations = load(runs)
     targets = load(runs, "targets") if files(runs, "targets") else None
@@ -94,12 +94,12 @@ def reported(evaluations: Table, targets: Table | None) -> tuple[Table, Table, i
 
 def figures(evaluations: Table, targets: Table) -> Iterator[Drawn]:
     """Everything that can be said from the two tables of the results store, for one task."""
-    from analysis import scaling
     from analysis.comparisons import comparisons
     from analysis.plots import sweep
-    from analysis.settings import cell_of
+    from ssm_retrieval.training.outcomes import summarise
+    from synthetic.results import cell_of
 
-    yield "summary", scaling.summarise(evaluations, by=cell_of(evaluations)), None
+    yield "summary", summarise(evaluations, by=cell_of(evaluations)), None
     curves = sweep.accuracy_table(evaluations)
     yield "accuracy_curves", curves, lambda: sweep.accuracy_curves(curves)
     for unit in sweep.UNITS:

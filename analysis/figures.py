@@ -17,12 +17,13 @@ from matplotlib.figure import Figure
 
 from analysis import curves, diagrams, published, vlm_plots
 from analysis.plots import FIGURES
-from analysis.tables import concatenated, files, load
 from ssm_retrieval import registry
 from ssm_retrieval.cli import Imports, guarded, parse
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.style import DOUBLE, SINGLE, save, theme
+from ssm_retrieval.training import store
 from ssm_retrieval.training.store import write_bytes
+from ssm_retrieval.training.tables import concatenated, files, load
 
 STUDIES = Path(__file__).resolve().parent.parent / "studies"
 SYNTHETIC, VLM = "retrieval_cpu", "vlm_cpu"  # studies whose committed tables are drawn by default
@@ -38,12 +39,12 @@ class Options:
 
     Without options: what is published, and the tables of the studies in this repository. Every figure says
     which of the two it shows. What a source does not have is left out, with a line that says why.
-    Of one run that probes.run has probed (runs/<id>) the figures of its probes.
+    Of runs that probes.run has probed (runs/<id>) the figures of their probes, side by side.
     """
 
-    runs: Annotated[Path | None, tyro.conf.Positional] = None
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     """Your own runs instead of the studies: a folder with results of synthetic.run, synthetic.sweep or
-vlm.evaluate, or one of their Parquet files; or the folder of one probed run."""
+vlm.evaluate, or one of their Parquet files; or the folders of probed runs, one for each architecture."""
     published: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Only what is published, and drawings."""
     columns: Literal[1, 2] = 2
@@ -72,7 +73,7 @@ class Entry:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 2 for bad input."""
     options = parse(Options, argv, "python -m analysis.figures")
-    return guarded(lambda: _print_all(options), out=options.out or options.runs or FOLDER)
+    return guarded(lambda: _print_all(options), out=options.out or FOLDER)
 
 
 def _print_all(options: Options) -> int:
@@ -86,15 +87,16 @@ def _print_all(options: Options) -> int:
 
 def write(options: Options) -> Iterator[str]:
     """Write everything that the options ask for; yields a line on each. Raises UserError for bad sources."""
-    if options.published and options.runs is not None:
-        raise UserError(f"--published and RUNS {options.runs} exclude each other; give one of them")
+    if options.published and options.runs:
+        raise UserError(f"--published and RUNS {options.runs[0]} exclude each other; give one of them")
     registry.use(options.imports)
-    probed = None if options.runs is None else probe_tables(options.runs)
-    out = options.out or probed or FOLDER
-    out.mkdir(parents=True, exist_ok=True)
-    if probed is not None:
-        yield from _probes(probed, out)
+    if (probed := probe_tables(options.runs)) is not None:
+        yield from _probes(*probed, options.out)
         return
+    if len(options.runs) > 1:
+        raise UserError(f"RUNS {options.runs[1]}: several must be folders of runs (runs/<id>); give one")
+    out = options.out or FOLDER
+    out.mkdir(parents=True, exist_ok=True)
     index = []
     with theme():
         for found in entries(options):
@@ -109,31 +111,42 @@ def write(options: Options) -> Iterator[str]:
     write_bytes(out / "index.json", (json.dumps(index, indent=2) + "\n").encode())
 
 
-def probe_tables(place: Path) -> Path | None:
-    """The folder of a probed run's tables: probes/ in `place`, or itself; None where `place` is no such run.
+def probe_tables(runs: Sequence[Path]) -> tuple[dict[str, Path], Path] | None:
+    """Family -> folder of its probes' tables, and the folder of their figures; None for other places.
 
-    Raises UserError for a run that has not been probed.
+    Raises UserError for runs that have not been probed.
     """
-    for folder in (place / "probes", place):
-        if any(path for name in FIGURES for path in folder.glob(f"{name}.*.parquet")):
-            return folder
-    if (place / "config.json").is_file():
-        raise UserError(
-            f"RUNS {place} is one run, which has not been probed; run python -m probes.run {place} first, "
-            f"or give the folder that it lies in, {place.parent}"
-        )
-    return None
+    from probes.run import trained
+
+    if len(runs) == 1 and (names := list(_families(runs[0]))):  # what probes.run --out has made
+        return dict.fromkeys(names, runs[0]), runs[0]
+    if not runs or not all((place / "config.json").is_file() for place in runs):
+        return None
+    models = trained(runs)
+    places = {family: model.tables for family, model in models.items()}
+    if not any(list(_families(place)) for place in places.values()):
+        asked = " ".join(map(str, runs))
+        more = f", or give the folder that it lies in, {runs[0].parent}" if len(runs) == 1 else ""
+        raise UserError(f"RUNS {asked}: not probed yet; run python -m probes.run {asked} first{more}")
+    return places, store.view_of([model.folder for model in models.values()]) / "probes"
 
 
-def _probes(folder: Path, out: Path) -> Iterator[str]:
-    """Draw the tables of probes.run in a folder, families side by side; yields a line on each figure."""
+def _families(folder: Path) -> Iterator[str]:
+    """Families with tables of probes in a folder."""
+    found = {path.name.split(".")[1] for name in FIGURES for path in folder.glob(f"{name}.*.parquet")}
+    return iter(sorted(found))
+
+
+def _probes(places: dict[str, Path], own: Path, out: Path | None) -> Iterator[str]:
+    """Draw the tables of probes.run, families side by side; yields a line on each figure."""
     from probes.run import tables
 
+    out = out or own
+    out.mkdir(parents=True, exist_ok=True)
     drawn = False
     with theme():
         for name, draws in FIGURES.items():
-            families = sorted(path.name.split(".")[1] for path in folder.glob(f"{name}.*.parquet"))
-            table = tables(folder, name, families)
+            table = tables(places, name)
             if table is None:
                 continue
             for suffix, draw in draws.items():
@@ -141,7 +154,7 @@ def _probes(folder: Path, out: Path) -> Iterator[str]:
                 drawn = True
                 yield f"{out / name}{suffix}.png .pdf"
     if not drawn:
-        raise UserError(f"RUNS {folder} has tables of another version only; let probes.run make them again")
+        raise UserError("RUNS have tables of another version only; let probes.run make them again")
 
 
 def entries(options: Options) -> Iterator[Entry | str]:
@@ -156,7 +169,7 @@ def entries(options: Options) -> Iterator[Entry | str]:
     yield Entry("fig5_synthetic_task", "The synthetic retrieval task", DRAWN, tokens,
                 lambda: diagrams.synthetic_task(tokens))  # fmt: skip
     yield from _synthetic(options)
-    if options.runs is None:
+    if not options.runs:
         yield from _published(WIDTHS[options.columns])
 
 
@@ -189,7 +202,7 @@ def _vlm(options: Options) -> Iterator[Entry | str]:
         for name in names:
             yield f"{name}: left out, its numbers are in the paper's figure only; it is drawn from runs"
         return
-    place = options.runs or STUDIES / VLM / "results.parquet"
+    place = options.runs[0] if options.runs else STUDIES / VLM / "results.parquet"
     found = _table(place, "metric")
     if not place.exists():
         for name in names:
@@ -216,7 +229,7 @@ def _synthetic(options: Options) -> Iterator[Entry | str]:
     if options.published:
         yield "synthetic curves: left out, the paper's numbers of them are in its figure only"
         return
-    place = options.runs or STUDIES / SYNTHETIC
+    place = options.runs[0] if options.runs else STUDIES / SYNTHETIC
     found = _table(place, "accuracy")
     if not place.exists():
         yield f"synthetic curves: left out, {ABSENT}"

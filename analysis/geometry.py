@@ -17,8 +17,8 @@ import pandas as pd
 from scipy import stats
 
 from analysis.settings import label, looks, variants
-from analysis.tables import load
 from ssm_retrieval.errors import UserError
+from ssm_retrieval.training.tables import load
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -87,16 +87,15 @@ def _standardised(values: np.ndarray) -> np.ndarray:
 
 
 def position_rows(folder: Path) -> dict[str, np.ndarray]:
-    """(N, d) rows of each of TABLES that a trained model has; `folder` is runs/<id>/<family>.
+    """(N, d) rows of each of TABLES that a trained model has; `folder` is runs/<id>.
 
     "input" only where it is not the readout itself (tied embeddings); "learned" are the rows of the places
     where a context's symbols stand. Raises UserError if the task has no position tokens.
     """
-    from ssm_retrieval.training import store
+    from ssm_retrieval.training import records, store
     from synthetic import tasks
 
-    saved = store.read_json(folder.parent / "config.json")
-    (plan,) = (p for p in saved["plans"] if p["family"] == folder.name)
+    plan = records.config(folder)["plan"]
     task = tasks.build(plan["task"], **plan["task_options"])
     vocabulary = task.vocabulary
     if not vocabulary.num_positions:
@@ -144,7 +143,7 @@ def measure(runs: str | Path, task: str = "position") -> tuple[pd.DataFrame, pd.
     summary: list[dict[str, Any]] = []
     maps, points = [], []
     for row in final.sort_values(["variant", "seed"]).to_dict("records"):
-        folder = Path(runs) / row["run"] / row["model"]
+        folder = Path(runs) / row["run"]
         if not (folder / "model.safetensors").exists():
             continue
         keys = {k: row[k] for k in ("variant", "model", "position", "seq_len", "seed", "run")}

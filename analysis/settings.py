@@ -7,17 +7,12 @@ from typing import Any
 import pandas as pd
 from pandas.api.types import is_number
 
-from analysis.scaling import CELL
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.style import FAMILIES, NAMES, family_colors
-from synthetic.results import CONFIG
+from synthetic.results import CONFIG, SIZES, apart
 
 POSITION_NAMES = {"rope": "RoPE", "none": "no positions"}  # learned positions, the default, go without saying
-SIZES = ("preset", "n_layer")  # named in a label wherever runs of one label differ in them
 DENSE = ("position", "position-varlen", "grid")  # tasks whose number of queries is a choice
-# Columns that a label never names: what a figure shows anyway, and what only identifies a run.
-SHOWN = ("run", "purpose", "commit", "task", "seq_len", "d_state", "seed", "task_options", "layout", "model",
-         "parameters", "parameters_without_embeddings", "position", "rotary_pct")  # fmt: skip
 DASHES = {"learned": "-", "rope": "--", "none": ":"}
 MARKERS = {"learned": "o", "rope": "s", "none": "D"}
 
@@ -51,19 +46,6 @@ def label(table: pd.DataFrame) -> pd.DataFrame:
     state = pd.Series([usual[key] for key in zip(table["model"], table["preset"], strict=True)], table.index)
     table["usual_state"] = table["d_state"].isna() | (table["d_state"] == state)
     return table
-
-
-def apart(table: pd.DataFrame, cell: list[str]) -> list[str]:
-    """Columns of the configuration that differ within a cell, so that a seed stands in it more than once."""
-    others = [name for name in CONFIG if name not in cell and name not in SHOWN and name not in SIZES]
-    counts = table.groupby(cell, dropna=False)[others].nunique(dropna=False)
-    return [name for name in others if (counts[name] > 1).any()]
-
-
-def cell_of(table: pd.DataFrame) -> list[str]:
-    """Columns that make cells in which a seed stands once: `scaling.CELL` and all that differs within it."""
-    cell = list(CELL)
-    return [*cell, *apart(table, [*cell, "seed"])]
 
 
 def _usual_state(model: str, preset: str) -> float | None:

@@ -4,8 +4,8 @@
 
 Prints million tokens/s for lengths 16 to 16,384 in every layout (training split, and held-out split,
 whose contexts are redrawn about eight times) and the memory a batch takes at most while it is made;
-then the training tokens/s of this project's tiny models, by the loss and optimiser of `synthetic.train`, and
-of transformers' GPT-NeoX of the same size on the same batches, each in its faster of float32 and bfloat16
+then the training tokens/s of this project's tiny models, by the loss and optimiser of `synthetic.trainer`,
+and of transformers' GPT-NeoX of the same size on the same batches, each in its faster of float32 and bfloat16
 autocast; and last one line a ratio. Batches are those of the default run, and freed memory is kept as there.
 
     ratio data_vs_transformer X         slowest layout at length 1,024 against transformer-tiny
@@ -31,7 +31,7 @@ from synthetic import tasks
 from synthetic.config import RunConfig
 from synthetic.evaluate import autocast
 from synthetic.tasks import Batch, Task
-from synthetic.train import MIN_ROWS
+from synthetic.trainer import MIN_ROWS
 
 SYMBOLS = 1024  # at least; more where the context is longer
 PAIRS = 64  # of mqar, or as many as the context has room for
@@ -97,7 +97,7 @@ Loss = Callable[[Batch], torch.Tensor]
 
 
 def our_model(name: str, vocab_size: int, table: int) -> tuple[nn.Module, Loss]:
-    """This project's model `name` and its loss on a batch, as `synthetic.train.update` computes it."""
+    """This project's model `name` and its loss on a batch, as `synthetic.trainer.update` computes it."""
     from ssm_retrieval import models
 
     options: dict[str, Any] = dict(vocab_size=vocab_size)
@@ -131,7 +131,7 @@ def library_model(vocab_size: int, table: int) -> tuple[nn.Module, Loss]:
 
 
 def step_speed(model: nn.Module, loss_of: Loss, batch: Batch, precision: str, repeats: int) -> float:
-    """Tokens of input_ids trained on a second, by the optimiser steps of `synthetic.train`."""
+    """Tokens of input_ids trained on a second, by the optimiser steps of `synthetic.trainer`."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 
     def step() -> float:

@@ -4,8 +4,8 @@
 
 Each row is a fresh process on one thread. It makes an update, so that everything is compiled and loaded
 (which leaves some 9 MiB that are not counted), and notes the memory it has; then it builds the model and its
-optimizer anew and makes three: `synthetic.train.update` on the run's own batches at full length. Measured is
-how far the process grew at most, with freed memory returned, as in a run with --checkpointing or
+optimizer anew and makes three: `synthetic.trainer.update` on the run's own batches at full length. Measured
+is how far the process grew at most, with freed memory returned, as in a run with --checkpointing or
 --accumulate; rows marked "kept" keep it, as other runs do, and show what fragments cost.
 Linux only: the peak is reset through /proc.
 """
@@ -51,15 +51,15 @@ def updates(settled: Plan, steps: int) -> None:
     """Optimizer steps of a run at full length."""
     from ssm_retrieval import models
     from ssm_retrieval.training.optimizers import make_optimizer
-    from synthetic import tasks, train
+    from synthetic import tasks, trainer
 
     model = models.build(settled.model, **settled.model_overrides)
     model.checkpointing = settled.checkpointing
     optimizer = make_optimizer(model, settled)
     task = tasks.build(settled.task, **settled.task_options)
     for i in range(steps):
-        batch = train.next_batch(task, settled, train.Progress(step=i, length=settled.seq_len))
-        train.update(model, optimizer, batch, settled)
+        batch = trainer.next_batch(task, settled, trainer.Progress(step=i, length=settled.seq_len))
+        trainer.update(model, optimizer, batch, settled)
 
 
 def _resident() -> float:

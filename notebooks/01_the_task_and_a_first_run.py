@@ -30,9 +30,10 @@ import numpy as np
 import pandas as pd
 import torch
 from IPython.display import display
-from lab import N, begin, counts, say, trained
+from lab import N, begin, counts, say, wish
 from matplotlib.patches import FancyBboxPatch
 
+import synthetic
 from probes.token_roles import ROLES, token_roles
 from ssm_retrieval.style import NAMES, family_colors, legend
 from synthetic import tasks
@@ -130,9 +131,12 @@ plt.show()
 # one lookup. Mamba has read the row into a state of fixed size before it sees the query; whatever it did not
 # write down in a form that it can find again is gone. Neither is impossible for a model of this size: the
 # state of one Mamba layer has thousands of numbers. The question is what training finds, and how soon.
+#
+# `synthetic.train` trains what a `RunConfig` asks for, or finds it if it was trained before, with the numbers
+# of `python -m synthetic.run`. `wish`, in `lab.py`, makes one for a model of half a minute.
 
 # %%
-runs = {family: trained(family, layout="suffix") for family in ("transformer", "mamba")}
+runs = {family: synthetic.train(wish(family, layout="suffix")) for family in ("transformer", "mamba")}
 
 table = pd.DataFrame(
     {
@@ -166,7 +170,7 @@ say(
 # Horizontal: training tokens read so far, on a logarithmic scale. Tokens and not steps or sequences, because
 # under the curriculum a step at a short length has many more sequences than one at the full length, while its
 # tokens are about the same. Vertical, above: held-out accuracy at the full length. Below: the context length
-# that was being trained.
+# that was being trained. `synthetic.compare(runs.values())` draws both in one line; here you see how.
 
 # %%
 figure, (top, bottom) = plt.subplots(
@@ -221,7 +225,7 @@ for family, passed in first.items():
 # %%
 figure, ax = plt.subplots(figsize=(6.5, 3.4))
 for shift, (family, run) in zip((-0.12, 0.12), runs.items(), strict=True):
-    place = run.positions
+    place = run.by_position
     bars = [place["rate"] - place["ci_low"], place["ci_high"] - place["rate"]]
     ax.errorbar(
         place["position"] + shift, place["rate"], yerr=bars, fmt="o-", ms=4, lw=1.5, capsize=2,
@@ -234,15 +238,15 @@ ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
 plt.show()
 
 # %%
-rate = runs["mamba"].positions.set_index("position")["rate"]
+rate = runs["mamba"].by_position.set_index("position")["rate"]
 thirds = dict(zip(("first", "middle", "last"), np.array_split(rate.to_numpy(), 3), strict=True))
 parts = ", ".join(f"{part.mean():.2f} over the {name} {len(part)} places" for name, part in thirds.items())
 say(
     "*What is seen.* Points are accuracies for one place each, of about "
-    f"{runs['mamba'].positions['count'].mean():.0f} answers, and bars their 95 % Wilson intervals. Mamba's "
+    f"{runs['mamba'].by_position['count'].mean():.0f} answers, and bars their 95 % Wilson intervals. Mamba's "
     f"accuracy is {parts}; its best place is {rate.idxmax()} ({rate.max():.2f}), its worst {rate.idxmin()} "
     f"({rate.min():.2f}). The Transformer's worst place "
-    f"has {runs['transformer'].positions['rate'].min():.2f}."
+    f"has {runs['transformer'].by_position['rate'].min():.2f}."
 )
 
 # %% [markdown]
@@ -263,11 +267,11 @@ say(
 # %%
 def confusion(run):
     """(N, N) shares: how often each place (columns) is answered when the target stands at a place (rows)."""
-    counts = np.zeros((N, N + 1))
+    counts, model = np.zeros((N, N + 1)), run.model()
     first = run.task.vocabulary.first_position
     for batch in heldout(run.task, 2048, N):
         with torch.no_grad():
-            answer = run.model(batch.input_ids, logits_at=batch.answer_at)[:, 0].argmax(-1) - first
+            answer = model(batch.input_ids, logits_at=batch.answer_at)[:, 0].argmax(-1) - first
         inside = (answer >= 0) & (answer < N)  # else it is no place at all
         np.add.at(
             counts, (batch.target_index[:, 0].numpy(), answer.where(inside, torch.tensor(N)).numpy()), 1
@@ -313,7 +317,9 @@ rows = []
 for length in (4, 8, N):
     row = {"length": length}
     for family, run in runs.items():
-        found = evaluate(run.model, run.task, examples=512, length=length, device="cpu", precision="float32")
+        found = evaluate(
+            run.model(), run.task, examples=512, length=length, device="cpu", precision="float32"
+        )
         row[NAMES[family]] = round(found.accuracy, 3)
     rows.append(row | {"chance": round(found.chance, 3)})
 display(pd.DataFrame(rows).set_index("length"))

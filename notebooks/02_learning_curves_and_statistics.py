@@ -35,9 +35,10 @@ import analysis
 from analysis import settings
 from analysis.comparisons import comparisons
 from analysis.plots import sweep
-from analysis.scaling import examples_to_threshold, fit_power_law, fit_power_laws
+from analysis.scaling import fit_power_law, fit_power_laws
 from ssm_retrieval.statistics import bootstrap_median_time, kaplan_meier, mean_interval
 from ssm_retrieval.style import legend, panels
+from ssm_retrieval.training.outcomes import examples_to_threshold
 
 begin()
 STUDY = Path(analysis.__file__).parents[1] / "studies" / "retrieval_cpu"

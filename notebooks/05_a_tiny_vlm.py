@@ -33,9 +33,8 @@ from lab import begin, say
 from torch.nn import functional as F
 
 from ssm_retrieval import models
-from ssm_retrieval.statistics import mean_interval
+from ssm_retrieval.statistics import mean_interval, wilson
 from ssm_retrieval.style import NAMES, family_colors, legend
-from synthetic.evaluate import wilson
 from vlm import components, layout
 from vlm.config import Run, Scenes, Stage
 from vlm.data.loader import batches

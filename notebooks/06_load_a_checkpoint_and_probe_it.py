@@ -47,9 +47,9 @@ from probes.suite.attention import patterns
 from probes.suite.common import recorded, scan_names, scan_of
 from probes.updates import constant_horizon, write_norm
 from ssm_retrieval import models
+from ssm_retrieval.statistics import wilson
 from ssm_retrieval.style import NAMES, family_colors, legend, panels
 from synthetic import tasks
-from synthetic.evaluate import wilson
 
 begin()
 logging.getLogger("transformers").setLevel(logging.ERROR)  # it says that its fast kernels are for GPUs

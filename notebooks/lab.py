@@ -13,22 +13,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from filelock import FileLock
 from IPython.display import Markdown, display
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 from torch import Tensor
 
+import synthetic
 from ssm_retrieval import style
 from ssm_retrieval.models import LanguageModel
 from ssm_retrieval.ops.memory import keep_freed_memory
 from ssm_retrieval.statistics import mean_interval
-from ssm_retrieval.training import store
-from synthetic import tasks
-from synthetic.config import Plan, RunConfig, plan, run_id
-from synthetic.train import train
+from synthetic import RunConfig, tasks
+from synthetic.config import Plan
 
 # Never the repository; one folder per user, because a lab's machine has many of them.
-RUNS = Path(tempfile.gettempdir()) / f"ssm-retrieval-notebooks-{getattr(os, 'getuid', getpass.getuser)()}"
+OUT = Path(tempfile.gettempdir()) / f"ssm-retrieval-notebooks-{getattr(os, 'getuid', getpass.getuser)()}"
 # The small runs that notebooks 01, 03 and 04 share: what trains in half a minute and is worth looking into.
 N = 12  # context symbols
 SHARED: dict[str, Any] = dict(
@@ -43,8 +41,7 @@ _LOOK = ExitStack()  # keeps the theme for as long as the kernel lives
 class Trained:
     """A trained model, its task, what was settled for its training, and what came of it.
 
-    result: the final row; metrics: a row per evaluation; positions: final accuracy by target position;
-    columns as in the files of `ssm_retrieval.training.store`.
+    result, metrics: of `synthetic.Run`; positions: its by_position.
     """
 
     model: LanguageModel
@@ -88,23 +85,16 @@ def around(values: Tensor, centre: Tensor, ordinary: Tensor, shown: Tensor, offs
     return np.exp([mean_interval(logs[known & (after == offset)].numpy()) for offset in offsets])
 
 
-def trained(family: str, **options: Any) -> Trained:
-    """A small model with SHARED and OWN options, unless told otherwise: trained now, or found in RUNS.
+def wish(family: str, **options: Any) -> RunConfig:
+    """What to train: a small model with SHARED and OWN options, unless told otherwise.
 
-    options: fields of `RunConfig`. What `python -m synthetic.run` does with them, in float32 on the CPU,
-    whose numbers differ least between machines. Another notebook that trains the same model is waited for.
+    options: fields of `RunConfig`. In float32 on the CPU, whose numbers differ least between machines.
     """
     options = SHARED | OWN[family] | options
-    settled = plan(RunConfig(model=(family,), device="cpu", precision="float32", **options), family)
-    folder = RUNS / run_id([settled])
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
-        result = train(settled, folder)
-    return Trained(
-        model=store.load_model(folder / family),
-        task=tasks.build(settled.task, **settled.task_options),
-        plan=settled,
-        result=result,
-        metrics=pd.DataFrame(store.read_rows(folder / "metrics.jsonl")),
-        positions=pd.DataFrame(store.read_rows(folder / "by_position.jsonl")),
-    )
+    return RunConfig(model=(family,), device="cpu", precision="float32", out=str(OUT), **options)  # type: ignore[arg-type]
+
+
+def trained(family: str, **options: Any) -> Trained:
+    """`wish` trained now, or found if it was trained before, by another notebook perhaps."""
+    run = synthetic.train(wish(family, **options), progress=False)
+    return Trained(run.model(), run.task, run.plan, run.result, run.metrics, run.by_position)

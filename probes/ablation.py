@@ -21,8 +21,7 @@ from ssm_retrieval.errors import UserError
 from ssm_retrieval.models.common import LanguageModel
 from ssm_retrieval.models.transformer import TransformerBlock
 from ssm_retrieval.ops.linear import linear
-from ssm_retrieval.statistics import mean_interval
-from synthetic.evaluate import wilson
+from ssm_retrieval.statistics import mean_interval, wilson
 from synthetic.tasks import Batch
 
 REPLACEMENTS = ("zero", "mean")

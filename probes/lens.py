@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from ssm_retrieval.errors import UserError
-from ssm_retrieval.statistics import mean_interval
-from synthetic.evaluate import wilson
+from ssm_retrieval.statistics import mean_interval, wilson
 
 LEAST = 1e-6  # difference of logits up to which there is nothing for a patch to restore
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F_
 
 from ssm_retrieval.errors import UserError
-from synthetic.evaluate import wilson
+from ssm_retrieval.statistics import wilson
 
 PENALTIES = tuple(
     10.0**k for k in range(-6, 3)

@@ -30,8 +30,7 @@ from probes.patch_cells import Cell, chunks, everything, patch_cells
 from probes.patch_sites import SITES, Heads, advance, has_site, residuals, run_from, ssm_state
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.models.common import Cache, LanguageModel
-from ssm_retrieval.statistics import mean_interval, ratio_of_means
-from synthetic.evaluate import wilson
+from ssm_retrieval.statistics import mean_interval, ratio_of_means, wilson
 
 # Numbers a block holds for each token at its peak, in units of d_model: projections, scan or MLP, copies.
 WIDTHS_PER_TOKEN = 32

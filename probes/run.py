@@ -1,11 +1,13 @@
-"""`python -m probes.run RUN_DIR --probe updates|retention|linear|patch|attention|lens|all`: probes of a run.
+"""`python -m probes.run RUNS --probe updates|retention|linear|patch|attention|lens|all`: trained models.
 
-    RUN_DIR/probes/<probe>.<family>.parquet   tidy table (`probes.suite.common` says what all have in common)
-                   <probe>.<family>.json      what it was made with; not run again while that holds
-                   <probe>.csv                the same of all families
-                   summary.md                 what was measured, with intervals and controls
+    runs/<id>/probes/<probe>.<family>.parquet   tidy table (`probes.suite.common` says what all have)
+                     <probe>.<family>.json      what it was made with; not run again while that holds
+                     <probe>.csv                the same of all runs
+                     summary.md                 what was measured, with intervals and controls
 
-`python -m analysis.figures RUN_DIR` draws the tables.
+Of several runs, tables lie in the folder of each, and what shows them together in
+runs/compare-<hash>/probes/. --out has all of it in one folder. `python -m analysis.figures RUNS` draws the
+tables.
 
 Files are written under a temporary name and renamed, so that a stop at any moment loses one probe of one
 model at most, and the same command goes on.
@@ -17,7 +19,8 @@ import hashlib
 import io
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 
 COLUMNS = ("family", "weights", "layer", "part", "quantity", "value", "low", "high", "n")  # of every table
 STOPPED = "stopped; finished probes are kept, the same command goes on"
+LEFT_OUT = "left_out"  # in the record of a probe that a model or task lacks something for: what
 DIGITS = 6  # of numbers in CSV files
 MOST = 10**5  # sequences of a probe: some GB of recorded numbers
 Say = Callable[[str], None]
@@ -43,18 +47,19 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Options:
-    """Probe the trained models of a run: updates, retention, linear, patch, attention, lens, or all of them.
+    """Probe trained models: updates, retention, linear, patch, attention, lens, or all of them.
 
-    RUN_DIR is a folder that synthetic.run or synthetic.sweep has made (runs/<id>); every family in it that
-    has finished training is probed.
+    RUNS are folders that synthetic.run or synthetic.sweep has made (runs/<id>), one for each architecture,
+    all of one task; or a folder that holds such. Those that have finished training are probed.
     """
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """Folder of a run."""
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Folders of runs."""
     probe: tuple[str, ...] = ("all",)
     """updates, retention, linear, patch, attention, lens; or all."""
     out: Path | None = None
-    """Folder for the tables; by default RUN_DIR/probes."""
+    """Folder for the tables; by default runs/<id>/probes, for what shows several runs together \
+runs/compare-<hash>/probes."""
     examples: int | None = None
     """Held-out sequences of every probe; by default each probe's own number for the run's length."""
     seed: int = 0
@@ -66,16 +71,25 @@ class Options:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status. Bad input gives one line and status 2."""
     options = parse(Options, argv, "python -m probes.run")
-    out = options.out or options.run / "probes"
-    return guarded(lambda: run(options, out), out=out, stopped=STOPPED)
+    return guarded(lambda: run(options), out=options.out or "", stopped=STOPPED)
 
 
-def run(options: Options, out: Path) -> int:
+@dataclass(frozen=True)
+class Model:
+    """A trained model. folder: of its run. tables: where its probes' tables are."""
+
+    folder: Path
+    tables: Path
+    task: Task
+
+
+def run(options: Options) -> int:
     """Run the probes that are not there yet, then summarise. Raises UserError for bad input."""
     from filelock import FileLock, Timeout
     from rich.console import Console
 
     from ssm_retrieval.ops.memory import keep_freed_memory
+    from ssm_retrieval.training import store
 
     keep_freed_memory()
     use_threads(options.threads)
@@ -87,18 +101,22 @@ def run(options: Options, out: Path) -> int:
         )
     if not 0 <= options.seed < 2**63:
         raise UserError(f"--seed {options.seed} must lie in 0 .. 2**63 - 1; choose another")
-    models = trained(options.run)
-    out.mkdir(parents=True, exist_ok=True)
+    models = trained(options.runs, options.out)
+    out = options.out or store.view_of([model.folder for model in models.values()]) / "probes"
+    places = sorted({out, *(model.tables for model in models.values())})
     console = Console()
 
     def say(line: str) -> None:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
-    try:
-        with FileLock(out / ".lock", timeout=0):
-            return _probe_all(options, names, models, out, console, say)
-    except Timeout:
-        raise UserError(f"--out {out}: another process probes into it; wait for it or stop it") from None
+    with ExitStack() as locks:
+        for place in places:
+            place.mkdir(parents=True, exist_ok=True)
+            try:
+                locks.enter_context(FileLock(place / ".lock", timeout=0))
+            except Timeout:
+                raise UserError(f"{place}: another process probes into it; wait for it or stop it") from None
+        return _probe_all(options, names, models, out, console, say)
 
 
 def chosen(asked: Sequence[str]) -> list[str]:
@@ -113,27 +131,44 @@ def chosen(asked: Sequence[str]) -> list[str]:
     return [name for name in PROBES if name in asked or "all" in asked]
 
 
-def trained(folder: Path) -> dict[str, tuple[Path, Task]]:
-    """Family -> (folder of its model, its task) of every finished one. Raises UserError if there is none."""
-    from ssm_retrieval.training import records
+def trained(places: Sequence[Path], out: Path | None = None) -> dict[str, Model]:
+    """Family -> its model, in the order of every figure, of every finished run.
+
+    Raises UserError if there is none, or if there are several of a family or of different tasks.
+    """
+    from ssm_retrieval.style import FAMILIES
+    from ssm_retrieval.training import records, store
     from synthetic import tasks
 
-    if not (folder / "config.json").is_file():
-        raise UserError(f"RUN_DIR {folder} has no config.json; give the folder of one run (runs/<id>)")
-    found = {}
-    for plan in records.config(folder)["plans"]:
-        place = folder / plan["family"]
-        if (place / "model.safetensors").exists():
-            found[plan["family"]] = place, tasks.build(plan["task"], **plan["task_options"])
+    if not places:
+        raise UserError("RUNS is missing; give one or several folders of runs (runs/<id>)")
+    found: dict[str, Model] = {}
+    plans: list[dict[str, Any]] = []
+    for folder in store.run_folders(places):
+        plan = records.config(folder)["plan"]
+        if not (folder / "model.safetensors").exists():
+            continue
+        family, options = plan["family"], plan["task_options"]
+        if family in found:
+            raise UserError(
+                f"RUNS {found[family].folder} and {folder} are both of {family}; give one of them"
+            )
+        if plans and (plan["task"], options) != (plans[0]["task"], plans[0]["task_options"]):
+            other = next(iter(found.values())).folder
+            raise UserError(f"RUNS {other} and {folder} are of different tasks; give runs of one")
+        plans.append(plan)
+        found[family] = Model(folder, out or folder / "probes", tasks.build(plan["task"], **options))
     if not found:
-        raise UserError(f"RUN_DIR {folder} has no finished model; let synthetic.run finish training it first")
-    return found
+        raise UserError(
+            f"RUNS {', '.join(map(str, places))} has no finished model; let synthetic.run finish it first"
+        )
+    return {family: found[family] for family in FAMILIES if family in found}
 
 
 def _probe_all(
     options: Options,
     names: list[str],
-    models: dict[str, tuple[Path, Task]],
+    models: dict[str, Model],
     out: Path,
     console: Any,
     say: Say,
@@ -143,9 +178,9 @@ def _probe_all(
     from probes.suite import PROBES, NotApplicable
     from ssm_retrieval.training import store
 
-    for left in out.glob(".*.tmp"):  # this process holds the lock, so these are a killed one's
-        left.unlink(missing_ok=True)
-    changed: set[str] = set()
+    for place in {out, *(model.tables for model in models.values())}:
+        for left in place.glob(".*.tmp"):  # this process holds the lock, so these are a killed one's
+            left.unlink(missing_ok=True)
     missing: list[str] = []
     bar = Progress(
         TextColumn("{task.description:24}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
@@ -153,31 +188,35 @@ def _probe_all(
     )  # fmt: skip
     with bar:
         for name in names:
-            for family, (folder, task) in models.items():
-                record = out / f"{name}.{family}.json"
-                wanted = _configuration(name, PROBES[name], options, folder)
-                if _made_with(record) == wanted and (out / f"{name}.{family}.parquet").exists():
+            for family, model in models.items():
+                record = model.tables / f"{name}.{family}.json"
+                wanted = _configuration(name, PROBES[name], options, model.folder)
+                if _made_with(record) == wanted and record.with_suffix(".parquet").exists():
                     say(f"{name} {family}: finished before")
                     continue
                 line = bar.add_task(f"{name} {family}", total=1.0)
                 try:
-                    table = _measure(PROBES[name], options, folder, task, partial(_advance, bar, line))
+                    table = _measure(PROBES[name], options, model, partial(_advance, bar, line))
                 except NotApplicable as reason:
                     bar.remove_task(line)
+                    record.with_suffix(".parquet").unlink(missing_ok=True)
+                    if _made_with(record) != (said := wanted | {LEFT_OUT: str(reason)}):
+                        store.write_json(record, said)
                     missing.append(f"{name} {family}: left out, {reason}")
                     say(missing[-1])
                     continue
                 bar.update(line, completed=1.0)
                 table.insert(0, "family", family)
                 record.unlink(missing_ok=True)  # the table is the new one before the record says so
-                store.write_bytes(out / f"{name}.{family}.parquet", _parquet(table))
+                store.write_bytes(record.with_suffix(".parquet"), _parquet(table))
                 store.write_json(record, wanted)
-                changed.add(name)
-    if not [name for name in names if _joined(out, name, name in changed, list(models))]:
+    places = {family: model.tables for family, model in models.items()}
+    if not [name for name in names if _joined(out, name, places)]:
         raise UserError("nothing was measured: " + "; ".join(missing))
-    summarise(options.run, out, list(models), missing)
+    summarise([model.folder for model in models.values()], out, places, missing)
     say(f"{out / 'summary.md'}")
-    say(f"figures: python -m analysis.figures {shlex.quote(str(options.out or options.run))}")
+    drawn = [options.out] if options.out else [model.folder for model in models.values()]
+    say(f"figures: python -m analysis.figures {shlex.join(map(str, drawn))}")
     return 0
 
 
@@ -192,7 +231,7 @@ def _configuration(name: str, probe: Probe, options: Options, folder: Path) -> d
     weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     made: dict[str, Any] = dict(
         probe=name, version=probe.version, examples=options.examples, seed=options.seed, weights=weights,
-        config=json.loads((folder.parent / "config.json").read_text())["plans"],
+        config=json.loads((folder / "config.json").read_text())["plan"],
     )  # fmt: skip
     text = json.dumps(made, sort_keys=True)
     return made | {"hash": hashlib.sha256(text.encode()).hexdigest()[:16]}
@@ -208,26 +247,26 @@ def _made_with(record: Path) -> Any:
 
 
 def _measure(
-    probe: Probe, options: Options, folder: Path, task: Task, progress: Callable[[float], None]
+    probe: Probe, options: Options, trained: Model, progress: Callable[[float], None]
 ) -> pd.DataFrame:
     """The table of one probe and model, with that of the untrained model if it is a control."""
     import pandas as pd
 
     from probes.suite import Options as ProbeOptions
     from ssm_retrieval.models import build
-    from ssm_retrieval.training import store
+    from ssm_retrieval.training import records, store
 
-    saved = store.read_json(folder / "config.json")
-    models = {"trained": store.load_model(folder)}
+    plan = records.config(trained.folder)["plan"]
+    models = {"trained": store.load_model(trained.folder)}
     if probe.untrained:
-        models["untrained"] = build(saved["name"], **saved["config"], seed=options.seed).eval()
+        models["untrained"] = build(plan["model"], **plan["model_overrides"], seed=options.seed).eval()
     tables = []
     for i, (weights, model) in enumerate(models.items()):
 
         def share(x: float, i: int = i) -> None:
             progress((i + x) / len(models))
 
-        made = probe.measure(model, task, ProbeOptions(options.examples, options.seed, share))
+        made = probe.measure(model, trained.task, ProbeOptions(options.examples, options.seed, share))
         made.insert(0, "weights", weights)
         tables.append(made)
     return pd.concat(tables, ignore_index=True)
@@ -239,43 +278,44 @@ def _parquet(table: pd.DataFrame) -> bytes:
     return content.getvalue()
 
 
-def tables(out: Path, name: str, families: Sequence[str]) -> pd.DataFrame | None:
-    """A probe's tables of all families in one; None if there is none.
+def tables(places: Mapping[str, Path], name: str) -> pd.DataFrame | None:
+    """A probe's tables of all families in one; None if there is none. places: family -> folder of its tables.
 
     Tables that lack columns are another version's and count as not there. Raises UserError for damaged ones.
     """
     import pandas as pd
 
     from probes.suite import PROBES
-    from ssm_retrieval.tables import read
+    from ssm_retrieval.training.tables import read
 
-    paths = [out / f"{name}.{family}.parquet" for family in families]
+    paths = [place / f"{name}.{family}.parquet" for family, place in places.items()]
     parts = [read(path) for path in paths if path.exists() and path.with_suffix(".json").exists()]
     needed = {*COLUMNS, *PROBES[name].columns}
     parts = [part for part in parts if needed <= set(part.columns)]
     return pd.concat(parts, ignore_index=True) if parts else None
 
 
-def _joined(out: Path, name: str, changed: bool, families: Sequence[str]) -> bool:
+def _joined(out: Path, name: str, places: Mapping[str, Path]) -> bool:
     """Write a probe's table of all families as CSV unless it is there; False if there is no table."""
     from ssm_retrieval.training.store import write_bytes
 
-    table = tables(out, name, families)
+    table = tables(places, name)
     if table is None:
         return False
-    if changed or not (out / f"{name}.csv").exists():
-        write_bytes(out / f"{name}.csv", table.to_csv(index=False, float_format=f"%.{DIGITS}g").encode())
+    csv, numbers = out / f"{name}.csv", table.to_csv(index=False, float_format=f"%.{DIGITS}g").encode()
+    if not csv.exists() or csv.read_bytes() != numbers:
+        write_bytes(csv, numbers)
     return True
 
 
-def summarise(run: Path, out: Path, families: Sequence[str], missing: Sequence[str]) -> None:
+def summarise(runs: Sequence[Path], out: Path, places: Mapping[str, Path], missing: Sequence[str]) -> None:
     """Write summary.md on all probes whose tables are there."""
     from probes.suite import PROBES
     from ssm_retrieval.training.store import write_bytes
 
-    text = [f"# Probes of {run.resolve().name}\n"]
+    text = [f"# Probes of {', '.join(run.resolve().name for run in runs)}\n"]
     for name, probe in PROBES.items():
-        table = tables(out, name, families)
+        table = tables(places, name)
         lacking = [line for line in missing if line.startswith(f"{name} ")]
         if table is None and not lacking:
             continue

@@ -15,12 +15,9 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from ssm_retrieval.errors import UserError
-
-if TYPE_CHECKING:
-    from ssm_retrieval.models.architecture import Architecture
 
 Record = TypeVar("Record")
 NAME = re.compile(r"[a-z][a-z0-9_.-]*")  # names are also those of folders
@@ -90,7 +87,7 @@ class Registry(Mapping[str, Record], Generic[Record]):
         )
 
 
-ARCHITECTURES: Registry[Architecture] = Registry(
+ARCHITECTURES: Registry[Any] = Registry(  # of `Architecture`, which needs torch: models is a layer above
     "model",
     {
         "transformer": "ssm_retrieval.models.transformer:ARCHITECTURE",

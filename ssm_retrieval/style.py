@@ -90,7 +90,7 @@ def save(figure: Figure, stem: Path, kinds: tuple[str, ...] = ("png", "pdf"), dp
 
     import matplotlib.pyplot as plt
 
-    from ssm_retrieval.training.store import write_bytes
+    from ssm_retrieval.files import write_bytes
 
     undated: dict[str, Any] = {
         "png": dict(dpi=dpi),

@@ -86,7 +86,7 @@ class Board:
             return None
 
     def _remember(self, job: Job) -> None:
-        result = records.result(job.own)
+        result = records.result(job.folder)
         self.note[job.folder] = dict(
             step=result["step"],
             length=result["train_length"],

@@ -5,7 +5,7 @@ Defaults stand here and nowhere else; the command line and its help are generate
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
@@ -59,8 +59,9 @@ class RunConfig:
 
     A context of --seq-len symbols is followed (or preceded) by one of them; the model must answer at which
     position it stood. By default a Transformer and a Mamba of equal size are trained one after the other on
-    the same data order, and runs/<id>/ receives configuration, metrics, checkpoints and the learning curve.
-    The same command resumes an interrupted run and reprints a finished one.
+    the same data order. Each is a run of its own, whose folder runs/<id>/ receives configuration, metrics,
+    checkpoints and the learning curve; that of both is in runs/compare-<hash>/. The same command resumes
+    what was interrupted and reprints what is finished; with another --model it trains that model alone.
 
     To start with, in ascending order of patience:
 
@@ -172,7 +173,20 @@ optimizer state. auto: what accelerate's configuration says, else ddp. Not part 
     """A Python module of yours that registers models or tasks (docs/extending.md), here or on PYTHONPATH; \
 may be given several times."""
     out: str = "runs"
-    """Folder that receives runs/<id>/."""
+    """Folder that receives <id>/ for every model."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.model, str):  # RunConfig(model="mamba")
+            object.__setattr__(self, "model", (self.model,))
+
+    def of(self, family: str) -> RunConfig:
+        """The options of one of the models: without those that it lacks."""
+        check_names(self)
+        architecture = ARCHITECTURES.find(family)
+        lacking = [] if architecture.has("d_state") else ["d_state"]
+        lacking += [] if architecture.positions else ["position", "rotary_pct"]
+        own: dict[str, Any] = {name: getattr(RunConfig, name) for name in lacking}
+        return replace(self, **own, model=(family,))
 
 
 def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:

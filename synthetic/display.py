@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
 from typing import Any
 
@@ -18,10 +19,14 @@ from synthetic.config import Plan
 
 
 class Display:
-    """Listens to `synthetic.train.train`. A live bar on a terminal, a line per evaluation elsewhere."""
+    """Listens to `synthetic.trainer.train`.
+
+    A live bar on a terminal, a line that is kept up to date in a notebook, a line per evaluation elsewhere.
+    """
 
     def __init__(self, plan: Plan, console: Console):
-        self.plan, self.console, self.latest = plan, console, "-"
+        self.plan, self.console = plan, console
+        self.latest, self.done, self.numbers = "-", 0, ""
         self.bar = Progress(
             TextColumn("{task.description:<11}", style="bold", markup=False),
             BarColumn(bar_width=None),
@@ -32,6 +37,7 @@ class Display:
             console=console,
             disable=not console.is_terminal,
         )
+        self.notebook = _Notebook(plan) if console.is_jupyter and not console.quiet else None
         self.id = self.bar.add_task(NAMES[plan.family], total=plan.steps or plan.budget, numbers="starting")
 
     def __enter__(self) -> Display:
@@ -43,23 +49,46 @@ class Display:
     ) -> None:
         self.bar.stop()
 
+    def _show(self, at_once: bool = False) -> None:
+        numbers = f"{self.numbers}  validation at {self.plan.seq_len}: {self.latest}"
+        self.bar.update(self.id, completed=self.done, numbers=numbers)
+        if self.notebook is not None:
+            total = self.plan.steps or self.plan.budget
+            self.notebook.show(f"{self.done:,}/{total:,}  {numbers}", at_once)
+
     def __call__(self, event: str, row: dict[str, Any]) -> None:
         if event == "step":
-            self.bar.update(
-                self.id,
-                completed=row["step"] if self.plan.steps is not None else row["examples"],
-                numbers=f"loss {row['loss']:.3f}  training at {row['length']:>4}: {row['accuracy']:.2f}  "
-                f"validation at {self.plan.seq_len}: {self.latest}",
-            )
+            self.done = row["step"] if self.plan.steps is not None else row["examples"]
+            self.numbers = f"loss {row['loss']:.3f}  training at {row['length']:>4}: {row['accuracy']:.2f}"
+            self._show()
         elif row["length"] == self.plan.seq_len:
             self.latest = f"{row['accuracy']:.3f}"
-            if not self.console.is_terminal:
+            if self.notebook is not None:
+                self._show(at_once=True)
+            elif not self.console.is_terminal:
                 self.console.print(
                     f"{NAMES[row['model']]:<12} step {row['step']:>6}  {row['seconds']:>7.1f} s  "
                     f"trained at length {row['train_length']:>5}  loss {row['train_loss']:.3f}  "
                     f"validation accuracy at {row['length']}: {row['accuracy']:.3f}",
                     soft_wrap=True,
                 )
+
+
+class _Notebook:
+    """One line of a notebook's output, which needs no widget."""
+
+    def __init__(self, plan: Plan):
+        from IPython.display import display
+
+        self.head = f"{NAMES[plan.family]:<11}"
+        self.handle: Any = display({"text/plain": self.head}, raw=True, display_id=True)
+        self.told = 0.0
+
+    def show(self, text: str, at_once: bool) -> None:
+        """Twice a second at most, unless at once."""
+        if at_once or time.monotonic() - self.told > 0.5:
+            self.told = time.monotonic()
+            self.handle.update({"text/plain": f"{self.head} {text}"}, raw=True)
 
 
 def summary(results: list[dict[str, Any]]) -> Table:
@@ -105,10 +134,10 @@ def terminal_curve(metrics: pd.DataFrame, width: int = 80, height: int = 16) -> 
 def cells(evaluations: pd.DataFrame) -> Table:
     """One line per cell of a sweep: its seeds, their mean accuracy and its range, cost of reaching 0.95.
 
-    evaluations: rows of the results store (`analysis.load`).
+    evaluations: rows of the results store (`training.tables.load`).
     """
-    from analysis.scaling import summarise
-    from analysis.settings import cell_of
+    from ssm_retrieval.training.outcomes import summarise
+    from synthetic.results import cell_of
 
     keys = cell_of(evaluations)
     rows = summarise(evaluations, by=keys)

@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.models import LanguageModel, generate
 from ssm_retrieval.statistics import wilson
+from ssm_retrieval.training import distributed
+from ssm_retrieval.training.distributed import World
 from synthetic.tasks import Batch, Task
 
 EVAL_SEED = 2409_05395  # of both streams; the same for every training seed, model and length
@@ -131,6 +133,33 @@ def score(model: LanguageModel, batches: Iterable[Batch], *, device: str, precis
         raise UserError("there is no batch to evaluate")
     return Evaluation(
         last.length, np.concatenate(correct), np.concatenate(target), loss / tokens, last.chance
+    )
+
+
+@torch.no_grad()
+def score_together(
+    model: LanguageModel, batches: Iterable[Batch], world: World, *, device: str, precision: str
+) -> Evaluation:
+    """`score`, each process on its rows of every batch; all have the whole result."""
+    if world.size == 1:
+        return score(model, batches, device=device, precision=precision)
+    mine: list[Evaluation | None] = []
+    for batch in batches:
+        parts = batch.split(world.size)
+        part, empty = parts[world.rank], len(parts[world.rank].labels) == 0
+        # a process without rows takes part in the forward pass all the same
+        result = score(model, [parts[0] if empty else part], device=device, precision=precision)
+        mine.append(None if empty else result)
+    distributed.reshard(model)
+    in_order = zip(*world.gathered(mine), strict=True)  # batch by batch, its parts by rank
+    found: list[Evaluation] = [result for results in in_order for result in results if result is not None]
+    counts = [len(result.correct) for result in found]
+    return Evaluation(
+        found[0].length,
+        np.concatenate([result.correct for result in found]),
+        np.concatenate([result.target for result in found]),
+        float(np.average([result.loss for result in found], weights=counts)),
+        found[0].chance,
     )
 
 

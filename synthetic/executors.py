@@ -39,12 +39,8 @@ class Job:
     purpose: str = "report"
     threads: int = 1
 
-    @property
-    def own(self) -> Path:
-        return self.folder / self.plan.family
-
     def finished(self) -> bool:
-        return (self.own / "result.json").exists()
+        return (self.folder / "result.json").exists()
 
     def bring_up_to_date(self) -> None:
         """Mend what a kill after a run's last word, or another sweep's purpose for the run, left behind."""
@@ -56,9 +52,9 @@ class Job:
         saved = records.config(self.folder)
         if saved.get("purpose") != self.purpose:
             store.write_json(self.folder / "config.json", saved | {"purpose": self.purpose})
-        elif not results.behind(self.folder, self.plan.family, self.purpose):
+        elif not results.behind(self.folder, self.purpose):
             return
-        results.record(self.folder, self.plan.family)
+        results.record(self.folder)
 
 
 class Handle(Protocol):
@@ -88,7 +84,7 @@ def execute(job: Job) -> None:
     from ssm_retrieval.ops.memory import keep_freed_memory
     from ssm_retrieval.training import store
     from synthetic import memory
-    from synthetic.results import train_recorded
+    from synthetic.results import begin, train_recorded
 
     registry.use(job.config.imports)
     torch.set_num_threads(job.threads)
@@ -106,7 +102,7 @@ def execute(job: Job) -> None:
     try:
         memory.require(job.plan)
         with FileLock(job.folder / ".lock"):
-            store.prepare(job.folder, vars(job.config), [job.plan.to_dict()], job.threads, job.purpose)
+            begin(job.folder, job.config, job.plan, job.purpose)
             train_recorded(job.plan, job.folder, listener)
             (job.folder / "error.txt").unlink(missing_ok=True)
     except Exception:

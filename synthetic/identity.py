@@ -101,14 +101,12 @@ def _rotary_pct(plan: Plan) -> float:
     return share if int(all_of_them * share) == rotated else math.nextafter(share, 1)
 
 
-def run_id(plans: list[Plan]) -> str:
+def run_id(plan: Plan) -> str:
     """Readable name plus a hash over everything that decides the numbers."""
     from synthetic import tasks
 
-    first = plans[0]
-    versions = [TRAINING_VERSION, tasks.TASKS[first.task].version]
-    text = json.dumps([versions, *(p.identity() for p in plans)], sort_keys=True)
-    families = "+".join(p.family for p in plans)
+    versions = [TRAINING_VERSION, tasks.TASKS[plan.task].version]
+    text = json.dumps([versions, plan.identity()], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    layout = f"-{first.task_options['layout']}" if "layout" in first.task_options else ""
-    return f"{first.task}{layout}-L{first.seq_len}-{families}-s{first.seed}-{digest}"
+    layout = f"-{plan.task_options['layout']}" if "layout" in plan.task_options else ""
+    return f"{plan.task}{layout}-L{plan.seq_len}-{plan.family}-s{plan.seed}-{digest}"

@@ -26,7 +26,7 @@ from ssm_retrieval.training.lora import add_adapters
 from synthetic import tasks
 from synthetic.config import Plan
 from synthetic.evaluate import rows_at_once
-from synthetic.train import batch_shape
+from synthetic.trainer import batch_shape
 
 REMEDY = "try --checkpointing, --accumulate or --optimizer adafactor"
 

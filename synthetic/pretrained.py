@@ -7,6 +7,7 @@ experiment, so their ids begin at its vocabulary's size (`Task.first_id`).
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from ssm_retrieval import models
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.models.checkpoints import Checkpoint, examine, outline
 from ssm_retrieval.models.registry import architecture_of
+from ssm_retrieval.training import store
 from synthetic.checks import check
 
 if TYPE_CHECKING:
@@ -78,9 +80,16 @@ def first_model(plan: Plan) -> models.LanguageModel:
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """A hash of config.json and every byte of the weights, wherever they lie."""
-    files = [checkpoint.folder / "config.json", *checkpoint.files]
+    """A hash of config.json and every byte of the weights, wherever they lie.
+
+    Of a run's config.json only the model counts: what the run was for may be written anew.
+    """
+    head = checkpoint.folder / "config.json"
+    ours = "plan" in store.read_json(head)
+    files = [*([] if ours else [head]), *checkpoint.files]
     digests = [_digest(file.resolve(), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    if ours:
+        digests.insert(0, json.dumps(checkpoint.config.to_dict(), sort_keys=True))
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 

@@ -1,10 +1,10 @@
-"""The results store: two tidy Parquet data sets beside the runs, with a file for every trained model.
+"""The results store: two tidy Parquet data sets beside the runs, with a file for every run.
 
-    runs/results/<run>.<family>.parquet   one row per evaluation: what was run, how far, how well it did
-    runs/targets/<run>.<family>.parquet   one row per evaluation and part of the context: right answers there
+    runs/results/<run>.parquet   one row per evaluation: what was run, how far, how well it did
+    runs/targets/<run>.parquet   one row per evaluation and part of the context: right answers there
 
 Any number of processes may write at once, on one machine or on many that share the folder: a file belongs to
-one model of one run, is made anew from the run's own records (`training.store`) and replaced as a whole.
+one run, is made anew from the run's own records (`training.store`) and replaced as a whole.
 Read them with `analysis.load("runs")`, `pandas.read_parquet("runs/results")`, or in DuckDB
 `select * from 'runs/results/*.parquet'`.
 """
@@ -24,9 +24,11 @@ from ssm_retrieval.training.parquet import to_parquet
 from ssm_retrieval.training.store import Row
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from ssm_retrieval.training.distributed import World
-    from synthetic.config import Plan
-    from synthetic.train import Listener
+    from synthetic.config import Plan, RunConfig
+    from synthetic.trainer import Listener
 
 RESULTS, TARGETS = "results", "targets"  # folders beside the runs
 
@@ -103,14 +105,33 @@ TARGET = {
 }
 
 
-def record(folder: Path, family: str) -> None:
-    """Write what a run's records say of one of its models into the data sets beside the run.
+SIZES = ("preset", "n_layer")  # named in a label wherever runs of one label differ in them
+# Columns that a label never names: what a figure shows anyway, and what only identifies a run.
+SHOWN = ("run", "purpose", "commit", "task", "seq_len", "d_state", "seed", "task_options", "layout", "model",
+         "parameters", "parameters_without_embeddings", "position", "rotary_pct")  # fmt: skip
+
+
+def begin(folder: Path, config: RunConfig, plan: Plan, purpose: str = "report") -> None:
+    """Make the folder of a run, or add a session to it. Its caller holds the folder's lock.
+
+    Raises UserError if the folder is of an older version.
+    """
+    import torch
+
+    settings = {"run": vars(config.of(plan.family)), "plan": plan.to_dict(), "purpose": purpose}
+    if (folder / "config.json").exists():
+        records.config(folder)
+    store.prepare(folder, settings, torch.get_num_threads())
+
+
+def record(folder: Path) -> None:
+    """Write what a run's records say into the data sets beside the run.
 
     Raises UserError if `folder` is not a run's.
     """
-    rows, targets = tables(folder, family)
+    rows, targets = tables(folder)
     for name, columns, content in ((RESULTS, EVALUATION, rows), (TARGETS, TARGET, targets)):
-        path = folder.parent / name / f"{folder.name}.{family}.parquet"
+        path = folder.parent / name / f"{folder.name}.parquet"
         path.parent.mkdir(exist_ok=True)
         store.write_bytes(path, to_parquet(content, columns))
 
@@ -122,9 +143,9 @@ def train_recorded(
     should_stop: Callable[[], bool] = lambda: False,
     world: World | None = None,
 ) -> Row:
-    """`synthetic.train.train`, with the data sets brought up to date at every evaluation and the end."""
+    """`synthetic.trainer.train`, with the data sets brought up to date at every evaluation and the end."""
     from ssm_retrieval.training.distributed import World
-    from synthetic.train import train
+    from synthetic.trainer import train
 
     world = world or World()
 
@@ -132,15 +153,15 @@ def train_recorded(
         listener(event, row)
         # an evaluation has a row for each length; the full length is its last
         if event == "evaluation" and row["length"] == plan.seq_len:
-            record(folder, plan.family)
+            record(folder)
 
     result = train(plan, folder, recording, should_stop, world)
     if world.main:
-        record(folder, plan.family)
+        record(folder)
     return result
 
 
-def behind(folder: Path, family: str, purpose: str | None = None) -> bool:
+def behind(folder: Path, purpose: str | None = None) -> bool:
     """Whether the data sets lack the end of a finished run, because a process ended before `record` did.
 
     What they hold decides, not the time of a file: clocks can step back. A damaged file lacks everything, one
@@ -150,7 +171,7 @@ def behind(folder: Path, family: str, purpose: str | None = None) -> bool:
     from pyarrow import parquet
 
     for name in (RESULTS, TARGETS):
-        path = folder.parent / name / f"{folder.name}.{family}.parquet"
+        path = folder.parent / name / f"{folder.name}.parquet"
         if not path.exists():
             return True
         content = io.BytesIO(path.read_bytes())
@@ -163,30 +184,27 @@ def behind(folder: Path, family: str, purpose: str | None = None) -> bool:
     return False
 
 
-def tables(folder: Path, family: str) -> tuple[list[Row], list[Row]]:
-    """Rows of both data sets for one model. Raises UserError if `folder` is not a run's."""
-    plan, saved = records.plan_of(folder, family), records.config(folder)
-    fixed = config_columns(plan) | {
+def tables(folder: Path) -> tuple[list[Row], list[Row]]:
+    """Rows of both data sets. Raises UserError if `folder` is not a run's."""
+    saved = records.config(folder)
+    fixed = config_columns(saved["plan"]) | {
         "run": folder.name,
         "purpose": saved.get("purpose", "report"),
         "commit": _commits(folder),
     }
     rows, targets = [], []
     for row in records.metrics(folder):
-        if row["model"] == family:
-            rows.append(fixed | {"kind": "during"} | row)
-            for low, high, correct, count in row["targets"]:
-                part = dict(target_low=low, target_high=high, correct=correct, count=count)
-                targets.append(fixed | {"kind": "during"} | row | part)
-    finished = folder / family / "result.json"
-    if finished.exists():
-        final = fixed | {"kind": "final"} | records.result(folder / family)
+        rows.append(fixed | {"kind": "during"} | row)
+        for low, high, correct, count in row["targets"]:
+            part = dict(target_low=low, target_high=high, correct=correct, count=count)
+            targets.append(fixed | {"kind": "during"} | row | part)
+    if (folder / "result.json").exists():
+        final = fixed | {"kind": "final"} | records.result(folder)
         rows.append(final)
         for row in records.by_position(folder):
-            if row["model"] == family:
-                low = row["position"]
-                part = dict(target_low=low, target_high=low + 1, correct=row["correct"], count=row["count"])
-                targets.append(final | part)
+            low = row["position"]
+            part = dict(target_low=low, target_high=low + 1, correct=row["correct"], count=row["count"])
+            targets.append(final | part)
     return rows, targets
 
 
@@ -225,3 +243,18 @@ def _num_symbols(task: str, options: str) -> int:
     from synthetic import tasks
 
     return tasks.build(task, **json.loads(options)).vocabulary.num_symbols
+
+
+def apart(table: pd.DataFrame, cell: list[str]) -> list[str]:
+    """Columns of the configuration that differ within a cell, so that a seed stands in it more than once."""
+    others = [name for name in CONFIG if name not in cell and name not in SHOWN and name not in SIZES]
+    counts = table.groupby(cell, dropna=False)[others].nunique(dropna=False)
+    return [name for name in others if (counts[name] > 1).any()]
+
+
+def cell_of(table: pd.DataFrame) -> list[str]:
+    """Columns that make cells in which a seed stands once: `outcomes.CELL` and all that differs within it."""
+    from ssm_retrieval.training.outcomes import CELL
+
+    cell = list(CELL)
+    return [*cell, *apart(table, [*cell, "seed"])]

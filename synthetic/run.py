@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from ssm_retrieval.training.distributed import World
 
+Runs = dict[Path, Plan]  # by their folders, in the order asked for
 LOST = 1
 CURVE = "learning_curve.png"
 BEFORE = "finished before; its numbers are reported again"
@@ -29,15 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(config: RunConfig) -> int:
-    """Train every model of the config in runs/<id>/ and show the comparison."""
-    import torch
+    """Train every model of the config in its runs/<id>/, or find it there, and show them together."""
     from filelock import FileLock, Timeout
 
     from ssm_retrieval.ops.memory import keep_freed_memory, return_freed_memory
-    from ssm_retrieval.training import store
     from ssm_retrieval.training.distributed import Lost, joined
-    from synthetic import memory, reuse
+    from synthetic import memory
     from synthetic.config import plan, run_id
+    from synthetic.results import begin
 
     save_memory = config.checkpointing or config.accumulate > 1
     return_freed_memory() if save_memory else keep_freed_memory()  # numbers are the same either way
@@ -47,25 +48,27 @@ def run(config: RunConfig) -> int:
     plans = [plan(config, family, elsewhere=config.plan) for family in config.model]
     if config.plan:
         return _show_memory(plans)
-    folder = Path(config.out) / run_id(plans)
-    if _complete(plans, folder):  # read-only for everybody: no lock is taken, nothing is written
+    runs = {Path(config.out) / run_id(p): p for p in plans}
+    missing = {folder: p for folder, p in runs.items() if not _complete(folder)}
+    if not missing:  # read-only for everybody: no lock is taken, no run is written to
         if int(os.environ.get("RANK", "0")) == 0:
-            _show_finished(plans, folder)
+            _show_finished(runs)
         return 0
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        for p in plans:
+        for p in missing.values():
             memory.require(p)
+    folder = next(iter(missing))
     try:
-        with joined(config.parallel, plans[0]) as world:
+        with joined(config.parallel, plans[0]) as world, ExitStack() as locks:
             if not world.main:
-                world.barrier()  # until the folder is there
-                return _follow(plans, folder, world)
-            folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder / ".lock", timeout=0):
-                store.prepare(folder, vars(config), [p.to_dict() for p in plans], torch.get_num_threads())
-                taken = {p.family: reuse.take(p, folder) for p in plans}
-                world.barrier()
-                return _train_all(plans, folder, world, taken)
+                world.barrier()  # until the folders are there
+                return _follow(missing, world)
+            for folder, p in missing.items():
+                folder.mkdir(parents=True, exist_ok=True)
+                locks.enter_context(FileLock(folder / ".lock", timeout=0))
+                begin(folder, config, p)
+            world.barrier()
+            return _train_all(runs, missing, world)
     except Timeout:
         return fail(f"--out {config.out}: another process is working in {folder}; wait for it or stop it")
     except Lost as error:
@@ -73,24 +76,26 @@ def run(config: RunConfig) -> int:
         return LOST
 
 
-def _complete(plans: list[Plan], folder: Path) -> bool:
+def _complete(folder: Path) -> bool:
     """Whether a run has everything that it ever will, and its tables too."""
     from synthetic import results
 
-    trained = all((folder / p.family / "result.json").exists() for p in plans)
-    whole = trained and (folder / CURVE).exists() and (folder / "environment.json").exists()
-    return whole and not any(results.behind(folder, p.family) for p in plans)
+    there = all((folder / name).exists() for name in ("result.json", "config.json", "environment.json"))
+    return there and not results.behind(folder)
 
 
-def _show_finished(plans: list[Plan], folder: Path) -> None:
+def _show_finished(runs: Runs) -> None:
     from ssm_retrieval.terminal import plain_console
-    from ssm_retrieval.training import records
 
     console = plain_console()
+    for folder, p in runs.items():
+        _say_finished(folder, p, console)
+    _report(runs, console)
+
+
+def _say_finished(folder: Path, plan: Plan, console: Console) -> None:
     console.print(str(folder), style="bold", soft_wrap=True)
-    for p in plans:
-        console.print(f"{p.family}: {BEFORE}", soft_wrap=True)
-    _report([records.result(folder / p.family) for p in plans], folder, console, draw=False)
+    console.print(f"{plan.family}: {BEFORE}", soft_wrap=True)
 
 
 def _show_memory(plans: list[Plan]) -> int:
@@ -101,12 +106,12 @@ def _show_memory(plans: list[Plan]) -> int:
     return 0
 
 
-def _follow(plans: list[Plan], folder: Path, world: World) -> int:
+def _follow(missing: Runs, world: World) -> int:
     """What every process but the first does: train, and leave writing and showing to the first."""
-    from synthetic.train import Interrupted, train
+    from synthetic.trainer import Interrupted, train
 
     stop = StopSignals()
-    for p in plans:
+    for folder, p in missing.items():
         with stop:
             try:
                 train(p, folder, should_stop=stop.asked, world=world)
@@ -115,53 +120,53 @@ def _follow(plans: list[Plan], folder: Path, world: World) -> int:
     return 0
 
 
-def _train_all(plans: list[Plan], folder: Path, world: World, taken: dict[str, Path | None]) -> int:
-    """taken: the runs from which finished models have been copied, by family."""
+def _train_all(runs: Runs, missing: Runs, world: World) -> int:
     from ssm_retrieval.terminal import plain_console
     from synthetic.display import Display
     from synthetic.results import train_recorded
-    from synthetic.train import Interrupted
+    from synthetic.trainer import Interrupted
 
     console = plain_console()
-    console.print(str(folder), style="bold", soft_wrap=True)
     stop = StopSignals()
-    results = []
-    for p in plans:
-        if (folder / p.family / "result.json").exists():
-            other = taken[p.family]
-            said = BEFORE if other is None else f"trained before in {other}, and taken from there"
-            console.print(f"{p.family}: {said}", soft_wrap=True)
+    for folder, p in runs.items():
+        if folder not in missing or (folder / "result.json").exists():
+            _say_finished(folder, p, console)
+        else:
+            console.print(str(folder), style="bold", soft_wrap=True)
+        if folder not in missing:
+            continue
         with Display(p, console) as display, stop:
             try:
-                results.append(train_recorded(p, folder, display, stop.asked, world))
+                train_recorded(p, folder, display, stop.asked, world)
             except Interrupted as reason:
                 console.print(
                     f"{p.family} {reason}; nothing is lost: the same command resumes", soft_wrap=True
                 )
                 return INTERRUPTED
-    _report(results, folder, console)
+    _report(runs, console, anew=True)
     return 0
 
 
-def _report(results: list[dict], folder: Path, console: Console, draw: bool = True) -> None:
-    """Curve and table; draw: also the figure."""
-    import pandas as pd
-
-    from ssm_retrieval.training import records
+def _report(runs: Runs, console: Console, anew: bool = False) -> None:
+    """Curve and table, and the figure if it is not there; anew: in any case."""
+    from ssm_retrieval.training import records, store
     from synthetic.display import summary, terminal_curve
+    from synthetic.runs import Run, metrics_of
 
-    metrics = pd.DataFrame(records.metrics(folder))
-    if draw:
+    found = [Run(folder) for folder in runs]
+    metrics, figure = metrics_of(found), store.view_of(list(runs)) / CURVE
+    if anew or not figure.exists():
         import matplotlib
 
         matplotlib.use("Agg")
-        from analysis.learning import learning_curve
         from ssm_retrieval.style import save
+        from ssm_retrieval.training.learning_curve import learning_curve
 
-        save(learning_curve(metrics), folder / Path(CURVE).stem, ("png",))
+        figure.parent.mkdir(exist_ok=True)
+        save(learning_curve(metrics), figure.with_suffix(""), ("png",))
     print(terminal_curve(metrics, width=min(100, console.width)))
-    console.print(summary(results))
-    console.print(f"curve: {folder / CURVE}", soft_wrap=True)
+    console.print(summary([records.result(folder) for folder in runs]))
+    console.print(f"curve: {figure}", soft_wrap=True)
 
 
 if __name__ == "__main__":

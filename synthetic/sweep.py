@@ -137,7 +137,7 @@ def _job(
         config = dataclasses.replace(config, lr=lr)
     config = dataclasses.replace(config, imports=tuple(dict.fromkeys((*config.imports, *options.imports))))
     settled = plan(config, config.model[0], elsewhere=options.executor != "local")
-    return Job(config, settled, out / run_id([settled]), purpose, options.threads)
+    return Job(config, settled, out / run_id(settled), purpose, options.threads)
 
 
 def sweep(wanted: Wanted) -> int:
@@ -317,13 +317,13 @@ def _state(job: Job) -> str:
 
 def _summary(jobs: list[Job], out: Path, console: Console) -> None:
     """Mean accuracy over the seeds of every cell, from the results store."""
-    import analysis
+    from ssm_retrieval.training import tables
     from synthetic import results
     from synthetic.display import cells
 
     done = [job.folder.name for job in jobs if job.finished()]
     if done:
-        table = analysis.load(out)
+        table = tables.load(out)
         console.print(cells(table[table["run"].isin(done)]))
         console.print(f"results: {out / results.RESULTS} (Parquet)", soft_wrap=True)
 

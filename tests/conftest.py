@@ -18,7 +18,7 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from hook_models import FAMILIES, build
-from tiny_runs import tiny_run
+from tiny_runs import tiny_runs
 
 PEERS = ("mamba_ssm.modules.mamba_simple", "mamba_ssm.ops.selective_scan_interface",
          "mamba_ssm.ops.triton.ssd_combined",
@@ -64,13 +64,13 @@ def model(family):
 
 @pytest.fixture(scope="session")
 def probed_run(tmp_path_factory):
-    """Folder of a tiny run of two families with the tables of all probes; tests leave it as it is."""
+    """Folder of tiny runs of two families with the tables of all probes; tests leave it as it is."""
     from probes import run
 
     folder = tmp_path_factory.mktemp("runs")
-    path = tiny_run(folder, "position", "--seq-len", "8", "--model", "transformer", "mamba")
-    assert run.main([str(path), "--examples", "24"]) == 0
-    return path
+    tiny_runs(folder, "position", "--seq-len", "8", "--model", "transformer", "mamba")
+    assert run.main([str(folder), "--examples", "24"]) == 0
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from synthetic import train
+from synthetic import trainer
 from synthetic.config import TRAINING_VERSION, RunConfig, plan
 
 PATH = Path(__file__).with_suffix(".json")
@@ -42,7 +42,7 @@ def trajectory(family: str) -> list[float]:
     try:
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / family).mkdir()
-            session = train.Session(plan(CONFIG, family), Path(folder), listener)
+            session = trainer.Session(plan(CONFIG, family), Path(folder), listener)
             for _ in range(STEPS):
                 session.step()
     finally:

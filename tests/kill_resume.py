@@ -45,16 +45,16 @@ def command(out: Path, steps: int) -> list[str]:
 
 
 def outcome(out: Path) -> dict[str, object]:
-    """Everything in a run's folder that must not depend on interruptions."""
-    (folder,) = (path.parent for path in out.glob("*/config.json"))
+    """Everything in the folders of runs that must not depend on interruptions."""
     found: dict[str, object] = {}
-    for name in ("metrics.jsonl", "by_position.jsonl"):
-        rows = store.read_rows(folder / name)
-        found[name] = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
-    for family in ("transformer", "mamba"):
-        found[f"{family} weights"] = (folder / family / "model.safetensors").read_bytes()
-        result = store.read_json(folder / family / "result.json")
-        found[f"{family} result"] = {k: v for k, v in result.items() if k != "seconds"}
+    for folder in store.runs_in(out):
+        name = folder.name
+        for file in ("metrics.jsonl", "by_position.jsonl"):
+            rows = store.read_rows(folder / file)
+            found[f"{name} {file}"] = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+        found[f"{name} weights"] = (folder / "model.safetensors").read_bytes()
+        result = store.read_json(folder / "result.json")
+        found[f"{name} result"] = {k: v for k, v in result.items() if k != "seconds"}
     return found
 
 

@@ -1,8 +1,8 @@
 """The mutation score of a module: which small changes to its code do the tests notice?
 
-    python tests/mutation.py synthetic.train --sample 60    a seeded random sample of a module's mutants
+    python tests/mutation.py synthetic.trainer --sample 60    a seeded random sample of a module's mutants
     python tests/mutation.py all --sample 60                the same of every module in TESTS
-    python tests/mutation.py synthetic.train --report       what is known so far, survivors with their diffs
+    python tests/mutation.py synthetic.trainer --report       what is known so far, survivors with their diffs
 
 mutmut (pip install mutmut) makes and runs the mutants, in a copy of the tree below --work; this file says
 which tests concern which module, samples, and adds up. It resumes: mutants that have a verdict are not run
@@ -29,7 +29,7 @@ KILLED, SURVIVED, UNTESTED = "killed", "survived", "no test runs it"
 
 _TASKS = ["test_tasks", "test_tasks_distributions", "test_tasks_family", "test_tasks_split"]
 TESTS: dict[str, list[str]] = {
-    "synthetic.train": [
+    "synthetic.trainer": [
         "test_session", "test_golden", "test_run", "test_memory", "test_tasks_training", "test_evaluate",
         "test_stopping", "test_run_init", "test_records", "test_shares",
     ],
@@ -47,7 +47,7 @@ TESTS: dict[str, list[str]] = {
     "synthetic.tasks.position": [*_TASKS, "test_tasks_original"],
     "synthetic.tasks.sampling": _TASKS,
     "synthetic.tasks.selective_copy": [*_TASKS, "test_tasks_training"],
-    "ssm_retrieval.statistics": ["test_statistics"],
+    "ssm_retrieval.statistics": ["test_statistics", "test_evaluate"],
     "vlm.metrics.boxes": ["test_vlm_metrics"],
     "vlm.metrics.captions": ["test_vlm_metrics"],
     "vlm.metrics.choices": ["test_vlm_metrics"],
@@ -166,7 +166,7 @@ def quiet() -> dict[str, str]:
 
 def report(tree: Tree, chosen: list[str], total: int) -> str:
     """One line of docs/testing.md's table, then the mutants among `chosen` that nobody noticed."""
-    from synthetic.evaluate import wilson
+    from ssm_retrieval.statistics import wilson
 
     known = tree.known()
     verdicts = {name: known[name] for name in chosen if name in known}

@@ -8,6 +8,7 @@ import re
 
 import numpy as np
 import pandas as pd
+from tiny_runs import by_family
 
 from analysis.report import __main__ as cli
 
@@ -53,7 +54,7 @@ def lines(panel):
 
 
 def table(folder, probe, family):
-    return pd.read_parquet(folder / "probes" / f"{probe}.{family}.parquet")
+    return pd.read_parquet(by_family(folder)[family] / "probes" / f"{probe}.{family}.parquet")
 
 
 def same(found, wanted):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from synthetic import train
+from synthetic import trainer
 from synthetic.config import Plan, RunConfig, plan
 
 FAMILIES = ("transformer", "mamba", "mamba2", "hybrid")
@@ -38,15 +38,15 @@ def small(family: str, **changed: Any) -> Plan:
     return dataclasses.replace(p, **{name: value for name, value in changed.items() if name not in names})
 
 
-def session(p: Plan, folder: Path, events: list[dict[str, Any]] | None = None) -> train.Session:
+def session(p: Plan, folder: Path, events: list[dict[str, Any]] | None = None) -> trainer.Session:
     """A fresh session in `folder`; events: receives the rows of its steps."""
 
     def listener(event: str, row: dict[str, Any]) -> None:
         if events is not None and event == "step":
             events.append(row)
 
-    (folder / p.family).mkdir(parents=True, exist_ok=True)
-    return train.Session(p, folder, listener)
+    folder.mkdir(parents=True, exist_ok=True)
+    return trainer.Session(p, folder, listener)
 
 
 @dataclasses.dataclass

@@ -21,7 +21,7 @@ def jobs(tmp_path):
     made = []
     for run in grid(model="mamba", seq_len=8, seed=range(4), steps=60, device="cpu"):
         folder = tmp_path / f"run-{run.seed}"
-        (folder / "mamba").mkdir(parents=True)
+        folder.mkdir(parents=True)
         made.append(Job(run, plan(run, "mamba"), folder))
     return made
 
@@ -32,7 +32,7 @@ def finish(job: Job, accuracy: float) -> None:
         loss=1.0, accuracy=accuracy, correct=1, count=2, ci_low=0.0, ci_high=1.0, chance=0.125,
         parameters=10, parameters_without_embeddings=5, reached=False, longest_length=0,
     )  # fmt: skip
-    store.write_json(job.own / "result.json", result)
+    store.write_json(job.folder / "result.json", result)
 
 
 def note(job: Job, step: int) -> None:
@@ -82,7 +82,7 @@ def test_what_does_not_fit_is_counted(jobs):
 def test_runs_that_count_sequences_and_problems_with_brackets(tmp_path):
     (run,) = grid(model="mamba", seq_len=8, budget=500, device="cpu")
     job = Job(run, plan(run, "mamba"), tmp_path / "run-0")
-    (job.folder / "mamba").mkdir(parents=True)
+    job.folder.mkdir(parents=True)
     board = Board([job], terminal(), "2 processes")
     note(job, 20)
     board.refresh()

@@ -12,7 +12,7 @@ from checkpoint_forms import change, checkpoint, edit, peer, pickled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from tiny_runs import tiny_run
+from tiny_runs import tiny_runs
 
 from ssm_retrieval import models
 from ssm_retrieval.errors import UserError
@@ -128,33 +128,34 @@ def test_faults_in_our_own_form(fields, said, tmp_path):
 # --- runs --------------------------------------------------------------------------------------------
 
 
+def of_run(model, overrides):
+    """What of a run's config.json rebuilds its model."""
+    return {"plan": {"model": model, "model_overrides": overrides}}
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     options = ("--seq-len", "8", "--model", "transformer", "hybrid", "mamba2")
-    return tiny_run(tmp_path_factory.mktemp("runs"), "position", *options)
+    return tiny_runs(tmp_path_factory.mktemp("runs"), "position", *options)
 
 
 @pytest.mark.parametrize("family", ["transformer", "hybrid", "mamba2"])
 def test_load_opens_the_models_of_runs(family, finished, tmp_path):
-    model = models.load(finished / family)
-    same(model, store.load_model(str(finished / family)))
-    stored, _ = store.load_tensors(finished / family / "model.safetensors")
+    model = models.load(finished[family])
+    same(model, store.load_model(str(finished[family])))
+    stored, _ = store.load_tensors(finished[family] / "model.safetensors")
     named = dict(model.named_parameters())
     assert stored.keys() == named.keys() and all(torch.equal(stored[n], p) for n, p in named.items())
     same(models.load(models.save(model, tmp_path / "copy")), model)
-    assert {p.dtype for p in models.load(finished / family, dtype=torch.bfloat16).parameters()} == {
+    assert {p.dtype for p in models.load(finished[family], dtype=torch.bfloat16).parameters()} == {
         torch.bfloat16
     }
 
 
-def test_folders_of_runs_that_are_no_models(finished, tmp_path):
+def test_folders_of_runs_that_are_no_models(tmp_path):
     for load in (models.load, store.load_model):
-        with pytest.raises(
-            UserError, match=r"is of a whole run; give the folder of one of its models: .*/hybrid"
-        ):
-            load(finished)
         (tmp_path / "begun").mkdir(exist_ok=True)
-        (tmp_path / "begun" / "checkpoint.safetensors").write_bytes(b"x")
+        store.write_json(tmp_path / "begun" / "config.json", of_run("mamba-tiny", {"vocab_size": 11}))
         with pytest.raises(UserError, match="is of a run that has not finished; give its command again"):
             load(tmp_path / "begun")
     with pytest.raises(UserError, match="nowhere is no folder"):
@@ -164,18 +165,19 @@ def test_folders_of_runs_that_are_no_models(finished, tmp_path):
 @pytest.mark.parametrize(
     "content, said",
     [
-        ({"name": "mamba-tiny", "config": {"flux": 1}}, "flux is no option of MambaConfig"),
-        ({"name": "mamba-tiny", "config": [1]}, "config=[1] must be an object"),
-        ({"name": ["mamba"], "config": {}}, "name=['mamba'] must be a preset or a family"),
-        ({"name": "rwkv-tiny", "config": {}}, "unknown model 'rwkv-tiny'"),
-        ({"name": "mamba-tiny", "config": {"d_state": 4}}, "do not fit its config.json"),
-        ({"plans": [1]}, "is of a whole run; give the folder of one of its models: one in it"),
+        (of_run("mamba-tiny", {"flux": 1}), "flux is no option of MambaConfig"),
+        (of_run("mamba-tiny", [1]), "model_overrides=[1] must be an object"),
+        (of_run(["mamba"], {}), "model=['mamba'] must be a preset or a family"),
+        (of_run("rwkv-tiny", {}), "unknown model 'rwkv-tiny'"),
+        (of_run("mamba-tiny", {"d_state": 4}), "do not fit its config.json"),
+        ({"plans": [1]}, "is of an older version, which kept several models in a run; train them again"),
+        ({"plan": 1}, "plan=1 must be an object"),
     ],
 )
 def test_damaged_models_of_runs(content, said, tmp_path):
     model = models.build("mamba-tiny", vocab_size=11)
     store.save_tensors(tmp_path / "model.safetensors", dict(model.named_parameters()), {})
-    store.write_json(tmp_path / "config.json", {"name": "mamba-tiny", "config": {"vocab_size": 11}})
+    store.write_json(tmp_path / "config.json", of_run("mamba-tiny", {"vocab_size": 11}))
     assert torch.equal(store.load_model(tmp_path)(IDS), model(IDS))
     store.write_json(tmp_path / "config.json", content)
     with pytest.raises(UserError) as error:
@@ -185,7 +187,7 @@ def test_damaged_models_of_runs(content, said, tmp_path):
 
 def test_a_scalar_in_a_run_does_not_become_a_weight(tmp_path):
     tensors = {n: p.detach().clone() for n, p in models.build("mamba-tiny", vocab_size=11).named_parameters()}
-    store.write_json(tmp_path / "config.json", {"name": "mamba-tiny", "config": {"vocab_size": 11}})
+    store.write_json(tmp_path / "config.json", of_run("mamba-tiny", {"vocab_size": 11}))
     save_file(tensors | {"backbone.norm_f.weight": torch.ones(())}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"backbone\.norm_f\.weight \[\] instead of \[128\]"):
         store.load_model(tmp_path)

@@ -12,13 +12,14 @@ import threading
 import pandas as pd
 import pytest
 from result_tables import run_rows, tables
+from tiny_runs import by_family
 
 from analysis import curves, figures
 from analysis.report import __main__ as report
-from analysis.tables import load
 from probes import run as probes
 from ssm_retrieval.errors import UserError
-from ssm_retrieval.training import records
+from ssm_retrieval.training import records, store
+from ssm_retrieval.training.tables import load
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +135,7 @@ def test_a_table_that_is_replaced_while_it_is_read_is_the_old_or_the_new_one(tmp
 
 
 @pytest.mark.parametrize(
-    "config", ["[]", "{}", "null", '"text"', '{"plans": 1}', '{"plans": [1]}', '{"plans": [{}]}', '{"pl', ""]
+    "config", ["[]", "{}", "null", '"text"', '{"plan": 1}', '{"plan": [1]}', '{"plan": {}}', '{"pl', ""]
 )
 def test_damaged_config_of_a_run(tmp_path, capsys, config):
     run = tmp_path / "run"
@@ -175,13 +176,15 @@ def test_a_run_that_cannot_be_read_is_not_called_damaged(copied, tmp_path, capsy
     ):
         assert call == 2
     lines = capsys.readouterr().err.splitlines()
-    wanted = f"error: {copied / 'config.json'}: Permission denied; give yourself access to it"
+    wanted = (
+        f"error: {store.runs_in(copied)[0] / 'config.json'}: Permission denied; give yourself access to it"
+    )
     assert len(lines) == 2 and all(line.startswith(wanted) for line in lines)
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"[]"])
 def test_damaged_probe_tables(copied, tmp_path, capsys, content):
-    path = copied / "probes" / "lens.mamba.parquet"
+    path = by_family(copied)["mamba"] / "probes" / "lens.mamba.parquet"
     path.write_bytes(content)
     assert report.main([str(copied), "--out", str(tmp_path / "page.html")]) == 2
     one_line(capsys, str(path), "delete it")
@@ -189,7 +192,7 @@ def test_damaged_probe_tables(copied, tmp_path, capsys, content):
 
 def test_a_probe_table_of_another_version_is_made_again(copied, tmp_path, capsys):
     """Without a column that is needed now: the report says what to run, and the other probes go on."""
-    path = copied / "probes" / "linear.mamba.parquet"
+    path = by_family(copied)["mamba"] / "probes" / "linear.mamba.parquet"
     pd.read_parquet(path).drop(columns="half").to_parquet(path)
     page = tmp_path / "page.html"
     assert report.main([str(copied), "--out", str(page)]) == 0
@@ -202,17 +205,19 @@ def test_a_probe_table_of_another_version_is_made_again(copied, tmp_path, capsys
 def test_a_run_of_several_sessions_shows_the_last_one(copied):
     from analysis.report.runs import read
 
-    (session,) = json.loads((copied / "environment.json").read_text())["sessions"]
+    mamba = by_family(copied)["mamba"]
+    path = mamba / "environment.json"
+    (session,) = json.loads(path.read_text())["sessions"]
     first, last = session | {"threads": 1}, session | {"threads": 8}
-    (copied / "environment.json").write_text(json.dumps({"sessions": [first, last]}))
-    assert read(copied).environment == last
-    (copied / "environment.json").write_text(json.dumps(first))  # as version 0.1 wrote it
-    assert read(copied).environment == first
+    path.write_text(json.dumps({"sessions": [first, last]}))
+    assert read({"mamba": mamba}).environment == last
+    path.write_text(json.dumps(first))  # as version 0.1 wrote it
+    assert read({"mamba": mamba}).environment == first
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "by_position.jsonl"])
 @pytest.mark.parametrize("rows", ["[]\n", "null\n", "1\n", '"text"\n', '{"model": "mamba"}\n'])
 def test_damaged_rows_of_a_run(copied, tmp_path, capsys, name, rows):
-    (copied / name).write_text(rows)
+    (by_family(copied)["mamba"] / name).write_text(rows)
     assert report.main([str(copied), "--out", str(tmp_path / "page.html")]) == 2
     one_line(capsys, str(copied))

@@ -15,7 +15,7 @@ import torch
 
 from ssm_retrieval.training import distributed, store
 from ssm_retrieval.training.distributed import World
-from synthetic import train
+from synthetic import trainer
 
 ROOT = Path(__file__).parent.parent
 RUN = shlex.split(
@@ -63,7 +63,7 @@ def assert_same_numbers(one: Path, other: Path, near: float = 1e-4) -> None:
     assert [[row[k] for k in fixed] for row in a] == [[row[k] for k in fixed] for row in b]
     for name in ("loss", "train_loss", "train_accuracy"):
         assert np.allclose([row[name] for row in a], [row[name] for row in b], rtol=near, atol=near), name
-    u, v = (store.load_tensors(next(path.glob("*/model.safetensors")))[0] for path in (one, other))
+    u, v = (store.load_tensors(next(path.glob("model.safetensors")))[0] for path in (one, other))
     assert u.keys() == v.keys()
     for name in u:
         assert torch.allclose(u[name], v[name], rtol=0, atol=near), name
@@ -73,8 +73,8 @@ def assert_same_numbers(one: Path, other: Path, near: float = 1e-4) -> None:
 
 def assert_same_checkpoint(one: Path, several: Path) -> None:
     """All weights and moments of one process' last checkpoint are in the shards of the other run's."""
-    wanted, header = store.load_tensors(one / "mamba" / train.SINGLE)
-    place, progress = distributed.saved(several / "mamba")
+    wanted, header = store.load_tensors(one / trainer.SINGLE)
+    place, progress = distributed.saved(several)
     assert progress["step"] == header["step"]
     found = {name: torch.full_like(tensor, torch.nan) for name, tensor in wanted.items()}
     distributed.load(place, found, World())
@@ -92,7 +92,7 @@ def test_ddp_and_fsdp_have_the_curve_of_one_process(single, tmp_path):
         options = ("--steps", "15", *SCALE, "--parallel", strategy)
         found = ran(tmp_path / strategy, *options, launcher=tuple(TORCHRUN))
         assert_same_numbers(single, found)
-        files = [path.name for path in (found / "mamba").rglob("*.safetensors")]
+        files = [path.name for path in found.rglob("*.safetensors")]
         assert sum(name.startswith("shard-") for name in files) == 2, files
         assert_same_checkpoint(single, found)  # written right after an evaluation, which must leave no trace
         assert (found.parent / "results").exists()  # written once, by the first process

@@ -9,8 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from ssm_retrieval.statistics import wilson
 from synthetic import evaluate, tasks
-from synthetic.evaluate import Evaluation, heldout, wilson
+from synthetic.evaluate import Evaluation, heldout
 
 counts = st.one_of(st.integers(1, 300), st.integers(1, 10**12)).flatmap(
     lambda n: st.tuples(st.one_of(st.sampled_from([0, 1, n - 1, n]), st.integers(0, n)), st.just(n))

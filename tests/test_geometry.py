@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -75,19 +77,17 @@ def finished_run(out, model: str, seed: int, **overrides):
     """A run that was never trained but says it learned everything; returns its folder and its model."""
     config = grid(model=model, seq_len=8, num_symbols=30, steps=1, seed=seed, device="cpu")[0]
     p = plan(config, model)
-    folder = out / run_id([p])
-    store.prepare(folder, vars(config), [p.to_dict()], 1)
-    built = models.build(p.model, seed=seed, **p.model_overrides, **overrides)
-    own = folder / model
-    own.mkdir()
-    store.save_tensors(own / "model.safetensors", dict(built.named_parameters()), {})
-    store.write_json(own / "config.json", {"name": p.model, "config": p.model_overrides | overrides})
+    folder = out / run_id(p)
+    p = dataclasses.replace(p, model_overrides=p.model_overrides | overrides)
+    results.begin(folder, config, p)
+    built = models.build(p.model, seed=seed, **p.model_overrides)
+    store.save_tensors(folder / "model.safetensors", dict(built.named_parameters()), {})
     row = dict(model=model, seed=seed, step=1, examples=1, tokens=1, seconds=1.0, train_length=8, length=8,
                loss=0.0, accuracy=1.0, correct=4, count=4, ci_low=0.5, ci_high=1.0, chance=1 / 8)  # fmt: skip
-    store.write_json(own / "result.json", row)
+    store.write_json(folder / "result.json", row)
     store.write_rows(folder / "metrics.jsonl", [row | dict(targets=[[0, 8, 4, 4]])])
-    results.record(folder, model)
-    return own, built
+    results.record(folder)
+    return folder, built
 
 
 def test_rows_are_those_of_the_position_tokens(tmp_path):
@@ -121,9 +121,9 @@ def test_tied_embeddings_are_one_table(tmp_path):
 def test_tasks_without_position_tokens_are_refused(tmp_path):
     config = grid(model="mamba", task="mqar", seq_len=20, num_symbols=64, num_pairs=3, device="cpu")[0]
     p = plan(config, "mamba")
-    store.prepare(tmp_path / "run", vars(config), [p.to_dict()], 1)
+    results.begin(tmp_path / "run", config, p)
     with pytest.raises(ValueError, match=r"task mqar of .* has no position tokens"):
-        geometry.position_rows(tmp_path / "run" / "mamba")
+        geometry.position_rows(tmp_path / "run")
 
 
 def test_measure_and_draw(tmp_path):

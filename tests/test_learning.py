@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from synthetic import train
+from synthetic import trainer
 from synthetic.config import RunConfig, plan
 
 pytestmark = pytest.mark.slow
@@ -24,7 +24,7 @@ def test_a_family_learns_length_8(tmp_path, family, steps, lr):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # so that the machine does not decide how sums are split, and what is learned
     try:
-        result = train.train(plan(config, family), tmp_path)
+        result = trainer.train(plan(config, family), tmp_path)
     finally:
         torch.set_num_threads(threads)
     assert result["count"] == 256 and result["chance"] == 1 / 8

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.learning import learning_curve
 from ssm_retrieval.style import NAMES, family_colors
+from ssm_retrieval.training.learning_curve import learning_curve
 from synthetic.display import terminal_curve
 
 

@@ -14,7 +14,7 @@ from ssm_retrieval import models
 from ssm_retrieval.training import store
 from ssm_retrieval.training.lora import TARGETS, add_adapters, merge_adapters
 from ssm_retrieval.training.optimizers import make_optimizer, make_state, state_tensors
-from synthetic import run, tasks, train
+from synthetic import results, run, tasks, trainer
 from synthetic.config import RunConfig, plan, run_id
 from synthetic.evaluate import autocast
 
@@ -42,8 +42,9 @@ def gradients(model, loss) -> dict[str, torch.Tensor]:
 def test_runs_of_before_keep_their_names():
     """Of TRAINING_VERSION 2; what is at its default is no part of a name."""
     fixed = dict(device="cpu", precision="float32")
-    assert run_id([plan(RunConfig(**fixed), f) for f in ("transformer", "mamba")]).endswith("dea43145")
-    names = {run_id([plan(dataclasses.replace(SMALL, **new), "mamba")]) for new in (
+    wish = RunConfig(**fixed, task="ngram", seq_len=50)
+    assert run_id(plan(wish, "hybrid")).endswith("17bd9416")
+    names = {run_id(plan(dataclasses.replace(SMALL, **new), "mamba")) for new in (
         {}, dict(optimizer="adafactor"), dict(accumulate=2), dict(checkpointing=True), dict(lora=4),
         dict(plan=True),
     )}  # fmt: skip
@@ -56,14 +57,14 @@ def test_parts_of_a_batch_give_its_gradient(task, options):
     p = plan(
         RunConfig(seq_len=24, task=task, precision="float32", curriculum=0, grad_clip=0, **options), "mamba"
     )
-    batch = train.next_batch(tasks.build(p.task, **p.task_options), p, train.Progress(length=24))
+    batch = trainer.next_batch(tasks.build(p.task, **p.task_options), p, trainer.Progress(length=24))
     batch.labels[0, 1:] = -100
     found = {}
     for parts in (1, 3, 500):
         model = models.build(p.model, seed=0, **p.model_overrides)
         before = torch.cat([w.detach().flatten() for w in model.parameters()])
         optimizer = torch.optim.SGD(model.parameters(), lr=100.0)  # large, for the sake of the difference
-        loss, accuracy = train.update(model, optimizer, batch, dataclasses.replace(p, accumulate=parts))
+        loss, accuracy = trainer.update(model, optimizer, batch, dataclasses.replace(p, accumulate=parts))
         after = torch.cat([w.detach().flatten() for w in model.parameters()])
         found[parts] = loss, accuracy, after - before
     for parts in (3, 500):
@@ -121,19 +122,19 @@ def test_resumed_equals_uninterrupted_for_every_optimizer(tmp_path, optimizer):
     config = dataclasses.replace(SMALL, optimizer=optimizer, accumulate=2, checkpointing=True, steps=12)
     p = plan(config, "mamba")
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
-    train.train(p, whole)
+    trainer.train(p, whole)
     for after in (1, 4):
         ticks = itertools.count(1)
-        with pytest.raises(train.Interrupted):
-            train.train(p, pieces, should_stop=lambda a=after, t=ticks: next(t) >= a)
-    train.train(p, pieces)
-    assert numbers(pieces, "mamba") == numbers(whole, "mamba")
+        with pytest.raises(trainer.Interrupted):
+            trainer.train(p, pieces, should_stop=lambda a=after, t=ticks: next(t) >= a)
+    trainer.train(p, pieces)
+    assert numbers(pieces) == numbers(whole)
 
 
 def test_the_checkpoint_of_adamw_has_the_names_it_always_had(tmp_path):
     p = plan(dataclasses.replace(SMALL, steps=1), "mamba")
-    train.train(p, tmp_path)
-    tensors, _ = store.load_tensors(tmp_path / "mamba" / "checkpoint.safetensors")
+    trainer.train(p, tmp_path)
+    tensors, _ = store.load_tensors(tmp_path / "checkpoint.safetensors")
     names = [n for n, _ in models.build(p.model, **p.model_overrides).named_parameters()]
     assert set(tensors) == {f"{what}.{n}" for what in ("model", "exp_avg", "exp_avg_sq") for n in names}
 
@@ -173,9 +174,9 @@ def test_optimizers_learn(optimizer):
     rate = 0.05 if optimizer == "adafactor" else 2e-3
     p = plan(dataclasses.replace(SMALL, optimizer=optimizer, lr=rate), "transformer")
     model = models.build(p.model, **p.model_overrides)
-    batch = train.next_batch(tasks.build(p.task, **p.task_options), p, train.Progress(length=16))
+    batch = trainer.next_batch(tasks.build(p.task, **p.task_options), p, trainer.Progress(length=16))
     optimizer_ = make_optimizer(model, p)
-    losses = [train.update(model, optimizer_, batch, p)[0] for _ in range(5)]
+    losses = [trainer.update(model, optimizer_, batch, p)[0] for _ in range(5)]
     assert losses[-1] < 0.9 * losses[0]
 
 
@@ -213,15 +214,17 @@ def test_adapters_take_part_and_only_they_train(family):
 
 def test_a_run_with_adapters_resumes_and_leaves_a_plain_model(tmp_path):
     pytest.importorskip("peft")
-    p = plan(dataclasses.replace(SMALL, lora=4, steps=10), "mamba")
+    config = dataclasses.replace(SMALL, lora=4, steps=10)
+    p = plan(config, "mamba")
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
-    result = train.train(p, whole)
+    results.begin(whole, config, p)
+    result = trainer.train(p, whole)
     ticks = itertools.count(1)
-    with pytest.raises(train.Interrupted):
-        train.train(p, pieces, should_stop=lambda: next(ticks) >= 4)
-    train.train(p, pieces)
-    assert numbers(pieces, "mamba") == numbers(whole, "mamba")
-    model = store.load_model(whole / "mamba")
+    with pytest.raises(trainer.Interrupted):
+        trainer.train(p, pieces, should_stop=lambda: next(ticks) >= 4)
+    trainer.train(p, pieces)
+    assert numbers(pieces) == numbers(whole)
+    model = store.load_model(whole)
     fresh = models.build(p.model, seed=p.seed, **p.model_overrides)
     moved = {
         n for (n, a), b in zip(fresh.named_parameters(), model.parameters(), strict=True) if not a.equal(b)

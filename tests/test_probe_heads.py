@@ -26,7 +26,7 @@ from probes.lens import (
     logit_lens,
     normalised_difference,
 )
-from synthetic.evaluate import wilson
+from ssm_retrieval.statistics import wilson
 
 V, B, N = 9, 6, 7  # vocabulary, sequences, tokens before the query
 

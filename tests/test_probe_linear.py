@@ -22,7 +22,7 @@ from probes.linear import (
     split,
 )
 from probes.updates import iterate_states
-from synthetic.evaluate import wilson
+from ssm_retrieval.statistics import wilson
 
 
 def normal(*shape, seed=0):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny_runs import tiny_run
+from tiny_runs import by_family, tiny_run
 
 from analysis import figures
 from probes import run as cli
@@ -29,16 +30,25 @@ def position(probed_run):
 
 @pytest.fixture(scope="module")
 def probed(probed_run):
-    return probed_run / "probes"
+    """Where the figures of both are."""
+    (view,) = probed_run.glob("compare-*/probes")
+    return view
 
 
-def test_every_probe_leaves_tables_and_a_summary(probed):
+@pytest.fixture(scope="module")
+def tables(probed_run):
+    """(probe, family) -> path of the table."""
+    runs = by_family(probed_run)
+    return lambda name, family: runs[family] / "probes" / f"{name}.{family}.parquet"
+
+
+def test_every_probe_leaves_tables_and_a_summary(probed, tables):
     text = (probed / "summary.md").read_text()
     for name, probe in PROBES.items():
         families = ("mamba",) if name in SSM_ONLY else ("mamba", "transformer")
-        tables = [pd.read_parquet(probed / f"{name}.{family}.parquet") for family in families]
-        assert len(pd.read_csv(probed / f"{name}.csv")) == sum(map(len, tables))
-        for table in tables:
+        found = [pd.read_parquet(tables(name, family)) for family in families]
+        assert len(pd.read_csv(probed / f"{name}.csv")) == sum(map(len, found))
+        for table in found:
             assert not [c for c in (*cli.COLUMNS, *probe.columns) if c not in table]
             assert set(table["weights"]) == ({"trained", "untrained"} if probe.untrained else {"trained"})
             bounded = table[table["low"].notna() & np.isfinite(table["value"])]
@@ -48,24 +58,24 @@ def test_every_probe_leaves_tables_and_a_summary(probed):
             assert (bounded["value"] <= bounded["high"] + slack).all()
         assert f"## {name}: {probe.title}" in text
     for name in SSM_ONLY:
-        assert not (probed / f"{name}.transformer.parquet").exists()
+        assert not tables(name, "transformer").exists()
         assert f"{name} transformer: left out, it has no SSM layers" in text
     assert not list(probed.glob(".*.tmp"))
 
 
-def test_identities_hold(probed):
-    retention = pd.read_parquet(probed / "retention.mamba.parquet")
+def test_identities_hold(tables):
+    retention = pd.read_parquet(tables("retention", "mamba"))
     assert (retention.loc[retention["part"] == "reconstruction", "value"] < 1e-5).all()
     rows = retention[(retention["part"] == "map") & (retention["weights"] == "trained")]
     assert np.allclose(rows.groupby(["layer", "query"])["value"].sum(), 1, atol=1e-5)
     for family in ("mamba", "transformer"):
-        patch = pd.read_parquet(probed / f"patch.{family}.parquet")
+        patch = pd.read_parquet(tables("patch", family))
         assert (patch.loc[patch["control"] == "self", "value"] == 0).all()
         assert np.allclose(patch.loc[patch["control"] == "everything", "value"], 1, atol=1e-3)
 
 
-def test_updates_of_one_sequence_are_those_of_a_sequence_of_the_task(probed):
-    rows = pd.read_parquet(probed / "updates.mamba.parquet")
+def test_updates_of_one_sequence_are_those_of_a_sequence_of_the_task(tables):
+    rows = pd.read_parquet(tables("updates", "mamba"))
     rows = rows[(rows["part"] == "sequence") & (rows["layer"] == 0) & (rows["weights"] == "trained")]
     tokens, kinds = rows["token"].tolist(), rows["role"].tolist()
     assert rows["position"].tolist() == list(range(1 + 8 + 2))
@@ -114,12 +124,46 @@ def test_capacity_is_not_noise():
 
 
 def test_what_is_finished_is_skipped(position, probed, capsys):
-    before = {p.name: p.stat().st_mtime_ns for p in probed.iterdir() if p.name != "summary.md"}
+    places = [probed, *position.glob("position*/probes")]
+    before = {p: p.stat().st_mtime_ns for at in places for p in at.iterdir() if p.name != "summary.md"}
+    assert len(places) == 3
     assert cli.main([str(position), "--examples", "24"]) == 0
     words = capsys.readouterr().out
     assert "lens mamba: finished before" in words
-    assert words.splitlines()[-1] == f"figures: python -m analysis.figures {position}"
-    assert {p.name: p.stat().st_mtime_ns for p in probed.iterdir() if p.name != "summary.md"} == before
+    said = [str(run) for run in by_family(position).values()]
+    assert sorted(words.splitlines()[-1].split()[4:]) == sorted(said)
+    assert {
+        p: p.stat().st_mtime_ns for at in places for p in at.iterdir() if p.name != "summary.md"
+    } == before
+
+
+def test_a_run_is_measured_once_whatever_it_is_compared_with(position, tmp_path, capsys):
+    """Alone its figures lie beside its tables, which those of both runs are drawn from."""
+    shutil.copytree(position, tmp_path / "runs")
+    runs = by_family(tmp_path / "runs")
+    call = ["--probe", "lens", "--examples", "24"]
+    assert cli.main([str(runs["mamba"]), *call]) == 0
+    assert "lens mamba: finished before" in capsys.readouterr().out
+    alone = pd.read_csv(runs["mamba"] / "probes" / "lens.csv")
+    (both,) = (tmp_path / "runs").glob("compare-*/probes")
+    table = pd.read_csv(both / "lens.csv")
+    assert set(alone["family"]) == {"mamba"} and set(table["family"]) == {"mamba", "transformer"}
+    pd.testing.assert_frame_equal(table[table["family"] == "mamba"].reset_index(drop=True)[[*alone]], alone)
+    assert cli.main([str(runs["mamba"]), str(runs["transformer"]), *call]) == 0  # as the folder of both
+    assert capsys.readouterr().out.count("finished before") == 2
+
+
+def test_runs_that_cannot_be_shown_together(position, tmp_path, capsys):
+    mamba = by_family(position)["mamba"]
+    copy = shutil.copytree(mamba, tmp_path / "copy")
+    assert cli.main([str(mamba), str(copy)]) == 2
+    assert f"error: RUNS {mamba} and {copy} are both of mamba; give one" in capsys.readouterr().err
+    path = copy / "config.json"
+    saved = json.loads(path.read_text())
+    saved["plan"] |= {"family": "mamba2", "task_options": saved["plan"]["task_options"] | {"seq_len": 9}}
+    path.write_text(json.dumps(saved))
+    assert cli.main([str(mamba), str(copy)]) == 2
+    assert f"error: RUNS {mamba} and {copy} are of different tasks" in capsys.readouterr().err
 
 
 def test_other_options_run_again(position, tmp_path, capsys):
@@ -182,14 +226,16 @@ def test_bad_options(position, more, words, capsys):
 
 def test_bad_folders(position, tmp_path, capsys):
     assert cli.main([str(tmp_path)]) == 2
-    assert "has no config.json; give the folder of one run" in capsys.readouterr().err
-    (tmp_path / "config.json").write_text((position / "config.json").read_text())
+    assert "has no config.json; give the folder of a run" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text((by_family(position)["mamba"] / "config.json").read_text())
     assert cli.main([str(tmp_path)]) == 2
     assert "has no finished model" in capsys.readouterr().err
     blocked = tmp_path / "file"
     blocked.write_text("")
     assert cli.main([str(position), "--probe", "lens", "--out", str(blocked / "x")]) == 2
     assert capsys.readouterr().err.startswith(f"error: --out {blocked}")
+    assert cli.main([]) == 2
+    assert capsys.readouterr().err.startswith("error: RUNS is missing")
 
 
 def test_states_of_every_size_are_probed_alike():
@@ -229,10 +275,10 @@ def test_a_capacity_says_what_half_of_the_sequences_give():
     assert (few["n"], many["n"]) == (90, 1800)
 
 
-def test_the_summary_warns_of_too_few_sequences(probed):
+def test_the_summary_warns_of_too_few_sequences(probed, tables):
     words = "fewer than 4 sequences for each feature"
     assert words in (probed / "summary.md").read_text()  # 14 sequences train
-    table = pd.read_parquet(probed / "linear.mamba.parquet").assign(n=5000)
+    table = pd.read_parquet(tables("linear", "mamba")).assign(n=5000)
     text = linear.summary(table)
     assert words not in text and "| 5000 | 512 | 4096 |" in text
 

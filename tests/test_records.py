@@ -11,7 +11,7 @@ import torch
 
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.training import records, store
-from synthetic import results, train
+from synthetic import results, trainer
 from synthetic.config import RunConfig, plan
 
 SMALL = RunConfig(
@@ -25,7 +25,7 @@ PLAN = plan(SMALL, "mamba")
 def made(tmp_path_factory):
     """A finished run, as `synthetic.run` leaves it."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    store.prepare(folder, json.loads(json.dumps(vars(SMALL))), [PLAN.to_dict()], 1)
+    results.begin(folder, SMALL, PLAN)
     results.train_recorded(PLAN, folder)
     return folder
 
@@ -40,26 +40,21 @@ READ = {
     "environment.json": lambda folder: records.environment(folder),
     "metrics.jsonl": lambda folder: records.metrics(folder),
     "by_position.jsonl": lambda folder: records.by_position(folder),
-    "mamba/result.json": lambda folder: records.result(folder / "mamba"),
-    "mamba/config.json": lambda folder: records.model(folder / "mamba"),
+    "result.json": records.result,
 }
 FIELD = {  # a field that each kind cannot do without
-    "config.json": "plans",
+    "config.json": "plan",
     "environment.json": "sessions",
     "metrics.jsonl": "accuracy",
     "by_position.jsonl": "rate",
-    "mamba/result.json": "loss",
-    "mamba/config.json": "name",
+    "result.json": "loss",
 }
 
 
 def test_what_a_run_wrote_can_be_read(folder):
-    assert records.config(folder)["plans"][0]["seq_len"] == 8
+    assert records.config(folder)["plan"]["seq_len"] == 8
     assert [row["step"] for row in records.metrics(folder) if row["length"] == 8] == [2, 4]
-    assert records.model(folder / "mamba") == {
-        "format": 1, "name": PLAN.model, "config": PLAN.model_overrides,
-    }  # fmt: skip
-    assert records.result(folder / "mamba")["count"] == 16
+    assert records.result(folder)["count"] == 16
     assert sum(row["count"] for row in records.by_position(folder)) == 16
 
 
@@ -96,8 +91,6 @@ def test_an_empty_object_lacks_something(folder, name):
 @pytest.mark.parametrize("value", [None, float("nan"), float("inf"), {}, [1], "much", -1e400], ids=repr)
 @pytest.mark.parametrize("name", READ)
 def test_a_wrong_field_is_named(folder, name, value):
-    if name == "mamba/config.json" and value == "much":
-        value = 3
     damage(folder / name, lambda old: old | {FIELD[name]: value})
     refused(READ[name], folder, name.split("/")[-1], FIELD[name])
 
@@ -115,7 +108,7 @@ def test_a_missing_field_is_named(folder, name):
 @pytest.mark.parametrize("name", [name for name in READ if name.endswith(".json")])
 def test_a_newer_file_is_told_as_newer(folder, name):
     damage(folder / name, lambda old: old | {"format": records.FORMAT + 1, "flux": 1})
-    refused(READ[name], folder, "written by a newer version (format 2; this one reads up to 1)", "update")
+    refused(READ[name], folder, "written by a newer version (format 3; this one reads up to 2)", "update")
 
 
 @pytest.mark.parametrize("text", ["{", '{"a": }', "[1, 2", "\x00", "nan", "[" * 100_000], ids=range(6))
@@ -145,33 +138,37 @@ def test_a_last_line_that_was_cut_is_left_out(folder):
 
 
 BAD_PLANS = [
-    (lambda p: p | {"flux": 1}, "plans.0.flux is unknown, of a newer version perhaps"),
-    (lambda p: p | {"family": "lstm"}, "plans.0.family is 'lstm'"),
-    (lambda p: p | {"seq_len": 0}, "plans.0.seq_len is 0"),
-    (lambda p: p | {"seq_len": "8"}, "plans.0.seq_len is '8'"),
-    (lambda p: p | {"betas": 0.9}, "plans.0.betas is 0.9"),
-    (lambda p: p | {"task_options": []}, "plans.0.task_options is []"),
-    (lambda p: 1, "plans.0 is 1"),
-    (lambda p: {k: v for k, v in p.items() if k != "lr"}, "lacks plans.0.lr"),
+    (lambda p: p | {"flux": 1}, "plan.flux is unknown, of a newer version perhaps"),
+    (lambda p: p | {"family": "lstm"}, "plan.family is 'lstm'"),
+    (lambda p: p | {"seq_len": 0}, "plan.seq_len is 0"),
+    (lambda p: p | {"seq_len": "8"}, "plan.seq_len is '8'"),
+    (lambda p: p | {"betas": 0.9}, "plan.betas is 0.9"),
+    (lambda p: p | {"task_options": []}, "plan.task_options is []"),
+    (lambda p: 1, "plan is 1"),
+    (lambda p: {k: v for k, v in p.items() if k != "lr"}, "lacks plan.lr"),
 ]
 
 
 @pytest.mark.parametrize("change, said", BAD_PLANS)
 def test_a_wrong_plan_is_named(folder, change, said):
-    damage(folder / "config.json", lambda old: old | {"plans": [change(old["plans"][0])]})
-    refused(lambda folder: results.record(folder, "mamba"), folder, str(folder / "config.json"), said)
+    damage(folder / "config.json", lambda old: old | {"plan": change(old["plan"])})
+    refused(lambda folder: results.record(folder), folder, str(folder / "config.json"), said)
 
 
-def test_a_model_that_a_run_has_not(folder):
-    refused(lambda folder: records.plan_of(folder, "hybrid"), folder, "has no model hybrid; it has mamba")
+def test_a_folder_of_the_older_layout_is_told_as_such(folder):
+    """It held several models, each in a folder of its own."""
+    damage(folder / "config.json", lambda old: {**old, "format": 1, "plans": [old["plan"]]})
+    said = (str(folder), "is of an older version, which kept several models", "move it away")
+    for read in (records.config, lambda folder: results.begin(folder, SMALL, PLAN)):
+        refused(read, folder, *said)
 
 
 # --- weights and tables ----------------------------------------------------------------------------------
 
 
 def unfinished(folder):
-    (folder / "mamba" / "result.json").unlink()
-    return folder / "mamba" / train.SINGLE
+    (folder / "result.json").unlink()
+    return folder / trainer.SINGLE
 
 
 def rewrite(path, change, header=None):
@@ -198,38 +195,38 @@ def test_a_checkpoint_of_something_else(folder, change, header, said):
     if header:
         header = store.load_tensors(path)[1] | header
     rewrite(path, change, header)
-    refused(lambda folder: train.train(PLAN, folder), folder, str(path), said, "delete it")
+    refused(lambda folder: trainer.train(PLAN, folder), folder, str(path), said, "delete it")
 
 
 def test_deleting_a_damaged_checkpoint_starts_the_model_anew(folder, made):
     """As its line advises: the same numbers as of an undisturbed run, and no row twice."""
     path = unfinished(folder)
     path.write_bytes(path.read_bytes()[:500])
-    refused(lambda folder: train.train(PLAN, folder), folder, f"{path} is damaged", "delete it")
+    refused(lambda folder: trainer.train(PLAN, folder), folder, f"{path} is damaged", "delete it")
     path.unlink()
-    train.train(PLAN, folder)
+    trainer.train(PLAN, folder)
     mine, other = records.metrics(folder), records.metrics(made)
     assert [r | {"seconds": 0} for r in mine] == [r | {"seconds": 0} for r in other]
 
 
 def test_deleting_a_damaged_finished_model_starts_it_anew(folder, made):
-    path = folder / "mamba" / "model.safetensors"
+    path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:500])
     refused(lambda folder: store.load_tensors(path), folder, f"delete the folder {path.parent}")
     shutil.rmtree(path.parent)
-    result = train.train(PLAN, folder)
-    assert result | {"seconds": 0} == records.result(made / "mamba") | {"seconds": 0}
+    result = trainer.train(PLAN, folder)
+    assert result | {"seconds": 0} == records.result(made) | {"seconds": 0}
     assert store.load_tensors(path)[1]["step"] == 4
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 100, b"PAR1", b"[]", b"PAR1" + b"\0" * 20 + b"PAR1"])
 @pytest.mark.parametrize("name", ["results", "targets"])
 def test_a_damaged_table_is_behind(folder, content, name):
-    path = folder.parent / name / f"{folder.name}.mamba.parquet"
-    results.record(folder, "mamba")
-    assert not results.behind(folder, "mamba")
+    path = folder.parent / name / f"{folder.name}.parquet"
+    results.record(folder)
+    assert not results.behind(folder)
     path.write_bytes(content)
-    assert results.behind(folder, "mamba")
+    assert results.behind(folder)
 
 
 # --- the environment's sessions --------------------------------------------------------------------------
@@ -238,16 +235,18 @@ def test_a_damaged_table_is_behind(folder, content, name):
 def test_every_session_has_its_environment(folder, monkeypatch):
     """A resumed run keeps where and with what each part was trained; the table has every commit."""
     first = records.environment(folder)["sessions"]
-    assert len(first) == 1 and first[0]["threads"] == 1
-    store.prepare(folder, {}, [PLAN.to_dict()], 1)  # the same again: nothing new
+    threads = torch.get_num_threads()
+    assert len(first) == 1 and first[0]["threads"] == threads
+    store.prepare(folder, {}, threads)  # the same again: nothing new
     assert records.environment(folder)["sessions"] == first
     monkeypatch.setattr(
         store, "environment", lambda threads: first[0] | {"threads": threads, "commit": "abc+"}
     )
-    store.prepare(folder, {}, [PLAN.to_dict()], 2)
+    store.prepare(folder, {}, threads + 1)
     found = records.environment(folder)
-    assert [session["threads"] for session in found["sessions"]] == [1, 2] and found["threads"] == 2
-    rows, _ = results.tables(folder, "mamba")
+    assert [session["threads"] for session in found["sessions"]] == [threads, threads + 1]
+    assert found["threads"] == threads + 1
+    rows, _ = results.tables(folder)
     commits = [first[0]["commit"], "abc+"]
     assert {row["commit"] for row in rows} == {", ".join(c for c in commits if c)}
 
@@ -264,7 +263,7 @@ def test_an_environment_of_before_is_one_session(folder):
 
 def test_a_run_that_diverges_stops_in_one_line_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     """The loss is NaN from step 3 on; the checkpoint of step 2 has finite weights, and nothing follows it."""
-    real, calls = train.update, []
+    real, calls = trainer.update, []
 
     def update(model, *rest, **more):
         calls.append(1)
@@ -273,33 +272,32 @@ def test_a_run_that_diverges_stops_in_one_line_and_keeps_the_last_good_checkpoin
                 next(model.parameters()).fill_(float("nan"))
         return real(model, *rest, **more)
 
-    monkeypatch.setattr(train, "update", update)
-    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(train, "CHECKPOINT_SHARE", 1e9)
+    monkeypatch.setattr(trainer, "update", update)
+    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(trainer, "CHECKPOINT_SHARE", 1e9)
     refused(
-        lambda f: train.train(PLAN, f),
+        lambda f: trainer.train(PLAN, f),
         tmp_path,
         "mamba: the training loss is nan",
         "diverged with --lr",
         "step 2",
     )
-    tensors, header = store.load_tensors(tmp_path / "mamba" / train.SINGLE)
+    tensors, header = store.load_tensors(tmp_path / trainer.SINGLE)
     assert header["step"] == 2 and all(t.isfinite().all() for t in tensors.values())
-    assert not (tmp_path / "mamba" / "result.json").exists()
+    assert not (tmp_path / "result.json").exists()
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
 
 def test_weights_that_a_step_ruined_are_no_checkpoint(tmp_path):
-    (tmp_path / "mamba").mkdir()
-    session = train.Session(PLAN, tmp_path, lambda event, row: None)
+    session = trainer.Session(PLAN, tmp_path, lambda event, row: None)
     session.step()
     session.checkpoint()
     session.step()
     with torch.no_grad():
         next(session.model.parameters())[0] = float("inf")
-    with pytest.raises(train.Diverged, match="largest weight is inf"):
+    with pytest.raises(trainer.Diverged, match="largest weight is inf"):
         session.checkpoint()
-    assert store.load_tensors(tmp_path / "mamba" / train.SINGLE)[1]["step"] == 1
+    assert store.load_tensors(tmp_path / trainer.SINGLE)[1]["step"] == 1
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -316,4 +314,4 @@ def test_plans_and_their_schema_have_the_same_fields():
     from synthetic.config import Plan
 
     assert {f.name for f in dataclasses.fields(Plan)} == set(records.PlanRecord.model_fields)
-    assert {f.name for f in dataclasses.fields(train.Progress)} == set(records.ProgressRecord.model_fields)
+    assert {f.name for f in dataclasses.fields(trainer.Progress)} == set(records.ProgressRecord.model_fields)

@@ -11,10 +11,10 @@ import pandas as pd
 import pytest
 import tyro
 from report_pages import lines, panels, same, table, views, wide, write
-from tiny_runs import tiny_run
+from tiny_runs import by_family, tiny_run
 
 from analysis.report import __main__ as cli
-from analysis.report.runs import read, read_all
+from analysis.report.runs import read_all
 from analysis.report.sections import config
 from ssm_retrieval.style import family_colors
 from ssm_retrieval.training import store
@@ -30,8 +30,12 @@ def bare(tmp_path_factory):
     return tiny_run(tmp_path_factory.mktemp("more"), "position", *more)
 
 
+def of_both(folder, name):
+    return pd.DataFrame([row for run in store.runs_in(folder) for row in store.read_rows(run / name)])
+
+
 def test_curves_are_the_metrics(report, probed_run):
-    rows = pd.DataFrame(store.read_rows(probed_run / "metrics.jsonl"))
+    rows = of_both(probed_run, "metrics.jsonl")
     accuracy, loss, length = (lines(panel) for panel in panels(views(report.text)["learning"][0]))
     for name, family in (("Transformer", "transformer"), ("Mamba", "mamba")):
         mine = rows[(rows["model"] == family) & (rows["length"] == N)].sort_values("step")
@@ -47,7 +51,7 @@ def test_curves_are_the_metrics(report, probed_run):
 
 
 def test_positions_are_those_of_the_final_evaluation(report, probed_run):
-    rows = pd.DataFrame(store.read_rows(probed_run / "by_position.jsonl"))
+    rows = of_both(probed_run, "by_position.jsonl")
     (panel,) = panels(views(report.text)["position"][0])
     for name, family in (("Transformer", "transformer"), ("Mamba", "mamba")):
         mine, trace = rows[rows["model"] == family].sort_values("position"), lines(panel)[name]
@@ -192,10 +196,11 @@ def test_differences_between_runs_are_marked(probed_run, bare):
 
 
 def test_commands_lead_to_the_same_runs(probed_run, bare):
-    for folder in (probed_run, bare):
-        words = read(folder).train_command().removeprefix("python -m synthetic.run ").split()
+    for comparison in read_all([probed_run, bare]):
+        words = comparison.train_command().removeprefix("python -m synthetic.run ").split()
         again = tyro.cli(RunConfig, args=words)
-        assert run_id([plan(again, family) for family in again.model]) == folder.name
+        names = {family: folder.name for family, folder in comparison.folders.items()}
+        assert {family: run_id(plan(again, family)) for family in again.model} == names
 
 
 def test_what_was_not_made_is_said_with_its_command(probed_run, bare, tmp_path):
@@ -205,11 +210,13 @@ def test_what_was_not_made_is_said_with_its_command(probed_run, bare, tmp_path):
         assert f"python -m probes.run {bare} --probe {probe}" in text
     unfinished = tmp_path / "unfinished"
     shutil.copytree(probed_run, unfinished)
-    for name in ("by_position.jsonl", "metrics.jsonl", "transformer/result.json", "mamba/result.json"):
-        (unfinished / name).unlink()
-    shutil.rmtree(unfinished / "probes")
+    for folder in store.runs_in(unfinished):
+        for name in ("by_position.jsonl", "metrics.jsonl", "result.json"):
+            (folder / name).unlink()
+        shutil.rmtree(folder / "probes")
     text = write(tmp_path / "report.html", unfinished)
-    assert views(text) == {} and text.count(read(probed_run).train_command()) > 3
+    (comparison,) = read_all([probed_run])
+    assert views(text) == {} and text.count(comparison.train_command()) > 3
     assert "left out by the probe, it has no SSM layers" in write(tmp_path / "report.html", probed_run)
 
 
@@ -224,14 +231,14 @@ def test_nothing_in_a_run_can_leave_its_place(bare, tmp_path):
 @pytest.mark.parametrize(
     "spoil, words",
     [
-        (lambda folder: (folder / "config.json").unlink(), "has no config.json; give folders of runs"),
+        (lambda folder: (folder / "config.json").unlink(), "has no config.json; give the folder of a run"),
         (lambda folder: (folder / "config.json").write_text("{"), "is damaged"),
         (lambda folder: (folder / "probes" / "lens.mamba.parquet").write_bytes(b"PAR1"), "cannot be read"),
     ],
 )
 def test_bad_folders_are_one_line(probed_run, tmp_path, capsys, spoil, words):
     folder, out = tmp_path / "run", tmp_path / "report.html"
-    shutil.copytree(probed_run, folder)
+    shutil.copytree(by_family(probed_run)["mamba"], folder)
     spoil(folder)
     assert cli.main([str(folder), "--out", str(out)]) == 2
     error = capsys.readouterr().err

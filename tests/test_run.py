@@ -15,12 +15,14 @@ import pandas as pd
 import pytest
 import torch
 from safetensors import safe_open
+from tiny_runs import by_family
 
 from ssm_retrieval.training import store
 from ssm_retrieval.training.optimizers import make_optimizer
-from synthetic import run, tasks, train
+from synthetic import run, tasks, trainer
 from synthetic.config import RunConfig, plan, run_id
 from synthetic.evaluate import evaluate
+from synthetic.runs import Run, metrics_of
 
 SMALL = RunConfig(
     seq_len=16,
@@ -48,47 +50,47 @@ def command(config: RunConfig) -> list[str]:
     return words
 
 
-def numbers(folder: Path, family: str) -> dict:
+def numbers(folder: Path) -> dict:
     """Everything a run reports except what the clock decides."""
     found = {name: store.read_rows(folder / name) for name in ("metrics.jsonl", "by_position.jsonl")}
-    found["result"] = [store.read_json(folder / family / "result.json")]
+    found["result"] = [store.read_json(folder / "result.json")]
     for rows in found.values():
         for row in rows:
             row.pop("seconds", None)
-    found["weights"] = (folder / family / "model.safetensors").read_bytes()
+    found["weights"] = (folder / "model.safetensors").read_bytes()
     return found
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """The folder of one small run of both default models, made through the command line."""
+    """The folder of small runs of both default models, made through the command line."""
     out = tmp_path_factory.mktemp("runs")
     assert run.main(command(dataclasses.replace(SMALL, out=str(out)))) == 0
-    (folder,) = (path.parent for path in out.glob("*/config.json"))
-    return folder
+    return out
 
 
 # --- what a run leaves behind ------------------------------------------------------------------------
 
 
 def test_folder_holds_what_the_readme_promises(finished):
-    names = {path.relative_to(finished).as_posix() for path in finished.rglob("*") if path.is_file()}
-    each = {
-        f"{family}/{name}"
-        for family in SMALL.model
-        for name in ("checkpoint.safetensors", "model.safetensors", "config.json", "result.json")
-    }
-    whole = {"config.json", "environment.json", "metrics.jsonl", "by_position.jsonl", "learning_curve.png"}
-    assert names - {".lock"} == each | whole
-    assert (finished / "learning_curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    environment = store.read_json(finished / "environment.json")
-    assert environment["packages"]["torch"] == torch.__version__
-    asked = store.read_json(finished / "config.json")["run"]
-    assert (asked["seq_len"], asked["seed"], asked["model"]) == (16, 0, list(SMALL.model))
+    names = {"config.json", "environment.json", "metrics.jsonl", "by_position.jsonl", "result.json"}
+    names |= {"checkpoint.safetensors", "model.safetensors", ".lock"}
+    runs = by_family(finished)
+    assert runs.keys() == set(SMALL.model)
+    for family, folder in runs.items():
+        assert {path.relative_to(folder).as_posix() for path in folder.rglob("*")} == names
+        environment = store.read_json(folder / "environment.json")
+        assert environment["packages"]["torch"] == torch.__version__
+        asked = store.read_json(folder / "config.json")["run"]
+        assert (asked["seq_len"], asked["seed"], asked["model"]) == (16, 0, [family])
+    (view,) = finished.glob("compare-*")
+    assert [path.name for path in view.iterdir()] == ["learning_curve.png"]
+    assert (view / "learning_curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert view == store.view_of(list(runs.values())) == store.view_of(list(runs.values())[::-1])
 
 
 def test_metrics_are_tidy(finished):
-    table = pd.DataFrame(store.read_rows(finished / "metrics.jsonl"))
+    table = metrics_of(map(Run, by_family(finished).values()))
     assert not table.isna().any().any()
     assert not table.duplicated(["model", "seed", "step", "length"]).any()
     full = table[table.length == 16]
@@ -100,25 +102,24 @@ def test_metrics_are_tidy(finished):
 
 
 def test_positions_add_up_to_the_result(finished):
-    table = pd.DataFrame(store.read_rows(finished / "by_position.jsonl"))
-    for family in SMALL.model:
-        rows, result = table[table.model == family], store.read_json(finished / family / "result.json")
+    for family, folder in by_family(finished).items():
+        rows = pd.DataFrame(store.read_rows(folder / "by_position.jsonl"))
+        result = store.read_json(folder / "result.json")
+        assert set(rows.model) == {family}
         assert rows["count"].sum() == result["count"] == SMALL.final_eval_examples
         assert rows.correct.sum() == result["correct"]
         assert rows.position.is_monotonic_increasing and rows.position.between(0, 15).all()
 
 
 def test_saved_model_reproduces_the_reported_accuracy(finished):
-    settled = store.read_json(finished / "config.json")["plans"]
-    for p in settled:
-        model = store.load_model(finished / p["family"])
+    for folder in by_family(finished).values():
+        p = store.read_json(folder / "config.json")["plan"]
+        model = store.load_model(folder)
         task = tasks.build(p["task"], **p["task_options"])
         again = evaluate(model, task, examples=50, length=16, device="cpu", precision="float32")
-        result = store.read_json(finished / p["family"] / "result.json")
+        result = store.read_json(folder / "result.json")
         assert (again.accuracy, again.loss) == (result["accuracy"], result["loss"])
         assert result["parameters"] == model.num_parameters()
-    with pytest.raises(ValueError, match=r"is of a whole run; give the folder of one of its models: .*mamba"):
-        store.load_model(finished)
 
 
 def test_both_models_train_on_the_same_batches(finished, monkeypatch):
@@ -127,24 +128,24 @@ def test_both_models_train_on_the_same_batches(finished, monkeypatch):
     for family in SMALL.model:
         p = plan(SMALL, family)
         task = tasks.build(p.task, **p.task_options)
-        now = train.Progress(step=3, length=8)
-        seen[family] = [train.next_batch(task, p, now).input_ids]
+        now = trainer.Progress(step=3, length=8)
+        seen[family] = [trainer.next_batch(task, p, now).input_ids]
     first, second = seen.values()
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_finished_run_is_reported_again_not_repeated(finished, capsys, monkeypatch):
-    before = numbers(finished, "mamba")
-    monkeypatch.setattr(train.Session, "step", lambda self: pytest.fail("trained again"))
-    assert run.main(command(dataclasses.replace(SMALL, out=str(finished.parent)))) == 0
+    before = [numbers(folder) for folder in by_family(finished).values()]
+    monkeypatch.setattr(trainer.Session, "step", lambda self: pytest.fail("trained again"))
+    assert run.main(command(dataclasses.replace(SMALL, out=str(finished)))) == 0
     assert "finished before" in capsys.readouterr().out
-    assert numbers(finished, "mamba") == before
+    assert [numbers(folder) for folder in by_family(finished).values()] == before
 
 
 def test_run_id_follows_what_decides_the_numbers():
     def name(**changed):
         config = dataclasses.replace(SMALL, **changed)
-        return run_id([plan(config, family) for family in config.model])
+        return run_id(plan(config, config.model[0]))
 
     assert name() == name(threads=1) == name(out="elsewhere")
     changes = [dict(seed=1), dict(lr=1e-3), dict(steps=25), dict(layout="prefix"), dict(model=("mamba",))]
@@ -158,31 +159,31 @@ def test_run_id_follows_what_decides_the_numbers():
 def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, family):
     p = plan(SMALL, family)
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
-    train.train(p, whole)
+    trainer.train(p, whole)
     for after in (1, 4, 1, 7):  # steps done before each interruption: on and off the evaluations
         ticks = itertools.count(1)
-        with pytest.raises(train.Interrupted):
-            train.train(p, pieces, should_stop=lambda a=after, t=ticks: next(t) >= a)
-    train.train(p, pieces)
-    assert numbers(pieces, family) == numbers(whole, family)
+        with pytest.raises(trainer.Interrupted):
+            trainer.train(p, pieces, should_stop=lambda a=after, t=ticks: next(t) >= a)
+    trainer.train(p, pieces)
+    assert numbers(pieces) == numbers(whole)
 
 
 def test_work_since_the_last_checkpoint_is_redone_not_duplicated(tmp_path, monkeypatch):
     """A crash leaves evaluations behind that are newer than the checkpoint, and a torn last line."""
     p = plan(SMALL, "transformer")
     whole, crashed = tmp_path / "whole", tmp_path / "crashed"
-    train.train(p, whole)
+    trainer.train(p, whole)
     ticks = itertools.count(1)
-    with pytest.raises(train.Interrupted):
-        train.train(p, crashed, should_stop=lambda: next(ticks) >= 7)
-    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 1e9)
-    session = train.Session(p, crashed, lambda event, row: None)
+    with pytest.raises(trainer.Interrupted):
+        trainer.train(p, crashed, should_stop=lambda: next(ticks) >= 7)
+    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 1e9)
+    session = trainer.Session(p, crashed, lambda event, row: None)
     for _ in range(6):  # steps 8 to 13, with the evaluation at 10, then "killed"
         session.step()
     with open(crashed / "metrics.jsonl", "a") as file:
         file.write('{"model": "transformer", "st')
-    train.train(p, crashed)
-    assert numbers(crashed, "transformer") == numbers(whole, "transformer")
+    trainer.train(p, crashed)
+    assert numbers(crashed) == numbers(whole)
 
 
 def test_full_disk_gives_one_line_and_the_run_resumes(tmp_path, monkeypatch, capsys):
@@ -195,7 +196,7 @@ def test_full_disk_gives_one_line_and_the_run_resumes(tmp_path, monkeypatch, cap
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "CHECKPOINT_SECONDS", 0.0)
+        patch.setattr(trainer, "CHECKPOINT_SECONDS", 0.0)
         calls = itertools.count()
         real = os.replace
         patch.setattr(os, "replace", lambda *a: full() if next(calls) >= 9 else real(*a))
@@ -205,7 +206,7 @@ def test_full_disk_gives_one_line_and_the_run_resumes(tmp_path, monkeypatch, cap
     assert not list((tmp_path / "small").rglob(".*.tmp"))
     assert run.main(command(config)) == 0
     folders = [next(Path(c.out).glob("*/config.json")).parent for c in (config, whole)]
-    assert numbers(folders[0], "transformer") == numbers(folders[1], "transformer")
+    assert numbers(folders[0]) == numbers(folders[1])
 
 
 def test_a_damaged_checkpoint_is_named_in_one_line(tmp_path, capsys):
@@ -221,7 +222,7 @@ def test_a_damaged_checkpoint_is_named_in_one_line(tmp_path, capsys):
 
 
 def test_terminals_without_our_characters_get_something_else(finished):
-    config = dataclasses.replace(SMALL, out=str(finished.parent))
+    config = dataclasses.replace(SMALL, out=str(finished))
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     words = [sys.executable, "-m", "synthetic.run", *command(config)]
     result = subprocess.run(words, env=environment, capture_output=True, text=True)
@@ -246,11 +247,12 @@ def test_two_processes_do_not_work_in_one_folder(tmp_path, capsys):
     from filelock import FileLock
 
     config = dataclasses.replace(SMALL, out=str(tmp_path))
-    folder = tmp_path / run_id([plan(config, family) for family in config.model])
+    folder = tmp_path / run_id(plan(config, config.model[1]))  # before the first is trained, too
     folder.mkdir()
     with FileLock(folder / ".lock"):
         assert run.main(command(config)) == 2
-    assert "another process is working" in capsys.readouterr().err
+    assert f"another process is working in {folder}" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("checkpoint.safetensors"))
 
 
 # --- bad input ---------------------------------------------------------------------------------------
@@ -322,35 +324,35 @@ def test_evaluation_is_on_heldout_sequences():
     assert sum(len(b.input_ids) for b in batches) == 100
     for batch in batches:
         assert is_heldout(batch.input_ids[:, 1:17].numpy() - task.vocabulary.first_symbol).all()
-    trained = train.next_batch(task, plan(SMALL, "mamba"), train.Progress(length=16)).input_ids
+    trained = trainer.next_batch(task, plan(SMALL, "mamba"), trainer.Progress(length=16)).input_ids
     assert not is_heldout(trained[:, 1:17].numpy() - task.vocabulary.first_symbol).any()
 
 
 def test_curriculum_doubles_when_training_accuracy_passes():
-    p, now = plan(SMALL, "mamba"), train.Progress(length=4, accuracy=0.95)
+    p, now = plan(SMALL, "mamba"), trainer.Progress(length=4, accuracy=0.95)
     lengths = []
     for accuracy in (0.95, 0.96, 0.5, 0.99, 0.99):
         now.accuracy = accuracy
-        train.advance(p, now)
+        trainer.advance(p, now)
         lengths.append(now.length)
     assert lengths == [4, 8, 8, 16, 16]
-    assert train.longest_passed(p, train.Progress(length=4, accuracy=0.9)) == 0
-    assert train.longest_passed(p, train.Progress(length=16, accuracy=0.9)) == 8
-    assert train.longest_passed(p, train.Progress(length=16, accuracy=0.99)) == 16
+    assert trainer.longest_passed(p, trainer.Progress(length=4, accuracy=0.9)) == 0
+    assert trainer.longest_passed(p, trainer.Progress(length=16, accuracy=0.9)) == 8
+    assert trainer.longest_passed(p, trainer.Progress(length=16, accuracy=0.99)) == 16
 
 
 def test_learning_rate_follows_the_schedule():
     for schedule, middle, end in (("constant", 1.0, 1.0), ("linear", 0.5, 0.01), ("cosine", 0.5, 0.000247)):
         p = plan(dataclasses.replace(SMALL, steps=100, warmup=10, schedule=schedule), "mamba")
-        rates = [train.learning_rate(p, train.Progress(step=s)) for s in (50, 99)]
+        rates = [trainer.learning_rate(p, trainer.Progress(step=s)) for s in (50, 99)]
         assert rates == pytest.approx([middle, end], rel=0.01)
-        first = train.learning_rate(p, train.Progress(step=0))
+        first = trainer.learning_rate(p, trainer.Progress(step=0))
         assert first == pytest.approx(0.1)
 
 
 def test_training_stops_at_the_accuracy_asked_for(tmp_path):
     p = plan(dataclasses.replace(SMALL, stop_at=0.01, steps=100), "transformer")
-    result = train.train(p, tmp_path)
+    result = trainer.train(p, tmp_path)
     assert result["step"] < 100 and result["reached"]
 
 
@@ -391,10 +393,10 @@ def test_paper_protocol_is_the_papers(tmp_path):
     assert plan(RunConfig(protocol="paper", warmup=7, stop_at=0.5), "mamba").warmup == 7
     short = dataclasses.replace(SMALL, protocol="paper", queries=None, curriculum=None, steps=None)
     p = plan(dataclasses.replace(short, budget=128 * 3), "mamba")
-    assert train.train(p, tmp_path)["step"] == 3
+    assert trainer.train(p, tmp_path)["step"] == 3
 
 
 def test_safetensors_header_is_plain_json(finished):
-    with safe_open(finished / "mamba" / "checkpoint.safetensors", framework="pt") as file:
+    with safe_open(by_family(finished)["mamba"] / "checkpoint.safetensors", framework="pt") as file:
         state = json.loads(file.metadata()["state"])
     assert state["step"] == 24 and state["tokens"] > 0

@@ -15,16 +15,15 @@ import pytest
 from filelock import FileLock
 from rich.table import Table
 
+from ssm_retrieval import files
 from ssm_retrieval.terminal import plain_console
-from ssm_retrieval.training import files, records, store
-from synthetic import run, sweep, train
-from synthetic.config import RunConfig, plan
+from ssm_retrieval.training import records, store
+from synthetic import run, sweep, trainer
 
 SMALL = dict(
     seq_len=8, layers=1, d_state=4, queries=4, steps=4, eval_every=2, eval_examples=8, final_eval_examples=16,
     batch_tokens=64, device="cpu", precision="float32",
 )  # fmt: skip
-PLAN = plan(RunConfig(**SMALL, model=("mamba",)), "mamba")
 
 
 def command(out: Path | str, **more) -> list[str]:
@@ -88,11 +87,11 @@ def test_a_finished_run_is_shown_while_its_folder_is_locked(out, capsys):
 @pytest.mark.parametrize("lost", ["results", "targets", "learning_curve.png"])
 def test_what_a_kill_left_out_is_made_when_the_command_is_repeated(out, lost):
     folder = folder_of(out)
-    before = records.result(folder / "mamba")
+    before = records.result(folder)
     path = folder / lost if lost.endswith("png") else next((out / lost).glob("*.parquet"))
     path.unlink()
     assert run.main(command(out)) == 0
-    assert path.exists() and records.result(folder / "mamba") == before
+    assert path.exists() and records.result(folder) == before
 
 
 # --- temporary files -------------------------------------------------------------------------------------
@@ -101,7 +100,7 @@ def test_what_a_kill_left_out_is_made_when_the_command_is_repeated(out, lost):
 def leave(*paths: Path) -> list[Path]:
     """What a process leaves that is killed while it writes these files."""
     code = (
-        "import contextlib, os, sys, pathlib; from ssm_retrieval.training.files import replacing\n"
+        "import contextlib, os, sys, pathlib; from ssm_retrieval.files import replacing\n"
         "with contextlib.ExitStack() as stack:\n"
         "    for path in map(pathlib.Path, sys.argv[1:]):\n"
         "        stack.enter_context(replacing(path)).write_bytes(b'half')\n"
@@ -117,9 +116,9 @@ def leave(*paths: Path) -> list[Path]:
 
 def test_what_killed_processes_left_is_collected_everywhere_a_run_writes(tmp_path):
     folder = tmp_path / "runs" / "run"
-    places = (folder, folder / "mamba", tmp_path / "runs" / "results", tmp_path / "runs" / "targets")
+    places = (folder, tmp_path / "runs" / "results", tmp_path / "runs" / "targets")
     left = leave(*(place / "file" for place in places))
-    store.prepare(folder, {}, [PLAN.to_dict()], 1)
+    store.prepare(folder, {}, 1)
     assert not any(path.exists() for path in left)
 
 
@@ -134,7 +133,7 @@ def test_a_live_process_keeps_its_temporary_files(tmp_path):
     ):
         for path in (mine, other):
             path.write_text("half")
-        store.prepare(folder, {}, [PLAN.to_dict()], 1)
+        store.prepare(folder, {}, 1)
         assert mine.exists() and other.exists() and dead_below.exists()
     assert (folder / "by_position.jsonl").read_text() == "half"
 
@@ -249,7 +248,7 @@ def test_columns_that_say_nothing(monkeypatch, columns):
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
 def test_a_closed_terminal_leaves_a_checkpoint(tmp_path, capsys, monkeypatch, number):
     """As SIGTERM and Ctrl-C do: the step is ended, the state kept, and the same command goes on."""
-    real, calls = train.update, []
+    real, calls = trainer.update, []
 
     def update(*a, **k):
         calls.append(1)
@@ -257,12 +256,12 @@ def test_a_closed_terminal_leaves_a_checkpoint(tmp_path, capsys, monkeypatch, nu
             os.kill(os.getpid(), number)
         return real(*a, **k)
 
-    monkeypatch.setattr(train, "update", update)
+    monkeypatch.setattr(trainer, "update", update)
     before = signal.getsignal(number)
     assert run.main(command(tmp_path / "runs")) == 130
     assert "stopped at step 2; nothing is lost" in capsys.readouterr().out
     folder = folder_of(tmp_path / "runs")
-    assert store.load_tensors(folder / "mamba" / train.SINGLE)[1]["step"] == 2
+    assert store.load_tensors(folder / trainer.SINGLE)[1]["step"] == 2
     assert signal.getsignal(number) == before
     assert run.main(command(tmp_path / "runs")) == 0 and len(calls) == 4
 
@@ -276,8 +275,8 @@ def test_a_loop_of_links_as_out(tmp_path, capsys):
 
 
 def test_a_run_that_diverges_is_one_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "update", lambda *a: (float("nan"), 0.0))
+    monkeypatch.setattr(trainer, "update", lambda *a: (float("nan"), 0.0))
     assert run.main(command(tmp_path / "runs")) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: mamba: the training loss is nan") and error.count("\n") == 1
-    assert not list((tmp_path / "runs").glob("*/mamba/result.json"))
+    assert not list((tmp_path / "runs").glob("*/result.json"))

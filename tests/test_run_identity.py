@@ -19,7 +19,8 @@ BASE = RunConfig(seq_len=16, model=("mamba",), device="cpu", precision="float32"
 
 def name(family: str | None = None, **changed) -> str:
     config = dataclasses.replace(BASE, **changed)
-    return run_id([plan(config, each) for each in ([family] if family else config.model)])
+    (only,) = [family] if family else config.model
+    return run_id(plan(config, only))
 
 
 ROPE = dict(model=("transformer",), position="rope")
@@ -131,7 +132,7 @@ def built(p: Plan) -> object:
 def test_names_are_equal_exactly_where_training_is(one, other):
     (p, q) = (plan(wish, wish.model[0]) for wish in (one, other))
     same = p.family == q.family and built(p) == built(q)
-    assert (run_id([p]) == run_id([q])) == same
+    assert (run_id(p) == run_id(q)) == same
     assert (p == q) == same
 
 
@@ -139,7 +140,7 @@ def test_a_plan_of_a_file_is_the_plan_that_was_written():
     """JSON keeps no tuples; the name of a run can be made from its folder's plan."""
     settled = plan(dataclasses.replace(BASE, model=("hybrid",), position="rope"), "hybrid")
     again = Plan(**json.loads(json.dumps(settled.to_dict())))
-    assert run_id([again]) == run_id([settled])
+    assert run_id(again) == run_id(settled)
 
 
 @pytest.mark.parametrize("share", [0.001, 0.01, 0.03])

@@ -15,7 +15,7 @@ from test_run import command, numbers
 
 from ssm_retrieval import models
 from ssm_retrieval.training import store
-from synthetic import grid, pretrained, results, run, tasks, train
+from synthetic import grid, pretrained, results, run, tasks, trainer
 from synthetic.config import PRETRAINED_LR, RunConfig, plan, run_id
 from synthetic.evaluate import evaluate
 from synthetic.vocab import UNKNOWN, Vocabulary
@@ -72,7 +72,7 @@ def test_run_starts_from_the_checkpoint_and_can_be_opened_without_it(family, mod
     assert run.main(command(wish)) == 0
     shutil.rmtree(tmp_path / "checkpoint")
     (made,) = (path.parent for path in (tmp_path / "runs").glob("*/config.json"))
-    trained = store.load_model(made / model)
+    trained = store.load_model(made)
     task = tasks.build("position", seq_len=8, num_symbols=20, supervise_bos=False, first_id=VOCAB)
     assert trained.config.vocab_size == VOCAB + task.vocab_size
     ids = torch.arange(VOCAB)[None]
@@ -80,9 +80,9 @@ def test_run_starts_from_the_checkpoint_and_can_be_opened_without_it(family, mod
     with torch.no_grad():  # a step of 1e-9 is none
         torch.testing.assert_close(trained(ids)[..., :VOCAB], want, rtol=1e-4, atol=1e-4)
     again = evaluate(trained, task, examples=20, length=8, device="cpu", precision="float32")
-    result = store.read_json(made / model / "result.json")
+    result = store.read_json(made / "result.json")
     assert (again.accuracy, again.loss) == (result["accuracy"], result["loss"])
-    (settled,) = store.read_json(made / "config.json")["plans"]
+    settled = store.read_json(made / "config.json")["plan"]
     assert settled["init"]["path"] == str(tmp_path / "checkpoint")
     assert results.config_columns(settled)["preset"] == settled["init"]["path"]
     assert results.config_columns(settled)["n_layer"] == 2
@@ -90,13 +90,13 @@ def test_run_starts_from_the_checkpoint_and_can_be_opened_without_it(family, mod
 
 def test_resumed_equals_uninterrupted_even_if_the_checkpoint_is_gone(folder, tmp_path):
     p = plan(config(folder, steps=7), "mamba")
-    train.train(p, tmp_path / "whole")
+    trainer.train(p, tmp_path / "whole")
     ticks = itertools.count(1)
-    with pytest.raises(train.Interrupted, match="stopped at step 3"):
-        train.train(p, tmp_path / "pieces", should_stop=lambda: next(ticks) >= 3)
+    with pytest.raises(trainer.Interrupted, match="stopped at step 3"):
+        trainer.train(p, tmp_path / "pieces", should_stop=lambda: next(ticks) >= 3)
     shutil.rmtree(folder)
-    train.train(p, tmp_path / "pieces")
-    assert numbers(tmp_path / "pieces", "mamba") == numbers(tmp_path / "whole", "mamba")
+    trainer.train(p, tmp_path / "pieces")
+    assert numbers(tmp_path / "pieces") == numbers(tmp_path / "whole")
 
 
 def test_first_model_is_the_checkpoint_and_seeded_rows(folder):
@@ -123,9 +123,9 @@ def test_run_ids_without_init_are_what_they_were():
 
     def name(**options):
         wish = RunConfig(device="cpu", precision="float32", **options)
-        return run_id([plan(wish, family) for family in wish.model])
+        (family,) = wish.model
+        return run_id(plan(wish, family))
 
-    assert name() == "position-suffix-L1024-transformer+mamba-s0-dea43145"
     assert name(model=("hybrid",), task="ngram", seq_len=50) == "ngram-suffix-L50-hybrid-s0-17bd9416"
     mqar = dict(task="mqar", seq_len=64, model=("mamba",), layers=3, d_state=8, seed=3)
     assert name(**mqar) == "mqar-L64-mamba-s3-78274f6c"
@@ -133,12 +133,12 @@ def test_run_ids_without_init_are_what_they_were():
 
 def test_run_id_follows_the_weights_not_their_place(folder, tmp_path):
     def name(place):
-        return run_id([plan(config(place), "mamba")])
+        return run_id(plan(config(place), "mamba"))
 
     first = name(folder)
     shutil.copytree(folder, tmp_path / "copy")
     assert name(tmp_path / "copy") == first
-    assert run_id([plan(SMALL, "mamba")]) != first
+    assert run_id(plan(SMALL, "mamba")) != first
     file = tmp_path / "copy" / "model.safetensors"
     tensors = load_file(file)
     tensors["backbone.norm_f.weight"][0] += 1e-3

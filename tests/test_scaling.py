@@ -11,15 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from analysis.scaling import (
-    accuracy_by_position,
-    examples_to_threshold,
-    fit_power_law,
-    fit_power_laws,
-    reachable_length,
-    summarise,
-)
-from synthetic.evaluate import wilson
+from analysis.scaling import accuracy_by_position, fit_power_law, fit_power_laws
+from ssm_retrieval.statistics import wilson
+from ssm_retrieval.training.outcomes import examples_to_threshold, reachable_length, summarise
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ssm_retrieval import models
 from ssm_retrieval.ops.linear import Linear
 from ssm_retrieval.training import records, store
-from synthetic import evaluate, tasks, train
+from synthetic import evaluate, tasks, trainer
 
 DECAYED = {  # by the last two parts of their names: matrices that weight decay pulls, and no others
     "transformer": {
@@ -171,7 +171,7 @@ def test_a_seed_decides_first_weights_and_first_batch(tmp_path, family):
 def test_the_curriculum_doubles_when_the_running_accuracy_passes(tmp_path, monkeypatch):
     """Right every time: 1 - 0.9^n passes 0.95 at n = 29, so the length doubles after steps 29 and 58."""
     batches, events = [], []
-    monkeypatch.setattr(train, "update", lambda m, o, batch, *rest: batches.append(batch) or (0.5, 1.0))
+    monkeypatch.setattr(trainer, "update", lambda m, o, batch, *rest: batches.append(batch) or (0.5, 1.0))
     work = session(small("mamba", steps=100, seq_len=12, curriculum=4, batch_tokens=256), tmp_path, events)
     while not work.done():
         work.step()
@@ -184,7 +184,7 @@ def test_the_curriculum_doubles_when_the_running_accuracy_passes(tmp_path, monke
     assert running[29] == pytest.approx(0.1)  # it begins anew
     assert running[57] == pytest.approx(1 - 0.9**29)
     assert running[-1] == pytest.approx(1 - 0.9**42)  # but not at full length
-    assert train.longest_passed(work.plan, work.progress) == 12
+    assert trainer.longest_passed(work.plan, work.progress) == 12
     assert [events[i]["length"] for i in (0, 28, 29, 58)] == [4, 4, 8, 12]
     assert {(row["model"], row["loss"]) for row in events} == {("mamba", 0.5)}
     assert events[-1]["examples"] == sum(b.input_ids.shape[0] for b in batches)
@@ -194,7 +194,7 @@ def test_the_curriculum_doubles_when_the_running_accuracy_passes(tmp_path, monke
 def test_the_running_accuracy_is_an_average_with_weights_0_9_and_0_1(tmp_path, monkeypatch):
     scripted = [0.0, 1.0, 0.25, 0.5, 1.0]
     events, rest = [], iter(scripted)
-    monkeypatch.setattr(train, "update", lambda *_: (0.5, next(rest)))
+    monkeypatch.setattr(trainer, "update", lambda *_: (0.5, next(rest)))
     work = session(small("mamba"), tmp_path, events)
     for _ in scripted:
         work.step()
@@ -268,7 +268,7 @@ def test_evaluation_has_another_batch_every_time_and_the_same_at_every_step(tmp_
 def test_a_finished_session_writes_down_what_it_did(tmp_path):
     p = small("mamba", eval_every=6, final_eval_examples=40, curriculum=16, seed=3)
     before = time.monotonic()
-    result = train.train(p, tmp_path)
+    result = trainer.train(p, tmp_path)
     taken = time.monotonic() - before
     rows = store.read_rows(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [6, 12]
@@ -286,16 +286,16 @@ def test_a_finished_session_writes_down_what_it_did(tmp_path):
     for row in places:
         fixed = {"model": "mamba", "seed": 3, "step": 12, "length": 16, "chance": 1 / 16}
         assert row | fixed == row
-    _, header = store.load_tensors(tmp_path / "mamba" / "model.safetensors")
+    _, header = store.load_tensors(tmp_path / "model.safetensors")
     assert header == {"step": 12}
 
 
 def test_a_checkpoint_is_written_when_it_is_due_and_only_then(tmp_path, monkeypatch):
     for seconds, due in ((0.0, True), (1e9, False)):
-        monkeypatch.setattr(train, "CHECKPOINT_SECONDS", seconds)
+        monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", seconds)
         work = session(small("mamba"), tmp_path / str(due))
         work.step()
-        path = work.own / train.SINGLE
+        path = work.folder / trainer.SINGLE
         assert path.exists() == due
         if due:
             tensors, header = store.load_tensors(path)

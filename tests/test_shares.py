@@ -11,7 +11,7 @@ from sessions import session, small
 from ssm_retrieval import models
 from ssm_retrieval.training import distributed, store
 from ssm_retrieval.training.distributed import World
-from synthetic import tasks, train
+from synthetic import tasks, trainer
 from synthetic.config import RunConfig, plan
 
 
@@ -60,7 +60,7 @@ def test_gradients_of_uneven_shares_average_to_those_of_the_batch(accumulate):
     def gradients(world):
         model = models.build("mamba-tiny", vocab_size=settled.model_overrides["vocab_size"], n_layer=1)
         kept = Kept(model)
-        train.update(model, kept, batch, settled, world=world)
+        trainer.update(model, kept, batch, settled, world=world)
         return kept.gradients
 
     whole, first, second = gradients(World()), gradients(Doubled(0, 2)), gradients(Doubled(1, 2))
@@ -77,28 +77,28 @@ def test_a_step_is_written_once(tmp_path, monkeypatch):
         save_tensors(path, tensors, header)
 
     monkeypatch.setattr(store, "save_tensors", noted)
-    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0.0)  # due after every step
-    monkeypatch.setattr(train, "CHECKPOINT_SHARE", 1e9)
+    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0.0)  # due after every step
+    monkeypatch.setattr(trainer, "CHECKPOINT_SHARE", 1e9)
     settled = plan(RunConfig(seq_len=6, layers=1, device="cpu", precision="float32", steps=3), "mamba")
     steps = iter([False, True])
-    with pytest.raises(train.Interrupted, match="step 2"):
-        train.train(settled, tmp_path, should_stop=lambda: next(steps))
-    train.train(settled, tmp_path)
-    expected = [(train.SINGLE, step) for step in (1, 2, 3)]
+    with pytest.raises(trainer.Interrupted, match="step 2"):
+        trainer.train(settled, tmp_path, should_stop=lambda: next(steps))
+    trainer.train(settled, tmp_path)
+    expected = [(trainer.SINGLE, step) for step in (1, 2, 3)]
     assert written == [*expected, ("model.safetensors", 3)]
     (tmp_path / "mamba" / "result.json").unlink()  # as if it had been killed in its final evaluation
-    train.train(settled, tmp_path)
+    trainer.train(settled, tmp_path)
     assert written == [*expected, *[("model.safetensors", 3)] * 2]
 
 
-def several(work: train.Session) -> None:
+def several(work: trainer.Session) -> None:
     """Write the checkpoint of a session as several processes do, here with all shards in one."""
     alone, work.world = work.world, Doubled(0, 2)
     work.checkpoint()
     work.world = alone
 
 
-def state_of(work: train.Session) -> dict[str, torch.Tensor]:
+def state_of(work: trainer.Session) -> dict[str, torch.Tensor]:
     found = store.checkpoint_tensors(work.model, work.optimizer)
     return {name: tensor.detach().clone() for name, tensor in found.items()}
 
@@ -109,7 +109,7 @@ def test_one_process_goes_on_from_the_shards_of_several(tmp_path):
     work.step()
     work.step()
     several(work)
-    assert not (work.own / train.SINGLE).exists() and (work.own / "checkpoint-2").is_dir()
+    assert not (work.own / trainer.SINGLE).exists() and (work.own / "checkpoint-2").is_dir()
     want, progress = state_of(work), work.progress
     assert any(name.startswith("exp_avg_sq.") for name in want)
     events = []
@@ -135,7 +135,7 @@ def test_the_later_of_two_checkpoints_counts(tmp_path, last):
     for who in order:
         work.step()
         writers[who]()
-    assert (work.own / train.SINGLE).exists() and distributed.saved(work.own) is not None
+    assert (work.own / trainer.SINGLE).exists() and distributed.saved(work.own) is not None
     again = session(work.plan, tmp_path)
     assert again.progress.step == 2
     want, found = state_of(work), state_of(again)

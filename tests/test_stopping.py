@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from ssm_retrieval.training import store
-from synthetic import run, train
+from synthetic import run, trainer
 from synthetic.config import RunConfig, plan
 from synthetic.evaluate import Evaluation, heldout
 from synthetic.results import record
@@ -45,7 +45,7 @@ class Coins:
         return Evaluation(length, right, np.zeros(examples, dtype=np.int64), 1.0, 1 / length)
 
 
-def reaches(session: train.Session, coins: Coins, evaluations: int) -> bool:
+def reaches(session: trainer.Session, coins: Coins, evaluations: int) -> bool:
     """Whether a model of this accuracy "reaches" the goal in so many evaluations."""
     session._unseen, session.progress.stopped = coins, False
     for _ in range(evaluations):
@@ -60,7 +60,7 @@ def session(tmp_path):
     config = dataclasses.replace(
         SMALL, curriculum=0, stop_at=0.95, eval_examples=128, final_eval_examples=1024
     )
-    made = train.Session(plan(config, "mamba"), tmp_path, lambda event, row: None)
+    made = trainer.Session(plan(config, "mamba"), tmp_path, lambda event, row: None)
     made.world = SimpleNamespace(main=False)  # writes no rows
     return made
 
@@ -89,9 +89,9 @@ def test_the_second_look_is_at_other_validation_sequences(tmp_path, monkeypatch)
         asked.append((split, examples, length, start))
         return heldout(task, examples, length, split, start)
 
-    monkeypatch.setattr(train, "heldout", spy)
+    monkeypatch.setattr(trainer, "heldout", spy)
     monkeypatch.setattr(Evaluation, "accuracy", 1.0)
-    result = train.train(plan(dataclasses.replace(SMALL, curriculum=0), "mamba"), tmp_path)
+    result = trainer.train(plan(dataclasses.replace(SMALL, curriculum=0), "mamba"), tmp_path)
     assert result["reached"] and result["step"] < SMALL.steps
     assert asked == [("validation", 20, 16, 0), ("validation", 50, 16, 20), ("heldout", 50, 16, 0)]
     last = store.read_rows(tmp_path / "metrics.jsonl")[-1]
@@ -118,8 +118,8 @@ def test_reached_and_whether_the_final_evaluation_agrees(
         right = np.arange(examples) < round(accuracy * examples)
         return Evaluation(length, right, np.zeros(examples, dtype=np.int64), 1.0, 1 / length)
 
-    monkeypatch.setattr(train.Session, "_unseen", unseen)
-    result = train.train(plan(dataclasses.replace(SMALL, curriculum=0), "mamba"), tmp_path)
+    monkeypatch.setattr(trainer.Session, "_unseen", unseen)
+    result = trainer.train(plan(dataclasses.replace(SMALL, curriculum=0), "mamba"), tmp_path)
     assert (result["step"] == 4) == stopped and result["reached"] is stopped
     assert result["heldout_reached"] is agrees
     rows = store.read_rows(tmp_path / "metrics.jsonl")
@@ -135,7 +135,7 @@ def test_tables_say_which_sequences_and_whether_the_goal_was_reached(tmp_path, m
         words += ["--" + name.replace("_", "-"), str(getattr(SMALL, name))]
     assert run.main([*words, "--model", "mamba"]) == 0
     (folder,) = (path.parent for path in (tmp_path / "runs").glob("*/config.json"))
-    record(folder, "mamba")
+    record(folder)
     table = pd.read_parquet(tmp_path / "runs" / "results")
     during, final = table[table.kind == "during"], table[table.kind == "final"]
     assert set(during.split) == {"validation"} and set(final.split) == {"heldout"}

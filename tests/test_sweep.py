@@ -20,7 +20,7 @@ from ssm_retrieval.training import store
 from synthetic import results, sweep
 from synthetic.config import plan, run_id
 from synthetic.grid import grid
-from synthetic.train import train
+from synthetic.trainer import train
 
 HEAD = """
 from dataclasses import replace
@@ -69,8 +69,8 @@ def test_rows_are_those_of_training_each_run_by_itself(finished, tmp_path, one_t
     assert table["run"].nunique() == len(wanted.runs) == 4
     for run in wanted.runs:
         p = plan(run, run.model[0])
-        folder = tmp_path / run_id([p])
-        store.prepare(folder, vars(run), [p.to_dict()], 1)
+        folder = tmp_path / run_id(p)
+        results.begin(folder, run, p)
         final = train(p, folder)
         mine = table[table["run"] == folder.name]
         during = store.read_rows(folder / "metrics.jsonl")
@@ -124,8 +124,8 @@ def test_a_larger_file_adds_only_its_new_runs(finished, tmp_path, capsys):
 def test_a_failed_run_is_reported_and_the_next_sweep_repeats_it(finished, tmp_path, capsys):
     out = tmp_path / "runs"
     (name,) = (r for r in set(analysis.load(finished)["run"]) if "mamba-s1" in r)
-    (out / name / "mamba").mkdir(parents=True)
-    broken = out / name / "mamba" / "checkpoint.safetensors"
+    (out / name).mkdir(parents=True)
+    broken = out / name / "checkpoint.safetensors"
     broken.write_bytes(b"no checkpoint")
     words = [write(tmp_path), "--out", str(out), "--workers", "1"]
     assert sweep.main(words) == 1
@@ -146,7 +146,7 @@ def test_what_a_kill_at_the_last_moment_left_out_is_made_up_for(finished, tmp_pa
     (path,) = (p for p in (finished / "results").glob("*mamba-s1*"))
     rows = pd.read_parquet(path)
     rows[rows["kind"] == "during"].to_parquet(path)
-    result = next(finished.glob("*mamba-s1*/mamba/result.json"))
+    result = next(finished.glob("*mamba-s1*/result.json"))
     os.utime(path, ns=(0, result.stat().st_mtime_ns + later))
     assert len(analysis.load(finished)) == len(before) - 1
     assert sweep.main([write(tmp_path), "--out", str(finished)]) == 0
@@ -178,7 +178,7 @@ def test_a_seed_that_is_reported_after_all_is_no_longer_validation(finished, tmp
     path = next(finished.glob("*mamba-s1*/config.json"))
     before = analysis.load(finished)
     store.write_json(path, store.read_json(path) | {"purpose": "validation"})
-    results.record(path.parent, "mamba")
+    results.record(path.parent)
     assert "validation" in set(analysis.load(finished)["purpose"])
     assert sweep.main([write(tmp_path), "--out", str(finished)]) == 0
     same(analysis.load(finished), before)
@@ -270,8 +270,8 @@ def test_the_store_is_written_once_per_evaluation_and_at_the_end(tmp_path, monke
 
     (run, *_) = grids.load(Path(write(tmp_path))).runs
     p = plan(run, run.model[0])
-    folder = tmp_path / "runs" / run_id([p])
-    store.prepare(folder, vars(run), [p.to_dict()], 1)
+    folder = tmp_path / "runs" / run_id(p)
+    results.begin(folder, run, p)
     real, steps = results.record, []
 
     def counted(*words):
@@ -294,7 +294,7 @@ def test_the_store_is_written_once_per_evaluation_and_at_the_end(tmp_path, monke
 def _write_many(out: str, seeds: list[int], times: int) -> None:
     for _ in range(times):
         for seed in seeds:
-            results.record(Path(out) / f"run-{seed}", "mamba")
+            results.record(Path(out) / f"run-{seed}")
 
 
 def test_two_writers_at_once_lose_nothing_and_readers_see_whole_files(tmp_path):
@@ -308,7 +308,7 @@ def test_two_writers_at_once_lose_nothing_and_readers_see_whole_files(tmp_path):
     seeds = list(range(8))
     for seed in seeds:
         folder = tmp_path / f"run-{seed}"
-        store.prepare(folder, {}, [p.to_dict()], 1)
+        results.begin(folder, grid(model="mamba")[0], p)
         store.write_rows(folder / "metrics.jsonl", [template | dict(step=i, seed=seed) for i in range(20)])
     context = multiprocessing.get_context("spawn")
     shares = (seeds[:5], seeds[3:])  # two runs are written by both

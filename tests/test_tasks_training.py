@@ -10,9 +10,10 @@ import torch
 from task_solvers import SOLVERS, answers_by_block, kinds, small
 
 from ssm_retrieval import models
-from synthetic import run, tasks, train
+from ssm_retrieval.statistics import wilson
+from synthetic import run, tasks, trainer
 from synthetic.config import RunConfig, plan, run_id
-from synthetic.evaluate import evaluate, evaluate_blocks, extrapolate, heldout, score, wilson
+from synthetic.evaluate import evaluate, evaluate_blocks, extrapolate, heldout, score
 
 HOW = dict(device="cpu", precision="float32")
 CPU = dict(
@@ -43,7 +44,7 @@ CONFIGS = {
 def test_a_few_steps_of_every_task(tmp_path, name, layout, family):
     chosen = CONFIGS[name] | ({} if layout is None else dict(layout=layout))
     p = plan(RunConfig(task=name, **chosen, **CPU), family)
-    result = train.train(p, tmp_path)
+    result = trainer.train(p, tmp_path)
     task = tasks.build(name, **p.task_options)
     asked = task.usual_queries(p.seq_len)
     assert result["step"] == 4 and result["count"] == 12 * asked
@@ -238,7 +239,7 @@ def test_lengths_vary_at_full_length_only():
     p = plan(RunConfig(task="ngram", seq_len=24, min_seq_len=18, curriculum=8, **CPU), "mamba")
     task = tasks.build(p.task, **p.task_options)
     lengths = {
-        n: {train.next_batch(task, p, train.Progress(step=i, length=n)).length for i in range(60)}
+        n: {trainer.next_batch(task, p, trainer.Progress(step=i, length=n)).length for i in range(60)}
         for n in (8, 16, 24)
     }
     assert lengths == {8: {8}, 16: {16}, 24: set(range(18, 25))}
@@ -261,13 +262,13 @@ def test_position_plans_name_no_option_of_other_tasks():
     config = RunConfig(seq_len=16, num_symbols=40, device="cpu", precision="float32")
     p = plan(config, "mamba")
     assert p.task_options == dict(seq_len=16, num_symbols=40, layout="suffix", supervise_bos=False)
-    assert run_id([p]).startswith("position-suffix-L16-mamba-s0-")
+    assert run_id(p).startswith("position-suffix-L16-mamba-s0-")
     default = plan(dataclasses.replace(config, num_symbols=None), "mamba")
     assert json.dumps(default.task_options) == (
         '{"seq_len": 16, "num_symbols": 16, "layout": "suffix", "supervise_bos": false}'
     )
     other = plan(RunConfig(task="induction", seq_len=16, device="cpu", precision="float32"), "mamba")
-    assert run_id([other]).startswith("induction-L16-mamba-s0-")
+    assert run_id(other).startswith("induction-L16-mamba-s0-")
     assert other.task_options == dict(seq_len=16, num_symbols=16)
 
 

@@ -36,7 +36,7 @@ def save(wanted: Run, out: Path) -> Path:
     """The folder of a run, with the weights that it begins with."""
     folder = out / wanted.stage_ids()[-1]
     folder.mkdir(parents=True)
-    store.prepare(folder, {}, [wanted.to_dict()], 1)
+    store.prepare(folder, {"plans": [wanted.to_dict()]}, 1)
     store.save_tensors(
         folder / stages.WEIGHTS, dict(components.model(wanted, scenes.WIDTH).named_parameters()), {}
     )

@@ -105,7 +105,7 @@ def train_stage(
     optimizer = torch.optim.AdamW(parameters, lr=stage.lr, betas=stage.betas, weight_decay=stage.weight_decay)
     now = resume(folder, model, optimizer, stage.steps)
     if accelerator.is_main_process:
-        store.prepare(folder, {}, [run.to_dict()], torch.get_num_threads())
+        store.prepare(folder, {"plans": [run.to_dict()]}, torch.get_num_threads())
         rows = [row for row in folders.metrics(folder) if row["step"] <= now.step]
         store.write_rows(folder / METRICS, rows)
     loss_of, optimizer = accelerator.prepare(Loss(model), optimizer)

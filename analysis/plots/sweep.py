@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 
 from analysis import settings
-from analysis.scaling import accuracy_by_position, examples_to_threshold, fit_power_laws, reachable_length
+from analysis.scaling import accuracy_by_position, fit_power_laws
 from ssm_retrieval.statistics import bootstrap_median_time, mean_interval
 from ssm_retrieval.style import legend, panels
+from ssm_retrieval.training.outcomes import examples_to_threshold, reachable_length
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -20,7 +20,8 @@ LARGE = 10_000_000  # bytes: what mail servers and browsers take without trouble
 class Options:
     """Write what runs learned, and what their probes found, into one HTML file that needs no network.
 
-    RUNS are folders of synthetic.run or synthetic.sweep (runs/<id>), one or several; where
+    RUNS are folders of synthetic.run or synthetic.sweep (runs/<id>), one or several, or a folder that holds
+    such. Those that differ in nothing but the architecture are shown as one comparison; where
     `python -m probes.run` has been run on them, its tables are shown too.
     """
 

@@ -1,11 +1,13 @@
-"""A run folder, read: what was asked, metrics, final results, and the tables of its probes."""
+"""Run folders, read: what was asked, metrics, final results, and the tables of their probes.
+
+Runs that differ in nothing but the architecture are one comparison, which the page shows side by side.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,24 +16,26 @@ import pandas as pd
 
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.style import FAMILIES, NAMES
-from ssm_retrieval.training import records
+from ssm_retrieval.training import records, store
 from ssm_retrieval.training.store import Row
 from synthetic.config import RunConfig
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+OF_A_MODEL = ("family", "model", "model_overrides", "lr", "init")  # in a plan: what a comparison is between
 UNASKED = ("plan", "threads")  # options that a command to resume a run can do without
 
 
 @dataclass(frozen=True)
 class Run:
-    """One folder of `synthetic.run` or `synthetic.sweep`.
+    """Runs of `synthetic.run` or `synthetic.sweep` with the same options, one for each architecture.
 
-    folder: as the user wrote it. letter: what tells it apart on the page, "" where it is the only one.
-    plans: by family, in the order of every figure. asked: the options it was started with. metrics: rows of
-    metrics.jsonl; positions: of by_position.jsonl. results: by family, of those that have finished.
+    folders: by family, in the order of every figure, as the user wrote them. letter: what tells this
+    comparison apart on the page, "" where it is the only one. plans: by family. asked: the options it was
+    started with. metrics: rows of metrics.jsonl; positions: of by_position.jsonl. results: by family, of
+    those that have finished.
     """
 
-    folder: Path
+    folders: dict[str, Path]
     letter: str
     plans: dict[str, Row]
     asked: Row
@@ -42,7 +46,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        return self.folder.resolve().name
+        return ", ".join(folder.resolve().name for folder in self.folders.values())
 
     def title(self, family: str) -> str:
         """`Mamba`, or `Mamba, run A` where there are several runs."""
@@ -64,57 +68,76 @@ class Run:
 
     def probe_command(self, probe: str) -> str:
         """The command line that makes a probe's tables."""
-        return f"python -m probes.run {shlex.quote(str(self.folder))} --probe {probe}"
+        folders = " ".join(shlex.quote(str(folder)) for folder in self.folders.values())
+        return f"python -m probes.run {folders} --probe {probe}"
 
     def probe(self, name: str) -> pd.DataFrame | None:
         """A probe's tables of all families; None where it has not been run. Raises UserError for damage."""
-        return _probe(self.folder / "probes", name, tuple(self.plans))
+        return _probe(name, tuple((family, folder / "probes") for family, folder in self.folders.items()))
 
     def left_out(self, probe: str) -> dict[str, str]:
         """Family -> why it has no table of a probe, in the words of probes.run."""
-        try:
-            text = (self.folder / "probes" / "summary.md").read_text(encoding="utf-8")
-        except OSError:
-            return {}
-        return dict(re.findall(rf"^- {probe} (\w+): left out, (.*)$", text, flags=re.MULTILINE))
+        from probes.run import LEFT_OUT
+
+        found = {}
+        for family, folder in self.folders.items():
+            record = folder / "probes" / f"{probe}.{family}.json"
+            if record.exists() and LEFT_OUT in (said := store.read_json(record)):
+                found[family] = str(said[LEFT_OUT])
+        return found
 
 
 @cache
-def _probe(folder: Path, name: str, families: tuple[str, ...]) -> pd.DataFrame | None:
+def _probe(name: str, places: tuple[tuple[str, Path], ...]) -> pd.DataFrame | None:
     from probes.run import tables
 
-    return tables(folder, name, families)
+    return tables(dict(places), name)
 
 
-def read_all(folders: Sequence[Path]) -> list[Run]:
-    """Every run once, in the order given. Raises UserError, in one line, for what is not a run's folder."""
-    if not folders:
+def read_all(places: Sequence[Path]) -> list[Run]:
+    """The comparisons of all runs in the order given. Raises UserError, in one line, for what is no run."""
+    if not places:
         raise UserError("RUNS is missing; give one or several folders of runs (runs/<id>)")
-    distinct = list({folder.resolve(): folder for folder in folders}.values())
-    if len(distinct) > len(LETTERS):
-        raise UserError(f"RUNS: {len(distinct)} are too many to tell apart; give {len(LETTERS)} at most")
-    letters = LETTERS if len(distinct) > 1 else [""]
-    return [read(folder, letter) for folder, letter in zip(distinct, letters, strict=False)]
+    groups: list[tuple[Row, dict[str, Path]]] = []
+    for folder in store.run_folders(places):
+        saved = records.config(folder)
+        plan, family = saved["plan"], saved["plan"]["family"]
+        shared = {k: v for k, v in plan.items() if k not in OF_A_MODEL}
+        shared |= {k: saved["run"].get(k) for k in ("lr", "preset", "layers", "init")}
+        group = next((g for s, g in groups if s == shared and family not in g), None)
+        if group is None:
+            groups.append((shared, {family: folder}))
+        else:
+            group[family] = folder
+    if len(groups) > len(LETTERS):
+        raise UserError(f"RUNS: {len(groups)} are too many to tell apart; give {len(LETTERS)} at most")
+    letters = LETTERS if len(groups) > 1 else [""]
+    return [read(folders, letter) for (_, folders), letter in zip(groups, letters, strict=False)]
 
 
-def read(folder: Path, letter: str = "") -> Run:
-    """One run. Raises UserError, in one line, if the folder is not a run's or a file in it is damaged."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"RUNS {folder} has no config.json; give folders of runs (runs/<id>)")
-    saved = records.config(folder)
-    plans = {plan["family"]: plan for plan in saved["plans"]}
-    environment = folder / "environment.json"
+def read(folders: Mapping[str, Path], letter: str = "") -> Run:
+    """One comparison. Raises UserError, in one line, if a file in it is damaged."""
+    folders = {family: folders[family] for family in FAMILIES if family in folders}
+    saved = {family: records.config(folder) for family, folder in folders.items()}
+    asked: Row = {"model": list(saved)}
+    for one in saved.values():  # options that an architecture lacks stand at their default in its run
+        asked |= {k: v for k, v in one["run"].items() if k != "model" and v != getattr(RunConfig, k, None)}
+    sessions = [
+        records.environment(folder)["sessions"][-1]
+        for folder in folders.values()
+        if (folder / "environment.json").exists()
+    ]
     return Run(
-        folder=folder,
+        folders=folders,
         letter=letter,
-        plans={family: plans[family] for family in FAMILIES if family in plans},
-        asked=saved["run"],
-        environment=records.environment(folder)["sessions"][-1] if environment.exists() else {},
-        metrics=pd.DataFrame(records.metrics(folder)),
-        positions=pd.DataFrame(records.by_position(folder)),
+        plans={family: one["plan"] for family, one in saved.items()},
+        asked=asked,
+        environment=sessions[0] if sessions else {},
+        metrics=pd.DataFrame([row for folder in folders.values() for row in records.metrics(folder)]),
+        positions=pd.DataFrame([row for folder in folders.values() for row in records.by_position(folder)]),
         results={
-            family: records.result(folder / family)
-            for family in plans
-            if (folder / family / "result.json").exists()
+            family: records.result(folder)
+            for family, folder in folders.items()
+            if (folder / "result.json").exists()
         },
     )

@@ -41,7 +41,7 @@ from probes.suite.common import (
     single_query,
 )
 from ssm_retrieval.models.common import LanguageModel
-from synthetic.evaluate import wilson
+from ssm_retrieval.statistics import wilson
 from synthetic.tasks import Batch, Task, sampling
 from synthetic.tasks.sampling import IntArray
 

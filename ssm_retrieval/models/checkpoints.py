@@ -27,9 +27,6 @@ from ssm_retrieval.models.registry import from_config
 COMPUTED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # computed in float32 whatever the others are, so that they may be wider
 APART = (".A_log", ".D", ".dt_bias", ".dt_proj.bias")
-UNFINISHED = (
-    "checkpoint.safetensors"  # of a run's model before it has weights (`ssm_retrieval.training.store`)
-)
 
 
 @dataclass(frozen=True)
@@ -46,11 +43,11 @@ def examine(name_or_path: str | Path, *, revision: str | None = None) -> Checkpo
     """Find a checkpoint (see `load`) and read everything about it but the weights."""
     folder = hub.find_folder(name_or_path, revision)
     place = folder / "config.json"
+    raw = hub.read_json(place)
     require(
-        place.exists() or not (folder / UNFINISHED).exists(),
+        "plan" not in raw or (folder / "model.safetensors").exists(),
         f"{folder} is of a run that has not finished; give its command again, it goes on from there",
     )
-    raw = hub.read_json(place)
     if own_configs.is_own(raw):
         config = own_configs.read_config(raw, str(place))
         weights = hub.weight_files(folder)

@@ -2,7 +2,7 @@
 
     {"model_type": "ssm-retrieval", "format": 1, "family": "hybrid", "d_model": 128, ...}
 
-and that of a run's model, runs/<id>/<family>/config.json: {"name": preset or family, "config": overrides}.
+and that of a run, runs/<id>/config.json: {"plan": {"model": preset or family, "model_overrides": {..}, ..}}.
 Configs of every form end here: `check_sizes` holds them against the tensors before anything is made.
 """
 
@@ -42,20 +42,16 @@ def write_config(config: Config) -> dict[str, Any]:
 def is_own(raw: Mapping[str, Any]) -> bool:
     """Whether `read_config` has to read these contents of a `config.json`."""
     return raw.get("model_type") == MODEL_TYPE or (
-        "model_type" not in raw and ("plans" in raw or "name" in raw)
+        "model_type" not in raw and ("plan" in raw or "plans" in raw)
     )
 
 
 def read_config(raw: Mapping[str, Any], where: str) -> Config:
     """The config in a file of ours. Raises UserError that names file and field for what is not one."""
     if "plans" in raw:
-        plans = raw["plans"] if isinstance(raw["plans"], list) else []
-        found = [
-            plan["family"] for plan in plans if isinstance(plan, dict) and isinstance(plan.get("family"), str)
-        ]
-        folder = where.removesuffix("config.json")
-        places = " or ".join(f"{folder}{family}" for family in found) or "one in it"
-        raise UserError(f"{where} is of a whole run; give the folder of one of its models: {places}")
+        raise UserError(
+            f"{where} is of an older version, which kept several models in a run; train them again"
+        )
     if "model_type" not in raw:
         return _of_run(raw, where)
     version = raw.get("format")
@@ -74,11 +70,17 @@ def read_config(raw: Mapping[str, Any], where: str) -> Config:
 
 
 def _of_run(raw: Mapping[str, Any], where: str) -> Config:
-    name, options = raw.get("name"), raw.get("config")
+    plan = raw.get("plan")
+    require(isinstance(plan, dict), f"{where}: plan={shown(plan)} must be an object; train it again")
+    plan = cast("dict[str, Any]", plan)
+    name, options = plan.get("model"), plan.get("model_overrides")
     require(
-        isinstance(name, str), f"{where}: name={shown(name)} must be a preset or a family; train it again"
+        isinstance(name, str), f"{where}: model={shown(name)} must be a preset or a family; train it again"
     )
-    require(isinstance(options, dict), f"{where}: config={shown(options)} must be an object; train it again")
+    require(
+        isinstance(options, dict),
+        f"{where}: model_overrides={shown(options)} must be an object; train it again",
+    )
     name, options = cast(str, name), cast("dict[str, Any]", options)
     if name in ARCHITECTURES:
         return typed(ARCHITECTURES[name].config, options, where)

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssm_retrieval.models import block_memory
 from ssm_retrieval.models.architecture import TINY, Architecture
-from ssm_retrieval.models.block_memory import attention, every_block
 from ssm_retrieval.models.common import (
     Block,
     Context,
@@ -374,7 +374,7 @@ ARCHITECTURE = Architecture(
     },
     positions=("learned", "rope", "none"),
     state_size=state_size,
-    memory=every_block(attention),
+    memory=block_memory.every_block(block_memory.attention),
     hub="gpt_neox",
     aliases=("pythia",),
 )

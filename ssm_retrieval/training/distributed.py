@@ -17,26 +17,23 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ssm_retrieval.errors import UserError
-from synthetic import evaluate
-from synthetic.evaluate import Evaluation
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from ssm_retrieval.models import LanguageModel
-    from synthetic.config import Plan
-    from synthetic.tasks import Batch
 
 Loss = Callable[..., tuple[Tensor, Tensor]]
 TIMEOUT = timedelta(minutes=30)  # for the slowest process of a collective call: the first compiles kernels
@@ -81,12 +78,34 @@ class World:
 ALONE = World()
 
 
+class Batch(Protocol):
+    """What processes can share: rows, and a way to deal them out."""
+
+    @property
+    def input_ids(self) -> Tensor: ...
+    def split(self, parts: int) -> list[Self]: ...
+
+
+Rows = TypeVar("Rows", bound=Batch)
+
+
+class Sharded(Protocol):
+    """What of a run's settings decides how several processes can share it."""
+
+    @property
+    def optimizer(self) -> str: ...
+    @property
+    def lora(self) -> int: ...
+    @property
+    def device(self) -> str: ...
+
+
 class Lost(Exception):
     """Another process of the run has ended before its time."""
 
 
 @contextmanager
-def joined(strategy: str, plan: Plan) -> Iterator[World]:
+def joined(strategy: str, plan: Sharded) -> Iterator[World]:
     """The world that torchrun or accelerate has started this process in; a world of one without them.
 
     strategy: "ddp", "fsdp", or "auto": what accelerate's configuration asks for, else ddp.
@@ -148,8 +167,11 @@ def spread(model: LanguageModel, world: World) -> Loss:
     return model.loss
 
 
-def share(batch: Batch, world: World) -> Batch:
-    """This process' rows of a batch. Raises UserError if there are fewer rows than processes."""
+def share(batch: Rows, world: World) -> Rows:
+    """This process' rows of a batch, of any kind that has `input_ids` and can `split` itself.
+
+    Raises UserError if there are fewer rows than processes.
+    """
     if world.size == 1:
         return batch
     rows = batch.input_ids.shape[0]
@@ -158,33 +180,6 @@ def share(batch: Batch, world: World) -> Batch:
             f"--batch-tokens gives batches of {rows} sequences, too few for {world.size} processes; raise it"
         )
     return batch.split(world.size)[world.rank]
-
-
-@torch.no_grad()
-def score(
-    model: LanguageModel, batches: Iterable[Batch], world: World, *, device: str, precision: str
-) -> Evaluation:
-    """`evaluate.score`, each process on its rows of every batch; all have the whole result."""
-    if world.size == 1:
-        return evaluate.score(model, batches, device=device, precision=precision)
-    mine: list[Evaluation | None] = []
-    for batch in batches:
-        parts = batch.split(world.size)
-        part, empty = parts[world.rank], len(parts[world.rank].labels) == 0
-        # a process without rows takes part in the forward pass all the same
-        result = evaluate.score(model, [parts[0] if empty else part], device=device, precision=precision)
-        mine.append(None if empty else result)
-    reshard(model)
-    in_order = zip(*world.gathered(mine), strict=True)  # batch by batch, its parts by rank
-    found: list[Evaluation] = [result for results in in_order for result in results if result is not None]
-    counts = [len(result.correct) for result in found]
-    return Evaluation(
-        found[0].length,
-        np.concatenate([result.correct for result in found]),
-        np.concatenate([result.target for result in found]),
-        float(np.average([result.loss for result in found], weights=counts)),
-        found[0].chance,
-    )
 
 
 def reshard(model: LanguageModel) -> None:

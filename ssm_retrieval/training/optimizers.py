@@ -11,7 +11,7 @@ Whatever the precision of the products, weights are float32 and so their own mas
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from ssm_retrieval.errors import MissingPackage
 
 if TYPE_CHECKING:
     from ssm_retrieval.models import LanguageModel
-    from synthetic.config import Plan
 
 EXEMPT = ("A_log", "embed_pos", "conv1d")  # of weight decay, by Mamba's authors
 EIGHT_BIT_HELP = (
@@ -28,7 +27,20 @@ EIGHT_BIT_HELP = (
 )
 
 
-def make_optimizer(model: LanguageModel, plan: Plan) -> torch.optim.Optimizer:
+class Settings(Protocol):
+    """What a run's plan says of its optimizer."""
+
+    @property
+    def optimizer(self) -> str: ...
+    @property
+    def lr(self) -> float: ...
+    @property
+    def betas(self) -> tuple[float, float]: ...
+    @property
+    def weight_decay(self) -> float: ...
+
+
+def make_optimizer(model: LanguageModel, plan: Settings) -> torch.optim.Optimizer:
     """plan.optimizer over the parameters that train; weight decay on matrices only, and not on embeddings
     or what Mamba's authors exempt. Raises ImportError, in one line, if its library is missing."""
     embeddings = {id(p) for part in (model.parts()[0], model.parts()[3]) for p in part.parameters()}

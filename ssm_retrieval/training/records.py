@@ -1,15 +1,14 @@
 """Files that the toolkit wrote, read back: one schema a kind of file, one line for what is wrong with one.
 
-    records.config(folder)            config.json of a run: asked, settled, purpose
-    records.environment(folder)       environment.json: a session each time the run was started
-    records.metrics(folder)           metrics.jsonl, a row per evaluation
-    records.by_position(folder)       by_position.jsonl
-    records.result(folder / family)   result.json of a model
-    records.model(folder / family)    config.json of a model: what rebuilds it
+    records.config(folder)        config.json of a run: asked, settled (its plan), purpose
+    records.environment(folder)   environment.json: a session each time the run was started
+    records.metrics(folder)       metrics.jsonl, a row per evaluation
+    records.by_position(folder)   by_position.jsonl
+    records.result(folder)        result.json
 
 All raise UserError naming file, field and remedy for what is damaged, incomplete, of another kind, or written
 by a newer version (`FORMAT`). What they return is plain JSON values, checked. A last line that a crash cut
-short is left out. Tables of the results store are read by `analysis.load`.
+short is left out. Tables of the results store are read by `training.tables.load`.
 """
 
 from __future__ import annotations
@@ -23,7 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ssm_retrieval import registry
 from ssm_retrieval.errors import UserError
 
-FORMAT = 1  # of all these files; raised when an older version would misread what a newer one writes
+# Of all these files; raised when an older version would misread what a newer one writes. 2: one model a run.
+FORMAT = 2
 Row = dict[str, Any]
 REMEDY = "move the run's folder away and run its command again"
 
@@ -74,7 +74,7 @@ class PlanRecord(Record):
 class RunRecord(Record):
     format: int = 1
     run: dict[str, Any]
-    plans: list[PlanRecord] = Field(min_length=1)
+    plan: PlanRecord
     purpose: Literal["report", "validation"] = "report"
 
 
@@ -147,12 +147,6 @@ class PositionRecord(Record):
     ci_low: float
     ci_high: float
     chance: float
-
-
-class ModelRecord(Record):
-    format: int = 1
-    name: str
-    config: dict[str, Any]
 
 
 # --- what a file's text says -----------------------------------------------------------------------------
@@ -231,24 +225,22 @@ def config(folder: Path) -> Row:
     path = folder / "config.json"
     if not path.exists():
         raise UserError(f"{folder} has no config.json; give the folder of a run")
-    found = _file(path, RunRecord)
+    value = json_of(text_of(path), str(path))
+    if isinstance(value, dict) and "plans" in value:
+        raise UserError(
+            f"{folder} is of an older version, which kept several models in one folder; move it away and run "
+            "its command again"
+        )
+    found = checked(value, RunRecord, str(path))
     modules = found["run"].get("imports", [])
     if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
         raise UserError(f"{path}: run.imports is {_short(modules)}, not a list of names; {REMEDY}")
     registry.use(modules, where=str(folder))
-    for i, plan in enumerate(found["plans"]):
-        if plan["family"] not in registry.ARCHITECTURES:
-            said = registry.ARCHITECTURES.unknown(plan["family"], list(registry.ARCHITECTURES))
-            raise UserError(f"{path}: plans.{i}.family is {plan['family']!r}: {said}; else {REMEDY}")
+    family = found["plan"]["family"]
+    if family not in registry.ARCHITECTURES:
+        said = registry.ARCHITECTURES.unknown(family, list(registry.ARCHITECTURES))
+        raise UserError(f"{path}: plan.family is {family!r}: {said}; else {REMEDY}")
     return found
-
-
-def plan_of(folder: Path, family: str) -> Row:
-    """One model's plan. Raises UserError if the run has no such model."""
-    plans = {plan["family"]: plan for plan in config(folder)["plans"]}
-    if family not in plans:
-        raise UserError(f"{folder} has no model {family}; it has {', '.join(plans)}")
-    return plans[family]
 
 
 def environment(folder: Path) -> Row:
@@ -268,9 +260,5 @@ def by_position(folder: Path) -> list[Row]:
     return _lines(folder / "by_position.jsonl", PositionRecord)
 
 
-def result(own: Path) -> Row:
-    return _file(own / "result.json", ResultRecord)
-
-
-def model(own: Path) -> Row:
-    return _file(own / "config.json", ModelRecord)
+def result(folder: Path) -> Row:
+    return _file(folder / "result.json", ResultRecord)

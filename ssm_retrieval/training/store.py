@@ -1,29 +1,33 @@
 """What a run leaves on disk, written so that a crash at any moment loses at most a few seconds of work.
 
-    runs/<id>/config.json           what was asked, what was settled, and what for (report or validation)
-              environment.json      versions, hardware, commit: of the latest session, and of all in order
-              metrics.jsonl         tidy: one line per evaluation of every model
-              by_position.jsonl     tidy: the final accuracy by target position
-              learning_curve.png
-              <family>/checkpoint.safetensors   weights, optimiser, progress: what resuming needs
-              <family>/model.safetensors        final weights
-              <family>/config.json              {"name": ..., "config": ...}: rebuilds the model
-              <family>/result.json              the final numbers; its presence means finished
+A run trains one model:
 
-Whole files are written under a temporary name, flushed to the disk and renamed (`training.files`). What is
-read back is checked by `ssm_retrieval.training.records`.
+    runs/<id>/config.json              what was asked, what was settled, and what for (report or validation)
+              environment.json         versions, hardware, commit: of the latest session, and of all in order
+              metrics.jsonl            tidy: one line per evaluation
+              by_position.jsonl        tidy: the final accuracy by target position
+              checkpoint.safetensors   weights, optimiser, progress: what resuming needs
+              model.safetensors        final weights, which config.json says how to rebuild
+              result.json              the final numbers; its presence means finished
+              learning_curve.png
+
+A comparison is a view of several: figures only, in runs/compare-<hash of the runs' names>/ (`view_of`).
+
+Whole files are written under a temporary name, flushed to the disk and renamed (`ssm_retrieval.files`).
+What is read back is checked by `ssm_retrieval.training.records`.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,8 +38,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ssm_retrieval.errors import UserError
+from ssm_retrieval.files import collect, replacing, write_bytes
 from ssm_retrieval.training import records
-from ssm_retrieval.training.files import collect, replacing, write_bytes
 from ssm_retrieval.training.optimizers import make_state, state_tensors
 
 __all__ = ["Row", "replacing", "write_bytes"]
@@ -53,19 +57,44 @@ def read_json(path: Path) -> Any:
     return records.json_of(records.text_of(path), str(path))
 
 
-def prepare(folder: Path, asked: Row, plans: list[Row], threads: int, purpose: str = "report") -> None:
-    """Make a run's folder with what was asked, what was settled from it, and the environment of this session.
+def prepare(folder: Path, settings: Row, threads: int) -> None:
+    """Make a run's folder with its settings in config.json, unless they are there, and add this session.
 
     Its caller holds the folder's lock. Removes temporary files that killed processes have left.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    collect(folder, *(folder / str(plan.get("family", "")) for plan in plans))
-    collect(*(folder.parent / name for name in ("results", "targets")))
+    collect(folder, *(folder.parent / name for name in ("results", "targets")))
     if not (folder / "config.json").exists():
-        asked = json.loads(json.dumps(asked))
-        head = {"format": records.FORMAT, "run": asked, "plans": plans, "purpose": purpose}
-        write_json(folder / "config.json", head)
+        write_json(folder / "config.json", {"format": records.FORMAT, **json.loads(json.dumps(settings))})
     add_session(folder / "environment.json", environment(threads))
+
+
+def run_folders(places: Iterable[str | Path]) -> list[Path]:
+    """The folders of runs among `places`, each of which is one or holds some; each once, in their order.
+
+    Raises UserError, in one line, for a place that is neither.
+    """
+    found: dict[Path, Path] = {}
+    for place in map(Path, places):
+        runs = [place] if (place / "config.json").is_file() else runs_in(place)
+        if not runs:
+            raise UserError(
+                f"{place} has no config.json; give the folder of a run (runs/<id>), or one of runs"
+            )
+        found |= {run.resolve(): run for run in runs if run.resolve() not in found}
+    return list(found.values())
+
+
+def runs_in(place: Path) -> list[Path]:
+    return sorted(path.parent for path in place.glob("*/config.json"))
+
+
+def view_of(folders: Sequence[Path]) -> Path:
+    """Where figures of these runs belong: in the folder of a single one, else beside them."""
+    if len(folders) == 1:
+        return folders[0]
+    names = json.dumps(sorted(folder.resolve().name for folder in folders))
+    return folders[0].parent / f"compare-{hashlib.sha256(names.encode()).hexdigest()[:8]}"
 
 
 def add_session(path: Path, session: Row) -> None:
@@ -103,10 +132,9 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def drop_rows_after(path: Path, family: str, step: int) -> None:
-    """Forget a family's evaluations after `step`: a resumed run will make them again."""
-    rows = read_rows(path)
-    write_rows(path, [row for row in rows if row["model"] != family or row["step"] <= step])
+def drop_rows_after(path: Path, step: int) -> None:
+    """Forget evaluations after `step`: a resumed run will make them again."""
+    write_rows(path, [row for row in read_rows(path) if row["step"] <= step])
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Row) -> None:
@@ -182,11 +210,11 @@ def check_shapes(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) ->
 
 
 def load_model(folder: str | Path) -> Any:
-    """The trained model in runs/<id>/<family>/, ready for inference or probing: `models.load` of a folder."""
+    """The trained model in runs/<id>/, ready for inference or probing: `models.load` of a folder."""
     from ssm_retrieval import models
 
     if not Path(folder).is_dir():
-        raise UserError(f"{folder} is no folder; give that of one finished model, runs/<id>/<family>")
+        raise UserError(f"{folder} is no folder; give that of a finished run, runs/<id>")
     return models.load(Path(folder))
 
 

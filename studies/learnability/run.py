@@ -88,12 +88,12 @@ def one(variant: str, diet: str, config: RunConfig, out: str) -> dict[str, Any]:
     import torch
 
     from ssm_retrieval.ops.memory import keep_freed_memory
-    from synthetic.train import train
+    from synthetic.trainer import train
 
     torch.set_num_threads(1)
     keep_freed_memory()
     p = plan(config, config.model[0])
-    folder = Path(out) / run_id([p])
+    folder = Path(out) / run_id(p)
     result = train(p, folder)
     last = [r for r in read_rows(folder / "metrics.jsonl") if r["length"] == r["train_length"]][-1]
     return dict(

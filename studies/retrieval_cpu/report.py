@@ -21,11 +21,11 @@ import analysis
 from analysis import settings
 from analysis.comparisons import comparisons
 from analysis.plots import sweep
-from analysis.scaling import reachable_length
 from analysis.tables import between, by_seed, fill, share
 from ssm_retrieval.statistics import bootstrap_median_time
 from ssm_retrieval.tables import markdown
 from ssm_retrieval.training import store
+from ssm_retrieval.training.outcomes import reachable_length
 from synthetic import results
 
 HERE = Path(__file__).parent

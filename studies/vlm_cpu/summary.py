@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.tables import by_seed, concatenated, files, fill
+from analysis.tables import by_seed, fill
 from analysis.vlm_plots import main_rows
 from ssm_retrieval.statistics import geometric_mean_interval
 from ssm_retrieval.style import DOUBLE, NAMES, family_colors, legend, save, theme
 from ssm_retrieval.tables import markdown
+from ssm_retrieval.training.tables import concatenated, files
 from vlm.prompts import LAYOUTS
 
 HERE = Path(__file__).parent
@@ -58,7 +59,7 @@ def collect(out: Path) -> None:
 
     import vlm.config
     from ssm_retrieval.training import store
-    from synthetic.results import to_parquet
+    from ssm_retrieval.training.parquet import to_parquet
     from vlm import looking as probe
     from vlm.results import COLUMNS
 

@@ -23,7 +23,7 @@ from analysis.tables import by_seed, fill
 from ssm_retrieval.statistics import geometric_mean_interval
 from ssm_retrieval.style import NAMES
 from ssm_retrieval.tables import markdown
-from ssm_retrieval.training import store
+from ssm_retrieval.training import records, store
 
 HERE = Path(__file__).parent
 MEASURED = HERE / "measured.parquet"
@@ -42,8 +42,8 @@ def collect(runs: Path, probes: Path) -> pd.DataFrame:
     """One row per run, weights, site, layer, quantity, role and lag."""
     tables = []
     for folder in sorted(path.parent for path in probes.glob("*/summary.md")):
-        plan = store.read_json(runs / folder.name / "config.json")["plans"][0]
-        result = store.read_json(runs / folder.name / plan["family"] / "result.json")
+        plan = records.config(runs / folder.name)["plan"]
+        result = records.result(runs / folder.name)
         overrides = plan["model_overrides"]
         values = [
             folder.name,

@@ -21,13 +21,14 @@ from ssm_retrieval import models
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.models import LanguageModel
 from ssm_retrieval.ops.cross_entropy import IGNORE
+from ssm_retrieval.statistics import wilson
 from ssm_retrieval.training import distributed, records, store
 from ssm_retrieval.training.distributed import ALONE, World
 from ssm_retrieval.training.lora import add_adapters, merge_adapters
 from ssm_retrieval.training.optimizers import make_optimizer, make_state
 from synthetic import pretrained, tasks
 from synthetic.config import Plan
-from synthetic.evaluate import Evaluation, autocast, heldout, wilson
+from synthetic.evaluate import Evaluation, autocast, heldout, score_together
 from synthetic.tasks import Batch, Task
 
 # Whoever changes one of these three raises config.TRAINING_VERSION.
@@ -72,7 +73,7 @@ def train(
     should_stop: Callable[[], bool] = lambda: False,
     world: World = ALONE,
 ) -> dict[str, Any]:
-    """Train plan.family in folder/<family>, resuming what is there; returns the result row.
+    """Train plan's model in `folder`, resuming what is there; returns the result row.
 
     listener(event, row) hears of every "step" and "evaluation". Evaluations go to folder/metrics.jsonl, the
     final accuracy by position to folder/by_position.jsonl.
@@ -80,11 +81,9 @@ def train(
     the disk is full; each time the next call continues from the last checkpoint.
     world: the processes that all call this; the first one alone writes rows and hears of events.
     """
-    own = folder / plan.family
-    own.mkdir(parents=True, exist_ok=True)
-    finished = own / "result.json"
-    if finished.exists():
-        return records.result(own)
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "result.json").exists():
+        return records.result(folder)
     session = Session(plan, folder, listener, world)
     while not session.done():
         session.step()
@@ -99,10 +98,9 @@ class Session:
 
     def __init__(self, plan: Plan, folder: Path, listener: Listener, world: World = ALONE):
         self.plan, self.folder, self.listener, self.world = plan, folder, listener, world
-        self.own = folder / plan.family
         self.metrics = folder / "metrics.jsonl"
         self.task = tasks.build(plan.task, **plan.task_options)
-        begun = (self.own / SINGLE).exists() or distributed.saved(self.own) is not None
+        begun = (self.folder / SINGLE).exists() or distributed.saved(self.folder) is not None
         if plan.init is None or begun:
             self.model = models.build(plan.model, seed=plan.seed, device=plan.device, **plan.model_overrides)
         else:
@@ -117,13 +115,13 @@ class Session:
         self.kept = -1  # step of the last checkpoint
         self._resume()
         if world.main:
-            store.drop_rows_after(self.metrics, plan.family, self.progress.step)
+            store.drop_rows_after(self.metrics, self.progress.step)
         self.started = time.monotonic() - self.progress.seconds
         self.saved = time.monotonic()
 
     def _resume(self) -> None:
         """Go on from the latest checkpoint, whether one process or several have written it."""
-        path, sharded = self.own / SINGLE, distributed.saved(self.own)
+        path, sharded = self.folder / SINGLE, distributed.saved(self.folder)
         tensors, header = store.load_tensors(path) if path.exists() else ({}, {"step": -1})
         if sharded is not None and sharded[1]["step"] >= header["step"]:
             place, header = sharded
@@ -218,7 +216,7 @@ class Session:
         plan = self.plan
         batches = heldout(self.task, examples, length, split, start)
         how = dict(device=plan.device, precision=plan.precision)
-        return distributed.score(self.model, batches, self.world, **how)
+        return score_together(self.model, batches, self.world, **how)
 
     def _row(self, split: str, result: Evaluation, **more: Any) -> dict[str, Any]:
         plan, now = self.plan, self.progress
@@ -263,9 +261,9 @@ class Session:
             dataclasses.asdict(self.progress),
         )
         if self.world.size > 1:
-            distributed.save(self.own, tensors, header, self.world)
+            distributed.save(self.folder, tensors, header, self.world)
         else:
-            store.save_tensors(self.own / SINGLE, tensors, header)
+            store.save_tensors(self.folder / SINGLE, tensors, header)
         self.saved, self.kept = time.monotonic(), self.progress.step
         cost = (self.saved - before) / CHECKPOINT_SHARE
         self.checkpoint_seconds = max(self.checkpoint_seconds, cost)
@@ -293,9 +291,7 @@ class Session:
 
     def _write(self, final: Evaluation, weights: dict[str, Tensor], result: dict[str, Any]) -> None:
         plan, now = self.plan, self.progress
-        path = self.folder / "by_position.jsonl"
-        others = [row for row in records.by_position(self.folder) if row["model"] != plan.family]
-        mine = [
+        rows = [
             dict(
                 model=plan.family,
                 seed=plan.seed,
@@ -306,11 +302,9 @@ class Session:
             )
             for row in final.by_position()
         ]
-        store.write_rows(path, others + mine)
-        store.save_tensors(self.own / "model.safetensors", weights, {"step": now.step})
-        head = {"format": records.FORMAT, "name": plan.model, "config": plan.model_overrides}
-        store.write_json(self.own / "config.json", head)
-        store.write_json(self.own / "result.json", result)
+        store.write_rows(self.folder / "by_position.jsonl", rows)
+        store.save_tensors(self.folder / "model.safetensors", weights, {"step": now.step})
+        store.write_json(self.folder / "result.json", result)
 
 
 def learning_rate(plan: Plan, now: Progress) -> float:
