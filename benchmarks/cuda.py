@@ -4,8 +4,8 @@
 
 First the errors: largest difference of outputs, last states and gradients, relative to the largest value, one
 line each. Then for every preset, in bfloat16, a forward pass and a training step (forward, loss, backward,
-AdamW): tokens/s and peak memory with the kernels and in plain PyTorch, one line each, and one per ratio
-(above 1 where the kernels are better). What does not fit the GPU says so and is left out of the ratios.
+AdamW): tokens/s and peak memory with the kernels and in plain PyTorch ("chunks"), one line each, and one per
+ratio (above 1 where the kernels are better). What does not fit the GPU says so and is left out of the ratios.
 Exit status 0; 1 if an error exceeds its limit; 2 without a GPU or if a package is missing, broken or too old.
 """
 

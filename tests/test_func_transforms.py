@@ -1,6 +1,6 @@
 """Models and operators under torch.func, double backward, torch.compile and torch.export.
 
-What is wanted comes from `ops.backend("reference")`, token by token, or from torch's own operators.
+What is wanted comes from `ops.backend("reference")`, the equations token by token, or from torch's operators.
 """
 
 from __future__ import annotations
