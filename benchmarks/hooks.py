@@ -139,7 +139,7 @@ def seconds_of_checks(name: str) -> tuple[int, float]:
 def overhead(name: str, batch: int, length: int, repeats: int) -> tuple[float, float]:
     """Ratios to a step without hook points: of a step with them, and of the comparisons alone."""
     bare = without_hooks()
-    cut = type(bare.build(name).parts()[1][0]).forward.__code__.co_consts
+    cut = type(bare.build(name).blocks[0]).forward.__code__.co_consts
     assert "hook_resid_pre" not in cut, "the baseline still has its hook points"
     calls = {
         "with": training_step(models, name, batch, length),

@@ -42,7 +42,7 @@ class Part:
 def parts(model: LanguageModel, layer: int, groups: int = 16) -> list[Part]:
     """The heads of an attention block; `groups` equal groups of channels of an SSM block, its heads if it
     is Mamba-2. Raises UserError if groups does not divide d_inner."""
-    block: Any = model.parts()[1][layer]
+    block: Any = model.blocks[layer]
     if isinstance(block, TransformerBlock):
         kind, width, count = "head", model.config.d_model, model.config.n_head
     else:
@@ -127,7 +127,7 @@ class _Mixer:
     """One block at work: what its last projection reads, and what the block's output loses without a part."""
 
     def __init__(self, model: LanguageModel, layer: int, x: Tensor, replacement: str):
-        block: Any = model.parts()[1][layer]
+        block: Any = model.blocks[layer]
         self.heads = Heads(block, x) if isinstance(block, TransformerBlock) else None
         self.projection = block.attention.dense if self.heads else block.mixer.out_proj
         if self.heads:

@@ -200,7 +200,7 @@ def test_residual_stream_is_a_sum(model):
             mid = cache[at + "hook_resid_pre"] + cache[at + "hook_attn_out"]
             torch.testing.assert_close(cache[at + "hook_resid_mid"], mid)
     assert torch.equal(cache["hook_embed"], cache["blocks.0.hook_resid_pre"])
-    assert torch.equal(model.parts()[3](cache["ln_final.hook_normalized"]), logits)
+    assert torch.equal(model.head(cache["ln_final.hook_normalized"]), logits)
 
 
 # --- what a recording holds --------------------------------------------------------------------------

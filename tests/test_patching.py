@@ -118,7 +118,7 @@ def test_residual_patch_equals_a_torch_hook(model):
     for i, key in list(enumerate(traced.keys))[::5]:
         if key.layer == model.config.n_layer:
             continue
-        block, where = model.parts()[1][key.layer], traced.cells[key.cell].where
+        block, where = model.blocks[key.layer], traced.cells[key.cell].where
         seen = []
         handle = block.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
         model(made.clean.input_ids)
@@ -260,7 +260,7 @@ def test_knock_out_equals_a_torch_hook(model, replacement):
     table = ablation.knock_out(model, batch, replacement=replacement, rows=16)
     assert (table["accuracy_intact"] == 1).all()
     for row in table[table["control"] == ""].iloc[::3].itertuples():
-        block = model.parts()[1][row.layer]
+        block = model.blocks[row.layer]
         projection = block.attention.dense if row.kind == "head" else block.mixer.out_proj
 
         def without(_, inputs, row=row):

@@ -10,21 +10,16 @@ Attention blocks are those of `models.transformer` with the SSM blocks' norm, SS
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ssm_retrieval.models.common import Block, LanguageModel, init_normal, make_norm
+from ssm_retrieval.models.common import LanguageModel, add_learned_positions, init_normal, make_norm, part
 from ssm_retrieval.models.configuration import Config, require
-from ssm_retrieval.models.mamba import MambaBlock, MambaConfig, MambaMixer, rescale_out_proj
+from ssm_retrieval.models.mamba import MambaBlock, MambaConfig, MambaMixer
 from ssm_retrieval.models.mamba2 import Mamba2Config, Mamba2Mixer
-from ssm_retrieval.models.transformer import (
-    TransformerBlock,
-    TransformerConfig,
-    add_learned_positions,
-    init_linear,
-)
+from ssm_retrieval.models.transformer import TransformerBlock, TransformerConfig, init_linear
 from ssm_retrieval.ops.linear import Linear
 
 
@@ -79,47 +74,43 @@ class HybridConfig(Config):
         return layer % (self.ssm_per_attention + 1) == self.ssm_per_attention
 
 
-class HybridBackbone(nn.Module):
-    def __init__(self, config: HybridConfig, dtype: torch.dtype | None = None):
-        super().__init__()
-        mixer = Mamba2Mixer if config.ssm == "mamba2" else MambaMixer
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model).to(dtype)
-        if config.position == "learned":
-            self.embed_pos = nn.Embedding(config.max_position_embeddings, config.d_model).to(dtype)
-        blocks: list[nn.Module] = []
-        for layer in range(config.n_layer):
-            if config.is_attention(layer):
-                block: nn.Module = TransformerBlock(config.attention_config())
-                init_linear(block, config.init_std)
-            else:
-                block = MambaBlock(config.ssm_config(), mixer)
-                rescale_out_proj(block, config.n_layer)
-            blocks.append(block.to(dtype))
-        self.layers = nn.ModuleList(blocks)
-        self.norm_f = make_norm(config.norm, config.d_model, config.norm_eps).to(dtype)
-
-
 class HybridForCausalLM(LanguageModel):
     """Interleaved hybrid language model."""
 
+    embedding = part("backbone.embedding")
+    blocks = part("backbone.layers")
+    norm = part("backbone.norm_f")
+    head = part("lm_head")
+    backbone: Any
+
     def __init__(self, config: HybridConfig, dtype: torch.dtype | None = None):
-        super().__init__()
-        self.config = config
-        self.backbone = HybridBackbone(config, dtype)
-        self.lm_head = Linear(config.d_model, config.vocab_size, bias=False).to(dtype)
-        init_normal(self.backbone.embedding.weight, std=config.embedding_std)
+        super().__init__(config)
+        V, D, learned = config.vocab_size, config.d_model, config.position == "learned"
+        self.backbone = nn.ModuleDict({"embedding": nn.Embedding(V, D).to(dtype)})
+        if learned:
+            self.backbone["embed_pos"] = nn.Embedding(config.max_position_embeddings, D).to(dtype)
+        blocks = (make_block(config, i).to(dtype) for i in range(config.n_layer))
+        self.backbone["layers"] = nn.ModuleList(blocks)
+        self.backbone["norm_f"] = make_norm(config).to(dtype)
+        self.lm_head = Linear(D, V, bias=False).to(dtype)
+        init_normal(self.embedding.weight, std=config.embedding_std)
         init_normal(self.lm_head.weight, std=config.embedding_std)
-        if config.position == "learned":
+        if learned:
             init_normal(self.backbone.embed_pos.weight, std=config.embedding_std)
         if config.tie_word_embeddings:
-            self.lm_head.weight = self.backbone.embedding.weight
-
-    def parts(self) -> tuple[nn.Embedding, list[Block], nn.Module, nn.Linear]:
-        backbone = self.backbone
-        return backbone.embedding, cast(list[Block], list(backbone.layers)), backbone.norm_f, self.lm_head
+            self.lm_head.weight = self.embedding.weight
 
     def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        x = self.backbone.embedding(input_ids)
+        x = self.embedding(input_ids)
         if self.config.position == "learned":
             x = add_learned_positions(x, positions, self.backbone.embed_pos)
         return x
+
+
+def make_block(config: HybridConfig, layer: int) -> nn.Module:
+    """A freshly initialised block, as in its parent."""
+    if not config.is_attention(layer):
+        return MambaBlock(config.ssm_config(), Mamba2Mixer if config.ssm == "mamba2" else MambaMixer)
+    block = TransformerBlock(config.attention_config())
+    init_linear(block, config.init_std)
+    return block
