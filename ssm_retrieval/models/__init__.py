@@ -2,7 +2,7 @@
 
 from ssm_retrieval.models.checkpoints import load, save
 from ssm_retrieval.models.common import Cache, LanguageModel
-from ssm_retrieval.models.decoding import generate
+from ssm_retrieval.models.decoding import generate, stream
 from ssm_retrieval.models.registry import FAMILIES, build, config, from_config, presets, resolve
 from ssm_retrieval.models.vocabulary import grow_vocabulary
 
@@ -19,4 +19,5 @@ __all__ = [
     "presets",
     "resolve",
     "save",
+    "stream",
 ]

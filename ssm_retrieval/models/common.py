@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ssm_retrieval.models.configuration import Config as Config
 from ssm_retrieval.models.configuration import require as require
+from ssm_retrieval.models.decoding import generate, stream
 from ssm_retrieval.models.hooks import Hooked, points
 from ssm_retrieval.models.packing import Packing
 from ssm_retrieval.models.padding import real_first
@@ -338,6 +339,9 @@ class LanguageModel(Hooked, nn.Module):
     def hook_names(self) -> list[str]:
         """Every name that `probes.record` and `probes.intervene` take (`probes.NAMES` describes them)."""
         return list(points(self))
+
+    generate = generate
+    stream = stream
 
     def init_cache(self) -> Cache:
         """An empty cache; its tensors are made by the first call that uses it."""
