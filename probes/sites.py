@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssm_retrieval.models.common import Cache, Context, LanguageModel, LayerCache, widen
+from ssm_retrieval.models.hybrid import ParallelBlock
 from ssm_retrieval.models.mamba import MambaMixer
 from ssm_retrieval.models.mamba2 import Mamba2Mixer
 from ssm_retrieval.models.transformer import TransformerBlock
@@ -40,7 +41,12 @@ SITES = ("residual", "state", "head")
 
 
 def has_site(block: Any, site: str) -> bool:
-    """Whether a block has states (SSM) or heads (attention); every one has a residual stream."""
+    """Whether a block has states (SSM) or heads (attention) to swap; every one has a residual stream.
+
+    A parallel block has that alone: what a branch adds to it is scaled, which the shortcuts here leave out.
+    """
+    if isinstance(block, ParallelBlock):
+        return site == "residual"
     return site == "residual" or isinstance(block, TransformerBlock) == (site == "head")
 
 

@@ -192,7 +192,11 @@ def test_residual_stream_is_a_sum(model):
     pieces = ("hook_mixer_out", "hook_attn_out", "hook_mlp_out")
     for i in range(model.config.n_layer):
         at = f"blocks.{i}."
-        added = sum(cache[at + p] for p in pieces if at + p in cache)
+        parts = {p: cache[at + p] for p in pieces if at + p in cache}
+        if hasattr(model.blocks[i], "beta"):  # of the second branch: attention in "M+A", Mamba in "A+M"
+            second = pieces[1:] if i == 0 else pieces[:1]
+            parts |= {p: model.blocks[i].beta.tanh() * parts[p] for p in second}
+        added = sum(parts.values())
         torch.testing.assert_close(cache[at + "hook_resid_post"], cache[at + "hook_resid_pre"] + added)
         after = f"blocks.{i + 1}.hook_resid_pre" if i + 1 < model.config.n_layer else None
         assert after is None or torch.equal(cache[after], cache[at + "hook_resid_post"])

@@ -17,7 +17,7 @@ SSM = {
     "mamba": ("mamba-tiny", dict(n_layer=6)),
     "mamba2": ("mamba2-tiny", dict(n_layer=6, headdim=1)),  # as many heads as channels: many draws
     "hybrid-mamba": ("hybrid-tiny", dict(n_layer=6)),
-    "hybrid-mamba2": ("hybrid-tiny", dict(n_layer=6, ssm="mamba2", headdim=1)),
+    "hybrid-mamba2": ("hybrid-tiny", dict(n_layer=6, pattern="M2 M2 A", headdim=1)),
 }
 
 
@@ -29,7 +29,9 @@ def ssm(request):
 
 def mixers(model):
     found = [m for m in model.modules() if isinstance(m, MambaMixer | Mamba2Mixer)]
-    assert len(found) == (4 if hasattr(model.config, "ssm") else 6)  # two of the hybrid's six are attention
+    assert len(found) == (
+        4 if hasattr(model.config, "pattern") else 6
+    )  # two of the hybrid's six are attention
     return found
 
 

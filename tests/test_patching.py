@@ -22,7 +22,7 @@ FAMILIES = {
     "sequential-transformer": dict(n_layer=3, n_head=4, parallel_residual=False, position="learned"),
     "mamba": dict(n_layer=3, d_state=5),
     "mamba2": dict(n_layer=3, d_state=6, headdim=8, ngroups=2, chunk_size=4),
-    "hybrid": dict(n_layer=4, ssm_per_attention=1, n_head=4, rotary_pct=0.5, ssm="mamba2", headdim=16),
+    "hybrid": dict(n_layer=4, pattern="M2 A", n_head=4, rotary_pct=0.5, headdim=16),
 }
 
 

@@ -14,7 +14,7 @@ from ssm_retrieval.training.lora import add_adapters
 SMALL = dict(vocab_size=40, d_model=16, n_layer=3)
 HEADS = {
     "transformer": dict(n_head=2),
-    "hybrid": dict(n_head=2, ssm_per_attention=2),
+    "hybrid": dict(n_head=2, pattern="M M A"),
     "mamba2": dict(headdim=8),
 }
 

@@ -27,6 +27,7 @@ from torch import nn
 
 from ssm_retrieval.models import registry
 from ssm_retrieval.models.common import LanguageModel
+from ssm_retrieval.models.hybrid import HybridConfig
 from ssm_retrieval.models.mamba import MambaConfig
 from ssm_retrieval.models.mamba2 import Mamba2Config
 from ssm_retrieval.models.transformer import TransformerConfig
@@ -164,15 +165,27 @@ def update_working(largest: int, optimizer: str) -> int:
     return F32 * largest * {"adamw": 0, "adafactor": 1, "adamw-8bit": 5}[optimizer]
 
 
-def block_configs(config: Any) -> list[Any]:
-    """The config of each block: a hybrid's are those of its two parents."""
-    if not hasattr(config, "is_attention"):
-        return [config] * config.n_layer
-    parts = {True: config.attention_config(), False: config.ssm_config()}
-    return [parts[config.is_attention(i)] for i in range(config.n_layer)]
+def block_configs(config: Any) -> list[tuple[Any, ...]]:
+    """The config of each block: a hybrid's are those of its parents, of two if the block is parallel."""
+    if not isinstance(config, HybridConfig):
+        return [(config,)] * config.n_layer
+    return [tuple(config.parent_config(name) for name in mixers) for mixers in config.layout()]
 
 
-def block_memory(config: Any, step: Step) -> BlockMemory:
+def block_memory(configs: tuple[Any, ...], step: Step) -> BlockMemory:
+    branches = [_branch(config, step) for config in configs]
+    return branches[0] if len(branches) == 1 else parallel(branches[0], branches[1], configs[0], step)
+
+
+def parallel(first: BlockMemory, second: BlockMemory, config: Any, step: Step) -> BlockMemory:
+    """Of two branches that read one residual stream; tanh(beta) keeps what the second adds."""
+    added = step.itemsize * step.at_once * step.length * config.d_model
+    kept = first.kept + second.kept - first.input + added
+    working = max(first.working, second.working) + added
+    return BlockMemory(first.input, kept, first.casts + second.casts, working)
+
+
+def _branch(config: Any, step: Step) -> BlockMemory:
     kinds: dict[type, Callable[[Any, Step], BlockMemory]] = {
         TransformerConfig: attention,
         MambaConfig: mamba,

@@ -69,7 +69,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mamba2-780m": _mamba(1536, 48),
     "mamba2-1.3b": _mamba(2048, 48),
     "mamba2-2.7b": _mamba(2560, 64),
-    "hybrid-tiny": dict(_TINY, n_layer=3, ssm_per_attention=2, n_head=4),
+    "hybrid-tiny": dict(_TINY, n_layer=3, pattern="M M A", n_head=4),
     "hybrid-130m": dict(d_model=768, n_layer=16, n_head=12),
     "hybrid-150m": dict(d_model=1024, n_layer=16, n_head=16),
     "hybrid-370m": dict(d_model=1024, n_layer=32, n_head=16),
