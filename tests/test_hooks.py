@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -20,12 +21,13 @@ from hook_models import (
     recorded,
     recurrence,
 )
+from torch import nn
 from torch.nn import functional as F
 
 import probes
 from probes.names import local_name
 from ssm_retrieval import models
-from ssm_retrieval.models.hooks import points
+from ssm_retrieval.models.hooks import Hooked, points
 
 # --- names and shapes --------------------------------------------------------------------------------
 
@@ -66,6 +68,44 @@ def test_hybrid_has_the_names_of_the_block_that_stands_there():
     kinds = [f"blocks.{i}.attn.hook_pattern" in names for i in range(3)]
     assert kinds == [False, False, True]
     assert [f"blocks.{i}.mixer.hook_ssm_state" in names for i in range(3)] == [True, True, False]
+
+
+class Doubler(Hooked, nn.Module):
+    hook_axes: ClassVar = {"hook_twice": "B L D"}
+
+    def __init__(self):
+        super().__init__()
+        self.config = models.config("mamba-tiny", d_model=16)
+
+    def forward(self, x):
+        return self.tap("hook_twice", 2 * x)
+
+
+class Unnamed(Hooked, nn.Module):
+    """A user's block: no names of its own, and a layer that has one."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = Doubler()
+
+    def forward(self, x, context, cache=None):
+        return x + self.layer(x)
+
+
+@torch.no_grad()
+def test_blocks_of_a_user_need_no_names_of_their_own():
+    model = build("mamba")
+    model.blocks[1] = Unnamed()
+    name = "blocks.1.layer.hook_twice"
+    assert [n for n in model.hook_names() if n.startswith("blocks.1.")] == [name]
+    assert points(model)[name].sizes == {"D": 16}
+    cache, _ = recorded(model, [name, "blocks.0.hook_resid_post", "blocks.2.hook_resid_pre"])
+    before = cache["blocks.0.hook_resid_post"]
+    assert torch.equal(cache[name], 2 * before)
+    assert torch.equal(cache["blocks.2.hook_resid_pre"], before + cache[name])
+    with probes.intervene(model, {name: torch.zeros_like}):
+        changed, _ = recorded(model, "blocks.2.hook_resid_pre")
+    assert torch.equal(changed["blocks.2.hook_resid_pre"], before)
 
 
 @pytest.mark.parametrize(
