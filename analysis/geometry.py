@@ -102,7 +102,7 @@ def position_rows(folder: Path) -> dict[str, np.ndarray]:
         raise UserError(f"task {plan['task']} of {folder} has no position tokens")
     n, first = plan["seq_len"], vocabulary.first_position
     model = store.load_model(folder)
-    embedding, *_, head = model.parts()
+    embedding, head = model.embedding, model.head
     found = {"readout": head.weight[first : first + n]}
     if head.weight is not embedding.weight:
         found["input"] = embedding.weight[first : first + n]

@@ -38,7 +38,7 @@ def memory(name: str) -> float:
 def random_model(name: str) -> models.LanguageModel:
     """A preset in bfloat16, made without a float32 copy of it."""
     model = models.build(name, device="meta", dtype=torch.bfloat16).to_empty(device="cpu")
-    embedding, _, _, head = model.parts()
+    embedding, head = model.embedding, model.head
     if model.config.tie_word_embeddings:  # `to_empty` parts what was tied
         head.weight = embedding.weight
     generator = torch.Generator().manual_seed(SEED)

@@ -2,11 +2,11 @@
 
     python -m benchmarks.hooks [--quick]
 
-Unused: a training step (forward, loss, backward, AdamW) of the package as it is against the same package with
-every `if self.hook is not None:` cut out of its syntax tree as it is imported, so that the baseline is this
-code and not an older one. The two take turns in both orders, and the ratio is the median over pairs, with its
-95 % interval. Steps are short (batch 2, length 256), where any cost per call weighs most. Noise is still
-larger than the cost: the time of the comparisons, times their number per step, is printed beside it.
+Unused: a training step (forward, loss, backward, AdamW) as it is against the same step of the same model when
+`tap` gives back what it got without a look at `hook`. The two take turns in both orders, and the ratio is the
+median over pairs, with its 95 % interval. Steps are short (batch 2, length 256), where any cost per call
+weighs most. A call remains in both, and noise is larger than either: the time of a call of `tap`, times their
+number in a step, is printed as a share of the step beside it.
 Recording: a forward pass that keeps all layers' states at 64 positions against a plain one.
 Ends with one machine-readable line per ratio, the largest of all models.
 """
@@ -14,69 +14,27 @@ Ends with one machine-readable line per ratio, the largest of all models.
 from __future__ import annotations
 
 import argparse
-import ast
-import importlib
-import importlib.abc
-import importlib.machinery
 import math
-import sys
 import time
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from statistics import median
-from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 import probes
-import ssm_retrieval
 from benchmarks.common import machine, seconds
 from ssm_retrieval import models
+from ssm_retrieval.models.hooks import Hooked
 from ssm_retrieval.ops.memory import keep_freed_memory
 
 STEP, FORWARD = (2, 256), (8, 1024)  # batch, length
 POSITIONS, VOCAB = 64, 2052
 MODELS = ("mamba-tiny", "mamba2-tiny", "transformer-tiny")
-
-
-class _Strip(ast.NodeTransformer):
-    """Replace every `if self.hook is not None: ... else: ...` by its else branch."""
-
-    def visit_If(self, node: ast.If) -> Any:
-        self.generic_visit(node)
-        return node if ast.unparse(node.test) != "self.hook is not None" else node.orelse or None
-
-
-class _Loader(importlib.machinery.SourceFileLoader):
-    def get_code(self, fullname: str) -> Any:  # never the cached bytecode of the whole module
-        path = self.get_filename(fullname)
-        tree = _Strip().visit(ast.parse(self.get_data(path)))
-        return compile(tree, path, "exec", dont_inherit=True)
-
-
-class _Finder(importlib.abc.MetaPathFinder):
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
-        found = importlib.machinery.PathFinder.find_spec(fullname, path)
-        if found is not None and found.origin is not None and found.origin.endswith(".py"):
-            found.loader = _Loader(fullname, found.origin)
-        return found
-
-
-def without_hooks() -> ModuleType:
-    """A second copy of `ssm_retrieval.models` without hook points; it shares the operators with the first."""
-    held = {name: m for name, m in sys.modules.items() if f"{name}.".startswith("ssm_retrieval.models.")}
-    for name in held:
-        del sys.modules[name]
-    finder = _Finder()
-    sys.meta_path.insert(0, finder)
-    try:
-        return importlib.import_module("ssm_retrieval.models")
-    finally:
-        sys.meta_path.remove(finder)
-        sys.modules.update(held)
-        ssm_retrieval.models = models
 
 
 def pairs(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
@@ -98,8 +56,8 @@ def median_interval(values: list[float]) -> tuple[float, float, float]:
     return median(values), ordered[max(0, n // 2 - reach)], ordered[min(n - 1, n // 2 + reach)]
 
 
-def training_step(package: Any, name: str, batch: int, length: int) -> Callable[[], Any]:
-    model = package.build(name, vocab_size=VOCAB)
+def training_step(name: str, batch: int, length: int) -> Callable[[], Any]:
+    model = models.build(name, vocab_size=VOCAB)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     ids = torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(0))
     labels = F.pad(ids[:, 1:], (0, 1), value=-100)
@@ -113,47 +71,50 @@ def training_step(package: Any, name: str, batch: int, length: int) -> Callable[
     return step
 
 
-def seconds_of_checks(name: str) -> tuple[int, float]:
-    """How often a forward pass asks `self.hook is not None`, and the time that takes."""
-    model = models.build(name, vocab_size=VOCAB)
-    ids = torch.zeros(1, 2, dtype=torch.int64)
-    asked = [0]
-
-    def ask(module: Any) -> None:
-        asked[0] += 1
-
-    hooked: set[Any] = {type(m) for m in model.modules() if hasattr(m, "hook_axes")}
-    for kind in hooked:
-        kind.hook = property(ask)
+@contextmanager
+def tap_replaced(tap: Callable[..., Tensor]) -> Iterator[None]:
+    """Another `Hooked.tap` for the time of a `with` statement."""
+    own: Any = Hooked.tap
+    Hooked.tap = tap  # type: ignore[method-assign]
     try:
-        model(ids)
+        yield
     finally:
-        for kind in hooked:
-            del kind.hook
-    module = next(m for m in model.modules() if type(m) in hooked)
-    number = 200_000
-    once = min(timeit.repeat("m.hook is not None", globals={"m": module}, number=number, repeat=5)) / number
-    return asked[0], asked[0] * once
+        Hooked.tap = own  # type: ignore[method-assign]
+
+
+def seconds_of_taps(name: str) -> tuple[int, float]:
+    """How often a forward pass calls `tap`, and the time that takes without a probe."""
+    model = models.build(name, vocab_size=VOCAB)
+    x, ids, tapped = torch.zeros(1), torch.zeros(1, 2, dtype=torch.int64), list[str]()
+
+    def count(self: Hooked, name: str, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        tapped.append(name)
+        return x
+
+    with tap_replaced(count):
+        model(ids)
+    number, names = 200_000, dict(model=model, x=x)
+    once = min(timeit.repeat("model.tap('hook_embed', x)", globals=names, number=number, repeat=5)) / number
+    return len(tapped), len(tapped) * once
 
 
 def overhead(name: str, batch: int, length: int, repeats: int) -> tuple[float, float]:
-    """Ratios to a step without hook points: of a step with them, and of the comparisons alone."""
-    bare = without_hooks()
-    cut = type(bare.build(name).parts()[1][0]).forward.__code__.co_consts
-    assert "hook_resid_pre" not in cut, "the baseline still has its hook points"
-    calls = {
-        "with": training_step(models, name, batch, length),
-        "without": training_step(bare, name, batch, length),
-    }
-    times = pairs(calls, repeats)
-    asked, spent = seconds_of_checks(name)
-    step = {key: median(t) for key, t in times.items()}
+    """Ratios to a step whose taps look at nothing: of a step as it is, and of its taps alone."""
+    step = training_step(name, batch, length)
+
+    def without() -> None:
+        with tap_replaced(lambda self, name, x, mask=None: x):
+            step()
+
+    times = pairs({"with": step, "without": without}, repeats)
+    tapped, spent = seconds_of_taps(name)
+    taken = {key: median(t) for key, t in times.items()}
     ratio, low, high = median_interval([a / b for a, b in zip(times["with"], times["without"], strict=True)])
     print(
-        f"{name}: step {1e3 * step['with']:.2f} ms with hook points, {1e3 * step['without']:.2f} ms "
-        f"without, ratio [{low:.4f}, {high:.4f}]; {asked} comparisons take {1e6 * spent:.2f} us"
+        f"{name}: step {1e3 * taken['with']:.2f} ms, {1e3 * taken['without']:.2f} ms if taps look at "
+        f"nothing, ratio [{low:.4f}, {high:.4f}]; {tapped} taps take {1e6 * spent:.2f} us"
     )
-    return ratio, spent / step["without"]
+    return ratio, spent / taken["with"]
 
 
 @torch.no_grad()
@@ -188,7 +149,7 @@ def main() -> None:
     unused = [overhead(name, *STEP, repeats=10 if quick else 200) for name in MODELS]
     forward, repeats = ((2, 256), 5) if quick else (FORWARD, 15)
     recorded = [recording(name, *forward, repeats=repeats) for name in MODELS if name != "transformer-tiny"]
-    print(f"ratio hook_checks_of_step {max(checks for _, checks in unused):.6f}")
+    print(f"ratio taps_of_step {max(share for _, share in unused):.6f}")
     print(f"ratio hook_overhead_unused {max(ratio for ratio, _ in unused):.4f}")
     print(f"ratio record_{POSITIONS}_states_vs_forward {max(recorded):.3f}")
 

@@ -228,7 +228,7 @@ def compare() -> None:
     with probes.record(model, [f"blocks.*.mixer.hook_{name}" for name in names]) as record:
         model(ids)
     worst = scale = 0.0
-    for i, block in enumerate(model.parts()[1]):
+    for i, block in enumerate(model.blocks):
         dt, B, C, u = (record[f"blocks.{i}.mixer.hook_{name}"] for name in names)
         mixer: Any = block.mixer
         alpha = hidden_attention(Scan.mamba(-mixer.A_log.exp(), dt, B, C, u))

@@ -262,7 +262,7 @@ batch = task.batch(PAIRS, seed=5, index=0, split="heldout")
 errors = {}
 for layer in range(runs["mamba"].model.config.n_layer):
     cache = recorded(runs["mamba"].model, batch.input_ids[:8], scan_names([layer], "mixer.hook_y"))
-    block = runs["mamba"].model.parts()[1][layer]
+    block = runs["mamba"].model.blocks[layer]
     y = attention_output(scan_of(runs["mamba"].model, cache, layer), D=block.mixer.D.detach()).squeeze(-1)
     wanted = cache[f"blocks.{layer}.mixer.hook_y"]
     errors[layer] = float((y - wanted).norm() / wanted.norm())

@@ -19,6 +19,7 @@ from torch import Tensor
 from probes.patch_sites import Heads, captured, context_of, residuals, run_from
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.models.common import LanguageModel
+from ssm_retrieval.models.hybrid import ParallelBlock
 from ssm_retrieval.models.transformer import TransformerBlock
 from ssm_retrieval.ops.linear import linear
 from ssm_retrieval.statistics import mean_interval, wilson
@@ -40,8 +41,12 @@ class Part:
 
 def parts(model: LanguageModel, layer: int, groups: int = 16) -> list[Part]:
     """The heads of an attention block; `groups` equal groups of channels of an SSM block, its heads if it
-    is Mamba-2. Raises UserError if groups does not divide d_inner."""
-    block: Any = model.parts()[1][layer]
+    is Mamba-2. Raises UserError if groups does not divide d_inner, and for a parallel block."""
+    block: Any = model.blocks[layer]
+    if isinstance(block, ParallelBlock):
+        raise UserError(
+            f"block {layer} has SSM and attention side by side; parts of such blocks are not known"
+        )
     if isinstance(block, TransformerBlock):
         kind, width, count = "head", model.config.d_model, model.config.n_head
     else:
@@ -126,7 +131,7 @@ class _Mixer:
     """One block at work: what its last projection reads, and what the block's output loses without a part."""
 
     def __init__(self, model: LanguageModel, layer: int, x: Tensor, replacement: str):
-        block: Any = model.parts()[1][layer]
+        block: Any = model.blocks[layer]
         self.heads = Heads(block, x) if isinstance(block, TransformerBlock) else None
         self.projection = block.attention.dense if self.heads else block.mixer.out_proj
         if self.heads:

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssm_retrieval.models.common import Cache, Context, LanguageModel, LayerCache
+from ssm_retrieval.models.common import Cache, Context, LanguageModel, LayerCache, widen
+from ssm_retrieval.models.hybrid import ParallelBlock
 from ssm_retrieval.models.mamba import MambaMixer
 from ssm_retrieval.models.mamba2 import Mamba2Mixer
 from ssm_retrieval.models.transformer import TransformerBlock
@@ -40,7 +41,12 @@ SITES = ("residual", "state", "head")
 
 
 def has_site(block: Any, site: str) -> bool:
-    """Whether a block has states (SSM) or heads (attention); every one has a residual stream."""
+    """Whether a block has states (SSM) or heads (attention) to swap; every one has a residual stream.
+
+    A parallel block has that alone: what a branch adds to it is scaled, which the shortcuts here leave out.
+    """
+    if isinstance(block, ParallelBlock):
+        return site == "residual"
     if site == "state":
         return isinstance(getattr(block, "mixer", None), MambaMixer | Mamba2Mixer)
     return site == "residual" or isinstance(block, TransformerBlock)
@@ -57,7 +63,7 @@ def residuals(model: LanguageModel, input_ids: Tensor) -> list[Tensor]:
     x = model.embed(input_ids, cast(Tensor, context.positions))
     x = x.to(torch.promote_types(x.dtype, torch.float32)) if model.config.residual_in_fp32 else x
     result = [x]
-    for block in model.parts()[1]:
+    for block in model.blocks:
         result.append(block(result[-1], context))
     return result
 
@@ -75,7 +81,7 @@ def run_from(model: LanguageModel, layer: int, x: Tensor, cache: Cache | None, a
     cache: what the unpatched sequences (B) leave before x begins; None if x begins with the first token.
     at: index in x of the token whose logits are wanted, or (A,) of them, then (c, B, A, V).
     """
-    _, blocks, norm, head = model.parts()
+    blocks, norm, head = model.blocks, model.norm, model.head
     c, B, T, _ = x.shape
     start = 0 if cache is None else cache.length
     context = Context(positions=torch.arange(start, start + T, device=x.device))
@@ -196,7 +202,8 @@ class Mamba2State:
         C = self.C[:, start:].repeat_interleave(H // G, dim=2)  # (B, T, H, N)
         y = torch.einsum("bthn,cbhpn->cbthp", C, delta) * decay[..., None]
         before, z = self.y[:, start:], self.z[:, start:]
-        change = self.mixer.norm(before + y.flatten(-2), z) - self.mixer.norm(before, z)
+        gate = F.silu(widen(z))
+        change = self.mixer.norm(before + y.flatten(-2), gate) - self.mixer.norm(before, gate)
         return self.mixer.out_proj(change)
 
 

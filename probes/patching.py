@@ -227,7 +227,7 @@ def _heads(model: LanguageModel, site: str, layer: int) -> list[int | None]:
     """The heads of a site in a layer: [None] where there are none, [] where there is no such site."""
     if site == "residual":
         return [None]
-    if layer == model.config.n_layer or not has_site(model.parts()[1][layer], site):
+    if layer == model.config.n_layer or not has_site(model.blocks[layer], site):
         return []
     return list(range(model.config.n_head)) if site == "head" else [None]
 
@@ -317,7 +317,7 @@ class _Work:
     def _state(
         self, layer: int, where: Tensor, start: int, sources: dict[str, str]
     ) -> Iterator[tuple[str, int | None, Tensor]]:
-        block = self.model.parts()[1][layer]
+        block = self.model.blocks[layer]
         at = torch.where(where, torch.arange(where.shape[2], device=where.device), -1).amax(2).clamp(min=0)
         positions, index = at.unique(return_inverse=True)
         rows = torch.arange(at.shape[1], device=at.device)
@@ -338,7 +338,7 @@ class _Work:
     def _head(
         self, layer: int, where: Tensor, start: int, sources: dict[str, str]
     ) -> Iterator[tuple[str, int | None, Tensor]]:
-        block: Any = self.model.parts()[1][layer]
+        block: Any = self.model.blocks[layer]
         runs = {name: Heads(block, self.x[name][layer]) for name in {"clean", "corrupted", *sources.values()}}
         corrupted = runs["corrupted"]
         mask = where[:, :, start:, None]

@@ -16,7 +16,8 @@ FAMILIES = {
     "mamba": ("mamba-tiny", dict(d_state=5)),
     "mamba2": ("mamba2-tiny", dict(d_state=6, ngroups=2, headdim=8, chunk_size=4)),
     "hybrid-mamba": ("hybrid-tiny", dict(n_head=2)),
-    "hybrid-mamba2": ("hybrid-tiny", dict(n_head=2, ssm="mamba2", headdim=8)),
+    "hybrid-parallel": ("hybrid-tiny", dict(n_head=2, pattern="M+A A+M M")),
+    "hybrid-mamba2": ("hybrid-tiny", dict(n_head=2, pattern="M2 M2 A", headdim=8)),
 }
 SSM, ATTENTION = ("mamba", "mamba2"), ("transformer", "transformer-sequential")
 VOCAB, B, L = 23, 2, 13

@@ -89,5 +89,5 @@ def watch_inputs(model: Any) -> list[Read]:
     def hook(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
         seen.append(Read(args[0].clone(), torch.is_grad_enabled()))
 
-    model.parts()[0].register_forward_pre_hook(hook)
+    model.embedding.register_forward_pre_hook(hook)
     return seen

@@ -321,7 +321,7 @@ def test_tied_weights_may_have_either_name_or_both(family, tmp_path):
         save_file(kept | {name: table.clone() for name in present}, folder / SAFE, metadata={"format": "pt"})
         model = models.load(folder)
         assert torch.equal(model(IDS), want)
-        embedding, _, _, head = model.parts()
+        embedding, head = model.embedding, model.head
         assert head.weight is embedding.weight
     save_file(kept, folder / SAFE)
     refused(folder, "missing: ")

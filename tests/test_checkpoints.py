@@ -206,7 +206,7 @@ def test_grown_vocabulary(family, tied, tmp_path):
     logits = model(IDS)
     assert models.grow_vocabulary(model, 4000, seed=3) is model and model.config.vocab_size == VOCAB + 4000
     models.grow_vocabulary(again, 4000, seed=3)
-    embedding, _, _, head = model.parts()
+    embedding, head = model.embedding, model.head
     assert (embedding.num_embeddings, head.out_features) == (VOCAB + 4000,) * 2
     assert (head.weight is embedding.weight) == tied
     for name, parameter in model.named_parameters():

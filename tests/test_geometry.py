@@ -95,7 +95,7 @@ def test_rows_are_those_of_the_position_tokens(tmp_path):
     first = tasks.build("position", seq_len=8, num_symbols=30).vocabulary.first_position
     assert first > 30  # behind the symbols, of which there are more than positions
     found = geometry.position_rows(own)
-    embedding, *_, head = built.parts()
+    embedding, head = built.embedding, built.head
     np.testing.assert_array_equal(found["readout"], head.weight[first : first + 8].detach())
     np.testing.assert_array_equal(found["input"], embedding.weight[first : first + 8].detach())
     (table,) = (p for name, p in built.named_parameters() if "embed_pos" in name)

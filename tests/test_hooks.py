@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -23,13 +24,14 @@ from hook_models import (
     recorded,
     recurrence,
 )
+from torch import nn
 from torch.nn import functional as F
 
 import probes
 from probes import cache as recording
 from probes.names import layer_of, local_name, resolve
 from ssm_retrieval import models
-from ssm_retrieval.models.hooks import points
+from ssm_retrieval.models.hooks import Hooked, points
 
 # --- names and shapes --------------------------------------------------------------------------------
 
@@ -82,6 +84,44 @@ def test_what_names_patterns_and_layers_mean():
         assert found == ["hook_embed", blocks[0], blocks[3]]
     assert [layer_of(n) for n in ("blocks.12.mixer.hook_B", "hook_embed")] == [12, None]
     assert [local_name(n) for n in ("blocks.12.mixer.hook_B", "hook_embed")] == ["mixer.hook_B", "hook_embed"]
+
+
+class Doubler(Hooked, nn.Module):
+    hook_axes: ClassVar = {"hook_twice": "B L D"}
+
+    def __init__(self):
+        super().__init__()
+        self.config = models.config("mamba-tiny", d_model=16)
+
+    def forward(self, x):
+        return self.tap("hook_twice", 2 * x)
+
+
+class Unnamed(Hooked, nn.Module):
+    """A user's block: no names of its own, and a layer that has one."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = Doubler()
+
+    def forward(self, x, context, cache=None):
+        return x + self.layer(x)
+
+
+@torch.no_grad()
+def test_blocks_of_a_user_need_no_names_of_their_own():
+    model = build("mamba")
+    model.blocks[1] = Unnamed()
+    name = "blocks.1.layer.hook_twice"
+    assert [n for n in model.hook_names() if n.startswith("blocks.1.")] == [name]
+    assert points(model)[name].sizes == {"D": 16}
+    cache, _ = recorded(model, [name, "blocks.0.hook_resid_post", "blocks.2.hook_resid_pre"])
+    before = cache["blocks.0.hook_resid_post"]
+    assert torch.equal(cache[name], 2 * before)
+    assert torch.equal(cache["blocks.2.hook_resid_pre"], before + cache[name])
+    with probes.intervene(model, {name: torch.zeros_like}):
+        changed, _ = recorded(model, "blocks.2.hook_resid_pre")
+    assert torch.equal(changed["blocks.2.hook_resid_pre"], before)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +252,11 @@ def test_residual_stream_is_a_sum(model):
     pieces = ("hook_mixer_out", "hook_attn_out", "hook_mlp_out")
     for i in range(model.config.n_layer):
         at = f"blocks.{i}."
-        added = sum(cache[at + p] for p in pieces if at + p in cache)
+        parts = {p: cache[at + p] for p in pieces if at + p in cache}
+        if hasattr(model.blocks[i], "beta"):  # of the second branch: attention in "M+A", Mamba in "A+M"
+            second = pieces[1:] if i == 0 else pieces[:1]
+            parts |= {p: model.blocks[i].beta.tanh() * parts[p] for p in second}
+        added = sum(parts.values())
         torch.testing.assert_close(cache[at + "hook_resid_post"], cache[at + "hook_resid_pre"] + added)
         after = f"blocks.{i + 1}.hook_resid_pre" if i + 1 < model.config.n_layer else None
         assert after is None or torch.equal(cache[after], cache[at + "hook_resid_post"])
@@ -220,7 +264,7 @@ def test_residual_stream_is_a_sum(model):
             mid = cache[at + "hook_resid_pre"] + cache[at + "hook_attn_out"]
             torch.testing.assert_close(cache[at + "hook_resid_mid"], mid)
     assert torch.equal(cache["hook_embed"], cache["blocks.0.hook_resid_pre"])
-    assert torch.equal(model.parts()[3](cache["ln_final.hook_normalized"]), logits)
+    assert torch.equal(model.head(cache["ln_final.hook_normalized"]), logits)
 
 
 # --- what a recording holds --------------------------------------------------------------------------

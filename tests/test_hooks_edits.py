@@ -251,7 +251,7 @@ def test_loss_packing_and_chosen_logits_under_probes(model):
         loss, _ = model.loss(IDS, labels=OTHER)
     rows, calls = cache.calls("ln_final.hook_normalized")
     assert rows.shape == (4, 1, 16) and calls.shape == (2, 1, 16)
-    torch.testing.assert_close(model.parts()[3](rows[0, 0]), plain[0, 0])
+    torch.testing.assert_close(model.head(rows[0, 0]), plain[0, 0])
     torch.testing.assert_close(loss, F.cross_entropy(model(IDS).flatten(0, 1), OTHER.flatten()))
 
 

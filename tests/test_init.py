@@ -17,7 +17,7 @@ SSM = {
     "mamba": ("mamba-tiny", dict(n_layer=6)),
     "mamba2": ("mamba2-tiny", dict(n_layer=6, headdim=1)),  # as many heads as channels: many draws
     "hybrid-mamba": ("hybrid-tiny", dict(n_layer=6)),
-    "hybrid-mamba2": ("hybrid-tiny", dict(n_layer=6, ssm="mamba2", headdim=1)),
+    "hybrid-mamba2": ("hybrid-tiny", dict(n_layer=6, pattern="M2 M2 A", headdim=1)),
 }
 
 
@@ -29,7 +29,9 @@ def ssm(request):
 
 def mixers(model):
     found = [m for m in model.modules() if isinstance(m, MambaMixer | Mamba2Mixer)]
-    assert len(found) == (4 if hasattr(model.config, "ssm") else 6)  # two of the hybrid's six are attention
+    assert len(found) == (
+        4 if hasattr(model.config, "pattern") else 6
+    )  # two of the hybrid's six are attention
     return found
 
 
@@ -98,18 +100,18 @@ def test_attention_blocks_and_embeddings_are_normal(name, stds):
         stats.norm(0, stds.get("init_std", 0.02)),
         stats.norm(0, stds.get("embedding_std", 0.02)),
     )
-    blocks = [b for b in model.parts()[1] if hasattr(b, "attention")]
+    blocks = [b for b in model.blocks if hasattr(b, "attention")]
     linear = [m for b in blocks for m in b.modules() if isinstance(m, torch.nn.Linear)]
     assert len(linear) == 4 * len(blocks) > 0
     assert all(drawn_from(values([m.weight]), init) for m in linear)
     assert all((m.bias == 0).all() for m in linear)
-    head = model.parts()[3].weight
-    assert (head is model.parts()[0].weight) == (
+    head = model.head.weight
+    assert (head is model.embedding.weight) == (
         name != "transformer-70m"
     )  # tied or a linear layer like others
     if name == "transformer-70m":
         assert drawn_from(values([head]), init)
-    assert drawn_from(values([model.parts()[0].weight]), embedding)
+    assert drawn_from(values([model.embedding.weight]), embedding)
     (positions,) = (p for key, p in model.named_parameters() if "embed_pos" in key)
     assert drawn_from(values([positions]), embedding)
 
@@ -117,5 +119,5 @@ def test_attention_blocks_and_embeddings_are_normal(name, stds):
 def test_embeddings_of_mamba_are_normal(ssm):
     name, options = ssm
     for std in (0.02, 0.1):
-        weight = models.build(name, **options, embedding_std=std).parts()[0].weight
+        weight = models.build(name, **options, embedding_std=std).embedding.weight
         assert drawn_from(values([weight]), stats.norm(0, std))

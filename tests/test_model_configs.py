@@ -15,7 +15,7 @@ from ssm_retrieval.models.registry import ARCHITECTURES
 
 CONFIGS = {name: record.config for name, record in ARCHITECTURES.items()}
 ZERO_MEANS_DEFAULT = ("dt_rank", "d_mlp")
-MAY_BE_ZERO = (*ZERO_MEANS_DEFAULT, "ssm_per_attention", "norm_eps", "embedding_std", "init_std")
+MAY_BE_ZERO = (*ZERO_MEANS_DEFAULT, "norm_eps", "embedding_std", "init_std")
 FIELDS = [(name, field) for name, kind in CONFIGS.items() for field in dataclasses.fields(kind)]
 
 
@@ -57,7 +57,7 @@ def test_every_field_refuses_what_it_cannot_be(name, field):
         ("hybrid", dict(scan_backend="gpu"), "scan_backend='gpu' is unknown"),
         ("mamba", dict(n_layer=10**9), "n_layer=1000000000 is not supported; use 1 to 100000"),
         ("hybrid", dict(n_layer=10**9), "n_layer=1000000000 is not supported"),
-        ("hybrid", dict(ssm="mamba2", headdim=100), "headdim=100 does not divide d_inner=2048"),
+        ("hybrid", dict(pattern="M2 A", headdim=100), "headdim=100 does not divide d_inner=2048"),
         ("hybrid", dict(d_state=300), "d_state=300 is not supported; use 1 to 256"),
         (
             "transformer",
@@ -85,7 +85,7 @@ def test_ends_of_the_ranges_are_allowed_and_build():
         ("mamba", dict(d_state=1, d_conv=1, expand=1, dt_rank=1, dt_min=0.1, dt_max=0.1, norm_eps=0)),
         ("mamba", dict(d_state=np.int64(256), dt_max=1e-4, dt_min=1e-9, embedding_std=0)),
         ("mamba2", dict(d_state=1, headdim=1, expand=1, chunk_size=1)),
-        ("hybrid", dict(n_head=1, ssm_per_attention=0, position="learned")),
+        ("hybrid", dict(n_head=1, pattern="A", position="learned")),
     ):
         model = models.build(name, **(dict(vocab_size=1, d_model=1, n_layer=1) | options))
         assert model(torch.zeros(1, 1, dtype=torch.int64)).isfinite().all(), options

@@ -21,7 +21,8 @@ FAMILIES = {
     "mamba-layernorm": ("mamba-tiny", dict(norm="layer", residual_in_fp32=False)),
     "mamba2": ("mamba2-tiny", dict(d_state=6, ngroups=2, headdim=8, chunk_size=4)),
     "hybrid-mamba": ("hybrid-tiny", dict(position="learned")),
-    "hybrid-mamba2": ("hybrid-tiny", dict(ssm="mamba2", position="rope", headdim=8)),
+    "hybrid-mamba2": ("hybrid-tiny", dict(pattern="M2 M2 A", position="rope", headdim=8)),
+    "hybrid-parallel": ("hybrid-tiny", dict(pattern="M+A A+M2 M", position="rope", headdim=8)),
 }
 VOCAB = 23
 
@@ -313,7 +314,7 @@ def test_seed_fixes_the_weights_and_leaves_the_global_state_alone(family):
         ("transformer-tiny", dict(position="alibi"), "position='alibi'"),
         ("transformer-tiny", dict(rotary_pct=1.5), "rotary_pct=1.5"),
         ("hybrid-tiny", dict(n_layer=4), "n_layer=4 is not a multiple"),
-        ("hybrid-tiny", dict(ssm="rwkv"), "ssm='rwkv'"),
+        ("hybrid-tiny", dict(pattern="rwkv A A"), "pattern='rwkv A A' has the unknown block 'rwkv'"),
         ("mamba-tiny", dict(d_model=0), "d_model=0"),
     ],
 )

@@ -194,9 +194,7 @@ def test_prompts_and_end_tokens_that_are_refused():
 def computed_tokens(model, run):
     """What `run()` returns, and the number of tokens that the first block was given meanwhile."""
     sizes = []
-    handle = model.parts()[1][0].register_forward_pre_hook(
-        lambda _, inputs: sizes.append(inputs[0].shape[:2])
-    )
+    handle = model.blocks[0].register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape[:2]))
     try:
         return run(), sum(rows * length for rows, length in sizes)
     finally:

@@ -22,7 +22,7 @@ FAMILIES = {
     "sequential-transformer": dict(n_layer=3, n_head=4, parallel_residual=False, position="learned"),
     "mamba": dict(n_layer=3, d_state=5),
     "mamba2": dict(n_layer=3, d_state=6, headdim=8, ngroups=2, chunk_size=4),
-    "hybrid": dict(n_layer=4, ssm_per_attention=1, n_head=4, rotary_pct=0.5, ssm="mamba2", headdim=16),
+    "hybrid": dict(n_layer=4, pattern="M2 A", n_head=4, rotary_pct=0.5, headdim=16),
 }
 
 
@@ -124,7 +124,7 @@ def test_residual_patch_equals_a_torch_hook(model):
     for i, key in list(enumerate(traced.keys))[::5]:
         if key.layer == model.config.n_layer:
             continue
-        block, where = model.parts()[1][key.layer], traced.cells[key.cell].where
+        block, where = model.blocks[key.layer], traced.cells[key.cell].where
         seen = []
         handle = block.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
         model(made.clean.input_ids)
@@ -153,7 +153,7 @@ def test_sites_make_everything_where_the_model_is(model):
         patch_sites.advance(model, ids, cache, 3)
         found = [*x, patch_sites.run_from(model, 1, x[1][None], None, made.answer_at)]
         found.append(patch_sites.run_from(model, 1, x[1][None, :, 3:], cache, made.answer_at - 3))
-        for i, block in enumerate(model.parts()[1]):
+        for i, block in enumerate(model.blocks):
             if patch_sites.has_site(block, "head"):
                 heads = patch_sites.Heads(block, x[i])
                 found.append(heads.added(heads.z[None, :, 2:, 0], 1, 2))
@@ -297,7 +297,7 @@ def test_knock_out_equals_a_torch_hook(model, replacement):
     table = ablation.knock_out(model, batch, replacement=replacement, rows=16)
     assert (table["accuracy_intact"] == 1).all()
     for row in table[table["control"] == ""].iloc[::3].itertuples():
-        block = model.parts()[1][row.layer]
+        block = model.blocks[row.layer]
         projection = block.attention.dense if row.kind == "head" else block.mixer.out_proj
 
         def without(_, inputs, row=row):

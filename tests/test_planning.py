@@ -43,7 +43,8 @@ def saved_bytes(model, ids, at, precision: str) -> int:
     [(f, {}) for f in FAMILIES]
     + [
         ("transformer", dict(position="learned", norm="rms", parallel_residual=False)),
-        ("hybrid", dict(ssm="mamba2", headdim=32, d_state=24)),
+        ("hybrid", dict(pattern="M2 M2 A", headdim=32, d_state=24)),
+        ("hybrid", dict(pattern="M+A A+M2 M", headdim=32)),
     ],
 )
 def test_activations_are_what_autograd_saves(family, options, precision):

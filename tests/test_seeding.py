@@ -14,7 +14,7 @@ from ssm_retrieval.training.lora import add_adapters
 SMALL = dict(vocab_size=40, d_model=16, n_layer=3)
 HEADS = {
     "transformer": dict(n_head=2),
-    "hybrid": dict(n_head=2, ssm_per_attention=2),
+    "hybrid": dict(n_head=2, pattern="M M A"),
     "mamba2": dict(headdim=8),
 }
 
@@ -78,12 +78,12 @@ def test_an_error_while_weights_are_drawn_leaves_no_trace(monkeypatch):
 def test_torch_defaults_change_the_dtype_not_the_weights(family, default):
     config = small(family)
     wanted = models.from_config(config, seed=2).state_dict()
-    grown = models.grow_vocabulary(models.from_config(config, seed=2), 4, seed=1).parts()[0].weight
+    grown = models.grow_vocabulary(models.from_config(config, seed=2), 4, seed=1).embedding.weight
     torch.set_default_dtype(default)
     try:
         model = models.from_config(config, seed=2)
         asked = models.from_config(config, seed=2, dtype=torch.float32).state_dict()
-        more = models.grow_vocabulary(models.from_config(config, seed=2), 4, seed=1).parts()[0].weight
+        more = models.grow_vocabulary(models.from_config(config, seed=2), 4, seed=1).embedding.weight
         assert torch.get_default_dtype() == default
     finally:
         torch.set_default_dtype(torch.float32)
@@ -119,7 +119,7 @@ def test_a_frozen_embedding_stays_frozen_when_the_vocabulary_grows(family):
     for tied in (True, False):
         for frozen in (True, False):
             model = models.from_config(small(family, tie_word_embeddings=tied))
-            embedding, _, _, head = model.parts()
+            embedding, head = model.embedding, model.head
             embedding.requires_grad_(not frozen)
             models.grow_vocabulary(model, 2)
             assert embedding.weight.shape[0] == 42 and embedding.weight.requires_grad == (not frozen)

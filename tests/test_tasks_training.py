@@ -117,7 +117,7 @@ def test_answers_at_other_places_in_every_row():
         torch.testing.assert_close(loss, reference)
         assert torch.equal(predicted, expected.argmax(-1))
         gradients = [
-            torch.autograd.grad(x, model.parts()[0].weight, retain_graph=True)[0] for x in (loss, reference)
+            torch.autograd.grad(x, model.embedding.weight, retain_graph=True)[0] for x in (loss, reference)
         ]
         torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
 

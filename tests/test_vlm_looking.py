@@ -141,7 +141,7 @@ def test_what_ssm_layers_read_write_and_keep_is_what_loops_give(kind):
 def test_a_mamba_layer_of_a_vlm_is_looked_at_with_its_own_recurrence():
     """dt, B, C and u from the layer's modules by PyTorch's hooks, and the recurrence token by token."""
     model, (ids, features) = vlm("mamba-tiny"), prompt(layout="query-first")
-    mixer, seen = model.lm.parts()[1][0].mixer, {}
+    mixer, seen = model.lm.blocks[0].mixer, {}
     handle = mixer.x_proj.register_forward_hook(lambda _, x, y: seen.update(u=x[0], out=y))
     with torch.no_grad():
         model(ids, features)

@@ -116,11 +116,11 @@ def of(**changed: Any) -> Stage:
 
 def loss_by_hand(model, batch) -> torch.Tensor:
     """Mean over examples of each one's mean cross-entropy; patches go where ids are negative, in order."""
-    dtype = model.lm.parts()[0].weight.dtype
+    dtype = model.lm.embedding.weight.dtype
     patches = model.vision_embed_tokens(batch.features.to(dtype))
     losses = []
     for ids, labels, image in zip(batch.input_ids, batch.labels, patches, strict=True):
-        vectors = list(model.lm.parts()[0].weight[ids.clamp(min=0)])
+        vectors = list(model.lm.embedding.weight[ids.clamp(min=0)])
         for place, patch in zip((ids < 0).nonzero().flatten().tolist(), image, strict=True):
             vectors[place] = patch
         logits = model.lm(inputs_embeds=torch.stack(vectors)[None])[0]

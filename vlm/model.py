@@ -60,7 +60,7 @@ class VLM(nn.Module):
 
     def embed(self, input_ids: Tensor, features: Tensor) -> Tensor:
         """Vectors of a sequence with placeholders: (B, L) int64 and (B, P, F) -> (B, L, D)."""
-        table = self.lm.parts()[0].weight
+        table = self.lm.embedding.weight
         return splice(table, input_ids, self.vision_embed_tokens(features.to(self.connector_dtype)))
 
     @property
@@ -82,7 +82,7 @@ class VLM(nn.Module):
             row = int(supervised.logical_not().nonzero()[0])
             raise UserError(f"example {row} of the batch has no supervised token; drop it")
         hidden = self.lm.hidden(inputs_embeds=self.embed(input_ids, features))[:, :-1]
-        head, targets = self.lm.parts()[3].weight, labels[:, 1:]
+        head, targets = self.lm.head.weight, labels[:, 1:]
         # only labelled rows meet the head: at a published vocabulary the others are most of all products
         counts = (targets != IGNORE).sum(1).tolist()
         rows, wanted = hidden[targets != IGNORE], targets[targets != IGNORE]

@@ -134,14 +134,14 @@ def scan_names(layers: Sequence[int], *more: str) -> list[str]:
 
 def scan_bytes(model: LanguageModel, layers: Sequence[int]) -> int:
     """Bytes per token of what `scan_names` records: x and dt of every channel, with copies."""
-    mixers: list[Any] = [model.parts()[1][i] for i in layers]
+    mixers: list[Any] = [model.blocks[i] for i in layers]
     return sum(4 * 3 * block.mixer.config.d_inner for block in mixers)
 
 
 def scan_of(model: LanguageModel, cache: Recording, layer: int) -> Scan:
     """The recurrence of one layer from a recording of `scan_names`."""
     x, dt, Bt, Ct = (cache[f"blocks.{layer}.{name}"] for name in SCAN_NAMES)
-    block: Any = model.parts()[1][layer]
+    block: Any = model.blocks[layer]
     A = -torch.exp(block.mixer.A_log.detach().float())
     return Scan.mamba2(A, dt, Bt, Ct, x) if Bt.dim() == 4 else Scan.mamba(A, dt, Bt, Ct, x)
 

@@ -40,7 +40,7 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
             kept[i].append(x if positions else x.take_along_dim(at[..., None], dim=1))
         answers.append(batch.labels[:, : batch.retrieved])
         chance = batch.chance
-    _, _, norm, head = model.parts()
+    norm, head = model.norm, model.head
     with torch.no_grad():
         table = lens_table({i: torch.cat(x) for i, x in kept.items()}, norm, head, torch.cat(answers))
     shared = dict(layer=table["layer"], n=table["answers"])

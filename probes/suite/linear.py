@@ -125,7 +125,7 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
     examples = options.examples or max(FEWER, min(EXAMPLES, TOKENS // task.seq_len))
     if examples < LEAST:
         raise NotApplicable(f"{examples} sequences cannot be split in three; give --examples {LEAST} or more")
-    blocks: list[Any] = list(model.parts()[1])
+    blocks: list[Any] = list(model.blocks)
     sites = [(site, i) for site in SITES for i in layers_with(model, SITES[site].partition(".{}.")[2])]
     features: dict[tuple[str, int], list[Tensor]] = {site: [] for site in sites}
     maps: dict[int, Tensor | None] = {}  # a state of 16,384 numbers is projected batch by batch

@@ -103,7 +103,7 @@ def _maps(
         names = scan_names(layers, "mixer.hook_y")
         cache = recorded(model, ids[:1], names)
         for layer in layers:
-            block: Any = model.parts()[1][layer]
+            block: Any = model.blocks[layer]
             own = cache[f"blocks.{layer}.mixer.hook_y"]
             made = attention_output(scan_of(model, cache, layer), block.mixer.D.detach())
             errors[layer] = float((made.view_as(own) - own).norm() / own.norm())

@@ -3,7 +3,7 @@
 from ssm_retrieval.models.architecture import Architecture
 from ssm_retrieval.models.checkpoints import load, save
 from ssm_retrieval.models.common import Cache, LanguageModel
-from ssm_retrieval.models.decoding import generate
+from ssm_retrieval.models.decoding import generate, stream
 from ssm_retrieval.models.mixer import from_mixer
 from ssm_retrieval.models.registry import (
     ARCHITECTURES,
@@ -36,4 +36,5 @@ __all__ = [
     "resolve",
     "save",
     "state_size",
+    "stream",
 ]

@@ -120,6 +120,14 @@ def mamba2(config: Any, step: Step) -> BlockMemory:
     return BlockMemory(x, kept + casts, casts, working)
 
 
+def parallel(first: BlockMemory, second: BlockMemory, config: Any, step: Step) -> BlockMemory:
+    """Of two branches that read one residual stream; tanh(beta) keeps what the second adds."""
+    added = step.itemsize * step.at_once * step.length * config.d_model
+    kept = first.kept + second.kept - first.input + added
+    working = max(first.working, second.working) + added
+    return BlockMemory(first.input, kept, first.casts + second.casts, working)
+
+
 def every_block(block: Callable[[Any, Step], BlockMemory]) -> Callable[[Any, Step], list[BlockMemory]]:
     """The formula of a model whose blocks are all alike."""
     return lambda config, step: [block(config, step)] * config.n_layer

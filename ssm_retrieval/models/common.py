@@ -6,15 +6,16 @@ Glossary (one letter per axis, used in every shape comment of this package)
     D  d_model          E  d_inner = expand * d_model  N  d_state
     H  heads            P  width of one head           V  vocab_size
 
-A model is an embedding, a list of blocks mapping (B, L, D) to (B, L, D), a final norm and a head;
-`LanguageModel` runs that list. An architecture file defines its config, its block, and the names of
-its parameters, which are the names the published checkpoints use.
+A model is an `embedding`, a list of `blocks` mapping (B, L, D) to (B, L, D), a final `norm` and a `head`;
+`LanguageModel` runs them. An architecture file defines its config, its block, and the names of its
+parameters, which are the names the published checkpoints use.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, cast
+from operator import attrgetter
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +24,11 @@ from torch.utils.checkpoint import checkpoint
 
 from ssm_retrieval.models.configuration import Config as Config
 from ssm_retrieval.models.configuration import require as require
+from ssm_retrieval.models.decoding import generate, stream
 from ssm_retrieval.models.hooks import Hooked, points
 from ssm_retrieval.models.packing import Packing
 from ssm_retrieval.models.padding import real_first
-from ssm_retrieval.ops._route import refuse_tracing
+from ssm_retrieval.ops._route import refuse_tracing, values_are_known
 from ssm_retrieval.ops.cross_entropy import linear_cross_entropy
 
 LayerCache = dict[str, Tensor]
@@ -71,8 +73,12 @@ class Context:
         return self._order[0]
 
 
-class Block(Protocol):
-    def __call__(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor: ...
+WHOLE = Context()  # of whole sequences without padding: what a mixer that needs no positions assumes
+
+
+def widen(x: Tensor) -> Tensor:
+    """x in float32, or in its own dtype if that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class RMSNorm(nn.Module):
@@ -88,8 +94,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(d))
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        y = F.rms_norm(x.to(dtype), x.shape[-1:], eps=self.eps)
+        y = F.rms_norm(widen(x), x.shape[-1:], eps=self.eps)
         return y.to(self.weight.dtype) * self.weight
 
 
@@ -100,11 +105,6 @@ class LayerNorm(nn.LayerNorm):
         return super().forward(x.to(self.weight.dtype))
 
 
-def respell(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Hook before `load_state_dict`: `LanguageModel.accept_hub_spellings`."""
-    cast(LanguageModel, module).accept_hub_spellings(state_dict, prefix)
-
-
 def init_normal(weight: Tensor, std: float) -> None:
     """Fill with normal(0, std) drawn in float32, whatever the dtype: the same weights at every precision."""
     with torch.no_grad():
@@ -112,17 +112,39 @@ def init_normal(weight: Tensor, std: float) -> None:
         weight.copy_(drawn.normal_(std=std))
 
 
-def make_norm(kind: str, d: int, eps: float) -> nn.Module:
-    """`kind` is "rms" or "layer"."""
-    return {"rms": RMSNorm, "layer": LayerNorm}[kind](d, eps=eps)
+def make_norm(config: Any) -> nn.Module:
+    """The norm that `config.norm` names, "rms" or "layer", of the residual stream."""
+    return {"rms": RMSNorm, "layer": LayerNorm}[config.norm](config.d_model, eps=config.norm_eps)
 
 
-def described(x: Any) -> str:
+def add_learned_positions(x: Tensor, positions: Tensor, table: nn.Embedding) -> Tensor:
+    """x (B, L, D) plus the vector of each position; one clear line when the sequence is too long."""
+    if values_are_known(positions):
+        limit = table.num_embeddings
+        longest = int(positions.max()) + 1 if positions.numel() else 0
+        require(
+            longest <= limit,
+            f"sequence of {longest} tokens exceeds max_position_embeddings={limit}; build a model with more",
+        )
+    return x + table(positions)
+
+
+def shape_of(x: Any) -> str:
     """What an argument is, for the line that refuses it."""
     return f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
 
 
-def chosen(x: Tensor, at: Tensor | None) -> Tensor:
+def part(path: str) -> Any:
+    """A property for the module at `path`, such as "backbone.embedding": the name that checkpoints use."""
+    return property(attrgetter(path))
+
+
+def rename_before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Hook before `load_state_dict`: `LanguageModel.accept_hub_spellings`."""
+    cast(LanguageModel, module).accept_hub_spellings(state_dict, prefix)
+
+
+def select_positions(x: Tensor, at: Tensor | None) -> Tensor:
     """x (B, L, D) at the indices `at`: (A,) or (B, A); all of it for None."""
     if at is None:
         return x
@@ -132,18 +154,23 @@ def chosen(x: Tensor, at: Tensor | None) -> Tensor:
 class LanguageModel(Hooked, nn.Module):
     """Causal language model: tokens or embeddings in, next-token logits out.
 
-    Subclasses set `config` (with `vocab_size`, `d_model`, `n_layer`) and implement `parts()`.
+    Subclasses have the four parts below, as attributes or, under the names of checkpoints, by `part`. Their
+    config has `vocab_size`, `d_model`, `n_layer` and `residual_in_fp32`.
     """
 
-    config: Any
+    embedding: nn.Embedding
+    blocks: nn.ModuleList  # each called as block(x, context, cache) -> x, (B, L, D)
+    norm: nn.Module
+    head: nn.Linear
     # Training keeps each block's input only and runs the block again for its gradients (Chen et al. 2016,
     # arXiv 1604.06174): same numbers, less memory, about a third more time. Not with a cache or hooks.
     checkpointing: bool = False
     hook_axes: ClassVar = {"hook_embed": "B L D", "ln_final.hook_normalized": "B L D"}
 
-    def parts(self) -> tuple[nn.Embedding, list[Block], nn.Module, nn.Linear]:
-        """The embedding, the blocks in order, the final norm, the head."""
-        raise NotImplementedError
+    def __init__(self, config: Any):
+        super().__init__()
+        self.config = config
+        self.register_load_state_dict_pre_hook(rename_before_load)
 
     def accept_hub_spellings(self, named: dict[str, Any], prefix: str = "") -> None:
         """Give tensors, or whatever stands for them in `named`, the names they have here, in place.
@@ -153,7 +180,7 @@ class LanguageModel(Hooked, nn.Module):
 
     def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """(B, L) int64 -> (B, L, D). Position schemes that add to the embedding override this."""
-        return self.parts()[0](input_ids)
+        return self.embedding(input_ids)
 
     def forward(
         self,
@@ -186,7 +213,7 @@ class LanguageModel(Hooked, nn.Module):
             at=logits_at,
             cache=cache,
         )
-        return self.parts()[3](x)
+        return self.head(x)
 
     def loss(
         self,
@@ -202,7 +229,7 @@ class LanguageModel(Hooked, nn.Module):
         predict, -100 = nothing. Other arguments as `forward`. Returns a scalar and (B, L or A) int64.
         """
         x = self.hidden(input_ids, at=logits_at, **inputs)
-        return linear_cross_entropy(x, self.parts()[3].weight, labels)
+        return linear_cross_entropy(x, self.head.weight, labels)
 
     def hidden(
         self,
@@ -217,18 +244,15 @@ class LanguageModel(Hooked, nn.Module):
         """What the head reads, (B, L or A, D): `forward` without the head; `at` is its `logits_at`."""
         refuse_tracing(type(self).__name__)
         tokens = self._checked(input_ids, inputs_embeds, attention_mask, seq_ids, at, cache)
-        norm = self.parts()[2]
         if seq_ids is None or seq_ids.numel() == 0:
-            x = self._stream(tokens, attention_mask, cache)
-            if self.hook is not None:  # normalise all, so that the hook sees the axes of every other name
-                return chosen(self.hook("ln_final.hook_normalized", norm(x)), at)
-            return norm(chosen(x, at))
-        packing = Packing(seq_ids, one_batch=self.hook is not None)  # a name fires once per call
-        batches = [self._stream(rows, None, None) for rows in packing.unpack(tokens)]
-        if self.hook is not None:
-            (x,) = batches
-            return chosen(packing.pack([self.hook("ln_final.hook_normalized", norm(x))]), at)
-        return norm(chosen(packing.pack(batches), at))
+            packing, batches = None, [self._stream(tokens, attention_mask, cache)]
+        else:
+            packing = Packing(seq_ids, one_batch=self.hook is not None)  # a name fires once per call
+            batches = [self._stream(rows, None, None) for rows in packing.unpack(tokens)]
+        if self.hook is not None:  # normalise all, so that the hook sees the axes of every other name
+            batches = [self.tap("ln_final.hook_normalized", self.norm(x)) for x in batches]
+        x = select_positions(batches[0] if packing is None else packing.pack(batches), at)
+        return self.norm(x) if self.hook is None else x
 
     def _checked(
         self,
@@ -256,17 +280,17 @@ class LanguageModel(Hooked, nn.Module):
         else:
             tokens, name, wanted = inputs_embeds, "inputs_embeds", f"a floating (batch, length, d_model={D})"
             fits = isinstance(tokens, Tensor) and tokens.shape[2:] == (D,) and tokens.is_floating_point()
-        require(fits, f"{name} must be {wanted}; got {described(tokens)}")
+        require(fits, f"{name} must be {wanted}; got {shape_of(tokens)}")
         tokens = cast(Tensor, tokens)
         B, L = tokens.shape[:2]
         for name, given in (("attention_mask", mask), ("seq_ids", seq_ids)):
             fits = given is None or (isinstance(given, Tensor) and given.shape == (B, L))
-            require(fits, f"{name} must be {(B, L)}, for the tokens of this call; got {described(given)}")
+            require(fits, f"{name} must be {(B, L)}, for the tokens of this call; got {shape_of(given)}")
         if at is not None:
             fits = isinstance(at, Tensor) and at.dtype in INTEGERS and at.dim() in (1, 2)
             fits = fits and at.shape[:-1] in ((), (B,))
             wanted = f"an integer tensor (A,) or (batch={B}, A)"
-            require(fits, f"logits_at must be {wanted}; got {described(at)}")
+            require(fits, f"logits_at must be {wanted}; got {shape_of(at)}")
         if cache is not None:
             rows = {len(t) for layer in cache.layers for t in layer.values()} or {B}
             require(
@@ -284,13 +308,13 @@ class LanguageModel(Hooked, nn.Module):
         context = self._context(tokens, mask, cache)
         embedded = tokens.dim() == 3
         x = tokens if embedded else self.embed(tokens, cast(Tensor, context.positions))
-        if self.hook is not None:
-            # a copy of what the caller owns: a recording must not change with it
-            x = self.hook("hook_embed", x.clone() if embedded else x)
-        x = x.to(torch.promote_types(x.dtype, torch.float32)) if self.config.residual_in_fp32 else x
+        if self.hook is not None and embedded:
+            x = x.clone()  # the caller owns it: a recording must not change with it
+        x = self.tap("hook_embed", x)
+        x = widen(x) if self.config.residual_in_fp32 else x
         # a block that records or updates something must not run twice
         again = self.checkpointing and torch.is_grad_enabled() and cache is None and self.hook is None
-        for i, block in enumerate(self.parts()[1]):
+        for i, block in enumerate(self.blocks):
             if again:
                 x = checkpoint(block, x, context, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -315,14 +339,14 @@ class LanguageModel(Hooked, nn.Module):
         return Context(mask, key_mask, positions, cached=past > 0, kept=cache is not None)
 
     def hook_children(self) -> dict[str, Hooked]:
-        return {f"blocks.{i}.": cast(Hooked, block) for i, block in enumerate(self.parts()[1])}
-
-    def hook_sizes(self) -> dict[str, int]:
-        return {"D": self.config.d_model}
+        return {f"blocks.{i}.": cast(Hooked, block) for i, block in enumerate(self.blocks)}
 
     def hook_names(self) -> list[str]:
         """Every name that `probes.record` and `probes.intervene` take (`probes.NAMES` describes them)."""
         return list(points(self))
+
+    generate = generate
+    stream = stream
 
     def init_cache(self) -> Cache:
         """An empty cache; its tensors are made by the first call that uses it."""
@@ -334,7 +358,6 @@ class LanguageModel(Hooked, nn.Module):
 
     def num_parameters(self, embeddings: bool = True) -> int:
         """Number of trainable numbers, tied weights counted once; without the tables on request."""
-        skip = (
-            [] if embeddings else [id(p) for m in (self.parts()[0], self.parts()[3]) for p in m.parameters()]
-        )
+        tables = () if embeddings else (self.embedding, self.head)
+        skip = {id(p) for table in tables for p in table.parameters()}
         return sum(p.numel() for p in self.parameters() if id(p) not in skip)

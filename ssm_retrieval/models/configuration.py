@@ -21,7 +21,6 @@ RANGES: dict[str, tuple[float, float]] = {
     "dt_rank": (0, LARGEST),
     "dt_max": (1e-4, math.inf),  # the floor of dt at initialisation
     "d_mlp": (0, LARGEST),
-    "ssm_per_attention": (0, LARGEST),
     "rotary_pct": (0, 1),
     "norm_eps": (0, math.inf),
     "embedding_std": (0, math.inf),
@@ -30,7 +29,6 @@ RANGES: dict[str, tuple[float, float]] = {
 CHOICES: dict[str, tuple[str, ...]] = {
     "norm": ("rms", "layer"),
     "position": POSITIONS,
-    "ssm": ("mamba", "mamba2"),
     "scan_backend": ("auto", "reference", "cpu", "cuda"),
 }
 
@@ -69,7 +67,9 @@ def check(name: str, kind: str, value: Any) -> None:
     kind: the field's annotation, "int", "float", "bool" or "str".
     """
     said = f"{name}={reprlib.repr(value)}"
-    if kind == "str":
+    if kind == "str" and name not in CHOICES:
+        require(isinstance(value, str), f"{said} must be a string")
+    elif kind == "str":
         require(value in CHOICES[name], f"{said} is unknown; use {', '.join(map(repr, CHOICES[name]))}")
     elif kind == "bool":
         require(isinstance(value, bool), f"{said} must be True or False")

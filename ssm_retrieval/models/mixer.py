@@ -14,17 +14,23 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssm_retrieval.models.architecture import TINY, Architecture
-from ssm_retrieval.models.common import Block, Context, LanguageModel, LayerCache, init_normal, make_norm
+from ssm_retrieval.models.common import (
+    Context,
+    LanguageModel,
+    LayerCache,
+    add_learned_positions,
+    init_normal,
+    make_norm,
+)
 from ssm_retrieval.models.configuration import Config, require
 from ssm_retrieval.models.hooks import Hooked
-from ssm_retrieval.models.transformer import add_learned_positions
 from ssm_retrieval.ops.linear import Linear
 
 POSITIONS = ("learned", "none")
@@ -65,19 +71,19 @@ class MixerBlock(Hooked, nn.Module):
 
     def __init__(self, config: Any, mixer: nn.Module):
         super().__init__()
+        self.config = config
         D, M = config.d_model, config.d_mlp or 4 * config.d_model
-        self.norm1 = make_norm(config.norm, D, config.norm_eps)
+        self.norm1 = make_norm(config)
         self.mixer = mixer
-        self.norm2 = make_norm(config.norm, D, config.norm_eps)
+        self.norm2 = make_norm(config)
         self.up, self.down = Linear(D, M), Linear(M, D)
 
     def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
-        x = self._tap("hook_resid_pre", x)
-        x = self._tap(
-            "hook_resid_mid", x + self._tap("hook_mixer_out", self.mix(self.norm1(x), context, cache))
-        )
-        out = self._tap("hook_mlp_out", self.down(F.gelu(self.up(self.norm2(x)))))
-        return self._tap("hook_resid_post", x + out)
+        x = self.tap("hook_resid_pre", x)
+        mixed = self.tap("hook_mixer_out", self.mix(self.norm1(x), context, cache))
+        x = self.tap("hook_resid_mid", x + mixed)
+        out = self.tap("hook_mlp_out", self.down(F.gelu(self.up(self.norm2(x)))))
+        return self.tap("hook_resid_post", x + out)
 
     def mix(self, x: Tensor, context: Context, cache: LayerCache | None) -> Tensor:
         """The mixer's outputs for x (B, L, D), after what the cache has; wrong at padding, as everywhere."""
@@ -96,12 +102,6 @@ class MixerBlock(Hooked, nn.Module):
         )
         return y[:, -L:]
 
-    def _tap(self, name: str, x: Tensor) -> Tensor:
-        return x if self.hook is None else self.hook(name, x)
-
-    def hook_sizes(self) -> dict[str, int]:
-        return {"D": self.up.in_features}
-
 
 class MixerForCausalLM(LanguageModel):
     """Language model of `MixerBlock`s with a tied head.
@@ -110,22 +110,18 @@ class MixerForCausalLM(LanguageModel):
     """
 
     def __init__(self, config: Any, dtype: torch.dtype | None, make: Callable[[Any], nn.Module]):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.embedding = nn.Embedding(config.vocab_size, config.d_model).to(dtype)
         if config.position == "learned":
             self.positions = nn.Embedding(config.max_position_embeddings, config.d_model).to(dtype)
             init_normal(self.positions.weight, std=config.embedding_std)
         self.blocks = nn.ModuleList(MixerBlock(config, make(config)).to(dtype) for _ in range(config.n_layer))
-        self.norm = make_norm(config.norm, config.d_model, config.norm_eps).to(dtype)
+        self.norm = make_norm(config).to(dtype)
         self.head = Linear(config.d_model, config.vocab_size, bias=False).to(dtype)
         init_normal(self.embedding.weight, std=config.embedding_std)
         init_normal(self.head.weight, std=config.embedding_std)
         if config.tie_word_embeddings:
             self.head.weight = self.embedding.weight
-
-    def parts(self) -> tuple[nn.Embedding, list[Block], nn.Module, nn.Linear]:
-        return self.embedding, cast(list[Block], list(self.blocks)), self.norm, self.head
 
     def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         x = self.embedding(input_ids)

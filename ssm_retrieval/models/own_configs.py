@@ -102,7 +102,7 @@ def typed(kind: type[Config], options: Mapping[str, Any], where: str) -> Config:
     unknown = sorted(set(options) - set(known))
     require(
         not unknown,
-        f"{where}: {', '.join(unknown)[:200]} is no option of {kind.__name__}; a newer release may know it",
+        f"{where}: {', '.join(unknown)[:200]} is no option of {kind.__name__}; another release may know it",
     )
     try:
         _schema(cast(Any, kind)).model_validate(dict(options))
@@ -137,7 +137,7 @@ def check_sizes(config: Config, raw: Mapping[str, Any], stored: Mapping[str, Sto
     mine = config.to_dict()
     widest = max((n for s in stored.values() if s.numbers for n in s.shape), default=0)
     sizes = {name: n for name, n in mine.items() if isinstance(n, int) and not isinstance(n, bool)}
-    free = ["chunk_size", "ssm_per_attention"]
+    free = ["chunk_size"]
     free += ["max_position_embeddings"] if mine.get("position") != "learned" else []
     limit = f"no tensor is wider than {widest:,}", max(widest, WIDE)
     limits = {name: limit for name in sizes if name not in free}

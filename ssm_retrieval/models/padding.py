@@ -14,11 +14,23 @@ whose real tokens have been moved together.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
 from ssm_retrieval.ops._route import values_are_known
 from ssm_retrieval.ops.causal_conv1d import causal_conv1d
+
+
+class Padding(Protocol):
+    """Of `ssm_retrieval.models.common.Context`: which tokens are real, and `real_first` of that."""
+
+    @property
+    def mask(self) -> Tensor | None: ...
+
+    @property
+    def order(self) -> Tensor | None: ...
 
 
 def real_first(mask: Tensor, cached: bool, kept: bool) -> Tensor | None:
@@ -35,14 +47,30 @@ def real_first(mask: Tensor, cached: bool, kept: bool) -> Tensor | None:
     return torch.argsort((~mask).byte(), dim=1, stable=True)
 
 
-def convolve(
-    x: Tensor, conv: nn.Conv1d, mask: Tensor | None, order: Tensor | None, cache: dict[str, Tensor] | None
-) -> Tensor:
+def fill_padding(x: Tensor, mask: Tensor | None, value: float = 0.0) -> Tensor:
+    """x (B, L, E) with `value` where mask (B, L) is False; x itself without a mask."""
+    return x if mask is None else x.masked_fill(~mask.unsqueeze(-1), value)
+
+
+def attention_mask(L: int, key_mask: Tensor | None, S: int, device: torch.device) -> Tensor:
+    """(B or 1, 1, L, S) bool, True = may attend: causal, and real keys only.
+
+    Every query may see itself even on padding, else its softmax would be over nothing (NaN).
+    """
+    causal = torch.ones(L, S, dtype=torch.bool, device=device).tril(S - L)
+    if key_mask is None:
+        return causal[None, None]
+    itself = torch.eye(S, dtype=torch.bool, device=device)[S - L :]
+    return (causal & key_mask[:, None, None, :]) | itself
+
+
+def convolve(x: Tensor, conv: nn.Conv1d, padding: Padding, cache: dict[str, Tensor] | None) -> Tensor:
     """silu(conv(x)) of the real tokens of x (B, L, E), which is zero at padding; E: channels of `conv`.
 
-    mask: (B, L) bool; order: from `real_first`. cache: its `conv`, the last d_conv - 1 real inputs
-    (B, d_conv - 1, E), goes before x and is replaced by the last ones of x.
+    padding: which tokens are real. cache: its `conv`, the last d_conv - 1 real inputs (B, d_conv - 1, E),
+    goes before x and is replaced by the last ones of x.
     """
+    mask, order = padding.mask, padding.order
     weight, bias = conv.weight.squeeze(1), conv.bias
     before = None if cache is None else cache.get("conv")
     if order is None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -54,10 +54,9 @@ def step_memory(model: LanguageModel, step: Step) -> Memory:
     gradients = F32 * sum(p.numel() for p in trained.values())
     state = optimizer_state([tuple(p.shape) for p in trained.values()], step.optimizer)
     weights = F32 * sum(p.numel() for p in model.parameters())
-    embedding, layers, _, last = model.parts()
     blocks = block_memory(model.config, step)
-    own = [F32 * _trained_numbers(cast(nn.Module, layer)) for layer in layers]
-    table, head_table = (F32 * p.weight.numel() for p in (embedding, last))
+    own = [F32 * _trained_numbers(block) for block in model.blocks]
+    table, head_table = (F32 * p.weight.numel() for p in (model.embedding, model.head))
     head, head_working = head_memory(model.config, step)
     held = [b.input if step.checkpointing else b.kept for b in blocks]
     casts = sum(b.casts for b in blocks) if step.checkpointing else 0  # autocast's cache, until the loss
@@ -182,9 +181,8 @@ def device_peak(model: LanguageModel, step: Step, evaluation: Step, devices: int
     beside = evaluation_memory(model, evaluation)
     if devices == 1:
         return max(needed.peak, needed.weights + needed.optimizer + beside)
-    embedding, layers, _, last = model.parts()
-    tables = {id(p): p.numel() for part in (embedding, last) for p in part.parameters()}
-    block = max(sum(p.numel() for p in cast(nn.Module, layer).parameters()) for layer in layers)
+    tables = {id(p): p.numel() for part in (model.embedding, model.head) for p in part.parameters()}
+    block = max(sum(int(p.numel()) for p in layer.parameters()) for layer in model.blocks)
     whole = 2 * F32 * (sum(tables.values()) + 2 * block)
     shared = needed.weights + needed.gradients + needed.optimizer
     activations = needed.activations + needed.head + needed.working

@@ -19,26 +19,26 @@ Parameter names are those of EleutherAI/pythia-*; `gpt_neox.embed_pos` exists on
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssm_retrieval.models import block_memory
+from ssm_retrieval.models import block_memory, instrumented
 from ssm_retrieval.models.architecture import TINY, Architecture
 from ssm_retrieval.models.common import (
-    Block,
     Context,
     LanguageModel,
     LayerCache,
+    add_learned_positions,
     init_normal,
     make_norm,
-    respell,
+    part,
 )
 from ssm_retrieval.models.configuration import Config, require
-from ssm_retrieval.models.hooks import Hook, Hooked
-from ssm_retrieval.ops._route import values_are_known
+from ssm_retrieval.models.hooks import Hooked
+from ssm_retrieval.models.padding import attention_mask
 from ssm_retrieval.ops.attention import attention
 from ssm_retrieval.ops.linear import Linear
 
@@ -99,7 +99,7 @@ def rope_tables(positions: Tensor, dims: int, theta: float) -> tuple[Tensor, Ten
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first `cos.shape[-1]` dimensions of x (B, H, L, P) by the angles of each position."""
+    """Rotate the first `cos.shape[-1]` dimensions of x (..., P) by the angles of its position."""
     dims = cos.shape[-1]
     rotated, rest = x[..., :dims], x[..., dims:]
     first, second = rotated.chunk(2, dim=-1)
@@ -108,31 +108,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated if rest.shape[-1] == 0 else torch.cat([rotated, rest], dim=-1)
 
 
-def attention_mask(L: int, key_mask: Tensor | None, S: int, device: torch.device) -> Tensor:
-    """(B or 1, 1, L, S) bool, True = may attend: causal, and real keys only.
-
-    Every query may see itself even on padding, else its softmax would be over nothing (NaN).
-    """
-    causal = torch.ones(L, S, dtype=torch.bool, device=device).tril(S - L)
-    if key_mask is None:
-        return causal[None, None]
-    itself = torch.eye(S, dtype=torch.bool, device=device)[S - L :]
-    return (causal & key_mask[:, None, None, :]) | itself
-
-
 class Attention(Hooked, nn.Module):
     """Multi-head causal self-attention: (B, L, D) -> (B, L, D)."""
 
-    hook_axes: ClassVar = {
-        "hook_q": "B L H P",
-        "hook_k": "B L H P",
-        "hook_v": "B L H P",
-        "hook_rot_q": "B L H P",
-        "hook_rot_k": "B L H P",
-        "hook_attn_scores": "B H L S",
-        "hook_pattern": "B H L S",
-        "hook_z": "B L H P",
-    }
+    hook_prefix: ClassVar = "attn."
+    hook_axes: ClassVar = dict(
+        hook_q="B L H P", hook_k="B L H P", hook_v="B L H P", hook_rot_q="B L H P", hook_rot_k="B L H P",
+        hook_attn_scores="B H L S", hook_pattern="B H L S", hook_z="B L H P",
+    )  # fmt: skip
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -141,71 +124,33 @@ class Attention(Hooked, nn.Module):
         self.dense = Linear(config.d_model, config.d_model)
 
     def forward(self, hidden: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+        """hidden: (B, L, D). cache: its keys and values `k` and `v` go before it, and grow by it."""
         config = self.config
-        B, L, _ = hidden.shape
-        qkv = self.query_key_value(hidden).view(B, L, config.n_head, 3 * config.d_head)
-        q, k, v = qkv.transpose(1, 2).chunk(3, dim=-1)  # (B, H, L, P) each
-        if self.hook is not None:
-            q, k = _by_token(self.hook, "hook_q", q), _by_token(self.hook, "hook_k", k)
-            v = _by_token(self.hook, "hook_v", v)
+        q, k, v = self.query_key_value(hidden).unflatten(-1, (config.n_head, -1)).chunk(3, dim=-1)
+        q, k, v = self.tap("hook_q", q), self.tap("hook_k", k), self.tap("hook_v", v)  # (B, L, H, P) each
         if config.rotary_dims > 0:
             assert context.positions is not None
             cos, sin = rope_tables(context.positions, config.rotary_dims, config.rope_theta)
-            if cos.dim() == 3:  # one row of positions per sequence: broadcast over heads
-                cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-            if self.hook is not None:
-                q, k = _by_token(self.hook, "hook_rot_q", q), _by_token(self.hook, "hook_rot_k", k)
+            cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # the same for every head
+            q, k = self.tap("hook_rot_q", rotate(q, cos, sin)), self.tap("hook_rot_k", rotate(k, cos, sin))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, L, P)
         if cache is not None:
             if "k" in cache:
                 k, v = torch.cat([cache["k"], k], dim=2), torch.cat([cache["v"], v], dim=2)
             cache["k"], cache["v"] = k, v
-        S = k.shape[2]
+        L, S = q.shape[2], k.shape[2]
         if context.key_mask is None and (S == L or L == 1):  # nothing cached, or a single new token
             y = attention(q, k, v, causal=L > 1)
         else:
             mask = attention_mask(L, context.key_mask, S, q.device)
             y = attention(q, k, v, mask)
         if self.hook is not None:
-            pattern = hooked_pattern(self.hook, q, k, context.key_mask)
-            y = _by_token(self.hook, "hook_z", y if pattern is None else pattern @ v)
-        return self.dense(y.transpose(1, 2).reshape(B, L, config.d_model))
+            y = instrumented.attention(self.hook, y, q, k, v, context.key_mask)
+        return self.dense(self.tap("hook_z", y.transpose(1, 2)).flatten(-2))
 
     def hook_points(self) -> list[str]:
         rotated = ("hook_rot_q", "hook_rot_k") if self.config.rotary_dims == 0 else ()
         return [name for name in self.hook_axes if name not in rotated]
-
-    def hook_sizes(self) -> dict[str, int]:
-        return {"H": self.config.n_head, "P": self.config.d_head}
-
-
-def _by_token(hook: Hook, name: str, x: Tensor) -> Tensor:
-    """x (B, H, L, P) after a hook that sees (B, L, H, P), the order of TransformerLens."""
-    seen = x.transpose(1, 2)
-    new = hook(name, seen)
-    return x if new is seen else new.transpose(1, 2)
-
-
-def hooked_pattern(hook: Hook, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor | None:
-    """The attention pattern (B, H, L, S) if an edit changes it; None leaves the fused kernel's output alone.
-
-    Scores are masked with -inf and scaled, as in TransformerLens. What is only recorded is computed for the
-    recorded queries alone.
-    """
-    L, S = q.shape[2], k.shape[2]
-    names = ("hook_attn_scores", "hook_pattern")
-    edited = any(hook.edits(name) for name in names)
-    rows = list(range(L)) if edited else sorted({t for name in names for t in hook.records(name)})
-    if not rows:
-        return None
-    allowed = attention_mask(L, key_mask, S, q.device)[:, :, rows]
-    plain = (q[:, :, rows] @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).masked_fill(~allowed, -torch.inf)
-    scores = hook.edit("hook_attn_scores", plain, rows)
-    hook.record("hook_attn_scores", scores, rows)
-    weights = scores.softmax(dim=-1)
-    pattern = hook.edit("hook_pattern", weights, rows)
-    hook.record("hook_pattern", pattern, rows)
-    return None if scores is plain and pattern is weights else pattern.to(q.dtype)
 
 
 class MLP(Hooked, nn.Module):
@@ -213,67 +158,44 @@ class MLP(Hooked, nn.Module):
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
+        self.config = config
         self.dense_h_to_4h = Linear(config.d_model, config.mlp_width)
         self.dense_4h_to_h = Linear(config.mlp_width, config.d_model)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.dense_h_to_4h(x)
-        if self.hook is not None:
-            x = self.hook("hook_pre", x)
-        x = F.gelu(x)
-        if self.hook is not None:
-            x = self.hook("hook_post", x)
-        return self.dense_4h_to_h(x)
-
-    def hook_sizes(self) -> dict[str, int]:
-        return {"M": self.dense_h_to_4h.out_features}
+        x = self.tap("hook_pre", self.dense_h_to_4h(x))
+        return self.dense_4h_to_h(self.tap("hook_post", F.gelu(x)))
 
 
 class TransformerBlock(Hooked, nn.Module):
-    hook_axes: ClassVar = {
-        "hook_resid_pre": "B L D",
-        "hook_attn_out": "B L D",
-        "hook_resid_mid": "B L D",
-        "hook_mlp_out": "B L D",
-        "hook_resid_post": "B L D",
-    }
+    """Attention and an MLP, each behind its norm; side by side, or the MLP after the attention (GPT-2)."""
+
+    hook_axes: ClassVar = dict(
+        hook_resid_pre="B L D", hook_attn_out="B L D", hook_resid_mid="B L D", hook_mlp_out="B L D",
+        hook_resid_post="B L D",
+    )  # fmt: skip
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
+        self.config = config
         self.parallel_residual = config.parallel_residual
-        self.input_layernorm = make_norm(config.norm, config.d_model, config.norm_eps)
-        self.post_attention_layernorm = make_norm(config.norm, config.d_model, config.norm_eps)
+        self.input_layernorm = make_norm(config)
+        self.post_attention_layernorm = make_norm(config)
         self.attention = Attention(config)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
-        if self.hook is not None:
-            x = self.hook("hook_resid_pre", x)
-        attended = self.attention(self.input_layernorm(x), context, cache)
-        if self.hook is not None:
-            attended = self.hook("hook_attn_out", attended)
+        x = self.tap("hook_resid_pre", x)
+        attended = self.tap("hook_attn_out", self.attention(self.input_layernorm(x), context, cache))
         if self.parallel_residual:
-            mid = x
+            x = x + attended + self.tap("hook_mlp_out", self.mlp(self.post_attention_layernorm(x)))
         else:
-            mid = x + attended
-            if self.hook is not None:
-                mid = self.hook("hook_resid_mid", mid)
-        mlp = self.mlp(self.post_attention_layernorm(mid))
-        if self.hook is not None:
-            mlp = self.hook("hook_mlp_out", mlp)
-        x = x + attended + mlp if self.parallel_residual else mid + mlp
-        if self.hook is not None:
-            x = self.hook("hook_resid_post", x)
-        return x
+            x = self.tap("hook_resid_mid", x + attended)
+            x = x + self.tap("hook_mlp_out", self.mlp(self.post_attention_layernorm(x)))
+        return self.tap("hook_resid_post", x)
 
     def hook_points(self) -> list[str]:
         return [name for name in self.hook_axes if name != "hook_resid_mid" or not self.parallel_residual]
-
-    def hook_sizes(self) -> dict[str, int]:
-        return {"D": self.mlp.dense_h_to_4h.in_features}
-
-    def hook_children(self) -> dict[str, Hooked]:
-        return {"attn.": self.attention, "mlp.": self.mlp}
 
 
 def init_linear(module: nn.Module, std: float) -> None:
@@ -285,35 +207,37 @@ def init_linear(module: nn.Module, std: float) -> None:
                 nn.init.zeros_(child.bias)
 
 
-class TransformerBackbone(nn.Module):
-    def __init__(self, config: TransformerConfig, dtype: torch.dtype | None = None):
-        super().__init__()
-        self.embed_in = nn.Embedding(config.vocab_size, config.d_model).to(dtype)
-        if config.position == "learned":
-            self.embed_pos = nn.Embedding(config.max_position_embeddings, config.d_model).to(dtype)
-        self.layers = nn.ModuleList(TransformerBlock(config).to(dtype) for _ in range(config.n_layer))
-        self.final_layer_norm = make_norm(config.norm, config.d_model, config.norm_eps).to(dtype)
-
-
 class TransformerForCausalLM(LanguageModel):
     """GPT-NeoX language model (state_dict of EleutherAI/pythia-*)."""
 
+    embedding = part("gpt_neox.embed_in")
+    blocks = part("gpt_neox.layers")
+    norm = part("gpt_neox.final_layer_norm")
+    head = part("embed_out")
+    gpt_neox: Any
+
     def __init__(self, config: TransformerConfig, dtype: torch.dtype | None = None):
-        super().__init__()
-        self.config = config
-        self.gpt_neox = TransformerBackbone(config, dtype)
-        self.embed_out = Linear(config.d_model, config.vocab_size, bias=False).to(dtype)
+        super().__init__(config)
+        V, D, learned = config.vocab_size, config.d_model, config.position == "learned"
+        self.gpt_neox = nn.ModuleDict({"embed_in": nn.Embedding(V, D).to(dtype)})
+        if learned:
+            self.gpt_neox["embed_pos"] = nn.Embedding(config.max_position_embeddings, D).to(dtype)
+        blocks = (TransformerBlock(config).to(dtype) for _ in range(config.n_layer))
+        self.gpt_neox["layers"] = nn.ModuleList(blocks)
+        self.gpt_neox["final_layer_norm"] = make_norm(config).to(dtype)
+        self.embed_out = Linear(D, V, bias=False).to(dtype)
         init_linear(self, config.init_std)
-        init_normal(self.gpt_neox.embed_in.weight, std=config.embedding_std)
-        if config.position == "learned":
+        init_normal(self.embedding.weight, std=config.embedding_std)
+        if learned:
             init_normal(self.gpt_neox.embed_pos.weight, std=config.embedding_std)
         if config.tie_word_embeddings:
-            self.embed_out.weight = self.gpt_neox.embed_in.weight
-        self.register_load_state_dict_pre_hook(respell)
+            self.embed_out.weight = self.embedding.weight
 
-    def parts(self) -> tuple[nn.Embedding, list[Block], nn.Module, nn.Linear]:
-        neox = self.gpt_neox
-        return neox.embed_in, cast(list[Block], list(neox.layers)), neox.final_layer_norm, self.embed_out
+    def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        if self.config.position == "learned":
+            x = add_learned_positions(x, positions, self.gpt_neox.embed_pos)
+        return x
 
     def accept_hub_spellings(self, named: dict[str, Any], prefix: str = "") -> None:
         """Drop the constants (causal mask, rotary frequencies) that older checkpoints carry among the
@@ -326,26 +250,6 @@ class TransformerForCausalLM(LanguageModel):
             named[head] = named.pop(prefix + "lm_head.weight")
         if self.config.tie_word_embeddings and embedding in named:
             named.setdefault(head, named[embedding])
-
-    def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        x = self.gpt_neox.embed_in(input_ids)
-        return add_learned_positions(x, positions, self.gpt_neox.embed_pos) if self.learned else x
-
-    @property
-    def learned(self) -> bool:
-        return self.config.position == "learned"
-
-
-def add_learned_positions(x: Tensor, positions: Tensor, table: nn.Embedding) -> Tensor:
-    """x (B, L, D) plus the vector of each position; one clear line when the sequence is too long."""
-    if values_are_known(positions):
-        limit = table.num_embeddings
-        longest = int(positions.max()) + 1 if positions.numel() else 0
-        require(
-            longest <= limit,
-            f"sequence of {longest} tokens exceeds max_position_embeddings={limit}; build a model with more",
-        )
-    return x + table(positions)
 
 
 def state_size(config: TransformerConfig, seq_len: int) -> int:

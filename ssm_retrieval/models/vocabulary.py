@@ -22,7 +22,7 @@ def grow_vocabulary(model: LanguageModel, new_tokens: int, seed: int = 0) -> Lan
     what they were. seed: fixes the new rows. Raises UserError unless new_tokens is at least 1.
     """
     require(new_tokens >= 1, f"new_tokens={new_tokens} must be at least 1")
-    embedding, _, _, head = model.parts()
+    embedding, head = model.embedding, model.head
     tied = head.weight is embedding.weight
     generator = torch.Generator("cpu").manual_seed(seed)
     std = float(model.config.embedding_std)

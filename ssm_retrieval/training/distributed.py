@@ -160,7 +160,7 @@ def spread(model: LanguageModel, world: World) -> Loss:
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh("cuda" if dist.get_backend() == "nccl" else "cpu", (world.size,))
-    for block in cast(list[nn.Module], model.parts()[1]):
+    for block in cast(list[nn.Module], model.blocks):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "loss")

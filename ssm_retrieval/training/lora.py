@@ -35,7 +35,7 @@ def add_adapters(model: LanguageModel, rank: int, seed: int) -> None:
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(TARGETS))
     with seeded(seed):
         inject_adapter_in_model(config, model)
-    for part in (model.parts()[0], model.parts()[3]):
+    for part in (model.embedding, model.head):
         part.requires_grad_(True)
 
 

@@ -43,7 +43,7 @@ class Settings(Protocol):
 def make_optimizer(model: LanguageModel, plan: Settings) -> torch.optim.Optimizer:
     """plan.optimizer over the parameters that train; weight decay on matrices only, and not on embeddings
     or what Mamba's authors exempt. Raises ImportError, in one line, if its library is missing."""
-    embeddings = {id(p) for part in (model.parts()[0], model.parts()[3]) for p in part.parameters()}
+    embeddings = {id(p) for part in (model.embedding, model.head) for p in part.parameters()}
     decayed: list[Tensor] = []
     plain: list[Tensor] = []
     for name, p in trained(model):

@@ -1,0 +1,302 @@
+"""What a forward pass does while a probe is at work: the quantities that the fast path never makes.
+
+Three functions take the place of a fused operator, or stand behind it. Each has the operator's arguments and
+gives its results, and asks the hook (`ssm_retrieval.models.hooks`) what is wanted:
+
+    selective_scan   hook_dt, hook_gate, hook_y and the three state names, of Mamba
+    ssd              the three state names, of Mamba-2
+    attention        hook_attn_scores, hook_pattern, of a Transformer
+
+What nobody edits comes from the fast path, bit for bit; what is only recorded is computed beside it, at the
+recorded positions. `hooked_scan` runs a `Recurrence` with its states in the open.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ssm_retrieval.models.hooks import Hook
+from ssm_retrieval.models.padding import attention_mask
+from ssm_retrieval.ops.selective_scan import selective_scan as fused_scan
+from ssm_retrieval.ops.ssd import ssd as fused_ssd
+
+STATE_NAMES = ("hook_A_bar", "hook_ssm_state", "hook_ssm_readout")
+
+
+def selective_scan(hook: Hook, mask: Tensor | None, *arguments: Any, **options: Any) -> Any:
+    """`ops.selective_scan.selective_scan` with the hooks between dt and y.
+
+    mask: (B, L) bool, True = real token; at the others an edited dt is 0. dt and the gate are made beside the
+    kernel and replace its own only where an edit changes them. y before the gate is not made inside it at
+    all: for hook_y the gate is applied outside.
+    """
+    h, last_wanted = options.pop("initial_state"), options.pop("return_last_state")
+    recurrence = SelectiveRecurrence(*arguments, **options)
+    if hook.wants("hook_dt"):
+        dt = recurrence.delta(recurrence.dt)
+        new = hook("hook_dt", dt)
+        if new is not dt:
+            new = new if mask is None else new * mask.unsqueeze(-1)
+            recurrence = replace(recurrence, dt=new, dt_bias=None, dt_softplus=False)
+    gate, z = None, recurrence.z
+    if z is not None and (hook.wants("hook_gate") or hook.wants("hook_y")):
+        silu = F.silu(z.to(torch.promote_types(z.dtype, torch.float32)))
+        gate = hook("hook_gate", silu)
+        if gate is silu and not hook.wants("hook_y"):
+            gate = None
+        else:
+            recurrence = replace(recurrence, z=None)
+    if any(hook.wants(name) for name in STATE_NAMES):
+        y, last = hooked_scan(hook, recurrence, h)
+    elif last_wanted:
+        y, last = recurrence.output(h, True)
+    else:
+        y = recurrence.output(h, False)
+    if gate is not None:
+        y = (hook("hook_y", y) * gate).to(y.dtype)
+    return (y, last) if last_wanted else y
+
+
+def ssd(hook: Hook, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **options: Any) -> Any:
+    """`ops.ssd.ssd` with the three state names."""
+    if not any(hook.wants(name) for name in STATE_NAMES):
+        return fused_ssd(x, dt, A, B, C, **options)
+    h, last_wanted = options.pop("initial_state"), options.pop("return_last_state")
+    y, last = hooked_scan(hook, DualRecurrence(x, dt, A, B, C, **options), h)
+    return (y, last) if last_wanted else y
+
+
+def attention(hook: Hook, y: Tensor, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+    """The fused kernel's output y (B, H, L, P), or that of an edited pattern.
+
+    q: (B, H, L, P); k, v: (B, H, S, P); key_mask: (B, S). Scores are masked with -inf and scaled, as in
+    TransformerLens. What is only recorded is computed for the recorded queries alone.
+    """
+    L, S = q.shape[2], k.shape[2]
+    names = ("hook_attn_scores", "hook_pattern")
+    edited = any(hook.edits(name) for name in names)
+    rows = list(range(L)) if edited else sorted({t for name in names for t in hook.records(name)})
+    if not rows:
+        return y
+    allowed = attention_mask(L, key_mask, S, q.device)[:, :, rows]
+    plain = (q[:, :, rows] @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).masked_fill(~allowed, -torch.inf)
+    scores = hook.edit("hook_attn_scores", plain, rows)
+    hook.record("hook_attn_scores", scores, rows)
+    weights = scores.softmax(dim=-1)
+    pattern = hook.edit("hook_pattern", weights, rows)
+    hook.record("hook_pattern", pattern, rows)
+    return y if scores is plain and pattern is weights else pattern.to(q.dtype) @ v
+
+
+class Recurrence(Protocol):
+    """A linear recurrence whose arguments are settled, to be run in pieces.
+
+        h_t = decay_t * h_{t-1} + write_t            y_t = read(h_t)
+
+    States are (B, *state), outputs (B, length, *out).
+    """
+
+    @property
+    def length(self) -> int: ...
+
+    def scan(self, start: int, stop: int, h: Tensor | None, at: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens start..stop-1 on the fast path, from h_{start-1} = h: y, the last state, and the states
+        (B, len(at), *state) after the tokens start + at[i]."""
+
+    def decay(self, positions: list[int]) -> Tensor:
+        """A_bar at these positions, (B, len(positions), ...)."""
+
+    def step(self, t: int, h: Tensor | None, decay: Tensor) -> Tensor:
+        """One step written out: h_t (B, *state) from h_{t-1} and A_bar_t (B, ...)."""
+
+    def read(self, t: int, h: Tensor) -> Tensor:
+        """y_t (B, 1, *out) from h_t."""
+
+
+def hooked_scan(hook: Hook, recurrence: Recurrence, h: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Run a recurrence with the three state names of `STATE_NAMES`: y (B, L, *out) and the last state.
+
+    hook_A_bar edits the decay of a step; hook_ssm_state edits h_t, from which the recurrence goes on;
+    hook_ssm_readout edits the h_t that C_t reads, and nothing after it. Functions see (B, 1, ...), position
+    after position. The fast path runs over the whole sequence first; if an edit changes nothing, its output
+    stands, bit for bit. From the first change on it runs between the edited positions.
+    """
+    L = recurrence.length
+    decays = _edited_decays(hook, recurrence)
+    stops = sorted({*decays, *hook.edits("hook_ssm_state"), *hook.edits("hook_ssm_readout")})
+    records = sorted({*hook.records("hook_ssm_state"), *hook.records("hook_ssm_readout")})
+    if not stops:
+        y, last, seen = recurrence.scan(0, L, h, records)
+        _record(hook, seen, seen, records)
+        return y, last
+    begin, pieces = 0, []
+    states: dict[int, Tensor] = {}  # h_t as it is kept, and below as it is read, where it is recorded
+    reads: dict[int, Tensor] = {}
+    if not decays:
+        y, last, seen = recurrence.scan(0, L, h, records + stops)
+        states.update(zip(records, seen.unbind(1), strict=False))
+        reads.update(states)
+        for t, h_t in zip(stops, seen[:, len(records) :].unbind(1), strict=True):
+            state, read = _edited(hook, h_t, t)
+            if state is not h_t or read is not h_t:
+                pieces, begin, h = [y[:, :t], recurrence.read(t, read)], t + 1, state
+                states[t], reads[t] = state, read
+                break
+        else:
+            _record_each(hook, states, reads, records)
+            return y, last
+        del seen
+    wanted = set(records)
+    for t in [*(stop for stop in stops if stop >= begin), L]:
+        if t > begin:
+            inside = [r for r in records if begin <= r < t]
+            y, h, seen = recurrence.scan(begin, t, h, [r - begin for r in inside])
+            pieces.append(y)
+            states.update(zip(inside, seen.unbind(1), strict=True))
+            reads.update(zip(inside, seen.unbind(1), strict=True))
+        if t < L:
+            decay = decays[t] if t in decays else recurrence.decay([t])[:, 0]
+            state, read = _edited(hook, recurrence.step(t, h, decay), t)
+            pieces.append(recurrence.read(t, read))
+            begin, h = t + 1, state
+            if t in wanted:
+                states[t], reads[t] = state, read
+    _record_each(hook, states, reads, records)
+    assert h is not None
+    return torch.cat(pieces, dim=1), h
+
+
+def _edited_decays(hook: Hook, recurrence: Recurrence) -> dict[int, Tensor]:
+    """A_bar (B, ...) at the positions where an edit changes it; records A_bar with the edits in it."""
+    changed = {}
+    for t in hook.edits("hook_A_bar"):
+        decay = recurrence.decay([t])
+        new = hook.edit("hook_A_bar", decay, [t])
+        if new is not decay:
+            changed[t] = new[:, 0]
+    records = hook.records("hook_A_bar")
+    if records:
+        decay = recurrence.decay(records)
+        replaced = [t for t in records if t in changed]
+        if replaced:
+            index = torch.tensor([records.index(t) for t in replaced], device=decay.device)
+            decay = decay.index_copy(1, index, torch.stack([changed[t] for t in replaced], dim=1))
+        hook.record("hook_A_bar", decay, records)
+    return changed
+
+
+def _edited(hook: Hook, h: Tensor, t: int) -> tuple[Tensor, Tensor]:
+    """h_t (B, *state) as it is kept and as C_t reads it; h itself where nothing changed."""
+    state, x = h, h.unsqueeze(1)
+    new = hook.edit("hook_ssm_state", x, [t])
+    if new is not x:
+        state, x = new[:, 0], new
+    read = hook.edit("hook_ssm_readout", x, [t])
+    return state, state if read is x else read[:, 0]
+
+
+def _record(hook: Hook, states: Tensor, reads: Tensor, records: list[int]) -> None:
+    if records:
+        hook.record("hook_ssm_state", states, records)
+        hook.record("hook_ssm_readout", reads, records)
+
+
+def _record_each(hook: Hook, states: dict[int, Tensor], reads: dict[int, Tensor], records: list[int]) -> None:
+    if records:
+        kept, read = (torch.stack([x[t] for t in records], dim=1) for x in (states, reads))
+        _record(hook, kept, read, records)
+
+
+@dataclass(frozen=True)
+class SelectiveRecurrence:
+    """The arguments of one `selective_scan` as a `Recurrence`: states (B, E, N), y (B, L, E)."""
+
+    u: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor
+    z: Tensor | None
+    dt_bias: Tensor | None
+    dt_softplus: bool
+    backend: str
+
+    @property
+    def length(self) -> int:
+        return self.u.shape[1]
+
+    def scan(self, start: int, stop: int, h: Tensor | None, at: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        if at:
+            return self._run(start, stop, h, at, True)
+        y, last = self._run(start, stop, h, None, True)  # CUDA's kernel returns no states
+        return y, last, last.new_empty(last.shape[0], 0, *last.shape[1:])
+
+    def output(self, h: Tensor | None, return_last_state: bool) -> Any:
+        """What the `selective_scan` of these arguments returns."""
+        return self._run(0, self.length, h, None, return_last_state)
+
+    def _run(self, start: int, stop: int, h: Tensor | None, at: list[int] | None, last: bool) -> Any:
+        u, dt, B, C = (x[:, start:stop] for x in (self.u, self.dt, self.B, self.C))
+        z = None if self.z is None else self.z[:, start:stop]
+        bias, softplus = self.dt_bias, self.dt_softplus
+        return fused_scan(u, dt, self.A, B, C, self.D, z, bias, softplus, h, at, last, self.backend)
+
+    def delta(self, dt: Tensor) -> Tensor:
+        """The step sizes that the scan makes of dt (B, ..., E)."""
+        wide = torch.promote_types(dt.dtype, torch.float32)
+        dt = dt.to(wide) if self.dt_bias is None else dt.to(wide) + self.dt_bias.to(wide)
+        return F.softplus(dt) if self.dt_softplus else dt
+
+    def decay(self, positions: list[int]) -> Tensor:
+        return torch.exp(self.delta(self.dt[:, positions]).unsqueeze(-1) * self.A)  # (B, P, E, N)
+
+    def step(self, t: int, h: Tensor | None, decay: Tensor) -> Tensor:
+        write = (self.delta(self.dt[:, t]) * self.u[:, t]).unsqueeze(-1) * self.B[:, t, None]
+        return write if h is None else decay * h + write
+
+    def read(self, t: int, h: Tensor) -> Tensor:
+        y = (h * self.C[:, t, None]).sum(-1) + self.D.to(h.dtype) * self.u[:, t]
+        y = y if self.z is None else y * F.silu(self.z[:, t].to(h.dtype))
+        return y.to(self.u.dtype).unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class DualRecurrence:
+    """The arguments of one `ssd` as a `Recurrence`: states (B, H, P, N), y (B, L, H, P)."""
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    chunk_size: int
+
+    @property
+    def length(self) -> int:
+        return self.x.shape[1]
+
+    def scan(self, start: int, stop: int, h: Tensor | None, at: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        x, dt, B, C = (t[:, start:stop] for t in (self.x, self.dt, self.B, self.C))
+        return fused_ssd(x, dt, self.A, B, C, h, self.chunk_size, return_last_state=True, states_at=at)
+
+    def decay(self, positions: list[int]) -> Tensor:
+        return torch.exp(self.dt[:, positions] * self.A)  # (B, positions, H)
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        """(B, G, N) -> (B, H, N)"""
+        return x.repeat_interleave(self.x.shape[2] // x.shape[1], dim=1)
+
+    def step(self, t: int, h: Tensor | None, decay: Tensor) -> Tensor:
+        scaled = self.dt[:, t].unsqueeze(-1) * self.x[:, t]  # (B, H, P)
+        write = scaled.unsqueeze(-1) * self._by_head(self.B[:, t]).unsqueeze(-2)
+        return write if h is None else decay[..., None, None] * h + write
+
+    def read(self, t: int, h: Tensor) -> Tensor:
+        y = (h @ self._by_head(self.C[:, t]).to(h.dtype).unsqueeze(-1)).squeeze(-1)
+        return y.to(self.x.dtype).unsqueeze(1)
