@@ -329,7 +329,7 @@ def test_sizes_that_are_compared_stand_for_each_other_in_preset_only():
     ],
 )
 def test_what_is_unknown_is_one_line(theirs, capsys, words, said):
-    assert run.main(["--import", "my_mixer", "--import", "my_task", *words]) == 2
+    assert run.main([*SHORT, "--import", "my_mixer", "--import", "my_task", *words]) == 2
     line = capsys.readouterr().err
     assert line.startswith("error: ") and line.count("\n") == 1 and said in line
     assert not (theirs / "runs").exists()
