@@ -57,8 +57,8 @@ def theirs(outside, monkeypatch):
     """The working directory is `outside`; what is registered there is forgotten afterwards."""
     monkeypatch.chdir(outside)
     monkeypatch.setattr(sys, "path", ["", *sys.path])
-    for known in (ARCHITECTURES, tasks.TASKS):
-        monkeypatch.setattr(known, "_theirs", {})
+    monkeypatch.setattr(ARCHITECTURES, "_theirs", {})
+    monkeypatch.setattr(tasks.TASKS, "_theirs", {})
     yield outside
     for name in FILES:
         sys.modules.pop(Path(name).stem, None)
@@ -251,14 +251,11 @@ def test_a_users_model_has_label_and_a_colour_that_is_free(theirs):
     assert len(set(family_colors().values())) == 5
 
 
+OURS, IMPOSSIBLE = "is one of this toolkit's", "cannot be named"
+
+
 @pytest.mark.parametrize(
-    "name, said",
-    [
-        ("mamba", "one of this toolkit's"),
-        ("pythia", "one of this toolkit's"),
-        ("A/b", "cannot be named"),
-        ("x y", "cannot be named"),
-    ],
+    "name, said", [("mamba", OURS), ("pythia", OURS), ("A/b", IMPOSSIBLE), ("x y", IMPOSSIBLE)]
 )
 def test_names_that_a_users_model_cannot_have(theirs, name, said):
     with pytest.raises(UserError, match=said):
@@ -332,7 +329,7 @@ def test_sizes_that_are_compared_stand_for_each_other_in_preset_only():
     ],
 )
 def test_what_is_unknown_is_one_line(theirs, capsys, words, said):
-    assert run.main(["--import", "my_mixer", "--import", "my_task", *words]) == 2
+    assert run.main([*SHORT, "--import", "my_mixer", "--import", "my_task", *words]) == 2
     line = capsys.readouterr().err
     assert line.startswith("error: ") and line.count("\n") == 1 and said in line
     assert not (theirs / "runs").exists()
