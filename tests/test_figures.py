@@ -308,6 +308,7 @@ def test_tracing_maps_have_every_patch_in_its_place(probed_run):
     part = part[(part["control"] == "") & (part["role"] != "everything")]
     grid, rows, columns = patch.tracing_grid(part)
     assert np.isfinite(grid).sum() == part["value"].notna().sum()
+    assert rows == sorted(rows) and columns == sorted(columns)  # tokens with a role stand first
     target = part[part["role"] == "target"].set_index("layer")["value"]
     drawn = grid[:, [label for *_, label in columns].index("target")]
     assert drawn.tolist() == target.loc[[int(label) for *_, label in rows]].tolist()

@@ -7,6 +7,8 @@ import dataclasses
 import pytest
 import torch
 
+from probes import ablation
+from probes.sites import SITES, has_site, residuals, run_from
 from ssm_retrieval import models
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.models.hybrid import PARENTS, HybridConfig
@@ -154,3 +156,15 @@ def test_beta_learns_from_the_start():
     for block in model.blocks:
         assert block.beta.grad.abs().item() > 0
         assert block.mixer.in_proj.weight.grad.abs().max() > 0
+
+
+@torch.no_grad()
+def test_probes_swap_only_what_they_know_of_a_parallel_block():
+    """The residual stream at every block; states and heads where a branch is not scaled."""
+    model = models.build("hybrid", **SMALL, n_layer=3, pattern="M+A M A", seed=4)
+    kinds = [[site for site in SITES if has_site(block, site)] for block in model.blocks]
+    assert kinds == [["residual"], ["residual", "state"], ["residual", "head"]]
+    with pytest.raises(UserError, match="block 0 has SSM and attention side by side"):
+        ablation.parts(model, 0)
+    x = residuals(model, IDS)
+    torch.testing.assert_close(run_from(model, 0, x[0][None], None, -1)[0], model(IDS)[:, -1])

@@ -20,7 +20,7 @@ import pandas as pd
 from analysis.tables import by_seed, fill
 from analysis.vlm_plots import main_rows
 from ssm_retrieval.statistics import geometric_mean_interval
-from ssm_retrieval.style import DOUBLE, NAMES, family_colors, legend, save, theme
+from ssm_retrieval.style import NAMES, save, theme
 from ssm_retrieval.tables import markdown
 from ssm_retrieval.training.tables import concatenated, files
 from vlm.prompts import LAYOUTS
@@ -31,7 +31,6 @@ EXAMPLES = 200  # held-out grounding questions that vlm.looking asks each run
 FAMILIES = ("transformer", "mamba")
 WORDS = {"attention": "read", "write": "written", "kept": "kept", "share": "part of the state"}
 PICTURED = ("grounding", "attribute", "reading-word")
-MARKS = {"agnostic": "s", "instruction-first": "D", "query-first": "o"}
 
 
 def main(runs: Path | None) -> None:
@@ -41,9 +40,11 @@ def main(runs: Path | None) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    from studies.vlm_cpu import figures
+
     with theme():
-        save(accuracy(results), HERE / "accuracy")
-        save(looking(looks), HERE / "looking")
+        save(figures.accuracy(results), HERE / "accuracy")
+        save(figures.looking(looks), HERE / "looking")
     from ssm_retrieval.training import store
 
     path = HERE / "README.md"
@@ -308,7 +309,7 @@ def ratio(values: Any) -> str:
 
 def looked(looks: pd.DataFrame) -> str:
     """Target over other shapes, by family, quantity and layer, at the answer; the lower resolution."""
-    rows = _at_answer(looks)
+    rows = at_answer(looks)
     rows = rows[rows["image_size"] == rows["image_size"].min()]
     lines = []
     for (family, quantity, layer), part in rows.groupby(["family", "quantity", "layer"], sort=False):
@@ -317,7 +318,7 @@ def looked(looks: pd.DataFrame) -> str:
     return markdown(["model", "target's patches over other shapes'", "layer", *LAYOUTS], lines)
 
 
-def _at_answer(looks: pd.DataFrame) -> pd.DataFrame:
+def at_answer(looks: pd.DataFrame) -> pd.DataFrame:
     """A row per run, layer and quantity: `write` where it happens, the others at the answer's tokens."""
     rows = looks[looks["at"].isin(["answer", "patch"])]
     order = [(family, quantity) for family in FAMILIES for quantity in WORDS]
@@ -336,85 +337,6 @@ def cost(results: pd.DataFrame) -> str:
         )  # fmt: skip
     head = ["model", "px", "weights", "steps", "seconds of a model, both stages"]
     return markdown(head, lines)
-
-
-# --- figures ------------------------------------------------------------------------------------------------
-
-
-def accuracy(results: pd.DataFrame) -> Any:
-    """Right answers by task, and CIDEr of captions: seeds (dashes) and their means."""
-    import matplotlib.pyplot as plt
-
-    rows, colors = main_rows(results), family_colors()
-    names = list(dict.fromkeys(rows["task"]))
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(DOUBLE * 1.3, 3.6), width_ratios=(len(names), 1.3), layout="constrained"
-    )
-    looks = [(family, cell) for family in FAMILIES for cell in cells(rows)]
-
-    def marks(ax: Any, part: pd.DataFrame, place: int) -> None:
-        for k, (family, cell) in enumerate(looks):
-            values = part_of(part, family, cell)["value"]
-            x = place + (k - (len(looks) - 1) / 2) * 0.1
-            ax.plot([x, x], [values.min(), values.max()], color=colors[family], lw=0.8, alpha=0.4)
-            ax.plot([x] * len(values), values, "_", color=colors[family], ms=5, mew=1.5)
-            ax.plot(x, values.mean(), ms=4.5, **_look(cell, colors[family]))
-
-    for i, task in enumerate(names):
-        part = rows[rows["task"] == task]
-        blind = part[["chance", "question_only"]].max(axis=1).max()
-        left.plot([i - 0.45, i + 0.45], [blind, blind], color="0.2", ls=":", lw=1.2)
-        marks(left, part, i)
-    marks(right, results[results["metric"] == "cider"], 0)
-    left.set_xticks(range(len(names)), [name.replace("grounding-c", "grounding:\nnew c") for name in names])
-    left.set(ylim=(0, 1), ylabel="right answers")
-    right.set_xticks([0], ["caption"])
-    right.set(xlim=(-0.6, 0.6), ylabel="CIDEr")
-    right.set_ylim(bottom=0)
-    for ax in (left, right):
-        ax.tick_params(labelsize=8)
-        ax.yaxis.label.set_size(8)
-        ax.grid(axis="x", visible=False)
-    shown = {
-        f"{NAMES[family]}, {named(cell)}": dict(ms=5, **_look(cell, colors[family])) for family, cell in looks
-    }
-    legend(figure, shown | {"best guess without the image": dict(color="0.2", ls=":")}, width=2.6)
-    return figure
-
-
-def _look(cell: tuple[str, int], color: Any) -> dict[str, Any]:
-    """Filled where the question comes first; a triangle for the higher resolution."""
-    layout, size = cell
-    mark = "^" if size > 64 else MARKS[layout]
-    return dict(marker=mark, color=color, ls="", mfc=color if layout == "query-first" else "white")
-
-
-def looking(looks: pd.DataFrame) -> Any:
-    """Target's patches over other shapes' by layer; a panel per family and quantity, points are seeds."""
-    import matplotlib.pyplot as plt
-
-    rows = _at_answer(looks)
-    rows = rows[rows["image_size"] == rows["image_size"].min()]
-    cells = list(dict.fromkeys(zip(rows["family"], rows["quantity"], strict=True)))
-    figure, axes = plt.subplots(1, len(cells), figsize=(DOUBLE * 1.5, 2.9), squeeze=False)
-    for ax, (family, quantity) in zip(axes[0], cells, strict=True):
-        color = family_colors()[family]
-        for k, layout in enumerate(LAYOUTS):
-            mine = rows[
-                (rows["family"] == family) & (rows["quantity"] == quantity) & (rows["layout"] == layout)
-            ]
-            shift = (k - 1) * 0.12
-            ax.plot(mine["layer"] + shift, mine["ratio"], alpha=0.8, ms=4, **_look((layout, 64), color))
-            logs = np.log(mine["ratio"]).groupby(mine["layer"]).mean()
-            ax.plot(logs.index + shift, np.exp(logs), color=color, lw=0.8, alpha=0.6)
-        ax.axhline(1, color="0.3", ls=":", lw=1)
-        ax.tick_params(labelsize=7)
-        ax.set_xticks(sorted(rows.loc[rows["family"] == family, "layer"].unique()))
-        ax.set_title(f"{NAMES[family]}:\n{WORDS[quantity]}", fontsize=8)
-        ax.set_xlabel("layer", fontsize=8)
-    axes[0, 0].set_ylabel("target's patches / other shapes'", fontsize=8)
-    legend(figure, {layout: _look((layout, 64), "0.3") for layout in LAYOUTS})
-    return figure
 
 
 if __name__ == "__main__":
