@@ -9,6 +9,7 @@ import threading
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from ssm_retrieval import models, ops
@@ -211,7 +212,13 @@ def test_derivatives_of_both_orders(operator):
     given = tuple(x.detach() for x in arguments)
     (slope,) = torch.func.jvp(lambda *a: (first(function(*a)).sin().sum(),), given, given)[1]
     grads = torch.autograd.grad(first(function(*arguments)).sin().sum(), arguments)
-    close(slope, sum((g * x).sum() for g, x in zip(grads, given, strict=True)))
+    y = first(function(*arguments)).sin().sum()
+    close(torch.autograd.grad(y, arguments, create_graph=True), grads)  # another function than the kernel's
+    want = sum((g * x).sum() for g, x in zip(grads, given, strict=True))
+    close(slope, want)
+    with forward_ad.dual_level():
+        value = first(function(*(forward_ad.make_dual(x, x) for x in given))).sin().sum()
+        close(forward_ad.unpack_dual(value).tangent, want)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -240,8 +247,8 @@ def test_linear_composes_on_processors_of_every_vendor(faster, monkeypatch):
     x, w = torch.randn(4, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True)
 
     def penalty(multiply):
-        (g,) = torch.autograd.grad(multiply(x, w).sin().sum(), x, create_graph=True)
-        return torch.autograd.grad(g.square().sum(), (x, w))
+        gx, gw = torch.autograd.grad(multiply(x, w).sin().sum(), (x, w), create_graph=True)
+        return torch.autograd.grad(gx.square().sum() + gw.square().sum(), (x, w))
 
     close(penalty(linear), penalty(F.linear))
     close(torch.func.vmap(linear, in_dims=(0, None))(x[:, None], w)[:, 0], x @ w.t())
