@@ -24,6 +24,7 @@ from ssm_retrieval.ops.cross_entropy import IGNORE
 from ssm_retrieval.statistics import wilson
 from ssm_retrieval.training import distributed, records, store
 from ssm_retrieval.training.distributed import ALONE, World
+from ssm_retrieval.training.loop import CheckpointClock, Diverged, Interrupted, set_rate, warm_up
 from ssm_retrieval.training.lora import add_adapters, merge_adapters
 from ssm_retrieval.training.optimizers import make_optimizer, make_state
 from synthetic import pretrained, tasks
@@ -38,7 +39,6 @@ MIN_ROWS = 8  # sequences per batch, however long: fewer make a noisy gradient
 TARGET_BINS = 16  # equal parts of the context by which evaluations in training count right answers
 CHECKPOINT_SECONDS = 3.0  # between checkpoints, at least
 SINGLE = "checkpoint.safetensors"  # of one process; distributed.POINTER leads to those of several
-CHECKPOINT_SHARE = 0.05  # of the time, at most, goes into writing checkpoints
 
 
 @dataclass
@@ -53,14 +53,6 @@ class Progress:
     accuracy: float = 0.0  # running training accuracy at this length
     validation: float = 0.0  # latest validation accuracy at seq_len
     stopped: bool = False  # stop_at was reached, twice
-
-
-class Diverged(UserError):
-    """The loss or a weight is not a finite number: nothing that follows would be."""
-
-
-class Interrupted(Exception):
-    """Raised after a checkpoint was written because `should_stop` said so."""
 
 
 Listener = Callable[[str, dict[str, Any]], None]
@@ -111,13 +103,12 @@ class Session:
         self.loss_of = distributed.spread(self.model, world)
         self.optimizer = make_optimizer(self.model, plan)
         self.progress = Progress(length=plan.curriculum or plan.seq_len)
-        self.checkpoint_seconds = CHECKPOINT_SECONDS
         self.kept = -1  # step of the last checkpoint
         self._resume()
         if world.main:
             store.drop_rows_after(self.metrics, self.progress.step)
         self.started = time.monotonic() - self.progress.seconds
-        self.saved = time.monotonic()
+        self.clock = CheckpointClock(CHECKPOINT_SECONDS)
 
     def _resume(self) -> None:
         """Go on from the latest checkpoint, whether one process or several have written it."""
@@ -151,8 +142,7 @@ class Session:
     def step(self) -> None:
         """One optimiser step, and the evaluation and the checkpoint if they are due."""
         plan, now = self.plan, self.progress
-        for group in self.optimizer.param_groups:
-            group["lr"] = plan.lr * learning_rate(plan, now)
+        set_rate(self.optimizer, plan.lr * learning_rate(plan, now))
         batch = next_batch(self.task, plan, now).to(plan.device)
         loss, accuracy = update(self.model, self.optimizer, batch, plan, self.loss_of, self.world)
         self._finite(loss, "the training loss")
@@ -166,8 +156,7 @@ class Session:
         advance(plan, now)
         if now.step % plan.eval_every == 0 or self.done():
             self._evaluate(loss, accuracy)
-        due = self.world.main and time.monotonic() - self.saved > self.checkpoint_seconds
-        if any(self.world.sums(float(due))):
+        if any(self.world.sums(float(self.world.main and self.clock.due()))):
             self.checkpoint()
 
     def _evaluate(self, train_loss: float, train_accuracy: float) -> None:
@@ -254,19 +243,17 @@ class Session:
         if self.world.size == 1:  # a step may ruin the weights that its own loss was computed with
             worst = max(float(p.detach().abs().max()) for p in self.model.parameters() if p.numel())
             self._finite(worst, "the largest weight")
-        before = time.monotonic()
-        self.progress.seconds = before - self.started
+        self.progress.seconds = time.monotonic() - self.started
         tensors, header = (
             store.checkpoint_tensors(self.model, self.optimizer),
             dataclasses.asdict(self.progress),
         )
-        if self.world.size > 1:
-            distributed.save(self.folder, tensors, header, self.world)
-        else:
-            store.save_tensors(self.folder / SINGLE, tensors, header)
-        self.saved, self.kept = time.monotonic(), self.progress.step
-        cost = (self.saved - before) / CHECKPOINT_SHARE
-        self.checkpoint_seconds = max(self.checkpoint_seconds, cost)
+        with self.clock.writing():
+            if self.world.size > 1:
+                distributed.save(self.folder, tensors, header, self.world)
+            else:
+                store.save_tensors(self.folder / SINGLE, tensors, header)
+        self.kept = self.progress.step
 
     def finish(self) -> dict[str, Any]:
         """The final evaluation, the final files, and last the result that marks the run as finished."""
@@ -309,7 +296,7 @@ class Session:
 
 def learning_rate(plan: Plan, now: Progress) -> float:
     """Factor on the peak rate: linear warm-up, then the schedule over the whole budget."""
-    warm = min(1.0, (now.step + 1) / max(1, plan.warmup))
+    warm = warm_up(now.step, plan.warmup)
     part = now.step / plan.steps if plan.steps is not None else now.examples / (plan.budget or 1)
     if plan.schedule == "constant":
         return warm

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from tiny_runs import by_family
 
 matplotlib.use("Agg")
 
@@ -248,12 +250,13 @@ def test_runs_without_numbers_to_report_are_named(change, line, tmp_path, capsys
 
 
 def probe_table(probed_run, name):
-    paths = sorted((probed_run / "probes").glob(f"{name}.*.parquet"))
+    paths = sorted(probed_run.glob(f"*/probes/{name}.*.parquet"))
     return pd.concat([pd.read_parquet(path) for path in paths], ignore_index=True)
 
 
 def test_a_probed_run_has_a_figure_of_every_table(probed_run, tmp_path, capsys):
-    assert figures.main([str(probed_run), "--out", str(tmp_path)]) == 0
+    runs = [str(run) for run in by_family(probed_run).values()]
+    assert figures.main([*runs, "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out.splitlines()
     assert set(FIGURES) == set(PROBES)
     names = [f"{name}{suffix}" for name, draws in FIGURES.items() for suffix in draws]
@@ -266,7 +269,7 @@ def test_a_probed_run_has_a_figure_of_every_table(probed_run, tmp_path, capsys):
 
 def test_tables_anywhere_are_drawn_beside_themselves(probed_run, tmp_path):
     """As the tables that probes.run --out has left."""
-    for path in (probed_run / "probes").glob("lens.*"):
+    for path in probed_run.glob("position*/probes/lens.*.*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     assert figures.main([str(tmp_path)]) == 0
     assert [path.name for path in tmp_path.glob("*.png")] == ["lens.png"]
@@ -276,10 +279,22 @@ def test_tables_anywhere_are_drawn_beside_themselves(probed_run, tmp_path):
 
 
 def test_a_run_without_probes_says_what_to_run(probed_run, tmp_path, capsys):
-    (tmp_path / "config.json").write_bytes((probed_run / "config.json").read_bytes())
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((by_family(probed_run)["mamba"] / name).read_bytes())
     assert figures.main([str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"python -m probes.run {tmp_path}" in line
+
+
+def test_runs_are_drawn_where_what_shows_them_together_is(probed_run, tmp_path, capsys):
+    shutil.copytree(probed_run, tmp_path / "runs")
+    runs = by_family(tmp_path / "runs")
+    assert figures.main([str(runs["mamba"]), str(runs["transformer"])]) == 0
+    assert len(list(tmp_path.glob("runs/compare-*/probes/lens.png"))) == 1
+    assert figures.main([str(runs["mamba"])]) == 0
+    assert (runs["mamba"] / "probes" / "lens.png").exists()
+    assert figures.main([str(runs["mamba"]), str(tmp_path)]) == 2
+    assert "several must be folders of runs" in capsys.readouterr().err
 
 
 def test_lens_figure_draws_the_table(probed_run):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ssm_retrieval.errors import UserError
-from ssm_retrieval.training import records, store
+from ssm_retrieval.training import loop, records, store
 from synthetic import results, trainer
 from synthetic.config import RunConfig, plan
 
@@ -274,7 +274,7 @@ def test_a_run_that_diverges_stops_in_one_line_and_keeps_the_last_good_checkpoin
 
     monkeypatch.setattr(trainer, "update", update)
     monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(trainer, "CHECKPOINT_SHARE", 1e9)
+    monkeypatch.setattr(loop, "SHARE", 1e9)
     refused(
         lambda f: trainer.train(PLAN, f),
         tmp_path,

@@ -279,7 +279,7 @@ def test_a_finished_session_writes_down_what_it_did(tmp_path):
         assert row["count"] == count and row["correct"] == row["accuracy"] * count
         assert row["chance"] == 1 / 16 and row["ci_low"] <= row["accuracy"] <= row["ci_high"]
     assert result["reached"] is False and result["longest_length"] == 0
-    written = store.read_json(tmp_path / "mamba" / "result.json")
+    written = store.read_json(tmp_path / "result.json")
     assert written == result and written["format"] == records.FORMAT
     places = store.read_rows(tmp_path / "by_position.jsonl")
     assert sum(row["count"] for row in places) == 40

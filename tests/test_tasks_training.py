@@ -281,7 +281,7 @@ BAD = [
     (["--task", "ngram", "--blocks", "3"], "--blocks 3 is no option of --task ngram"),
     (["--task", "induction", "--num-pairs", "3"], "--num-pairs 3 is no option of --task induction"),
     (["--task", "grid", "--seq-len", "1000"], "seq_len 1000 is no square"),
-    (["--task", "mqar", "--protocol", "paper"], "--protocol paper is for positions and n-grams"),
+    (["--task", "mqar", "--protocol", "paper"], "ngram-duplicate; leave it out for --task mqar"),
     (["--task", "ngram", "--protocol", "paper", "--schedule", "cosine"], "which has linear"),
     (
         ["--task", "ngram", "--queries", "2"],

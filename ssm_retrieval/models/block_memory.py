@@ -65,8 +65,7 @@ def attention(config: Any, step: Step) -> BlockMemory:
     kept = x + 2 * (norm(config.norm, T, D) + c * T * D)
     kept += 0 if config.parallel_residual else x
     kept += 3 * c * T * D + F32 * B * H * L  # qkv, log of the softmax's sums
-    # the output; rotated queries are contiguous by head, and so is what comes from them: turned, it is a copy
-    kept += (2 if config.rotary_dims > 0 else 1) * c * T * D
+    kept += c * T * D  # the output
     if config.rotary_dims > 0:
         kept += 2 * c * T * D + 2 * F32 * L * config.rotary_dims
     kept += 2 * c * T * M  # before and after the activation function

@@ -39,6 +39,12 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def check_dt(config: Any) -> None:
+    """Raise UserError unless dt_min <= dt_max."""
+    low, high = config.dt_min, config.dt_max
+    require(low <= high, f"dt_min={low} is above dt_max={high}; exchange them or change one")
+
+
 class Config:
     """Base of the frozen dataclass configs: dictionaries in and out, unknown keys and bad values refused.
 

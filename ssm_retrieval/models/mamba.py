@@ -36,7 +36,7 @@ from ssm_retrieval.models.common import (
     part,
     widen,
 )
-from ssm_retrieval.models.configuration import Config, require
+from ssm_retrieval.models.configuration import Config, check_dt
 from ssm_retrieval.models.hooks import Hooked
 from ssm_retrieval.models.padding import convolve, fill_padding
 from ssm_retrieval.ops.linear import Linear, linear
@@ -65,7 +65,7 @@ class MambaConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_dt(self.dt_min, self.dt_max)
+        check_dt(self)
 
     @property
     def d_inner(self) -> int:
@@ -75,10 +75,6 @@ class MambaConfig(Config):
     def rank(self) -> int:
         """Rank of the projection to dt."""
         return self.dt_rank or math.ceil(self.d_model / 16)
-
-
-def require_dt(low: float, high: float) -> None:
-    require(low <= high, f"dt_min={low} is above dt_max={high}; exchange them or change one")
 
 
 def dt_bias(config: Any, size: int) -> Tensor:
@@ -169,13 +165,11 @@ class MambaForCausalLM(LanguageModel):
     def __init__(self, config: Any, dtype: torch.dtype | None = None):
         super().__init__(config)
         blocks = (MambaBlock(config, self.mixer).to(dtype) for _ in range(config.n_layer))
-        self.backbone = nn.ModuleDict(
-            dict(
-                embedding=nn.Embedding(config.vocab_size, config.d_model).to(dtype),
-                layers=nn.ModuleList(blocks),
-                norm_f=make_norm(config).to(dtype),
-            )
+        backbone: dict[str, nn.Module] = dict(
+            embedding=nn.Embedding(config.vocab_size, config.d_model).to(dtype)
         )
+        backbone |= dict(layers=nn.ModuleList(blocks), norm_f=make_norm(config).to(dtype))
+        self.backbone = nn.ModuleDict(backbone)
         self.lm_head = Linear(config.d_model, config.vocab_size, bias=False).to(dtype)
         init_normal(self.embedding.weight, std=config.embedding_std)
         if config.tie_word_embeddings:
@@ -183,8 +177,7 @@ class MambaForCausalLM(LanguageModel):
 
     def accept_hub_spellings(self, named: dict[str, Any], prefix: str = "") -> None:
         """`transformers` says `embeddings`; both it and the originals may leave a tied head out."""
-        ours = prefix + "backbone.embedding.weight"
-        theirs = prefix + "backbone.embeddings.weight"
+        ours, theirs = (f"{prefix}backbone.{name}.weight" for name in ("embedding", "embeddings"))
         if theirs in named:
             named[ours] = named.pop(theirs)
         if self.config.tie_word_embeddings and ours in named:
@@ -197,22 +190,12 @@ def state_size(config: MambaConfig, seq_len: int) -> int:
 
 
 ARCHITECTURE = Architecture(
-    name="mamba",
-    label="Mamba",
-    color="#de8f05",
-    marker="M",
-    config=MambaConfig,
-    model=MambaForCausalLM,
+    name="mamba", label="Mamba", color="#de8f05", marker="M", config=MambaConfig, model=MambaForCausalLM,
     presets={
-        "tiny": dict(TINY, n_layer=4),
-        "130m": dict(d_model=768, n_layer=24),
-        "150m": dict(d_model=1024, n_layer=24),
-        "370m": dict(d_model=1024, n_layer=48),
-        "790m": dict(d_model=1536, n_layer=48),
-        "1.4b": dict(d_model=2048, n_layer=48),
+        "tiny": dict(TINY, n_layer=4), "130m": dict(d_model=768, n_layer=24),
+        "150m": dict(d_model=1024, n_layer=24), "370m": dict(d_model=1024, n_layer=48),
+        "790m": dict(d_model=1536, n_layer=48), "1.4b": dict(d_model=2048, n_layer=48),
         "2.8b": dict(d_model=2560, n_layer=64),
     },
-    state_size=state_size,
-    memory=block_memory.every_block(block_memory.mamba),
-    hub="mamba",
-)
+    state_size=state_size, memory=block_memory.every_block(block_memory.mamba), hub="mamba",
+)  # fmt: skip

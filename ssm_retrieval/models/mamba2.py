@@ -26,9 +26,9 @@ from torch.nn import functional as F
 from ssm_retrieval.models import block_memory, instrumented
 from ssm_retrieval.models.architecture import TINY, Architecture
 from ssm_retrieval.models.common import WHOLE, Context, LayerCache, widen
-from ssm_retrieval.models.configuration import Config, require
+from ssm_retrieval.models.configuration import Config, check_dt, require
 from ssm_retrieval.models.hooks import Hooked
-from ssm_retrieval.models.mamba import MambaForCausalLM, dt_bias, require_dt
+from ssm_retrieval.models.mamba import MambaForCausalLM, dt_bias
 from ssm_retrieval.models.padding import convolve, fill_padding
 from ssm_retrieval.ops.linear import Linear
 from ssm_retrieval.ops.ssd import ssd
@@ -57,7 +57,7 @@ class Mamba2Config(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_dt(self.dt_min, self.dt_max)
+        check_dt(self)
         require(
             self.d_inner % self.headdim == 0,
             f"headdim={self.headdim} does not divide d_inner={self.d_inner}; use a divisor",
