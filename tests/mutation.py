@@ -76,7 +76,8 @@ class Tree:
     def __init__(self, module: str, work: Path):
         self.module, self.folder = module, work / module
         self.path = Path(*module.split(".")).with_suffix(".py")
-        self.tests = [f"tests/{name}.py" for name in TESTS[module]]
+        found = {path.stem: path for path in (ROOT / "tests").rglob("test_*.py")}
+        self.tests = [str(found[name].relative_to(ROOT)) for name in TESTS[module]]
 
     def prepare(self) -> None:
         listed = subprocess.run(

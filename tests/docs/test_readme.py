@@ -1,0 +1,221 @@
+"""What the documents promise: every command parses and can be planned, snippets run, tables match results."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import re
+import shlex
+
+import pandas as pd
+import pytest
+import torch
+import tyro
+from readme_commands import COMMANDS, DOCUMENTS, README, ROOT, parsed
+
+import analysis
+from analysis import curves
+from ssm_retrieval import models
+from ssm_retrieval.models.planning import device_peak
+from studies.learnability import report
+from studies.learnability.run import BASE, DIETS, VARIANTS, grid, tuning
+from studies.retrieval_cpu import report as retrieval
+from studies.vlm_cpu import summary
+from studies.why_mamba_lags import contrasts
+from synthetic import memory, sweep
+from synthetic.config import RunConfig, plan
+from synthetic.grid import group, load
+from synthetic.results import config_columns
+from vlm.config import read_file
+from vlm.results import COLUMNS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_of_the_documents_can_be_planned(command, tmp_path):
+    """With a small checkpoint of the same kind in place of one on the hub."""
+    if "--help" in command or "--import" in command:
+        return  # test_run.py looks at it, and test_extending.py has the modules
+    config = parsed(command)
+    if config.init is not None:
+        small = models.build(f"{config.model[0]}-tiny", vocab_size=40)
+        config = dataclasses.replace(config, init=str(models.save(small, tmp_path / "small")))
+    for family in config.model:
+        assert plan(config, family).seq_len == config.seq_len
+
+
+GPU_LINES = [
+    line for text in DOCUMENTS for line in re.findall(r"^python -m synthetic\.run.*# GPU.*$", text, re.M)
+]
+
+
+@pytest.mark.parametrize("line", GPU_LINES)
+def test_a_command_for_a_gpu_fits_the_gpu_that_its_comment_names(line):
+    command, _, comment = line.partition("#")
+    config = tyro.cli(RunConfig, args=shlex.split(command)[3:])
+    gib = int(re.fullmatch(r"GPU, (\d+) GiB", comment.strip())[1])
+    assert config.device == "cuda"
+    for family in config.model:
+        planned = plan(config, family, elsewhere=True)
+        step = max(memory.training_steps(planned), key=lambda s: s.at_once * s.length)
+        peak = device_peak(memory.meta_model(planned), step, memory.evaluation_step(planned), devices=1)
+        assert peak < gib * 2**30
+
+
+def test_the_speed_table_has_the_rows_that_lose():
+    """As docs/scale.md measured them."""
+    scale = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    faster, slower = re.findall(r"times as fast\*?\*? \| \*?\*?([\d.]+)\*?\*? \| \*?\*?([\d.]+)", scale)
+    rows = re.findall(r"^\|.*2\.8 B in bfloat16.*\n\|.*decoding 32 tokens.*$", README, re.M)
+    for row, measured in zip(rows, (faster, slower), strict=True):
+        assert re.findall(r"\*?\*?([\d.]+)\*?\*? \|$", row, re.M) == list(measured)
+
+
+SWEEPS = sorted(
+    {line for text in DOCUMENTS for line in re.findall(r"^python -m synthetic\.sweep [^#\n]*", text, re.M)}
+)
+CURVES = sorted(
+    {line for text in DOCUMENTS for line in re.findall(r"^python -m analysis\.curves [^#\n]*", text, re.M)}
+)
+
+
+@pytest.mark.parametrize("command", SWEEPS)
+def test_sweeps_of_the_documents_can_be_planned(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    options = tyro.cli(sweep.Options, args=shlex.split(command)[3:])
+    for run in load(options.file).runs:
+        assert plan(run, run.model[0], elsewhere=True).seq_len == run.seq_len
+
+
+@pytest.mark.parametrize("command", CURVES)
+def test_figure_commands_of_the_documents_parse(command):
+    assert tyro.cli(curves.Options, args=shlex.split(command)[3:]).out.name == "figures"
+
+
+def test_sweep_file_of_the_documents(tmp_path):
+    text = (ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    first, second = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    (tmp_path / "sweep.py").write_text(first)
+    assert len(load(tmp_path / "sweep.py").runs) == 2 * 2 * 3 + 2 * 3
+    study = ROOT / "studies" / "retrieval_cpu" / "results.parquet"
+    names: dict = {}
+    exec(second.replace('"runs/retrieval_cpu"', repr(str(study))), names)
+    assert {"Transformer", "Mamba", "Mamba-2", "Hybrid"} < set(names["laws"]["variant"])
+
+
+@pytest.mark.parametrize("script", [retrieval, contrasts, summary], ids=lambda script: script.__name__)
+def test_tables_of_a_study_are_its_results(script):
+    """If not: run the script."""
+    text = (script.HERE / "README.md").read_text(encoding="utf-8")
+    assert script.filled(text) == text
+
+
+def test_results_of_the_retrieval_study_are_all_of_its_runs_and_no_others():
+    folder = ROOT / "studies" / "retrieval_cpu"
+    wanted = load(folder / "config.py")
+    rates = json.loads((folder / "learning_rates.json").read_text())
+    chosen = {(r["task"], r["model"], r["preset"], r["position"], r["layers"]): r["lr"] for r in rates}
+    runs = [dataclasses.replace(run, lr=chosen[group(run)]) for run in wanted.runs]
+    table = analysis.load(folder / "results.parquet")
+    reported = table[table["purpose"] == "report"].drop_duplicates("run")
+    # by what was asked, not by name: a TRAINING_VERSION later a run of the same plan has another name
+    asked = ["task", "layout", "seq_len", "num_symbols", "model", "preset", "position", "n_layer", "d_state",
+             "queries", "lr", "steps", "eval_every", "seed", "precision", "device"]  # fmt: skip
+    planned = pd.DataFrame(
+        [config_columns(plan(run, run.model[0]).to_dict()) for run in runs]
+    ).drop_duplicates()
+    rows = [frame[asked].astype(object).fillna("-").values.tolist() for frame in (reported, planned)]
+    assert sorted(map(repr, rows[0])) == sorted(map(repr, rows[1]))
+    tuning = {name for row in rates for name in row["runs"]}
+    assert set(table.loc[table["purpose"] == "validation", "run"]) == tuning
+    for kind, part in table.groupby("kind"):
+        assert kind == "during" or not part["run"].duplicated().any()
+
+
+def test_results_of_the_vlm_study_are_all_of_its_runs_and_no_others():
+    folder = ROOT / "studies" / "vlm_cpu"
+    table = pd.read_parquet(folder / "results.parquet")
+    known = [name for name in COLUMNS if name != "evaluation" or name in table]  # younger than the study
+    assert list(table.columns) == known and not table.duplicated(["run", "task", "metric"]).any()
+    wanted = {run.name: run for run in read_file(folder / "runs.py")}
+    assert set(table["run"]) == set(wanted)
+    for name, part in table.groupby("run"):
+        run = wanted[name]
+        assert set(part["task"]) == set(run.evaluation)
+        # not the stages' names: those of the study's date knew less of what decides the weights
+        settled = (
+            run.family,
+            run.model,
+            run.layout,
+            run.image_size,
+            run.seed,
+            sum(s.steps for s in run.stages),
+        )
+        columns = ["family", "model", "layout", "image_size", "seed", "steps"]
+        assert set(part[columns].itertuples(index=False, name=None)) == {settled}
+        assert part["stage"].nunique() == 1
+    assert table["stage"].nunique() == len(wanted)
+    assert set(pd.read_csv(folder / "looks.csv")["run"]) == set(wanted)
+
+
+def test_figures_of_the_retrieval_study_come_from_its_results(tmp_path):
+    """The tables behind them, number by number; the geometry needs the trained models."""
+    folder = ROOT / "studies" / "retrieval_cpu"
+    from analysis.curves import figures
+
+    table, targets = (analysis.load(folder / "results.parquet", name) for name in ("results", "targets"))
+    for name, made, _ in figures(*(t[t["purpose"] == "report"] for t in (table, targets))):
+        kept = pd.read_csv(folder / "figures" / f"{name}.csv")
+        text = io.StringIO(made.to_csv(index=False, float_format="%.10g"))
+        pd.testing.assert_frame_equal(pd.read_csv(text), kept)
+
+
+def test_snippet_of_the_probes_page():
+    text = (ROOT / "docs" / "probes.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    names: dict = {}
+    exec(snippet, names)
+    assert names["state"].shape == (2, 2, 256, 16)
+    assert not torch.equal(
+        names["gone"][:, 6:], names["unread"][:, 6:]
+    )  # one edit goes on, the other does not
+    torch.testing.assert_close(names["gone"][:, :5], names["unread"][:, :5])
+
+
+def test_readme_starts_with_the_two_commands():
+    first, second = re.search(r"```bash\n(.*?)\n(.*?)\n```", README).groups()
+    assert first.endswith("&& python -m synthetic.run") and "pip install -c constraints.txt" in first
+    assert second == "python -m pytest"
+
+
+def test_python_snippet_of_the_readme_runs(monkeypatch, capsys, tmp_path):
+    """With the arguments of its last line defined, and a run of one step."""
+    monkeypatch.chdir(tmp_path)
+    (snippet,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    shorter = {"steps=200": "steps=1, eval_examples=4, final_eval_examples=8"}
+    for old, new in (shorter | {'build("mamba-130m")': 'build("mamba-130m", device="meta")'}).items():
+        assert old in snippet
+        snippet = snippet.replace(old, new)
+    names: dict = {k: torch.randn(1, 101, 8) for k in ("u", "dt")}
+    names |= dict(A=-torch.rand(8, 4), B=torch.randn(1, 101, 4), C=torch.randn(1, 101, 4))
+    exec(snippet, names)
+    assert names["h"].shape == (1, 2, 8, 4) and "<query>" in capsys.readouterr().out
+    assert names["run"].result["step"] == 1 and len(names["figure"].axes) == 2
+
+
+def test_links_lead_somewhere():
+    for text, folder in ((README, ROOT), *((t, ROOT / "docs") for t in DOCUMENTS[1:])):
+        for link in re.findall(r"\]\((?!http)([^)#]+)", text):
+            assert (folder / link).exists(), link
+
+
+@pytest.mark.parametrize("name, jobs", [("grid", grid), ("tuning", tuning)])
+def test_learnability_tables_are_the_results(name, jobs):
+    """docs/learnability.md shows the results, every run of the study once, and no other."""
+    results = pd.read_csv(report.HERE / f"{name}.csv")
+    assert report.TABLES[name](results) in report.DOCUMENT.read_text(encoding="utf-8")
+    planned = [(v, d, c.seed, plan(c, c.model[0]).lr) for v, d, c in jobs()]
+    found = list(results[["variant", "diet", "seed", "lr"]].itertuples(index=False, name=None))
+    assert sorted(found) == sorted(planned)
+    assert set(results.variant) <= set(VARIANTS) and set(results.diet) <= set(DIETS)
+    assert results.steps.max() <= BASE.steps

@@ -1,0 +1,21 @@
+"""Options of a run that decide its memory."""
+
+from __future__ import annotations
+
+import pytest
+
+from ssm_retrieval import models
+
+FAMILIES = ("transformer", "mamba", "mamba2", "hybrid")
+OPTIMIZERS = ("adamw", "adamw-8bit", "adafactor")
+
+
+def needs(optimizer: str) -> None:
+    if optimizer == "adamw-8bit":
+        pytest.importorskip("bitsandbytes")
+
+
+def small(family: str, **options) -> models.LanguageModel:
+    shape = {"mamba2": {"headdim": 16}, "mamba": {}}.get(family, {"n_head": 2})
+    layers = 3 if family == "hybrid" else 2
+    return models.build(f"{family}-tiny", d_model=32, vocab_size=60, n_layer=layers, **(shape | options))

@@ -1,0 +1,32 @@
+"""Sources of questions for the tests of samples."""
+
+from __future__ import annotations
+
+from vlm_files import CASES, write
+
+from vlm.data.sources import FileSource
+from vlm.data.turns import Rules
+
+ASKED = Rules(training=False)
+
+
+def source(name, folder, rules=None, **options):
+    split, files, _ = CASES[name]
+    write(folder, files)
+    return FileSource(name, folder, folder / "images", split, rules=rules, **options)
+
+
+def questions(name, images):
+    """Official VQAv2 or GQA files with a question for each entry of images, asking after its number."""
+    if name == "gqa":
+        rows = {str(i): {"imageId": image, "question": f"n{i}?", "answer": str(i)} for i, image in images}
+        return {"train_balanced_questions.json": rows}
+    ids = [{"question_id": i, "image_id": image, "question": f"n{i}?"} for i, image in images]
+    answers = [
+        {"question_id": i, "answer_type": "x", "answers": [{"answer": a} for a in ["no", str(i), str(i)]]}
+        for i, _ in images
+    ]
+    return {
+        "v2_OpenEnded_mscoco_train2014_questions.json": {"questions": ids},
+        "v2_mscoco_train2014_annotations.json": {"annotations": answers},
+    }

@@ -1,0 +1,110 @@
+"""What is left out of official files, and what is read by number from an index on disk."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+from vlm_files import CASES, write
+from vlm_sources import ASKED, questions, source
+
+from vlm.data.sources import FileSource
+
+# --- what the published data leave out ----------------------------------------------------------------------
+
+
+def test_large_regions_are_left_out(tmp_path):
+    regions = [
+        {"region_id": i, "phrase": f"p{i}", "x": 0, "y": 0, "width": width, "height": 128}
+        for i, width in enumerate((128, 129))
+    ]
+    files = CASES["visual-genome-regions"][1] | {"region_descriptions.json": [{"id": 2, "regions": regions}]}
+    write(tmp_path, files)
+    (told,) = FileSource("visual-genome-regions", tmp_path, tmp_path, "train", filtered=True)
+    assert told.id == "0"
+    (both,) = FileSource("visual-genome-regions", tmp_path, tmp_path, "train")
+    assert len(both.chunks) == 5
+
+
+def test_grit_is_balanced_by_phrase(tmp_path):
+    def image(caption, width=100):
+        spans = [[0, len(caption), 0, 0, 1, 1, 0.9]]
+        return {"caption": caption, "width": width, "height": 100, "noun_chunks": spans}
+
+    captions = ["The Dog"] * 10 + ["a dog"] * 10 + ["cat"] * 2 + ["some fish"] * 3
+    rows = {f"0/{i:02d}.json": image(caption) for i, caption in enumerate(captions)}
+    rows |= {f"0/small{i}.json": image("bird", width=99) for i in range(4)}
+    write(tmp_path, rows | {name.replace("json", "jpg"): "" for name in rows})
+    found = FileSource("grit", tmp_path, tmp_path, "train", filtered=True)
+    kept = [captions[int(sample.id)].lower().split()[-1] for sample in found]
+    assert (kept.count("dog"), kept.count("fish"), len(kept)) == (8, 3, 11)
+    assert [s.id for s in found] == [s.id for s in FileSource("grit", tmp_path, "", "train", filtered=True)]
+    assert len(FileSource("grit", tmp_path, tmp_path, "train")) == 29
+
+
+def test_covers_that_show_nothing_are_left_out(tmp_path):
+    book = {"questions": ["Q?", "R?"], "answers": ["A", "B"], "split": 2}
+    names = ("good", "plain", "small", "missing", "broken", "twice", "again")
+    rows = {name: book | {"imageURL": f"h/{name}.png"} for name in names}
+    rows["again"]["imageURL"] = "h/twice.png"
+    write(tmp_path, {"dataset.json": rows})
+    for name, size, colours in (
+        ("good", (351, 400), 0.8), ("twice", (400, 400), 0.5), ("again", (400, 400), 0.5),
+        ("plain", (400, 400), 0.86), ("small", (350, 400), 0.5),
+    ):  # fmt: skip
+        pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+        pixels[: round(colours * size[1])] = 7
+        path = tmp_path / "images" / f"{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    (tmp_path / "images" / "broken.png").write_text("not a picture")
+    (told,) = FileSource("ocr-vqa", tmp_path, tmp_path, "val", filtered=True)
+    assert told.image == "images/good.png" and len(told.chunks) == 5
+    assert len(FileSource("ocr-vqa", tmp_path, tmp_path, "val")) == len(names)
+
+
+def test_other_data_sets_lose_nothing(tmp_path):
+    assert list(source("gqa", tmp_path, filtered=True)) == list(source("gqa", tmp_path))
+
+
+# --- the index on disk --------------------------------------------------------------------------------------
+
+
+def test_an_index_on_disk_is_used_again_and_notices_other_files(tmp_path, monkeypatch):
+    index = tmp_path / "index"
+    write(tmp_path, questions("vqav2", [(i, i) for i in range(30)]))
+    in_memory = FileSource("vqav2", tmp_path, tmp_path, "train")
+    first = FileSource("vqav2", tmp_path, tmp_path, "train", index_folder=index)
+    assert list(first) == list(in_memory) and len(first) == 30
+    with monkeypatch.context() as patched:
+        patched.setattr("vlm.data.registry.read", None)  # nothing may be read again
+        again = FileSource("vqav2", tmp_path, tmp_path, "train", index_folder=index)
+        assert list(again) == list(in_memory)
+        copy = pickle.loads(pickle.dumps(again))
+        assert copy[17] == in_memory[17] and pickle.loads(pickle.dumps(in_memory))[17] == in_memory[17]
+    assert len(FileSource("vqav2", tmp_path, tmp_path, "train", rules=ASKED, index_folder=index)) == 30
+    write(tmp_path, questions("vqav2", [(i, i) for i in range(31)]))
+    assert len(FileSource("vqav2", tmp_path, tmp_path, "train", index_folder=index)) == 31
+    with pytest.raises(IndexError):
+        first[30]
+
+
+def test_a_damaged_index_is_one_line(tmp_path):
+    index = tmp_path / "index"
+    source("coco", tmp_path, index_folder=index)
+    (path,) = index.glob("*.jsonl")
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(ValueError, match=r"damaged .* delete .*coco-val.*\.\*") as error:
+        FileSource("coco", tmp_path, tmp_path / "images", "val", index_folder=index)
+    assert "\n" not in str(error.value)
+
+
+def test_an_interrupted_index_is_made_anew(tmp_path):
+    rows = CASES["coco"][1]["dataset_coco.json"]["images"]
+    write(tmp_path, {"dataset_coco.json": {"images": [*rows, {"split": "val"}]}})
+    with pytest.raises(ValueError, match="cocoid"):
+        FileSource("coco", tmp_path, tmp_path, "val", index_folder=tmp_path / "index")
+    assert not list((tmp_path / "index").glob("*.npy")) and not list((tmp_path / "index").glob("*.jsonl"))
+    assert len(source("coco", tmp_path, index_folder=tmp_path / "index")) == 1
