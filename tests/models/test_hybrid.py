@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 import torch
-from probes.sites import SITES, has_site, residuals, run_from
 
 from probes import ablation
+from probes.patch_sites import SITES, has_site, residuals, run_from
 from ssm_retrieval import models
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.models.hybrid import PARENTS, HybridConfig

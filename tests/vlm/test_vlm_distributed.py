@@ -14,16 +14,20 @@ import torch
 pytest.importorskip("accelerate", reason="accelerate is not installed; .ci/run installs it")
 pytest.importorskip("sklearn", reason="scikit-learn is not installed; .ci/run installs it")
 
+from vlm_two_stages import IMPORT
+
 from ssm_retrieval.training import store
 from vlm import stages
 from vlm.config import read_file
 
 ROOT = Path(__file__).parents[2]
-CONFIG = """
-from tests.test_vlm_train import run
+CONFIG = (
+    IMPORT
+    + """
 def get_config():
     return [run("mamba", layout="query-first")]
 """
+)
 LAUNCH = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "vlm.train")
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from vlm_two_stages import ASKED, FIRST, IMPORT, SECOND, run
 
 pytest.importorskip("accelerate", reason="accelerate is not installed; .ci/run installs it")
 pytest.importorskip("tokenizers", reason="tokenizers is not installed; .ci/run installs it")
@@ -16,28 +17,8 @@ pytest.importorskip("sklearn", reason="scikit-learn is not installed; .ci/run in
 
 from ssm_retrieval.training import store
 from vlm import components, evaluate, predict, results, stages, train
-from vlm.config import Run, Scenes, Stage, from_dict, read_file
+from vlm.config import Run, from_dict, read_file
 from vlm.scenes import encoder as scenes
-
-FIRST = Stage(
-    {"locate": Scenes("locate", 40, turns=2), "vqa": Scenes("vqa", 40, turns=2)},
-    steps=8, batch_size=4, lr=2e-3, weights={"locate": 1, "vqa": 1}, layouts=("agnostic", "query-first"),
-)  # fmt: skip
-SECOND = Stage({"grounding": Scenes("grounding", 40)}, steps=4, batch_size=4, lr=1e-3)
-ASKED = {
-    "grounding": Scenes("grounding", 12, "heldout"),
-    "count": Scenes("count", 12, "heldout"),
-    "caption": Scenes("caption", 4, "heldout"),
-}
-SMALL = {"n_layer": 1, "d_model": 32}
-
-
-def run(family="transformer", **more) -> Run:
-    over = SMALL | ({"n_head": 2} if family == "transformer" else {})
-    given = dict(model_overrides=over, precision="no", image_size=32, max_new_tokens=12) | more
-    return Run(
-        given.pop("name", family), f"{family}-tiny", given.pop("stages", (FIRST, SECOND)), ASKED, **given
-    )
 
 
 @pytest.fixture
@@ -163,11 +144,13 @@ def test_the_learning_rate_rises_then_falls_as_a_cosine():
     assert rates[55] == pytest.approx(0.5) and rates[99] == pytest.approx(0.5 * (1 + np.cos(np.pi * 89 / 90)))
 
 
-CONFIG = """
-from tests.test_vlm_train import run
+CONFIG = (
+    IMPORT
+    + """
 def get_config():
     return [run("transformer"), run("mamba", layout="instruction-first")]
 """
+)
 
 
 def test_train_evaluate_predict_from_the_command_line(out, capsys, tmp_path):
@@ -279,7 +262,7 @@ def test_bad_input_of_training_is_one_line(argv, line, out, tmp_path, capsys):
     files = {
         "empty": "x = 1\n",
         "config": CONFIG,
-        "uneven": CONFIG + "\nimport dataclasses\nfrom tests.test_vlm_train import SECOND\n"
+        "uneven": CONFIG + "\nimport dataclasses\n"
         "def get_config():\n    return [run(stages=(dataclasses.replace(SECOND, accumulate=3),))]\n",
     }
     for name, content in files.items():
