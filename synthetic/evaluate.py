@@ -98,7 +98,6 @@ def heldout(
         seed=EVAL_SEED,
         split=split,
         length=length,
-        queries=task.usual_queries(length),
         start=start,
         batch_size=rows_at_once(task, examples, length),
     )

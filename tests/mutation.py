@@ -65,7 +65,7 @@ TESTS: dict[str, list[str]] = {
     "probes.retention": ["test_probe_retention"],
     "probes.token_roles": ["test_pairs"],
     "probes.run": ["test_probes_run"],
-    "probes.patch_sites": ["test_patching"],
+    "probes.patch_sites": ["test_patching", "test_hybrid"],
     "probes.updates": ["test_probe_updates", "test_probe_retention"],
 }  # fmt: skip
 

@@ -170,11 +170,21 @@ def test_figures_of_the_retrieval_study_come_from_its_results(tmp_path):
         pd.testing.assert_frame_equal(pd.read_csv(text), kept)
 
 
-def test_snippet_of_the_probes_page():
+def test_snippets_of_the_probes_page():
     text = (ROOT / "docs" / "probes.md").read_text(encoding="utf-8")
-    (snippet,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    hooks, derivatives = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     names: dict = {}
-    exec(snippet, names)
+    exec(derivatives, names)
+    model, ids = names["model"], names["ids"]
+    for i in range(len(ids)):  # by the kernels, one sequence after the other
+        loss, _ = model.loss(ids[i : i + 1, :-1], labels=ids[i : i + 1, 1:])
+        for (name, _), wanted in zip(
+            model.named_parameters(), torch.autograd.grad(loss, model.parameters()), strict=True
+        ):
+            for found in (names["each"], names["same"]):
+                torch.testing.assert_close(found[name][i], wanted, rtol=1e-3, atol=1e-5)
+    names = {}
+    exec(hooks, names)
     assert names["state"].shape == (2, 2, 256, 16)
     assert not torch.equal(
         names["gone"][:, 6:], names["unread"][:, 6:]

@@ -110,6 +110,19 @@ def test_every_patch_equals_an_intervention_in_a_full_pass(model, layout, kind):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("wide", [True, False])
+def test_residuals_have_the_precision_of_the_stream(wide):
+    model = models.build("mamba-tiny", vocab_size=20, n_layer=2, dtype=torch.bfloat16, residual_in_fp32=wide)
+    ids = torch.arange(12).view(2, 6)
+    found = patch_sites.residuals(model, ids)
+    with probes.record(model, "blocks.*.hook_resid_pre") as cache:
+        model(ids)
+    assert {x.dtype for x in found} == {torch.float32 if wide else torch.bfloat16}
+    for i, x in enumerate(found[:-1]):
+        assert torch.equal(x, cache[f"blocks.{i}.hook_resid_pre"])
+
+
+@torch.no_grad()
 def test_residual_patch_equals_a_torch_hook(model):
     made = contrast_pairs(TASK, 4, 7, "target")
     traced = patching.trace(model, made, patch_cells(made), ["residual"], controls=False)
