@@ -246,7 +246,13 @@ def test_values_that_no_run_can_have(option, message, tmp_path, capsys):
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
 def test_a_closed_terminal_stops_a_sweep_in_one_line(number, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sweep, "sweep", lambda wanted: os.kill(os.getpid(), number) or signal.pause())
-    assert sweep.main([write(tmp_path), "--out", str(tmp_path / "runs")]) == 130
+    kept = signal.getsignal(number)
+    if kept is signal.SIG_IGN:  # pytest was started by nohup; the sweep would rightly not mind either
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        assert sweep.main([write(tmp_path), "--out", str(tmp_path / "runs")]) == 130
+    finally:
+        signal.signal(number, kept)
     assert capsys.readouterr().err == sweep.STOPPED + "\n"
 
 
