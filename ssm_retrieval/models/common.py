@@ -14,7 +14,6 @@ parameters, which are the names the published checkpoints use.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Any, ClassVar, cast
 
 import torch
@@ -136,7 +135,14 @@ def shape_of(x: Any) -> str:
 
 def part(path: str) -> Any:
     """A property for the module at `path`, such as "backbone.embedding": the name that checkpoints use."""
-    return property(attrgetter(path))
+    names = path.split(".")
+
+    def get(model: Any) -> Any:  # not operator.attrgetter, which torch.compile cannot trace
+        for name in names:
+            model = getattr(model, name)
+        return model
+
+    return property(get)
 
 
 def rename_before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
