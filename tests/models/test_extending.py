@@ -370,16 +370,19 @@ def test_both_are_trained_resumed_probed_and_drawn_from_outside(outside, tmp_pat
     status, said = shell(outside, *command.split(), *SHORT)
     assert status == 0 and "Linear attention" in said, said
     assert "finished before" in shell(outside, *command.split(), *SHORT)[1]
-    (folder,) = [path.parent for path in (outside / "runs").glob("*/config.json")]
-    assert json.loads((folder / "config.json").read_text())["run"]["imports"] == ["my_mixer", "my_task"]
+    folder = outside / "runs"
+    for path in folder.glob("*/config.json"):
+        assert json.loads(path.read_text())["run"]["imports"] == ["my_mixer", "my_task"]
+    assert len(list(folder.glob("before-*-linear-attention-*"))) == 1
     status, said = shell(
         outside, "probes.run", str(folder), "--probe", "lens", "attention", "--examples", "4"
     )
     assert status == 0 and "attention linear-attention: left out, it has neither" in said, said
-    assert "linear-attention" in (folder / "probes" / "lens.csv").read_text()
+    (view,) = folder.glob("compare-*/probes")
+    assert "linear-attention" in (view / "lens.csv").read_text()
     assert shell(outside, "analysis.report", str(folder), "--out", "report.html")[0] == 0
     assert "Linear attention" in (outside / "report.html").read_text()
-    assert shell(outside, "analysis.figures", "--runs", "runs", "--out", "figures")[0] == 0
+    assert shell(outside, "analysis.figures", "runs", "--out", "figures")[0] == 0
     assert "Linear attention" in (outside / "figures" / "before_accuracy_curves.svg").read_text()
     status, said = shell(tmp_path, "probes.run", str(folder))
     assert status == 2 and said.count("\n") == 1 and "was made with --import my_mixer" in said

@@ -57,5 +57,5 @@ def test_the_slurm_script_runs(tmp_path):
     command = ["bash", str(SCRIPT), *options.split(), "--checkpointing", "--out", str(tmp_path / "runs")]
     found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert found.returncode == 0, found.stdout + found.stderr
-    (result,) = (tmp_path / "runs").glob("position*/mamba/result.json")
+    (result,) = (tmp_path / "runs").glob("position*/result.json")
     assert len(list(result.parent.glob("checkpoint-2/shard-*.safetensors"))) == 2

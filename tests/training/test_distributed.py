@@ -139,7 +139,7 @@ def test_a_killed_process_ends_the_run_clearly_and_another_number_of_processes_r
     limit = time.monotonic() + 200
     while pointer is None and time.monotonic() < limit and process.poll() is None:
         time.sleep(0.05)
-        pointer = next(out.glob("position*/mamba/checkpoint.json"), None)
+        pointer = next(out.glob("position*/checkpoint.json"), None)
     assert pointer is not None and process.poll() is None, finish(process)
     workers = [int(pid) for pid in ours.read_text().split()]
     os.kill(workers[-1], signal.SIGKILL)
