@@ -268,6 +268,7 @@ def test_evaluation_has_another_batch_every_time_and_the_same_at_every_step(tmp_
 def test_a_finished_session_writes_down_what_it_did(tmp_path):
     p = small("mamba", eval_every=6, final_eval_examples=40, curriculum=16, seed=3)
     before = time.monotonic()
+    tmp_path = tmp_path / "not" / "there yet"
     result = trainer.train(p, tmp_path)
     taken = time.monotonic() - before
     rows = store.read_rows(tmp_path / "metrics.jsonl")
