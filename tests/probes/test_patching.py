@@ -378,3 +378,12 @@ def test_an_effect_is_the_share_of_the_gap_that_patches_restore():
     assert (low, high) == pytest.approx((0.5 - half, 0.5 + half))
     assert np.isnan(patching.effect(corrupted, corrupted, corrupted)).all()  # there is no gap
     assert np.isnan(patching.effect(patched, corrupted + 1e-7, corrupted)).all()
+
+
+def test_parts_of_a_layer_are_its_heads_or_equal_groups_of_channels():
+    mamba2 = models.build("mamba2-tiny", vocab_size=20, d_model=64, headdim=32, n_layer=1)  # 128 channels
+    assert [(p.kind, p.low, p.high) for p in ablation.parts(mamba2, 0)] == [
+        ("channels", i, i + 32) for i in (0, 32, 64, 96)
+    ]
+    mamba = models.build("mamba-tiny", vocab_size=20, d_model=64, n_layer=1)
+    assert [(p.low, p.high) for p in ablation.parts(mamba, 0)] == [(i, i + 8) for i in range(0, 128, 8)]
