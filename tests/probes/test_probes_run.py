@@ -181,8 +181,10 @@ def test_other_options_run_again(position, tmp_path, capsys):
 
 
 def test_a_stop_between_table_and_record_is_repaired(position, tmp_path, capsys):
+    tmp_path = tmp_path / "[bold]" / "new"  # printed as it is, and made with its parent
     call = [str(position), "--probe", "lens", "--examples", "4", "--out", str(tmp_path)]
     assert cli.main(call) == 0
+    assert str(tmp_path / "summary.md") in capsys.readouterr().out.splitlines()
     whole = (tmp_path / "lens.csv").read_bytes()
     (tmp_path / "lens.mamba.json").write_text("{")
     (tmp_path / ".lens.mamba.parquet.1.tmp").write_bytes(b"half")
@@ -200,6 +202,8 @@ def test_another_task_works_or_says_why_not(tmp_path, capsys):
     words = capsys.readouterr().out
     for name in ("updates", "retention", "linear", "patch"):
         assert f"{name} mamba: left out, {name} needs the roles of tokens, which task mqar lacks" in words
+        record = json.loads((folder / "probes" / f"{name}.mamba.json").read_text())  # for the report
+        assert "needs the roles of tokens, which task mqar lacks" in record["left_out"]
     assert figures.main(shlex.split(words.splitlines()[-1])[4:]) == 0  # the command of the last line
     drawn = {path.name for path in (folder / "probes").glob("*.png")}
     assert drawn == {"attention.png", "attention_maps.png", "lens.png"}
