@@ -22,30 +22,16 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ssm_retrieval.ops._route import transformed
+from ssm_retrieval.ops._scan_arguments import ScanArguments, skipped_and_gated, widened
 
 BLOCK, GROUP = 64, 8
 
 
 def scan_by_chunks(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    initial_state: Tensor | None,
-    positions: Sequence[int] | None,
-    return_last_state: bool,
+    given: ScanArguments, positions: Sequence[int] | None, return_last_state: bool
 ) -> list[Tensor]:
-    """Arguments and results of `selective_scan`, positions in [0, length) in any order."""
-    dtype, wide = u.dtype, torch.promote_types(u.dtype, torch.float32)
-    u, dt, A, B, C = (t.to(wide) for t in (u, dt, A, B, C))
-    delta = dt if dt_bias is None else dt + dt_bias.to(wide)
-    delta = F.softplus(delta) if dt_softplus else delta
-    h = u.new_zeros(u.shape[0], *A.shape) if initial_state is None else initial_state.to(wide)
+    """What `selective_scan` returns, in a list. positions: in [0, length), in any order."""
+    u, delta, A, B, C, h = widened(given)
     again = u.shape[1] > BLOCK and torch.is_grad_enabled()
     again = again and not (transformed() or torch.compiler.is_compiling())  # which cannot compute it twice
     ys: list[Tensor] = []
@@ -53,19 +39,14 @@ def scan_by_chunks(
     for start in range(0, u.shape[1], BLOCK):
         part = slice(start, start + BLOCK)
         wanted = sorted({t - start for t in positions or () if start <= t < start + BLOCK})
-        given = (h, u[:, part], delta[:, part], A, B[:, part], C[:, part], wanted)
+        inside = (h, u[:, part], delta[:, part], A, B[:, part], C[:, part], wanted)
         if again:
-            y, h, states = checkpoint(_block, *given, use_reentrant=False, preserve_rng_state=False)
+            y, h, states = checkpoint(_block, *inside, use_reentrant=False, preserve_rng_state=False)
         else:
-            y, h, states = _block(*given)
+            y, h, states = _block(*inside)
         ys.append(y)
         found |= {start + t: state for t, state in zip(wanted, states.unbind(1), strict=True)}
-    y = torch.cat(ys, dim=1) if ys else u
-    if D is not None:
-        y = y + D.to(wide) * u
-    if z is not None:
-        y = y * F.silu(z.to(wide))
-    out = [y.to(dtype)]
+    out = [skipped_and_gated(torch.cat(ys, dim=1) if ys else u, given)]
     if return_last_state:
         out.append(h)
     if positions is not None:

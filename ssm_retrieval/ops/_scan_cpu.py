@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from ssm_retrieval.ops import CHUNK, GROUP, LANES
 from ssm_retrieval.ops._arrays import flat
 from ssm_retrieval.ops._route import differentiable_gradients, traced
+from ssm_retrieval.ops._scan_arguments import ScanArguments
 from ssm_retrieval.ops._scan_chunks import scan_by_chunks
 from ssm_retrieval.ops._threads import run_tasks
 
@@ -53,21 +54,11 @@ def _unblocked(x: Tensor, channels: int) -> Tensor:
 
 
 def scan_on_cpu(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    initial_state: Tensor | None,
-    positions: Sequence[int] | None,
-    return_last_state: bool,
+    given: ScanArguments, positions: Sequence[int] | None, return_last_state: bool
 ) -> list[Tensor]:
     """Bring the arguments of `selective_scan` into the kernels' layout (differentiably) and back."""
-    dtype, wide, E = u.dtype, torch.promote_types(u.dtype, torch.float32), u.shape[-1]
+    u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state = given
+    dtype, wide, E = u.dtype, given.wide, u.shape[-1]
 
     def channels(x: Tensor | None) -> Tensor | None:
         return None if x is None else pad_channels(x, wide)
@@ -105,9 +96,8 @@ def _by_chunks(softplus: bool, positions: list[int] | None, *arguments: Tensor |
     u, dt, A, B, C, D, z, bias, h0 = arguments
     assert u is not None and dt is not None and A is not None and B is not None and C is not None
     E, h = u.shape[-1], None if h0 is None else _unblocked(h0, u.shape[-1])
-    y, last, states = scan_by_chunks(
-        u, dt, _unblocked(A, E), B, C, D, z, bias, softplus, h, positions or [], True
-    )
+    given = ScanArguments(u, dt, _unblocked(A, E), B, C, D, z, bias, softplus, h)
+    y, last, states = scan_by_chunks(given, positions or [], True)
     return [y, _blocked(last), _blocked(states)]
 
 

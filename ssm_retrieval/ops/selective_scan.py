@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ssm_retrieval.ops import _cuda_kernels
 from ssm_retrieval.ops._checks import check_flags, check_positions, check_shapes, check_tensor
 from ssm_retrieval.ops._route import asked, obstacle, refuse_tracing, require_cpu, transformed, warn_once
+from ssm_retrieval.ops._scan_arguments import ScanArguments, skipped_and_gated, widened
 from ssm_retrieval.ops._scan_chunks import scan_by_chunks
 from ssm_retrieval.ops._scan_cpu import scan_on_cpu
 
@@ -82,15 +82,15 @@ def selective_scan(
     """
     refuse_tracing("selective_scan")
     backend = asked(backend)
-    _check(u, dt, A, B, C, D, z, dt_bias, initial_state)
+    given = ScanArguments(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state)
+    _check(given)
     check_flags(dt_softplus=dt_softplus, return_last_state=return_last_state)
     positions = None if states_at is None else check_positions(states_at, u.shape[1])
-    tensors = (u, dt, A, B, C, D, z, dt_bias, initial_state)
-    wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    wants_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given.tensors)
     if backend == "auto":
-        backend = _choose(tensors, positions, return_last_state and wants_grad)
+        backend = _choose(given.tensors, positions, return_last_state and wants_grad)
     elif backend == "cpu":
-        require_cpu(*tensors)
+        require_cpu(*given.tensors)
     if backend == "cuda":
         if not _cuda_kernels.takes(u):
             raise ValueError(
@@ -102,25 +102,16 @@ def selective_scan(
                 "backend='cuda' cannot start from initial_state, return states_at or differentiate the last "
                 "state (mamba-ssm's kernel does not); use backend='auto'"
             )
-        return _cuda(u, dt, A, B, C, D, z, dt_bias, dt_softplus, return_last_state)
+        return _cuda(given, return_last_state)
     if backend == "cpu" and (u.shape[1] == 0 or u.shape[0] == 0):
         backend = "chunks"
     run = {"cpu": scan_on_cpu, "chunks": scan_by_chunks, "reference": _reference}[backend]
-    y, *more = run(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, positions, return_last_state)
+    y, *more = run(given, positions, return_last_state)
     return (y, *more) if more else y
 
 
-def _check(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-) -> None:
+def _check(given: ScanArguments) -> None:
+    u, A = given.u, given.A
     check_tensor("u", u, ("batch", "length", "d_inner"))
     check_tensor("A", A, ("d_inner", "d_state"))
     (b, L, E), N = u.shape, A.shape[1]
@@ -128,14 +119,14 @@ def _check(
         raise ValueError(f"d_state={N} is not supported; use 1 to {MAX_D_STATE}")
     check_shapes(
         u,
-        dt=(dt, (b, L, E)),
+        dt=(given.dt, (b, L, E)),
         A=(A, (E, N)),
-        B=(B, (b, L, N)),
-        C=(C, (b, L, N)),
-        D=(D, (E,)),
-        z=(z, (b, L, E)),
-        dt_bias=(dt_bias, (E,)),
-        initial_state=(initial_state, (b, E, N)),
+        B=(given.B, (b, L, N)),
+        C=(given.C, (b, L, N)),
+        D=(given.D, (E,)),
+        z=(given.z, (b, L, E)),
+        dt_bias=(given.dt_bias, (E,)),
+        initial_state=(given.initial_state, (b, E, N)),
     )
 
 
@@ -161,26 +152,9 @@ def _choose(tensors: tuple[Tensor | None, ...], positions: list[int] | None, nee
     return "chunks"
 
 
-def _reference(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    initial_state: Tensor | None,
-    positions: list[int] | None,
-    return_last_state: bool,
-) -> list[Tensor]:
+def _reference(given: ScanArguments, positions: list[int] | None, return_last_state: bool) -> list[Tensor]:
     """The equations as written, on any device."""
-    dtype, wide = u.dtype, torch.promote_types(u.dtype, torch.float32)
-    u, dt, A, B, C = (t.to(wide) for t in (u, dt, A, B, C))
-    delta = dt if dt_bias is None else dt + dt_bias.to(wide)
-    delta = F.softplus(delta) if dt_softplus else delta
-    h = u.new_zeros(u.shape[0], *A.shape) if initial_state is None else initial_state.to(wide)
+    u, delta, A, B, C, h = widened(given)
     hs = []
     for t in range(u.shape[1]):
         decay = torch.exp(delta[:, t, :, None] * A)  # (batch, d_inner, d_state)
@@ -188,12 +162,7 @@ def _reference(
         h = decay * h + write
         hs.append(h)
     trajectory = torch.stack(hs, dim=1) if hs else u.new_zeros(u.shape[0], 0, *A.shape)
-    y = (trajectory * C[:, :, None, :]).sum(-1)
-    if D is not None:
-        y = y + D.to(wide) * u
-    if z is not None:
-        y = y * F.silu(z.to(wide))
-    out = [y.to(dtype)]
+    out = [skipped_and_gated((trajectory * C[:, :, None, :]).sum(-1), given)]
     if return_last_state:
         out.append(h)
     if positions is not None:
@@ -201,42 +170,30 @@ def _reference(
     return out
 
 
-def _cuda(u: Tensor, *rest: Any) -> Output:
+def _cuda(given: ScanArguments, return_last_state: bool) -> Output:
     """mamba-ssm's kernel, imported here and nowhere else."""
     takes = ("z", "delta_bias", "delta_softplus", "return_last_state")
     scan = _cuda_kernels.kernel("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn", *takes)
-    _cuda_kernels.on_gpu(u)
-    return in_mamba_ssm_layout(scan, u, *rest)
+    _cuda_kernels.on_gpu(given.u)
+    return in_mamba_ssm_layout(scan, given, return_last_state)
 
 
-def in_mamba_ssm_layout(
-    kernel: Callable[..., Any],
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    return_last_state: bool,
-) -> Output:
+def in_mamba_ssm_layout(kernel: Callable[..., Any], given: ScanArguments, return_last_state: bool) -> Output:
     """Call a function of mamba-ssm's signature: channels before time, A, D and the bias in float32."""
 
     def turn(x: Tensor | None) -> Tensor | None:
-        return None if x is None else _cuda_kernels.packed(x.to(u.dtype).transpose(1, 2))
+        return None if x is None else _cuda_kernels.packed(x.to(given.u.dtype).transpose(1, 2))
 
     out = kernel(
-        turn(u),
-        turn(dt),
-        A.float(),
-        turn(B),
-        turn(C),
-        None if D is None else D.float(),
-        z=turn(z),
-        delta_bias=None if dt_bias is None else dt_bias.float(),
-        delta_softplus=dt_softplus,
+        turn(given.u),
+        turn(given.dt),
+        given.A.float(),
+        turn(given.B),
+        turn(given.C),
+        None if given.D is None else given.D.float(),
+        z=turn(given.z),
+        delta_bias=None if given.dt_bias is None else given.dt_bias.float(),
+        delta_softplus=given.dt_softplus,
         return_last_state=return_last_state,
     )
     if return_last_state:

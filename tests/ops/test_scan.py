@@ -305,15 +305,16 @@ def test_cuda_backend_says_what_it_needs(monkeypatch):
 def test_arguments_reach_mamba_ssm_as_it_wants_them(absent):
     """What the cuda backend does around mamba-ssm's kernel, with its reference in the kernel's place."""
     kernel = import_without_kernels("mamba_ssm.ops.selective_scan_interface").selective_scan_ref
-    from ssm_retrieval.ops.selective_scan import in_mamba_ssm_layout
+    from ssm_retrieval.ops.selective_scan import ScanArguments, in_mamba_ssm_layout
 
     a = {k: v.detach() for k, v in inputs(2, 20, 8, 4, torch.float32, absent=("initial_state",)).items()}
     a |= dict.fromkeys(absent)
     ordered = [a[name] for name in NAMES[:-1]]
-    got = in_mamba_ssm_layout(kernel, *ordered, True, True)
+    given = ScanArguments(*ordered, dt_softplus=True, initial_state=None)
+    got = in_mamba_ssm_layout(kernel, given, True)
     want = selective_scan(*ordered, dt_softplus=True, return_last_state=True, backend="reference")
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(in_mamba_ssm_layout(kernel, *ordered, True, False), got[0])
+    torch.testing.assert_close(in_mamba_ssm_layout(kernel, given, False), got[0])
 
 
 def test_gpu_packages_are_not_imported_on_a_cpu():
