@@ -161,6 +161,12 @@ def train_recorded(
     return result
 
 
+def complete(folder: Path) -> bool:
+    """Whether a run has everything that it ever will, and its tables too."""
+    there = all((folder / name).exists() for name in ("result.json", "config.json", "environment.json"))
+    return there and not behind(folder)
+
+
 def behind(folder: Path, purpose: str | None = None) -> bool:
     """Whether the data sets lack the end of a finished run, because a process ended before `record` did.
 

@@ -38,7 +38,7 @@ def run(config: RunConfig) -> int:
     from ssm_retrieval.training.distributed import Lost, joined
     from synthetic import memory
     from synthetic.config import plan, run_id
-    from synthetic.results import begin
+    from synthetic.results import begin, complete
 
     save_memory = config.checkpointing or config.accumulate > 1
     return_freed_memory() if save_memory else keep_freed_memory()  # numbers are the same either way
@@ -49,7 +49,7 @@ def run(config: RunConfig) -> int:
     if config.plan:
         return _show_memory(plans)
     runs = {Path(config.out) / run_id(p): p for p in plans}
-    missing = {folder: p for folder, p in runs.items() if not _complete(folder)}
+    missing = {folder: p for folder, p in runs.items() if not complete(folder)}
     if not missing:  # read-only for everybody: no lock is taken, no run is written to
         if int(os.environ.get("RANK", "0")) == 0:
             _show_finished(runs)
@@ -74,14 +74,6 @@ def run(config: RunConfig) -> int:
     except Lost as error:
         print(f"error: {error}", file=sys.stderr)
         return LOST
-
-
-def _complete(folder: Path) -> bool:
-    """Whether a run has everything that it ever will, and its tables too."""
-    from synthetic import results
-
-    there = all((folder / name).exists() for name in ("result.json", "config.json", "environment.json"))
-    return there and not results.behind(folder)
 
 
 def _show_finished(runs: Runs) -> None:

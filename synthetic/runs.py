@@ -94,7 +94,7 @@ def train(config: RunConfig, progress: bool = True) -> Run:
     from ssm_retrieval.terminal import plain_console
     from synthetic import memory
     from synthetic.display import Display
-    from synthetic.results import begin, behind, train_recorded
+    from synthetic.results import begin, complete, train_recorded
 
     if len(config.model) != 1:
         raise UserError(
@@ -103,7 +103,7 @@ def train(config: RunConfig, progress: bool = True) -> Run:
         )
     settled = plan(config, config.model[0])
     folder = Path(config.out) / run_id(settled)
-    if (folder / "result.json").exists() and not behind(folder):
+    if complete(folder):
         return Run(folder)
     memory.require(settled)
     keep_freed_memory()
