@@ -18,7 +18,6 @@ from ssm_retrieval.style import DOUBLE, NAMES, SINGLE, family_colors
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FAMILY = {"transformer": "Pythia-VL", "mamba": "Mamba-VL"}
 LIGHTEST = 0.45  # opacity of a family's first bar; the last one is opaque
 MAIN = ("accuracy", "iou@0.5", "vqa_accuracy")  # the metric of a task that figures show
 

@@ -99,11 +99,6 @@ def _trained_numbers(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-def plan_memory(name: str, step: Step, **overrides: Any) -> Memory:
-    """`step_memory` of a preset, without a single weight in memory."""
-    return step_memory(registry.build(name, device="meta", **overrides), step)
-
-
 def optimizer_state(shapes: Sequence[tuple[int, ...]], optimizer: str) -> int:
     """Bytes of state for parameters of these shapes; counters and shared tables not counted."""
     return sum(_state(shape, optimizer) for shape in shapes)
