@@ -1,4 +1,4 @@
-"""Checkpoints in and out: `load("state-spaces/mamba-130m")`, `load("runs/<id>/mamba")`, `save(model, path)`.
+"""Checkpoints in and out: `load("state-spaces/mamba-130m")`, `load("runs/<id>")`, `save(model, path)`.
 
 A model is made without memory for its weights and filled tensor by tensor, so that loading takes little more
 than the model itself.
@@ -70,7 +70,7 @@ def load(
 ) -> LanguageModel:
     """The model of a checkpoint, ready for inference: a local folder, or a name on the Hugging Face hub.
 
-    Folders: what `save` has written, a model of a run (runs/<id>/<family>), what `transformers` saves of
+    Folders: what `save` has written, a run (runs/<id>), what `transformers` saves of
     MambaForCausalLM, Mamba2ForCausalLM and GPTNeoXForCausalLM, and copies of the next.
     Names: state-spaces/mamba-*, state-spaces/mamba2-*, EleutherAI/pythia-*. A copy in the hub's cache needs
     no network.
