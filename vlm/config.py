@@ -1,8 +1,8 @@
-"""What a VLM is, what it is trained on and what it is asked: frozen, hashed, written next to every number.
+"""Configuration of a VLM: model, training stages, evaluation. Frozen, hashed, saved beside every number.
 
-A config file is Python whose get_config() returns a list of `Run`s, such as vlm/configs/cpu_tiny.py. A run
-is a chain of stages; a stage is named by the hash of everything that decides its weights, the stages before
-it included, so runs that begin alike share what they have in common.
+A config file is Python with a function `get_config()` that returns a list of `Run`, such as
+vlm/configs/cpu_tiny.py. A run is a chain of stages. The id of a stage is a hash of everything that decides
+its weights, including the stages before it, so runs that begin alike share stages.
 """
 
 from __future__ import annotations
@@ -35,7 +35,15 @@ ImageSize = Annotated[int, Field(ge=16, le=4096)]
 
 @checked
 class Scenes:
-    """Samples of rendered scenes (`vlm.scenes.source.SceneSource`), an image each."""
+    """Samples of rendered scenes, one image each (`vlm.scenes.source.SceneSource`).
+
+    Attributes:
+        task: what is asked, one of `vlm.scenes.source.SOURCES`.
+        images: number of scenes.
+        split: "train", "heldout" or "combination".
+        seed: of the scenes.
+        turns: questions about one image, for tasks that ask several.
+    """
 
     task: str
     images: Positive
@@ -50,6 +58,7 @@ class Scenes:
             raise UserError(f"task {self.task!r} of scenes is unknown; use {', '.join(SOURCES)}")
 
     def build(self, *, answers: bool) -> Source:
+        """Return the samples; `answers`: whether the prompts contain the answers."""
         from vlm.scenes.source import SceneSource
 
         return SceneSource(
@@ -58,13 +67,13 @@ class Scenes:
         )  # fmt: skip
 
     def declared(self) -> Scored:
-        """How answers are scored."""
+        """Return how answers are scored."""
         from vlm.scenes.declared import SCENES
 
         return SCENES[self.task]
 
     def training(self) -> Scenes | None:
-        """What a guess without the image learns from; None where none is declared."""
+        """Return what a guess without the image learns from; None if no such guess is declared."""
         if self.declared().blind is None:
             return None
         return dataclasses.replace(self, split="train", images=LEARNED)
@@ -74,10 +83,18 @@ class Scenes:
 class Files:
     """Samples of official files (`vlm.data.sources.FileSource`).
 
-    dataset, split: of `vlm.data.registry`. annotations, images: folders. first: only so many samples; 0: all.
-    regions, every_slot, published: of `vlm.data.turns.Rules`. filtered: without what the published training
-    data leave out (`vlm.data.filters`). index: folder for what is read by number, of data sets that are too
-    large for memory; options: the reader's own.
+    Attributes:
+        dataset: name in `vlm.data.registry`.
+        split: one of its splits.
+        annotations: folder of the official files.
+        images: folder of the pictures.
+        first: use only this many samples; 0 = all.
+        regions: what region descriptions ask for (`vlm.data.turns.Rules`).
+        every_slot: as in `vlm.data.turns.Rules`.
+        published: as in `vlm.data.turns.Rules`.
+        filtered: leave out what the published training data leave out (`vlm.data.filters`).
+        index: folder for an index on disk, for data sets that do not fit into memory.
+        options: of the data set's reader.
     """
 
     dataset: str
@@ -98,6 +115,7 @@ class Files:
         registry.check(self.dataset, self.split)
 
     def build(self, *, answers: bool) -> Source:
+        """Return the samples; `answers`: whether the prompts contain the answers."""
         from vlm.data.sources import FileSource
         from vlm.data.turns import Rules
 
@@ -109,13 +127,16 @@ class Files:
         return First(source, self.first) if self.first else source
 
     def declared(self) -> Scored:
-        """How answers are scored."""
+        """Return how answers are scored."""
         from vlm.data import registry
 
         return registry.asked_for(registry.DATASETS[self.dataset], self.regions)
 
     def training(self) -> Files | None:
-        """What a guess without the image learns from; None where none is declared, or no training split."""
+        """Return what a guess without the image learns from.
+
+        None if no such guess is declared, or if there is no training split.
+        """
         from vlm.data import registry
 
         if self.declared().blind is None or "train" not in registry.DATASETS[self.dataset].splits:
@@ -124,7 +145,7 @@ class Files:
 
 
 class First:
-    """The first samples of a source, and their pictures alone."""
+    """The first samples of a source, and only their pictures."""
 
     def __init__(self, source: Source, count: int):
         self.source, self.count, self.name = source, min(count, len(source)), source.name
@@ -165,13 +186,29 @@ Sources = Mapping[Text, _AnyData]
 
 @checked
 class Stage:
-    """One stretch of training: so many steps, or so many epochs of all its data.
+    """One stage of training: a number of steps, or of epochs over all its data.
 
-    data, weights: sources by name and their shares (`vlm.data.mixture.Mixture`). train: "connector", or "all"
-    for connector and language model; the vision encoder is frozen always. layouts: of the prompts, those of
-    consecutive batches taking turns; empty = the run's. image_size: 0 = the run's. warmup: share of the
-    steps; the rate then falls as a cosine to 0. betas: of AdamW. group: batches that are sorted by length
-    together. Raises UserError, in one line, for values out of range and combinations that cannot be.
+    Attributes:
+        data: sources by name.
+        batch_size: examples per forward pass.
+        lr: peak learning rate.
+        steps: optimiser steps; give this or `epochs`.
+        epochs: passes over all data.
+        weights: shares of the sources (`vlm.data.mixture.Mixture`); None shuffles all examples together.
+        train: "connector", or "all" for connector and language model. The vision encoder is always frozen.
+        layouts: of the prompts; consecutive batches take turns. Empty = the run's layout.
+        image_size: pixels a side; 0 = the run's.
+        warmup: share of the steps in which the rate rises; it then falls to 0 as a cosine.
+        weight_decay: of AdamW.
+        betas: of AdamW.
+        grad_clip: largest norm of the gradient; 0 = no limit.
+        max_length: tokens at which a sequence is cut.
+        group: number of batches whose examples are sorted by length together.
+        accumulate: forward passes per optimiser step.
+        workers: processes that prepare batches.
+
+    Raises:
+        UserError: for values out of range and invalid combinations.
     """
 
     data: Annotated[Sources, BeforeValidator(_pairs), Field(min_length=1)]
@@ -202,21 +239,37 @@ class Stage:
             raise UserError(f"weights and data must have the same names; only one of them has {odd}")
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values; the sources as pairs, since their order decides which example comes when."""
+        """Return the stage as JSON values.
+
+        Sources are a list of pairs, because their order decides which example comes when.
+        """
         data = [(name, dataclasses.asdict(source)) for name, source in self.data.items()]
         return dataclasses.asdict(self) | {"data": data}
 
 
 @checked
 class Run:
-    """A model, its stages and what it is evaluated on.
+    """A model, its training stages, and what it is evaluated on.
 
-    name: of its tables. model, model_overrides: `models.build`; init: a published language model's weights
-    (`models.load`). encoder: "scenes" (trained on rendered scenes when first needed) or a name of timm
-    (`vlm.encoder.build`), whose weights are fetched. tokenizer: "scenes", or a name or folder that
-    `tokenizers` reads. seed: of weights and of the order of data. cache: keep features on disk. evaluation:
-    sources by name. max_new_tokens: of answers.
-    Raises UserError, in one line, for values out of range and combinations that cannot be.
+    Attributes:
+        name: names the tables of results.
+        model: preset of the language model (`models.build`).
+        stages: run one after the other.
+        evaluation: sources by name.
+        model_overrides: options that differ from the preset's.
+        init: pretrained weights of the language model (`models.load`).
+        encoder: "scenes" (trained on rendered scenes on first use) or a name of timm, whose weights are
+            downloaded (`vlm.encoder.build`).
+        image_size: pixels a side.
+        tokenizer: "scenes", or a name or folder that `tokenizers` reads.
+        layout: where the image stands in the prompt.
+        seed: of weights and order of data.
+        precision: of training and evaluation.
+        max_new_tokens: of an answer.
+        cache: keep features on disk.
+
+    Raises:
+        UserError: for values out of range and invalid combinations.
     """
 
     name: FileName
@@ -252,17 +305,17 @@ class Run:
 
     @property
     def family(self) -> str:
-        """What the language model is: "mamba", "transformer", ..."""
+        """Architecture of the language model: "mamba", "transformer", ..."""
         from ssm_retrieval import models
 
         return models.architecture_of(models.config(self.model)).name
 
     def size(self, stage: Stage) -> int:
-        """Pixels a side of a stage's images."""
+        """Return the pixels a side of a stage's images."""
         return stage.image_size or self.image_size
 
     def stage_ids(self) -> list[str]:
-        """The folder name of every stage's outcome."""
+        """Return the folder name of every stage."""
         from vlm import tokenizer
         from vlm.scenes import VERSION, encoder
 
@@ -292,14 +345,31 @@ class Run:
 
 
 def from_dict(saved: Mapping[str, Any]) -> Run:
-    """The run that `Run.to_dict` has written, as read from JSON. Raises UserError for anything else."""
+    """Return the run that `Run.to_dict` saved.
+
+    Args:
+        saved: the dictionary, as read from JSON.
+
+    Returns:
+        The run.
+
+    Raises:
+        UserError: if `saved` is no such dictionary.
+    """
     return schema.parsed(Run, json.dumps(saved).encode(), Path("a saved run"), "save it again")
 
 
 def read_file(path: str | Path) -> list[Run]:
-    """The runs of a config file. Raises UserError, one line with the file's name, for a file that has none.
+    """Return the runs of a config file.
 
-    What the file itself does wrong is said with the number of its line.
+    Args:
+        path: a Python file with `get_config()`.
+
+    Returns:
+        At least one run.
+
+    Raises:
+        UserError: if the file has no runs, names two runs alike, or is wrong, with the number of the line.
     """
     path = Path(path)
     if path.suffix != ".py" or not path.is_file():

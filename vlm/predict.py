@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def predict(options: Options) -> int:
+    """Answer the question of the command line; returns the exit status."""
     picture = read_picture(options.image)
     run, out = saved_run(options.run)
     said = ask(load(run, out), run, out, picture, options.question, options.task)
@@ -67,14 +68,29 @@ def predict(options: Options) -> int:
 
 
 def read_picture(path: Path) -> Picture:
-    """(height, width, 3) uint8, RGB. Raises UserError, in one line, for what is no picture."""
+    """Read a picture of the user's, upright, as (height, width, 3) uint8 RGB.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
     return pictures.read(path, f"IMAGE {path}", upright=True)
 
 
 def wording(question: str, task: Task, width: int, height: int) -> list[prompts.Chunk]:
-    """The prompt of a question in the words that training used.
+    """Word a question as in training.
 
-    Raises UserError for questions of more than MOST_ASKED characters, which would take all memory.
+    Args:
+        question: in the user's words.
+        task: "auto" asks for a caption without a question, and for a box if the question begins with "Where
+            is".
+        width: of the picture, in pixels.
+        height: of the picture, in pixels.
+
+    Returns:
+        The prompt.
+
+    Raises:
+        UserError: if a question is needed and missing, or has more than MOST_ASKED characters.
     """
     question = question.strip()
     if len(question) > MOST_ASKED:
@@ -100,7 +116,20 @@ def wording(question: str, task: Task, width: int, height: int) -> list[prompts.
 def ask(
     model: VLM, run: Run, out: Path, picture: Picture, question: str, task: Task = "auto", device: str = "cpu"
 ) -> str:
-    """The model's answer about a picture (height, width, 3) uint8."""
+    """Answer a question about a picture.
+
+    Args:
+        model: the trained model, without encoder.
+        run: its run.
+        out: folder of the runs, which has the encoder.
+        picture: (height, width, 3) uint8, RGB.
+        question: in the user's words.
+        task: as for `wording`.
+        device: of the model.
+
+    Returns:
+        The answer, without the end token.
+    """
     height, width = picture.shape[:2]
     sample = Sample("0", "picture", "0", task, tuple(wording(question, task, width, height)))
     eyes = components.eyes(run.encoder, run.image_size, out, device)
@@ -112,7 +141,16 @@ def ask(
 def draw(
     picture: Picture, framed: Sequence[tuple[prompts.Box, tuple[int, int, int], str]], zoom: int = 1
 ) -> Any:
-    """Pillow image of a picture with boxes (in its pixels), their colours and labels, frames around them."""
+    """Draw boxes on a picture.
+
+    Args:
+        picture: (height, width, 3) uint8, RGB.
+        framed: boxes in pixels of the picture, their colours and labels. The frame lies around the box.
+        zoom: factor by which the picture is enlarged.
+
+    Returns:
+        A Pillow image.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
     height, width = picture.shape[:2]

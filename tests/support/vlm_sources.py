@@ -11,6 +11,17 @@ ASKED = Rules(training=False)
 
 
 def source(name, folder, rules=None, **options):
+    """Write the official files of CASES to a folder and return them as a source.
+
+    Args:
+        name: of the data set.
+        folder: to write to.
+        rules: of the samples.
+        **options: of the source.
+
+    Returns:
+        The source.
+    """
     split, files, _ = CASES[name]
     write(folder, files)
     return FileSource(name, folder, folder / "images", split, rules=rules, **options)

@@ -1,7 +1,8 @@
 """Both VLMs, tiny, on rendered scenes: `python -m vlm.train vlm/configs/cpu_tiny.py`.
 
-A first stage learns to find what is described, alone: in a mixture of everything the lookup did not form
-within as many steps. The second adds all that is asked. Both families get the same data in the same order.
+The first stage only learns to find what is described: in a mixture of all tasks the lookup did not form
+within as many steps. The second stage adds the other tasks. Both families see the same data in the same
+order.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def train(task: str) -> Scenes:
+    """Return the training samples of a task."""
     return Scenes(task, IMAGES, turns=TURNS)
 
 
@@ -37,6 +39,7 @@ ANSWER = Stage(
 
 
 def get_config() -> list[Run]:
+    """Return one run per family."""
     evaluation = {task: Scenes(task, HELDOUT, "heldout") for task in TASKS}
     return [
         Run(

@@ -1,6 +1,6 @@
 """The official data sets, one declaration each. A new one is a reader and an entry here.
 
-`vlm.data.registry` finds them by name; the evaluator (`vlm.results`), vlm/configs/paper.py and the tables of
+`vlm.data.registry` finds them by name. The evaluator (`vlm.results`), vlm/configs/paper.py and the tables of
 docs/data.md read them.
 """
 
@@ -25,18 +25,18 @@ GENOME = ("image_data.json", "dataset_coco.json")
 
 
 def one_string(record: Record, chunks: Sequence[Chunk]) -> list[Chunk]:
-    """GQA and TextVQA: tokenised as one."""
+    """Return the prompt of GQA and TextVQA, tokenised as one string."""
     return [Chunk("".join(chunk.text for chunk in chunks))]
 
 
 def no_question_mark_up(record: Record, chunks: Sequence[Chunk]) -> list[Chunk]:
-    """POPE: the question alone, without "Question:" and "Answer:"."""
+    """Return the prompt of POPE: the question alone, without "Question:" and "Answer:"."""
     assert isinstance(record, Question)
     return [Chunk(INSTRUCTIONS["vqa"] + "\n"), Chunk(prompts.sentence(record.question) + "\n")]
 
 
 def question_as_written(record: Record, chunks: Sequence[Chunk]) -> list[Chunk]:
-    """Visual7W pointing: one newline fewer, and the question's own case."""
+    """Return the prompt of Visual7W pointing: one newline fewer, and the question's own case."""
     assert isinstance(record, Choice)
     return [chunks[0], Chunk(f"Question: {record.question}\n"), *chunks[2:]]
 

@@ -1,4 +1,4 @@
-"""Ask two trained VLMs the same question in a browser, and see where each one looked, read and wrote."""
+"""Ask two trained VLMs the same question in a browser, and see what each one read and wrote."""
 
 from __future__ import annotations
 
@@ -38,6 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def serve(options: Options) -> int:
+    """Open the page; returns the exit status when it is stopped.
+
+    Raises:
+        MissingPackage: if gradio is not installed.
+        UserError: if a run is not trained, or the port is invalid or taken.
+    """
     try:
         from vlm.demo import app
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""What the demo asks, and what a model answers: all that needs no browser."""
+"""What the demo asks, and what a model answers: everything that needs no browser."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Maps = dict[str, npt.NDArray[np.float64]]  # quantity of `vlm.looking` -> (side,
 
 @dataclass(frozen=True)
 class Contestant:
-    """A trained model that answers, and the folder its run lies in."""
+    """A trained model that answers, its run, and the folder of the runs."""
 
     run: Run
     out: Path
@@ -37,7 +37,11 @@ class Contestant:
 
     @classmethod
     def open(cls, folder: Path) -> Contestant:
-        """Raises UserError, in one line, for folders that `vlm.train` has not written."""
+        """Load a trained model.
+
+        Raises:
+            UserError: if the folder is none that `vlm.train` wrote.
+        """
         run, out = saved_run(folder)
         return cls(run, out, load(run, out))
 
@@ -48,7 +52,13 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Question:
-    """text: as asked. sample: the prompt, and the right answer where that is known; example: of a scene."""
+    """A question about a picture.
+
+    Attributes:
+        text: as asked.
+        sample: the prompt, and the right answer if it is known.
+        example: of a scene; None for a question of the user's.
+    """
 
     text: str
     sample: Sample
@@ -57,10 +67,15 @@ class Question:
 
 @dataclass(frozen=True)
 class Reply:
-    """said: the answer. maps: layer -> quantity -> (side, side), means over the answer's tokens.
+    """A model's answer, and what it read and wrote while answering.
 
-    contrast: layer -> quantity -> the target's patches over those of other shapes; {} unless the question
-    asks for the box of a scene's shape. unknown: words of the question that the model cannot read.
+    Attributes:
+        question: what was asked.
+        said: the answer.
+        maps: layer -> quantity -> (side, side), mean over the tokens of the answer.
+        contrast: layer -> quantity -> ratio of the target's patches to those of other shapes; {} unless the
+            question asks for the box of a scene's shape.
+        unknown: words of the question that the model cannot read.
     """
 
     question: Question
@@ -71,12 +86,12 @@ class Reply:
 
     @property
     def right(self) -> bool | None:
-        """None where the right answer is not known, or is one of many."""
+        """Whether the answer is right; None if that is not known, or no matter of yes or no."""
         return results.right(self.question.sample, self.said)
 
 
 def questions(scene: Scene) -> list[Question]:
-    """What can be asked about a scene: one question a task, a box first."""
+    """Return what can be asked about a scene: one question per task, the question for a box first."""
     found = []
     for task in sorted(TASKS, key=lambda name: name != "grounding"):
         example = make_example(scene, task)
@@ -87,7 +102,15 @@ def questions(scene: Scene) -> list[Question]:
 
 
 def typed(text: str, picture: Picture) -> Question:
-    """A question in the user's words, whose answer is not known; none asks for a caption, as does CAPTION."""
+    """Word a user's own question, whose answer is not known.
+
+    Args:
+        text: the question; "" asks for a caption, as does CAPTION.
+        picture: (height, width, 3) uint8, RGB.
+
+    Returns:
+        The question.
+    """
     height, width = picture.shape[:2]
     text = text.strip() or CAPTION
     chunks = tuple(wording("" if text == CAPTION else text, "auto", width, height))
@@ -96,7 +119,16 @@ def typed(text: str, picture: Picture) -> Question:
 
 @torch.no_grad()
 def ask(contestant: Contestant, picture: Picture, asked: Question) -> Reply:
-    """The model's greedy answer about a picture (height, width, 3) uint8, and its looks while answering."""
+    """Answer a question, and record what the model reads and writes while answering.
+
+    Args:
+        contestant: the model.
+        picture: (height, width, 3) uint8, RGB.
+        asked: the question.
+
+    Returns:
+        The greedy answer and its maps.
+    """
     run, model = contestant.run, contestant.model
     text, eyes = components.text(run.tokenizer), components.eyes(run.encoder, run.image_size, contestant.out)
     ids, _ = components.prompt(run, asked.sample, eyes.side)
@@ -130,7 +162,7 @@ def _contrast(asked: Question, maps: dict[int, Maps], side: int) -> dict[int, di
 
 
 def unknown(text: Text, said: str) -> tuple[str, ...]:
-    """Pieces of a text that a tokenizer made from words (`vlm.tokenizer.from_words`) has no token for."""
+    """Return the pieces of a text that a tokenizer of `vlm.tokenizer.from_words` has no token for."""
     encoded = text.tokenizer.encode(said, add_special_tokens=False)
     places = zip(encoded.tokens, encoded.offsets, strict=True)
     return tuple(said[start:stop].strip() for token, (start, stop) in places if token == SPECIAL[-1])

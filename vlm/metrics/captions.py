@@ -52,7 +52,7 @@ def scores(
 ) -> dict[str, float]:
     """Corpus scores bleu1..bleu4, rouge_l and cider (1.0 is 100 in tables) of one caption per image id.
 
-    ``tokenizer="ptb"`` is the official one and needs Java; say which one was used next to a number. Raises
+    `tokenizer="ptb"` is the official one and needs Java; say which one was used next to a number. Raises
     ValueError where ids differ or references are missing, ImportError without pycocoevalcap.
     """
     if predicted.keys() != references.keys() or not predicted:

@@ -1,4 +1,4 @@
-"""Rendered, exactly annotated scenes: `sample_scene`, `render`, `make_example`."""
+"""Rendered scenes with exact annotation: `sample_scene`, `render`, `make_example`."""
 
 from vlm.scenes.questions import CHANCE, TASKS, Example, make_example
 from vlm.scenes.scene import SPLITS, Box, Object, Scene, sample_scene

@@ -1,4 +1,4 @@
-"""What is asked about scenes, one declaration a source: metric, blind guess, chance, length of answers."""
+"""What is asked about scenes, one declaration per task: metric, blind guess, chance, length of answers."""
 
 from __future__ import annotations
 
