@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from vlm_files import CASES, write
 
 from vlm.data.sources import FileSource
@@ -10,7 +12,7 @@ from vlm.data.turns import Rules
 ASKED = Rules(training=False)
 
 
-def source(name, folder, rules=None, **options):
+def source(name: str, folder: Path, rules: Rules | None = None, **options: str) -> FileSource:
     """Write the official files of CASES to a folder and return them as a source.
 
     Args:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import vlm_runs
 
-from vlm.config import Scenes, Stage
+from vlm.config import Run, Scenes, Stage
 
 
-def tiny(lr=1e-3, steps=4, **more):
+def tiny(lr: float = 1e-3, steps: int = 4, **more: Any) -> Run:
     """Return a run that learns to count in a few steps.
 
     Args:

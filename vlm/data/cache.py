@@ -31,9 +31,9 @@ from torch import Tensor
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.training.store import read_json, replacing, write_json
 from vlm.data.samples import Source
+from vlm.pictures import Picture
 from vlm.schema import remove_left, shortened
 
-Picture = npt.NDArray[np.uint8]
 EncodePictures = Callable[[Sequence[Picture]], Tensor]
 RECORDED_EVERY = 1.0  # seconds: what a killed fill loses
 

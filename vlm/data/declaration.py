@@ -9,7 +9,7 @@ from pathlib import Path
 from vlm.data.records import Record
 from vlm.data.samples import Sample
 from vlm.data.tasks import Task
-from vlm.metrics.scores import Metric
+from vlm.metrics import Metric
 from vlm.prompts import Chunk
 
 Guess = Callable[[Sequence[Sample], Sequence[Sample]], list[str]]

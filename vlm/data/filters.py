@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from itertools import groupby
 from pathlib import Path
@@ -17,10 +17,9 @@ import numpy as np
 
 from ssm_retrieval.errors import UserError
 from vlm import pictures
+from vlm.data.declaration import Read
 from vlm.data.files import load_json, require, structure
 from vlm.data.records import Grounded, GroundedCaption, Record
-
-Read = Callable[[], Iterable[Record]]
 
 LARGEST_REGION = 16384  # square pixels
 SMALLEST_SIDE = 100  # pixels, of GRIT

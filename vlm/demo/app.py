@@ -14,7 +14,7 @@ from ssm_retrieval.style import NAMES, family_colors
 from vlm import pictures
 from vlm.demo import drawing
 from vlm.demo.asking import Contestant, Question, Reply, ask, questions, typed
-from vlm.metrics.scores import overlap
+from vlm.metrics.catalogue import overlap
 from vlm.pictures import Picture
 from vlm.predict import MOST_ASKED
 from vlm.scenes import SPLITS, render, sample_scene
@@ -28,7 +28,7 @@ Both models get the same picture and the same question. **Green** frames are aro
 about, **blue** ones are answers. The heat maps show patch by patch what an answer was read from and, for
 models with a state, what each patch wrote into it.
 """
-# quantity of `vlm.looking` -> heading of its map, in layers with attention and in SSM layers
+# quantity of `vlm.information_flow` -> heading of its map, in layers with attention and in SSM layers
 HEADINGS = {
     "attention": ("Looked at (attention)", "Read from (hidden attention)"),
     "write": ("", "Wrote (size of the state update)"),
@@ -196,10 +196,8 @@ def note(reply: Reply, layer: int, name: str) -> str:
     text = MEANINGS[name].format(
         most=values.max(), total=values.sum(), peak=values.max() / max(values.mean(), 1e-30)
     )
-    if reply.contrast:
-        text += (
-            f" Patches of the right object: {reply.contrast[layer][name]:.2f} times those of other shapes."
-        )
+    if reply.ratios:
+        text += f" Patches of the right object: {reply.ratios[layer][name]:.2f} times those of other shapes."
     return f'<b>{HEADINGS[name]["write" in reply.maps[layer]]}</b><div class="small">{text}</div>'
 
 

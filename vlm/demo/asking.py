@@ -14,7 +14,7 @@ from vlm.config import Run
 from vlm.data.samples import Sample
 from vlm.evaluate import load, say
 from vlm.folders import saved_run
-from vlm.looking import averages, look
+from vlm.information_flow import group_weights, layer_flows
 from vlm.model import VLM
 from vlm.pictures import Picture
 from vlm.predict import wording
@@ -24,7 +24,7 @@ from vlm.scenes.source import answer, question
 from vlm.tokenizer import SPECIAL, Text
 
 CAPTION = "Describe the image."  # what `vlm.scenes` shows as the question where a caption is wanted
-Maps = dict[str, npt.NDArray[np.float64]]  # quantity of `vlm.looking` -> (side, side)
+Maps = dict[str, npt.NDArray[np.float64]]  # quantity of `vlm.information_flow` -> (side, side)
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Reply:
         question: what was asked.
         said: the answer.
         maps: layer -> quantity -> (side, side), mean over the tokens of the answer.
-        contrast: layer -> quantity -> ratio of the target's patches to those of other shapes; {} unless the
+        ratios: layer -> quantity -> ratio of the target's patches to those of other shapes; {} unless the
             question asks for the box of a scene's shape.
         unknown: words of the question that the model cannot read.
     """
@@ -81,7 +81,7 @@ class Reply:
     question: Question
     said: str
     maps: dict[int, Maps]
-    contrast: dict[int, dict[str, float]]
+    ratios: dict[int, dict[str, float]]
     unknown: tuple[str, ...] = ()
 
     @property
@@ -136,22 +136,22 @@ def ask(contestant: Contestant, picture: Picture, asked: Question) -> Reply:
     (said,) = say(model, run, torch.tensor([ids]), features)
     words = said[: said.index(end)] if end in said else said
     at = list(range(len(ids) - 1, len(ids) - 1 + max(1, len(words))))  # what predicts the words, or the end
-    looks = look(model, torch.tensor([ids + words]), features, at)
+    flows = layer_flows(model, torch.tensor([ids + words]), features, at)
     maps = {
         layer: {
             name: value[0].double().mean(0).view(eyes.side, eyes.side).numpy()
             for name, value in found.quantities().items()
         }
-        for layer, found in looks.items()
+        for layer, found in flows.items()
     }
     prompt = "".join(chunk.text for chunk in asked.sample.chunks)
-    return Reply(asked, text.decode(said), maps, _contrast(asked, maps, eyes.side), unknown(text, prompt))
+    return Reply(asked, text.decode(said), maps, _ratios(asked, maps, eyes.side), unknown(text, prompt))
 
 
-def _contrast(asked: Question, maps: dict[int, Maps], side: int) -> dict[int, dict[str, float]]:
+def _ratios(asked: Question, maps: dict[int, Maps], side: int) -> dict[int, dict[str, float]]:
     if asked.example is None or asked.example.task != "grounding":
         return {}
-    means = averages(asked.example.scene, asked.example.boxes[0], side)
+    means = group_weights(asked.example.scene, asked.example.boxes[0], side)
     return {
         layer: {
             name: float(values.reshape(-1) @ means["target"] / (values.reshape(-1) @ means["distractor"]))
