@@ -15,160 +15,21 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Field
 
+from ssm_retrieval import registry
 from ssm_retrieval.errors import UserError
 from vlm import schema
-from vlm.data.samples import Source
+from vlm.data.config import Data, Files, Scenes, Sources
 from vlm.prompts import Layout
 from vlm.schema import AsTuple, FileName, Momentum, Natural, NonNegative, Positive, Seed, Text, checked
 
-if TYPE_CHECKING:
-    from vlm.data.declaration import Scored
+__all__ = ["Data", "Files", "Run", "Scenes", "Stage", "from_dict", "read_file"]
 
 TRAINING_VERSION = 2  # raise it when a config leads to other numbers than before
-LEARNED = 4000  # training questions that a guess without the image knows
 ImageSize = Annotated[int, Field(ge=16, le=4096)]
-
-
-@checked
-class Scenes:
-    """Samples of rendered scenes, one image each (`vlm.scenes.source.SceneSource`).
-
-    Attributes:
-        task: what is asked, one of `vlm.scenes.source.SOURCES`.
-        images: number of scenes.
-        split: "train", "heldout" or "combination".
-        seed: of the scenes.
-        turns: questions about one image, for tasks that ask several.
-    """
-
-    task: str
-    images: Positive
-    split: Literal["train", "heldout", "combination"] = "train"
-    seed: Seed = 0
-    turns: Positive = 1
-
-    def __post_init__(self) -> None:
-        from vlm.scenes.source import SOURCES
-
-        if self.task not in SOURCES:
-            raise UserError(f"task {self.task!r} of scenes is unknown; use {', '.join(SOURCES)}")
-
-    def build(self, *, answers: bool) -> Source:
-        """Return the samples; `answers`: whether the prompts contain the answers."""
-        from vlm.scenes.source import SceneSource
-
-        return SceneSource(
-            self.task, self.images, seed=self.seed, split=self.split,
-            turns=self.turns, answers=answers,
-        )  # fmt: skip
-
-    def declared(self) -> Scored:
-        """Return how answers are scored."""
-        from vlm.scenes.declared import SCENES
-
-        return SCENES[self.task]
-
-    def training(self) -> Scenes | None:
-        """Return what a guess without the image learns from; None if no such guess is declared."""
-        if self.declared().blind is None:
-            return None
-        return dataclasses.replace(self, split="train", images=LEARNED)
-
-
-@checked
-class Files:
-    """Samples of official files (`vlm.data.sources.FileSource`).
-
-    Attributes:
-        dataset: name in `vlm.data.registry`.
-        split: one of its splits.
-        annotations: folder of the official files.
-        images: folder of the pictures.
-        first: use only this many samples; 0 = all.
-        regions: what region descriptions ask for (`vlm.data.turns.Rules`).
-        every_slot: as in `vlm.data.turns.Rules`.
-        published: as in `vlm.data.turns.Rules`.
-        filtered: leave out what the published training data leave out (`vlm.data.filters`).
-        index: folder for an index on disk, for data sets that do not fit into memory.
-        options: of the data set's reader.
-    """
-
-    dataset: str
-    split: str
-    annotations: Text
-    images: Text
-    first: Natural = 0
-    regions: Literal["grounding", "dense captioning"] = "grounding"
-    every_slot: bool = True
-    published: bool = False
-    filtered: bool = False
-    index: str | None = None
-    options: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        from vlm.data import registry
-
-        registry.check(self.dataset, self.split)
-
-    def build(self, *, answers: bool) -> Source:
-        """Return the samples; `answers`: whether the prompts contain the answers."""
-        from vlm.data.sources import FileSource
-        from vlm.data.turns import Rules
-
-        rules = Rules(answers, self.regions, self.every_slot, self.published)
-        source = FileSource(
-            self.dataset, self.annotations, self.images, self.split,
-            rules=rules, filtered=self.filtered, index_folder=self.index, **self.options,
-        )  # fmt: skip
-        return First(source, self.first) if self.first else source
-
-    def declared(self) -> Scored:
-        """Return how answers are scored."""
-        from vlm.data import registry
-
-        return registry.asked_for(registry.DATASETS[self.dataset], self.regions)
-
-    def training(self) -> Files | None:
-        """Return what a guess without the image learns from.
-
-        None if no such guess is declared, or if there is no training split.
-        """
-        from vlm.data import registry
-
-        if self.declared().blind is None or "train" not in registry.DATASETS[self.dataset].splits:
-            return None
-        return dataclasses.replace(self, split="train", first=LEARNED)
-
-
-class First:
-    """The first samples of a source, and only their pictures."""
-
-    def __init__(self, source: Source, count: int):
-        self.source, self.count, self.name = source, min(count, len(source)), source.name
-        self.fingerprint, self.picture = source.fingerprint, source.picture
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> Any:
-        if not 0 <= index < self.count:
-            raise IndexError(index)
-        return self.source[index]
-
-    def keys(self) -> Sequence[str]:
-        return list(dict.fromkeys(self.source[i].image for i in range(self.count)))
-
-
-Data = Scenes | Files
-
-
-def _kind_of_data(value: Any) -> str:
-    files = isinstance(value, Files) or (isinstance(value, Mapping) and "dataset" in value)
-    return "files" if files else "scenes"
 
 
 def _pairs(value: Any) -> Any:
@@ -176,12 +37,6 @@ def _pairs(value: Any) -> Any:
     if isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value):
         return {name: source for name, source in value if isinstance(name, str)}
     return value
-
-
-_AnyData = Annotated[
-    Annotated[Scenes, Tag("scenes")] | Annotated[Files, Tag("files")], Discriminator(_kind_of_data)
-]
-Sources = Mapping[Text, _AnyData]
 
 
 @checked
@@ -267,6 +122,8 @@ class Run:
         precision: of training and evaluation.
         max_new_tokens: of an answer.
         cache: keep features on disk.
+        imports: your own modules that register data sets or models. Commands that are given the run's folder
+            import them again. They are not part of a stage's id.
 
     Raises:
         UserError: for values out of range and invalid combinations.
@@ -286,6 +143,7 @@ class Run:
     precision: Literal["no", "bf16", "fp16"] = "bf16"
     max_new_tokens: Annotated[int, Field(ge=1, le=100_000)] = 16
     cache: bool = True
+    imports: Annotated[tuple[Text, ...], AsTuple] = ()
 
     def __post_init__(self) -> None:
         from ssm_retrieval import models
@@ -345,7 +203,7 @@ class Run:
 
 
 def from_dict(saved: Mapping[str, Any]) -> Run:
-    """Return the run that `Run.to_dict` saved.
+    """Return the run that `Run.to_dict` saved; its modules are imported first.
 
     Args:
         saved: the dictionary, as read from JSON.
@@ -354,28 +212,48 @@ def from_dict(saved: Mapping[str, Any]) -> Run:
         The run.
 
     Raises:
-        UserError: if `saved` is no such dictionary.
+        UserError: if `saved` is no such dictionary, or a module is not found.
     """
+    use_modules_of([saved], "a saved run")
     return schema.parsed(Run, json.dumps(saved).encode(), Path("a saved run"), "save it again")
 
 
-def read_file(path: str | Path) -> list[Run]:
+def use_modules_of(saved: Any, where: str) -> None:
+    """Import the modules of saved runs, which must be known before the runs are parsed.
+
+    Args:
+        saved: runs, as read from JSON. What is no run is left to the parser, which says so.
+        where: names the runs in errors.
+
+    Raises:
+        UserError: if a module is not found.
+    """
+    runs = [one for one in saved if isinstance(one, Mapping)] if isinstance(saved, list) else []
+    for names in (run.get("imports") for run in runs):
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            registry.use(names, where=where)
+
+
+def read_file(path: str | Path, imports: Sequence[str] = ()) -> list[Run]:
     """Return the runs of a config file.
 
     Args:
         path: a Python file with `get_config()`.
+        imports: the user's modules (`--import`), imported first and added to every run.
 
     Returns:
         At least one run.
 
     Raises:
-        UserError: if the file has no runs, names two runs alike, or is wrong, with the number of the line.
+        UserError: if the file has no runs, names two runs alike, or is wrong (with the number of the line),
+            or if a module is not found.
     """
     path = Path(path)
     if path.suffix != ".py" or not path.is_file():
         raise UserError(
             f"{path} is no Python file with get_config(); give one such as vlm/configs/cpu_tiny.py"
         )
+    registry.use(imports)
     spec = importlib.util.spec_from_file_location(f"_vlm_config_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -386,7 +264,7 @@ def read_file(path: str | Path) -> list[Run]:
             runs = module.get_config()
             runs = list(runs) if isinstance(runs, Sequence) and not isinstance(runs, str) else ()
     except Exception as error:
-        line = _line_of(path, error)
+        line = _line_of(str(spec.origin), error)
         if line is None:
             raise
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
@@ -397,23 +275,23 @@ def read_file(path: str | Path) -> list[Run]:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(f"{path} names two runs {twice[0]!r}; give each a name of its own")
-    return list(runs)
+    return [dataclasses.replace(run, imports=tuple(dict.fromkeys([*run.imports, *imports]))) for run in runs]
 
 
-def _line_of(path: Path, error: Exception) -> int | None:
-    """The line of a config file that an exception is to be blamed on; None for a bug of ours.
+def _line_of(file: str, error: Exception) -> int | None:
+    """The line of a config file that caused an exception; None if the exception is a bug of ours.
 
-    The file's, unless the exception is none of a user's and was raised by code of this project.
+    A bug is an exception other than UserError that code of this project raised.
     """
-    if isinstance(error, SyntaxError) and error.filename == str(path):
+    if isinstance(error, SyntaxError) and error.filename == file:
         return error.lineno
     frames = traceback.extract_tb(error.__traceback__)
-    here = [i for i, frame in enumerate(frames) if frame.filename == str(path)]
+    here = [i for i, frame in enumerate(frames) if frame.filename == file]
     if not here:
         called = bool(frames) and Path(frames[-1].filename) == Path(__file__)  # get_config wants arguments
         return 1 if called or isinstance(error, SyntaxError | ValueError) else None
     ours = Path(__file__).parents[1]
     below = [Path(frame.filename) for frame in frames[here[-1] + 1 :]]
-    if not isinstance(error, UserError) and any(file.is_relative_to(ours) for file in below):
+    if not isinstance(error, UserError) and any(other.is_relative_to(ours) for other in below):
         return None
     return frames[here[-1]].lineno

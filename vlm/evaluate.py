@@ -13,7 +13,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from ssm_retrieval.cli import guarded, parse, use_threads
+from ssm_retrieval import registry
+from ssm_retrieval.cli import Imports, guarded, parse, use_threads
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.terminal import plain_console
 from vlm import components, folders, results
@@ -43,6 +44,9 @@ class Options:
     """CPU threads; 0 = as PyTorch chooses."""
     again: bool = False
     """Also the runs that were evaluated before."""
+    imports: Imports = ()
+    """A Python module of yours that registers data sets or models (docs/data.md), here or on PYTHONPATH; \
+may be given several times. A run's folder remembers the modules that vlm.train was given."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,9 +69,10 @@ def evaluate_all(options: Options) -> int:
     console, tables = plain_console(), []
     if not console.is_terminal:
         console.width = 120  # a file has no edge
+    registry.use(options.imports)
     for path in options.run:
         if path.suffix == ".py":
-            found, out = read_file(path), options.out
+            found, out = read_file(path, options.imports), options.out
         else:
             found, out = folders.saved_runs(path), path.resolve().parent
         for run in found:

@@ -47,7 +47,11 @@ def check(name: str, split: str) -> DataSet:
         UserError: if the name or the split is unknown; lists the valid ones.
     """
     if name not in DATASETS:
-        raise UserError(f"data set {name!r} is unknown; the names are {', '.join(sorted(DATASETS))}")
+        names = ", ".join(sorted(DATASETS))
+        raise UserError(
+            f"data set {name!r} is unknown; the names are {names}; a data set of your own needs --import and "
+            "the module that registers it"
+        )
     found = DATASETS[name]
     if split not in found.splits:
         raise UserError(f"split {split!r} of {name} is unknown; the splits are {', '.join(found.splits)}")
