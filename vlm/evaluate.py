@@ -32,21 +32,25 @@ MOST_ACROSS = 4  # runs whose names fit beside each other
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Evaluate trained VLMs on what their config names, beside what a guess without the image gets."""
+    """Ask trained VLMs the questions that their config names, and score the answers.
 
-    run: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Folders of runs, as vlm.train prints them, or config files: every run of theirs."""
+    Prints the share of right answers per task, beside chance and a guess made without the image, and writes a
+    table and all answers to OUT/results. Runs that have an up-to-date table are not evaluated again.
+    """
+
+    run: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]
+    """Trained runs: folders that vlm.train printed, or config files, which stand for all their runs."""
     out: Path = Path("runs/vlm")
-    """Folder that vlm.train wrote to, for config files."""
+    """Folder that vlm.train wrote to. Needed for config files only."""
     only: str = ""
-    """Only the runs whose name contains this."""
+    """Evaluate only the runs whose name contains this text."""
     threads: int = 0
-    """CPU threads; 0 = as PyTorch chooses."""
+    """CPU threads; 0 = PyTorch's default."""
     again: bool = False
-    """Also the runs that were evaluated before."""
+    """Evaluate runs anew even if their table is up to date."""
     imports: Imports = ()
     """A Python module of yours that registers data sets or models (docs/data.md), here or on PYTHONPATH; \
-may be given several times. A run's folder remembers the modules that vlm.train was given."""
+may be given several times. The folder of a run remembers the modules that vlm.train was given."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -32,16 +32,16 @@ RIGHT, WRONG, SAID = (0, 130, 60), (200, 30, 30), (0, 90, 200)
 class Options:
     """Ask a trained VLM one question about a picture."""
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """Folder that vlm.train printed."""
-    image: Annotated[Path, tyro.conf.Positional]
-    """Picture, in any format that Pillow reads."""
-    question: Annotated[str, tyro.conf.Positional] = ""
-    """What to ask. "Where is the red star?" asks for a box; nothing asks for a caption."""
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """A trained run: the folder that vlm.train printed."""
+    image: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]
+    """A picture in any format that Pillow reads."""
+    question: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[QUESTION]")] = ""
+    """"Where is the red star?" asks for a box. Without a question the model writes a caption."""
     task: Task = "auto"
-    """How the prompt is worded; auto decides by the question."""
+    """Wording of the prompt; auto decides by the question."""
     out: Path | None = None
-    """Picture with the answered box. Default: <image>.answer.png in the current folder."""
+    """Where to write the picture with the answered box. Default: <image>.answer.png in the current folder."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -31,8 +31,8 @@ class Options:
     asks for are compared with those of the scene's other shapes, layer by layer.
     """
 
-    run: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Folders that vlm.train printed."""
+    run: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]
+    """Trained runs: folders that vlm.train printed."""
     out: Path
     """Parquet file to write: one row per run, layer, quantity and question."""
     examples: int = 100

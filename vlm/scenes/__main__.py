@@ -65,14 +65,15 @@ def _framed(example: Example, font: Any) -> Image.Image:
 
 @dataclass(frozen=True)
 class Options:
-    """A contact sheet of scenes, each with one example of a task below it."""
+    """Draw rendered scenes, one per task, each with its question and answer below it."""
 
     out: Path
-    """The PNG to write."""
+    """PNG file to write."""
     seed: int = 0
-    """Of the scenes."""
+    """Seed of the scenes."""
     split: Literal["train", "heldout", "combination"] = "train"
-    """Which scenes."""
+    """train: scenes of training. heldout: with handwritten digits that training never uses. combination: \
+with pairs of colour and shape that training never shows."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
