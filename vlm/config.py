@@ -28,12 +28,12 @@ from vlm.schema import AsTuple, FileName, Momentum, Natural, NonNegative, Positi
 
 __all__ = ["Data", "Files", "Run", "Scenes", "Stage", "from_dict", "read_file"]
 
-TRAINING_VERSION = 2  # raise it when a config leads to other numbers than before
+TRAINING_VERSION = 2  # raise it when a config leads to different numbers
 ImageSize = Annotated[int, Field(ge=16, le=4096)]
 
 
 def _pairs(value: Any) -> Any:
-    """The pairs that `Stage.to_dict` makes of the sources, as a dict again."""
+    """Turn the pairs of `Stage.to_dict` back into a dict of sources."""
     if isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value):
         return {name: source for name, source in value if isinstance(name, str)}
     return value
@@ -288,7 +288,7 @@ def _line_of(file: str, error: Exception) -> int | None:
     frames = traceback.extract_tb(error.__traceback__)
     here = [i for i, frame in enumerate(frames) if frame.filename == file]
     if not here:
-        called = bool(frames) and Path(frames[-1].filename) == Path(__file__)  # get_config wants arguments
+        called = bool(frames) and Path(frames[-1].filename) == Path(__file__)  # get_config takes arguments
         return 1 if called or isinstance(error, SyntaxError | ValueError) else None
     ours = Path(__file__).parents[1]
     below = [Path(frame.filename) for frame in frames[here[-1] + 1 :]]

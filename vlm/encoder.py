@@ -58,7 +58,7 @@ def build(
         near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
         raise UserError(f"encoder {name!r} is unknown to timm {timm.__version__}; it has {near}, ...")
     patch = int(name.partition("patch")[2].split("_")[0] or 16)
-    size = image_size // patch * patch  # as the published patch convolution: the rest is not seen
+    size = image_size // patch * patch  # the published patch convolution ignores the rest
     context = torch.device(device if device is not None else "cpu")
     with context:
         model = timm.create_model(name, pretrained=pretrained, num_classes=0, global_pool="", img_size=size)

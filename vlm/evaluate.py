@@ -27,7 +27,7 @@ from vlm.model import VLM
 from vlm.prompts import END
 
 BATCH = 64
-MOST_ACROSS = 4  # runs whose names fit beside each other
+MOST_ACROSS = 4  # runs that fit side by side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ def evaluate_all(options: Options) -> int:
         raise UserError("RUN is missing; give folders that vlm.train printed, or config files")
     console, tables = plain_console(), []
     if not console.is_terminal:
-        console.width = 120  # a file has no edge
+        console.width = 120  # a file has no width
     registry.use(options.imports)
     for path in options.run:
         if path.suffix == ".py":
@@ -214,7 +214,7 @@ def blind_rows(data: Data) -> Mapping[str, float]:
     return _blind[key]
 
 
-_blind: dict[str, Mapping[str, float]] = {}  # by question: the same for every run that is asked the same
+_blind: dict[str, Mapping[str, float]] = {}  # by data and guess, shared by all runs
 
 
 def _samples(source: Source) -> list[Sample]:

@@ -12,7 +12,7 @@ from vlm.data.samples import Sample
 from vlm.metrics import boxes
 from vlm.prompts import box_text
 
-MOST_BOXES = 2000  # that the best single box is sought among
+MOST_BOXES = 2000  # candidates for the best single box
 
 
 def most_frequent_answer(known: Sequence[Sample], test: Sequence[Sample]) -> list[str]:

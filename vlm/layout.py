@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 BEGIN = 4118  # "###"
 ROW = 10494  # "&&"
-PLACEHOLDER = -200  # placeholder, no token
-IGNORE = -100  # label of what is not supervised
+PLACEHOLDER = -200  # id of a patch, no token
+IGNORE = -100  # label of tokens that are not supervised
 Encode = Callable[[str], list[int]]
 
 

@@ -22,8 +22,8 @@ from ssm_retrieval.models.checkpoints import fill
 from ssm_retrieval.ops.cross_entropy import linear_cross_entropy
 from vlm.layout import IGNORE, splice
 
-CONNECTOR, ENCODER = "vision_embed_tokens.", "vision_encoder."  # of the names in released checkpoints
-# of their config.json; the width repeats d_model, and what the encoder is comes with its module
+CONNECTOR, ENCODER = "vision_embed_tokens.", "vision_encoder."  # prefixes of names in released checkpoints
+# fields of their config.json; not needed: the width equals d_model, and the encoder is a module of its own
 VISION_FIELDS = ("hidden_size", "vision_encoder_name", "select_layer", "select_feature", "image_size")
 
 
@@ -113,7 +113,7 @@ class VLM(nn.Module):
             raise UserError(f"example {row} of the batch has no supervised token; drop it")
         hidden = self.lm.hidden(inputs_embeds=self.embed(input_ids, features))[:, :-1]
         head, targets = self.lm.head.weight, labels[:, 1:]
-        # only labelled rows meet the head: at a published vocabulary the others are most of all products
+        # only labelled rows: with a published vocabulary the other rows would be most of the work
         counts = (targets != IGNORE).sum(1).tolist()
         rows, wanted = hidden[targets != IGNORE], targets[targets != IGNORE]
         each = [

@@ -63,12 +63,12 @@ def rgb(image: Any, upright: bool = False) -> Picture:
     """
     from PIL import ImageOps
 
-    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):  # older Pillows: a PNG of 16 bits
+    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):  # 16-bit PNGs are I
         kind = "floating-point numbers" if image.mode == "F" else "numbers of 32 bits"
         raise ValueError(f"its pixels are {kind}, which have no fixed white: save it with 8 or 16 bits")
     if upright:
         image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 65535 is white, and convert("RGB") would cut at 255
+    if image.mode.startswith("I"):  # white is 65535; convert("RGB") would clip at 255
         grey = (np.asarray(image).astype(np.int64) + 128) // 257
         return np.repeat(np.clip(grey, 0, 255).astype(np.uint8)[..., None], 3, axis=2)
     return np.asarray(image.convert("RGB"))
@@ -88,7 +88,7 @@ def _taken(path: str | Path, take: Callable[[Any], T], what: str, advice: str) -
         raise UserError(
             f"{what} cannot be read as a picture (no format that Pillow knows); {advice}"
         ) from None
-    except Exception as error:  # a damaged picture can raise nearly anything
+    except Exception as error:  # a damaged picture can raise almost anything
         said = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, OSError) and error.errno is not None:
             said = os.strerror(error.errno)

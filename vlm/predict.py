@@ -22,7 +22,7 @@ from vlm.folders import saved_run
 from vlm.model import VLM
 from vlm.pictures import Picture
 
-OUTSIDE = 8  # pixels around a picture: a frame beyond it is drawn there, unseen
+OUTSIDE = 8  # pixels; boxes are clipped to this distance from the picture
 MOST_ASKED = 1000  # characters of a question
 Task = Literal["auto", "vqa", "grounding", "captioning"]
 RIGHT, WRONG, SAID = (0, 130, 60), (200, 30, 30), (0, 90, 200)
@@ -159,7 +159,7 @@ def draw(
     for (x0, y0, x1, y1), colour, label in framed:
         x0, x1, y0, y1 = *sorted((x0 * zoom, x1 * zoom)), *sorted((y0 * zoom, y1 * zoom))
         edges = ((x0 - 2, image.width), (y0 - 2, image.height), (x1 + 1, image.width), (y1 + 1, image.height))
-        # what a model says may lie far outside
+        # a model's box may lie far outside
         corners = [min(max(value, -OUTSIDE), side + OUTSIDE) for value, side in edges]
         pen.rectangle(corners, outline=colour, width=2)
         if label:

@@ -297,7 +297,7 @@ def _choices(printed: Sequence[str], right: int | None) -> list[Chunk]:
     if right is None:
         return chunks
     if not 0 <= right < len(printed):
-        raise UserError(f"right choice {right} is none of 0 .. {len(printed) - 1}")
+        raise UserError(f"right choice {right} must be in 0 .. {len(printed) - 1}")
     return [*chunks, Chunk(f"{LETTERS[right]}." + END, supervised=True)]
 
 

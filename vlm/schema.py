@@ -24,7 +24,7 @@ from ssm_retrieval.training import store
 
 T = TypeVar("T")
 MOST_SHOWN = 60  # characters of a wrong value
-MOST_NAME = 150  # bytes: names of files hold more beside it
+MOST_NAME = 150  # bytes; file names add to it
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -126,7 +126,7 @@ def parsed(kind: type[T], content: bytes, path: Path, remedy: str) -> T:
         return _adapter(cast(Any, kind)).validate_json(content)
     except ValidationError as error:
         raise UserError(f"{path} is damaged ({first_line(error)}); {remedy}") from None
-    except UserError as error:  # of a class inside
+    except UserError as error:  # raised by a nested class
         raise UserError(f"{path} is damaged ({error}); {remedy}") from None
 
 

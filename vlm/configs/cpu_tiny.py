@@ -16,7 +16,7 @@ TASKS = (
     "existence", "count", "attribute", "comparison", "spatial",
     "grounding", "pointing", "reading-digit", "reading-word",
 )  # fmt: skip
-# About half a million weights each; attention in two layers, as its lookups need two steps.
+# About half a million weights each. Two layers of attention, because a lookup takes two steps.
 MODELS: dict[str, dict[str, Any]] = {
     "transformer-tiny": dict(n_head=2, init_std=0.06),
     "mamba-tiny": {},

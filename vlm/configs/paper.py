@@ -63,7 +63,7 @@ def evaluation() -> dict[str, Data]:
 def training() -> dict[str, Data]:
     """Return the published mixture, one source per data set and region captions."""
     found: dict[str, Data] = {name: files(name, "train", filtered=True) for name in MIXTURE}
-    # region captioning is asked for as well
+    # regions are also to be described
     found["visual-genome-captions"] = files(
         "visual-genome-regions", "train", regions="dense captioning", filtered=True
     )
@@ -72,7 +72,7 @@ def training() -> dict[str, Data]:
 
 def get_config() -> list[Run]:
     """Return one run per model and layout."""
-    betas = (0.9, 0.999)  # as the released scripts' trainer has them by default
+    betas = (0.9, 0.999)  # the default of the released scripts' trainer
     align = Stage(
         {"llava": files("llava-pretrain", "train")},
         batch_size=256, lr=1e-3, epochs=1, train="connector", betas=betas, max_length=1024,
@@ -95,7 +95,7 @@ def get_config() -> list[Run]:
             evaluation=evaluation(),
             seed=12345,
             max_new_tokens=max(DATASETS[name].max_new_tokens for name in ASKED),
-            cache=False,  # 1.2 MB an image
+            cache=False,  # 1.2 MB per image
         )
         for name, init in MODELS.items()
         for layout in ("agnostic", "instruction-first")

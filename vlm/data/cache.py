@@ -35,7 +35,7 @@ from vlm.pictures import Picture
 from vlm.schema import remove_left, shortened
 
 EncodePictures = Callable[[Sequence[Picture]], Tensor]
-RECORDED_EVERY = 1.0  # seconds: what a killed fill loses
+RECORDED_EVERY = 1.0  # seconds; a killed fill loses at most that
 
 
 def pictures(source: Source, images: Sequence[str]) -> list[Picture]:
@@ -46,7 +46,7 @@ def pictures(source: Source, images: Sequence[str]) -> list[Picture]:
 
 @dataclass
 class _Opened:
-    source: Source  # held, so that its id stays its own
+    source: Source  # kept alive, so that its id stays unique
     path: Path
     rows: dict[str, int]
     done: int = 0
@@ -159,7 +159,7 @@ class FeatureCache:
         return self._opened[id(source)]
 
     def _write(self, opened: _Opened, first: int, rows: npt.NDArray[Any]) -> None:
-        """Rows from number `first` on. Plain calls, not mapped memory: a full disk is an error, no signal."""
+        """Rows from number `first` on. Plain writes, not mapped memory, so a full disk is an error."""
         if first == 0:
             shape = (len(opened.rows), *rows.shape[1:])
             header = {"descr": self.dtype.str, "fortran_order": False, "shape": shape}

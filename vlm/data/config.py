@@ -16,7 +16,7 @@ from vlm.schema import Natural, Positive, Seed, Text, checked
 if TYPE_CHECKING:
     from vlm.data.declaration import Scored
 
-LEARNED = 4000  # training questions that a guess without the image knows
+LEARNED = 4000  # training questions that a guess without the image learns from
 
 
 @checked

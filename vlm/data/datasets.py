@@ -20,7 +20,7 @@ OCR = "TextVQA_Rosetta_OCR_v0.2_{split}.json"
 GENOME = ("image_data.json", "dataset_coco.json")
 
 
-# --- the released evaluators' own words ---------------------------------------------------------------------
+# --- the released evaluators' wording -----------------------------------------------------------------------
 
 
 def one_string(record: Record, chunks: Sequence[Chunk]) -> list[Chunk]:

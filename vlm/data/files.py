@@ -49,7 +49,7 @@ def structure(path: Path) -> Iterator[None]:
     except KeyError as error:
         raise UserError(f"{path}: an entry has no {error}; is this the official file?") from error
     except (TypeError, AttributeError, IndexError, ValueError) as error:
-        if str(path) in str(error):  # it is said already
+        if str(path) in str(error):  # the message names the file already
             raise
         raise UserError(f"{path}: not in the official structure ({error})") from error
 
@@ -93,7 +93,7 @@ def load_plain_pickle(path: Path) -> Any:
     try:
         scan(content)
         return Plain(io.BytesIO(content), encoding="latin1").load()
-    except Exception as error:  # a damaged pickle can raise nearly anything
+    except Exception as error:  # a damaged pickle can raise almost anything
         raise UserError(
             f"{path} is not a pickle of plain data ({error}); download the official file"
         ) from error

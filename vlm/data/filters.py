@@ -23,7 +23,7 @@ from vlm.data.records import Grounded, GroundedCaption, Record
 
 LARGEST_REGION = 16384  # square pixels
 SMALLEST_SIDE = 100  # pixels, of GRIT
-FEWEST, MOST = 3, 8  # images of a phrase
+FEWEST, MOST = 3, 8  # images per phrase
 COVER_SIDE = 350  # pixels; covers must be larger
 PLAIN = 0.85  # share of a cover's pixels that one colour may take
 ARTICLES = frozenset(("a", "an", "the", "some"))
@@ -61,7 +61,7 @@ def balanced(read: Read, annotations: Path, images: Path) -> Iterator[GroundedCa
         Records.
     """
     counts: Counter[str] = Counter()
-    kept: dict[str, list[int]] = defaultdict(list)  # the smallest draws of a phrase, negated: a heap
+    kept: dict[str, list[int]] = defaultdict(list)  # heap of a phrase's smallest draws, negated
     for record in _large(cast("Iterable[GroundedCaption]", read())):
         for phrase in _phrases(record):
             counts[phrase] += 1

@@ -21,7 +21,7 @@ def _conversations(source: str, path: Path, split: str) -> Iterator[Conversation
             )
             if len(turns) % 2 or any(t.role != ("human", "assistant")[i % 2] for i, t in enumerate(turns)):
                 raise UserError(f"turns of {row['id']} do not alternate from human to gpt")
-            if "image" not in row:  # the larger mixes hold conversations on text alone
+            if "image" not in row:  # larger mixes have conversations without an image
                 continue
             yield Conversation(id=str(row["id"]), source=source, split=split, image=row["image"], turns=turns)
 

@@ -69,7 +69,7 @@ def on_disk(path: Path, values: Callable[[], Iterable[Any]]) -> Lines:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if not path.with_suffix(".npy").exists():
-            for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a killed process
+            for left in path.parent.glob(f".{path.name}.*.tmp"):  # by killed processes
                 left.unlink()
             with replacing(path) as temporary, open(temporary, "wb") as file:
                 ends = _write(file, values())

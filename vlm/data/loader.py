@@ -25,7 +25,7 @@ from vlm.data.mixture import Mixture
 from vlm.data.samples import Sample, Source
 from vlm.layout import BEGIN, IGNORE, ROW, Encode, TooLong, sequence
 
-CACHED_TEXTS = 1 << 14  # instructions, choices and short answers come again and again
+CACHED_TEXTS = 1 << 14  # instructions, choices and short answers recur
 TRIES = 100
 log = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ def batches(
             sampler=cast(Any, numbers),
             num_workers=workers,
             collate_fn=_same,
-            generator=torch.Generator().manual_seed(0),  # or it would draw from the global one
+            generator=torch.Generator().manual_seed(0),  # so that it does not draw from the global one
         )
     for window, texts in zip(numbers, made, strict=True):
         if isinstance(texts, Exception):
@@ -155,7 +155,7 @@ class _Windows(Dataset):
     group: int
 
     def __getitem__(self, window: int) -> list[_Text] | Exception:
-        """The window's batches, or why there are none: a worker's traceback would hide the one line."""
+        """The batches of a window, or the error: a worker's traceback would hide its one line."""
         try:
             return self._batches(window)
         except (ValueError, OSError) as error:
@@ -177,7 +177,7 @@ class _Windows(Dataset):
         return lru_cache(CACHED_TEXTS)(self.encode)
 
     def _fitting(self, name: str, index: int, layout: str) -> tuple[Sample, list[int], list[int]]:
-        """The sample, or the next of its source that max_length has room for; its ids and labels."""
+        """The first sample from `index` on that fits max_length, with its ids and labels."""
         source = self.mixture.sources[name]
         tries = min(TRIES, len(source))
         for tried in range(tries):
@@ -205,7 +205,7 @@ def _padded(rows: Sequence[tuple[str, Sample, list[int], list[int]]]) -> _Text:
 
 
 def _fetch(mixture: Mixture, features: Features, text: _Text) -> Tensor:
-    """Features of a batch in its order, asked for once a source."""
+    """Features in the order of the batch; one request per source."""
     rows: dict[str, list[int]] = {}
     for i, name in enumerate(text.places):
         rows.setdefault(name, []).append(i)

@@ -18,7 +18,7 @@ from vlm.data.samples import Source
 
 ROUNDS = 8
 GOLDEN = 0x9E3779B97F4A7C15
-SHARE_BITS = 30  # of a weight: with numbers below 2^33, products stay below 2^63
+SHARE_BITS = 30  # of a weight; products with numbers below 2^33 stay below 2^63
 
 Integers = npt.NDArray[np.int64]
 Keys = npt.NDArray[np.uint64]
@@ -52,7 +52,7 @@ class Mixture:
         self.lengths = [len(self.sources[name]) for name in self.used]
 
     def __len__(self) -> int:
-        """Examples of all sources in use together: an epoch's, if there are no weights."""
+        """Number of examples of all sources in use; without weights, of an epoch."""
         return sum(self.lengths)
 
     def order(self, seed: int, start: int, stop: int) -> list[tuple[str, int]]:
@@ -92,7 +92,8 @@ class Mixture:
         for i, name in enumerate(self.used):
             rest = math.fsum(self.weights[other] for other in self.used[i:])
             share = round(self.weights[name] / rest * (1 << SHARE_BITS))
-            before, after = _taken(left, share), _taken(left + 1, share)  # of this source, until each number
+            # examples of this source before each number, and after it
+            before, after = _taken(left, share), _taken(left + 1, share)
             mine = after > before
             epochs, at = np.divmod(before[mine], self.lengths[i])
             which[open_[mine]] = i

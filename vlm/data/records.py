@@ -70,7 +70,7 @@ class Choice(Record):
         super().__post_init__()
         if self.answer is not None and not 0 <= self.answer < len(self.choices):
             raise UserError(
-                f"{self.source} {self.id}: answer {self.answer} is none of {len(self.choices)} choices"
+                f"{self.source} {self.id}: answer {self.answer} is no index of {len(self.choices)} choices"
             )
         if self.boxes and len(self.boxes) != len(self.choices):
             raise UserError(

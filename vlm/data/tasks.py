@@ -73,12 +73,12 @@ def known(record: Record, answer: T | None) -> T:
         UserError: if it is hidden.
     """
     if answer is None:
-        raise UserError(f"split {record.split!r} has no answers, so it can be asked but not trained on")
+        raise UserError(f"split {record.split!r} has no answers, so it can be used for evaluation only")
     return answer
 
 
 def _rounds(values: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
-    """The first value of every key, the second ones, and so on."""
+    """Split values into rounds: the first value of every key, then the second of every key, and so on."""
     seen: Counter[Hashable] = Counter()
     rounds: list[list[T]] = []
     for value in values:
@@ -115,7 +115,7 @@ CAPTIONING = Task(
 
 
 def _spans(record: GroundedCaption) -> list[tuple[int, int, Sequence[Box]]]:
-    """Spans inside the caption that start behind the last one kept, with their boxes that have an area."""
+    """Spans inside the caption that do not overlap, with their non-empty boxes."""
     spans: list[tuple[int, int, Sequence[Box]]] = []
     end = 0
     for span in record.spans:
@@ -287,6 +287,6 @@ def _chat_prompt(turns: Sequence[Conversation], told: bool, size: Size) -> list[
     return chunks if told else chunks[:-1]
 
 
-# a caption in answer to the data set's own words
+# a caption in answer to a request in the data set's words
 REQUESTED_CAPTION = Task("captioning", Conversation, _request_prompt, _last_turn)
 CHAT = Task("chat", Conversation, _chat_prompt, _last_turn)

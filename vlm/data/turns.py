@@ -106,7 +106,7 @@ def _asked(record: Record, dataset: DataSet, rules: Rules, size: Size) -> Sample
 def _prompt(turns: Sequence[Record], dataset: DataSet, told: bool, size: Size) -> list[Chunk]:
     try:
         return dataset.task.prompt(turns, told, size)
-    except MissingFile:  # which says all
+    except MissingFile:  # its message says everything
         raise
     except ValueError as error:
         raise UserError(f"{turns[0].source} {turns[0].id}: {error}") from error

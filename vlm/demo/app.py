@@ -156,7 +156,7 @@ class Card:
 
 
 def _image(label: str, elem_id: str) -> gr.Image:
-    """A picture that is only shown; its label is read out, not drawn over it."""
+    """A picture for display only; its label is for screen readers."""
     return gr.Image(
         label=label, show_label=False, format="png", interactive=False, elem_id=elem_id, buttons=[]
     )
@@ -217,7 +217,7 @@ def build(contestants: Sequence[Contestant]) -> gr.Blocks:
                     label="Picture", show_label=False, type="numpy", format="png",
                     sources=["upload", "clipboard"], elem_id="picture", height=360, buttons=[],
                 )  # fmt: skip
-                # not a subclass: gradio writes a file beside the module of every one
+                # no subclass, because gradio writes a file beside the module of each
                 picture.preprocess = read_upload
             with gr.Column(min_width=280):
                 with gr.Row():
@@ -268,7 +268,7 @@ def build(contestants: Sequence[Contestant]) -> gr.Blocks:
             fn=ask_both,
             inputs=[picture, scene, words, *(card.layer for card in cards)],
             outputs=[seen, *(x for card in cards for x in card.outputs)],
-            concurrency_id="models",  # recording what a model does is for one at a time
+            concurrency_id="models",  # only one request at a time can record activations
             show_progress="minimal",
         )
         gr.on([page.load, rendered.click], **rendering).success(**asking)
@@ -289,7 +289,7 @@ def build(contestants: Sequence[Contestant]) -> gr.Blocks:
 
 
 def _scene(which: Sequence[Any]) -> tuple[Any, list[Question]]:
-    """The scene of (seed, split, index), and its questions. Shows the user what is wrong with them."""
+    """The scene of (seed, split, index) and its questions; errors are shown on the page."""
     seed, split, index = which
     if seed is None or index is None:
         raise gr.Error("Seed and scene must be whole numbers from 0 on.")

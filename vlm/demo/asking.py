@@ -23,7 +23,7 @@ from vlm.scenes import TASKS, Example, Scene, make_example
 from vlm.scenes.source import answer, question
 from vlm.tokenizer import SPECIAL, Text
 
-CAPTION = "Describe the image."  # what `vlm.scenes` shows as the question where a caption is wanted
+CAPTION = "Describe the image."  # the question of `vlm.scenes` that asks for a caption
 Maps = dict[str, npt.NDArray[np.float64]]  # quantity of `vlm.information_flow` -> (side, side)
 
 
@@ -135,7 +135,8 @@ def ask(contestant: Contestant, picture: Picture, asked: Question) -> Reply:
     features, end = eyes([picture]), text.encode(END)[0]
     (said,) = say(model, run, torch.tensor([ids]), features)
     words = said[: said.index(end)] if end in said else said
-    at = list(range(len(ids) - 1, len(ids) - 1 + max(1, len(words))))  # what predicts the words, or the end
+    # positions that predict the answer, or its end
+    at = list(range(len(ids) - 1, len(ids) - 1 + max(1, len(words))))
     flows = layer_flows(model, torch.tensor([ids + words]), features, at)
     maps = {
         layer: {

@@ -12,8 +12,8 @@ from vlm.pictures import Picture
 from vlm.predict import RIGHT, SAID, draw
 from vlm.prompts import Box, parse_box
 
-SIDE = 320  # pixels of the longer side of what is shown: about what a page has room for
-MAP, OPAQUE = "YlOrRd", 0.9  # colours of the heat maps, and how much of the largest value covers the picture
+SIDE = 320  # pixels of the longer side; about what fits the page
+MAP, OPAQUE = "YlOrRd", 0.9  # colours, and opacity of the largest value
 
 
 def fitted(picture: Picture) -> tuple[Picture, float]:

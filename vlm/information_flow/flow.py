@@ -106,7 +106,7 @@ def scan_flow(scan: Scan, norm: Tensor, places: Tensor, at: Sequence[int]) -> Fl
     """
     (B, L), positions = scan.x.shape[:2], torch.as_tensor(at, device=places.device)
     rows = attention_rows(scan, positions).abs()  # (B, H, A, L)
-    if scan.A.shape[1] > 1:  # Mamba: a head is a channel, one of very many
+    if scan.A.shape[1] > 1:  # Mamba: every channel is a head
         rows = rows.mean(1, keepdim=True)
     norms = norm.new_zeros(B, L)
     norms[:, positions] = norm
@@ -120,7 +120,7 @@ def scan_flow(scan: Scan, norm: Tensor, places: Tensor, at: Sequence[int]) -> Fl
 
 
 def _run(model: VLM, vectors: Tensor) -> None:
-    """A forward pass for what is recorded in it; no logits."""
+    """Run a forward pass without logits, for the recording."""
     model.lm.hidden(inputs_embeds=vectors, at=torch.zeros(0, dtype=torch.int64, device=vectors.device))
 
 

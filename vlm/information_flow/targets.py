@@ -48,7 +48,16 @@ COLUMNS = {
     "target_relative": ("float64", "as target, of values divided by the mean over examples at that patch"),
     "distractor_relative": ("float64", "as distractor, of such values"),
 }
-KEYS = ("run", "family", "layout", "image_size", "seed", "layer", "quantity", "at")  # what was measured
+KEYS = (
+    "run",
+    "family",
+    "layout",
+    "image_size",
+    "seed",
+    "layer",
+    "quantity",
+    "at",
+)
 
 
 def patches_of(box: Box, size: int, side: int) -> npt.NDArray[np.bool_]:
@@ -153,7 +162,7 @@ def _by_place(quantity: str, values: Tensor) -> dict[str, Tensor]:
 
 
 def _prompts(run: Run, source: Any, side: int) -> Iterator[tuple[list[int], list[list[int]], list[int]]]:
-    """(numbers of samples, their input_ids, their answer's places), equally long ones together."""
+    """Batches of equal length: numbers of samples, their input_ids, and the positions of their answers."""
     prompts = [components.prompt(run, source[number], side) for number in range(len(source))]
     places = [answer_places(labels) for _, labels in prompts]
     for numbers in alike(((len(prompts[i][0]), *at) for i, at in enumerate(places)), BATCH):

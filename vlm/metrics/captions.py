@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from ssm_retrieval.errors import MissingPackage, UserError
 
-# What the official tokenizer's result is rid of; words and numbers keep their inner marks, clitics
-# are split off
+# Tokens as the official tokenizer makes them: words and numbers keep their inner marks, clitics are split off
 _TOKEN = re.compile(r"(?:n't\b)|'(?:s|m|d|ll|re|ve)\b|[^\W_]+?(?=n't\b)|[^\W_]+(?:[.,:/&-][^\W_]+)*|[^\w\s]")
 _BRACKETS = dict(zip("()[]{}", ["-lrb-", "-rrb-", "-lsb-", "-rsb-", "-lcb-", "-rcb-"], strict=True))
 _DROPPED = frozenset(

@@ -24,11 +24,11 @@ def _short(name: str) -> Scored:
 SCENES: dict[str, Scored] = {
     found.name: found
     for found in (
-        # a caption is one of many: no single answer can be learned without the image
+        # many captions are right, so no single answer can be learned without the image
         Scored(name="caption", metric=metrics.CAPTIONS, max_new_tokens=LONGEST),
         Scored(name="grounding", metric=metrics.BOX, blind=best_box, max_new_tokens=LONGEST),
         *(_short(name) for name in CHANCE),
-        # sources that pack turns are trained on only
+        # sources of several turns are for training only
         *(Scored(name=name, metric=None, max_new_tokens=LONGEST) for name in PACKED),
     )
 }

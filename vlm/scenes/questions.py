@@ -59,7 +59,7 @@ def make_example(scene: Scene, task: str) -> Example:
     if task not in TASKS:
         raise UserError(f"unknown task {task!r}; valid: {', '.join(TASKS)}")
     number = list(TASKS).index(task)
-    # one stream a task: which other tasks are asked changes nothing
+    # each task has its own stream, so tasks do not depend on each other
     rng = scene_stream(scene.seed, scene.split, _QUESTION_INDEX + scene.index * len(TASKS) + number)
     return TASKS[task](scene, rng)
 
@@ -171,7 +171,7 @@ def count(scene: Scene, rng: np.random.Generator) -> Example:
 def attribute(scene: Scene, rng: np.random.Generator) -> Example:
     """Ask for the colour, name, size or texture of a shape that the others identify."""
     first = balanced(scene, "attribute", len(_ATTRIBUTES))
-    # a scene may have no shape that can be named without its colour, say: then another attribute is asked
+    # a scene may have no shape that can be named without its colour, for example; then ask another attribute
     for asked in _ATTRIBUTES[first:] + _ATTRIBUTES[:first]:
         others = [name for name in _ATTRIBUTES if name != asked]
         options = [(item, p) for item in subjects(scene) if (p := unique_phrases(scene, item, others))]
@@ -261,7 +261,8 @@ TASKS: dict[str, Callable[[Scene, np.random.Generator], Example]] = {
     "reading-digit": partial(reading, kind="digit"),
     "reading-word": partial(reading, kind="word"),
 }
-# Of guessing among the answers that a question allows (no colour with its held-out shape in training).
+# Accuracy of guessing among the answers that a question allows (training never pairs a colour with its
+# held-out shape).
 CHANCE = {
     "existence": 1 / 2,
     "count": 1 / 4,

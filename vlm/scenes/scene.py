@@ -16,11 +16,11 @@ from vlm.scenes.stamps import COLOURS, GRID, MARGIN, SHAPES, SIZES, TEXTURES, WO
 # train; the same distribution with unseen digit images; colour x shape pairs that training never shows
 SPLITS = ("train", "heldout", "combination")
 MIN_SIZE = 96
-MAX_INDEX = 2**48  # the streams above serve the questions
-# One colour occurs once, one twice, one three times, three never: any scene can be asked for counts 0 .. 3.
+MAX_INDEX = 2**48  # streams of higher indices are for the questions
+# One colour occurs once, one twice, one three times, three never: every scene has the counts 0 .. 3.
 COLOUR_COUNTS = (1, 2, 3)
 _COMBINATION_INDEX = 2**62  # keeps the random streams of `combination` apart from those of `heldout`
-# One held-out shape a colour and one held-out colour a shape.
+# Each colour has one held-out shape, and each shape one held-out colour.
 HELDOUT_PAIRS = frozenset((colour, SHAPES[(i + 1) % len(SHAPES)]) for i, colour in enumerate(COLOURS))
 
 

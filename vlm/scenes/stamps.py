@@ -33,7 +33,7 @@ WORDS = (
     "bird", "boat", "cake", "door", "fish", "gate", "hill", "king",
     "lake", "leaf", "nest", "road", "sail", "tree", "tile", "salt",
 )  # fmt: skip
-GRID = 3  # cells a side, at most one object in each
+GRID = 3  # cells along one side, at most one object in each
 MARGIN = 2  # pixels that stay free at every side of a cell
 _PIXELS_PER_SIZE = {"small": 0.42, "large": 0.76}  # of a cell
 
@@ -119,7 +119,7 @@ def _inside(shape: str, u: npt.NDArray[np.float64], v: npt.NDArray[np.float64]) 
 def _crop(mask: Mask) -> Mask:
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     cropped = np.ascontiguousarray(mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
-    cropped.flags.writeable = False  # caches hand out one array
+    cropped.flags.writeable = False  # the cache returns the same array each time
     return cropped
 
 
