@@ -1,6 +1,6 @@
-"""Figures and tables of vision & language results: published ones, or one's own in the same form.
+"""Figures and tables of vision & language results, published ones or your own.
 
-Own results are the table of `vlm.evaluate` (`vlm.results.COLUMNS`): a row per run, task and metric.
+Your own results are the table of `vlm.evaluate` (`vlm.results.COLUMNS`): one row per run, task and metric.
 """
 
 from __future__ import annotations
@@ -23,10 +23,16 @@ MAIN = ("accuracy", "iou@0.5", "vqa_accuracy")  # the metric of a task that figu
 
 
 def gap_vs_scale(table: pd.DataFrame, width: float = DOUBLE) -> Figure:
-    """Pythia-VL minus Mamba-VL by benchmark and in means, against size. table: `published.results()`.
+    """Plot Pythia-VL minus Mamba-VL against size, by benchmark and in means.
 
-    Left: grounding benchmarks, the suspect cell in a circle. Right: means with and without its benchmark. In
-    one column (width: inches) the right panel stands below.
+    Left: grounding benchmarks, the suspect cell in a circle. Right: means with and without its benchmark.
+
+    Args:
+        table: `published.results()`.
+        width: in inches; at one column the right panel stands below the left one.
+
+    Returns:
+        The figure.
     """
     import matplotlib.pyplot as plt
     import seaborn
@@ -68,14 +74,23 @@ def gap_vs_scale(table: pd.DataFrame, width: float = DOUBLE) -> Figure:
 
 
 def main_rows(results: pd.DataFrame) -> pd.DataFrame:
-    """The rows of each task's main metric."""
+    """Return the rows of each task's main metric."""
     return results[results["metric"].isin(MAIN)]
 
 
 def over_seeds(
     results: pd.DataFrame, by: list[str], bounds: tuple[float, float] | None = None
 ) -> pd.DataFrame:
-    """Mean of `value` over seeds with its 95 % t interval, cut to bounds: by, mean, low, high, seeds."""
+    """Average `value` over seeds.
+
+    Args:
+        results: rows with `value` and `seed`.
+        by: columns to group by.
+        bounds: of the interval, such as (0, 1) for shares.
+
+    Returns:
+        Columns `by`, mean, low and high (95 % t interval), seeds.
+    """
     rows = []
     for cell, part in results.groupby(by, sort=False):
         values = part.groupby("seed")["value"].mean().to_numpy()
@@ -85,7 +100,7 @@ def over_seeds(
 
 
 def resolution_table(results: pd.DataFrame) -> pd.DataFrame:
-    """Fig. 3 for own runs: accuracy by task, model and resolution, agnostic. Empty for one resolution."""
+    """Return right answers by task, model and resolution (Fig. 3), agnostic; empty for one resolution."""
     rows = main_rows(results)
     rows = rows[rows["layout"] == "agnostic"]
     if rows["image_size"].nunique() < 2:
@@ -96,10 +111,10 @@ def resolution_table(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def layout_table(results: pd.DataFrame) -> pd.DataFrame:
-    """Fig. 4 for own runs: relative difference of other layouts to the agnostic one, seed by seed.
+    """Return the relative difference of other layouts to the agnostic one (Fig. 4), seed by seed.
 
-    difference: (value - agnostic) / agnostic of runs of equal model, resolution and seed. Empty where
-    there is no other layout to compare.
+    The difference is (value - agnostic) / agnostic of runs of equal model, resolution and seed. The table is
+    empty if there is no other layout to compare.
     """
     rows = main_rows(results)
     keys = ["task", "family", "model", "image_size", "seed"]
@@ -113,12 +128,15 @@ def layout_table(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def resolution(table: pd.DataFrame, width: float = DOUBLE) -> Figure:
-    """Bars of `resolution_table`, a panel per family; chance and the blind guess as lines."""
+    """Plot `resolution_table` as bars, one panel per family.
+
+    Chance and the blind guess are lines. `width` is in inches.
+    """
     return _bars(table, lambda row: f"{row['image_size']} px", "right answers (share)", width, chance=True)
 
 
 def layouts(table: pd.DataFrame, width: float = DOUBLE) -> Figure:
-    """Bars of `layout_table`, a panel per family."""
+    """Plot `layout_table` as bars, one panel per family; `width` in inches."""
 
     def name(row: pd.Series) -> str:
         return f"{row['layout']}, {row['image_size']} px"
@@ -172,7 +190,7 @@ def _bars(
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """Published results as Markdown: the better of each pair bold, the suspect cell marked."""
+    """Return published results in Markdown: the better of each pair bold, the suspect cell marked."""
     cells = _cells(table, lambda text: f"**{text}**", "†")
     lines = ["| " + " | ".join(["model", *cells.columns]) + " |", "|" + "---|" * (len(cells.columns) + 1)]
     lines += [
@@ -184,7 +202,7 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def latex(table: pd.DataFrame) -> str:
-    """As `markdown`, as a booktabs table, models in columns so that it fits a page."""
+    """Return `markdown` as a booktabs table, models in columns so that it fits a page."""
     cells = _cells(table, lambda text: rf"\textbf{{{text}}}", r"$^\dagger$").T
     head = " & ".join(["", *(str(name) for name in cells.columns)])
     lines = [r"\begin{tabular}{l" + "r" * len(cells.columns) + "}", r"\toprule", head + r" \\", r"\midrule"]

@@ -40,7 +40,7 @@ from vlm.config import Run, Scenes, Stage
 from vlm.data.loader import batches
 from vlm.data.mixture import Mixture
 from vlm.evaluate import answer_all
-from vlm.looking import look, patch_places
+from vlm.information_flow import layer_flows, patch_places
 from vlm.model import VLM
 from vlm.prompts import LAYOUTS
 from vlm.results import right
@@ -227,10 +227,10 @@ display(pd.DataFrame(rows).set_index("model").style.format("{:.3f}"))
 # %% [markdown]
 # ## Where do they look?
 #
-# `vlm.looking.look` tells how much an answer reads from each patch: of a Transformer its attention (the mean
-# over heads), of Mamba the **hidden attention** of notebook 03, the weight that each token has in the output
-# of an SSM. Below is what the position reads that must name the word, in each model's layer that looks at the
-# word most, for three held-out pictures.
+# `vlm.information_flow.layer_flows` tells how much an answer reads from each patch: of a Transformer its
+# attention (the mean over heads), of Mamba the **hidden attention** of notebook 03, the weight of each token
+# in the output of an SSM. Below is what the position that must name the word reads, in the layer of each
+# model that reads the word most, for three held-out pictures.
 
 
 # %%
@@ -240,9 +240,9 @@ def glances(family, index):
     ids, labels = layout.sequence(source[index].chunks, words.encode, SIDE, "agnostic", markers=words.markers)
     ids = torch.tensor([ids])
     first = next(i for i, label in enumerate(labels) if label != layout.IGNORE) - 1
-    looks = look(model, ids, eyes.get(source, [str(index)]), at=[first])
+    flows = layer_flows(model, ids, eyes.get(source, [str(index)]), at=[first])
     assert patch_places(ids).shape[1] == SIDE**2
-    maps = {layer: seen.attention.mean(2)[0, 0].view(SIDE, SIDE) for layer, seen in looks.items()}
+    maps = {layer: flow.attention.mean(2)[0, 0].view(SIDE, SIDE) for layer, flow in flows.items()}
     return {layer: (seen / seen.sum()).numpy() for layer, seen in maps.items()}
 
 
@@ -326,7 +326,7 @@ plt.show()
 # * **Grounding** is where the two differ most, and where seeds do: two Transformers find about half of the
 #   objects, the third never began to; every Mamba finds about a quarter.
 # * **The question before the picture** makes Mamba a little better at it in every seed and the Transformer
-#   worse. What the states do then is in the study, with `vlm.looking` as above.
+#   worse. What the states do then is in the study, with `vlm.information_flow` as above.
 # * **Captions**, which are not in this figure, go the other way: Mamba's are better in most pairs of
 #   seeds. To list objects in their order needs no looking back.
 #

@@ -1,4 +1,4 @@
-"""The parts that a run names: tokenizer, vision encoder, features, model."""
+"""Build what a run names: tokenizer, vision encoder, features, model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,14 @@ ENCODERS, FEATURES = "encoders", "features"  # folders beside the runs
 
 @lru_cache(maxsize=4)
 def text(name: str) -> tokenizer.Text:
-    """The tokenizer "scenes", or one of the hub or a local file or folder."""
+    """Return the tokenizer of a run.
+
+    Args:
+        name: "scenes", a name on the hub, or a local file or folder.
+
+    Returns:
+        The tokenizer; "scenes" is built from the text of rendered scenes.
+    """
     if name != "scenes":
         return tokenizer.read(name)
     from vlm.scenes.source import SceneSource
@@ -43,7 +50,15 @@ def text(name: str) -> tokenizer.Text:
 
 @dataclass(frozen=True)
 class Eyes:
-    """A frozen encoder: pictures -> (B, P, F) features. key: names encoder, weights and image size."""
+    """A frozen vision encoder: pictures -> features (B, P, F).
+
+    Attributes:
+        module: the encoder.
+        key: names encoder, weights and image size.
+        width: F, the width of the features.
+        side: patches along one side of the image; P = side^2.
+        as_pixels: pictures (height, width, 3) uint8 -> the pixels that `module` takes.
+    """
 
     module: nn.Module
     key: str
@@ -60,7 +75,20 @@ class Eyes:
 
 @lru_cache(maxsize=4)
 def eyes(name: str, image_size: int, out: Path, device: str = "cpu") -> Eyes:
-    """The encoder of a run, trained (scenes) or fetched (timm) when first needed."""
+    """Return the encoder of a run; it is trained (scenes) or downloaded (timm) on first use.
+
+    Args:
+        name: "scenes" or a name of timm.
+        image_size: pixels a side.
+        out: folder of the runs; encoders are kept in its folder `encoders`.
+        device: where the encoder runs.
+
+    Returns:
+        The encoder, frozen.
+
+    Raises:
+        UserError: if `image_size` is no multiple of the scenes encoder's patch.
+    """
     if name == "scenes":
         from vlm.scenes import encoder as scenes
 
@@ -87,14 +115,33 @@ def eyes(name: str, image_size: int, out: Path, device: str = "cpu") -> Eyes:
 
 
 def features(run: Run, image_size: int, out: Path, device: str = "cpu") -> FeatureCache | Uncached:
+    """Return the features of a run's pictures.
+
+    Args:
+        run: the run.
+        image_size: pixels a side.
+        out: folder of the runs; features are kept in its folder `features`.
+        device: where the encoder runs.
+
+    Returns:
+        A cache on disk, or features computed on the fly if `run.cache` is False.
+    """
     seen = eyes(run.encoder, image_size, out, device)
     return FeatureCache(out / FEATURES, seen.key, seen) if run.cache else Uncached(seen)
 
 
 def model(run: Run, width: int) -> VLM:
-    """The language model with fresh (or published, run.init) weights, and a fresh connector.
+    """Build the language model, with new weights or those of `run.init`, and a new connector.
 
-    Raises UserError where the tokenizer has more tokens than the model.
+    Args:
+        run: names the model, its seed and its tokenizer.
+        width: F, the width of the encoder's features.
+
+    Returns:
+        The model, without an encoder.
+
+    Raises:
+        UserError: if the tokenizer has more tokens than the model.
     """
     words = len(text(run.tokenizer))
     if run.init is None:
@@ -111,6 +158,15 @@ def model(run: Run, width: int) -> VLM:
 
 
 def prompt(run: Run, sample: Sample, side: int) -> tuple[list[int], list[int]]:
-    """input_ids and labels of a sample in the run's layout and tokens; side: patches along an image's."""
+    """Turn a sample into token ids, in the layout and with the tokenizer of a run.
+
+    Args:
+        run: the run.
+        sample: prompt and answers.
+        side: patches along one side of the image.
+
+    Returns:
+        input_ids and labels, of equal length.
+    """
     words = text(run.tokenizer)
     return sequence(sample.chunks, words.encode, side, run.layout, markers=words.markers)

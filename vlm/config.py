@@ -1,8 +1,8 @@
-"""What a VLM is, what it is trained on and what it is asked: frozen, hashed, written next to every number.
+"""Configuration of a VLM: model, training stages, evaluation. Frozen, hashed, saved beside every number.
 
-A config file is Python whose get_config() returns a list of `Run`s, such as vlm/configs/cpu_tiny.py. A run
-is a chain of stages; a stage is named by the hash of everything that decides its weights, the stages before
-it included, so runs that begin alike share what they have in common.
+A config file is Python with a function `get_config()` that returns a list of `Run`, such as
+vlm/configs/cpu_tiny.py. A run is a chain of stages. The id of a stage is a hash of everything that decides
+its weights, including the stages before it, so runs that begin alike share stages.
 """
 
 from __future__ import annotations
@@ -15,163 +15,55 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Field
 
+from ssm_retrieval import registry
 from ssm_retrieval.errors import UserError
 from vlm import schema
-from vlm.data.samples import Source
+from vlm.data.config import Data, Files, Scenes, Sources
 from vlm.prompts import Layout
 from vlm.schema import AsTuple, FileName, Momentum, Natural, NonNegative, Positive, Seed, Text, checked
 
-if TYPE_CHECKING:
-    from vlm.data.declaration import Scored
+__all__ = ["Data", "Files", "Run", "Scenes", "Stage", "from_dict", "read_file"]
 
-TRAINING_VERSION = 2  # raise it when a config leads to other numbers than before
-LEARNED = 4000  # training questions that a guess without the image knows
+TRAINING_VERSION = 2  # raise it when a config leads to different numbers
 ImageSize = Annotated[int, Field(ge=16, le=4096)]
 
 
-@checked
-class Scenes:
-    """Samples of rendered scenes (`vlm.scenes.source.SceneSource`), an image each."""
-
-    task: str
-    images: Positive
-    split: Literal["train", "heldout", "combination"] = "train"
-    seed: Seed = 0
-    turns: Positive = 1
-
-    def __post_init__(self) -> None:
-        from vlm.scenes.source import SOURCES
-
-        if self.task not in SOURCES:
-            raise UserError(f"task {self.task!r} of scenes is unknown; use {', '.join(SOURCES)}")
-
-    def build(self, *, answers: bool) -> Source:
-        from vlm.scenes.source import SceneSource
-
-        return SceneSource(
-            self.task, self.images, seed=self.seed, split=self.split,
-            turns=self.turns, answers=answers,
-        )  # fmt: skip
-
-    def declared(self) -> Scored:
-        """How answers are scored."""
-        from vlm.scenes.declared import SCENES
-
-        return SCENES[self.task]
-
-    def training(self) -> Scenes | None:
-        """What a guess without the image learns from; None where none is declared."""
-        if self.declared().blind is None:
-            return None
-        return dataclasses.replace(self, split="train", images=LEARNED)
-
-
-@checked
-class Files:
-    """Samples of official files (`vlm.data.sources.FileSource`).
-
-    dataset, split: of `vlm.data.registry`. annotations, images: folders. first: only so many samples; 0: all.
-    regions, every_slot, published: of `vlm.data.turns.Rules`. filtered: without what the published training
-    data leave out (`vlm.data.filters`). index: folder for what is read by number, of data sets that are too
-    large for memory; options: the reader's own.
-    """
-
-    dataset: str
-    split: str
-    annotations: Text
-    images: Text
-    first: Natural = 0
-    regions: Literal["grounding", "dense captioning"] = "grounding"
-    every_slot: bool = True
-    published: bool = False
-    filtered: bool = False
-    index: str | None = None
-    options: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        from vlm.data import registry
-
-        registry.check(self.dataset, self.split)
-
-    def build(self, *, answers: bool) -> Source:
-        from vlm.data.sources import FileSource
-        from vlm.data.turns import Rules
-
-        rules = Rules(answers, self.regions, self.every_slot, self.published)
-        source = FileSource(
-            self.dataset, self.annotations, self.images, self.split,
-            rules=rules, filtered=self.filtered, index_folder=self.index, **self.options,
-        )  # fmt: skip
-        return First(source, self.first) if self.first else source
-
-    def declared(self) -> Scored:
-        """How answers are scored."""
-        from vlm.data import registry
-
-        return registry.asked_for(registry.DATASETS[self.dataset], self.regions)
-
-    def training(self) -> Files | None:
-        """What a guess without the image learns from; None where none is declared, or no training split."""
-        from vlm.data import registry
-
-        if self.declared().blind is None or "train" not in registry.DATASETS[self.dataset].splits:
-            return None
-        return dataclasses.replace(self, split="train", first=LEARNED)
-
-
-class First:
-    """The first samples of a source, and their pictures alone."""
-
-    def __init__(self, source: Source, count: int):
-        self.source, self.count, self.name = source, min(count, len(source)), source.name
-        self.fingerprint, self.picture = source.fingerprint, source.picture
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> Any:
-        if not 0 <= index < self.count:
-            raise IndexError(index)
-        return self.source[index]
-
-    def keys(self) -> Sequence[str]:
-        return list(dict.fromkeys(self.source[i].image for i in range(self.count)))
-
-
-Data = Scenes | Files
-
-
-def _kind_of_data(value: Any) -> str:
-    files = isinstance(value, Files) or (isinstance(value, Mapping) and "dataset" in value)
-    return "files" if files else "scenes"
-
-
 def _pairs(value: Any) -> Any:
-    """The pairs that `Stage.to_dict` makes of the sources, as a dict again."""
+    """Turn the pairs of `Stage.to_dict` back into a dict of sources."""
     if isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value):
         return {name: source for name, source in value if isinstance(name, str)}
     return value
 
 
-_AnyData = Annotated[
-    Annotated[Scenes, Tag("scenes")] | Annotated[Files, Tag("files")], Discriminator(_kind_of_data)
-]
-Sources = Mapping[Text, _AnyData]
-
-
 @checked
 class Stage:
-    """One stretch of training: so many steps, or so many epochs of all its data.
+    """One stage of training: a number of steps, or of epochs over all its data.
 
-    data, weights: sources by name and their shares (`vlm.data.mixture.Mixture`). train: "connector", or "all"
-    for connector and language model; the vision encoder is frozen always. layouts: of the prompts, those of
-    consecutive batches taking turns; empty = the run's. image_size: 0 = the run's. warmup: share of the
-    steps; the rate then falls as a cosine to 0. betas: of AdamW. group: batches that are sorted by length
-    together. Raises UserError, in one line, for values out of range and combinations that cannot be.
+    Attributes:
+        data: sources by name.
+        batch_size: examples per forward pass.
+        lr: peak learning rate.
+        steps: optimiser steps; give this or `epochs`.
+        epochs: passes over all data.
+        weights: shares of the sources (`vlm.data.mixture.Mixture`); None shuffles all examples together.
+        train: "connector", or "all" for connector and language model. The vision encoder is always frozen.
+        layouts: of the prompts; consecutive batches take turns. Empty = the run's layout.
+        image_size: pixels a side; 0 = the run's.
+        warmup: share of the steps in which the rate rises; it then falls to 0 as a cosine.
+        weight_decay: of AdamW.
+        betas: of AdamW.
+        grad_clip: largest norm of the gradient; 0 = no limit.
+        max_length: tokens at which a sequence is cut.
+        group: number of batches whose examples are sorted by length together.
+        accumulate: forward passes per optimiser step.
+        workers: processes that prepare batches.
+
+    Raises:
+        UserError: for values out of range and invalid combinations.
     """
 
     data: Annotated[Sources, BeforeValidator(_pairs), Field(min_length=1)]
@@ -202,21 +94,39 @@ class Stage:
             raise UserError(f"weights and data must have the same names; only one of them has {odd}")
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values; the sources as pairs, since their order decides which example comes when."""
+        """Return the stage as JSON values.
+
+        Sources are a list of pairs, because their order decides which example comes when.
+        """
         data = [(name, dataclasses.asdict(source)) for name, source in self.data.items()]
         return dataclasses.asdict(self) | {"data": data}
 
 
 @checked
 class Run:
-    """A model, its stages and what it is evaluated on.
+    """A model, its training stages, and what it is evaluated on.
 
-    name: of its tables. model, model_overrides: `models.build`; init: a published language model's weights
-    (`models.load`). encoder: "scenes" (trained on rendered scenes when first needed) or a name of timm
-    (`vlm.encoder.build`), whose weights are fetched. tokenizer: "scenes", or a name or folder that
-    `tokenizers` reads. seed: of weights and of the order of data. cache: keep features on disk. evaluation:
-    sources by name. max_new_tokens: of answers.
-    Raises UserError, in one line, for values out of range and combinations that cannot be.
+    Attributes:
+        name: names the tables of results.
+        model: preset of the language model (`models.build`).
+        stages: run one after the other.
+        evaluation: sources by name.
+        model_overrides: options that differ from the preset's.
+        init: pretrained weights of the language model (`models.load`).
+        encoder: "scenes" (trained on rendered scenes on first use) or a name of timm, whose weights are
+            downloaded (`vlm.encoder.build`).
+        image_size: pixels a side.
+        tokenizer: "scenes", or a name or folder that `tokenizers` reads.
+        layout: where the image stands in the prompt.
+        seed: of weights and order of data.
+        precision: of training and evaluation.
+        max_new_tokens: of an answer.
+        cache: keep features on disk.
+        imports: your own modules that register data sets or models. Commands that are given the run's folder
+            import them again. They are not part of a stage's id.
+
+    Raises:
+        UserError: for values out of range and invalid combinations.
     """
 
     name: FileName
@@ -233,6 +143,7 @@ class Run:
     precision: Literal["no", "bf16", "fp16"] = "bf16"
     max_new_tokens: Annotated[int, Field(ge=1, le=100_000)] = 16
     cache: bool = True
+    imports: Annotated[tuple[Text, ...], AsTuple] = ()
 
     def __post_init__(self) -> None:
         from ssm_retrieval import models
@@ -252,17 +163,17 @@ class Run:
 
     @property
     def family(self) -> str:
-        """What the language model is: "mamba", "transformer", ..."""
+        """Architecture of the language model: "mamba", "transformer", ..."""
         from ssm_retrieval import models
 
         return models.architecture_of(models.config(self.model)).name
 
     def size(self, stage: Stage) -> int:
-        """Pixels a side of a stage's images."""
+        """Return the pixels a side of a stage's images."""
         return stage.image_size or self.image_size
 
     def stage_ids(self) -> list[str]:
-        """The folder name of every stage's outcome."""
+        """Return the folder name of every stage."""
         from vlm import tokenizer
         from vlm.scenes import VERSION, encoder
 
@@ -292,20 +203,57 @@ class Run:
 
 
 def from_dict(saved: Mapping[str, Any]) -> Run:
-    """The run that `Run.to_dict` has written, as read from JSON. Raises UserError for anything else."""
+    """Return the run that `Run.to_dict` saved; its modules are imported first.
+
+    Args:
+        saved: the dictionary, as read from JSON.
+
+    Returns:
+        The run.
+
+    Raises:
+        UserError: if `saved` is no such dictionary, or a module is not found.
+    """
+    use_modules_of([saved], "a saved run")
     return schema.parsed(Run, json.dumps(saved).encode(), Path("a saved run"), "save it again")
 
 
-def read_file(path: str | Path) -> list[Run]:
-    """The runs of a config file. Raises UserError, one line with the file's name, for a file that has none.
+def use_modules_of(saved: Any, where: str) -> None:
+    """Import the modules of saved runs, which must be known before the runs are parsed.
 
-    What the file itself does wrong is said with the number of its line.
+    Args:
+        saved: runs, as read from JSON. What is no run is left to the parser, which says so.
+        where: names the runs in errors.
+
+    Raises:
+        UserError: if a module is not found.
+    """
+    runs = [one for one in saved if isinstance(one, Mapping)] if isinstance(saved, list) else []
+    for names in (run.get("imports") for run in runs):
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            registry.use(names, where=where)
+
+
+def read_file(path: str | Path, imports: Sequence[str] = ()) -> list[Run]:
+    """Return the runs of a config file.
+
+    Args:
+        path: a Python file with `get_config()`.
+        imports: the user's modules (`--import`), imported first and added to every run.
+
+    Returns:
+        At least one run.
+
+    Raises:
+        UserError: if the file has no runs, names two runs alike, or is wrong (with the number of the line),
+            or if a module is not found.
     """
     path = Path(path)
     if path.suffix != ".py" or not path.is_file():
         raise UserError(
             f"{path} is no Python file with get_config(); give one such as vlm/configs/cpu_tiny.py"
         )
+    registry.use(imports)
     spec = importlib.util.spec_from_file_location(f"_vlm_config_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -316,7 +264,7 @@ def read_file(path: str | Path) -> list[Run]:
             runs = module.get_config()
             runs = list(runs) if isinstance(runs, Sequence) and not isinstance(runs, str) else ()
     except Exception as error:
-        line = _line_of(path, error)
+        line = _line_of(str(spec.origin), error)
         if line is None:
             raise
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
@@ -327,23 +275,23 @@ def read_file(path: str | Path) -> list[Run]:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(f"{path} names two runs {twice[0]!r}; give each a name of its own")
-    return list(runs)
+    return [dataclasses.replace(run, imports=tuple(dict.fromkeys([*run.imports, *imports]))) for run in runs]
 
 
-def _line_of(path: Path, error: Exception) -> int | None:
-    """The line of a config file that an exception is to be blamed on; None for a bug of ours.
+def _line_of(file: str, error: Exception) -> int | None:
+    """The line of a config file that caused an exception; None if the exception is a bug of ours.
 
-    The file's, unless the exception is none of a user's and was raised by code of this project.
+    A bug is an exception other than UserError that code of this project raised.
     """
-    if isinstance(error, SyntaxError) and error.filename == str(path):
+    if isinstance(error, SyntaxError) and error.filename == file:
         return error.lineno
     frames = traceback.extract_tb(error.__traceback__)
-    here = [i for i, frame in enumerate(frames) if frame.filename == str(path)]
+    here = [i for i, frame in enumerate(frames) if frame.filename == file]
     if not here:
-        called = bool(frames) and Path(frames[-1].filename) == Path(__file__)  # get_config wants arguments
+        called = bool(frames) and Path(frames[-1].filename) == Path(__file__)  # get_config takes arguments
         return 1 if called or isinstance(error, SyntaxError | ValueError) else None
     ours = Path(__file__).parents[1]
     below = [Path(frame.filename) for frame in frames[here[-1] + 1 :]]
-    if not isinstance(error, UserError) and any(file.is_relative_to(ours) for file in below):
+    if not isinstance(error, UserError) and any(other.is_relative_to(ours) for other in below):
         return None
     return frames[here[-1]].lineno

@@ -1,6 +1,6 @@
-"""Vision encoders of timm, and the pixels they want.
+"""Vision encoders of timm, and the pixels they take.
 
-timm imports torchvision, and both must match torch, so only this file imports it, and only on use.
+timm imports torchvision, which must match torch. Only this file imports it, and only when it is used.
 """
 
 from __future__ import annotations
@@ -33,14 +33,21 @@ def build(
     pretrained: bool = False,
     device: Any = None,
 ) -> nn.Module:
-    """A frozen encoder: (B, 3, S, S) normalised pixels -> (B, 1 + P, F), class token first.
+    """Build a frozen encoder: normalised pixels (B, 3, S, S) -> features after its last norm (B, 1 + P, F).
 
-    What it gives has passed its last norm.
+    Args:
+        name: a vision transformer of timm. The default is EVA-02-L.
+        image_size: pixels a side. The positions are interpolated for sizes other than the model's own, and
+            pixels beyond the last whole patch are cropped (480 pixels: 34 x 34 patches of 14).
+        pretrained: whether to download weights.
+        device: of the weights.
 
-    name: of a vision transformer in timm: EVA-02-L by default, CLIP and SigLIP ones, tiny ones.
-    image_size: other sizes than the model's own interpolate its positions; what is no multiple of the patch
-    is cropped (480 pixels: 34 x 34 patches of 14). pretrained: fetches the weights, which needs the network.
-    Raises ImportError, in one line, without timm; ValueError for an unknown name.
+    Returns:
+        The encoder; the class token comes first.
+
+    Raises:
+        MissingPackage: if timm is not installed or does not match torch.
+        UserError: if timm does not know the name.
     """
     try:
         import timm
@@ -51,7 +58,7 @@ def build(
         near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
         raise UserError(f"encoder {name!r} is unknown to timm {timm.__version__}; it has {near}, ...")
     patch = int(name.partition("patch")[2].split("_")[0] or 16)
-    size = image_size // patch * patch  # as the published patch convolution: the rest is not seen
+    size = image_size // patch * patch  # the published patch convolution ignores the rest
     context = torch.device(device if device is not None else "cpu")
     with context:
         model = timm.create_model(name, pretrained=pretrained, num_classes=0, global_pool="", img_size=size)
@@ -59,10 +66,18 @@ def build(
 
 
 def pixels(images: Sequence[Image], image_size: int = 336, patch: int = 14) -> Tensor:
-    """(B, 3, S, S) float32, S the largest multiple of `patch` in image_size.
+    """Turn Pillow images into the pixels of CLIP's encoders.
 
-    Resized to image_size x image_size whatever their shape, bilinear, as published; then the last rows and
-    columns that make no patch are cut off, which the published patch convolution ignores.
+    Images are resized to `image_size` x `image_size` regardless of their shape (bilinear, as published). Rows
+    and columns beyond the last whole patch are then cropped, as the published patch convolution ignores them.
+
+    Args:
+        images: B images.
+        image_size: pixels a side before cropping.
+        patch: pixels a side of a patch.
+
+    Returns:
+        (B, 3, S, S) float32, normalised; S is the largest multiple of `patch` in `image_size`.
     """
     size = image_size // patch * patch
     square = (image_size, image_size)

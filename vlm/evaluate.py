@@ -1,4 +1,4 @@
-"""`python -m vlm.evaluate RUN`: ask a trained VLM, score its answers, add them to the results store."""
+"""`python -m vlm.evaluate RUN`: ask trained VLMs, score their answers, write the table of results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from ssm_retrieval.cli import guarded, parse, use_threads
+from ssm_retrieval import registry
+from ssm_retrieval.cli import Imports, guarded, parse, use_threads
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.terminal import plain_console
 from vlm import components, folders, results
@@ -26,23 +27,30 @@ from vlm.model import VLM
 from vlm.prompts import END
 
 BATCH = 64
-MOST_ACROSS = 4  # runs whose names fit beside each other
+MOST_ACROSS = 4  # runs that fit side by side
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Evaluate trained VLMs on what their config names, beside what a guess without the image gets."""
+    """Ask trained VLMs the questions that their config names, and score the answers.
 
-    run: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Folders of runs, as vlm.train prints them, or config files: every run of theirs."""
+    Prints the share of right answers per task, beside chance and a guess made without the image, and writes a
+    table and all answers to OUT/results. Runs that have an up-to-date table are not evaluated again.
+    """
+
+    run: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]
+    """Trained runs: folders that vlm.train printed, or config files, which stand for all their runs."""
     out: Path = Path("runs/vlm")
-    """Folder that vlm.train wrote to, for config files."""
+    """Folder that vlm.train wrote to. Needed for config files only."""
     only: str = ""
-    """Only the runs whose name contains this."""
+    """Evaluate only the runs whose name contains this text."""
     threads: int = 0
-    """CPU threads; 0 = as PyTorch chooses."""
+    """CPU threads; 0 = PyTorch's default."""
     again: bool = False
-    """Also the runs that were evaluated before."""
+    """Evaluate runs anew even if their table is up to date."""
+    imports: Imports = ()
+    """A Python module of yours that registers data sets or models (docs/data.md), here or on PYTHONPATH; \
+may be given several times. The folder of a run remembers the modules that vlm.train was given."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,6 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate_all(options: Options) -> int:
+    """Evaluate the runs of the command line and print a summary; returns the exit status.
+
+    Raises:
+        UserError: if no run is given, or a run is not trained.
+    """
     import pandas as pd
 
     use_threads(options.threads)
@@ -59,10 +72,11 @@ def evaluate_all(options: Options) -> int:
         raise UserError("RUN is missing; give folders that vlm.train printed, or config files")
     console, tables = plain_console(), []
     if not console.is_terminal:
-        console.width = 120  # a file has no edge
+        console.width = 120  # a file has no width
+    registry.use(options.imports)
     for path in options.run:
         if path.suffix == ".py":
-            found, out = read_file(path), options.out
+            found, out = read_file(path, options.imports), options.out
         else:
             found, out = folders.saved_runs(path), path.resolve().parent
         for run in found:
@@ -81,9 +95,17 @@ def evaluate_all(options: Options) -> int:
 
 
 def current(out: Path, run: Run) -> Any:
-    """The table of this very run, asked and scored as now; None if there is none.
+    """Return a run's table if it is up to date, else None.
 
-    A damaged one is said on standard error and counts as none: it is made anew.
+    It is out of date if weights, questions or scores changed. A damaged table is reported on standard error
+    and made anew.
+
+    Args:
+        out: folder of the runs.
+        run: the run.
+
+    Returns:
+        A data frame or None.
     """
     path = results.table_path(out, run.name)
     if not path.exists():
@@ -98,7 +120,19 @@ def current(out: Path, run: Run) -> Any:
 
 
 def load(run: Run, out: Path, device: str = "cpu") -> VLM:
-    """The trained model, without encoder. Raises UserError if it has not been trained in `out`."""
+    """Load a trained model.
+
+    Args:
+        run: the run.
+        out: folder of the runs.
+        device: of the model.
+
+    Returns:
+        The model, without encoder, in evaluation mode.
+
+    Raises:
+        UserError: if the run is not trained in `out`.
+    """
     folder = out / run.stage_ids()[-1]
     if not (folder / RESULT).exists():
         raise UserError(f"run {run.name!r} is not trained in {out}; run python -m vlm.train first")
@@ -110,7 +144,17 @@ def load(run: Run, out: Path, device: str = "cpu") -> VLM:
 def evaluate(
     run: Run, out: Path, progress: bool = False, device: str | None = None
 ) -> tuple[list[results.Row], list[results.Row]]:
-    """Rows of the results table (`vlm.results.COLUMNS`), and the answers, a row each."""
+    """Ask and score a trained model.
+
+    Args:
+        run: the run.
+        out: folder of the runs.
+        progress: whether to show a bar.
+        device: of the model; None = a GPU if there is one.
+
+    Returns:
+        Rows of the results table (`vlm.results.COLUMNS`), and one row per answer.
+    """
     from rich.markup import escape
     from rich.progress import track
 
@@ -155,7 +199,11 @@ def evaluate(
 
 
 def blind_rows(data: Data) -> Mapping[str, float]:
-    """Metrics of answering without the image, as training samples of the same kind teach; {} if none fit."""
+    """Score answers given without the image, learned from training samples of the same kind.
+
+    Returns:
+        Values by metric; {} if the data declare no such guess.
+    """
     training, guess = data.training(), data.declared().blind
     if training is None or guess is None:
         return {}
@@ -166,7 +214,7 @@ def blind_rows(data: Data) -> Mapping[str, float]:
     return _blind[key]
 
 
-_blind: dict[str, Mapping[str, float]] = {}  # by question: the same for every run that is asked the same
+_blind: dict[str, Mapping[str, float]] = {}  # by data and guess, shared by all runs
 
 
 def _samples(source: Source) -> list[Sample]:
@@ -174,7 +222,15 @@ def _samples(source: Source) -> list[Sample]:
 
 
 def alike(keys: Iterable[Hashable], size: int) -> Iterator[list[int]]:
-    """Numbers of what has equal keys, such as lengths, at most `size` together: batches without padding."""
+    """Group things by equal keys, such as prompts by length, to get batches without padding.
+
+    Args:
+        keys: one per thing.
+        size: largest group.
+
+    Yields:
+        Numbers of things with equal keys.
+    """
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for number, key in enumerate(keys):
         groups[key].append(number)
@@ -186,10 +242,17 @@ def alike(keys: Iterable[Hashable], size: int) -> Iterator[list[int]]:
 def say(
     model: VLM, run: Run, input_ids: Tensor, features: Tensor, most: int | None = None
 ) -> list[list[int]]:
-    """Greedy answers to prompts of one length, (B, L) int64 with features (B, P, F), in the run's precision.
+    """Generate greedy answers in the run's precision.
 
-    Ids up to and with the end token, which rows that end early repeat; at most as many as the run allows, and
-    as `most`.
+    Args:
+        model: the model.
+        run: its run.
+        input_ids: (B, L) int64, prompts of one length.
+        features: (B, P, F).
+        most: length limit, if it is below the run's.
+
+    Returns:
+        B lists of ids up to the end token; rows that end early repeat it.
     """
     length = min(run.max_new_tokens, most or run.max_new_tokens)
     end = components.text(run.tokenizer).encode(END)[0]
@@ -200,7 +263,20 @@ def say(
 def answer_all(
     model: VLM, run: Run, features: Any, source: Source, samples: Sequence[Sample], side: int, device: str
 ) -> list[str]:
-    """Answers to samples of a source, whose images have side x side patches."""
+    """Answer the samples of a source.
+
+    Args:
+        model: the model.
+        run: its run.
+        features: of the source's pictures.
+        source: of the samples.
+        samples: prompts without answers.
+        side: patches along one side of an image.
+        device: of the model.
+
+    Returns:
+        One answer per sample.
+    """
     text = components.text(run.tokenizer)
     prompts = [components.prompt(run, sample, side)[0] for sample in samples]
     answers, most = [""] * len(samples), results.declared(samples[0]).max_new_tokens
@@ -213,7 +289,10 @@ def answer_all(
 
 
 def summary(rows: Any) -> Any:
-    """A table in per cent: tasks down, runs across, or, of more than a few runs, the other way round."""
+    """Return a printable table in per cent.
+
+    Tasks are rows and runs columns; with many runs it is the other way round.
+    """
     from rich import box
     from rich.table import Table
 

@@ -25,7 +25,7 @@ from torch import nn
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.training import store
 from vlm import schema
-from vlm.config import Run
+from vlm.config import Run, use_modules_of
 from vlm.schema import Natural, NonNegative, checked
 
 CONFIG, METRICS, ENVIRONMENT = "config.json", "metrics.jsonl", "environment.json"
@@ -140,6 +140,7 @@ def saved_run(folder: Path) -> tuple[Run, Path]:
 
 def _saved(path: Path) -> Saved:
     content = path.read_bytes()
+    _use_modules_of(path, content)
     try:
         return schema.parsed(Saved, content, path, remedy(path.parent))
     except UserError:
@@ -152,3 +153,12 @@ def _saved(path: Path) -> Saved:
                 f"{path} has version {version}, newer than {FORMAT}, which this toolkit reads; update it"
             ) from None
         raise
+
+
+def _use_modules_of(path: Path, content: bytes) -> None:
+    """Import what the runs were trained with (`--import`), before they are parsed."""
+    try:
+        plans = json.loads(content)["plans"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return  # the parser says what is wrong
+    use_modules_of(plans, where=str(path.parent))

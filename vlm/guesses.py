@@ -1,4 +1,4 @@
-"""Answers without the image, as training samples teach them: floors that any claim of sight must clear."""
+"""Answers without the image, learned from training samples: a model that sees must do better."""
 
 from __future__ import annotations
 
@@ -12,13 +12,21 @@ from vlm.data.samples import Sample
 from vlm.metrics import boxes
 from vlm.prompts import box_text
 
-MOST_BOXES = 2000  # that the best single box is sought among
+MOST_BOXES = 2000  # candidates for the best single box
 
 
 def most_frequent_answer(known: Sequence[Sample], test: Sequence[Sample]) -> list[str]:
-    """The most frequent training answer to the same question, else to any.
+    """Give the most frequent training answer to the same question, or else to any question.
 
-    Raises UserError without training samples.
+    Args:
+        known: training samples.
+        test: questions.
+
+    Returns:
+        One answer per question.
+
+    Raises:
+        UserError: if there are no training samples.
     """
     _need(known)
     same: dict[str, Counter[str]] = defaultdict(Counter)
@@ -29,9 +37,17 @@ def most_frequent_answer(known: Sequence[Sample], test: Sequence[Sample]) -> lis
 
 
 def best_box(known: Sequence[Sample], test: Sequence[Sample]) -> list[str]:
-    """The one training box that overlaps most others by more than half, for every question.
+    """Give for every question the one training box that overlaps most others by more than half.
 
-    Raises UserError without training samples.
+    Args:
+        known: training samples.
+        test: questions.
+
+    Returns:
+        One answer per question.
+
+    Raises:
+        UserError: if there are no training samples.
     """
     _need(known)
     targets = [sample.target for sample in known[:MOST_BOXES]]
@@ -42,7 +58,7 @@ def best_box(known: Sequence[Sample], test: Sequence[Sample]) -> list[str]:
 
 
 def asked(sample: Sample) -> str:
-    """The text of a sample before its answer."""
+    """Return the text of a sample without its answers."""
     return "".join(chunk.text for chunk in sample.chunks if not chunk.supervised)
 
 

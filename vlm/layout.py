@@ -1,9 +1,9 @@
-"""An image and chunks of text as one sequence of token ids, and the image's vectors spliced into it.
+"""Arrange an image and chunks of text as one sequence of token ids, and put the image's vectors into it.
 
     ### patches && patches && ... patches ###
 
-Ordinary tokens of the GPT-NeoX vocabulary mark begin, end and rows; patches are placeholders that `splice`
-replaces. A grid of g x g patches takes g (g + 1) + 1 places: 601 at 336 pixels, 1,191 at 480.
+Ordinary tokens of the GPT-NeoX vocabulary mark begin, end and rows. Patches are placeholders that `splice`
+replaces. A grid of g x g patches takes g (g + 1) + 1 tokens: 601 at 336 pixels, 1,191 at 480.
 """
 
 from __future__ import annotations
@@ -19,26 +19,35 @@ if TYPE_CHECKING:
 
 BEGIN = 4118  # "###"
 ROW = 10494  # "&&"
-PLACEHOLDER = -200  # placeholder, no token
-IGNORE = -100  # label of what is not supervised
+PLACEHOLDER = -200  # id of a patch, no token
+IGNORE = -100  # label of tokens that are not supervised
 Encode = Callable[[str], list[int]]
 
 
 class TooLong(ValueError):
-    """A prompt that leaves no room for the image or for an answer."""
+    """A prompt leaves no room for the image or for an answer."""
 
 
 def grid_side(pixels: int, patch: int = 14) -> int:
-    """Patches along a side; what is left over (4 pixels of 480) is not seen. Raises UserError for none."""
+    """Return the number of patches along one side of an image; pixels left over (4 of 480) are not seen.
+
+    Raises:
+        UserError: if the image is smaller than one patch.
+    """
     if pixels < patch:
         raise UserError(f"an image of {pixels} pixels has no patch of {patch}; use a larger one")
     return pixels // patch
 
 
 def image_ids(side: int, markers: tuple[int, int] = (BEGIN, ROW)) -> list[int]:
-    """Ids of an image of side x side patches; a row's separator stands before the next row.
+    """Return the token ids of an image; a separator stands between two rows.
 
-    markers: ids of begin and end, and of the separator, in another vocabulary than GPT-NeoX's.
+    Args:
+        side: patches along one side.
+        markers: ids of begin and end, and of the row separator. The default is GPT-NeoX's vocabulary.
+
+    Returns:
+        side (side + 1) + 1 ids.
     """
     edge, row_mark = markers
     ids = [edge]
@@ -55,12 +64,22 @@ def sequence(
     max_length: int | None = None,
     markers: tuple[int, int] = (BEGIN, ROW),
 ) -> tuple[list[int], list[int]]:
-    """input_ids and labels of an image and its chunks, equally long, labels not shifted.
+    """Return the token ids of an image and its chunks of text, and their labels.
 
-    encode: text -> ids, without special tokens. max_length: cuts the sequence, as published training does.
-    markers: as for `image_ids`.
-    Raises UserError if that cuts any image of this size, TooLong (one, too) if only this prompt has it cut,
-    or leaves no supervised token where there was one.
+    Args:
+        chunks: prompt and answers.
+        encode: text -> ids, without special tokens.
+        side: patches along one side of the image.
+        layout: where the image stands (`vlm.prompts.Layout`).
+        max_length: cut the sequence to this many tokens, as published training does.
+        markers: as for `image_ids`.
+
+    Returns:
+        input_ids and labels, of equal length. Labels are not shifted; -100 = not supervised.
+
+    Raises:
+        UserError: if `max_length` cuts every image of this size.
+        TooLong: if only this prompt has its image cut or loses all its supervised tokens.
     """
     place = image_place(chunks, layout)
     ids: list[int] = []
@@ -89,10 +108,18 @@ def sequence(
 
 
 def splice(table: Tensor, input_ids: Tensor, patches: Tensor) -> Tensor:
-    """Vectors of a batch: rows of `table` (V, D), and at placeholders those of `patches` (B, P, D), in order.
+    """Look up token vectors, and put patches in place of the placeholders.
 
-    input_ids: (B, L) int64 with exactly P negative ids a row. Returns (B, L, D) in the table's dtype,
-    differentiable in both. Raises UserError if placeholders and patches differ in number.
+    Args:
+        table: (V, D) token embedding.
+        input_ids: (B, L) int64 with exactly P negative ids per row.
+        patches: (B, P, D) vectors, in the order of the placeholders.
+
+    Returns:
+        (B, L, D) in the dtype of `table`; differentiable with respect to `table` and `patches`.
+
+    Raises:
+        UserError: if placeholders and patches differ in number.
     """
     holes = input_ids < 0
     counts = sorted(set(holes.sum(1).tolist()))

@@ -1,12 +1,11 @@
-"""Mamba-VL and Pythia-VL: a language model that reads an image's patches between its tokens.
+"""Mamba-VL and Pythia-VL: a language model that reads an image's patches among its tokens.
 
     features   frozen vision encoder, last norm, class token dropped      (B, P, F)
     patches    connector: linear, exact GELU, linear                      (B, P, D)
-    sequence   token vectors with patches in the placeholders             (B, L, D)
+    sequence   token vectors with patches in place of the placeholders    (B, L, D)
     answer     any language model of `models`
 
-Parameter names below `vision_embed_tokens` and of the language model are those of the released checkpoints,
-which `load` reads.
+Parameters have the names of the released checkpoints, which `load` reads.
 """
 
 from __future__ import annotations
@@ -23,26 +22,32 @@ from ssm_retrieval.models.checkpoints import fill
 from ssm_retrieval.ops.cross_entropy import linear_cross_entropy
 from vlm.layout import IGNORE, splice
 
-CONNECTOR, ENCODER = "vision_embed_tokens.", "vision_encoder."  # of the names in released checkpoints
-# of their config.json; the width repeats d_model, and what the encoder is comes with its module
+CONNECTOR, ENCODER = "vision_embed_tokens.", "vision_encoder."  # prefixes of names in released checkpoints
+# fields of their config.json; not needed: the width equals d_model, and the encoder is a module of its own
 VISION_FIELDS = ("hidden_size", "vision_encoder_name", "select_layer", "select_feature", "image_size")
 
 
 def prefix_tokens(encoder: nn.Module) -> int:
-    """Class and register tokens before the patches: 1 unless the encoder says otherwise, as timm's do."""
+    """Return the number of class and register tokens before the patches.
+
+    It is `encoder.num_prefix_tokens` (timm's name), and 1 for an encoder without it.
+    """
     return int(getattr(encoder, "num_prefix_tokens", 1))
 
 
 def connector(features: int, d_model: int) -> nn.Sequential:
-    """(..., features) -> (..., d_model): linear, exact GELU, linear."""
+    """Build the connector, (..., features) -> (..., d_model): linear, exact GELU, linear."""
     return nn.Sequential(nn.Linear(features, d_model), nn.GELU(), nn.Linear(d_model, d_model))
 
 
 class VLM(nn.Module):
-    """lm: the language model. features: width F of the vision encoder's output.
+    """A language model with a connector and, optionally, a frozen vision encoder.
 
-    encoder: maps (B, 3, S, S) pixels to (B, 1 + P, F), class token first (`prefix_tokens`); it is
-    frozen. None where features come from elsewhere, such as a cache on disk.
+    Args:
+        lm: the language model.
+        features: F, the width of the encoder's output.
+        encoder: pixels (B, 3, S, S) -> (B, 1 + P, F), class token first (`prefix_tokens`). None if features
+            come from elsewhere, such as a cache on disk.
     """
 
     def __init__(self, lm: LanguageModel, features: int = 1024, encoder: nn.Module | None = None):
@@ -53,29 +58,54 @@ class VLM(nn.Module):
 
     @torch.no_grad()
     def features(self, pixels: Tensor) -> Tensor:
-        """(B, 3, S, S) normalised pixels -> (B, P, F). Raises UserError without an encoder."""
+        """Encode normalised pixels (B, 3, S, S) as features (B, P, F).
+
+        Raises:
+            UserError: if the model has no encoder.
+        """
         if self.vision_encoder is None:
             raise UserError("this model has no vision encoder; give VLM(..., encoder=) or features")
         return self.vision_encoder(pixels)[:, prefix_tokens(self.vision_encoder) :]
 
     def embed(self, input_ids: Tensor, features: Tensor) -> Tensor:
-        """Vectors of a sequence with placeholders: (B, L) int64 and (B, P, F) -> (B, L, D)."""
+        """Return the vectors (B, L, D) of token ids (B, L) int64 and features (B, P, F)."""
         table = self.lm.embedding.weight
         return splice(table, input_ids, self.vision_embed_tokens(features.to(self.connector_dtype)))
 
     @property
     def connector_dtype(self) -> torch.dtype:
+        """Dtype of the connector's weights."""
         return next(self.vision_embed_tokens.parameters()).dtype
 
     def forward(self, input_ids: Tensor, features: Tensor, **options: Any) -> Tensor:
-        """Next-token logits (B, L or A, V); options as in `LanguageModel.forward`, without its input_ids."""
+        """Return next-token logits.
+
+        Args:
+            input_ids: (B, L) int64; patches are placeholders.
+            features: (B, P, F).
+            **options: of `LanguageModel.forward`, except input_ids.
+
+        Returns:
+            Logits (B, L, V), or (B, A, V) with the option `at`.
+        """
         return self.lm(inputs_embeds=self.embed(input_ids, features), **options)
 
     def loss(self, input_ids: Tensor, features: Tensor, labels: Tensor) -> Tensor:
-        """Mean over examples of each one's mean cross-entropy, in nats: long answers weigh no more.
+        """Return the mean over examples of each example's mean cross-entropy, in nats.
 
-        input_ids, labels: (B, L) int64, labels not shifted, -100 = not supervised. Sequences are padded on
-        the right, where causal models need no mask. Raises UserError for an example without answers.
+        Long answers therefore weigh no more than short ones. Sequences are padded on the right, where causal
+        models need no mask.
+
+        Args:
+            input_ids: (B, L) int64; patches are placeholders.
+            features: (B, P, F).
+            labels: (B, L) int64, not shifted; -100 = not supervised.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            UserError: if an example has no supervised token.
         """
         supervised = (labels[:, 1:] != IGNORE).any(1)
         if not bool(supervised.all()):
@@ -83,7 +113,7 @@ class VLM(nn.Module):
             raise UserError(f"example {row} of the batch has no supervised token; drop it")
         hidden = self.lm.hidden(inputs_embeds=self.embed(input_ids, features))[:, :-1]
         head, targets = self.lm.head.weight, labels[:, 1:]
-        # only labelled rows meet the head: at a published vocabulary the others are most of all products
+        # only labelled rows: with a published vocabulary the other rows would be most of the work
         counts = (targets != IGNORE).sum(1).tolist()
         rows, wanted = hidden[targets != IGNORE], targets[targets != IGNORE]
         each = [
@@ -102,9 +132,17 @@ class VLM(nn.Module):
         attention_mask: Tensor | None = None,
         eos_token_id: int | None = 0,
     ) -> Tensor:
-        """Greedy answer, (B, n) int64; the image is read once, in the prefill.
+        """Generate answers greedily; the image is read once, in the prefill.
 
-        attention_mask: (B, L), non-zero = real token; shorter prompts are padded on the left.
+        Args:
+            input_ids: (B, L) int64; shorter prompts are padded on the left.
+            features: (B, P, F).
+            max_new_tokens: length limit n.
+            attention_mask: (B, L); non-zero = real token.
+            eos_token_id: ends an answer; None = never.
+
+        Returns:
+            (B, n) int64, the new tokens.
         """
         return generate(
             self.lm,
@@ -123,12 +161,22 @@ def load(
     dtype: torch.dtype | None = None,
     device: Any = None,
 ) -> VLM:
-    """A released Mamba-VL or Pythia-VL checkpoint: a local folder, or a name on the hub.
+    """Load a released Mamba-VL or Pythia-VL checkpoint.
 
-    encoder: a module whose parameters have the names below `vision_encoder.`, made on any device; it gets the
-    checkpoint's weights. None leaves them out: the model then wants features.
-    Whether Mamba has LayerNorm or RMSNorm is decided by the weights (`models.hub_configs.read_config`).
-    Raises UserError, in one line, as `models.load`.
+    The weights decide whether Mamba has LayerNorm or RMSNorm (`models.hub_configs.read_config`).
+
+    Args:
+        folder: a local folder, or a name on the hub.
+        encoder: a module, on any device, whose parameters have the names below `vision_encoder.`; the
+            checkpoint's weights are loaded into it. None skips them, and the model then needs features.
+        dtype: of the weights; None = as stored.
+        device: of the weights.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        UserError: if the folder holds no VLM, or as `models.load` raises it.
     """
     place = hub.find_folder(folder)
     stored = hub.contents(hub.weight_files(place))

@@ -1,4 +1,4 @@
-"""Pictures of users and data sets as RGB bytes; what cannot be read is one line that names the file."""
+"""Read pictures as RGB bytes; a picture that cannot be read is one line that names the file."""
 
 from __future__ import annotations
 
@@ -18,31 +18,57 @@ ADVICE = "give a PNG or JPEG file"
 
 
 def read(path: str | Path, what: str = "", advice: str = ADVICE, *, upright: bool = False) -> Picture:
-    """(height, width, 3) uint8, RGB, of a picture in any format of Pillow.
+    """Read a picture in any format of Pillow.
 
-    Channels of 16 bits are scaled to 8; transparency is dropped. what: what errors call the picture, by
-    default its path. upright: turned as its EXIF data say, as browsers show it. Raises UserError, in one line
-    that ends with `advice`, for what is missing, damaged or too large, and for pixels of no fixed range
-    (float, 32 bits).
+    Channels of 16 bits are scaled to 8. Transparency is dropped.
+
+    Args:
+        path: the file.
+        what: what errors call the picture; default: its path.
+        advice: how errors end.
+        upright: turn the picture as its EXIF data say, as browsers do.
+
+    Returns:
+        (height, width, 3) uint8, RGB.
+
+    Raises:
+        UserError: if the picture is missing, damaged or too large, or its pixels have no fixed range (float,
+            32 bits).
     """
     return _taken(path, lambda image: rgb(image, upright), what or str(path), advice)
 
 
 def size(path: str | Path, what: str = "", advice: str = ADVICE) -> tuple[int, int]:
-    """Width and height, from the header alone. Raises UserError as `read`."""
+    """Return width and height of a picture; only its header is read.
+
+    Args:
+        path: the file.
+        what: what errors call the picture; default: its path.
+        advice: how errors end.
+
+    Returns:
+        Width and height in pixels.
+
+    Raises:
+        UserError: as `read`.
+    """
     return _taken(path, lambda image: (image.width, image.height), what or str(path), advice)
 
 
 def rgb(image: Any, upright: bool = False) -> Picture:
-    """As `read`, of a Pillow image. Raises ValueError for pixels of no fixed range."""
+    """Return a Pillow image as `read` does.
+
+    Raises:
+        ValueError: if the pixels have no fixed range.
+    """
     from PIL import ImageOps
 
-    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):  # older Pillows: a PNG of 16 bits
+    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):  # 16-bit PNGs are I
         kind = "floating-point numbers" if image.mode == "F" else "numbers of 32 bits"
         raise ValueError(f"its pixels are {kind}, which have no fixed white: save it with 8 or 16 bits")
     if upright:
         image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 65535 is white, and convert("RGB") would cut at 255
+    if image.mode.startswith("I"):  # white is 65535; convert("RGB") would clip at 255
         grey = (np.asarray(image).astype(np.int64) + 128) // 257
         return np.repeat(np.clip(grey, 0, 255).astype(np.uint8)[..., None], 3, axis=2)
     return np.asarray(image.convert("RGB"))
@@ -62,7 +88,7 @@ def _taken(path: str | Path, take: Callable[[Any], T], what: str, advice: str) -
         raise UserError(
             f"{what} cannot be read as a picture (no format that Pillow knows); {advice}"
         ) from None
-    except Exception as error:  # a damaged picture can raise nearly anything
+    except Exception as error:  # a damaged picture can raise almost anything
         said = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, OSError) and error.errno is not None:
             said = os.strerror(error.errno)

@@ -22,7 +22,7 @@ from vlm.folders import saved_run
 from vlm.model import VLM
 from vlm.pictures import Picture
 
-OUTSIDE = 8  # pixels around a picture: a frame beyond it is drawn there, unseen
+OUTSIDE = 8  # pixels; boxes are clipped to this distance from the picture
 MOST_ASKED = 1000  # characters of a question
 Task = Literal["auto", "vqa", "grounding", "captioning"]
 RIGHT, WRONG, SAID = (0, 130, 60), (200, 30, 30), (0, 90, 200)
@@ -32,16 +32,16 @@ RIGHT, WRONG, SAID = (0, 130, 60), (200, 30, 30), (0, 90, 200)
 class Options:
     """Ask a trained VLM one question about a picture."""
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """Folder that vlm.train printed."""
-    image: Annotated[Path, tyro.conf.Positional]
-    """Picture, in any format that Pillow reads."""
-    question: Annotated[str, tyro.conf.Positional] = ""
-    """What to ask. "Where is the red star?" asks for a box; nothing asks for a caption."""
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """A trained run: the folder that vlm.train printed."""
+    image: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]
+    """A picture in any format that Pillow reads."""
+    question: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[QUESTION]")] = ""
+    """"Where is the red star?" asks for a box. Without a question the model writes a caption."""
     task: Task = "auto"
-    """How the prompt is worded; auto decides by the question."""
+    """Wording of the prompt; auto decides by the question."""
     out: Path | None = None
-    """Picture with the answered box. Default: <image>.answer.png in the current folder."""
+    """Where to write the picture with the answered box. Default: <image>.answer.png in the current folder."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def predict(options: Options) -> int:
+    """Answer the question of the command line; returns the exit status."""
     picture = read_picture(options.image)
     run, out = saved_run(options.run)
     said = ask(load(run, out), run, out, picture, options.question, options.task)
@@ -67,14 +68,29 @@ def predict(options: Options) -> int:
 
 
 def read_picture(path: Path) -> Picture:
-    """(height, width, 3) uint8, RGB. Raises UserError, in one line, for what is no picture."""
+    """Read a picture of the user's, upright, as (height, width, 3) uint8 RGB.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
     return pictures.read(path, f"IMAGE {path}", upright=True)
 
 
 def wording(question: str, task: Task, width: int, height: int) -> list[prompts.Chunk]:
-    """The prompt of a question in the words that training used.
+    """Word a question as in training.
 
-    Raises UserError for questions of more than MOST_ASKED characters, which would take all memory.
+    Args:
+        question: in the user's words.
+        task: "auto" asks for a caption without a question, and for a box if the question begins with "Where
+            is".
+        width: of the picture, in pixels.
+        height: of the picture, in pixels.
+
+    Returns:
+        The prompt.
+
+    Raises:
+        UserError: if a question is needed and missing, or has more than MOST_ASKED characters.
     """
     question = question.strip()
     if len(question) > MOST_ASKED:
@@ -100,7 +116,20 @@ def wording(question: str, task: Task, width: int, height: int) -> list[prompts.
 def ask(
     model: VLM, run: Run, out: Path, picture: Picture, question: str, task: Task = "auto", device: str = "cpu"
 ) -> str:
-    """The model's answer about a picture (height, width, 3) uint8."""
+    """Answer a question about a picture.
+
+    Args:
+        model: the trained model, without encoder.
+        run: its run.
+        out: folder of the runs, which has the encoder.
+        picture: (height, width, 3) uint8, RGB.
+        question: in the user's words.
+        task: as for `wording`.
+        device: of the model.
+
+    Returns:
+        The answer, without the end token.
+    """
     height, width = picture.shape[:2]
     sample = Sample("0", "picture", "0", task, tuple(wording(question, task, width, height)))
     eyes = components.eyes(run.encoder, run.image_size, out, device)
@@ -112,7 +141,16 @@ def ask(
 def draw(
     picture: Picture, framed: Sequence[tuple[prompts.Box, tuple[int, int, int], str]], zoom: int = 1
 ) -> Any:
-    """Pillow image of a picture with boxes (in its pixels), their colours and labels, frames around them."""
+    """Draw boxes on a picture.
+
+    Args:
+        picture: (height, width, 3) uint8, RGB.
+        framed: boxes in pixels of the picture, their colours and labels. The frame lies around the box.
+        zoom: factor by which the picture is enlarged.
+
+    Returns:
+        A Pillow image.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
     height, width = picture.shape[:2]
@@ -121,7 +159,7 @@ def draw(
     for (x0, y0, x1, y1), colour, label in framed:
         x0, x1, y0, y1 = *sorted((x0 * zoom, x1 * zoom)), *sorted((y0 * zoom, y1 * zoom))
         edges = ((x0 - 2, image.width), (y0 - 2, image.height), (x1 + 1, image.width), (y1 + 1, image.height))
-        # what a model says may lie far outside
+        # a model's box may lie far outside
         corners = [min(max(value, -OUTSIDE), side + OUTSIDE) for value, side in edges]
         pen.rectangle(corners, outline=colour, width=2)
         if label:

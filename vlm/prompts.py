@@ -1,9 +1,9 @@
-"""What a VLM is asked and what it must answer, as chunks of text, in the published wording.
+"""Prompts and answers of every task, as chunks of text in the published wording.
 
-A prompt is a list of chunks, each tokenised on its own; supervised ones are answers. The image stands before
-all of them ("agnostic"), behind the first ("instruction-first", the paper's task-aware condition: the model
-knows the kind of task, but not the query) or behind everything that precedes the first answer ("query-first",
-the stronger condition of the synthetic task). Every function here is one task; the tests have the SHA-256 of
+A prompt is a list of chunks, each tokenised on its own; supervised chunks are answers. The image stands
+before all of them ("agnostic"), after the first ("instruction-first", the paper's task-aware condition: the
+model knows the kind of task, but not the query) or after everything before the first answer ("query-first",
+the stronger condition of the synthetic task). Each function here is one task; the tests have the SHA-256 of
 the released instructions.
 """
 
@@ -37,7 +37,7 @@ Box = tuple[float, float, float, float]  # x_min, y_min, x_max, y_max in pixels
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of text that is tokenised on its own; supervised: an answer."""
+    """A piece of text that is tokenised on its own; `supervised`: whether it is an answer."""
 
     text: str
     supervised: bool = False
@@ -47,9 +47,16 @@ class Chunk:
 
 
 def sentence(text: str, *, keep_case: bool = False) -> str:
-    """Stripped, only the first letter upper-case, and a period unless it ends in . ? or !
+    """Strip a text, make only its first letter upper-case, and end it with a period.
 
-    keep_case: for diagrams and documents (AI2D, DocVQA, InfographicVQA), whose capitals mean something.
+    A text that ends in . ? or ! keeps its end.
+
+    Args:
+        text: any text.
+        keep_case: for diagrams and documents (AI2D, DocVQA, InfographicVQA), whose capitals mean something.
+
+    Returns:
+        The sentence; "" stays "".
     """
     text = text.strip()
     if not text:
@@ -59,15 +66,24 @@ def sentence(text: str, *, keep_case: bool = False) -> str:
 
 
 def answer_text(text: str) -> str:
-    """As `sentence`, without a period: choices are printed so."""
+    """Return a text as `sentence` does, without the period, as choices are printed."""
     text = text.strip()
     return text[:1].upper() + text[1:].lower()
 
 
 def box_text(box: Box, width: float, height: float) -> str:
-    """`[x_min,y_min,x_max,y_max]`, as shares of the image with two decimals.
+    """Print a box as `[x_min,y_min,x_max,y_max]`, as shares of the image with two decimals.
 
-    Raises UserError for a negative coordinate, an empty box or an image without area.
+    Args:
+        box: in pixels.
+        width: of the image, in pixels.
+        height: of the image, in pixels.
+
+    Returns:
+        The text.
+
+    Raises:
+        UserError: if a coordinate is negative, or the box or the image is empty.
     """
     if width <= 0 or height <= 0:
         raise UserError(f"an image of {width} x {height} pixels has no boxes; give its size")
@@ -79,9 +95,15 @@ def box_text(box: Box, width: float, height: float) -> str:
 
 
 def parse_box(text: str, width: float, height: float) -> Box | None:
-    """The box that an answer names, in pixels; None if it names none (which counts as wrong).
+    """Read the box in an answer: the first closed pair of brackets, with four finite numbers in it.
 
-    It is what the first closed pair of brackets without brackets inside holds: four finite numbers.
+    Args:
+        text: the answer.
+        width: of the image, in pixels.
+        height: of the image, in pixels.
+
+    Returns:
+        The box in pixels; None if the answer has none, which counts as wrong.
     """
     found = re.search(r"\[([^\[\]]*)\]", text)
     parts = found.group(1).split(",") if found else []
@@ -97,12 +119,21 @@ def parse_box(text: str, width: float, height: float) -> Box | None:
 
 
 def captioning(caption: str | None = None) -> list[Chunk]:
-    """One caption; None: to be generated."""
+    """Ask for one caption; `caption`: the answer, None if it is to be generated."""
     return [Chunk(INSTRUCTIONS["captioning"] + "\n"), *_answer(caption)]
 
 
 def vqa(turns: Sequence[tuple[str, str | None]], *, ocr: str = "", keep_case: bool = False) -> list[Chunk]:
-    """Questions about one image and their answers. ocr: words in it (TextVQA)."""
+    """Ask questions about one image.
+
+    Args:
+        turns: questions and answers; an answer of None is to be generated.
+        ocr: words in the image (TextVQA).
+        keep_case: as for `sentence`.
+
+    Returns:
+        The prompt.
+    """
     first = INSTRUCTIONS["vqa"]
     chunks = [Chunk(f"{first}\nOCR text:\n{ocr}" if ocr else first)]
     for question, answer in turns:
@@ -117,7 +148,16 @@ def multiple_choice(
     ocr: Sequence[str] = (),
     keep_case: bool = False,
 ) -> list[Chunk]:
-    """(question, choices, index of the right one) about one image. ocr: lines of text in it (AI2D)."""
+    """Ask for the letters of choices.
+
+    Args:
+        turns: (question, choices, index of the right one or None) about one image.
+        ocr: lines of text in the image (AI2D).
+        keep_case: as for `sentence`.
+
+    Returns:
+        The prompt.
+    """
     first = INSTRUCTIONS["multiple choice"]
     chunks = [Chunk(first + "\nOCR text:\n" + "\n".join(ocr) if ocr else first)]
     for question, choices, right in turns:
@@ -129,7 +169,16 @@ def multiple_choice(
 def pointing(
     turns: Sequence[tuple[str, Sequence[Box], int | None]], width: float, height: float
 ) -> list[Chunk]:
-    """(question, boxes, index of the right one): the letter of a printed box (Visual7W pointing)."""
+    """Ask for the letter of a printed box (Visual7W pointing).
+
+    Args:
+        turns: (question, boxes in pixels, index of the right one or None) about one image.
+        width: of the image, in pixels.
+        height: of the image, in pixels.
+
+    Returns:
+        The prompt.
+    """
     chunks = [Chunk(INSTRUCTIONS["multiple choice"] + "\n")]
     for question, boxes, right in turns:
         chunks.append(Chunk(f"\nQuestion: {sentence(question)}\n"))
@@ -138,7 +187,16 @@ def pointing(
 
 
 def grounding(turns: Sequence[tuple[str, Box | None]], width: float, height: float) -> list[Chunk]:
-    """(phrase, its box) in one image; None: to be generated."""
+    """Ask for the boxes of phrases.
+
+    Args:
+        turns: phrases and their boxes in pixels; a box of None is to be generated.
+        width: of the image, in pixels.
+        height: of the image, in pixels.
+
+    Returns:
+        The prompt.
+    """
     chunks = [Chunk(INSTRUCTIONS["grounding"])]
     for phrase, box in turns:
         chunks.append(Chunk(f"\n{sentence(phrase)}\n"))
@@ -148,7 +206,16 @@ def grounding(turns: Sequence[tuple[str, Box | None]], width: float, height: flo
 
 
 def dense_captioning(turns: Sequence[tuple[Box, str | None]], width: float, height: float) -> list[Chunk]:
-    """(box, what is there); the end token stands behind the last description only."""
+    """Ask what is in boxes; only the last description ends with the end token.
+
+    Args:
+        turns: boxes in pixels and their descriptions; None is to be generated.
+        width: of the image, in pixels.
+        height: of the image, in pixels.
+
+    Returns:
+        The prompt.
+    """
     chunks = [Chunk(INSTRUCTIONS["dense captioning"] + "\n")]
     for i, (box, phrase) in enumerate(turns):
         chunks.append(Chunk(box_text(box, width, height) + ".\n"))
@@ -159,7 +226,7 @@ def dense_captioning(turns: Sequence[tuple[Box, str | None]], width: float, heig
 
 
 def image_text_match(caption: str, label: bool | None = None) -> list[Chunk]:
-    """Whether the caption fits the image (VSR)."""
+    """Ask whether a caption fits the image (VSR); `label`: the answer, or None."""
     chunks = [Chunk(INSTRUCTIONS["image-text match"] + "\n"), Chunk(sentence(caption) + "\n")]
     return chunks if label is None else [*chunks, Chunk(f"{bool(label)}." + END, supervised=True)]
 
@@ -167,10 +234,20 @@ def image_text_match(caption: str, label: bool | None = None) -> list[Chunk]:
 def grounded_captioning(
     caption: str, spans: Sequence[tuple[int, int, Sequence[Box]]], width: float, height: float
 ) -> list[Chunk]:
-    """A caption with the boxes of its phrases, `||phrase [box][box]||`; spans: (start, stop, boxes).
+    """Ask for a caption with the boxes of its phrases, `||phrase [box][box]||`.
 
-    Spans may come in any order; the released code gave unsorted ones the wrong boxes.
-    Raises UserError for spans that overlap or leave the caption.
+    Args:
+        caption: the text.
+        spans: (start, stop, boxes) of its phrases, in any order. (The released code gave unsorted spans the
+            wrong boxes.)
+        width: of the image, in pixels.
+        height: of the image, in pixels.
+
+    Returns:
+        Prompt and answer.
+
+    Raises:
+        UserError: if spans overlap or leave the caption.
     """
     text, end = "", 0
     for start, stop, boxes in sorted(spans, key=lambda span: span[:2]):
@@ -186,7 +263,17 @@ def grounded_captioning(
 
 
 def chat(turns: Sequence[tuple[str, str]]) -> list[Chunk]:
-    """(role, text) of a conversation, role "human" or "gpt"; only the model's turns are supervised."""
+    """Return a conversation of which only the model's turns are supervised.
+
+    Args:
+        turns: (role, text), role "human" or "gpt".
+
+    Returns:
+        The prompt.
+
+    Raises:
+        UserError: if a role is unknown.
+    """
     chunks = []
     for i, (role, text) in enumerate(turns):
         if role not in ("human", "gpt"):
@@ -210,7 +297,7 @@ def _choices(printed: Sequence[str], right: int | None) -> list[Chunk]:
     if right is None:
         return chunks
     if not 0 <= right < len(printed):
-        raise UserError(f"right choice {right} is none of 0 .. {len(printed) - 1}")
+        raise UserError(f"right choice {right} must be in 0 .. {len(printed) - 1}")
     return [*chunks, Chunk(f"{LETTERS[right]}." + END, supervised=True)]
 
 
@@ -218,10 +305,20 @@ def _choices(printed: Sequence[str], right: int | None) -> list[Chunk]:
 
 
 def image_place(chunks: Sequence[Chunk], layout: str) -> int:
-    """Number of chunks before the image.
+    """Return the number of chunks before the image.
 
-    Of several turns "query-first" has the first query before the image, and the later ones behind it.
-    A prompt whose answer follows its first chunk (captioning) has nothing else to be put first.
+    With several turns "query-first" has the first query before the image and the later ones after it. A
+    prompt whose answer follows its first chunk (captioning) has nothing else to put first.
+
+    Args:
+        chunks: the prompt.
+        layout: "agnostic", "instruction-first" or "query-first".
+
+    Returns:
+        A number from 0 on.
+
+    Raises:
+        UserError: if the layout is unknown.
     """
     if layout not in LAYOUTS:
         raise UserError(f"layout {layout!r} is unknown; use {', '.join(LAYOUTS)}")

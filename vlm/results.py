@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ssm_retrieval.errors import UserError
 from vlm.data.declaration import Scored
 from vlm.data.samples import Sample
-from vlm.metrics import scores
-from vlm.metrics.scores import Row
+from vlm.metrics import Row, catalogue
 from vlm.schema import remove_left, shortened
 
 if TYPE_CHECKING:
@@ -106,7 +105,7 @@ def fingerprint(run: Run) -> str:
         (name, dataclasses.asdict(data), data.declared().max_new_tokens)
         for name, data in run.evaluation.items()
     ]
-    said = [VERSION, SCENES, asked, run.layout, run.max_new_tokens, scores.captions_are_scored()]
+    said = [VERSION, SCENES, asked, run.layout, run.max_new_tokens, catalogue.captions_are_scored()]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -1,7 +1,7 @@
-"""What comes from outside, checked where it enters: config files, and files that the toolkit wrote itself.
+"""Check what comes from outside: config files, and files that the toolkit wrote itself.
 
-The rules are pydantic's, declared beside the fields; this file turns what breaks them into one line that
-names the file or the class, the field, its value and what to do.
+The rules are pydantic's, declared beside the fields. This file turns a violation into one line that names the
+file or the class, the field, its value and what to do.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ssm_retrieval.training import store
 
 T = TypeVar("T")
 MOST_SHOWN = 60  # characters of a wrong value
-MOST_NAME = 150  # bytes: names of files hold more beside it
+MOST_NAME = 150  # bytes; file names add to it
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -51,7 +51,7 @@ Text = Annotated[str, Field(min_length=1)]
 
 @dataclass_transform(frozen_default=True, field_specifiers=(Field, pydantic.fields.Field))
 def checked(cls: type[T]) -> type[T]:
-    """A frozen dataclass that checks its fields' types and ranges when it is made; strict, no extra fields.
+    """Make a frozen dataclass that checks its fields' types and ranges; strict, no extra fields.
 
     Its `__init__` raises UserError, one line that names class, field and value.
     """
@@ -73,9 +73,14 @@ def checked(cls: type[T]) -> type[T]:
 
 
 def first_line(error: ValidationError, names: Sequence[str] = ()) -> str:
-    """The first thing that is wrong: field, value, rule; and how many more there are.
+    """Describe the first violation: field, value, rule, and how many more there are.
 
-    names: of the fields, for what was given by position.
+    Args:
+        error: of pydantic.
+        names: of the fields, for values given by position.
+
+    Returns:
+        One line.
     """
     errors = error.errors(include_url=False)
     first = errors[0]
@@ -92,7 +97,7 @@ def first_line(error: ValidationError, names: Sequence[str] = ()) -> str:
 
 
 def shortened(value: Any) -> str:
-    """repr of a value in one short line."""
+    """Return the repr of a value in one short line."""
     text = " ".join(repr(value).split())
     return text if len(text) <= MOST_SHOWN else text[: MOST_SHOWN - 3] + "..."
 
@@ -103,24 +108,60 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def parsed(kind: type[T], content: bytes, path: Path, remedy: str) -> T:
-    """JSON as an instance of a checked class. Raises UserError that names file, field, value and remedy."""
+    """Parse JSON as an instance of a checked class.
+
+    Args:
+        kind: the class.
+        content: the JSON.
+        path: the file that errors name.
+        remedy: what errors say to do.
+
+    Returns:
+        The instance.
+
+    Raises:
+        UserError: naming file, field, value and remedy.
+    """
     try:
         return _adapter(cast(Any, kind)).validate_json(content)
     except ValidationError as error:
         raise UserError(f"{path} is damaged ({first_line(error)}); {remedy}") from None
-    except UserError as error:  # of a class inside
+    except UserError as error:  # raised by a nested class
         raise UserError(f"{path} is damaged ({error}); {remedy}") from None
 
 
 def read(kind: type[T], path: Path, remedy: str) -> T:
-    """As `parsed`, from a file."""
+    """Read a file as `parsed` does.
+
+    Args:
+        kind: the class.
+        path: the file.
+        remedy: what errors say to do.
+
+    Returns:
+        The instance.
+
+    Raises:
+        UserError: if the file is missing or damaged.
+    """
     if not path.is_file():
         raise UserError(f"{path} is missing; {remedy}")
     return parsed(kind, path.read_bytes(), path, remedy)
 
 
 def tensors(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """As `store.load_tensors`, with what to do about a missing or damaged file. Raises UserError."""
+    """Read a file as `store.load_tensors` does.
+
+    Args:
+        path: the file.
+        remedy: what errors say to do.
+
+    Returns:
+        The tensors by name, and the metadata.
+
+    Raises:
+        UserError: if the file is missing or damaged.
+    """
     if not path.is_file():
         raise UserError(f"{path} is missing; {remedy}")
     try:
@@ -130,7 +171,17 @@ def tensors(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, Any]]
 
 
 def check_tensors(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], remedy: str) -> None:
-    """Raises UserError where a file lacks one of the wanted tensors, or has another shape or no numbers."""
+    """Check that a file has all tensors of a model.
+
+    Args:
+        path: the file that errors name.
+        found: its tensors.
+        wanted: the model's tensors.
+        remedy: what errors say to do.
+
+    Raises:
+        UserError: if a tensor is missing, has another shape, or holds numbers that are not finite.
+    """
     for name, target in wanted.items():
         if name not in found:
             raise UserError(f"{path} has no tensor {name}; {remedy}")
@@ -142,6 +193,6 @@ def check_tensors(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str, 
 
 
 def remove_left(path: Path) -> None:
-    """Remove what killed processes have left while replacing a file; the caller holds its lock."""
+    """Remove what killed processes left while replacing a file; the caller holds its lock."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         left.unlink(missing_ok=True)

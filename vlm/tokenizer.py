@@ -1,6 +1,6 @@
-"""Tokenizers of a VLM: any of the hub's, or a small one made from the text it must read.
+"""Tokenizers of a VLM: any of the hub's, or a small one made from the text that it must read.
 
-Both are objects of the `tokenizers` library, so that encoding, decoding and files are its own.
+Both are objects of the `tokenizers` library.
 """
 
 from __future__ import annotations
@@ -22,22 +22,26 @@ HELP = 'text needs tokenizers: pip install -e ".[vlm]"'
 
 @dataclass(frozen=True)
 class Text:
-    """encode and decode of a `tokenizers.Tokenizer`, without special tokens, and the markers' ids."""
+    """A `tokenizers.Tokenizer` without special tokens, and the ids of the image's markers."""
 
     tokenizer: Any
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a piece of text."""
+        """Return the ids of a text."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Up to the first end token."""
+        """Return the text of ids up to the first end token."""
         text = self.tokenizer.decode(list(ids), skip_special_tokens=False)
         return text.partition(END)[0]
 
     @property
     def markers(self) -> tuple[int, int]:
-        """Ids of begin and end of an image, and of the row separator. Raises UserError if they are split."""
+        """Ids of an image's begin and end, and of its row separator.
+
+        Raises:
+            UserError: if the tokenizer splits a marker into several tokens.
+        """
         found = [self.encode(text) for text in ("###", "&&")]
         if [len(ids) for ids in found] != [1, 1]:
             raise UserError(
@@ -50,7 +54,17 @@ class Text:
 
 
 def from_words(texts: Iterable[str]) -> Text:
-    """Every piece of `texts` (see PIECES) a token, the end token first; others become one unknown token."""
+    """Make a tokenizer with a token for every piece of `texts` (see PIECES).
+
+    Args:
+        texts: all text that it must read.
+
+    Returns:
+        The tokenizer; the end token is id 0, and pieces that `texts` lack become one unknown token.
+
+    Raises:
+        MissingPackage: if tokenizers is not installed.
+    """
     try:
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     except ImportError as error:
@@ -65,9 +79,10 @@ def from_words(texts: Iterable[str]) -> Text:
 
 
 def fingerprint(name: str) -> str:
-    """Names what ids a tokenizer gives: the one of scenes by what it is made from, a file by its content.
+    """Identify the ids that a tokenizer gives.
 
-    One of the hub is known by its name.
+    The tokenizer of scenes is identified by what it is made from, a file by its content, one of the hub by
+    its name.
     """
     if name == "scenes":
         from vlm.scenes import VERSION
@@ -86,9 +101,17 @@ def _file(name: str) -> Path:
 
 
 def read(name: str) -> Text:
-    """A tokenizer by its name on the hub, or from a folder with tokenizer.json or such a file.
+    """Read a tokenizer.
 
-    Raises UserError, in one line, where there is none.
+    Args:
+        name: a name on the hub, a folder with tokenizer.json, or such a file.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        MissingPackage: if tokenizers is not installed.
+        UserError: if there is no such tokenizer.
     """
     try:
         from tokenizers import Tokenizer

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from ssm_retrieval.cli import INTERRUPTED, StopSignals, guarded, parse, use_threads
+from ssm_retrieval.cli import INTERRUPTED, Imports, StopSignals, guarded, parse, use_threads
 from ssm_retrieval.errors import MissingPackage, UserError
 from ssm_retrieval.terminal import plain_console
 from vlm import components
@@ -53,6 +53,9 @@ class Options:
     jobs: int = 0
     """Processes that share the runs out among them; one thread each is faster than several. 0 = one a \
 core, as far as there are runs; a single one with a GPU or under accelerate launch."""
+    imports: Imports = ()
+    """A Python module of yours that registers data sets or models (docs/data.md), here or on PYTHONPATH; \
+may be given several times."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,7 +68,7 @@ def train_all(options: Options) -> int:
     from ssm_retrieval.ops.memory import keep_freed_memory
 
     keep_freed_memory()
-    runs = [run for run in read_file(options.config) if options.only in run.name]
+    runs = [run for run in read_file(options.config, options.imports) if options.only in run.name]
     if not runs:
         raise UserError(f"--only {options.only}: no run of {options.config} has that in its name")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -133,6 +136,7 @@ def helpers(options: Options, count: int, threads: int) -> Iterator[Callable[[],
     """
     command = [sys.executable, "-m", "vlm.train", str(options.config), "--out", str(options.out)]
     command += ["--only", options.only, "--jobs", "1", "--threads", str(threads)]
+    command += [word for module in options.imports for word in ("--import", module)]
     known = os.environ | {PARENT: str(os.getpid())}
     started = [subprocess.Popen(command, stdout=subprocess.DEVNULL, env=known) for _ in range(count)]
 
@@ -165,7 +169,8 @@ def train_here(options: Options, runs: Sequence[Run], accelerator: Any) -> int:
         if accelerator.is_main_process:
             remember(run, options.out)
         console.print(f"{run.name}: {folder}", soft_wrap=True)
-    console.print(f"next: python -m vlm.evaluate {options.config}", soft_wrap=True)
+    modules = "".join(f" --import {name}" for name in options.imports)
+    console.print(f"next: python -m vlm.evaluate {options.config}{modules}", soft_wrap=True)
     return 0
 
 

@@ -2,9 +2,10 @@
 
     python -m studies.vlm_cpu.summary [RUNS]
 
-With RUNS (what `vlm.train --out` named) it first writes results.parquet, looks.csv (what `vlm.looking` finds,
-run by run) and predictions.png beside this file; floors.csv is floors.py's. The figures, and what stands
-between the markers `<!-- NAME -->` and `<!-- /NAME -->` in README.md, are made from the two tables.
+With RUNS (what `vlm.train --out` named) it first writes results.parquet, looks.csv (what
+`vlm.information_flow` finds, run by run) and predictions.png beside this file; floors.csv is floors.py's. The
+figures, and what stands between the markers `<!-- NAME -->` and `<!-- /NAME -->` in README.md, are made from
+the two tables.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from vlm.prompts import LAYOUTS
 
 HERE = Path(__file__).parent
 RESULTS, LOOKS, FLOORS = HERE / "results.parquet", HERE / "looks.csv", HERE / "floors.csv"
-EXAMPLES = 200  # held-out grounding questions that vlm.looking asks each run
+EXAMPLES = 200  # held-out grounding questions that vlm.information_flow asks each run
 FAMILIES = ("transformer", "mamba")
 WORDS = {"attention": "read", "write": "written", "kept": "kept", "share": "part of the state"}
 PICTURED = ("grounding", "attribute", "reading-word")
@@ -61,7 +62,7 @@ def collect(out: Path) -> None:
     import vlm.config
     from ssm_retrieval.training import store
     from ssm_retrieval.training.parquet import to_parquet
-    from vlm import looking as probe
+    from vlm.information_flow import target_ratios, target_table
     from vlm.results import COLUMNS
 
     torch.set_num_threads(2)
@@ -71,7 +72,7 @@ def collect(out: Path) -> None:
     rows: Any = found.astype(object).where(found.notna(), None).to_dict("records")
     store.write_bytes(RESULTS, to_parquet(rows, COLUMNS))
     planned = vlm.config.read_file(HERE / "runs.py")
-    looks = [probe.contrast(probe.table(run, out, EXAMPLES)) for run in planned]
+    looks = [target_ratios(target_table(run, out, EXAMPLES)) for run in planned]
     store.write_bytes(LOOKS, pd.concat(looks).to_csv(index=False, float_format="%.5g").encode())
     with theme():
         chosen = [run for run in planned if (run.layout, run.image_size, run.seed) == ("agnostic", 64, 0)]

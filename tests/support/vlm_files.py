@@ -34,6 +34,7 @@ GENOME = {
 
 
 def v7w(answer, others):
+    """A question of Visual7W with its right answer and the other choices."""
     qa = V7W | {"answer": answer, "multiple_choices": others}
     return {"images": [{"split": "val", "filename": "v7w_1.jpg", "image_id": 1, "qa_pairs": [qa]}]}
 
@@ -201,6 +202,7 @@ CASES = {
 
 
 def write(folder: Path, files: dict) -> None:
+    """Write files by name: a pickle if the name ends in .p, else JSON."""
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from vlm_files import CASES, write
 
 from vlm.data.sources import FileSource
@@ -10,7 +12,18 @@ from vlm.data.turns import Rules
 ASKED = Rules(training=False)
 
 
-def source(name, folder, rules=None, **options):
+def source(name: str, folder: Path, rules: Rules | None = None, **options: str) -> FileSource:
+    """Write the official files of CASES to a folder and return them as a source.
+
+    Args:
+        name: of the data set.
+        folder: to write to.
+        rules: of the samples.
+        **options: of the source.
+
+    Returns:
+        The source.
+    """
     split, files, _ = CASES[name]
     write(folder, files)
     return FileSource(name, folder, folder / "images", split, rules=rules, **options)

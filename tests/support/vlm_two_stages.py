@@ -20,6 +20,7 @@ SMALL = {"n_layer": 1, "d_model": 32}
 
 
 def run(family="transformer", **more) -> Run:
+    """A run of both stages."""
     over = SMALL | ({"n_head": 2} if family == "transformer" else {})
     given = dict(model_overrides=over, precision="no", image_size=32, max_new_tokens=12) | more
     return Run(

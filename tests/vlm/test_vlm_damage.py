@@ -184,12 +184,13 @@ def test_a_damaged_environment_is_named(vlm_folder, content):
 
 
 @pytest.mark.parametrize("name", ["config.json", "stage.json", "model.safetensors", "encoder"])
-@pytest.mark.parametrize("command", ["predict", "looking", "demo", "evaluate"])
+@pytest.mark.parametrize("command", ["predict", "information_flow", "demo", "evaluate"])
 def test_an_empty_file_of_a_stage_ends_every_command_in_one_line(vlm_folder, tmp_path, capsys, command, name):
     from PIL import Image
 
-    from vlm import looking, predict
+    from vlm import predict
     from vlm.demo import __main__ as demo
+    from vlm.information_flow import __main__ as information_flow
 
     pytest.importorskip("gradio", reason="gradio is not installed; .ci/run installs it")
     path = vlm_folder / name
@@ -200,7 +201,7 @@ def test_an_empty_file_of_a_stage_ends_every_command_in_one_line(vlm_folder, tmp
     Image.new("RGB", (32, 32)).save(picture)
     status = {
         "predict": lambda: predict.main([str(vlm_folder), str(picture), "Is it?"]),
-        "looking": lambda: looking.main(
+        "information_flow": lambda: information_flow.main(
             [str(vlm_folder), "--out", str(tmp_path / "a.parquet"), "--examples", "2"]
         ),
         "demo": lambda: demo.main([str(vlm_folder), str(vlm_folder)]),
@@ -210,20 +211,33 @@ def test_an_empty_file_of_a_stage_ends_every_command_in_one_line(vlm_folder, tmp
     assert status == 2 and len(said) == 1 and str(path) in said[0] and "delete" in said[0]
 
 
-@pytest.mark.parametrize("command", ["predict", "looking", "demo", "evaluate"])
+@pytest.mark.parametrize("command", ["predict", "information_flow", "demo", "evaluate"])
 def test_ctrl_c_in_every_command_is_status_130_without_a_traceback(
     vlm_folder, tmp_path, capsys, monkeypatch, command
 ):
-    from vlm import looking, predict
+    from vlm import predict
     from vlm.demo import __main__ as demo
+    from vlm.information_flow import __main__ as information_flow
 
     def pressed(*_, **__):
         raise KeyboardInterrupt
 
-    for module in (predict, looking, evaluate, demo):
-        name = {"predict": "predict", "looking": "measure", "evaluate": "evaluate_all", "demo": "serve"}
+    for module in (predict, information_flow, evaluate, demo):
+        name = {
+            "predict": "predict",
+            "information_flow": "measure",
+            "evaluate": "evaluate_all",
+            "demo": "serve",
+        }
         monkeypatch.setattr(module, name[command], pressed, raising=False)
-    argv = {"predict": ["x", "y"], "looking": ["x", "--out", "y"], "demo": ["x", "y"], "evaluate": ["x"]}
-    main = {"predict": predict, "looking": looking, "demo": demo, "evaluate": evaluate}[command].main
+    argv = {
+        "predict": ["x", "y"],
+        "information_flow": ["x", "--out", "y"],
+        "demo": ["x", "y"],
+        "evaluate": ["x"],
+    }
+    main = {"predict": predict, "information_flow": information_flow, "demo": demo, "evaluate": evaluate}[
+        command
+    ].main
     assert main(argv[command]) == 130
     assert capsys.readouterr().err.count("\n") == 1

@@ -33,7 +33,7 @@ from vlm.data.records import (
 from vlm.data.registry import DATASETS
 from vlm.data.sources import FileSource
 from vlm.data.turns import Rules, samples
-from vlm.metrics.scores import Metric
+from vlm.metrics import Metric
 from vlm.prompts import END
 from vlm.scenes.declared import SCENES
 from vlm.scenes.source import PACKED, SOURCES, SceneSource

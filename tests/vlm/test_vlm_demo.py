@@ -22,7 +22,7 @@ pytest.importorskip("PIL", reason="pillow is not installed; .ci/run installs it"
 import vlm_runs
 from PIL import Image
 
-from vlm import components, looking, predict
+from vlm import components, information_flow, predict
 from vlm.demo import __main__ as command
 from vlm.demo import asking, drawing
 from vlm.layout import sequence
@@ -58,7 +58,7 @@ def test_every_task_asks_about_a_scene_and_only_captions_have_no_right_answer(fo
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_the_answer_is_that_of_predict_and_the_maps_those_of_looking(folders, which):
+def test_the_answer_is_that_of_predict_and_the_maps_those_of_information_flow(folders, which):
     contestant = asking.Contestant.open(folders[which])
     picture, question = render(SCENE), asking.questions(SCENE)[0]
     reply = asking.ask(contestant, picture, question)
@@ -69,24 +69,26 @@ def test_the_answer_is_that_of_predict_and_the_maps_those_of_looking(folders, wh
     words = contestant.model.generate(torch.tensor([ids]), eyes([picture]), run.max_new_tokens)[0].tolist()
     words = words[: words.index(0)] if 0 in words else words
     at = list(range(len(ids) - 1, len(ids) - 1 + max(1, len(words))))
-    looks = looking.look(contestant.model, torch.tensor([ids + words]), eyes([picture]), at)
-    assert reply.maps.keys() == looks.keys() == {0, 1}
+    flows = information_flow.layer_flows(contestant.model, torch.tensor([ids + words]), eyes([picture]), at)
+    assert reply.maps.keys() == flows.keys() == {0, 1}
     for layer, maps in reply.maps.items():
         assert set(maps) == ({"attention"} if which == 0 else {"attention", "write", "kept", "share"})
-        expected = looks[layer].attention.mean((0, 1, 2)).reshape(4, 4)
+        expected = flows[layer].attention.mean((0, 1, 2)).reshape(4, 4)
         np.testing.assert_allclose(maps["attention"], expected, rtol=1e-5)
-        target, others = looking.patches_of(question.example.boxes[0], 128, 4), []
+        target, others = information_flow.patches_of(question.example.boxes[0], 128, 4), []
         for item in SCENE.shapes:
             if item.box != question.example.boxes[0]:
-                others.append(maps["attention"].reshape(-1)[looking.patches_of(item.box, 128, 4)].mean())
+                others.append(
+                    maps["attention"].reshape(-1)[information_flow.patches_of(item.box, 128, 4)].mean()
+                )
         ratio = maps["attention"].reshape(-1)[target].mean() / np.mean(others)
-        assert reply.contrast[layer]["attention"] == pytest.approx(ratio)
+        assert reply.ratios[layer]["attention"] == pytest.approx(ratio)
 
 
 def test_a_question_of_the_users_has_no_right_answer_and_may_have_words_that_the_model_lacks(folders):
     contestant, picture = asking.Contestant.open(folders[1]), render(SCENE)
     reply = asking.ask(contestant, picture, asking.typed("Where is the striped giraffe?", picture))
-    assert reply.right is None and reply.contrast == {} and reply.unknown == ("giraffe",)
+    assert reply.right is None and reply.ratios == {} and reply.unknown == ("giraffe",)
 
 
 @pytest.mark.parametrize("text", ["", " ", "Describe the image."])
@@ -244,7 +246,7 @@ class Page:
 MAPS = {0: ("attention",), 1: ("attention", "write", "share")}
 
 
-def test_both_models_answer_about_a_rendered_scene_and_show_where_they_looked(address, browser):
+def test_both_models_answer_about_a_rendered_scene_and_show_what_they_read(address, browser):
     page, questions = Page(browser, address), asking.questions(SCENE)
     page.asked(asking.questions(sample_scene(0, "heldout", 0))[0].text)  # the page opens with an answer
     page.fill("#index input", "7")

@@ -17,7 +17,7 @@ from vlm_runs import stage
 from ssm_retrieval.errors import UserError
 from vlm import evaluate, folders, results, stages
 from vlm.config import Files, Run, Scenes, from_dict
-from vlm.metrics import scores
+from vlm.metrics import catalogue
 from vlm.scenes import encoder
 from vlm.scenes.declared import SCENES
 
@@ -165,8 +165,8 @@ def test_a_table_is_current_until_what_is_asked_changes(tmp_path, monkeypatch):
         patched.setattr(results, "VERSION", 99)
         assert evaluate.current(tmp_path, wanted) is None
     with monkeypatch.context() as patched:  # captions could be scored now
-        now = scores.captions_are_scored()
-        patched.setattr(scores, "captions_are_scored", lambda: not now)
+        now = catalogue.captions_are_scored()
+        patched.setattr(catalogue, "captions_are_scored", lambda: not now)
         assert evaluate.current(tmp_path, wanted) is None
     with monkeypatch.context() as patched:  # shorter answers than were declared
         patched.setitem(SCENES, "count", dataclasses.replace(SCENES["count"], max_new_tokens=2))
@@ -213,8 +213,8 @@ def test_what_a_killed_evaluation_left_is_removed(tmp_path):
 def test_captions_that_are_not_scored_are_said_in_one_line(monkeypatch, capsys):
     from vlm.data.samples import Sample
 
-    monkeypatch.setattr(scores, "captions_are_scored", lambda: False)
-    scores._warn_of_captions.cache_clear()
+    monkeypatch.setattr(catalogue, "captions_are_scored", lambda: False)
+    catalogue._warn_of_captions.cache_clear()
     sample = Sample("0", "caption", "0", "caption", (), {"captions": ["a star"]})
     assert results.score([sample], ["a star"]) == results.score([sample], ["a star"]) == []
     said = capsys.readouterr().err.strip().splitlines()

@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vlm import metrics
+from vlm.data.samples import Sample
 from vlm.metrics import boxes, captions, choices, vqa
 
 REFS = {
@@ -87,16 +89,25 @@ def test_iou_counts_pixels(x, y, w, h, u, v, k, m):
     assert found[0] == pytest.approx(len(a & b) / len(a | b))
 
 
+def _asked(target):
+    return Sample("0", "any", "0", "any", (), target)
+
+
 def test_boxes_at_the_threshold_and_answers_that_are_no_box():
     gold = [[0, 0, 2, 1]] * 4
     said = [[0, 0, 1, 1], [0, 0, 2, 1], [2, 1, 0, 0], [math.nan] * 4]
-    assert boxes.scores(said, gold) == {"accuracy": 0.25, "mean_iou": 0.375}
+    answers = [f"[{','.join(str(value / 2) for value in box)}]" for box in said]
+    assert answers[3] == "[nan,nan,nan,nan]"
+    samples = [_asked({"box": box, "width": 2, "height": 2}) for box in gold]
+    rows = {row["metric"]: row["value"] for row in metrics.BOX.rows(samples, answers)}
+    assert rows == {"iou@0.5": 0.25, "mean_iou": 0.375}
     with pytest.raises(ValueError, match="gold"):
         boxes.iou([[0, 0, 1, 1]], [[1, 1, 0, 0]])
 
 
 def test_choices_and_yes_no():
-    assert choices.multiple_choice(["B.", "a", "Cat.", ""], [1, 0, 2, 0]) == 0.5
+    (row,) = metrics.LETTER.rows([_asked({"answer": i}) for i in (1, 0, 2, 0)], ["B.", "a", "Cat.", ""])
+    assert row["metric"] == "accuracy" and row["value"] == 0.5 and row["count"] == 4
     assert [choices.says_yes(t) for t in ("No.", "Yes, no doubt", "There is not. Yes", "Yes.")] == [
         0,
         0,

@@ -301,7 +301,7 @@ def test_targets_are_json(tmp_path):
 
 def test_the_documents_snippet_trains_on_official_files(tmp_path, monkeypatch):
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
-    (snippet,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    (snippet,) = re.findall(r"```python\n(from vlm.data.cache .*?)```", page, flags=re.DOTALL)
     karpathy = CASES["coco"][1]["dataset_coco.json"]["images"][0] | {"split": "train"}
     write(tmp_path / "annotations" / "coco", {"dataset_coco.json": {"images": [karpathy]}})
     refs = [

@@ -1,1 +1,1 @@
-"""Configs of `python -m vlm.train`: Python files whose get_config() returns vlm.config.Run's."""
+"""Configs of `python -m vlm.train`: Python files whose `get_config()` returns a list of runs."""

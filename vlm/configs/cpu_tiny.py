@@ -1,7 +1,8 @@
 """Both VLMs, tiny, on rendered scenes: `python -m vlm.train vlm/configs/cpu_tiny.py`.
 
-A first stage learns to find what is described, alone: in a mixture of everything the lookup did not form
-within as many steps. The second adds all that is asked. Both families get the same data in the same order.
+The first stage only learns to find what is described: in a mixture of all tasks the lookup did not form
+within as many steps. The second stage adds the other tasks. Both families see the same data in the same
+order.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ TASKS = (
     "existence", "count", "attribute", "comparison", "spatial",
     "grounding", "pointing", "reading-digit", "reading-word",
 )  # fmt: skip
-# About half a million weights each; attention in two layers, as its lookups need two steps.
+# About half a million weights each. Two layers of attention, because a lookup takes two steps.
 MODELS: dict[str, dict[str, Any]] = {
     "transformer-tiny": dict(n_head=2, init_std=0.06),
     "mamba-tiny": {},
@@ -23,6 +24,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def train(task: str) -> Scenes:
+    """Return the training samples of a task."""
     return Scenes(task, IMAGES, turns=TURNS)
 
 
@@ -37,6 +39,7 @@ ANSWER = Stage(
 
 
 def get_config() -> list[Run]:
+    """Return one run per family."""
     evaluation = {task: Scenes(task, HELDOUT, "heldout") for task in TASKS}
     return [
         Run(

@@ -2,10 +2,11 @@
 
     VLM_DATA=/data accelerate launch -m vlm.train vlm/configs/paper.py --only mamba-790m-agnostic
 
-/data/<data set> holds the official files, and its folder `DataSet.images` the pictures (docs/data.md).
-Rates, schedule and mixture are those of the released scripts; these disagree on epochs (one for Mamba,
-more for Pythia), and here both families get one. What is published nowhere, such as the number of devices,
-is a choice: batches of 64 x 4 and 32 x 4. Its authors have not run it: no such data, weights or GPUs.
+`/data/<data set>` holds the official files, and its folder `DataSet.images` the pictures (docs/data.md).
+Rates, schedule and mixture are those of the released scripts. These disagree on epochs (one for Mamba, more
+for Pythia); here both families get one. Where nothing is published, such as the number of devices, the value
+is our choice: batches of 64 x 4 and 32 x 4. We have not run this config: we had no such data, weights or
+GPUs.
 """
 
 from __future__ import annotations
@@ -37,21 +38,32 @@ ASKED = (
 
 
 def files(name: str, split: str, **more: object) -> Files:
+    """Return a split of a data set in its folder below DATA.
+
+    Args:
+        name: of the data set.
+        split: of the data set.
+        **more: other fields of `vlm.config.Files`.
+
+    Returns:
+        The samples' declaration.
+    """
     folder = f"{DATA}/{name}"
     images = f"{folder}/{DATASETS[name].images}"
     return Files(name, split, folder, images, index=f"{DATA}/index", **more)  # type: ignore[arg-type]
 
 
 def evaluation() -> dict[str, Data]:
-    """Every data set's main split by its name, then the others as name-split."""
+    """Return every data set's main split by its name, then the other splits as name-split."""
     main: dict[str, Data] = {name: files(name, DATASETS[name].asked[0]) for name in ASKED}
     more = [(name, split) for name in ASKED for split in DATASETS[name].asked[1:]]
     return main | {f"{name}-{split}": files(name, split) for name, split in more}
 
 
 def training() -> dict[str, Data]:
+    """Return the published mixture, one source per data set and region captions."""
     found: dict[str, Data] = {name: files(name, "train", filtered=True) for name in MIXTURE}
-    # region captioning is asked for as well
+    # regions are also to be described
     found["visual-genome-captions"] = files(
         "visual-genome-regions", "train", regions="dense captioning", filtered=True
     )
@@ -59,7 +71,8 @@ def training() -> dict[str, Data]:
 
 
 def get_config() -> list[Run]:
-    betas = (0.9, 0.999)  # as the released scripts' trainer has them by default
+    """Return one run per model and layout."""
+    betas = (0.9, 0.999)  # the default of the released scripts' trainer
     align = Stage(
         {"llava": files("llava-pretrain", "train")},
         batch_size=256, lr=1e-3, epochs=1, train="connector", betas=betas, max_length=1024,
@@ -82,7 +95,7 @@ def get_config() -> list[Run]:
             evaluation=evaluation(),
             seed=12345,
             max_new_tokens=max(DATASETS[name].max_new_tokens for name in ASKED),
-            cache=False,  # 1.2 MB an image
+            cache=False,  # 1.2 MB per image
         )
         for name, init in MODELS.items()
         for layout in ("agnostic", "instruction-first")

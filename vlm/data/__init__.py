@@ -1,3 +1,1 @@
-"""Readers of official data set files: ``vlm.data.registry.read(name, folder, split)`` yields typed
-records.
-"""
+"""Readers of official data set files; `vlm.data.registry.read(name, folder, split)` yields typed records."""

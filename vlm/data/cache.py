@@ -1,9 +1,9 @@
-"""Features of a source's pictures: on disk, filled once and mapped into memory, or made on the fly.
+"""Features of a source's pictures: stored on disk once and memory-mapped, or computed on the fly.
 
-    <folder>/<name>.npy    (N, P, F), a row per picture in the order of the source's keys
-             <name>.json   what it is of, and how many rows from the first on are filled
+    <folder>/<name>.npy    (N, P, F), one row per picture in the order of the source's keys
+             <name>.json   what the array holds, and how many rows, from the first, are filled
 
-A picture of 576 patches takes 1.2 MB in float16 with an encoder of width 1,024: 558 thousand ones 0.66 TB.
+A picture of 576 patches takes 1.2 MB in float16 with an encoder of width 1,024: 0.66 TB for 558 thousand.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from torch import Tensor
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.training.store import read_json, replacing, write_json
 from vlm.data.samples import Source
+from vlm.pictures import Picture
 from vlm.schema import remove_left, shortened
 
-Picture = npt.NDArray[np.uint8]
 EncodePictures = Callable[[Sequence[Picture]], Tensor]
-RECORDED_EVERY = 1.0  # seconds: what a killed fill loses
+RECORDED_EVERY = 1.0  # seconds; a killed fill loses at most that
 
 
 def pictures(source: Source, images: Sequence[str]) -> list[Picture]:
-    """Pictures (height, width, 3) uint8 of a source by key, opened by several threads at once."""
+    """Return a source's pictures (height, width, 3) uint8 by key, opened by several threads."""
     with ThreadPoolExecutor() as pool:
         return list(pool.map(source.picture, images))
 
 
 @dataclass
 class _Opened:
-    source: Source  # held, so that its id stays its own
+    source: Source  # kept alive, so that its id stays unique
     path: Path
     rows: dict[str, int]
     done: int = 0
@@ -54,12 +54,16 @@ class _Opened:
 
 
 class FeatureCache:
-    """Features on disk. Several processes may read a cache, also while one of them fills it.
+    """Features on disk. Several processes may read a cache, even while one of them fills it.
 
-    encoder_key: names everything that features depend on beside the picture: encoder, weights, image size.
-    encode: pictures (height, width, 3) uint8, of any sizes -> (B, P, F). dtype: of numpy, as stored.
-    A source's array is found by its fingerprint and keys, encoder_key and dtype: sources that show the same
-    pictures share it.
+    A source's array is found by its fingerprint, its keys, `encoder_key` and `dtype`, so sources with the
+    same pictures share it.
+
+    Args:
+        folder: of the arrays.
+        encoder_key: names everything but the picture that features depend on: encoder, weights, image size.
+        encode: pictures (height, width, 3) uint8, of any sizes -> (B, P, F).
+        dtype: NumPy dtype of the stored features.
     """
 
     def __init__(
@@ -76,10 +80,18 @@ class FeatureCache:
         self._opened: dict[int, _Opened] = {}
 
     def fill(self, source: Source, progress: bool = True, batch_size: int = 32) -> None:
-        """Encode what is not there yet; an interrupted fill goes on where it stopped.
+        """Encode the pictures that are missing; an interrupted call continues where it stopped.
 
-        Waits for another process that fills the same array. progress: whether to show a bar.
-        Raises UserError, in one line, for damaged files, OSError where the disk is full.
+        Waits for another process that fills the same array.
+
+        Args:
+            source: whose pictures to encode.
+            progress: whether to show a bar.
+            batch_size: pictures encoded together.
+
+        Raises:
+            UserError: if a file is damaged, or `encode` returns another shape.
+            OSError: if the disk is full.
         """
         opened = self._open(source)
         keys = list(opened.rows)
@@ -109,7 +121,18 @@ class FeatureCache:
                     self._record(opened, done)
 
     def get(self, source: Source, images: Sequence[str]) -> Tensor:
-        """(B, P, F) of pictures by key, in memory of its own. Raises UserError for any not filled yet."""
+        """Return the features of pictures, in memory of their own.
+
+        Args:
+            source: of the pictures.
+            images: B keys.
+
+        Returns:
+            (B, P, F).
+
+        Raises:
+            UserError: if a picture is unknown or not encoded yet.
+        """
         opened = self._open(source)
         try:
             rows = [opened.rows[image] for image in images]
@@ -136,7 +159,7 @@ class FeatureCache:
         return self._opened[id(source)]
 
     def _write(self, opened: _Opened, first: int, rows: npt.NDArray[Any]) -> None:
-        """Rows from number `first` on. Plain calls, not mapped memory: a full disk is an error, no signal."""
+        """Rows from number `first` on. Plain writes, not mapped memory, so a full disk is an error."""
         if first == 0:
             shape = (len(opened.rows), *rows.shape[1:])
             header = {"descr": self.dtype.str, "fortran_order": False, "shape": shape}
@@ -193,10 +216,14 @@ def _damaged(path: Path, error: Exception, array: Path | None = None) -> UserErr
 
 
 class Uncached:
-    """As `FeatureCache`, encoding on the fly; the last `size` pictures' features stay in memory.
+    """The interface of `FeatureCache`, without files; features are computed on the fly.
 
-    An encoder's rounding may depend on which pictures it gets together, so resumed training can differ in
-    the last bits of features, which a cache on disk cannot.
+    An encoder's rounding may depend on which pictures it gets together, so resumed training can differ in the
+    last bits of features. With a cache on disk it cannot.
+
+    Args:
+        encode: as for `FeatureCache`.
+        size: number of pictures whose features stay in memory.
     """
 
     def __init__(self, encode: EncodePictures, size: int = 256):
@@ -204,10 +231,16 @@ class Uncached:
         self._known: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
 
     def fill(self, source: Source, progress: bool = True, batch_size: int = 32) -> None:
-        """Nothing to do."""
+        """Do nothing.
+
+        Args:
+            source: as for `FeatureCache.fill`.
+            progress: as for `FeatureCache.fill`.
+            batch_size: as for `FeatureCache.fill`.
+        """
 
     def get(self, source: Source, images: Sequence[str]) -> Tensor:
-        """(B, P, F) of pictures by key."""
+        """Return the features (B, P, F) of a source's pictures by key."""
         known = self._known
         missing = [image for image in dict.fromkeys(images) if (source.fingerprint, image) not in known]
         if missing:

@@ -10,7 +10,7 @@ from vlm.data.records import Captioned
 
 
 def coco(folder: Path, split: str) -> Iterator[Captioned]:
-    """One record per image with all (about five) captions; train is Karpathy's train and restval together."""
+    """Yield one record per image with all (about five) captions; train is Karpathy's train and restval."""
     path = require(folder, "dataset_coco.json", "Karpathy's caption_datasets.zip")
     wanted = {"train": ("train", "restval")}.get(split, (split,))
     with structure(path):
@@ -29,7 +29,7 @@ NOCAPS_FILES = {"val": "nocaps_val_4500_captions.json", "test": "nocaps_test_ima
 
 
 def nocaps(folder: Path, split: str) -> Iterator[Captioned]:
-    """One record per image with its ten captions and its domain; the captions of test are hidden."""
+    """Yield one record per image with its ten captions and its domain; test has no captions."""
     path = require(folder, NOCAPS_FILES[split], f"the {split} annotations of nocaps.org")
     with structure(path):
         content = load_json(path)
@@ -50,7 +50,7 @@ def nocaps(folder: Path, split: str) -> Iterator[Captioned]:
 
 
 def ocr_tokens(folder: Path, split: str) -> dict[str, tuple[str, ...]]:
-    """OCR tokens by image id from the Rosetta file that TextVQA and TextCaps share."""
+    """Return OCR tokens by image id from the Rosetta file that TextVQA and TextCaps share."""
     name = f"TextVQA_Rosetta_OCR_v0.2_{split}.json"
     path = require(folder, name, "the Rosetta OCR tokens of TextVQA")
     with structure(path):
@@ -58,12 +58,12 @@ def ocr_tokens(folder: Path, split: str) -> dict[str, tuple[str, ...]]:
 
 
 def text_image(image_id: str, split: str) -> str:
-    """Path of an image of TextVQA and TextCaps: validation images are in the archive of train."""
+    """Return the path of an image of TextVQA and TextCaps; validation images are in train's archive."""
     return f"{'test' if split == 'test' else 'train'}_images/{image_id}.jpg"
 
 
 def textcaps(folder: Path, split: str) -> Iterator[Captioned]:
-    """One record per image with all its captions and OCR tokens; the captions of test are hidden."""
+    """Yield one record per image with all its captions and OCR tokens; test has no captions."""
     path = require(folder, f"TextCaps_0.1_{split}.json", f"the {split} annotations of TextCaps 0.1")
     ocr = ocr_tokens(folder, split)
     with structure(path):

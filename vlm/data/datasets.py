@@ -1,6 +1,6 @@
 """The official data sets, one declaration each. A new one is a reader and an entry here.
 
-`vlm.data.registry` finds them by name; the evaluator (`vlm.results`), vlm/configs/paper.py and the tables of
+`vlm.data.registry` finds them by name. The evaluator (`vlm.results`), vlm/configs/paper.py and the tables of
 docs/data.md read them.
 """
 
@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vlm import prompts
+from vlm import metrics, prompts
 from vlm.data import captions, documents, filters, grounding, instructions, tasks, vqa
 from vlm.data.declaration import DataSet
 from vlm.data.records import Choice, Question, Record
-from vlm.metrics import scores
 from vlm.prompts import INSTRUCTIONS, Chunk
 
 THREE = ("train", "val", "test")
@@ -21,22 +20,22 @@ OCR = "TextVQA_Rosetta_OCR_v0.2_{split}.json"
 GENOME = ("image_data.json", "dataset_coco.json")
 
 
-# --- the released evaluators' own words ---------------------------------------------------------------------
+# --- the released evaluators' wording -----------------------------------------------------------------------
 
 
 def one_string(record: Record, chunks: Sequence[Chunk]) -> list[Chunk]:
-    """GQA and TextVQA: tokenised as one."""
+    """Return the prompt of GQA and TextVQA, tokenised as one string."""
     return [Chunk("".join(chunk.text for chunk in chunks))]
 
 
 def no_question_mark_up(record: Record, chunks: Sequence[Chunk]) -> list[Chunk]:
-    """POPE: the question alone, without "Question:" and "Answer:"."""
+    """Return the prompt of POPE: the question alone, without "Question:" and "Answer:"."""
     assert isinstance(record, Question)
     return [Chunk(INSTRUCTIONS["vqa"] + "\n"), Chunk(prompts.sentence(record.question) + "\n")]
 
 
 def question_as_written(record: Record, chunks: Sequence[Chunk]) -> list[Chunk]:
-    """Visual7W pointing: one newline fewer, and the question's own case."""
+    """Return the prompt of Visual7W pointing: one newline fewer, and the question's own case."""
     assert isinstance(record, Choice)
     return [chunks[0], Chunk(f"Question: {record.question}\n"), *chunks[2:]]
 
@@ -49,7 +48,7 @@ COCO = DataSet(
     splits=THREE,
     files=("dataset_coco.json",),
     task=tasks.CAPTIONING,
-    metric=scores.CAPTIONS,
+    metric=metrics.CAPTIONS,
     asked=("test",),
 )
 NOCAPS = DataSet(
@@ -58,7 +57,7 @@ NOCAPS = DataSet(
     splits=("val", "test"),
     files=("nocaps_val_4500_captions.json", "nocaps_test_image_info.json"),
     task=tasks.CAPTIONING,
-    metric=scores.CAPTIONS,
+    metric=metrics.CAPTIONS,
     asked=("val",),
 )
 TEXTCAPS = DataSet(
@@ -67,7 +66,7 @@ TEXTCAPS = DataSet(
     splits=THREE,
     files=("TextCaps_0.1_{split}.json", OCR),
     task=tasks.CAPTIONING,
-    metric=scores.CAPTIONS,
+    metric=metrics.CAPTIONS,
     asked=("val",),
 )
 
@@ -83,7 +82,7 @@ VQAV2 = DataSet(
     ),
     task=tasks.questions(),
     turns=20,
-    metric=scores.ANNOTATORS,
+    metric=metrics.ANNOTATORS,
     asked=("val",),
 )
 GQA = DataSet(
@@ -94,7 +93,7 @@ GQA = DataSet(
     task=tasks.questions(),
     turns=20,
     scattered=True,
-    metric=scores.USUAL,
+    metric=metrics.USUAL,
     reword=one_string,
     asked=("testdev",),
 )
@@ -105,7 +104,7 @@ VISUAL7W_TELLING = DataSet(
     files=("dataset_v7w_telling.json",),
     task=tasks.choices(moved=True),
     turns=3,
-    metric=scores.LETTER,
+    metric=metrics.LETTER,
     asked=("test",),
 )
 VISUAL7W_POINTING = DataSet(
@@ -115,7 +114,7 @@ VISUAL7W_POINTING = DataSet(
     files=("dataset_v7w_pointing.json", "v7w_pointing_answers.json"),
     task=tasks.POINTING,
     turns=3,
-    metric=scores.LETTER,
+    metric=metrics.LETTER,
     reword=question_as_written,
     asked=("test",),
 )
@@ -125,7 +124,7 @@ VSR = DataSet(
     splits=("train", "dev", "test"),
     files=("{split}.jsonl",),
     task=tasks.MATCH,
-    metric=scores.TRUE_FALSE,
+    metric=metrics.TRUE_FALSE,
     asked=("test",),
 )
 POPE = DataSet(
@@ -134,7 +133,7 @@ POPE = DataSet(
     splits=("random", "popular", "adversarial"),
     files=("coco_pope_{split}.json",),
     task=tasks.questions(yes_no=True),
-    metric=scores.YES_NO,
+    metric=metrics.YES_NO,
     reword=no_question_mark_up,
     asked=("adversarial", "random", "popular"),
 )
@@ -144,7 +143,7 @@ AOKVQA = DataSet(
     splits=THREE,
     files=("aokvqa_v1p0_{split}.json",),
     task=tasks.choices(),
-    metric=scores.LETTER,
+    metric=metrics.LETTER,
 )
 
 # --- phrases and boxes --------------------------------------------------------------------------------------
@@ -157,7 +156,7 @@ REFCOCO = DataSet(
     task=tasks.GROUNDING,
     turns=0,
     scattered=True,
-    metric=scores.BOX,
+    metric=metrics.BOX,
     asked=("testA", "testB"),
 )
 REFCOCO_PLUS = DataSet(
@@ -168,7 +167,7 @@ REFCOCO_PLUS = DataSet(
     task=tasks.GROUNDING,
     turns=0,
     scattered=True,
-    metric=scores.BOX,
+    metric=metrics.BOX,
     asked=("testA", "testB"),
 )
 REFCOCOG = DataSet(
@@ -179,7 +178,7 @@ REFCOCOG = DataSet(
     task=tasks.GROUNDING,
     turns=0,
     scattered=True,
-    metric=scores.BOX,
+    metric=metrics.BOX,
     asked=("test",),
 )
 GENOME_REGIONS = DataSet(
@@ -189,7 +188,7 @@ GENOME_REGIONS = DataSet(
     files=("region_descriptions.json", *GENOME),
     task=tasks.GROUNDING,
     turns=10,
-    metric=scores.BOX,
+    metric=metrics.BOX,
     keep=filters.small_regions,
 )
 GENOME_QUESTIONS = DataSet(
@@ -199,7 +198,7 @@ GENOME_QUESTIONS = DataSet(
     files=("question_answers.json", *GENOME),
     task=tasks.questions(),
     turns=10,
-    metric=scores.ANNOTATORS,
+    metric=metrics.ANNOTATORS,
 )
 GRIT = DataSet(
     name="grit",
@@ -220,7 +219,7 @@ TEXTVQA = DataSet(
     files=("TextVQA_0.5.1_{split}.json", OCR),
     task=tasks.questions(),
     turns=0,
-    metric=scores.ANNOTATORS,
+    metric=metrics.ANNOTATORS,
     reword=one_string,
     asked=("val",),
 )
@@ -230,7 +229,7 @@ AI2D = DataSet(
     splits=THREE,
     files=("ai2d/questions/IMAGE.json", "ai2d/annotations/IMAGE.json", "ai2d_test_ids.csv"),
     task=tasks.choices(keep_case=True),
-    metric=scores.LETTER,
+    metric=metrics.LETTER,
     asked=("test",),
 )
 DOCVQA = DataSet(
@@ -240,7 +239,7 @@ DOCVQA = DataSet(
     files=("train_v1.0_withQT.json", "val_v1.0_withQT.json", "test_v1.0.json"),
     task=tasks.questions(keep_case=True),
     turns=0,
-    metric=scores.ANNOTATORS,
+    metric=metrics.ANNOTATORS,
 )
 INFOGRAPHICVQA = DataSet(
     name="infographicvqa",
@@ -253,7 +252,7 @@ INFOGRAPHICVQA = DataSet(
     ),
     task=tasks.questions(keep_case=True),
     turns=0,
-    metric=scores.ANNOTATORS,
+    metric=metrics.ANNOTATORS,
 )
 OCR_VQA = DataSet(
     name="ocr-vqa",
@@ -262,7 +261,7 @@ OCR_VQA = DataSet(
     files=("dataset.json",),
     task=tasks.questions(),
     turns=0,
-    metric=scores.ANNOTATORS,
+    metric=metrics.ANNOTATORS,
     keep=filters.legible,
 )
 

@@ -1,4 +1,4 @@
-"""What the toolkit knows of a data set, in one object that readers, evaluator, configs and docs read."""
+"""What the toolkit knows of a data set, as one object that readers, evaluator, configs and docs use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from vlm.data.records import Record
 from vlm.data.samples import Sample
 from vlm.data.tasks import Task
-from vlm.metrics.scores import Metric
+from vlm.metrics import Metric
 from vlm.prompts import Chunk
 
 Guess = Callable[[Sequence[Sample], Sequence[Sample]], list[str]]
@@ -20,14 +20,14 @@ Reword = Callable[[Record, Sequence[Chunk]], list[Chunk]]
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """How answers are scored, to official files and to scenes alike.
+    """How answers are scored, for official files and scenes alike.
 
     Attributes:
         name: of the data set or the task; `Sample.source`.
-        metric: what an answer is worth; None where there is none.
-        max_new_tokens: of an answer. A run may allow fewer.
-        blind: (training samples, questions) -> answers without the image; None where none can be learned.
-        chance: accuracy of a guess among the answers that a question allows; None where that is unknown.
+        metric: scores answers; None if there is none.
+        max_new_tokens: length limit of an answer. A run may allow fewer.
+        blind: (training samples, questions) -> answers without the image; None if none can be learned.
+        chance: accuracy of a guess among the answers that a question allows; None if unknown.
     """
 
     name: str
@@ -44,13 +44,13 @@ class DataSet(Scored):
     Attributes:
         reader: (folder, split, **options) -> records of the split, in the files' order.
         splits: that the reader knows.
-        files: below the folder of annotations; {split}, SHARD, KEY and IMAGE vary.
+        files: below the folder of annotations; {split}, SHARD, KEY and IMAGE stand for varying parts.
         task: prompt, answer and target of a record.
-        images: folder of the pictures below the data set's own.
-        turns: of a training sample at most; 0 = as many as there are about an image.
-        scattered: whether the files have an image's records apart from each other.
+        images: folder of the pictures below the data set's own folder.
+        turns: largest number of questions in a training sample; 0 = all questions about an image.
+        scattered: whether the records of one image lie apart in the files.
         keep: (read, annotations, images) -> the records that the published training data keep; None = all.
-        reword: (record, chunks) -> the prompt of the released evaluators, where that is another one.
+        reword: (record, chunks) -> the prompt of the released evaluators, if it differs from training's.
         asked: splits that the paper evaluates, the main one first.
     """
 

@@ -13,7 +13,7 @@ from vlm.data.records import Choice, Question
 
 
 def textvqa(folder: Path, split: str) -> Iterator[Question]:
-    """One record per question with ten answers (none in test) and the Rosetta OCR tokens of its image."""
+    """Yield one record per question with ten answers (test: none) and the OCR tokens of its image."""
     path = require(folder, f"TextVQA_0.5.1_{split}.json", f"the {split} questions of TextVQA 0.5.1")
     ocr = ocr_tokens(folder, split)
     with structure(path):
@@ -32,9 +32,9 @@ def textvqa(folder: Path, split: str) -> Iterator[Question]:
 
 
 def ai2d_split(image_id: str, test_ids: set[str]) -> str:
-    """Split of a diagram: the official list for test, else one in ten is val by a hash of the id alone.
+    """Return the split of a diagram: test by the official list, else val for one in ten, by a hash of the id.
 
-    All questions on a diagram are in one split, and train and val cannot overlap.
+    All questions about a diagram are in one split, so train and val cannot overlap.
     """
     if image_id in test_ids:
         return "test"
@@ -42,7 +42,7 @@ def ai2d_split(image_id: str, test_ids: set[str]) -> str:
 
 
 def ai2d(folder: Path, split: str) -> Iterator[Choice]:
-    """One record per question; ``ocr`` holds the lines "label: text" of the diagram's text boxes by id."""
+    """Yield one record per question; `ocr` has the lines `label: text` of the diagram's text boxes, by id."""
     what = "ai2d-all.zip and ai2d_test_ids.csv of AI2D"
     ids_path = require(folder, "ai2d_test_ids.csv", what)
     questions = require(folder, "ai2d/questions", what)
@@ -92,19 +92,25 @@ def _pages(source: str, path: Path, split: str, image_field: str) -> Iterator[Qu
 
 
 def docvqa(folder: Path, split: str) -> Iterator[Question]:
-    """One record per question on a page with all its accepted answers; test has none."""
+    """Yield one record per question about a page with all its accepted answers; test has none."""
     path = require(folder, DOCVQA_FILES[split], f"the {split} questions of DocVQA (task 1)")
     return _pages("docvqa", path, split, "image")
 
 
 def infographicvqa(folder: Path, split: str) -> Iterator[Question]:
-    """One record per question on an infographic with all its accepted answers; test has none."""
+    """Yield one record per question about an infographic with all its accepted answers; test has none."""
     path = require(folder, INFOGRAPHIC_FILES[split], f"the {split} questions of InfographicVQA (task 3)")
     return _pages("infographicvqa", path, split, "image_local_name")
 
 
 def ocrvqa(folder: Path, split: str) -> Iterator[Question]:
-    """One record per question on a book's cover; images are images/KEY with the ending of their address."""
+    """Yield one record per question about a book's cover.
+
+    An image is `images/KEY` with the file ending of its address.
+
+    Raises:
+        UserError: if a book has more questions than answers, or fewer.
+    """
     path = require(folder, "dataset.json", "OCR-VQA's dataset.json")
     number = {"train": 1, "val": 2, "test": 3}[split]
     with structure(path):

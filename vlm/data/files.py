@@ -1,4 +1,4 @@
-"""Opening official files so that a missing or malformed one is a single line that names it."""
+"""Open official files, so that a missing or malformed one is a single line that names it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,23 @@ from ssm_retrieval.models.unpickle import Plain, scan
 
 
 class MissingFile(UserError, FileNotFoundError):
-    """An official file or a picture is not there; the message says what to download."""
+    """An official file or a picture is missing; the message says what to download."""
 
 
 def require(folder: str | Path, name: str, what: str) -> Path:
-    """``folder/name``; raises MissingFile saying in words what to download where it is not there."""
+    """Return the path of an official file.
+
+    Args:
+        folder: of the data set.
+        name: of the file.
+        what: what to download, in words.
+
+    Returns:
+        `folder/name`.
+
+    Raises:
+        MissingFile: if it does not exist.
+    """
     path = Path(folder) / name
     if not path.exists():
         raise MissingFile(f"{path} is missing: download {what} and put {name} into {folder}")
@@ -27,19 +39,27 @@ def require(folder: str | Path, name: str, what: str) -> Path:
 
 @contextmanager
 def structure(path: Path) -> Iterator[None]:
-    """Turns what goes wrong while entries of ``path`` are read into a UserError of one line with its name."""
+    """Turn errors while entries of a file are read into a UserError of one line with its name.
+
+    Raises:
+        UserError: if an entry lacks a field or has another structure.
+    """
     try:
         yield
     except KeyError as error:
         raise UserError(f"{path}: an entry has no {error}; is this the official file?") from error
     except (TypeError, AttributeError, IndexError, ValueError) as error:
-        if str(path) in str(error):  # it is said already
+        if str(path) in str(error):  # the message names the file already
             raise
         raise UserError(f"{path}: not in the official structure ({error})") from error
 
 
 def load_json(path: Path) -> Any:
-    """Content of a JSON file; UserError naming the file where it is not JSON."""
+    """Return the content of a JSON file.
+
+    Raises:
+        UserError: if it is not JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -47,7 +67,11 @@ def load_json(path: Path) -> Any:
 
 
 def json_lines(path: Path) -> Iterator[Any]:
-    """Entries of a file with one JSON value per line, read as it goes; blank lines are skipped."""
+    """Yield the entries of a file with one JSON value per line; blank lines are skipped.
+
+    Raises:
+        UserError: if a line is not JSON.
+    """
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
@@ -60,15 +84,16 @@ def json_lines(path: Path) -> Iterator[Any]:
 
 
 def load_plain_pickle(path: Path) -> Any:
-    """Content of a pickle of plain containers, text and numbers (Python 2 or 3); nothing in it is executed.
+    """Return the content of a pickle of plain containers, text and numbers; no code in it is executed.
 
-    Raises UserError for everything else, and for files that are no pickles.
+    Raises:
+        UserError: if it is no pickle, or holds anything else.
     """
     content = path.read_bytes()
     try:
         scan(content)
         return Plain(io.BytesIO(content), encoding="latin1").load()
-    except Exception as error:  # a damaged pickle can raise nearly anything
+    except Exception as error:  # a damaged pickle can raise almost anything
         raise UserError(
             f"{path} is not a pickle of plain data ({error}); download the official file"
         ) from error

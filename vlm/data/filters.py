@@ -1,13 +1,13 @@
 """What the published training data leave out of GRIT, OCR-VQA and Visual Genome's regions.
 
-A filter is a function (read, annotations, images) -> records (`DataSet.keep`). It calls read once or twice.
+A filter is a function (read, annotations, images) -> records (`DataSet.keep`). It calls `read` once or twice.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from itertools import groupby
 from pathlib import Path
@@ -17,21 +17,29 @@ import numpy as np
 
 from ssm_retrieval.errors import UserError
 from vlm import pictures
+from vlm.data.declaration import Read
 from vlm.data.files import load_json, require, structure
 from vlm.data.records import Grounded, GroundedCaption, Record
 
-Read = Callable[[], Iterable[Record]]
-
 LARGEST_REGION = 16384  # square pixels
 SMALLEST_SIDE = 100  # pixels, of GRIT
-FEWEST, MOST = 3, 8  # images of a phrase
+FEWEST, MOST = 3, 8  # images per phrase
 COVER_SIDE = 350  # pixels; covers must be larger
 PLAIN = 0.85  # share of a cover's pixels that one colour may take
 ARTICLES = frozenset(("a", "an", "the", "some"))
 
 
 def small_regions(read: Read, annotations: Path, images: Path) -> Iterator[Grounded]:
-    """Regions of at most LARGEST_REGION."""
+    """Keep regions of at most LARGEST_REGION square pixels.
+
+    Args:
+        read: gives all records.
+        annotations: folder of the official files.
+        images: folder of the pictures.
+
+    Yields:
+        Records.
+    """
     for record in cast("Iterable[Grounded]", read()):
         x0, y0, x1, y1 = record.box
         if (x1 - x0) * (y1 - y0) <= LARGEST_REGION:
@@ -39,13 +47,21 @@ def small_regions(read: Read, annotations: Path, images: Path) -> Iterator[Groun
 
 
 def balanced(read: Read, annotations: Path, images: Path) -> Iterator[GroundedCaption]:
-    """Images that are not small, and that one of their phrases keeps. All phrases are held in memory.
+    """Keep images that are not small and that at least one of their phrases keeps.
 
-    A phrase, without case and articles, of fewer than FEWEST images keeps none, one of more than MOST keeps
-    MOST of them, drawn by a hash of phrase and image.
+    A phrase, without case and articles, with fewer than FEWEST images keeps none; one with more than MOST
+    keeps MOST of them, drawn by a hash of phrase and image. All phrases are held in memory.
+
+    Args:
+        read: gives all records; called twice.
+        annotations: folder of the official files.
+        images: folder of the pictures.
+
+    Yields:
+        Records.
     """
     counts: Counter[str] = Counter()
-    kept: dict[str, list[int]] = defaultdict(list)  # the smallest draws of a phrase, negated: a heap
+    kept: dict[str, list[int]] = defaultdict(list)  # heap of a phrase's smallest draws, negated
     for record in _large(cast("Iterable[GroundedCaption]", read())):
         for phrase in _phrases(record):
             counts[phrase] += 1
@@ -57,9 +73,17 @@ def balanced(read: Read, annotations: Path, images: Path) -> Iterator[GroundedCa
 
 
 def legible(read: Read, annotations: Path, images: Path) -> Iterator[Record]:
-    """Books whose cover has an address of its own and a picture that is there, large and not nearly plain.
+    """Keep books whose cover has an address of its own and a picture that is large and not nearly plain.
 
     All pictures are opened.
+
+    Args:
+        read: gives all records.
+        annotations: folder of the official files.
+        images: folder of the pictures.
+
+    Yields:
+        Records.
     """
     path = require(annotations, "dataset.json", "OCR-VQA's dataset.json")
     with structure(path):

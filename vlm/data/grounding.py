@@ -41,22 +41,49 @@ def _refer(source: str, refs_name: str, folder: Path, split: str, expressions: s
 
 
 def refcoco(folder: Path, split: str, expressions: str = "all") -> Iterator[Grounded]:
-    """One record per expression; ``expressions="last"`` keeps one per object, as the paper's numbers do."""
+    """Read RefCOCO, one record per expression.
+
+    Args:
+        folder: with the official files.
+        split: of the data set.
+        expressions: "all", or "last" for one expression per object, as in the paper.
+
+    Returns:
+        Records.
+    """
     return _refer("refcoco", "refs(unc).p", folder, split, expressions)
 
 
 def refcoco_plus(folder: Path, split: str, expressions: str = "all") -> Iterator[Grounded]:
-    """As `refcoco`, on expressions without words of place."""
+    """Read RefCOCO+, whose expressions have no words of place.
+
+    Args:
+        folder: with the official files.
+        split: of the data set.
+        expressions: "all", or "last" for one expression per object, as in the paper.
+
+    Returns:
+        Records.
+    """
     return _refer("refcoco+", "refs(unc).p", folder, split, expressions)
 
 
 def refcocog(folder: Path, split: str, expressions: str = "all") -> Iterator[Grounded]:
-    """As `refcoco`, on long expressions (the split of UMD)."""
+    """Read RefCOCOg, whose expressions are long (the split of UMD).
+
+    Args:
+        folder: with the official files.
+        split: of the data set.
+        expressions: "all", or "last" for one expression per object, as in the paper.
+
+    Returns:
+        Records.
+    """
     return _refer("refcocog", "refs(umd).p", folder, split, expressions)
 
 
 def visual7w_pointing(folder: Path, split: str) -> Iterator[Choice]:
-    """One record per question whose four choices are boxes, in an order set by the question's id alone."""
+    """Yield one record per question whose four choices are boxes, in an order set by the question's id."""
     what = "the pointing questions of Visual7W"
     path = require(folder, "dataset_v7w_pointing.json", what)
     boxes_path = require(folder, "v7w_pointing_answers.json", what)
@@ -100,7 +127,7 @@ def _genome_common(image: dict[str, Any], split: str) -> dict[str, Any]:
 
 
 def genome_regions(folder: Path, split: str) -> Iterator[Grounded]:
-    """One record per described region; regions of which nothing is inside the image are left out."""
+    """Yield one record per described region; regions wholly outside the image are left out."""
     images = _genome_images(folder, split)
     path = require(folder, "region_descriptions.json", "Visual Genome 1.2's region descriptions")
     with structure(path):
@@ -125,7 +152,7 @@ def _far_corner(row: dict[str, Any]) -> tuple[float, float]:
 
 
 def genome_questions(folder: Path, split: str) -> Iterator[Question]:
-    """One record per question with its one answer."""
+    """Yield one record per question with its one answer."""
     images = _genome_images(folder, split)
     path = require(folder, "question_answers.json", "Visual Genome 1.2's question answers")
     with structure(path):
@@ -144,7 +171,11 @@ def genome_questions(folder: Path, split: str) -> Iterator[Question]:
 
 
 def grit(folder: Path, split: str) -> Iterator[GroundedCaption]:
-    """One record per image of the img2dataset shards; chunks with the same characters become one span."""
+    """Yield one record per image of the img2dataset shards; chunks with the same characters become one span.
+
+    Raises:
+        MissingFile: if there is no image with its description.
+    """
     empty = True
     for path in _grit_files(folder):
         empty = False

@@ -21,18 +21,18 @@ def _conversations(source: str, path: Path, split: str) -> Iterator[Conversation
             )
             if len(turns) % 2 or any(t.role != ("human", "assistant")[i % 2] for i, t in enumerate(turns)):
                 raise UserError(f"turns of {row['id']} do not alternate from human to gpt")
-            if "image" not in row:  # the larger mixes hold conversations on text alone
+            if "image" not in row:  # larger mixes have conversations without an image
                 continue
             yield Conversation(id=str(row["id"]), source=source, split=split, image=row["image"], turns=turns)
 
 
 def llava_pretrain(folder: Path, split: str) -> Iterator[Conversation]:
-    """One record per image: a request for a caption, and the caption."""
+    """Return one record per image: a request for a caption, and the caption."""
     path = require(folder, "blip_laion_cc_sbu_558k.json", "LLaVA's pretraining set of 558 K captions")
     return _conversations("llava-pretrain", path, split)
 
 
 def llava_instruct(folder: Path, split: str) -> Iterator[Conversation]:
-    """One record per conversation on an image; entries without an image are left out."""
+    """Return one record per conversation about an image; entries without an image are left out."""
     path = require(folder, "llava_instruct_150k.json", "LLaVA-Instruct 150 K")
     return _conversations("llava-instruct", path, split)

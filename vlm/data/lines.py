@@ -1,7 +1,7 @@
-"""JSON values by number: lines of one text with the places where they end, in memory or in a mapped file.
+"""JSON values by number: lines of one text and the places where they end, in memory or in a mapped file.
 
 Reading value i neither parses nor holds the others, and processes that read the same file share its memory.
-On disk: NAME.jsonl, and NAME.npy with the ends; the latter is written last, so its presence means whole.
+On disk: NAME.jsonl, and NAME.npy with the ends. NAME.npy is written last, so its presence means complete.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ from ssm_retrieval.training.store import replacing
 
 
 class Lines:
-    """A sequence of JSON values. text: all lines; ends: (N,) int64, where each one's ends."""
+    """A sequence of JSON values.
+
+    Args:
+        text: all lines.
+        ends: (N,) int64, where each line ends, in bytes.
+        path: of the mapped file; None in memory.
+    """
 
     def __init__(self, text: bytes | mmap.mmap, ends: npt.NDArray[np.int64], path: Path | None = None):
         self.text, self.ends, self.path = text, ends, path
@@ -41,21 +47,29 @@ class Lines:
 
 
 def in_memory(values: Iterable[Any]) -> Lines:
-    """Takes what the lines take, about as much as the official files, and 8 bytes a line."""
+    """Keep values in memory, about as much as the official files take, and 8 bytes per value."""
     text = io.BytesIO()
     ends = _write(text, values)
     return Lines(text.getvalue(), ends)
 
 
 def on_disk(path: Path, values: Callable[[], Iterable[Any]]) -> Lines:
-    """The lines in `path` (.jsonl); written first, by one process while others wait, if they are not there.
+    """Return the lines in a file; if it does not exist, one process writes it first while others wait.
 
-    Raises UserError, in one line, for damaged files.
+    Args:
+        path: the file (.jsonl).
+        values: gives the values; called only if they must be written.
+
+    Returns:
+        The lines.
+
+    Raises:
+        UserError: if a file is damaged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if not path.with_suffix(".npy").exists():
-            for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a killed process
+            for left in path.parent.glob(f".{path.name}.*.tmp"):  # by killed processes
                 left.unlink()
             with replacing(path) as temporary, open(temporary, "wb") as file:
                 ends = _write(file, values())
@@ -65,7 +79,11 @@ def on_disk(path: Path, values: Callable[[], Iterable[Any]]) -> Lines:
 
 
 def opened(path: Path) -> Lines:
-    """The lines that `on_disk` wrote. Raises UserError, in one line, for damaged files."""
+    """Return the lines that `on_disk` wrote.
+
+    Raises:
+        UserError: if a file is damaged.
+    """
     try:
         ends = np.load(path.with_suffix(".npy"), mmap_mode="r")
         with open(path, "rb") as file:

@@ -1,7 +1,7 @@
 """Batches of a mixture: sequences padded to one length, with the features of their images.
 
 Batch number k depends on the seed and k alone, wherever training starts and however many workers prepare it.
-Workers read samples and tokenise; features are fetched by the process that trains, where a cache is mapped
+Workers read samples and tokenise. Features are fetched by the process that trains, where a cache is mapped
 memory and an encoder may have its GPU.
 """
 
@@ -25,23 +25,28 @@ from vlm.data.mixture import Mixture
 from vlm.data.samples import Sample, Source
 from vlm.layout import BEGIN, IGNORE, ROW, Encode, TooLong, sequence
 
-CACHED_TEXTS = 1 << 14  # instructions, choices and short answers come again and again
+CACHED_TEXTS = 1 << 14  # instructions, choices and short answers recur
 TRIES = 100
 log = logging.getLogger(__name__)
 
 
 class Features(Protocol):
-    """What the images of samples look like to an encoder (`vlm.data.cache`)."""
+    """Features of a source's images (`vlm.data.cache`)."""
 
     def get(self, source: Source, images: Sequence[str]) -> Tensor:
-        """(B, P, F)."""
+        """Return features (B, P, F) of images by key."""
         ...
 
 
 @dataclass(frozen=True)
 class VLMBatch:
-    """input_ids: (B, L) int64, padded on the right with 0, image places negative (`vlm.layout`).
-    labels: (B, L) int64, not shifted, -100 = not supervised. features: (B, P, F). samples: B of them.
+    """A batch.
+
+    Attributes:
+        input_ids: (B, L) int64, padded on the right with 0; patches are negative placeholders (`vlm.layout`).
+        labels: (B, L) int64, not shifted; -100 = not supervised.
+        features: (B, P, F).
+        samples: B samples.
     """
 
     input_ids: Tensor
@@ -76,16 +81,34 @@ def batches(
     group: int = 1,
     workers: int = 0,
 ) -> Iterator[VLMBatch]:
-    """Batches number start .. stop - 1 of a mixture's order under `seed`.
+    """Yield batches number start .. stop - 1 of a mixture's order under `seed`.
 
-    encode: text -> ids, without special tokens. side: patches along an image's side. layout, markers,
-    max_length: of `vlm.layout.sequence`; of several layouts each window (see group) has the next one in turn;
-    where a prompt leaves no room for the image or an answer, the next example of its source takes its place,
-    and a warning is logged. group: each window of that many batches is sorted by length, cut into batches of
-    like lengths, and these are shuffled. workers: processes that prepare windows ahead; where they are not
-    forked, mixture and encode must be picklable.
+    If a prompt leaves no room for the image or an answer, the next example of its source takes its place, and
+    a warning is logged.
 
-    Raises UserError for a batch size or group below 1 or a negative start, and what reading samples raises.
+    Args:
+        mixture: the sources.
+        features: of their images.
+        batch_size: B, examples per batch.
+        start: number of the first batch.
+        stop: number after the last batch.
+        seed: of the order.
+        encode: text -> ids, without special tokens.
+        side: patches along one side of an image.
+        layout: as for `vlm.layout.sequence`. With several layouts consecutive windows (see `group`) take
+            turns.
+        markers: as for `vlm.layout.sequence`.
+        max_length: as for `vlm.layout.sequence`.
+        group: batches per window. The examples of a window are sorted by length and cut into batches, and
+            these are shuffled.
+        workers: processes that prepare windows ahead. If processes are not forked, `mixture` and `encode`
+            must be picklable.
+
+    Yields:
+        Batches.
+
+    Raises:
+        UserError: if `batch_size` or `group` is below 1, `start` is negative, or reading samples fails.
     """
     if min(batch_size, group) < 1 or start < 0:
         raise UserError(
@@ -102,7 +125,7 @@ def batches(
             sampler=cast(Any, numbers),
             num_workers=workers,
             collate_fn=_same,
-            generator=torch.Generator().manual_seed(0),  # or it would draw from the global one
+            generator=torch.Generator().manual_seed(0),  # so that it does not draw from the global one
         )
     for window, texts in zip(numbers, made, strict=True):
         if isinstance(texts, Exception):
@@ -132,7 +155,7 @@ class _Windows(Dataset):
     group: int
 
     def __getitem__(self, window: int) -> list[_Text] | Exception:
-        """The window's batches, or why there are none: a worker's traceback would hide the one line."""
+        """The batches of a window, or the error: a worker's traceback would hide its one line."""
         try:
             return self._batches(window)
         except (ValueError, OSError) as error:
@@ -154,7 +177,7 @@ class _Windows(Dataset):
         return lru_cache(CACHED_TEXTS)(self.encode)
 
     def _fitting(self, name: str, index: int, layout: str) -> tuple[Sample, list[int], list[int]]:
-        """The sample, or the next of its source that max_length has room for; its ids and labels."""
+        """The first sample from `index` on that fits max_length, with its ids and labels."""
         source = self.mixture.sources[name]
         tries = min(TRIES, len(source))
         for tried in range(tries):
@@ -182,7 +205,7 @@ def _padded(rows: Sequence[tuple[str, Sample, list[int], list[int]]]) -> _Text:
 
 
 def _fetch(mixture: Mixture, features: Features, text: _Text) -> Tensor:
-    """Features of a batch in its order, asked for once a source."""
+    """Features in the order of the batch; one request per source."""
     rows: dict[str, list[int]] = {}
     for i, name in enumerate(text.places):
         rows.setdefault(name, []).append(i)

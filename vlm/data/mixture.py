@@ -1,7 +1,7 @@
-"""Which example stands where in training: a pure function of the seed and the example's number.
+"""Which example comes when in training: a pure function of the seed and the example's number.
 
-Nothing as large as a data set is made: an epoch's order is a keyed permutation (a Feistel network whose walks
-stay below the length), so that example number n costs the same whether training starts there or at 0.
+Nothing as large as a data set is stored: an epoch's order is a keyed permutation (a Feistel network whose
+walks stay below the length), so example n costs the same whether training starts there or at 0.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vlm.data.samples import Source
 
 ROUNDS = 8
 GOLDEN = 0x9E3779B97F4A7C15
-SHARE_BITS = 30  # of a weight: with numbers below 2^33, products stay below 2^63
+SHARE_BITS = 30  # of a weight; products with numbers below 2^33 stay below 2^63
 
 Integers = npt.NDArray[np.int64]
 Keys = npt.NDArray[np.uint64]
@@ -27,12 +27,17 @@ Keys = npt.NDArray[np.uint64]
 class Mixture:
     """Examples of several sources in one endless order.
 
-    weights None: the sources laid end to end and shuffled anew every epoch, as published; each example comes
-    once an epoch. Else the share of examples that each source gets, in any unit (a source of weight 0 is left
-    out): each source is shuffled by itself and starts again when it is used up, and the sources take turns
-    at fixed, evenly spread places, so that any stretch of examples has the shares to within a few examples.
+    Without weights the sources are laid end to end and shuffled anew every epoch, as published. With weights
+    each source is shuffled by itself and starts again when it is used up. The sources take turns at fixed,
+    evenly spread places, so any stretch of examples has the shares to within a few examples.
 
-    Raises UserError for no sources, empty ones, and weights that are no shares of exactly these sources.
+    Args:
+        sources: by name.
+        weights: share of the examples that each source gets, in any unit; weight 0 leaves a source out.
+
+    Raises:
+        UserError: if there are no sources, a source is empty, or weights are not shares of exactly these
+            sources.
     """
 
     def __init__(self, sources: Mapping[str, Source], weights: Mapping[str, float] | None = None):
@@ -47,11 +52,23 @@ class Mixture:
         self.lengths = [len(self.sources[name]) for name in self.used]
 
     def __len__(self) -> int:
-        """Examples of all sources in use together: an epoch's, if there are no weights."""
+        """Number of examples of all sources in use; without weights, of an epoch."""
         return sum(self.lengths)
 
     def order(self, seed: int, start: int, stop: int) -> list[tuple[str, int]]:
-        """(source, index) of the examples numbered start .. stop - 1. Raises UserError for negative ones."""
+        """Return the examples numbered start .. stop - 1.
+
+        Args:
+            seed: of the order.
+            start: first number.
+            stop: number after the last.
+
+        Returns:
+            (source, index) of each example.
+
+        Raises:
+            UserError: if `start` is negative.
+        """
         if start < 0:
             raise UserError(f"start={start}: examples are numbered from 0")
         numbers = np.arange(start, max(start, stop), dtype=np.int64)
@@ -75,7 +92,8 @@ class Mixture:
         for i, name in enumerate(self.used):
             rest = math.fsum(self.weights[other] for other in self.used[i:])
             share = round(self.weights[name] / rest * (1 << SHARE_BITS))
-            before, after = _taken(left, share), _taken(left + 1, share)  # of this source, until each number
+            # examples of this source before each number, and after it
+            before, after = _taken(left, share), _taken(left + 1, share)
             mine = after > before
             epochs, at = np.divmod(before[mine], self.lengths[i])
             which[open_[mine]] = i
@@ -85,10 +103,18 @@ class Mixture:
 
 
 def permuted(places: Integers, length: int, keys: Keys) -> Integers:
-    """Where a permutation of 0 .. length - 1 takes each place; keys (same shape) name the permutation.
+    """Permute 0 .. length - 1.
 
-    A balanced Feistel network on the next power of 4, walked until it is below length (Black & Rogaway 2002,
-    Ciphers with Arbitrary Finite Domains): less than 4 steps on average, and no memory.
+    A balanced Feistel network on the next power of 4, walked until it is below `length` (Black & Rogaway
+    2002, Ciphers with Arbitrary Finite Domains): fewer than 4 steps on average, and no memory.
+
+    Args:
+        places: int64, numbers to permute.
+        length: of the permutation.
+        keys: uint64, same shape as `places`; name the permutation.
+
+    Returns:
+        int64, same shape as `places`.
     """
     half = np.uint64(max(1, ((length - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)

@@ -1,8 +1,7 @@
 """What readers yield: one frozen record per question, caption set, expression or conversation.
 
-Boxes are ``(x_min, y_min, x_max, y_max)`` in pixels of the original image. ``image`` is the
-image's path below
-the folder of images as the official files name it, with "/" between parts; readers never open images.
+Boxes are (x_min, y_min, x_max, y_max) in pixels of the original image. `image` is the image's path below the
+folder of images as the official files name it, with "/" between parts. Readers never open images.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from vlm.prompts import Box
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What every record has. ``width`` and ``height`` are None where the official files do not tell them."""
+    """Fields that every record has. `width` and `height` are None if the official files lack them."""
 
     id: str
     source: str
@@ -36,7 +35,7 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True)
 class Captioned(Record):
-    """An image with all its reference captions (none for hidden test sets); NoCaps also tells the domain."""
+    """An image with all its reference captions (none in hidden test sets); NoCaps adds the domain."""
 
     captions: tuple[str, ...]
     domain: str | None = None
@@ -45,9 +44,7 @@ class Captioned(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Question(Record):
-    """An open question; ``answers`` holds every annotator's answer as written, and is empty for
-    hidden tests.
-    """
+    """An open question; `answers` has every annotator's answer as written, none in hidden test sets."""
 
     question: str
     answers: tuple[str, ...]
@@ -57,9 +54,9 @@ class Question(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Choice(Record):
-    """A multiple-choice question. ``answer`` indexes ``choices``, None for hidden tests.
+    """A multiple-choice question. `answer` indexes `choices`; None in hidden test sets.
 
-    For pointing questions ``choices`` are the names of the boxes in ``boxes``, which is empty otherwise.
+    In pointing questions `choices` are the names of the boxes in `boxes`, which is empty otherwise.
     """
 
     question: str
@@ -73,7 +70,7 @@ class Choice(Record):
         super().__post_init__()
         if self.answer is not None and not 0 <= self.answer < len(self.choices):
             raise UserError(
-                f"{self.source} {self.id}: answer {self.answer} is none of {len(self.choices)} choices"
+                f"{self.source} {self.id}: answer {self.answer} is no index of {len(self.choices)} choices"
             )
         if self.boxes and len(self.boxes) != len(self.choices):
             raise UserError(
@@ -92,7 +89,7 @@ class Statement(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Grounded(Record):
-    """A phrase and the box that it refers to."""
+    """A phrase and the box it refers to."""
 
     phrase: str
     box: Box
@@ -100,7 +97,7 @@ class Grounded(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """Characters ``start:end`` of a caption, all boxes of that chunk, and the best score among them."""
+    """Characters `start:end` of a caption, all boxes of that chunk, and the best score among them."""
 
     start: int
     end: int
@@ -118,7 +115,7 @@ class GroundedCaption(Record):
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn of a conversation; ``role`` is "human" or "assistant"."""
+    """One turn of a conversation; `role` is "human" or "assistant"."""
 
     role: str
     text: str
@@ -132,9 +129,19 @@ class Conversation(Record):
 
 
 def xywh_box(x: float, y: float, width: float, height: float) -> Box:
-    """Corners of a box given by corner and size; negative corners are clipped to 0.
+    """Return the corners of a box given by corner and size, in pixels; negative corners are clipped to 0.
 
-    Raises UserError where nothing of the box is left or a number is not finite.
+    Args:
+        x: left edge.
+        y: upper edge.
+        width: of the box.
+        height: of the box.
+
+    Returns:
+        x_min, y_min, x_max, y_max.
+
+    Raises:
+        UserError: if nothing of the box is left, or a number is not finite.
     """
     box = (max(0.0, float(x)), max(0.0, float(y)), float(x) + float(width), float(y) + float(height))
     if not all(map(math.isfinite, box)) or box[2] <= box[0] or box[3] <= box[1]:

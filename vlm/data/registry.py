@@ -15,9 +15,13 @@ DATASETS: dict[str, DataSet] = {}
 
 
 def register(dataset: DataSet) -> DataSet:
-    """Make a data set known by its name, to configs and to the evaluator; returns it.
+    """Make a data set known by its name to configs and the evaluator.
 
-    Raises UserError for a name that is taken.
+    Returns:
+        The same data set.
+
+    Raises:
+        UserError: if the name is taken.
     """
     if dataset.name in DATASETS:
         raise UserError(f"data set {dataset.name!r} is registered already; give yours another name")
@@ -30,9 +34,24 @@ for _known in datasets.OFFICIAL:
 
 
 def check(name: str, split: str) -> DataSet:
-    """The data set of a name that has this split. Raises UserError, with the valid ones, for others."""
+    """Return the data set of a name, after checking that it has a split.
+
+    Args:
+        name: of the data set.
+        split: that it must have.
+
+    Returns:
+        The declaration.
+
+    Raises:
+        UserError: if the name or the split is unknown; lists the valid ones.
+    """
     if name not in DATASETS:
-        raise UserError(f"data set {name!r} is unknown; the names are {', '.join(sorted(DATASETS))}")
+        names = ", ".join(sorted(DATASETS))
+        raise UserError(
+            f"data set {name!r} is unknown; the names are {names}; a data set of your own needs --import and "
+            "the module that registers it"
+        )
     found = DATASETS[name]
     if split not in found.splits:
         raise UserError(f"split {split!r} of {name} is unknown; the splits are {', '.join(found.splits)}")
@@ -40,9 +59,14 @@ def check(name: str, split: str) -> DataSet:
 
 
 def asked_for(dataset: DataSet, regions: str) -> DataSet:
-    """The data set, or, of phrases and boxes with regions "dense captioning", the boxes to be described.
+    """Return the declaration for what regions ask for.
 
-    Descriptions have no metric.
+    Args:
+        dataset: a declaration.
+        regions: "grounding", or "dense captioning", which asks for descriptions of boxes and has no metric.
+
+    Returns:
+        `dataset`, with another task if it has phrases and boxes and `regions` is "dense captioning".
     """
     if regions == "dense captioning" and dataset.task.record is Grounded:
         return dataclasses.replace(dataset, task=tasks.DENSE_CAPTIONING, metric=None)
@@ -50,17 +74,26 @@ def asked_for(dataset: DataSet, regions: str) -> DataSet:
 
 
 def read(name: str, folder: str | Path, split: str, **options: str) -> Iterable[Record]:
-    """Records of one split of a data set whose official files are in ``folder``, in the files' order.
+    """Read one split of a data set, in the order of its official files.
 
-    ``options`` are the reader's own, such as ``expressions="last"`` of RefCOCO. Raises UserError for unknown
-    names and splits (listing the valid ones) and for malformed and
-    missing files; those of files may come with the first record.
+    Args:
+        name: of the data set.
+        folder: with its official files.
+        split: of the data set.
+        **options: of the reader, such as `expressions="last"` of RefCOCO.
+
+    Returns:
+        The records.
+
+    Raises:
+        UserError: if the name or the split is unknown, or a file is missing or malformed. Errors of files may
+            come with the first record.
     """
     return check(name, split).reader(Path(folder), split, **options)
 
 
 def table() -> str:
-    """The data sets and their files as a table in Markdown; docs/data.md holds it."""
+    """Return the data sets and their files as a table in Markdown; docs/data.md has it."""
     rows = [
         f"| `{name}` | {', '.join(d.splits)} | {', '.join(f'`{file}`' for file in d.files)} | "
         f"`{d.task.record.__name__}` |"
@@ -70,7 +103,7 @@ def table() -> str:
 
 
 def asked_table() -> str:
-    """What is asked and how it is scored as a table in Markdown; docs/data.md holds it."""
+    """Return tasks and metrics of the data sets as a table in Markdown; docs/data.md has it."""
     head = ["| data set | task | turns | answer | metric | right is | the paper's splits |", "|" + "---|" * 7]
     rows = []
     for name, d in DATASETS.items():

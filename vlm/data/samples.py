@@ -1,4 +1,4 @@
-"""What training and evaluation read: prompts with the picture that they are about."""
+"""What training and evaluation read: prompts with the picture they are about."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ from vlm.prompts import Chunk
 class Sample:
     """One sequence: the turns about one image.
 
-    id: unique within its source. image: the key of its picture there. task: what kind of question it is, such
-    as "grounding". chunks: prompt and answers (`vlm.prompts`); of evaluation samples without the last answer.
-    target: what metrics need to know of the right answer, by name: JSON values only.
+    Attributes:
+        id: unique within its source.
+        source: name of its source.
+        image: key of its picture in the source.
+        task: kind of question, such as "grounding".
+        chunks: prompt and answers (`vlm.prompts`); without the last answer in evaluation.
+        target: what metrics need to know of the right answer, by name; JSON values only.
     """
 
     id: str
@@ -30,10 +34,12 @@ class Sample:
 
 
 class Source(Protocol):
-    """Samples by number, and their pictures by key; reading one must not depend on what was read before.
+    """Samples by number and their pictures by key; reading one must not depend on what was read before.
 
-    fingerprint: names what the pictures are (a seed and a split, a folder), so that a cache of features can
-    tell two sources apart.
+    Attributes:
+        name: of the source.
+        fingerprint: identifies the pictures (a seed and a split, a folder), so that a cache of features can
+            tell two sources apart.
     """
 
     name: str
@@ -44,9 +50,9 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
     def picture(self, image: str) -> npt.NDArray[np.uint8]:
-        """(height, width, 3) uint8, RGB."""
+        """Return a picture, (height, width, 3) uint8, RGB."""
         ...
 
     def keys(self) -> Sequence[str]:
-        """Every picture's key once, in a fixed order."""
+        """Return every picture's key once, in a fixed order."""
         ...

@@ -23,25 +23,33 @@ from vlm.data.samples import Sample
 from vlm.data.turns import Rules, samples
 from vlm.prompts import INSTRUCTIONS, Chunk
 
-VERSION = 1  # raise it when records lead to other samples: indices on disk are then made anew
+VERSION = 1  # raise it when records lead to other samples; indices on disk are then rebuilt
 
 
 class FileSource:
     """One split of a data set of `vlm.data.registry`, as samples.
 
-    annotation_folder: the official files. image_folder: the pictures, as the files name them below it.
-    rules: what samples are made of the records (`vlm.data.turns.Rules`), for training by default.
-    filtered: leaves out what the published training data do (`DataSet.keep`). options: the reader's own,
-    such as expressions="last".
-
     Official files are read once, in their order, and their samples written as lines with an index of where
-    each one stands; sample i is then one look-up, so any order can be resumed at any place. index_folder None
-    keeps the lines in memory: about the size of the official files. With a folder they stay on disk for the
-    next run, mapped and shared between processes, and memory holds 8 bytes a sample: for Visual Genome, GRIT
-    and LLaVA. That costs the disk, one pass (a JSON file is parsed whole; GRIT, which has a file an image, is
-    read shard by shard), and another one whenever files, rules or options change.
+    each one stands. Sample i is then one look-up, so training can resume at any place of any order.
 
-    Raises UserError, in one line, for unknown names, missing and malformed files.
+    Without `index_folder` the lines stay in memory, about as large as the official files. With it they stay
+    on disk for the next run, mapped and shared between processes, and memory holds 8 bytes per sample: for
+    Visual Genome, GRIT and LLaVA. That costs the disk and one pass over the files, and another pass whenever
+    files, rules or options change. (A JSON file is parsed whole; GRIT, with one file per image, is read shard
+    by shard.)
+
+    Args:
+        name: of the data set.
+        annotation_folder: with the official files.
+        image_folder: with the pictures, by the names that the official files use.
+        split: of the data set.
+        rules: how records become samples; for training by default.
+        filtered: leave out what the published training data leave out (`DataSet.keep`).
+        index_folder: for the lines on disk; None = in memory.
+        **options: of the reader, such as `expressions="last"`.
+
+    Raises:
+        UserError: if a name is unknown, or a file is missing or malformed.
     """
 
     def __init__(
@@ -77,11 +85,15 @@ class FileSource:
         return Sample(id_, self.name, image, task, chunks, target)
 
     def picture(self, image: str) -> npt.NDArray[np.uint8]:
-        """(height, width, 3) uint8, RGB, as stored. Raises UserError, in one line."""
+        """Return a picture as stored, (height, width, 3) uint8, RGB.
+
+        Raises:
+            UserError: if it is missing or damaged.
+        """
         return pictures.read(self._picture_file(image), advice="download it again")
 
     def keys(self) -> Sequence[str]:
-        """Every picture's key once, in the order of the samples; one pass over them when first asked for."""
+        """Return every picture's key once, in the order of the samples; the first call reads them all."""
         return self._keys
 
     @cached_property

@@ -1,10 +1,10 @@
-"""What can be asked about a record, one `Task` a kind of question: prompt, answer, and what metrics need.
+"""What can be asked about a record, one `Task` per kind of question: prompt, answer, and what metrics need.
 
 The target of a sample, by name:
 
     captions, domain                captioning
     answers, kind; label (yes/no)   questions
-    choices, answer                 multiple choice, answer = index of the right one, None where hidden
+    choices, answer                 multiple choice, answer = index of the right one, None if hidden
     boxes, answer, width, height    pointing
     label, relation                 image-text match
     box, width, height              grounding, in pixels
@@ -52,10 +52,11 @@ class Task:
     Attributes:
         name: `Sample.task`.
         record: the type of the records.
-        prompt: (records about one image, whether answers are told, size) -> chunks; one record if untold.
+        prompt: (records about one image, whether answers are told, size) -> chunks. Takes one record if
+            answers are not told.
         target: (record, size) -> what metrics need to know of the right answer, as JSON values.
-        rounds: (records of one image, whether choices come in every order) -> lists that hold no two records
-            of which one would give the other's answer away; each makes samples of its own.
+        rounds: (records about one image, whether choices come in every order) -> lists of records. No record
+            of a list gives the answer of another one away; each list makes samples of its own.
     """
 
     name: str
@@ -66,14 +67,18 @@ class Task:
 
 
 def known(record: Record, answer: T | None) -> T:
-    """The answer of a record. Raises UserError where it is hidden."""
+    """Return the answer of a record.
+
+    Raises:
+        UserError: if it is hidden.
+    """
     if answer is None:
-        raise UserError(f"split {record.split!r} has no answers, so it can be asked but not trained on")
+        raise UserError(f"split {record.split!r} has no answers, so it can be used for evaluation only")
     return answer
 
 
 def _rounds(values: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
-    """The first value of every key, the second ones, and so on."""
+    """Split values into rounds: the first value of every key, then the second of every key, and so on."""
     seen: Counter[Hashable] = Counter()
     rounds: list[list[T]] = []
     for value in values:
@@ -110,7 +115,7 @@ CAPTIONING = Task(
 
 
 def _spans(record: GroundedCaption) -> list[tuple[int, int, Sequence[Box]]]:
-    """Spans inside the caption that start behind the last one kept, with their boxes that have an area."""
+    """Spans inside the caption that do not overlap, with their non-empty boxes."""
     spans: list[tuple[int, int, Sequence[Box]]] = []
     end = 0
     for span in record.spans:
@@ -138,11 +143,14 @@ GROUNDED_CAPTIONING = Task("grounded captioning", GroundedCaption, _mention_prom
 
 
 def questions(*, keep_case: bool = False, yes_no: bool = False) -> Task:
-    """Open questions, trained on the most frequent answer.
+    """Make a task of open questions, trained on the most frequent answer.
 
     Args:
-        keep_case: of questions and answers, whose capitals mean something (documents).
-        yes_no: the target has the label "yes" as well.
+        keep_case: of questions and answers, for documents, whose capitals mean something.
+        yes_no: add the label "yes" to the target.
+
+    Returns:
+        The task.
     """
 
     def prompt(turns: Sequence[Question], told: bool, size: Size) -> list[Chunk]:
@@ -202,12 +210,15 @@ def _choice_rounds(moved: bool) -> Callable[[Sequence[Choice], bool], Rounds]:
 
 
 def choices(*, keep_case: bool = False, moved: bool = False) -> Task:
-    """The letter of one of several texts.
+    """Make a task that asks for the letter of one of several texts.
 
     Args:
-        keep_case: of questions (diagrams).
-        moved: how training puts the right choice into another slot: moved there, as published for Visual7W,
-            else swapped with the one that is there.
+        keep_case: of questions, for diagrams.
+        moved: how training puts the right choice into another slot. True moves it there, as published for
+            Visual7W; False swaps it with the choice that is there.
+
+    Returns:
+        The task.
     """
 
     def prompt(turns: Sequence[Choice], told: bool, size: Size) -> list[Chunk]:
@@ -276,6 +287,6 @@ def _chat_prompt(turns: Sequence[Conversation], told: bool, size: Size) -> list[
     return chunks if told else chunks[:-1]
 
 
-# a caption in answer to the data set's own words
+# a caption in answer to a request in the data set's words
 REQUESTED_CAPTION = Task("captioning", Conversation, _request_prompt, _last_turn)
 CHAT = Task("chat", Conversation, _chat_prompt, _last_turn)

@@ -1,7 +1,7 @@
 """Records of official files as samples: the turns of training, and the questions of evaluation.
 
-Training packs what is asked about one image into the turns of one sample, at most as many as published.
-Evaluation asks one question a sample, without its answer, and `target` has what metrics need
+Training packs the questions about one image into the turns of a sample, at most as many as published.
+Evaluation asks one question per sample, without its answer; `target` has what metrics need
 (`vlm.data.tasks`).
 """
 
@@ -24,10 +24,13 @@ from vlm.prompts import Chunk
 class Rules:
     """How records become samples.
 
-    training: answers, several turns a sample; else evaluation. regions: what `Grounded` records ask for,
-    "grounding" or "dense captioning". every_slot: training shows each multiple-choice question once per
-    choice, with the right one at another place each time, as published. published: evaluation in the released
-    evaluators' own wording, where that differs from the one of training (POPE, GQA, TextVQA, pointing).
+    Attributes:
+        training: True for samples with answers and several turns, False for evaluation.
+        regions: what `Grounded` records ask for, "grounding" or "dense captioning".
+        every_slot: training shows a multiple-choice question once per choice, with the right one at another
+            place each time, as published.
+        published: evaluation uses the wording of the released evaluators where it differs from training's
+            (POPE, GQA, TextVQA, pointing).
     """
 
     training: bool = True
@@ -41,10 +44,19 @@ class Rules:
 
 
 def samples(records: Iterable[Record], dataset: DataSet, rules: Rules, size: Size) -> Iterator[Sample]:
-    """Samples of one data set's records, in the order of the records' images.
+    """Yield samples of a data set's records, in the order of the records' images.
 
-    size: asked for the images whose size the records lack but boxes need.
-    Raises UserError for records without an answer in training, and boxes without area.
+    Args:
+        records: of one data set.
+        dataset: its declaration.
+        rules: how records become samples.
+        size: gives width and height of an image; called if the record lacks them and boxes need them.
+
+    Yields:
+        Samples.
+
+    Raises:
+        UserError: if a record for training has no answer, or a box is empty.
     """
 
     def sized(record: Record) -> tuple[int, int]:
@@ -94,7 +106,7 @@ def _asked(record: Record, dataset: DataSet, rules: Rules, size: Size) -> Sample
 def _prompt(turns: Sequence[Record], dataset: DataSet, told: bool, size: Size) -> list[Chunk]:
     try:
         return dataset.task.prompt(turns, told, size)
-    except MissingFile:  # which says all
+    except MissingFile:  # its message says everything
         raise
     except ValueError as error:
         raise UserError(f"{turns[0].source} {turns[0].id}: {error}") from error

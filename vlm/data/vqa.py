@@ -15,7 +15,7 @@ VQA_SPLITS = {"train": "train2014", "val": "val2014", "testdev": "test-dev2015",
 
 
 def vqav2(folder: Path, split: str) -> Iterator[Question]:
-    """One record per question with its ten answers; both tests have none."""
+    """Yield one record per question with its ten answers; both test splits have none."""
     official = VQA_SPLITS[split]
     what = f"the {split} questions and annotations of VQA v2"
     path = require(folder, f"v2_OpenEnded_mscoco_{official}_questions.json", what)
@@ -40,7 +40,7 @@ def vqav2(folder: Path, split: str) -> Iterator[Question]:
 
 
 def gqa(folder: Path, split: str) -> Iterator[Question]:
-    """One record per balanced question with its short answer; test has none."""
+    """Yield one record per balanced question with its short answer; test has none."""
     path = require(folder, f"{split}_balanced_questions.json", "the balanced questions of GQA")
     with structure(path):
         for question_id, row in load_json(path).items():
@@ -56,14 +56,23 @@ def gqa(folder: Path, split: str) -> Iterator[Question]:
 
 
 def shuffled(right: Any, wrong: list[Any], key: str) -> tuple[tuple[Any, ...], int]:
-    """Right and wrong options in an order that depends on ``key`` only, and where the right one is."""
+    """Mix right and wrong options in an order that depends on `key` only.
+
+    Args:
+        right: the right option.
+        wrong: the other options.
+        key: decides the order.
+
+    Returns:
+        The options, and the index of the right one.
+    """
     options = [right, *wrong]
     order = random.Random(key).sample(range(len(options)), len(options))
     return tuple(options[i] for i in order), order.index(0)
 
 
 def visual7w_telling(folder: Path, split: str) -> Iterator[Choice]:
-    """One record per question with four choices, whose order depends on the question's id alone."""
+    """Yield one record per question with four choices, in an order set by the question's id."""
     path = require(folder, "dataset_v7w_telling.json", "the telling questions of Visual7W")
     with structure(path):
         for image in load_json(path)["images"]:
@@ -82,7 +91,11 @@ def visual7w_telling(folder: Path, split: str) -> Iterator[Choice]:
 
 
 def vsr(folder: Path, split: str) -> Iterator[Statement]:
-    """One record per caption, true or false of the image."""
+    """Yield one record per caption, true or false of the image.
+
+    Raises:
+        UserError: if a label is neither 0 nor 1.
+    """
     path = require(folder, f"{split}.jsonl", "the random split of VSR (train, dev and test jsonl)")
     with structure(path):
         for number, row in enumerate(json_lines(path)):
@@ -100,7 +113,11 @@ def vsr(folder: Path, split: str) -> Iterator[Statement]:
 
 
 def pope(folder: Path, split: str) -> Iterator[Question]:
-    """One record per question; the splits are the three ways of choosing what is asked for."""
+    """Yield one record per question; the splits are the three ways of choosing what is asked for.
+
+    Raises:
+        UserError: if a label is neither yes nor no.
+    """
     path = require(folder, f"coco_pope_{split}.json", "POPE's questions on COCO")
     with structure(path):
         for row in json_lines(path):
@@ -122,7 +139,7 @@ _AOKVQA_REPAIRS = {"bCjS888uSeyRMczZageqTp": ("n", "w", "a", "e")}
 
 
 def aokvqa(folder: Path, split: str) -> Iterator[Choice]:
-    """One record per question with four choices; test tells no answer."""
+    """Yield one record per question with four choices; test has no answers."""
     path = require(folder, f"aokvqa_v1p0_{split}.json", "A-OKVQA 1.0")
     with structure(path):
         for row in load_json(path):

@@ -1,4 +1,4 @@
-"""Ask two trained VLMs the same question in a browser, and see where each one looked, read and wrote."""
+"""Ask two trained VLMs the same question in a browser, and see what each one read and wrote."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ HELP = 'the demo needs gradio: pip install -e ".[demo]"'
 
 @dataclass(frozen=True)
 class Options:
-    """A page where two trained VLMs answer side by side. Stop it with Ctrl-C."""
+    """Open a page on this machine where two trained VLMs answer the same question. Ctrl-C stops it."""
 
-    run_a: Annotated[Path, tyro.conf.Positional]
-    """Folder that vlm.train printed: the model on the left."""
-    run_b: Annotated[Path, tyro.conf.Positional]
+    run_a: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_A")]
+    """The model on the left: a folder that vlm.train printed."""
+    run_b: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_B")]
     """The model on the right."""
     port: int = 7860
-    """Of the page, http://127.0.0.1:PORT."""
+    """The page is http://127.0.0.1:PORT."""
     threads: int = 0
-    """CPU threads; 0 = as PyTorch chooses."""
+    """CPU threads; 0 = PyTorch's default."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,6 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def serve(options: Options) -> int:
+    """Open the page; returns the exit status when it is stopped.
+
+    Raises:
+        MissingPackage: if gradio is not installed.
+        UserError: if a run is not trained, or the port is invalid or taken.
+    """
     try:
         from vlm.demo import app
     except ImportError as error:

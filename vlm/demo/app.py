@@ -1,4 +1,4 @@
-"""The demo's page."""
+"""The page of the demo."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ssm_retrieval.style import NAMES, family_colors
 from vlm import pictures
 from vlm.demo import drawing
 from vlm.demo.asking import Contestant, Question, Reply, ask, questions, typed
-from vlm.metrics.scores import overlap
+from vlm.metrics.catalogue import overlap
 from vlm.pictures import Picture
 from vlm.predict import MOST_ASKED
 from vlm.scenes import SPLITS, render, sample_scene
@@ -28,7 +28,7 @@ Both models get the same picture and the same question. **Green** frames are aro
 about, **blue** ones are answers. The heat maps show patch by patch what an answer was read from and, for
 models with a state, what each patch wrote into it.
 """
-# quantity of `vlm.looking` -> heading of its map, in layers with attention and in SSM layers
+# quantity of `vlm.information_flow` -> heading of its map, in layers with attention and in SSM layers
 HEADINGS = {
     "attention": ("Looked at (attention)", "Read from (hidden attention)"),
     "write": ("", "Wrote (size of the state update)"),
@@ -52,14 +52,18 @@ CSS = """
 
 
 def read_upload(payload: Any) -> Picture | None:
-    """A picture of the user's as `vlm.pictures.read` reads it; what that refuses is shown on the page."""
+    """Read a picture that the user uploads (`vlm.pictures.read`).
+
+    Raises:
+        Error: gradio's, shown on the page, if the picture cannot be read or is too large.
+    """
     if payload is None:
         return None
     name = payload.orig_name or "The picture"
     try:
         width, height = pictures.size(payload.path, name)
         if width * height > MOST_PIXELS:
-            raise UserError(
+            raise gr.Error(
                 f"{name} has {width} x {height} pixels; give one of at most {MOST_PIXELS // 10**6} million"
             )
         return pictures.read(payload.path, name, upright=True)
@@ -68,7 +72,12 @@ def read_upload(payload: Any) -> Picture | None:
 
 
 class Card:
-    """One model's half of the page: components, and what they show of a reply."""
+    """One model's half of the page: its components, and what they show of a reply.
+
+    Args:
+        number: 0 = left, 1 = right.
+        contestant: the model.
+    """
 
     def __init__(self, number: int, contestant: Contestant):
         self.contestant = contestant
@@ -113,11 +122,29 @@ class Card:
         return [*self.places, *self.maps, *self.notes]
 
     def show(self, picture: Picture, reply: Reply, layer: int) -> list[Any]:
-        """Values of `outputs`."""
+        """Return the values of `outputs`.
+
+        Args:
+            picture: (height, width, 3) uint8, RGB.
+            reply: the model's reply.
+            layer: of the heat maps.
+
+        Returns:
+            One value per component.
+        """
         return [verdict(reply), drawing.answered(picture, reply), *self.heat(picture, reply, layer)]
 
     def heat(self, picture: Picture, reply: Reply, layer: int) -> list[Any]:
-        """Values of `heat_outputs`."""
+        """Return the values of `heat_outputs`.
+
+        Args:
+            picture: (height, width, 3) uint8, RGB.
+            reply: the model's reply.
+            layer: of the heat maps.
+
+        Returns:
+            One value per component.
+        """
         found = reply.maps[int(layer)]
         boxes = [box for box, _ in drawing.subjects(reply.question)]
         there = [name in found for name in HEADINGS]
@@ -129,14 +156,14 @@ class Card:
 
 
 def _image(label: str, elem_id: str) -> gr.Image:
-    """A picture that is only shown; its label is read out, not drawn over it."""
+    """A picture for display only; its label is for screen readers."""
     return gr.Image(
         label=label, show_label=False, format="png", interactive=False, elem_id=elem_id, buttons=[]
     )
 
 
 def verdict(reply: Reply) -> str:
-    """The answer, whether it is right, and what would be, as HTML."""
+    """Return HTML with the answer, whether it is right, and the right answer."""
     right, target = reply.right, reply.question.sample.target
     name = {True: "right", False: "wrong", None: "open"}[right]
     word = "answer" if right is None else name
@@ -155,15 +182,22 @@ def verdict(reply: Reply) -> str:
 
 
 def note(reply: Reply, layer: int, name: str) -> str:
-    """What a heat map shows and what its strongest colour stands for, as HTML."""
+    """Return HTML that says what a heat map shows and what its strongest colour stands for.
+
+    Args:
+        reply: the model's reply.
+        layer: of the heat map.
+        name: of its quantity.
+
+    Returns:
+        HTML.
+    """
     values = reply.maps[layer][name]
     text = MEANINGS[name].format(
         most=values.max(), total=values.sum(), peak=values.max() / max(values.mean(), 1e-30)
     )
-    if reply.contrast:
-        text += (
-            f" Patches of the right object: {reply.contrast[layer][name]:.2f} times those of other shapes."
-        )
+    if reply.ratios:
+        text += f" Patches of the right object: {reply.ratios[layer][name]:.2f} times those of other shapes."
     return f'<b>{HEADINGS[name]["write" in reply.maps[layer]]}</b><div class="small">{text}</div>'
 
 
@@ -172,7 +206,7 @@ def _text(said: str) -> str:
 
 
 def build(contestants: Sequence[Contestant]) -> gr.Blocks:
-    """The page of two models."""
+    """Build the page of two models."""
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(INTRODUCTION)
         scene: Any = gr.State(None)  # (seed, split, index); None for an uploaded picture
@@ -183,7 +217,7 @@ def build(contestants: Sequence[Contestant]) -> gr.Blocks:
                     label="Picture", show_label=False, type="numpy", format="png",
                     sources=["upload", "clipboard"], elem_id="picture", height=360, buttons=[],
                 )  # fmt: skip
-                # not a subclass: gradio writes a file beside the module of every one
+                # no subclass, because gradio writes a file beside the module of each
                 picture.preprocess = read_upload
             with gr.Column(min_width=280):
                 with gr.Row():
@@ -234,7 +268,7 @@ def build(contestants: Sequence[Contestant]) -> gr.Blocks:
             fn=ask_both,
             inputs=[picture, scene, words, *(card.layer for card in cards)],
             outputs=[seen, *(x for card in cards for x in card.outputs)],
-            concurrency_id="models",  # recording what a model does is for one at a time
+            concurrency_id="models",  # only one request at a time can record activations
             show_progress="minimal",
         )
         gr.on([page.load, rendered.click], **rendering).success(**asking)
@@ -255,7 +289,7 @@ def build(contestants: Sequence[Contestant]) -> gr.Blocks:
 
 
 def _scene(which: Sequence[Any]) -> tuple[Any, list[Question]]:
-    """The scene of (seed, split, index), and its questions. Shows the user what is wrong with them."""
+    """The scene of (seed, split, index) and its questions; errors are shown on the page."""
     seed, split, index = which
     if seed is None or index is None:
         raise gr.Error("Seed and scene must be whole numbers from 0 on.")
@@ -280,7 +314,12 @@ def _question(picture: Picture, which: Any, said: str) -> Question:
 def serve(page: gr.Blocks, port: int) -> None:
     """Show the page on this machine until Ctrl-C; nothing is fetched or sent elsewhere.
 
-    Raises OSError for a port that is taken.
+    Args:
+        page: of `build`.
+        port: of the page.
+
+    Raises:
+        OSError: if the port is taken.
     """
     page.queue().launch(
         server_name="127.0.0.1",

@@ -1,4 +1,4 @@
-"""What the demo asks, and what a model answers: all that needs no browser."""
+"""What the demo asks, and what a model answers: everything that needs no browser."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vlm.config import Run
 from vlm.data.samples import Sample
 from vlm.evaluate import load, say
 from vlm.folders import saved_run
-from vlm.looking import averages, look
+from vlm.information_flow import group_weights, layer_flows
 from vlm.model import VLM
 from vlm.pictures import Picture
 from vlm.predict import wording
@@ -23,13 +23,13 @@ from vlm.scenes import TASKS, Example, Scene, make_example
 from vlm.scenes.source import answer, question
 from vlm.tokenizer import SPECIAL, Text
 
-CAPTION = "Describe the image."  # what `vlm.scenes` shows as the question where a caption is wanted
-Maps = dict[str, npt.NDArray[np.float64]]  # quantity of `vlm.looking` -> (side, side)
+CAPTION = "Describe the image."  # the question of `vlm.scenes` that asks for a caption
+Maps = dict[str, npt.NDArray[np.float64]]  # quantity of `vlm.information_flow` -> (side, side)
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A trained model that answers, and the folder its run lies in."""
+    """A trained model that answers, its run, and the folder of the runs."""
 
     run: Run
     out: Path
@@ -37,7 +37,11 @@ class Contestant:
 
     @classmethod
     def open(cls, folder: Path) -> Contestant:
-        """Raises UserError, in one line, for folders that `vlm.train` has not written."""
+        """Load a trained model.
+
+        Raises:
+            UserError: if the folder is none that `vlm.train` wrote.
+        """
         run, out = saved_run(folder)
         return cls(run, out, load(run, out))
 
@@ -48,7 +52,13 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Question:
-    """text: as asked. sample: the prompt, and the right answer where that is known; example: of a scene."""
+    """A question about a picture.
+
+    Attributes:
+        text: as asked.
+        sample: the prompt, and the right answer if it is known.
+        example: of a scene; None for a question of the user's.
+    """
 
     text: str
     sample: Sample
@@ -57,26 +67,31 @@ class Question:
 
 @dataclass(frozen=True)
 class Reply:
-    """said: the answer. maps: layer -> quantity -> (side, side), means over the answer's tokens.
+    """A model's answer, and what it read and wrote while answering.
 
-    contrast: layer -> quantity -> the target's patches over those of other shapes; {} unless the question
-    asks for the box of a scene's shape. unknown: words of the question that the model cannot read.
+    Attributes:
+        question: what was asked.
+        said: the answer.
+        maps: layer -> quantity -> (side, side), mean over the tokens of the answer.
+        ratios: layer -> quantity -> ratio of the target's patches to those of other shapes; {} unless the
+            question asks for the box of a scene's shape.
+        unknown: words of the question that the model cannot read.
     """
 
     question: Question
     said: str
     maps: dict[int, Maps]
-    contrast: dict[int, dict[str, float]]
+    ratios: dict[int, dict[str, float]]
     unknown: tuple[str, ...] = ()
 
     @property
     def right(self) -> bool | None:
-        """None where the right answer is not known, or is one of many."""
+        """Whether the answer is right; None if that is not known, or no matter of yes or no."""
         return results.right(self.question.sample, self.said)
 
 
 def questions(scene: Scene) -> list[Question]:
-    """What can be asked about a scene: one question a task, a box first."""
+    """Return what can be asked about a scene: one question per task, the question for a box first."""
     found = []
     for task in sorted(TASKS, key=lambda name: name != "grounding"):
         example = make_example(scene, task)
@@ -87,7 +102,15 @@ def questions(scene: Scene) -> list[Question]:
 
 
 def typed(text: str, picture: Picture) -> Question:
-    """A question in the user's words, whose answer is not known; none asks for a caption, as does CAPTION."""
+    """Word a user's own question, whose answer is not known.
+
+    Args:
+        text: the question; "" asks for a caption, as does CAPTION.
+        picture: (height, width, 3) uint8, RGB.
+
+    Returns:
+        The question.
+    """
     height, width = picture.shape[:2]
     text = text.strip() or CAPTION
     chunks = tuple(wording("" if text == CAPTION else text, "auto", width, height))
@@ -96,30 +119,40 @@ def typed(text: str, picture: Picture) -> Question:
 
 @torch.no_grad()
 def ask(contestant: Contestant, picture: Picture, asked: Question) -> Reply:
-    """The model's greedy answer about a picture (height, width, 3) uint8, and its looks while answering."""
+    """Answer a question, and record what the model reads and writes while answering.
+
+    Args:
+        contestant: the model.
+        picture: (height, width, 3) uint8, RGB.
+        asked: the question.
+
+    Returns:
+        The greedy answer and its maps.
+    """
     run, model = contestant.run, contestant.model
     text, eyes = components.text(run.tokenizer), components.eyes(run.encoder, run.image_size, contestant.out)
     ids, _ = components.prompt(run, asked.sample, eyes.side)
     features, end = eyes([picture]), text.encode(END)[0]
     (said,) = say(model, run, torch.tensor([ids]), features)
     words = said[: said.index(end)] if end in said else said
-    at = list(range(len(ids) - 1, len(ids) - 1 + max(1, len(words))))  # what predicts the words, or the end
-    looks = look(model, torch.tensor([ids + words]), features, at)
+    # positions that predict the answer, or its end
+    at = list(range(len(ids) - 1, len(ids) - 1 + max(1, len(words))))
+    flows = layer_flows(model, torch.tensor([ids + words]), features, at)
     maps = {
         layer: {
             name: value[0].double().mean(0).view(eyes.side, eyes.side).numpy()
             for name, value in found.quantities().items()
         }
-        for layer, found in looks.items()
+        for layer, found in flows.items()
     }
     prompt = "".join(chunk.text for chunk in asked.sample.chunks)
-    return Reply(asked, text.decode(said), maps, _contrast(asked, maps, eyes.side), unknown(text, prompt))
+    return Reply(asked, text.decode(said), maps, _ratios(asked, maps, eyes.side), unknown(text, prompt))
 
 
-def _contrast(asked: Question, maps: dict[int, Maps], side: int) -> dict[int, dict[str, float]]:
+def _ratios(asked: Question, maps: dict[int, Maps], side: int) -> dict[int, dict[str, float]]:
     if asked.example is None or asked.example.task != "grounding":
         return {}
-    means = averages(asked.example.scene, asked.example.boxes[0], side)
+    means = group_weights(asked.example.scene, asked.example.boxes[0], side)
     return {
         layer: {
             name: float(values.reshape(-1) @ means["target"] / (values.reshape(-1) @ means["distractor"]))
@@ -130,7 +163,7 @@ def _contrast(asked: Question, maps: dict[int, Maps], side: int) -> dict[int, di
 
 
 def unknown(text: Text, said: str) -> tuple[str, ...]:
-    """Pieces of a text that a tokenizer made from words (`vlm.tokenizer.from_words`) has no token for."""
+    """Return the pieces of a text that a tokenizer of `vlm.tokenizer.from_words` has no token for."""
     encoded = text.tokenizer.encode(said, add_special_tokens=False)
     places = zip(encoded.tokens, encoded.offsets, strict=True)
     return tuple(said[start:stop].strip() for token, (start, stop) in places if token == SPECIAL[-1])

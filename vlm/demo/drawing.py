@@ -1,4 +1,4 @@
-"""The demo's pictures: boxes on what was shown, and heat maps of patches over it."""
+"""Pictures of the demo: boxes on what was shown, and heat maps of patches over it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from vlm.pictures import Picture
 from vlm.predict import RIGHT, SAID, draw
 from vlm.prompts import Box, parse_box
 
-SIDE = 320  # pixels of the longer side of what is shown: about what a page has room for
-MAP, OPAQUE = "YlOrRd", 0.9  # colours of the heat maps, and how much of the largest value covers the picture
+SIDE = 320  # pixels of the longer side; about what fits the page
+MAP, OPAQUE = "YlOrRd", 0.9  # colours, and opacity of the largest value
 
 
 def fitted(picture: Picture) -> tuple[Picture, float]:
-    """A picture with a longer side of SIDE pixels, and the factor that it was scaled by."""
+    """Return a picture with a longer side of SIDE pixels, and the factor it was scaled by."""
     from PIL import Image
 
     height, width = picture.shape[:2]
@@ -28,7 +28,7 @@ def fitted(picture: Picture) -> tuple[Picture, float]:
 
 
 def subjects(asked: Question) -> list[tuple[Box, str]]:
-    """The boxes of what a scene's question is about, with the letters of those to choose from."""
+    """Return the boxes that a scene's question is about, with the letters of those to choose from."""
     if asked.example is None or asked.example.task == "caption":
         return []
     letters = asked.example.choices or ("",) * len(asked.example.boxes)
@@ -36,7 +36,7 @@ def subjects(asked: Question) -> list[tuple[Box, str]]:
 
 
 def answered(picture: Picture, reply: Reply) -> Picture:
-    """The picture with what the question is about framed in green, and the answered box in blue."""
+    """Return the picture with the question's objects framed in green and the answered box in blue."""
     shown, factor = fitted(picture)
     height, width = picture.shape[:2]
     framed = [(_scaled(box, factor), RIGHT, letter) for box, letter in subjects(reply.question)]
@@ -47,9 +47,15 @@ def answered(picture: Picture, reply: Reply) -> Picture:
 
 
 def heat(picture: Picture, values: npt.NDArray[np.float64], boxes: Sequence[Box] = ()) -> Picture:
-    """A pale picture under the patches' values (side, side) >= 0, from none to the largest.
+    """Lay a heat map of patches over a pale picture.
 
-    boxes: framed, in pixels of the picture.
+    Args:
+        picture: (height, width, 3) uint8, RGB.
+        values: (side, side), at least 0; the colours run from 0 to the largest value.
+        boxes: to be framed, in pixels of the picture.
+
+    Returns:
+        The drawn picture.
     """
     import matplotlib
 
@@ -72,7 +78,7 @@ def _scaled(box: Box, factor: float) -> Box:
 
 
 def colour_scale() -> str:
-    """CSS of the heat maps' colours on white, from nothing to the most."""
+    """Return CSS of the heat maps' colours on white, from nothing to the most."""
     import matplotlib
 
     shares = np.linspace(0, 1, 9)

@@ -1,4 +1,4 @@
-"""Overlap of boxes; `vlm.prompts.parse_box` reads them from answers."""
+"""Overlap of boxes; `vlm.prompts.parse_box` reads boxes from answers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,19 @@ from ssm_retrieval.errors import UserError
 
 
 def iou(predicted: ArrayLike, gold: ArrayLike) -> NDArray[np.float64]:
-    """Intersection over union, float64 (N,), of boxes (N, 4) as x_min, y_min, x_max, y_max.
+    """Return the intersection over union of boxes x_min, y_min, x_max, y_max.
 
-    A predicted box with corners out of order, without area or with a NaN (an answer that was no
-    box) scores 0.
-    Raises UserError for other shapes and for gold boxes that are not boxes.
+    A predicted box with corners out of order, without area or with a NaN (an answer that is no box) scores 0.
+
+    Args:
+        predicted: (N, 4).
+        gold: (N, 4).
+
+    Returns:
+        (N,) float64.
+
+    Raises:
+        UserError: if a shape is another one, or a gold box is no box.
     """
     p, g = np.asarray(predicted, np.float64), np.asarray(gold, np.float64)
     if p.shape != g.shape or p.ndim != 2 or p.shape[1] != 4:
@@ -26,11 +34,3 @@ def iou(predicted: ArrayLike, gold: ArrayLike) -> NDArray[np.float64]:
     shared = overlap.prod(axis=1)
     union = (p[:, 2:] - p[:, :2]).prod(axis=1) + (g[:, 2:] - g[:, :2]).prod(axis=1) - shared
     return np.where(valid, shared / union, 0.0)
-
-
-def scores(predicted: ArrayLike, gold: ArrayLike, threshold: float = 0.5) -> dict[str, float]:
-    """Share of boxes whose IoU is above (not at) the threshold, and the mean IoU."""
-    overlaps = iou(predicted, gold)
-    if not overlaps.size:
-        raise UserError("gold has no boxes to score")
-    return {"accuracy": float((overlaps > threshold).mean()), "mean_iou": float(overlaps.mean())}

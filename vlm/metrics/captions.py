@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from ssm_retrieval.errors import MissingPackage, UserError
 
-# What the official tokenizer's result is rid of; words and numbers keep their inner marks, clitics
-# are split off
+# Tokens as the official tokenizer makes them: words and numbers keep their inner marks, clitics are split off
 _TOKEN = re.compile(r"(?:n't\b)|'(?:s|m|d|ll|re|ve)\b|[^\W_]+?(?=n't\b)|[^\W_]+(?:[.,:/&-][^\W_]+)*|[^\w\s]")
 _BRACKETS = dict(zip("()[]{}", ["-lrb-", "-rrb-", "-lsb-", "-rsb-", "-lcb-", "-rcb-"], strict=True))
 _DROPPED = frozenset(
@@ -22,7 +21,7 @@ DOMAINS = ("in-domain", "near-domain", "out-domain")
 
 
 def words(text: str) -> str:
-    """Lower-case tokens joined by spaces, close to the official (Penn Treebank) tokenizer without its Java.
+    """Return lower-case tokens joined by spaces, close to the official Penn Treebank tokenizer (Java).
 
     Ordinary captions get the same tokens; rare marks, emoji and abbreviations with full stops may differ.
     """
@@ -50,10 +49,20 @@ def _tokens(captions: Mapping[str, Sequence[str]], tokenizer: str) -> dict[str, 
 def scores(
     predicted: Mapping[str, str], references: Mapping[str, Sequence[str]], tokenizer: str = "regex"
 ) -> dict[str, float]:
-    """Corpus scores bleu1..bleu4, rouge_l and cider (1.0 is 100 in tables) of one caption per image id.
+    """Score one caption per image, all images together.
 
-    ``tokenizer="ptb"`` is the official one and needs Java; say which one was used next to a number. Raises
-    ValueError where ids differ or references are missing, ImportError without pycocoevalcap.
+    Args:
+        predicted: caption by image id.
+        references: captions by image id.
+        tokenizer: "regex" (`words`), or "ptb", the official one, which needs Java. State which one you used
+            next to a number.
+
+    Returns:
+        bleu1 .. bleu4, rouge_l and cider; 1.0 is 100 in published tables.
+
+    Raises:
+        UserError: if ids differ, an image has no reference, or the tokenizer is unknown or lacks Java.
+        MissingPackage: if pycocoevalcap is not installed.
     """
     if predicted.keys() != references.keys() or not predicted:
         raise UserError(
@@ -85,7 +94,20 @@ def by_domain(
     domains: Mapping[str, str],
     tokenizer: str = "regex",
 ) -> dict[str, dict[str, float]]:
-    """Scores of NoCaps for each domain, each a corpus of its own, and of all images as "entire"."""
+    """Score NoCaps by domain, each domain by itself, and all images as "entire".
+
+    Args:
+        predicted: caption by image id.
+        references: captions by image id.
+        domains: one of DOMAINS by image id.
+        tokenizer: as for `scores`.
+
+    Returns:
+        Scores by domain.
+
+    Raises:
+        UserError: if an image has no domain or an unknown one.
+    """
     unknown = set(domains.values()) - set(DOMAINS)
     if unknown or domains.keys() != predicted.keys():
         raise UserError(f"domains must give one of {', '.join(DOMAINS)} to each predicted image id")

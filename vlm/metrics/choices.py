@@ -1,4 +1,4 @@
-"""Letters, true or false, yes or no."""
+"""Read letters, true or false, and yes or no from answers."""
 
 from __future__ import annotations
 
@@ -9,24 +9,27 @@ from ssm_retrieval.errors import UserError
 
 
 def letter(text: str) -> int | None:
-    """Index of the option whose letter stands before the first full stop; None where no single
-    letter does.
+    """Return the index of the option whose letter stands before the first full stop.
+
+    None if there is no single letter.
     """
     said = text.split(".")[0].strip().upper()
     return ascii_uppercase.index(said) if len(said) == 1 and said in ascii_uppercase else None
 
 
-def multiple_choice(predicted: Sequence[str], gold: Sequence[int]) -> float:
-    """Share of answers that name the right option's letter."""
-    _same_length(predicted, gold)
-    return sum(letter(said) == right for said, right in zip(predicted, gold, strict=True)) / len(gold)
-
-
 def says_yes(text: str, rule: str = "official") -> bool:
-    """Whether an answer counts as yes.
+    """Return whether an answer counts as yes.
 
-    "official" (POPE): unless "no", "No" or "not" is a word of the first sentence. "published" (the paper's):
-    unless the whole answer is "no", so that "No." counts as yes.
+    Args:
+        text: the answer.
+        rule: "official" (POPE): yes unless "no", "No" or "not" is a word of the first sentence. "published"
+            (the paper's): yes unless the whole answer is "no", so that "No." counts as yes.
+
+    Returns:
+        True for yes.
+
+    Raises:
+        UserError: if the rule is unknown.
     """
     if rule == "published":
         return text.strip().lower() != "no"
@@ -36,12 +39,12 @@ def says_yes(text: str, rule: str = "official") -> bool:
 
 
 def says_true(text: str) -> bool:
-    """Whether an answer of VSR counts as true: unless it is "False", which is the paper's rule as well."""
+    """Return whether an answer of VSR counts as true: unless it is "False" (also the paper's rule)."""
     return text.split(".")[0].strip().lower() != "false"
 
 
 def binary(predicted: Sequence[bool], gold: Sequence[bool]) -> dict[str, float]:
-    """Accuracy, precision, recall and F1 of "yes", and the share of yes; undefined ratios are 0."""
+    """Return accuracy, precision, recall and F1 of yes, and the share of yes; undefined ratios are 0."""
     _same_length(predicted, gold)
     pairs = list(zip(predicted, gold, strict=True))
     hits, said, right = sum(p and g for p, g in pairs), sum(predicted), sum(gold)

@@ -83,12 +83,11 @@ CONTRACTIONS = {wrong: word for word in _CONTRACTIONS for wrong in _without_some
 
 
 def normalise(answer: str) -> str:
-    """An answer as the official evaluation compares it.
+    """Normalise an answer as the official evaluation does.
 
-    Punctuation goes where it touches a space, or everywhere once the answer has a comma between
-    digits, and is
-    a space elsewhere; full stops go unless a digit follows; then lower case, number words as digits, no
-    articles, and contractions with their apostrophes.
+    Punctuation is removed where it touches a space, or everywhere if the answer has a comma between digits,
+    and becomes a space elsewhere. Full stops are removed unless a digit follows. Then: lower case, number
+    words as digits, no articles, contractions with their apostrophes.
     """
     answer = answer.replace("\n", " ").replace("\t", " ").strip()
     joined = re.search(r"\d,\d", answer) is not None
@@ -102,12 +101,21 @@ def normalise(answer: str) -> str:
 
 
 def accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """Official accuracy in [0, 1] of one prediction.
+    """Return the official accuracy of one prediction.
 
     Each annotator is left out in turn, and the prediction scores a third of the others' agreeing answers, at
-    most 1; the result is the mean. Prediction and answers are normalised. (The official code skips this where
-    all annotators wrote the same; doing it always is what the text-VQA benchmarks do.) ValueError
-    without answers.
+    most 1; the result is the mean. Prediction and answers are normalised. (The official code skips this if
+    all annotators wrote the same; doing it always is what the text-VQA benchmarks do.)
+
+    Args:
+        prediction: the answer.
+        answers: of the annotators.
+
+    Returns:
+        0 .. 1.
+
+    Raises:
+        UserError: if there are no answers.
     """
     if not answers:
         raise UserError("answers is empty: a hidden test set has to be scored by its server")
@@ -117,10 +125,20 @@ def accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 
 def published_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """The paper's accuracy of one prediction: 0, 0.3, 0.6, 0.9 or 1 for 0, 1, 2, 3 or more agreeing answers.
+    """Return the paper's accuracy of one prediction.
 
-    Nobody is left out, and only the prediction is normalised, so answers written with capitals or articles
-    can never be met.
+    It is 0, 0.3, 0.6, 0.9 or 1 for 0, 1, 2, 3 or more equal answers. Nobody is left out, and only the
+    prediction is normalised, so answers written with capitals or articles cannot be matched.
+
+    Args:
+        prediction: the answer.
+        answers: of the annotators.
+
+    Returns:
+        0 .. 1.
+
+    Raises:
+        UserError: if there are no answers.
     """
     if not answers:
         raise UserError("answers is empty: a hidden test set has to be scored by its server")
@@ -130,10 +148,10 @@ def published_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 
 def exact_match(prediction: str, answer: str) -> float:
-    """GQA's accuracy of one prediction, 0 or 1: the same text but for case, and one final full stop."""
+    """Return GQA's accuracy of one prediction, 0 or 1: equal but for case and one final full stop."""
     return float(prediction.strip().removesuffix(".").lower() == answer.strip().lower())
 
 
 def most_frequent(answers: Sequence[str]) -> str | None:
-    """What most annotators said, the first of equally frequent ones; None without answers."""
+    """Return what most annotators said, the first of equally frequent answers; None without answers."""
     return Counter(answers).most_common(1)[0][0] if answers else None

@@ -1,11 +1,11 @@
-"""Rendered, exactly annotated scenes: `sample_scene`, `render`, `make_example`."""
+"""Rendered scenes with exact annotation: `sample_scene`, `render`, `make_example`."""
 
 from vlm.scenes.questions import CHANCE, TASKS, Example, make_example
 from vlm.scenes.scene import SPLITS, Box, Object, Scene, sample_scene
 from vlm.scenes.stamps import render
 
-# Raise it when scenes, their pictures or what is asked about them change: names of features, of encoders and
-# of trained stages have it, so none made from others is taken for one of these.
+# Raise it when scenes, their pictures or their questions change. It is part of the names of features,
+# encoders and trained stages, so old ones are not mistaken for new ones.
 VERSION = 1
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""A contact sheet of scenes, each with one example of a task below it.
+"""Draw a sheet of scenes, one per task, each with its question and answer.
 
 python -m vlm.scenes --out docs/images/scenes.png --seed 0
 """
@@ -22,7 +22,15 @@ _COLUMNS, _ZOOM, _PAD, _TEXT = 5, 2, 12, 150
 
 
 def contact_sheet(seed: int, split: str) -> Image.Image:
-    """An RGB Pillow image: scene k with an example of task k; the boxes of its answer are framed."""
+    """Draw scene k with a question of task k; the boxes of its answer are framed.
+
+    Args:
+        seed: of the scenes.
+        split: "train", "heldout" or "combination".
+
+    Returns:
+        An RGB image.
+    """
     font = ImageFont.load_default(14)
     examples = [make_example(sample_scene(seed, split, k), task) for k, task in enumerate(TASKS)]
     side = examples[0].scene.size * _ZOOM
@@ -57,14 +65,15 @@ def _framed(example: Example, font: Any) -> Image.Image:
 
 @dataclass(frozen=True)
 class Options:
-    """A contact sheet of scenes, each with one example of a task below it."""
+    """Draw rendered scenes, one per task, each with its question and answer below it."""
 
     out: Path
-    """The PNG to write."""
+    """PNG file to write."""
     seed: int = 0
-    """Of the scenes."""
+    """Seed of the scenes."""
     split: Literal["train", "heldout", "combination"] = "train"
-    """Which scenes."""
+    """train: scenes of training. heldout: with handwritten digits that training never uses. combination: \
+with pairs of colour and shape that training never shows."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def draw(options: Options) -> int:
+    """Draw the sheet of the command line; returns the exit status."""
     sheet = contact_sheet(options.seed, options.split)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(options.out) as temporary:

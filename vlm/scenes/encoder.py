@@ -1,8 +1,8 @@
-"""A small vision encoder for rendered scenes, trained on their annotation, then frozen like the big ones.
+"""A small vision encoder for rendered scenes, trained on their annotation and then frozen.
 
-It stands where EVA-02-L stands in the paper, for machines without its weights: each patch learns to tell
-which object it shows and where that object's box is. Every language model, layout and seed reads the same
-frozen features, so what differs between them is how a sequence of patches is read.
+It takes the place of the paper's EVA-02-L on machines without those weights. Each patch learns to tell which
+object it shows and where that object's box is. Every language model, layout and seed reads the same frozen
+features, so models differ only in how they read a sequence of patches.
 """
 
 from __future__ import annotations
@@ -46,10 +46,14 @@ _NAMES = (*SHAPES, *map(str, range(10)), *WORDS)
 
 
 class SceneEncoder(nn.Module):
-    """(B, 3, S, S) pixels, -1 .. 1 -> (B, P, 128), P = (S / 8)^2 in raster order; after the last norm.
+    """Pixels (B, 3, S, S), -1 .. 1 -> features after the last norm (B, P, 128).
 
-    Convolutions to one vector per patch of 8 x 8 pixels, learned positions, one MLP, LayerNorm. The positions
-    are those of TRAINED[0] pixels, interpolated for other sizes, as those of big encoders are.
+    There are P = (S / 8)^2 patches in raster order. Convolutions to one vector per patch of 8 x 8 pixels,
+    learned positions, one MLP, LayerNorm. The positions are those of TRAINED[0] pixels, interpolated for
+    other sizes, as in large encoders.
+
+    Args:
+        width: of the features.
     """
 
     num_prefix_tokens = 0  # no class token (timm's name for it)
@@ -69,6 +73,7 @@ class SceneEncoder(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """Return features (B, P, width) of pixels (B, 3, S, S)."""
         x = self.patch_embed(pixels)
         for block in self.blocks:
             x = x + F.gelu(block(x))
@@ -78,7 +83,11 @@ class SceneEncoder(nn.Module):
 
 
 class Heads(nn.Module):
-    """What is read off a patch's features in training: an answer to each of QUESTIONS, and the box."""
+    """What is read off a patch's features in training: an answer to each of QUESTIONS, and the box.
+
+    Args:
+        width: of the features.
+    """
 
     def __init__(self, width: int = WIDTH):
         super().__init__()
@@ -86,10 +95,18 @@ class Heads(nn.Module):
         self.box = nn.Linear(width, 4 * STEPS)
 
     def loss(self, features: Tensor, labels: dict[str, Tensor], boxes: Tensor) -> Tensor:
-        """Mean cross-entropies in nats, of the box's corners as hundredths of the side.
+        """Return the sum of mean cross-entropies, in nats, over QUESTIONS and the box.
 
-        Hundredths are what answers print: a feature from which a class can be read, not only a number, is one
-        from which a language model reads it soon.
+        The box's corners are classes, hundredths of the side, because answers print hundredths: a language
+        model soon reads a class from features that are linearly separable by it.
+
+        Args:
+            features: (B, P, width).
+            labels: by question, (B, P) int64; -1 = does not apply.
+            boxes: (B, P, 4), as shares of the image.
+
+        Returns:
+            A scalar.
         """
         total = features.new_zeros(())
         for name, head in self.answers.items():
@@ -101,9 +118,17 @@ class Heads(nn.Module):
 
 
 def annotation(scene: Scene, side: int) -> tuple[dict[str, npt.NDArray[np.int64]], npt.NDArray[np.float32]]:
-    """({question: (side^2,) int64}, (side^2, 4) float32 boxes as shares of the image) of a scene's patches.
+    """Annotate the patches of a scene.
 
     A patch belongs to the object that covers most of it, if any covers a tenth.
+
+    Args:
+        scene: the scene.
+        side: patches along one side.
+
+    Returns:
+        By question, (side^2,) int64, -1 = does not apply; and boxes (side^2, 4) float32, as shares of the
+        image.
     """
     labels = {name: np.full((side, side), -1) for name in QUESTIONS}
     labels["kind"][:] = 0
@@ -125,7 +150,15 @@ def annotation(scene: Scene, side: int) -> tuple[dict[str, npt.NDArray[np.int64]
 
 
 def coverage(box: Sequence[float], side: int) -> npt.NDArray[np.float64]:
-    """(side, side) share of each patch that a box x0, y0, x1, y1, in shares of the image, covers."""
+    """Return the share of each patch that a box covers.
+
+    Args:
+        box: x_min, y_min, x_max, y_max, as shares of the image.
+        side: patches along one side.
+
+    Returns:
+        (side, side), 0 .. 1.
+    """
     x0, y0, x1, y1 = box
     edges = np.arange(side) / side
     across = np.clip(np.minimum(edges + 1 / side, x1) - np.maximum(edges, x0), 0, None) * side
@@ -134,7 +167,15 @@ def coverage(box: Sequence[float], side: int) -> npt.NDArray[np.float64]:
 
 
 def resized(pictures: Sequence[npt.NDArray[np.uint8]], image_size: int) -> Tensor:
-    """(h, w, 3) uint8 pictures of any size -> (B, 3, S, S) uint8, without keeping their shape."""
+    """Resize pictures to squares, regardless of their shape.
+
+    Args:
+        pictures: B pictures (height, width, 3) uint8, of any sizes.
+        image_size: S, pixels a side.
+
+    Returns:
+        (B, 3, S, S) uint8.
+    """
     from PIL import Image
 
     square = (image_size, image_size)
@@ -143,22 +184,30 @@ def resized(pictures: Sequence[npt.NDArray[np.uint8]], image_size: int) -> Tenso
 
 
 def scaled(pixels: Tensor) -> Tensor:
-    """0 .. 255 -> -1 .. 1, float32."""
+    """Scale pixels 0 .. 255 to -1 .. 1, float32."""
     return (pixels.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
 def key(images: int = IMAGES) -> str:
-    """Names everything that the encoder's weights depend on."""
+    """Return a name for everything that the encoder's weights depend on; `images`: of its training."""
     sizes = "-".join(map(str, TRAINED))
     more = hashlib.sha256(repr((SCENES_VERSION, PATCH, WIDTH, STEPS, BATCH, LR)).encode()).hexdigest()[:8]
     return f"scenes-v{VERSION}-{sizes}px-{images}x{EPOCHS}-{more}"
 
 
 def trained(folder: Path, *, images: int = IMAGES, progress: bool = True) -> SceneEncoder:
-    """The frozen encoder: from `folder`, or trained into it if it is not there.
+    """Return the frozen encoder, from disk or trained first (about two minutes on two cores).
 
-    images: how many training scenes it sees, EPOCHS times, each time at one of the sizes TRAINED. Takes about
-    two minutes on two cores. Raises UserError for a damaged file.
+    Args:
+        folder: of the weights.
+        images: number of training scenes; each is seen EPOCHS times, at the sizes TRAINED in turn.
+        progress: whether to show a bar.
+
+    Returns:
+        The encoder.
+
+    Raises:
+        UserError: if the file of the weights is damaged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{key(images)}.safetensors"

@@ -1,4 +1,4 @@
-"""Questions about a scene, as pure functions of it; answers are balanced by construction."""
+"""Questions about a scene, as pure functions of it. Answers are balanced by construction."""
 
 from __future__ import annotations
 
@@ -24,7 +24,16 @@ _ATTRIBUTES = ("colour", "name", "size", "texture")
 
 @dataclass(frozen=True)
 class Example:
-    """`choices`: the valid letters or (); `boxes`: of the answer, or in pointing of the candidates A .. D."""
+    """A question about a scene.
+
+    Attributes:
+        scene: the scene.
+        task: name in TASKS.
+        question: its text.
+        answer: its text.
+        choices: the valid letters, or ().
+        boxes: of the answer; in pointing of the candidates A .. D. In pixels.
+    """
 
     scene: Scene
     task: str
@@ -35,19 +44,38 @@ class Example:
 
 
 def make_example(scene: Scene, task: str) -> Example:
-    """The one example that `task` makes of `scene`. Raises UserError for an unknown task."""
+    """Return the one example that a task makes of a scene.
+
+    Args:
+        scene: the scene.
+        task: name in TASKS.
+
+    Returns:
+        The example.
+
+    Raises:
+        UserError: if the task is unknown.
+    """
     if task not in TASKS:
         raise UserError(f"unknown task {task!r}; valid: {', '.join(TASKS)}")
     number = list(TASKS).index(task)
-    # one stream a task: which other tasks are asked changes nothing
+    # each task has its own stream, so tasks do not depend on each other
     rng = scene_stream(scene.seed, scene.split, _QUESTION_INDEX + scene.index * len(TASKS) + number)
     return TASKS[task](scene, rng)
 
 
 def balanced(scene: Scene, task: str, ways: int) -> int:
-    """0 .. ways - 1, each once in every `ways` consecutive scenes (from a multiple of it), in random order.
+    """Draw a number that comes equally often: once in every `ways` consecutive scenes, in random order.
 
-    The order is the task's own: several questions about one image do not share their answers.
+    The order is the task's own, so questions about one image do not share their answers.
+
+    Args:
+        scene: the scene; its index decides the number.
+        task: name in TASKS.
+        ways: how many numbers there are.
+
+    Returns:
+        0 .. ways - 1.
     """
     block, place = divmod(scene.index, ways)
     order = scene_stream(scene.seed, scene.split, 2**59 + block * 16 + list(TASKS).index(task))
@@ -59,20 +87,29 @@ def _pick(rng: np.random.Generator, items: Sequence[T]) -> T:
 
 
 def subjects(scene: Scene) -> tuple[Object, ...]:
-    """The shapes asked about: all of them, or in the split `combination` those with a held-out pair."""
+    """Return the shapes to ask about: all, or in the split `combination` those with a held-out pair."""
     if scene.split != "combination":
         return scene.shapes
     return tuple(item for item in scene.shapes if (item.colour, item.name) in HELDOUT_PAIRS)
 
 
 def phrase(item: Object, attributes: Sequence[str]) -> str:
-    """ "large striped red star" from the attributes named; "shape" stands for an unnamed shape."""
+    """Return a phrase such as "large striped red star"; "shape" stands for a name that is not given."""
     words = [getattr(item, a) for a in ("size", "texture", "colour") if a in attributes]
     return " ".join([*words, item.name if "name" in attributes else "shape"])
 
 
 def unique_phrases(scene: Scene, item: Object, attributes: Sequence[str] = _ATTRIBUTES) -> list[str]:
-    """The shortest phrases that fit `item` and no other shape of the scene; [] if none does."""
+    """Return the shortest phrases that fit one shape of a scene and no other.
+
+    Args:
+        scene: the scene.
+        item: the shape.
+        attributes: that phrases may use.
+
+    Returns:
+        The phrases; [] if none is unique.
+    """
     for length in range(1, len(attributes) + 1):
         found = [
             phrase(item, chosen)
@@ -85,6 +122,7 @@ def unique_phrases(scene: Scene, item: Object, attributes: Sequence[str] = _ATTR
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> Example:
+    """Ask for a caption; the answer lists every object in reading order."""
     parts = []
     for item in scene.objects:
         if item.kind == "shape":
@@ -99,6 +137,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> Example:
 
 
 def existence(scene: Scene, rng: np.random.Generator) -> Example:
+    """Ask whether there is a shape of a colour; yes and no alternate evenly."""
     present = {(item.colour, item.name) for item in scene.shapes}
     asked = [
         (colour, shape)
@@ -122,6 +161,7 @@ def _colour_counts(scene: Scene) -> dict[str, int]:
 
 
 def count(scene: Scene, rng: np.random.Generator) -> Example:
+    """Ask how many shapes have a colour; 0 .. 3 come equally often."""
     answer = balanced(scene, "count", len(COLOUR_COUNTS) + 1)
     colour = _pick(rng, [name for name, number in _colour_counts(scene).items() if number == answer])
     boxes = tuple(item.box for item in scene.shapes if item.colour == colour)
@@ -129,8 +169,9 @@ def count(scene: Scene, rng: np.random.Generator) -> Example:
 
 
 def attribute(scene: Scene, rng: np.random.Generator) -> Example:
+    """Ask for the colour, name, size or texture of a shape that the others identify."""
     first = balanced(scene, "attribute", len(_ATTRIBUTES))
-    # a scene may have no shape that can be named without its colour, say: then another attribute is asked
+    # a scene may have no shape that can be named without its colour, for example; then ask another attribute
     for asked in _ATTRIBUTES[first:] + _ATTRIBUTES[:first]:
         others = [name for name in _ATTRIBUTES if name != asked]
         options = [(item, p) for item in subjects(scene) if (p := unique_phrases(scene, item, others))]
@@ -143,6 +184,7 @@ def attribute(scene: Scene, rng: np.random.Generator) -> Example:
 
 
 def comparison(scene: Scene, rng: np.random.Generator) -> Example:
+    """Ask whether one colour has more shapes than another; yes and no alternate evenly."""
     counts = _colour_counts(scene)
     pairs = [(a, b) for a in counts for b in counts if counts[a] > counts[b]]
     more, fewer = _pick(rng, pairs)
@@ -153,6 +195,7 @@ def comparison(scene: Scene, rng: np.random.Generator) -> Example:
 
 
 def spatial(scene: Scene, rng: np.random.Generator) -> Example:
+    """Ask whether a shape is left of, right of, above or below another one."""
     axes = [0, 1]
     pairs = [
         (a, b, axis)
@@ -171,6 +214,7 @@ def spatial(scene: Scene, rng: np.random.Generator) -> Example:
 
 
 def grounding(scene: Scene, rng: np.random.Generator) -> Example:
+    """Ask for the box of a shape."""
     item = _pick(rng, subjects(scene))
     question = f"Where is the {_pick(rng, unique_phrases(scene, item))}?"
     # published format: corners as shares of the side with two decimals; `boxes` has the exact pixels
@@ -179,6 +223,7 @@ def grounding(scene: Scene, rng: np.random.Generator) -> Example:
 
 
 def pointing(scene: Scene, rng: np.random.Generator) -> Example:
+    """Ask which of four boxes shows a shape; the right letter comes equally often."""
     item = _pick(rng, subjects(scene))
     others = [o for o in scene.shapes if o is not item]
     candidates = [others[k] for k in rng.permutation(len(others))[: len(LETTERS) - 1]]
@@ -190,6 +235,16 @@ def pointing(scene: Scene, rng: np.random.Generator) -> Example:
 
 
 def reading(scene: Scene, rng: np.random.Generator, kind: str) -> Example:
+    """Ask for the digit or the word in a scene.
+
+    Args:
+        scene: the scene.
+        rng: not used.
+        kind: "digit" or "word".
+
+    Returns:
+        The example.
+    """
     item = next(o for o in scene.objects if o.kind == kind)
     return Example(scene, f"reading-{kind}", f"Which {kind} is written?", item.name, boxes=(item.box,))
 
@@ -206,7 +261,8 @@ TASKS: dict[str, Callable[[Scene, np.random.Generator], Example]] = {
     "reading-digit": partial(reading, kind="digit"),
     "reading-word": partial(reading, kind="word"),
 }
-# Of guessing among the answers that a question allows (no colour with its held-out shape in training).
+# Accuracy of guessing among the answers that a question allows (training never pairs a colour with its
+# held-out shape).
 CHANCE = {
     "existence": 1 / 2,
     "count": 1 / 4,

@@ -1,4 +1,4 @@
-"""Scenes: which objects, where. A scene is a function of (seed, split, index, size) and nothing else."""
+"""Scenes: which objects, and where. A scene is a function of seed, split, index and size only."""
 
 from __future__ import annotations
 
@@ -16,19 +16,26 @@ from vlm.scenes.stamps import COLOURS, GRID, MARGIN, SHAPES, SIZES, TEXTURES, WO
 # train; the same distribution with unseen digit images; colour x shape pairs that training never shows
 SPLITS = ("train", "heldout", "combination")
 MIN_SIZE = 96
-MAX_INDEX = 2**48  # the streams above serve the questions
-# One colour occurs once, one twice, one three times, three never: any scene can be asked for counts 0 .. 3.
+MAX_INDEX = 2**48  # streams of higher indices are for the questions
+# One colour occurs once, one twice, one three times, three never: every scene has the counts 0 .. 3.
 COLOUR_COUNTS = (1, 2, 3)
 _COMBINATION_INDEX = 2**62  # keeps the random streams of `combination` apart from those of `heldout`
-# One held-out shape a colour and one held-out colour a shape.
+# Each colour has one held-out shape, and each shape one held-out colour.
 HELDOUT_PAIRS = frozenset((colour, SHAPES[(i + 1) % len(SHAPES)]) for i, colour in enumerate(COLOURS))
 
 
 @dataclass(frozen=True)
 class Object:
-    """kind: "shape", "digit" or "word"; name: the shape, digit or word; source: which digit image (or -1).
+    """An object of a scene.
 
-    box: x1, y1, x2, y2 in whole pixels; x2 and y2 are the first ones outside.
+    Attributes:
+        kind: "shape", "digit" or "word".
+        name: the shape, digit or word.
+        colour: one of COLOURS.
+        size: "small" or "large".
+        texture: "solid", "striped" or "dotted".
+        box: x_min, y_min, x_max, y_max in whole pixels; x_max and y_max are the first pixels outside.
+        source: index of the digit's image; -1 for others.
     """
 
     kind: str
@@ -42,7 +49,16 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
-    """`objects` in reading order of their cells; `size` and boxes in pixels; `ground`: grey level behind."""
+    """A scene.
+
+    Attributes:
+        objects: in reading order of their cells.
+        size: pixels a side.
+        ground: grey level of the background.
+        seed: of the scene.
+        split: of the scene.
+        index: of the scene.
+    """
 
     objects: tuple[Object, ...]
     size: int
@@ -53,11 +69,24 @@ class Scene:
 
     @property
     def shapes(self) -> tuple[Object, ...]:
+        """The objects that are shapes."""
         return tuple(item for item in self.objects if item.kind == "shape")
 
 
 def scene_stream(seed: int, split: str, index: int) -> np.random.Generator:
-    """`stream` for the three splits of scenes. Raises UserError for an unknown split or seed."""
+    """Return the random stream of a scene (`ssm_retrieval.streams.stream`).
+
+    Args:
+        seed: of the scenes.
+        split: one of SPLITS.
+        index: of the scene.
+
+    Returns:
+        The generator.
+
+    Raises:
+        UserError: if the split or the seed is invalid.
+    """
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}; valid: {', '.join(SPLITS)}")
     if split == "combination":
@@ -67,19 +96,31 @@ def scene_stream(seed: int, split: str, index: int) -> np.random.Generator:
 
 @lru_cache(maxsize=len(SPLITS) * 10)
 def digit_sources(split: str, digit: int) -> npt.NDArray[np.int64]:
-    """Which handwritten images of `digit` a split uses: every fifth one never occurs in training.
+    """Return the indices of the handwritten images of a digit that a split uses.
 
-    Counted within the digit, because the data set lists the digits in turn for long stretches.
+    Every fifth image is never in training, counted within the digit, because the data set lists the digits in
+    turn for long stretches.
     """
     images = np.flatnonzero(digit_images()[1] == digit)
     return images[(np.arange(images.size) % 5 == 4) == (split != "train")]
 
 
 def sample_scene(seed: int, split: str, index: int, size: int = 128) -> Scene:
-    """Scene `index`: six shapes, a handwritten digit and a word, in eight of nine cells of the image.
+    """Make a scene: six shapes, a handwritten digit and a word, in eight of the image's nine cells.
 
-    Colour and shape together name one shape of a scene. Raises UserError for an unknown split, a bad seed or
-    index, or an image too small to read.
+    Colour and shape together identify one shape of a scene.
+
+    Args:
+        seed: of the scenes.
+        split: one of SPLITS.
+        index: of the scene.
+        size: pixels a side.
+
+    Returns:
+        The scene.
+
+    Raises:
+        UserError: if the split, seed or index is invalid, or the image is too small to read.
     """
     if size < MIN_SIZE:
         raise UserError(f"size {size} is too small to read words in: give at least {MIN_SIZE} pixels")

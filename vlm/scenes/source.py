@@ -23,12 +23,19 @@ _TURN_INDEX = 2**61  # keeps the streams here apart from those of scenes and que
 
 
 class SceneSource:
-    """Samples of one task, sample i about scene i.
+    """Samples of one task; sample i is about scene i.
 
-    task: one of `vlm.scenes.TASKS`, or one that packs `turns` turns about an image: "vqa" (questions of
-    different kinds), "locate" (referring expressions), "describe" (boxes to be described). Others ignore
-    `turns`. answers=False leaves the answer to the model and puts it into `target`.
-    Raises UserError for unknown tasks and splits.
+    Args:
+        task: one of `vlm.scenes.TASKS`, or one that asks several questions about an image: "vqa" (questions
+            of different kinds), "locate" (boxes of phrases), "describe" (descriptions of boxes).
+        images: number of scenes.
+        seed: of the scenes.
+        split: "train", "heldout" or "combination".
+        turns: questions about an image, for the tasks that ask several; the others ignore it.
+        answers: whether prompts contain the answers; if not, they are in `Sample.target`.
+
+    Raises:
+        UserError: if the task is unknown.
     """
 
     def __init__(
@@ -51,9 +58,11 @@ class SceneSource:
         return self.images
 
     def keys(self) -> Sequence[str]:
+        """Return the scenes' numbers as text."""
         return [str(i) for i in range(self.images)]
 
     def picture(self, image: str) -> npt.NDArray[np.uint8]:
+        """Render a scene, (128, 128, 3) uint8, RGB."""
         return render(sample_scene(self.seed, self.split, int(image)))
 
     def __getitem__(self, index: int) -> Sample:
@@ -81,7 +90,7 @@ class SceneSource:
 
 
 def question(example: Example, *, answers: bool) -> list[Chunk]:
-    """The prompt of one example, with its answer or without."""
+    """Return the prompt of an example; `answers`: with its answer."""
     size = example.scene.size
     if example.task == "caption":
         return prompts.captioning(example.answer if answers else None)
@@ -94,12 +103,12 @@ def question(example: Example, *, answers: bool) -> list[Chunk]:
 
 
 def referred(example: Example) -> str:
-    """The phrase of a grounding question: "Where is the red star?" -> "the red star"."""
+    """Return the phrase of a grounding question: "Where is the red star?" -> "the red star"."""
     return example.question.removeprefix("Where is ").removesuffix("?")
 
 
 def answer(example: Example) -> dict[str, Any]:
-    """What a metric needs: the answer, the box of grounding in pixels, or reference captions."""
+    """Return what metrics need: the answer, the box in pixels (grounding), or reference captions."""
     if example.task == "caption":
         return {"captions": [example.answer]}
     target: dict[str, Any] = {"answer": example.answer}
@@ -118,5 +127,5 @@ def _named(scene: Scene, item: Object, rng: np.random.Generator) -> str:
 
 
 def full_phrase(item: Object) -> str:
-    """Everything that can be said of an object."""
+    """Return everything that can be said of an object."""
     return phrase(item, ("size", "texture", "colour", "name"))

@@ -1,6 +1,6 @@
-"""Pixels: cached masks of shapes, digits and words, and the rendering of a scene with them.
+"""Pixels: cached masks of shapes, digits and words, and the rendering of a scene.
 
-Masks are binary and cropped to their ink, so that the box of an object is exactly the pixels it changes.
+Masks are binary and cropped to their ink, so the box of an object is exactly the pixels that it changes.
 """
 
 from __future__ import annotations
@@ -33,13 +33,21 @@ WORDS = (
     "bird", "boat", "cake", "door", "fish", "gate", "hill", "king",
     "lake", "leaf", "nest", "road", "sail", "tree", "tile", "salt",
 )  # fmt: skip
-GRID = 3  # cells a side, at most one object in each
+GRID = 3  # cells along one side, at most one object in each
 MARGIN = 2  # pixels that stay free at every side of a cell
 _PIXELS_PER_SIZE = {"small": 0.42, "large": 0.76}  # of a cell
 
 
 def stamp(item: Object, size: int) -> tuple[Mask, Mask]:
-    """((h, w) pixels of the object, (h, w) those among them in its full colour) in an image of `size` px."""
+    """Return the masks of an object.
+
+    Args:
+        item: the object.
+        size: of the image, pixels a side.
+
+    Returns:
+        (h, w) pixels of the object, and (h, w) those among them in its full colour.
+    """
     cell = size // GRID
     if item.kind == "digit":
         mask = _digit_mask(item.source, cell)
@@ -51,7 +59,7 @@ def stamp(item: Object, size: int) -> tuple[Mask, Mask]:
 
 
 def render(scene: Scene) -> npt.NDArray[np.uint8]:
-    """(size, size, 3) uint8: light grey ground of the scene's own brightness, objects on top of it."""
+    """Render a scene, (size, size, 3) uint8 RGB: objects on a background of the scene's own light grey."""
     image = np.full((scene.size, scene.size, 3), scene.ground, dtype=np.uint8)
     for item in scene.objects:
         mask, full = stamp(item, scene.size)
@@ -64,7 +72,7 @@ def render(scene: Scene) -> npt.NDArray[np.uint8]:
 
 
 def shade(colour: str) -> tuple[int, int, int]:
-    """The light form of a colour, between the stripes and dots of a textured object."""
+    """Return the light form of a colour, between the stripes and dots of a textured object."""
     red, green, blue = ((value + 2 * 190) // 3 for value in COLOURS[colour])
     return red, green, blue
 
@@ -111,13 +119,17 @@ def _inside(shape: str, u: npt.NDArray[np.float64], v: npt.NDArray[np.float64]) 
 def _crop(mask: Mask) -> Mask:
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     cropped = np.ascontiguousarray(mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
-    cropped.flags.writeable = False  # caches hand out one array
+    cropped.flags.writeable = False  # the cache returns the same array each time
     return cropped
 
 
 @lru_cache(maxsize=1)
 def digit_images() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """((1797, 8, 8) ink 0 .. 255, (1797,) digits) of scikit-learn's handwritten digits."""
+    """Return scikit-learn's handwritten digits: (1797, 8, 8) uint8 ink 0 .. 255, and (1797,) int64 digits.
+
+    Raises:
+        MissingPackage: if scikit-learn is not installed.
+    """
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:

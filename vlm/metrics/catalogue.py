@@ -1,4 +1,4 @@
-"""What answers are worth: one `Metric` a kind of target, which data sets declare."""
+"""The metrics that data sets declare, one `Metric` per kind of target."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Metric:
     Attributes:
         name: of the main row.
         rule: when an answer is right, in words.
-        right: (target, answer) -> whether it is; None where that is no matter of yes or no, or hidden.
-        rows: (samples, answers) -> rows with metric, value, count, and ci_low and ci_high of shares; [] where
-            answers are hidden.
+        right: (target, answer) -> whether it is right; None if that is no matter of yes or no, or hidden.
+        rows: (samples, answers) -> rows with metric, value and count, and ci_low and ci_high of shares; [] if
+            the right answers are hidden.
     """
 
     name: str
@@ -125,7 +125,7 @@ TRUE_FALSE = _binary(choices.says_true, "true, unless it is False")
 
 
 def overlap(target: Target, said: str) -> float:
-    """IoU of the answered box with the target's; 0 where the answer is no box."""
+    """Return the IoU of the answered box with the target's; 0 if the answer has no box."""
     box = parse_box(said, target["width"], target["height"])
     return 0.0 if box is None else float(boxes.iou([box], [target["box"]])[0])
 
@@ -171,7 +171,7 @@ def _caption_rows(samples: Sequence[Sample], answers: Sequence[str]) -> list[Row
 
 
 def captions_are_scored() -> bool:
-    """Whether pycocoevalcap is installed."""
+    """Return whether pycocoevalcap is installed."""
     return importlib.util.find_spec("pycocoevalcap") is not None
 
 

@@ -1,4 +1,4 @@
-"""Where a VLM looks and writes: against transformers, loops over the recurrence, and heads set by hand."""
+"""Flow from patches to answers: against transformers, loops over the recurrence, and heads set by hand."""
 
 from __future__ import annotations
 
@@ -12,9 +12,22 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import probes
-from probes.updates import iterate_states
+from probes.updates import Scan, iterate_states
 from ssm_retrieval import models
-from vlm import looking, prompts
+from vlm import prompts
+from vlm.information_flow import (
+    COLUMNS,
+    answer_places,
+    group_weights,
+    layer_flows,
+    patch_places,
+    patches_of,
+    scan_flow,
+    target_ratios,
+    target_table,
+    targets,
+)
+from vlm.information_flow import __main__ as command
 from vlm.layout import sequence
 from vlm.model import VLM
 from vlm.scenes import sample_scene
@@ -53,18 +66,18 @@ def test_attention_is_that_of_transformers():
     with torch.no_grad():
         theirs = peer(inputs_embeds=model.embed(ids, features), output_attentions=True).attentions
     at = [ids.shape[1] - 3, ids.shape[1] - 1]
-    looks = looking.look(model, ids, features, at)
+    flows = layer_flows(model, ids, features, at)
     where = [i for i, token in enumerate(ids[0].tolist()) if token < 0]
-    for layer, look in looks.items():
+    for layer, flow in flows.items():
         expected = theirs[layer][:, :, at][..., where].transpose(1, 2)  # (1, A, H, P)
-        torch.testing.assert_close(look.attention, expected, rtol=1e-4, atol=1e-6)
-        assert look.write is look.kept is look.share is None
+        torch.testing.assert_close(flow.attention, expected, rtol=1e-4, atol=1e-6)
+        assert flow.write is flow.kept is flow.share is None
 
 
 @pytest.mark.parametrize("layout", prompts.LAYOUTS)
-def test_a_head_that_looks_at_one_patch_is_seen_to_do_so(layout):
+def test_a_head_that_attends_to_one_patch_is_measured_so(layout):
     model, (ids, features) = vlm(n_head=2), prompt(layout=layout)
-    places = looking.patch_places(ids)[0].tolist()
+    places = patch_places(ids)[0].tolist()
     assert [ids[0, i].item() for i in places] == [-200] * SIDE**2
     last = ids.shape[1] - 1
     for patch, place in enumerate(places):
@@ -75,10 +88,10 @@ def test_a_head_that_looks_at_one_patch_is_seen_to_do_so(layout):
             return scores
 
         with probes.intervene(model.lm, {"blocks.0.attn.hook_attn_scores": only}):
-            (look,) = looking.look(model, ids, features, [last]).values()
-        seen = look.attention[0, 0, 1]
+            (flow,) = layer_flows(model, ids, features, [last]).values()
+        seen = flow.attention[0, 0, 1]
         assert seen.tolist() == np.eye(SIDE**2)[patch].tolist()
-        assert 0 < look.attention[0, 0, 0].sum() < 1  # the other head looks at text as well
+        assert 0 < flow.attention[0, 0, 0].sum() < 1  # the other head attends to text as well
 
 
 @pytest.mark.parametrize("name", ["transformer-tiny", "mamba-tiny", "mamba2-tiny", "hybrid-tiny"])
@@ -86,12 +99,12 @@ def test_attention_sums_to_one_where_everything_is_a_patch(name):
     small = {"headdim": 16} if "2" in name else {"n_head": 2} if name[0] in "th" else {}
     model = vlm(name, n_layer=3, **small)
     ids, features = torch.full((2, 9), -200), torch.randn(2, 9, WIDTH)
-    looks = looking.look(model, ids, features, [4, 8])
-    assert sorted(looks) == [0, 1, 2]
-    for look in looks.values():
-        assert (look.attention >= 0).all() and (look.attention[:, 0, :, 5:] == 0).all()
-        torch.testing.assert_close(look.attention.sum(-1), torch.ones(look.attention.shape[:3]))
-    kinds = {look.write is None for look in looks.values()}
+    flows = layer_flows(model, ids, features, [4, 8])
+    assert sorted(flows) == [0, 1, 2]
+    for flow in flows.values():
+        assert (flow.attention >= 0).all() and (flow.attention[:, 0, :, 5:] == 0).all()
+        torch.testing.assert_close(flow.attention.sum(-1), torch.ones(flow.attention.shape[:3]))
+    kinds = {flow.write is None for flow in flows.values()}
     assert kinds == {"t": {True}, "m": {False}, "h": {True, False}}[name[0]]
 
 
@@ -124,21 +137,21 @@ def test_what_ssm_layers_read_write_and_keep_is_what_loops_give(kind):
     alpha, write, kept, share = loops(scan, at)
     states = torch.cat([h for _, h in iterate_states(scan)], dim=1)
     norm = states[:, at].flatten(2).norm(dim=2)
-    look = looking.scan_look(scan, norm, places, at)
+    flow = scan_flow(scan, norm, places, at)
     rows = alpha.abs() if kind == "mamba2" else alpha.abs().mean(2, keepdim=True)
     rows = rows / rows.sum(-1, keepdim=True)
     for b in range(2):
         for found, expected in (
-            (look.attention[b], rows[b][..., places[b]]),
-            (look.write[b], write[b, places[b]]),
-            (look.kept[b], kept[b][:, places[b]]),
-            (look.share[b], share[b][:, places[b]]),
+            (flow.attention[b], rows[b][..., places[b]]),
+            (flow.write[b], write[b, places[b]]),
+            (flow.kept[b], kept[b][:, places[b]]),
+            (flow.share[b], share[b][:, places[b]]),
         ):
             torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
-    assert (look.kept[:, 0, 4] == 0).all()  # patches behind the position that looks
+    assert (flow.kept[:, 0, 4] == 0).all()  # patches after the position that reads
 
 
-def test_a_mamba_layer_of_a_vlm_is_looked_at_with_its_own_recurrence():
+def test_a_mamba_layer_of_a_vlm_is_measured_with_its_own_recurrence():
     """dt, B, C and u from the layer's modules by PyTorch's hooks, and the recurrence token by token."""
     model, (ids, features) = vlm("mamba-tiny"), prompt(layout="query-first")
     mixer, seen = model.lm.blocks[0].mixer, {}
@@ -151,17 +164,17 @@ def test_a_mamba_layer_of_a_vlm_is_looked_at_with_its_own_recurrence():
     dt = F.softplus(F.linear(low, mixer.dt_proj.weight, mixer.dt_proj.bias))
     A = -torch.exp(mixer.A_log)
     at = [ids.shape[1] - 4, ids.shape[1] - 1]
-    scan = looking.Scan.mamba(A, dt, Bt, Ct, seen["u"])
+    scan = Scan.mamba(A, dt, Bt, Ct, seen["u"])
     alpha, write, kept, share = loops(scan, at)
     rows = alpha.abs().mean(2, keepdim=True)
     rows = rows / rows.sum(-1, keepdim=True)
-    (look,) = looking.look(model, ids, features, at).values()
+    (flow,) = layer_flows(model, ids, features, at).values()
     where = [i for i, token in enumerate(ids[0].tolist()) if token < 0]
     for found, expected in (
-        (look.attention, rows[..., where]),
-        (look.write, write[:, where]),
-        (look.kept, kept[..., where]),
-        (look.share, share[..., where]),
+        (flow.attention, rows[..., where]),
+        (flow.write, write[:, where]),
+        (flow.kept, kept[..., where]),
+        (flow.share, share[..., where]),
     ):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
 
@@ -172,7 +185,7 @@ def test_only_a_question_before_the_image_changes_what_is_written():
         writes = []
         for question in ("the red star", "the big ball"):
             ids, features = prompt(question, layout)
-            writes.append(looking.look(model, ids, features, [ids.shape[1] - 1])[1].write)
+            writes.append(layer_flows(model, ids, features, [ids.shape[1] - 1])[1].write)
         assert torch.allclose(*writes, rtol=1e-6) is same, layout
 
 
@@ -180,13 +193,13 @@ def test_only_a_question_before_the_image_changes_what_is_written():
 
 
 def test_answer_places_predict_the_supervised_tokens():
-    assert looking.answer_places([-100, -100, 5, 6, -100, 7]) == [1, 2, 4]
+    assert answer_places([-100, -100, 5, 6, -100, 7]) == [1, 2, 4]
 
 
 def test_patches_of_a_box():
-    assert looking.patches_of((0, 0, 6, 2), 12, 4).nonzero()[0].tolist() == [0, 1]  # two thirds of two
-    assert looking.patches_of((0, 0, 6, 3), 12, 2).nonzero()[0].tolist() == [0]  # covers half: its only one
-    assert looking.patches_of((5, 6, 7, 7), 12, 3).nonzero()[0].tolist() == [4]  # a tenth of one patch
+    assert patches_of((0, 0, 6, 2), 12, 4).nonzero()[0].tolist() == [0, 1]  # two thirds of two
+    assert patches_of((0, 0, 6, 3), 12, 2).nonzero()[0].tolist() == [0]  # covers half: its only one
+    assert patches_of((5, 6, 7, 7), 12, 3).nonzero()[0].tolist() == [4]  # a tenth of one patch
 
 
 @settings(max_examples=50, deadline=None)
@@ -209,7 +222,7 @@ def test_averages_find_the_target_the_other_shapes_and_nothing_else():
         for k, item in enumerate(scene.objects):
             x0, y0, x1, y1 = (-(-(value - 2) // 4) for value in item.box)
             owner[y0:y1, x0:x1] = k
-        means = looking.averages(scene, target.box, side)
+        means = group_weights(scene, target.box, side)
         places = [scene.objects.index(item) for item in scene.shapes]
         number = scene.objects.index(target)
         assert means["target"] @ owner.reshape(-1) == pytest.approx(number, abs=0.35)
@@ -224,20 +237,18 @@ def test_averages_find_the_target_the_other_shapes_and_nothing_else():
 def test_relative_values_leave_out_the_place_and_keep_the_target():
     """Patch p holds 10^p; whatever is asked for holds three times that."""
     rng = np.random.default_rng(0)
-    targets = np.tile(np.arange(4), 25)
+    asked = np.tile(np.arange(4), 25)
     values = 10.0 ** np.tile(np.arange(4), (100, 1))
-    values[np.arange(100), targets] *= 3
+    values[np.arange(100), asked] *= 3
     eye = np.eye(4)
-    means = [
-        dict(target=eye[t], distractor=(1 - eye[t]) / 3, background=eye[rng.integers(4)]) for t in targets
-    ]
-    rows = pd.DataFrame(list(looking._groups(values, means)))
+    means = [dict(target=eye[t], distractor=(1 - eye[t]) / 3, background=eye[rng.integers(4)]) for t in asked]
+    rows = pd.DataFrame(list(targets._groups(values, means)))
     table = rows.assign(layer=0, quantity="write")
-    (found,) = looking.contrast(table, by=("layer", "quantity")).to_dict("records")
+    (found,) = target_ratios(table, by=("layer", "quantity")).to_dict("records")
     assert found["ratio"] == pytest.approx(3) and found["low"] == pytest.approx(3)
     assert found["raw"] == pytest.approx(3) and found["raw_low"] < 2  # the place makes the interval wide
     assert found["examples"] == 100
-    assert rows["target"].tolist() == (3 * 10.0**targets).tolist()
+    assert rows["target"].tolist() == (3 * 10.0**asked).tolist()
 
 
 # --- of runs ------------------------------------------------------------------------------------------------
@@ -257,10 +268,10 @@ def folders(tmp_path):
 
 
 def test_the_command_writes_what_each_layer_does_with_targets_and_distractors(folders, tmp_path, capsys):
-    path = tmp_path / "tables" / "looks.parquet"
-    assert looking.main([*map(str, folders), "--out", str(path), "--examples", "20"]) == 0
+    path = tmp_path / "tables" / "flow.parquet"
+    assert command.main([*map(str, folders), "--out", str(path), "--examples", "20"]) == 0
     table = pd.read_parquet(path)
-    assert list(table.columns) == list(looking.COLUMNS) and not table.isna().any(axis=None)
+    assert list(table.columns) == list(COLUMNS) and not table.isna().any(axis=None)
     seen = {tuple(row) for row in table[["family", "layout", "layer", "quantity", "at"]].to_numpy()}
     expected = {
         ("transformer", "query-first", i, "attention", at) for i in (0, 1) for at in ("first", "answer")
@@ -283,16 +294,16 @@ def test_a_row_of_the_table_is_the_mean_over_its_patches(folders):
     from vlm.folders import saved_run
 
     run, out = saved_run(folders[1])
-    row = looking.table(run, out, 4).query("quantity == 'write' and layer == 1 and example == 3").iloc[0]
+    row = target_table(run, out, 4).query("quantity == 'write' and layer == 1 and example == 3").iloc[0]
     source = Scenes("grounding", 4, "heldout").build(answers=False)
     eyes, text = components.eyes("scenes", 32, out), components.text("scenes")
     ids, _ = sequence(source[3].chunks, text.encode, 4, run.layout, markers=text.markers)
     features = eyes([source.picture("3")])
-    look = looking.look(evaluate.load(run, out), torch.tensor([ids]), features, [len(ids) - 1])[1]
-    written = look.write[0].numpy()
+    flow = layer_flows(evaluate.load(run, out), torch.tensor([ids]), features, [len(ids) - 1])[1]
+    written = flow.write[0].numpy()
     box = source[3].target["box"]
     centre = [int((box[k] + box[k + 2]) / 2 / 32) for k in (0, 1)]  # patches of 32 pixels, objects below 32
-    mine = looking.patches_of(box, 128, 4)
+    mine = patches_of(box, 128, 4)
     assert mine[centre[1] * 4 + centre[0]]
     assert row["target"] == pytest.approx(written[mine].mean(), rel=1e-4)
 
@@ -306,6 +317,6 @@ def test_a_row_of_the_table_is_the_mean_over_its_patches(folders):
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, said, tmp_path, capsys):
-    assert looking.main([*arguments, "--out", str(tmp_path / "x.parquet")]) == 2
+    assert command.main([*arguments, "--out", str(tmp_path / "x.parquet")]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1

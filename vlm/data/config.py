@@ -1,0 +1,163 @@
+"""The data of a config: rendered scenes or official files, and how many of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import field
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Discriminator, Tag
+
+from ssm_retrieval.errors import UserError
+from vlm.data.samples import Source
+from vlm.schema import Natural, Positive, Seed, Text, checked
+
+if TYPE_CHECKING:
+    from vlm.data.declaration import Scored
+
+LEARNED = 4000  # training questions that a guess without the image learns from
+
+
+@checked
+class Scenes:
+    """Samples of rendered scenes, one image each (`vlm.scenes.source.SceneSource`).
+
+    Attributes:
+        task: what is asked, one of `vlm.scenes.source.SOURCES`.
+        images: number of scenes.
+        split: "train", "heldout" or "combination".
+        seed: of the scenes.
+        turns: questions about one image, for tasks that ask several.
+    """
+
+    task: str
+    images: Positive
+    split: Literal["train", "heldout", "combination"] = "train"
+    seed: Seed = 0
+    turns: Positive = 1
+
+    def __post_init__(self) -> None:
+        from vlm.scenes.source import SOURCES
+
+        if self.task not in SOURCES:
+            raise UserError(f"task {self.task!r} of scenes is unknown; use {', '.join(SOURCES)}")
+
+    def build(self, *, answers: bool) -> Source:
+        """Return the samples; `answers`: whether the prompts contain the answers."""
+        from vlm.scenes.source import SceneSource
+
+        return SceneSource(
+            self.task, self.images, seed=self.seed, split=self.split,
+            turns=self.turns, answers=answers,
+        )  # fmt: skip
+
+    def declared(self) -> Scored:
+        """Return how answers are scored."""
+        from vlm.scenes.declared import SCENES
+
+        return SCENES[self.task]
+
+    def training(self) -> Scenes | None:
+        """Return what a guess without the image learns from; None if no such guess is declared."""
+        if self.declared().blind is None:
+            return None
+        return dataclasses.replace(self, split="train", images=LEARNED)
+
+
+@checked
+class Files:
+    """Samples of official files (`vlm.data.sources.FileSource`).
+
+    Attributes:
+        dataset: name in `vlm.data.registry`.
+        split: one of its splits.
+        annotations: folder of the official files.
+        images: folder of the pictures.
+        first: use only this many samples; 0 = all.
+        regions: what region descriptions ask for (`vlm.data.turns.Rules`).
+        every_slot: as in `vlm.data.turns.Rules`.
+        published: as in `vlm.data.turns.Rules`.
+        filtered: leave out what the published training data leave out (`vlm.data.filters`).
+        index: folder for an index on disk, for data sets that do not fit into memory.
+        options: of the data set's reader.
+    """
+
+    dataset: str
+    split: str
+    annotations: Text
+    images: Text
+    first: Natural = 0
+    regions: Literal["grounding", "dense captioning"] = "grounding"
+    every_slot: bool = True
+    published: bool = False
+    filtered: bool = False
+    index: str | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        from vlm.data import registry
+
+        registry.check(self.dataset, self.split)
+
+    def build(self, *, answers: bool) -> Source:
+        """Return the samples; `answers`: whether the prompts contain the answers."""
+        from vlm.data.sources import FileSource
+        from vlm.data.turns import Rules
+
+        rules = Rules(answers, self.regions, self.every_slot, self.published)
+        source = FileSource(
+            self.dataset, self.annotations, self.images, self.split,
+            rules=rules, filtered=self.filtered, index_folder=self.index, **self.options,
+        )  # fmt: skip
+        return First(source, self.first) if self.first else source
+
+    def declared(self) -> Scored:
+        """Return how answers are scored."""
+        from vlm.data import registry
+
+        return registry.asked_for(registry.DATASETS[self.dataset], self.regions)
+
+    def training(self) -> Files | None:
+        """Return what a guess without the image learns from.
+
+        None if no such guess is declared, or if there is no training split.
+        """
+        from vlm.data import registry
+
+        if self.declared().blind is None or "train" not in registry.DATASETS[self.dataset].splits:
+            return None
+        return dataclasses.replace(self, split="train", first=LEARNED)
+
+
+class First:
+    """The first samples of a source, and only their pictures."""
+
+    def __init__(self, source: Source, count: int):
+        self.source, self.count, self.name = source, min(count, len(source)), source.name
+        self.fingerprint, self.picture = source.fingerprint, source.picture
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        return self.source[index]
+
+    def keys(self) -> Sequence[str]:
+        return list(dict.fromkeys(self.source[i].image for i in range(self.count)))
+
+
+Data = Scenes | Files
+
+
+def _kind_of_data(value: Any) -> str:
+    files = isinstance(value, Files) or (isinstance(value, Mapping) and "dataset" in value)
+    return "files" if files else "scenes"
+
+
+_AnyData = Annotated[
+    Annotated[Scenes, Tag("scenes")] | Annotated[Files, Tag("files")], Discriminator(_kind_of_data)
+]
+Sources = Mapping[Text, _AnyData]
