@@ -29,9 +29,9 @@ import tyro
 from torch import Tensor
 
 from probes import record
-from probes.retention import attention_rows, normalise_rows, retention
-from probes.suite.common import layers_with, scan_names, scan_of
-from probes.updates import Scan, write_norm
+from probes.retention import attention_pattern, retention
+from probes.scan import Scan, layers_with, scan_names, scan_of
+from probes.updates import write_norm
 from ssm_retrieval.cli import guarded, parse
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.ops.memory import keep_freed_memory
@@ -135,14 +135,11 @@ def look(model: VLM, input_ids: Tensor, features: Tensor, at: Sequence[int]) -> 
 def scan_look(scan: Scan, norm: Tensor, places: Tensor, at: Sequence[int]) -> Look:
     """The look of an SSM layer. norm: (B, A), of its state at the A positions; places: (B, P)."""
     (B, L), positions = scan.x.shape[:2], torch.as_tensor(at, device=places.device)
-    rows = attention_rows(scan, positions).abs()  # (B, H, A, L)
-    if scan.A.shape[1] > 1:  # Mamba: a head is a channel, one of very many
-        rows = rows.mean(1, keepdim=True)
     norms = norm.new_zeros(B, L)
     norms[:, positions] = norm
     left = retention(scan, places[:, None], positions[None, :, None], state_norm=norms)
     return Look(
-        _of_patches(normalise_rows(rows).transpose(1, 2), places),
+        _of_patches(attention_pattern(scan, positions).transpose(1, 2), places),
         write_norm(scan).gather(1, places),
         left.kept,
         left.share,

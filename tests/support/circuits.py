@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from probes.updates import Scan
+from probes.scan import Scan
 
 SHARP = 1e4  # score of a match; exp(-SHARP) is 0 in float64 too, so that attention is exactly one-hot
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import probes
-from probes.updates import iterate_states
+from probes.scan import iterate_states
 from ssm_retrieval import models
 from vlm import looking, prompts
 from vlm.layout import sequence
