@@ -61,6 +61,11 @@ def token_roles(task: Task, batch: Batch) -> Tensor:
     return result
 
 
+def is_context(roles: Tensor) -> Tensor:
+    """Which tokens are context symbols, target or distractor: bool, shaped as the roles."""
+    return (roles == role("target")) | (roles == role("distractor"))
+
+
 def target_at(roles: Tensor) -> Tensor:
     """Position of the target in every sequence, (B,) int64, of roles (B, L) from `token_roles`."""
     return (roles == role("target")).int().argmax(1)

@@ -223,9 +223,10 @@ def _capacity(tokens: pd.DataFrame, plan: Plan, size: int) -> dict[str, float]:
 def summary(table: pd.DataFrame) -> str:
     """Accuracies and capacities beside untrained weights, shuffled labels and chance, as Markdown."""
     words = (
-        "Ridge probes of what stands where the answer is due, on held-out sequences, with accuracies of a "
-        "test part (Wilson 95 % intervals). Controls: untrained, weights as initialised; shuffled, the same "
-        "labels dealt out at random. Capacity: sum over lags of (accuracy - chance) / (1 - chance), "
+        "Ridge probes of what stands where the answer is due, after block `layer`, on held-out sequences, "
+        "with accuracies of a test part (Wilson 95 % intervals). Controls: untrained, weights as "
+        "initialised; shuffled, the same labels dealt out at random. Capacity: sum over lags of "
+        "(accuracy - chance) / (1 - chance), "
         "interpolated between the lags probed, where only those above chance count; its bounds are those of "
         f"all accuracies at once, so wider than 95 %. More than {WIDTH} numbers are projected at random to "
         f"{WIDTH} features. A capacity is a lower bound that grows with the sequences that train the probe: "

@@ -97,7 +97,7 @@ def summary(table: pd.DataFrame) -> str:
         for r in first.to_dict("records")
     ]
     words.append(
-        markdown(["family", "other", "gap of logits", "accuracy clean", "corrupted, clean's answer"], gaps)
+        markdown(["family", "pairs", "gap of logits", "clean answer in clean run", "in corrupted run"], gaps)
     )
     words.append("The strongest patches of each site, and controls over all its patches:")
     rows = []
@@ -113,7 +113,7 @@ def summary(table: pd.DataFrame) -> str:
             rows.append([*key, row_key(row)[2], column_key(row)[2], interval(row), *beside])
     head = [
         "family",
-        "other",
+        "pairs",
         "site",
         "layer",
         "tokens",

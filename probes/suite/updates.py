@@ -39,7 +39,7 @@ from probes.suite.common import (
     ssm_layers,
     usual_at,
 )
-from probes.token_roles import ROLES, role, target_at, token_roles
+from probes.token_roles import ROLES, is_context, target_at, token_roles
 from probes.updates import decay, horizon, split_by_role, state_changes, write_norm
 from ssm_retrieval.models.common import LanguageModel
 from ssm_retrieval.statistics import bootstrap_median_time
@@ -128,7 +128,7 @@ def _contrast(values: Tensor, kinds: Tensor, layer: int, name: str) -> list[dict
     around it."""
     numbers = values.double().numpy()
     target = target_at(kinds).numpy()
-    context = np.isin(kinds.numpy(), (role("target"), role("distractor")))
+    context = is_context(kinds).numpy()
     ratio = np.where(context, numbers / usual_at(numbers, kinds.numpy()), np.nan)
     own = ratio[np.arange(len(target)), target]
     rows = [interval_row(own, layer=layer, part="contrast", quantity=name)]
