@@ -43,7 +43,7 @@ from probes import patching
 from probes.contrast_pairs import Pairs, contrast_pairs
 from probes.patch_cells import Cell
 from probes.retention import hidden_attention
-from probes.updates import Scan
+from probes.scan import Scan
 from ssm_retrieval import models
 from synthetic import tasks
 

@@ -34,40 +34,30 @@ import numpy as np
 import pandas as pd
 import torch
 from IPython.display import display
-from lab import N, around, begin, say, trained
+from lab import N, around, band, begin, interval, say, trained
 from matplotlib.colors import LogNorm
 
 import probes
 from analysis.plots.common import plain_log
+from probes.cache import recorded
 from probes.linear import decode_curve
 from probes.retention import retention
-from probes.suite.common import recorded, scan_names, scan_of
-from probes.token_roles import ROLES, role, token_roles
-from probes.updates import iterate_states, write_norm
-from ssm_retrieval import models
+from probes.scan import iterate_states, record_scans
+from probes.token_roles import ROLES, is_context, role, target_at, token_roles
+from probes.updates import write_norm
 from ssm_retrieval.style import family_colors, legend, panels
 
 begin()
 COLOR = family_colors()["mamba"]
 TITLES = {"suffix": "query last", "prefix": "query first"}
 runs = {layout: trained("mamba", layout=layout) for layout in TITLES}
-untrained = {
-    layout: models.build(run.plan.model, seed=run.plan.seed, **run.plan.model_overrides).eval()
-    for layout, run in runs.items()
-}
+untrained = {layout: run.untrained() for layout, run in runs.items()}
 LAYERS = range(runs["suffix"].model.config.n_layer)
 
 # %%
-rows = {
-    TITLES[layout]: {
-        "training tokens": f"{run.result['tokens']:,}",
-        "accuracy": f"{run.result['accuracy']:.3f}",
-        "95 % interval": f"[{run.result['ci_low']:.3f}, {run.result['ci_high']:.3f}]",
-        "chance": f"{run.result['chance']:.3f}",
-    }
-    for layout, run in runs.items()
-}
-display(pd.DataFrame(rows).T)
+columns = ["tokens", "accuracy", "ci_low", "ci_high", "chance"]
+rows = {TITLES[layout]: [run.result[column] for column in columns] for layout, run in runs.items()}
+display(pd.DataFrame.from_dict(rows, orient="index", columns=columns).round(3))
 mixer = runs["suffix"].model.backbone.layers[0].mixer.config
 say(
     f"Both have {len(LAYERS)} layers with a state of {mixer.d_inner} channels x {mixer.d_state} numbers = "
@@ -97,8 +87,7 @@ names = ["blocks.0.mixer.hook_ssm_state", "blocks.0.mixer.hook_dt"]
 with torch.no_grad(), probes.record(model, names) as cache:
     model(ids)
 state, dt = (cache[name] for name in names)
-scan = scan_of(model, recorded(model, ids, scan_names([0])), 0)
-again = torch.cat([h for _, h in iterate_states(scan)], dim=1).view_as(state)
+again = torch.cat([h for _, h in iterate_states(record_scans(model, ids)[0])], dim=1).view_as(state)
 error = float((again - state).abs().max() / state.abs().max())
 say(
     f"Recorded state: {tuple(state.shape)} = (sequences, tokens, channels, states per channel). Step sizes: "
@@ -140,15 +129,6 @@ bar = figure.colorbar(image, ax=axes, label="step size, mean over channels")
 plain_log(bar.ax.yaxis)
 plt.show()
 
-# %%
-for layout, values in maps.items():
-    layer, at = np.unravel_index(values.argmax(), values.shape)
-    kind = ROLES[token_roles(runs[layout].task, example[layout])[0, at]].replace("_", " ")
-    say(
-        f"* {TITLES[layout].capitalize()}: the largest step is {values.max():.2f}, in layer {layer} at token "
-        f"{at} ({kind}); the median over tokens and layers is {np.median(values):.2f}."
-    )
-
 # %% [markdown]
 # One sequence can mislead: a symbol may have a large step because it is *that symbol*, or because of where it
 # stands. The next figure averages over many sequences and compares like with like.
@@ -180,23 +160,18 @@ OFFSETS = range(-4, 6)
 def measured(model, task):
     """Roles (B, L) of held-out sequences, and by layer and quantity (B, L) values, `kept` among them."""
     batch = task.batch(EXAMPLES, seed=11, index=0, split="heldout")
-    cache = recorded(model, batch.input_ids, scan_names(list(LAYERS)))
     everywhere, answer = torch.arange(batch.input_ids.shape[1]), batch.input_ids.shape[1] - 1
     values = []
-    for layer in LAYERS:
-        scan = scan_of(model, cache, layer)
+    for scan in record_scans(model, batch.input_ids).values():
         write, kept = write_norm(scan), retention(scan, everywhere, answer).kept
-        left = write * kept
-        values.append(
-            {"step size": scan.dt.mean(-1), "write": write, "left at the answer": left, "kept": kept}
-        )
+        named = {"step size": scan.dt.mean(-1), "write": write, "left at the answer": write * kept}
+        values.append(named | {"kept": kept})
     return token_roles(task, batch), values
 
 
 def around_target(values, kinds):
     """Ratios to distractors at the same position, by tokens after the target, with 95 % intervals."""
-    target, distractor = kinds == role("target"), kinds == role("distractor")
-    return around(values, target.int().argmax(1), distractor, target | distractor, OFFSETS)
+    return around(values, target_at(kinds), kinds == role("distractor"), is_context(kinds), OFFSETS)
 
 
 found = {
@@ -222,9 +197,7 @@ for i, quantity in enumerate(QUANTITIES):
     for layer in LAYERS:
         ax = axes[i, layer]
         for key, look in LOOKS.items():
-            each = ratios[(*key, layer, quantity)]
-            ax.plot(OFFSETS, each[:, 0], **look)
-            ax.fill_between(OFFSETS, each[:, 1], each[:, 2], color=look["color"], alpha=0.2, lw=0)
+            band(ax, OFFSETS, ratios[(*key, layer, quantity)], **look)
         ax.axvline(0, color="0.4", ls="-", lw=0.8)
         ax.set_yscale("log")
         if i == 0:
@@ -247,9 +220,8 @@ for layer in LAYERS:
         behind = {offset: each[OFFSETS.index(offset)] for offset in range(4)}
         peak = max(behind, key=lambda offset: behind[offset][0])
         for name, at in (("target", 0), ("largest", peak)):
-            value, low, high = behind[at]
             place = f"at +{at}: " if name == "largest" else ""
-            row[f"{TITLES[layout]}, {name}"] = f"{place}{value:.2f} [{low:.2f}, {high:.2f}]"
+            row[f"{TITLES[layout]}, {name}"] = place + interval(behind[at])
     rows.append(row)
 say(
     "The **write** over that of distractors at the same position, with 95 % intervals: of the target, and of "
@@ -295,7 +267,7 @@ figure, axes = panels(2, len(LAYERS), size=(2.1, 2.1), sharex=True, sharey=True)
 for i, layout in enumerate(TITLES):
     kinds, values = found[layout, "trained"]
     plain = found[layout, "untrained"][1]
-    context = (kinds[0] == role("target")) | (kinds[0] == role("distractor"))
+    context = is_context(kinds[0])
     for layer in LAYERS:
         ax, kept = axes[i, layer], values[layer]["kept"][:, context]
         target = kinds[:, context] == role("target")
@@ -311,39 +283,17 @@ for ax in axes[1]:
     ax.set_xlabel("place of the symbol")
     ax.set_xticks(range(0, N, 4))
 plain_log(axes[0, 0].yaxis)
-legend(
-    figure,
-    {
-        "target": dict(color=COLOR, lw=2), "distractors": dict(color="0.25", ls="--"),
-        "untrained weights": dict(color="0.6", ls=":", lw=1.4),
-    },
-)  # fmt: skip
+looks = {"target": dict(color=COLOR, lw=2), "distractors": dict(color="0.25", ls="--")}
+legend(figure, looks | {"untrained weights": dict(color="0.6", ls=":", lw=1.4)})
 plt.show()
-
-# %%
-kinds, values = found["suffix", "trained"]
-context = (kinds[0] == role("target")) | (kinds[0] == role("distractor"))
-kept = {layer: values[layer]["kept"][:, context].mean(0).numpy() for layer in LAYERS}
-rows = [
-    {
-        "layer": layer,
-        "first symbol": k[0],
-        "middle third": k[N // 3 : 2 * N // 3].mean(),
-        "last symbol": k[-1],
-    }
-    for layer, k in kept.items()
-]
-say("Query last: the share of its write that is left when the answer is due.")
-display(pd.DataFrame(rows).set_index("layer").round(3))
 
 # %% [markdown]
 # Steady forgetting would be a straight line that falls towards the left: each further token costs the same
 # factor. The untrained weights are near that. Where a trained curve lies above such a line at the left end,
-# the layer has learned to # protect the first symbols; where it lies low in the middle, those are what it
-# gives up. Compare with the accuracy by place in notebook 01. With the query first, solid and dashed part:
+# the layer has learned to protect the first symbols; where it lies low in the middle, those are what it gives
+# up. Compare with the accuracy by place in notebook 01. With the query first, solid and dashed part:
 # what a target itself wrote is often kept *worse*. The large step behind it that writes the mark also erases,
 # its own write included.
-
 #
 # A share of, say, a tenth is not the same as "gone": what is left of a write is exactly as informative as the
 # write, if nothing else lies on top of it. What matters is whether anything downstream can tell it from the
@@ -371,10 +321,7 @@ def readable(model, task):
     """decode_curve at every layer: accuracy of the identity of each place's symbol, from the last state."""
     batch = task.batch(SEQUENCES, seed=23, index=0, split="heldout")
     ids, at = batch.input_ids, batch.input_ids.shape[1] - 1
-    symbol = (token_roles(task, batch)[0] == role("target")) | (
-        token_roles(task, batch)[0] == role("distractor")
-    )
-    places = symbol.nonzero().flatten()
+    places = is_context(token_roles(task, batch)[0]).nonzero().flatten()
     names = [f"blocks.{i}.mixer.hook_ssm_state" for i in LAYERS]
     cache = recorded(model, ids, names, positions=[at])
     tables = []
@@ -422,18 +369,12 @@ for (layout, weights), curves in read.items():
     layer = curves.groupby("layer")["accuracy"].mean().idxmax()
     one = curves[curves["layer"] == layer]
     chance = one["chance"].iloc[0]
-    rows.append(
-        {
-            "query": TITLES[layout],
-            "weights": weights,
-            "best layer": layer,
-            "accuracy, mean over places": one["accuracy"].mean(),
-            "shuffled labels": one["shuffled"].mean(),
-            "chance": chance,
-            f"symbols readable, of {N}": ((one["accuracy"] - chance) / (1 - chance)).sum(),
-        }
-    )
-summary = pd.DataFrame(rows).set_index(["query", "weights"])
+    accuracy, shuffled = one["accuracy"], one["shuffled"].mean()
+    count = ((accuracy - chance) / (1 - chance)).sum()
+    rows.append((TITLES[layout], weights, layer, accuracy.mean(), shuffled, chance, count))
+column = f"symbols readable, of {N}"
+names = ["query", "weights", "best layer", "accuracy, mean over places", "shuffled labels", "chance", column]
+summary = pd.DataFrame(rows, columns=names).set_index(["query", "weights"])
 display(summary.round(3))
 
 # %% [markdown]
@@ -443,7 +384,6 @@ display(summary.round(3))
 
 # %%
 last, first = summary.loc[("query last", "trained")], summary.loc[("query first", "trained")]
-column = f"symbols readable, of {N}"
 base = summary.loc[("query last", "untrained")][column]
 say(
     f"The state of the model that is told the query last gives up {last[column]:.1f} symbols of {N} to a "

@@ -28,19 +28,17 @@
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
 from IPython.display import display
-from lab import begin, say, trained
-from matplotlib.colors import LogNorm
+from lab import attention_map, begin, head_scores, say, trained
 
+from probes.cache import recorded
 from probes.contrast_pairs import contrast_pairs
 from probes.heads import retrieval_score
 from probes.patching import patch
 from probes.retention import attention_output
+from probes.scan import scan_names, scan_of
 from probes.suite.attention import patterns
-from probes.suite.common import recorded, scan_names, scan_of
-from probes.token_roles import role, token_roles
-from ssm_retrieval import models
+from probes.token_roles import target_at, token_roles
 from ssm_retrieval.style import NAMES, family_colors, legend, panels
 
 begin()
@@ -281,7 +279,7 @@ say(
 
 # %%
 at = int(batch.answer_at[0])
-target = (token_roles(task, batch) == role("target")).int().argmax(1)
+target = target_at(token_roles(task, batch))
 found = {family: patterns(run.model, batch.input_ids) for family, run in runs.items()}
 scores = {
     family: {layer: retrieval_score(pattern, at, target) for layer, pattern in maps.items()}
@@ -294,15 +292,8 @@ for layer, score in scores["transformer"].items():
     picked += [("transformer", layer, head, f"block {layer}, head {head}") for head in best]
 picked += [("mamba", layer, 0, f"block {layer}") for layer in found["mamba"]]
 for ax, (family, layer, head, title) in zip(axes.flat, picked, strict=True):
-    weights = found[family][layer][0, head].clamp(min=1e-4)
-    weights = weights.masked_fill(torch.ones_like(weights, dtype=torch.bool).triu(1), torch.nan)
-    image = ax.imshow(weights, norm=LogNorm(1e-4, 1), cmap="viridis")
-    ax.plot(int(target[0]), at + 0.6, marker=6, color="crimson", ms=8, clip_on=False, zorder=5)
-    ax.set(xlim=(-0.5, at + 0.5), ylim=(at + 0.5, -0.5))
-    ax.set_title(f"{NAMES[family]}\n{title}", fontsize=9, color=family_colors()[family])
-    ax.set_xticks(range(0, at + 1, 4))
-    ax.set_yticks(range(0, at + 1, 4))
-    ax.grid(False)
+    title = f"{NAMES[family]}\n{title}"
+    image = attention_map(ax, found[family][layer][0, head], int(target[0]), title, family_colors()[family])
 for ax in axes[-1]:
     ax.set_xlabel("token read")
 for ax in axes[:, 0]:
@@ -317,33 +308,19 @@ shown(figure, axes, image, "share of the row")
 # would give: one over their number. Hollow: the same architecture before training.
 
 # %%
-blank = {
-    family: models.build(run.plan.model, seed=run.plan.seed, **run.plan.model_overrides).eval()
-    for family, run in runs.items()
-}
 before = {
-    family: {layer: retrieval_score(p, at, target) for layer, p in patterns(model, batch.input_ids).items()}
-    for family, model in blank.items()
+    family: {
+        layer: retrieval_score(pattern, at, target)
+        for layer, pattern in patterns(run.untrained(), batch.input_ids).items()
+    }
+    for family, run in runs.items()
 }
 figure, axes = panels(1, 2, size=(3.8, 3.0), sharey=True)
 best = {}
 for ax, family in zip(axes[0], FAMILIES, strict=True):
-    color, labels = family_colors()[family], []
-    for layer, score in scores[family].items():
-        trained_table, plain = score.table(), before[family][layer].table()
-        for row, other in zip(trained_table.itertuples(), plain.itertuples(), strict=True):
-            x = len(labels)
-            labels.append(f"{layer}.{row.head}" if len(trained_table) > 1 else f"{layer}")
-            bars = [[row.score - row.low], [row.high - row.score]]
-            ax.errorbar(x - 0.1, row.score, yerr=bars, fmt="o", color=color, capsize=2)
-            ax.plot(x + 0.15, other.score, "o", color=color, mfc="none")
-            ax.plot(x, row.baseline, "_", color="0.3", ms=16, mew=1.5)
-            if row.score > best.get(family, ("", 0, 0))[1]:
-                best[family] = (labels[-1], row.score, row.baseline)
-    ax.set_xticks(range(len(labels)), labels)
-    ax.set(title=NAMES[family], ylim=(-0.03, 1.03), xlim=(-0.6, len(labels) - 0.4))
+    best[family] = head_scores(ax, scores[family], before[family], family_colors()[family])
+    ax.set_title(NAMES[family])
     ax.set_xlabel("block.head" if family == "transformer" else "block (mean over channels)")
-    ax.grid(axis="x", visible=False)
 axes[0, 0].set_ylabel("retrieval score")
 legend(
     figure,
@@ -356,7 +333,8 @@ legend(
 plt.show()
 
 # %%
-for family, (label, score, baseline) in best.items():
+for family, (layer, head, score, baseline) in best.items():
+    label = f"{layer}.{head}" if family == "transformer" else f"{layer}"
     say(
         f"* {NAMES[family]}: the best is {label} with {score:.2f}, {score / baseline:.1f} times even "
         f"attention ({baseline:.2f})."

@@ -36,15 +36,14 @@ import pandas as pd
 import torch
 import transformers
 from IPython.display import display
-from lab import around, begin, say, trained
-from matplotlib.colors import LogNorm
+from lab import around, attention_map, band, begin, errorbars, head_scores, interval, say, trained
 
-import probes
 from analysis.plots.common import plain_log
+from probes.cache import recorded
 from probes.heads import previous_token_score, retrieval_score
 from probes.linear import controlled
+from probes.scan import record_scans
 from probes.suite.attention import patterns
-from probes.suite.common import recorded, scan_names, scan_of
 from probes.updates import constant_horizon, write_norm
 from ssm_retrieval import models
 from ssm_retrieval.statistics import wilson
@@ -77,10 +76,7 @@ say(f"There are {SYMBOLS} symbols, so guessing is right with chance 1 / {SYMBOLS
 # ## The checkpoints
 
 # %%
-STAND_INS = {
-    "transformer": dict(position="rope", steps=400),
-    "mamba": dict(steps=300),
-}
+STAND_INS = {"transformer": dict(position="rope", steps=400), "mamba": dict(steps=300)}
 
 
 def stand_in(family):
@@ -179,25 +175,15 @@ found = {}
 for ax, family in zip(axes[0], loaded, strict=True):
     for name, model in (("random", blank[family]), ("loaded", loaded[family])):
         found[family, name] = each = np.array([accuracy(model, n) for n in LENGTHS])
-        look = (
-            dict(color=family_colors()[family], marker="o")
-            if name == "loaded"
-            else dict(color="0.55", marker="s")
-        )
-        bars = [each[:, 0] - each[:, 1], each[:, 2] - each[:, 0]]
-        ax.errorbar(LENGTHS, each[:, 0], yerr=bars, capsize=2, ms=5, **look)
+        color, marker = (family_colors()[family], "o") if name == "loaded" else ("0.55", "s")
+        errorbars(ax, LENGTHS, each, color=color, marker=marker)
     ax.axhline(1 / SYMBOLS, color="0.4", ls=":", lw=1)
     ax.set_xscale("log", base=2)
     ax.set_xticks(LENGTHS, [str(n) for n in LENGTHS])
     ax.set(title=NAMES[family], xlabel="symbols in the context", ylim=(-0.03, 1.05))
 axes[0, 0].set_ylabel("accuracy")
-legend(
-    figure,
-    {
-        "loaded": dict(color="0.2", marker="o"), "random weights": dict(color="0.55", marker="s"),
-        "chance": dict(color="0.4", ls=":"),
-    },
-)  # fmt: skip
+looks = {"loaded": dict(color="0.2", marker="o"), "random weights": dict(color="0.55", marker="s")}
+legend(figure, looks | {"chance": dict(color="0.4", ls=":")})
 plt.show()
 for family in loaded:
     shown = ", ".join(f"{n}: {found[family, 'loaded'][i, 0]:.2f}" for i, n in enumerate(LENGTHS))
@@ -230,22 +216,11 @@ figure, axes = panels(2, 2, size=(3.7, 2.3), sharey=True)
 best = {}
 for j, family in enumerate(loaded):
     for i, (quantity, score) in enumerate(SCORES.items()):
-        ax, labels = axes[i, j], []
-        for layer, pattern in maps[family, "loaded"].items():
-            table, plain = score(pattern).table(), score(maps[family, "random"][layer]).table()
-            for row, other in zip(table.itertuples(), plain.itertuples(), strict=True):
-                x = len(labels)
-                labels.append(f"{layer}.{row.head}" if len(table) > 1 else f"{layer}")
-                bars = [[row.score - row.low], [row.high - row.score]]
-                ax.errorbar(x, row.score, yerr=bars, fmt="o", ms=5, color=family_colors()[family], capsize=2)
-                ax.plot(x + 0.2, other.score, "o", ms=4, color=family_colors()[family], mfc="none")
-                ax.plot(x, row.baseline, "_", color="0.3", ms=12, mew=1.5)
-                if row.score > best.get((family, quantity), (None, None, 0))[2]:
-                    best[family, quantity] = (layer, row.head, row.score, row.baseline)
-        step = -(-len(labels) // 12)
-        ax.set_xticks(range(0, len(labels), step), labels[::step])
-        ax.set(ylim=(-0.03, 1.03), xlim=(-0.6, len(labels) - 0.4))
-        ax.grid(axis="x", visible=False)
+        own, plain = (
+            {layer: score(pattern) for layer, pattern in maps[family, name].items()}
+            for name in ("loaded", "random")
+        )
+        best[family, quantity] = head_scores(axes[i, j], own, plain, family_colors()[family])
         axes[i, 0].set_ylabel(f"{quantity}\nscore")
     axes[0, j].set_title(NAMES[family])
     axes[1, j].set_xlabel("block.head" if family == "transformer" else "block (mean over channels)")
@@ -266,16 +241,10 @@ for (family, quantity), (layer, head, value, baseline) in best.items():
 figure, axes = panels(1, 2, size=(3.6, 3.2), sharey=True)
 for ax, family in zip(axes[0], loaded, strict=True):
     layer, head = best[family, "retrieval"][:2]
-    weights = maps[family, "loaded"][layer][0, head].clamp(min=1e-4)
-    weights = weights.masked_fill(torch.ones_like(weights, dtype=torch.bool).triu(1), torch.nan)
-    image = ax.imshow(weights, norm=LogNorm(1e-4, 1), cmap="viridis")
-    ax.plot(int(behind[0]), at + 0.7, marker=6, color="crimson", ms=8, clip_on=False, zorder=5)
     which = f"block {layer}, head {head}" if family == "transformer" else f"block {layer}, mean over channels"
-    ax.set_title(f"{NAMES[family]}\n{which}", fontsize=10, color=family_colors()[family])
-    ax.set(xlim=(-0.5, at + 0.5), ylim=(at + 0.5, -0.5), xlabel="token read")
-    ax.set_xticks(range(0, at + 1, 4))
-    ax.set_yticks(range(0, at + 1, 4))
-    ax.grid(False)
+    title, pattern = f"{NAMES[family]}\n{which}", maps[family, "loaded"][layer][0, head]
+    image = attention_map(ax, pattern, int(behind[0]), title, family_colors()[family])
+    ax.set_xlabel("token read")
 axes[0, 0].set_ylabel("reading token")
 figure.colorbar(image, ax=axes, shrink=0.8, label="share of the row")
 plt.show()
@@ -298,9 +267,9 @@ ordinary = context & (ids != task.vocabulary.query) & (torch.arange(ids.shape[1]
 
 def writes(model, layers):
     """Layer -> (offsets, 3): writes around the special token over ordinary ones; the symbol behind it too."""
-    cache, ratios = recorded(model, ids, scan_names(layers)), {}
-    for layer in layers:
-        write = write_norm(scan_of(model, cache, layer))
+    ratios = {}
+    for layer, scan in record_scans(model, ids, layers).items():
+        write = write_norm(scan)
         each = around(write, special, ordinary, context, OFFSETS)
         each[OFFSETS.index(1)] = around(write, behind, ordinary, context, range(1))[0]
         ratios[layer] = each
@@ -317,9 +286,7 @@ for ax, layer in zip(axes[0], layers, strict=True):
         ("loaded", dict(color=color, lw=2, marker="o", ms=3.5)),
         ("random", dict(color="0.4", ls=":")),
     ):
-        each = ratios[name][layer]
-        ax.plot(OFFSETS, each[:, 0], **look)
-        ax.fill_between(OFFSETS, each[:, 1], each[:, 2], color=look["color"], alpha=0.2, lw=0)
+        band(ax, OFFSETS, ratios[name][layer], **look)
     ax.axvline(0, color="0.4", lw=0.8)
     ax.set(title=f"block {layer}", yscale="log", xlabel="tokens after\nthe special one")
     ax.set_xticks(range(-2, 6, 2))
@@ -335,8 +302,8 @@ for layer in layers:
     rows.append(
         {
             "block": layer,
-            "symbol to be remembered": f"{symbol[0]:.2f} [{symbol[1]:.2f}, {symbol[2]:.2f}]",
-            "the same, random weights": f"{control[0]:.2f} [{control[1]:.2f}, {control[2]:.2f}]",
+            "symbol to be remembered": interval(symbol),
+            "the same, random weights": interval(control),
             "largest": f"{each[peak]:.2f} at {OFFSETS[peak]:+d}",
         }
     )
@@ -361,8 +328,7 @@ many = task.batch(SEQUENCES, seed=9, index=0, split="heldout")
 def readable(model):
     """Test accuracy of the answer from each block's state: a table with controls, one row per block."""
     names = [f"blocks.{layer}.mixer.hook_ssm_state" for layer in layers]
-    with torch.no_grad(), probes.record(model, names, positions=[at - 1]) as cache:
-        model(many.input_ids)
+    cache = recorded(model, many.input_ids, names, positions=[at - 1])
     labels = many.labels - first
     tables = [controlled(cache[name].flatten(1), labels, SYMBOLS) for name in names]
     return pd.concat(tables).assign(block=layers)
@@ -372,9 +338,7 @@ states = {"loaded": readable(loaded["mamba"]), "random weights": readable(blank[
 figure, ax = plt.subplots(figsize=(5.6, 3.2))
 for shift, (name, table) in zip((-0.06, 0.06), states.items(), strict=True):
     look = dict(color=color, marker="o") if name == "loaded" else dict(color="0.55", marker="s")
-    bars = [table["accuracy"] - table["low"], table["high"] - table["accuracy"]]
-    x = np.arange(len(layers)) + shift
-    ax.errorbar(x, table["accuracy"], yerr=bars, capsize=2, label=name, **look)
+    errorbars(ax, np.arange(len(layers)) + shift, table[["accuracy", "low", "high"]], label=name, **look)
 ax.plot(range(len(layers)), states["loaded"]["shuffled"], color="0.2", ls="--", label="shuffled labels")
 ax.axhline(1 / SYMBOLS, color="0.4", ls=":", lw=1, label="chance")
 ax.set_xticks(range(len(layers)), layers)
@@ -383,7 +347,7 @@ ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
 plt.show()
 top = states["loaded"].sort_values("accuracy").iloc[-1]
 say(
-    f"Best from block {top['block']:.0f}: {top['accuracy']:.2f} [{top['low']:.2f}, {top['high']:.2f}] of "
+    f"Best from block {top['block']:.0f}: {interval(top[['accuracy', 'low', 'high']])} of "
     f"{top['count']:.0f} sequences that the probe has not seen; random weights reach "
     f"{states['random weights']['accuracy'].max():.2f} at best, chance is {1 / SYMBOLS:.2f}."
 )
@@ -400,12 +364,11 @@ say(
 
 # %%
 model = loaded["mamba"]
-cache = recorded(model, ids, scan_names(layers))
+scans = record_scans(model, ids, layers)
 figure, ax = plt.subplots(figsize=(5.8, 3.5))
 shades = plt.get_cmap("viridis_r")(np.linspace(0.15, 0.95, len(layers)))
 medians = {}
-for layer, shade in zip(layers, shades, strict=True):
-    scan = scan_of(model, cache, layer)
+for (layer, scan), shade in zip(scans.items(), shades, strict=True):
     steps = constant_horizon(scan.dt.mean((0, 1))[:, None], scan.A).flatten().sort().values
     medians[layer] = float(steps.median())
     ax.plot(steps, np.linspace(0, 1, len(steps)), color=shade, lw=1.8, label=f"block {layer}")

@@ -1,11 +1,11 @@
 """Probes of hidden states, step sizes, attention and causal paths.
 
     record(model, names)        named tensors of every forward pass inside a `with` statement
-    intervene(model, changes)   replace named tensors, everywhere or `at` chosen positions
+    intervene(model, changes)   replaces named tensors, everywhere or `at` chosen positions
     NAMES                       what each name is, and its axes
 
-Names are those of `model.hook_names()`: TransformerLens' where the quantity exists there, `mixer.` for the
-parts of a Mamba layer.
+`model.hook_names()` lists the names of a model. They are TransformerLens' where the quantity exists there;
+the parts of a Mamba layer begin with `mixer.`.
 """
 
 from probes.cache import Recording, record

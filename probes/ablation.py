@@ -1,9 +1,9 @@
 """Knocking out heads of attention and channels of SSM layers: what do a model's answers lose without them?
 
-The vector that a mixer's last projection reads, (B, L, W), is split: by heads in attention (z, W = H * P), by
-equal groups of channels in SSM layers (y * silu(z) of Mamba, the gated norm's output of Mamba-2, W = E). A
-part is replaced at all positions by zero, or by its mean over the sequences at each position ("mean
-ablation", Wang et al. 2022, arXiv 2211.00593), which keeps what it says whatever the sequence.
+The vector that a mixer's last projection reads, (B, L, W), is split: by heads in attention (z, W = H P), by
+equal groups of channels in SSM layers (y silu(z) of Mamba, the gated norm's output of Mamba-2, W = E). A part
+is replaced at all positions, by zero or by its mean over the sequences at each position. The second ("mean
+ablation", Wang et al. 2022, arXiv 2211.00593) keeps what the part says whatever the sequence.
 """
 
 from __future__ import annotations
@@ -30,7 +30,15 @@ REPLACEMENTS = ("zero", "mean")
 
 @dataclass(frozen=True)
 class Part:
-    """Channels low .. high - 1 of what the last projection of block `layer`'s mixer reads."""
+    """Channels low .. high - 1 of what the last projection of a block's mixer reads.
+
+    Attributes:
+        layer: Index of the block.
+        kind: "head" or "channels".
+        number: Of the head or group within its layer.
+        low: First channel.
+        high: Channel after the last.
+    """
 
     layer: int
     kind: str  # "head" or "channels"
@@ -40,8 +48,19 @@ class Part:
 
 
 def parts(model: LanguageModel, layer: int, groups: int = 16) -> list[Part]:
-    """The heads of an attention block; `groups` equal groups of channels of an SSM block, its heads if it
-    is Mamba-2. Raises UserError if groups does not divide d_inner, and for a parallel block."""
+    """The parts of one block: heads of attention and of Mamba-2, groups of channels of Mamba.
+
+    Args:
+        model: The model.
+        layer: Index of the block.
+        groups: Equal groups into which the channels of Mamba are split.
+
+    Returns:
+        The block's parts, in order of their channels.
+
+    Raises:
+        UserError: `groups` does not divide the channels, or the block has branches in parallel.
+    """
     block: Any = model.blocks[layer]
     if isinstance(block, ParallelBlock):
         raise UserError(
@@ -69,13 +88,25 @@ def knock_out(
     control: bool = True,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Accuracy without each part (default: all parts of all layers), one row each.
+    """Accuracy without each part, one row each.
 
-    Columns: layer, kind, number, low, high; replacement; control; n answers; accuracy with Wilson interval
-    _low, _high; drop, the mean of right before - right after over sequences, with Student's interval.
-    control "" for the part itself, "random" for a random subspace of as many dimensions, one per layer
-    (number <NA>): what losing that much costs anywhere. accuracy_intact is the same in every row.
-    rows: sequences run side by side. Raises UserError for an unknown replacement.
+    Args:
+        model: The model.
+        batch: Sequences with answers (`synthetic.tasks.Batch`).
+        chosen: The parts to knock out, one at a time. None: all parts of all layers.
+        replacement: "mean" or "zero".
+        rows: Sequences that run side by side.
+        control: Whether each layer also loses a random subspace of as many dimensions as a part.
+        seed: Of these subspaces.
+
+    Returns:
+        Columns layer, kind, number, low and high of the part; replacement; control, "" for a part itself and
+        "random" for the subspace (number, low and high are missing there); n, the answers; accuracy with its
+        Wilson interval accuracy_low, accuracy_high; drop, the mean over sequences of the fraction right
+        before minus after, with Student's interval; accuracy_intact, the same in every row.
+
+    Raises:
+        UserError: The replacement is unknown.
     """
     if replacement not in REPLACEMENTS:
         raise UserError(f"unknown replacement {replacement!r}; valid: {', '.join(REPLACEMENTS)}")

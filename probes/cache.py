@@ -4,8 +4,8 @@
         model(ids)
     cache["blocks.3.mixer.hook_ssm_state"]          # (B, 3, E, N)
 
-States at chosen positions come from the same fast scan that computes the output; the whole (B, L, E, N) is
-made only for those who ask for every position.
+States at chosen positions come from the same fast scan that computes the output. The whole (B, L, E, N) is
+made only if every position is asked for.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -31,10 +32,10 @@ GIB = 2**30
 
 
 class Recording(Mapping[str, Tensor]):
-    """Name -> recorded tensor, in the order of the forward pass.
+    """Recorded tensors by name, in the order of the forward pass.
 
-    After several forward passes `cache[name]` is their tensors one after the other along the batch axis;
-    `cache.calls(name)` lists them by call. What was streamed to disk is read when it is asked for.
+    After several forward passes `cache[name]` joins their tensors along the batch axis; `cache.calls(name)`
+    lists them call by call. Tensors on disk are read when they are asked for.
     """
 
     def __init__(self, names: Iterable[str]):
@@ -42,9 +43,17 @@ class Recording(Mapping[str, Tensor]):
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> Recording:
-        """What an earlier `record(folder=...)` has streamed to disk; calls within the budget are not there.
+        """Open what an earlier `record(folder=...)` has written to disk; calls that fitted the budget are not
+        there.
 
-        Raises UserError for a folder without recordings.
+        Args:
+            folder: The folder given to `record`.
+
+        Returns:
+            The recording. Its tensors stay on disk until they are asked for.
+
+        Raises:
+            UserError: The folder holds no recordings.
         """
         files = sorted(Path(folder).glob("[0-9]*/*.safetensors"))
         if not files:
@@ -55,11 +64,16 @@ class Recording(Mapping[str, Tensor]):
         return recording
 
     def calls(self, name: str) -> list[Tensor]:
-        """The tensors of one name, one per forward pass. Raises KeyError for a name that is not recorded."""
+        """The tensors of one name, one per forward pass. A name that is not recorded is a KeyError."""
         return [load_file(x)["x"] if isinstance(x, Path) else x for x in self._calls[name]]
 
     def __getitem__(self, name: str) -> Tensor:
-        """Raises KeyError without a recording, ValueError if the passes' shapes do not fit together."""
+        """The tensor of one name, of all forward passes along the batch axis.
+
+        Raises:
+            KeyError: The name is not recorded, or no forward pass has been made yet.
+            UserError: Shapes of the passes differ in more than the batch.
+        """
         found = self.calls(name)
         if not found:
             raise KeyError(f"{name}: no forward pass has been recorded yet")
@@ -75,11 +89,12 @@ class Recording(Mapping[str, Tensor]):
         return len(self._calls)
 
     def num_bytes(self) -> int:
-        """Bytes held in memory; what is on disk is not counted."""
+        """Bytes held in memory, without what is on disk."""
         held = (x for calls in self._calls.values() for x in calls if isinstance(x, Tensor))
         return sum(x.numel() * x.element_size() for x in held)
 
     def add(self, name: str, x: Tensor | Path) -> None:
+        """Append the tensor of one more forward pass, or the path of its file."""
         self._calls[name].append(x)
 
 
@@ -97,21 +112,31 @@ def record(
 ) -> Iterator[Recording]:
     """Record named tensors of every forward pass inside the `with` statement.
 
-    names: names of `model.hook_names()` or patterns with `*`; `probes.NAMES` has their shapes and meaning.
-    positions: indices along the length axis of each call, in this order, negative = from the end; for
-        attention scores and patterns they choose queries.
-    layers: block indices that patterns are restricted to.
-    channels: indices along the axis D, E, H, M or J of each name; names without one (B, C) stay whole.
-    grad: keep the autograd graph (states are differentiable on the fast path too); else copies or views
-        without one. Gradients with respect to a state need an edit: a state is not upstream of the output.
-    budget: bytes that recordings may hold, by default half of the memory that is available now.
-    folder: where calls that exceed the budget go, as <call>/<name>.safetensors; empty or new.
+    The model's output does not change, bit for bit. The one exception is `mixer.hook_y` of Mamba: its use
+    takes the gate out of the fused scan, which changes roundings. With `seq_ids` rows are single sequences,
+    as `ssm_retrieval.models.packing` makes them. On CUDA, states need the token-by-token reference scan,
+    because mamba-ssm's kernel returns none.
 
-    Numbers of the output do not change, bit for bit; `mixer.hook_y` of Mamba alone takes the gate out of the
-    fused scan, which changes roundings. With `seq_ids` rows are single sequences, as `models.packing`
-    makes them. On CUDA states need the reference scan, token by token: mamba-ssm's kernel returns none.
-    Raises UserError for unknown names, layers, positions, channels, and before anything is
-    computed for a call that needs more memory than the budget and has no folder.
+    Args:
+        model: Any model of the library.
+        names: Names of `model.hook_names()`, or patterns with `*`; `probes.NAMES` has shapes and meaning.
+        positions: Indices along the length axis of each call, recorded in this order; negative ones count
+            from the end. Of attention scores and patterns they choose queries. None: all.
+        layers: Indices of the blocks to which patterns are restricted. None: all.
+        channels: Indices along the axis D, E, H, M or J of each name; names without one (B, C) stay whole.
+            None: all.
+        grad: Keep the autograd graph, instead of detached tensors. A gradient with respect to a state needs
+            an edit of it (`intervene`), because the fused scan does not compute its output from the recorded
+            state.
+        budget: Bytes that recordings may hold. None: half of the memory that is free now.
+        folder: New or empty folder for the calls that exceed the budget, as `<call>/<name>.safetensors`.
+
+    Yields:
+        The recording, which fills with every forward pass.
+
+    Raises:
+        UserError: A name, layer, position or channel does not exist, options exclude each other, or, before
+            anything is computed, a call needs more than the budget and has no folder.
     """
     found, known = resolve(model, names, layers), points(model)
     if grad and folder is not None:
@@ -136,7 +161,36 @@ def record(
         yield recorder.recording
 
 
+def recorded(
+    model: LanguageModel,
+    input_ids: Tensor | None,
+    names: str | Iterable[str],
+    *,
+    inputs_embeds: Tensor | None = None,
+    **options: Any,
+) -> Recording:
+    """Record one forward pass, without gradients and without computing logits.
+
+    Args:
+        model: Any model of the library.
+        input_ids: (B, L) int64. None: `inputs_embeds` is given.
+        names: Names or patterns of `record`.
+        inputs_embeds: (B, L, D), instead of token ids.
+        **options: Of `record`.
+
+    Returns:
+        The recording.
+    """
+    given = inputs_embeds if input_ids is None else input_ids
+    nothing = torch.zeros(0, dtype=torch.int64, device=None if given is None else given.device)
+    with torch.no_grad(), record(model, names, **options) as cache:
+        model.hidden(input_ids, at=nothing, inputs_embeds=inputs_embeds)
+    return cache
+
+
 class Recorder(Probe):
+    """The probe of `record`, which settles the arguments. `itemsize`: bytes of a number."""
+
     def __init__(
         self,
         chosen: dict[str, Point],
@@ -162,7 +216,17 @@ class Recorder(Probe):
                 raise UserError(f"channels={channels}: {name} has channels 0 to {size - 1}, not {wrong[0]}")
 
     def begin(self, batch: int, length: int, keys: int) -> None:
-        """Settle positions, and what this call needs: {recorded, whole} bytes by name."""
+        """Settle the positions of a call, and whether it goes to disk.
+
+        Args:
+            batch: Sequences, B.
+            length: Tokens of this call, L.
+            keys: Tokens that attention sees, S.
+
+        Raises:
+            UserError: The call needs more than the budget and has no folder, or one name alone exceeds the
+                budget.
+        """
         chosen = list(range(length)) if self._positions is None else self._positions
         self._at = absolute(chosen, length, "record")
         self._call += 1
@@ -230,11 +294,12 @@ def channel_axis(point: Point) -> int | None:
 
 
 def gib(size: int) -> str:
+    """A size in bytes as text, such as `1.5 GiB`."""
     return f"{size / GIB:.3g} GiB"
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that can be allocated on a device now; on systems that do not say, half of all memory."""
+    """Bytes that can be allocated on a device now; half of all memory on systems that do not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

@@ -1,9 +1,9 @@
 """Clean and corrupted sequences that differ in as little as possible and ask for different answers.
 
 Causal tracing (Meng et al. 2022, arXiv 2202.05262; Zhang & Nanda 2023, arXiv 2309.16042) carries activations
-from one into the other. Both sequences are ordinary examples of the task, so no activation is out of
-distribution, unlike after corruption with noise. Contexts are held out from training, those of corrupted
-sequences as well.
+from one into the other. Both sequences are ordinary examples of the task, so activations stay in
+distribution, which they do not after corruption with noise. All contexts, corrupted ones included, are held
+out from training.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from probes.token_roles import role, token_roles
+from probes.token_roles import target_at, token_roles
 from ssm_retrieval.errors import UserError
 from synthetic.tasks import Batch, Task, sampling
 from synthetic.tasks.position import Position
@@ -25,12 +25,17 @@ MAX_ROUNDS = 100  # of draws, for contexts that are still held out with two symb
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """B pairs, one query each; the two batches have equal shapes and ask at the same place.
+    """B pairs of one query each. Their two batches have equal shapes and ask at the same place.
 
-    answer, corrupted_answer: (B,) int64 token ids; never equal.
-    changed: (B, C) int64, the sequence indices in which they differ, increasing; C = 1 (kind "query") or 2.
-    roles: (B, L) int64, roles of the clean tokens (`probes.token_roles`).
-    partner: (B,) int64, sequence index of the context symbol that the corrupted sequence asks for.
+    Attributes:
+        kind: "query" or "target", see `contrast_pairs`.
+        clean: The clean sequences, input_ids (B, L).
+        corrupted: The corrupted sequences, of the same shape.
+        answer: (B,) int64 token ids, the clean sequences' answers.
+        corrupted_answer: (B,) int64 token ids of the corrupted sequences; never equal to `answer`.
+        changed: (B, C) int64, the positions at which the two differ, increasing; C is 1 (kind "query") or 2.
+        roles: (B, L) int64, roles of the clean tokens (`probes.token_roles`).
+        partner: (B,) int64, position of the context symbol that the corrupted sequence asks for.
     """
 
     kind: str
@@ -44,7 +49,7 @@ class Pairs:
 
     @property
     def answer_at(self) -> int:
-        """Sequence index at which the answer is read, the last one."""
+        """The position at which the answer is read, the last one."""
         return int(self.clean.answer_at[0])
 
     def __len__(self) -> int:
@@ -54,14 +59,26 @@ class Pairs:
 def contrast_pairs(
     task: Task, examples: int, length: int | None = None, kind: str = "query", seed: int = 0
 ) -> Pairs:
-    """`examples` pairs of contexts with `length` symbols (None: the task's longest).
+    """Draw pairs of held-out sequences; a pure function of its arguments.
 
-    kind "query": the same context, another of its symbols is asked for.
-    kind "target": the same query, but its symbol has changed places with another context symbol.
-    The other symbol occurs once in its context and is uniform over those that the task's own draw of two
-    queries could ask for. supervise_bos is left out: nothing it adds stands before the answer.
-    A function of its arguments only. Raises UserError, in one line, for tasks without roles, for contexts
-    without two symbols to ask for, and where hardly any context stays held out after the swap.
+    Kind "query" keeps the context and asks for another of its symbols. Kind "target" keeps the query, but its
+    symbol changes places with another one. This other symbol occurs once in its context and is drawn
+    uniformly from those that the task could ask for beside the first. What `supervise_bos` appends is left
+    out: it comes after the answer.
+
+    Args:
+        task: A task whose tokens have roles: position, position-varlen or grid.
+        examples: Pairs, B.
+        length: Context symbols. None: the task's longest context.
+        kind: "query" or "target".
+        seed: Of the held-out stream that contexts are drawn from.
+
+    Returns:
+        The pairs.
+
+    Raises:
+        UserError: The kind or `examples` is invalid, the task has no roles or fewer than two symbols to ask
+            for, or hardly any context stays held out after the swap.
     """
     if kind not in KINDS:
         raise UserError(f"unknown kind {kind!r} of pairs; valid: {', '.join(KINDS)}")
@@ -86,7 +103,7 @@ def contrast_pairs(
         corrupted_answer=corrupted.labels[:, 0],
         changed=differs.nonzero()[:, 1].view(examples, -1),
         roles=token_roles(task, clean),
-        partner=(token_roles(task, corrupted) == role("target")).int().argmax(1),
+        partner=target_at(token_roles(task, corrupted)),
     )
 
 

@@ -1,8 +1,8 @@
 """What attention heads do, from their patterns: retrieval, induction and previous-token scores.
 
-pattern: (B, H, L, S), as after the softmax: row l is the distribution over keys of the query at position
-`rows[l]` of the sequence. A score is attention mass, 0 to 1, beside what uniform attention over the tokens
-that are visible (those up to the query itself) would put there. Per sequence, so that intervals can be taken.
+A pattern is (B, H, L, S), as after the softmax: its row l is the distribution over keys of the query at
+position `rows[l]` of the sequence. A score is attention mass, 0 to 1. Beside it stands what uniform attention
+over the visible tokens (those up to the query itself) would give. Scores are per sequence, for intervals.
 """
 
 from __future__ import annotations
@@ -20,15 +20,27 @@ from ssm_retrieval.statistics import mean_interval
 
 @dataclass(frozen=True)
 class HeadScores:
-    """value: (B, H); baseline: (B,), of uniform attention; nan for sequences that have no such position."""
+    """A score of every head in every sequence; nan for sequences without a position that it is about.
+
+    Attributes:
+        value: (B, H) attention mass.
+        baseline: (B,) the same of uniform attention.
+    """
 
     value: Tensor
     baseline: Tensor
 
     def table(self, confidence: float = 0.95) -> pd.DataFrame:
-        """One row per head: head, score, low, high (Student's interval over sequences), baseline, sequences.
+        """Means over sequences with Student's interval, one row per head.
 
-        Raises UserError if no sequence has a score.
+        Args:
+            confidence: Of the intervals.
+
+        Returns:
+            Columns head, score, low, high, baseline, sequences.
+
+        Raises:
+            UserError: No sequence has a score.
         """
         there = ~self.baseline.isnan()
         if not there.any():
@@ -72,10 +84,18 @@ def _mean_mass(pattern: Tensor, rows: Tensor, key: Tensor) -> HeadScores:
 def retrieval_score(pattern: Tensor, query: Any, match: Any, rows: Any = None) -> HeadScores:
     """Attention from the position where the answer is due to the position, or positions, that hold it.
 
-    query: int or (B,), position in the sequence; match: (B,) or (B, K) positions of the target, -1 to leave
-    one out; masses of the K are added. rows: (L,) positions of pattern's rows (default: the last L).
-    Baseline: their number over that of the visible tokens. nan for sequences without a match. Raises
-    ValueError for a query that has no row, or a match after it, which causal attention cannot see.
+    Args:
+        pattern: (B, H, L, S).
+        query: Position in the sequence that asks, an int or (B,).
+        match: (B,) or (B, K) positions of the target, whose masses are added; -1 leaves one out.
+        rows: (L,) positions of the pattern's rows. None: the last L.
+
+    Returns:
+        Scores, nan for sequences without a match. The baseline is the number of matches over that of visible
+        tokens.
+
+    Raises:
+        UserError: A query has no row, or a match lies after it, where causal attention cannot reach.
     """
     at = _rows(pattern, rows)
     B, H = pattern.shape[:2]
@@ -95,9 +115,13 @@ def retrieval_score(pattern: Tensor, query: Any, match: Any, rows: Any = None) -
 
 
 def previous_occurrence(tokens: Tensor) -> Tensor:
-    """(B, S) int64: the last position before t that holds the same token, -1 where there is none.
+    """The last position before t that holds the same token.
 
-    tokens: (B, S) ints.
+    Args:
+        tokens: (B, S) ints.
+
+    Returns:
+        (B, S) int64, -1 where there is none.
     """
     S = tokens.shape[1]
     order = torch.argsort(tokens, dim=1, stable=True)  # equal tokens side by side, in order of position
@@ -110,8 +134,15 @@ def previous_occurrence(tokens: Tensor) -> Tensor:
 def induction_score(pattern: Tensor, tokens: Tensor, rows: Any = None) -> HeadScores:
     """Attention from a token to the one after its previous occurrence (Olsson et al. 2022, arXiv 2209.11895).
 
-    tokens: (B, S) ints; averaged over the rows whose token occurred before. A token that follows itself is
-    left out: the one after its previous occurrence is itself. nan for sequences without repetition.
+    A token that follows itself is left out: the one after its previous occurrence is itself.
+
+    Args:
+        pattern: (B, H, L, S).
+        tokens: (B, S) ints.
+        rows: (L,) positions of the pattern's rows. None: the last L.
+
+    Returns:
+        Means over the rows whose token occurred before; nan for sequences without repetition.
     """
     at = _rows(pattern, rows)
     _check_tokens(pattern, tokens)
@@ -121,7 +152,15 @@ def induction_score(pattern: Tensor, tokens: Tensor, rows: Any = None) -> HeadSc
 
 
 def previous_token_score(pattern: Tensor, rows: Any = None) -> HeadScores:
-    """Attention from a position to the one before it, averaged over rows other than position 0."""
+    """Attention from a position to the one before it, averaged over rows other than position 0.
+
+    Args:
+        pattern: (B, H, L, S).
+        rows: (L,) positions of the pattern's rows. None: the last L.
+
+    Returns:
+        Scores of every sequence.
+    """
     at = _rows(pattern, rows)
     return _mean_mass(pattern, at, (at - 1).expand(pattern.shape[0], -1))
 

@@ -3,7 +3,7 @@
     with probes.intervene(model, {"blocks.1.hook_mixer_out": lambda x: 0 * x}):
         logits = model(ids)
 
-All probes at work on one model form a stack in a `Session`. Edits run in the order of the `with` statements,
+All probes active on one model form a stack in a `Session`. Edits run in the order of the `with` statements,
 the outermost first; recordings see the values after all edits, wherever they stand in the stack.
 """
 
@@ -27,17 +27,31 @@ Change = Callable[[Tensor], Tensor] | Tensor
 
 @dataclass(frozen=True)
 class At:
-    """A change of chosen positions only; made by `at`."""
+    """A change of chosen positions only; `at` makes it.
+
+    Attributes:
+        positions: Positions along the length axis, negative ones counted from the end.
+        change: A function of the values at these positions, or their new values.
+    """
 
     positions: tuple[int, ...]
     change: Change
 
 
 def at(positions: int | Sequence[int], change: Change) -> At:
-    """Restrict a change to positions along the length axis (negative = from the end).
+    """Restrict a change to positions along the length axis.
 
-    A function gets these positions only, in this order: (B, len(positions), ...), for attention scores and
-    patterns (B, H, len(positions), S). A tensor holds or broadcasts to their new values.
+    Args:
+        positions: One position or several, each once; negative ones count from the end.
+        change: A function, which gets the values at these positions alone, in this order, (B, len(positions),
+            ...) or, of attention scores and patterns, (B, H, len(positions), S); or a tensor that is or
+            broadcasts to their new values.
+
+    Returns:
+        A change for `intervene`.
+
+    Raises:
+        UserError: A position is named twice.
     """
     chosen = (positions,) if isinstance(positions, int) else tuple(int(p) for p in positions)
     if len(set(chosen)) < len(chosen):
@@ -46,7 +60,19 @@ def at(positions: int | Sequence[int], change: Change) -> At:
 
 
 def absolute(positions: Sequence[int], length: int, what: str) -> list[int]:
-    """Positions of a call of this length, negative ones counted from its end. Raises UserError."""
+    """Positions of a call as indices from its start.
+
+    Args:
+        positions: Positions, negative ones counted from the end.
+        length: Tokens of the call.
+        what: Who asks, the first words of the error message.
+
+    Returns:
+        The same positions in 0 .. length - 1.
+
+    Raises:
+        UserError: A position lies outside the call.
+    """
     wrong = [p for p in positions if not -length <= p < length]
     if wrong:
         raise UserError(f"{what}: position {wrong[0]} does not exist in a call of {length} tokens")
@@ -54,29 +80,61 @@ def absolute(positions: Sequence[int], length: int, what: str) -> list[int]:
 
 
 class Probe:
-    """One `record` or `intervene` at work. This base wants nothing; names are full names."""
+    """One active `record` or `intervene`, the base class of both. It wants nothing; names are full names."""
 
     names: frozenset[str] = frozenset()
 
     def begin(self, batch: int, length: int, keys: int) -> None:
-        """A forward pass of this shape starts."""
+        """A forward pass starts.
+
+        Args:
+            batch: Sequences, B.
+            length: Tokens of this call, L.
+            keys: Tokens that attention sees, S: those of this call and of a cache.
+        """
 
     def edits(self, name: str) -> list[int]:
+        """Positions at which the probe edits this name."""
         return []
 
     def records(self, name: str) -> list[int]:
+        """Positions at which the probe records this name."""
         return []
 
     def edit(self, name: str, x: Tensor, positions: list[int]) -> Tensor:
+        """The value of this name after the probe's edits.
+
+        Args:
+            name: A full name.
+            x: Its value at `positions`.
+            positions: Positions along the length axis that `x` holds.
+
+        Returns:
+            The new value, of the same shape and dtype.
+        """
         return x
 
     def record(self, name: str, x: Tensor, positions: list[int]) -> None:
+        """Take the value of this name.
+
+        Args:
+            name: A full name.
+            x: Its value at `positions`, after all edits.
+            positions: Positions along the length axis that `x` holds.
+        """
         pass
 
 
 @dataclass
 class Session:
-    """The probes at work on one model."""
+    """The probes active on one model.
+
+    Attributes:
+        points: The model's hook points by full name.
+        length: Tokens of the current call.
+        probes: The active probes, the outermost first.
+        wanted: All names that a probe wants.
+    """
 
     points: dict[str, Point]
     length: int = 0
@@ -86,12 +144,21 @@ class Session:
 
 @dataclass
 class ModuleHook:
-    """The `models.hooks.Hook` of one module: full names for local ones, the session's probes in turn."""
+    """The `ssm_retrieval.models.hooks.Hook` of one module: it completes local names and asks the session's
+    probes.
+    """
 
     session: Session
     prefix: str
 
     def begin(self, batch: int, length: int, keys: int) -> None:
+        """Tell all probes that a forward pass starts; arguments as in `Probe.begin`.
+
+        Args:
+            batch: Sequences, B.
+            length: Tokens of this call, L.
+            keys: Tokens that attention sees, S.
+        """
         self.session.length = length
         for probe in self.session.probes:
             probe.begin(batch, length, keys)
@@ -100,20 +167,40 @@ class ModuleHook:
         return (probe for probe in self.session.probes if self.prefix + name in probe.names)
 
     def wants(self, name: str) -> bool:
+        """Whether a probe wants this local name."""
         return self.prefix + name in self.session.wanted
 
     def edits(self, name: str) -> list[int]:
+        """Positions, in order, at which a probe edits this local name."""
         return sorted({t for probe in self._interested(name) for t in probe.edits(self.prefix + name)})
 
     def records(self, name: str) -> list[int]:
+        """Positions, in order, at which a probe records this local name."""
         return sorted({t for probe in self._interested(name) for t in probe.records(self.prefix + name)})
 
     def edit(self, name: str, x: Tensor, positions: list[int]) -> Tensor:
+        """The value after the edits of all probes, see `Probe.edit`.
+
+        Args:
+            name: A local name.
+            x: Its value at `positions`.
+            positions: Positions along the length axis that `x` holds.
+
+        Returns:
+            The new value.
+        """
         for probe in self._interested(name):
             x = probe.edit(self.prefix + name, x, positions)
         return x
 
     def record(self, name: str, x: Tensor, positions: list[int]) -> None:
+        """Hand the value to all probes, see `Probe.record`.
+
+        Args:
+            name: A local name.
+            x: Its value at `positions`.
+            positions: Positions along the length axis that `x` holds.
+        """
         for probe in self._interested(name):
             probe.record(self.prefix + name, x, positions)
 
@@ -128,7 +215,7 @@ class ModuleHook:
 
 @contextmanager
 def at_work(model: LanguageModel, probe: Probe) -> Iterator[None]:
-    """Put a probe on the model's stack for the time of a `with` statement."""
+    """Activate a probe on a model for the time of a `with` statement."""
     hook = model.hook
     session = hook.session if isinstance(hook, ModuleHook) else Session(points(model))
     session.probes.append(probe)
@@ -158,15 +245,27 @@ def _attach(model: LanguageModel, session: Session) -> None:
 def intervene(model: LanguageModel, changes: Mapping[str, Any]) -> Iterator[None]:
     """Replace named tensors in every forward pass inside the `with` statement.
 
-    changes: name or pattern -> change, or a list of changes made one after the other. A change is a function
-    from a tensor to its replacement (same shape; it may work in place on what it gets, a copy), a tensor that
-    is or broadcasts to the replacement, or `at(positions, change)`. `probes.NAMES` has the shapes.
-    `mixer.hook_ssm_state` and `mixer.hook_ssm_readout` are edited position after position, as the second
-    depends on the first: their functions get (B, 1, ...) for each t in turn, and so do those of A_bar.
+    `mixer.hook_ssm_state`, `mixer.hook_ssm_readout` and `mixer.hook_A_bar` are edited position after
+    position, because each state depends on the one before: their functions get (B, 1, ...) for each t in
+    turn.
 
-    Where the values do not change, the output does not either, bit for bit; `mixer.hook_y` of Mamba alone
-    takes the gate out of the fused scan, which changes roundings. Gradients flow through the edits.
-    Raises UserError for unknown names; in the forward pass for wrong positions, shapes or types.
+    An edit that changes no value leaves the output the same, bit for bit. The one exception is `mixer.hook_y`
+    of Mamba: its use takes the gate out of the fused scan, which changes roundings. Gradients flow through
+    edits.
+
+    Args:
+        model: Any model of the library.
+        changes: Name or pattern to change, or to a list of changes made one after the other. A change is a
+            function from a tensor to its replacement (same shape; it gets a copy, so it may work in place), a
+            tensor that is or broadcasts to the replacement, or `at(positions, change)`. `probes.NAMES` has
+            the shapes.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        UserError: A name is unknown or a change is neither function nor tensor; in the forward pass, a
+            position does not exist or a shape does not fit.
     """
     listed: dict[str, list[At | Change]] = {}
     for pattern, change in changes.items():
@@ -183,6 +282,8 @@ def intervene(model: LanguageModel, changes: Mapping[str, Any]) -> Iterator[None
 
 
 class Intervention(Probe):
+    """The probe of `intervene`: changes by full name, in the order in which they are made."""
+
     def __init__(self, known: dict[str, Point], changes: dict[str, list[At | Change]]):
         self.names = frozenset(changes)
         self._axis = {name: known[name].axes.index("L") for name in changes}
@@ -190,6 +291,13 @@ class Intervention(Probe):
         self._length = 0
 
     def begin(self, batch: int, length: int, keys: int) -> None:
+        """Refuse positions that do not exist before anything is computed.
+
+        Args:
+            batch: Sequences, B.
+            length: Tokens of this call, L.
+            keys: Tokens that attention sees, S.
+        """
         self._length = length
         for name in self.names:
             self.edits(name)  # refuses positions that do not exist before anything is computed

@@ -1,8 +1,8 @@
-"""Logit lens, and what a patch did: effect sizes that are 0 for the corrupted run and 1 for the clean one.
+"""Logit lens (nostalgebraist 2020): from which layer on can an answer be read with the model's own head?
 
-The logit lens (nostalgebraist 2020) reads the residual stream after every layer as if it were the last:
-logits = head(norm(residual)). The normalised logit difference is that of Wang et al. 2022 (arXiv 2211.00593)
-and Zhang & Nanda 2023 (arXiv 2309.16042).
+It reads the residual stream after every layer as if it were the last:
+
+    logits = head(norm(residual))
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ from torch import Tensor
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.statistics import mean_interval, wilson
 
-LEAST = 1e-6  # difference of logits up to which there is nothing for a patch to restore
-
 
 @dataclass(frozen=True)
 class Lens:
-    """Of each answer, (B, A): log-probability (nats), rank (0: the likeliest token), is it the arg-max?"""
+    """How each answer is ranked, all of shape (B, A).
+
+    Attributes:
+        log_prob: Log-probability of the answer, nats.
+        rank: int64, tokens with a larger logit; 0 is the likeliest token.
+        correct: bool, whether the answer has the largest logit.
+    """
 
     log_prob: Tensor
     rank: Tensor
@@ -34,10 +38,19 @@ class Lens:
 def logit_lens(
     residual: Tensor, norm: Callable[[Tensor], Tensor], head: Callable[[Tensor], Tensor], answers: Tensor
 ) -> Lens:
-    """Reads residuals (B, A, D) at the positions where the answers, (B, A) token ids, are due.
+    """Read residuals with the model's own last norm and head.
 
-    norm, head: the model's last norm and output layer, (..., D) -> (..., D) -> (..., V). The rank counts
-    tokens with a larger logit. Raises UserError for shapes that differ.
+    Args:
+        residual: (B, A, D) at the positions where answers are due.
+        norm: The last norm, (..., D) -> (..., D).
+        head: The output layer, (..., D) -> (..., V).
+        answers: (B, A) int64 token ids.
+
+    Returns:
+        Log-probability and rank of every answer.
+
+    Raises:
+        UserError: Shapes of residual and answers differ.
     """
     if residual.dim() != 3 or residual.shape[:2] != answers.shape:
         raise UserError(
@@ -59,10 +72,17 @@ def lens_table(
     head: Callable[[Tensor], Tensor],
     answers: Tensor,
 ) -> pd.DataFrame:
-    """One row per layer: layer, accuracy with Wilson interval, log_prob with Student's, median rank, answers.
+    """The logit lens of every layer as a table, one row each.
 
-    residuals: layer -> (B, A, D), e.g. the embedding and the output of every block. The interval of log_prob
-    takes sequences as independent, that of the accuracy answers.
+    Args:
+        residuals: Layer to (B, A, D), such as the embedding and the output of every block.
+        norm: The last norm, (..., D) -> (..., D).
+        head: The output layer, (..., D) -> (..., V).
+        answers: (B, A) int64 token ids.
+
+    Returns:
+        Columns layer; accuracy with Wilson's interval low, high, over answers; log_prob (nats) with Student's
+        interval log_prob_low, log_prob_high, over sequences; median_rank; answers.
     """
     rows = []
     for layer, residual in residuals.items():
@@ -84,24 +104,3 @@ def lens_table(
             )
         )
     return pd.DataFrame(rows)
-
-
-# --- effects of patches -------------------------------------------------------------------------------------
-
-
-def logit_difference(logits: Tensor, clean_answer: Tensor, corrupted_answer: Tensor) -> Tensor:
-    """(...,): logit of the clean run's answer minus that of the corrupted run's. logits: (..., V)."""
-    return (
-        logits.gather(-1, clean_answer.unsqueeze(-1)) - logits.gather(-1, corrupted_answer.unsqueeze(-1))
-    ).squeeze(-1)
-
-
-def normalised_difference(patched: Tensor, clean: Tensor, corrupted: Tensor) -> Tensor:
-    """(patched - corrupted) / (clean - corrupted), elementwise over broadcast logit differences.
-
-    1: the patch restored the clean run, 0: it changed nothing, below 0 or above 1: it went further. nan where
-    |clean - corrupted| <= LEAST: there is nothing to restore. Means of this ratio are led by its smallest
-    denominators; `probes.patching.effect` divides means instead.
-    """
-    gap = clean - corrupted
-    return torch.where(gap.abs() > LEAST, (patched - corrupted) / gap, torch.nan)

@@ -1,4 +1,4 @@
-"""What every hook name means, and how names, patterns and layers given by a user become names of a model."""
+"""What every hook name means, and how names, patterns and layers from a user become names of a model."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ NAMES: dict[str, tuple[str, str]] = {
 
 
 def layer_of(name: str) -> int | None:
-    """The block a name belongs to; None for the embedding and the final norm."""
+    """The index of the block a name belongs to; None for the embedding and the final norm."""
     first, _, rest = name.partition(".")
     return int(rest.partition(".")[0]) if first == "blocks" else None
 
@@ -67,11 +67,20 @@ def local_name(name: str) -> str:
 def resolve(
     model: LanguageModel, names: str | Iterable[str], layers: Sequence[int] | None = None
 ) -> list[str]:
-    """The names of this model that the given names and patterns (`*`, `?`, `[...]`) mean, in forward order.
+    """The names of this model that names or patterns stand for, in forward order.
 
-    layers: keep only these blocks (negative = from the end) and the names outside blocks.
-    Raises UserError for a name or pattern that means nothing, naming the closest ones, for a layer that does
-    not exist, and if nothing is left.
+    Args:
+        model: The model whose hooks are meant.
+        names: Names of `model.hook_names()`, or patterns with `*`, `?` and `[...]`.
+        layers: Blocks to keep, negative ones counted from the end; names outside blocks always stay. None:
+            all.
+
+    Returns:
+        Full names, at least one, each once.
+
+    Raises:
+        UserError: A name or pattern matches nothing (the message suggests the closest names), a layer does
+            not exist, or nothing is left.
     """
     known = list(points(model))
     wanted = [names] if isinstance(names, str) else list(names)

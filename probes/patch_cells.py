@@ -15,11 +15,15 @@ from ssm_retrieval.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """role: of `probes.token_roles`, "partner" (the symbol that the corrupted sequence asks for), "last" (the
-    token at which the answer is read, if that is neither the query nor otherwise named), "target+partner"
-    (both at once), "everything".
-    low, high: the tokens low .. high - 1 it lies in; None if that differs from sequence to sequence.
-    where: (B, L) bool, the tokens patched in each sequence; a row without any leaves its sequence out.
+    """Tokens that one patch replaces together.
+
+    Attributes:
+        role: Of `probes.token_roles`, or "partner" (the symbol that the corrupted sequence asks for), "last"
+            (the token at which the answer is read, if it has no other name), "target+partner" (both at once)
+            or "everything".
+        low: First of the tokens low .. high - 1 that it covers; None if they differ between sequences.
+        high: Token after the last; None likewise.
+        where: (B, L) bool, the tokens patched in each sequence; a row without any leaves its sequence out.
     """
 
     role: str
@@ -45,7 +49,7 @@ def everything(pairs: Pairs) -> Cell:
 def target_and_partner(pairs: Pairs) -> Cell:
     """The target and its partner in one patch, which restores what they carry together.
 
-    That is not the sum of what each restores alone, because the effects of two patches interact.
+    This is not the sum of what each restores alone, because the effects of two patches interact.
     """
     roles = pairs.roles[:, : pairs.answer_at + 1]
     places = torch.arange(roles.shape[1], device=roles.device)
@@ -54,13 +58,22 @@ def target_and_partner(pairs: Pairs) -> Cell:
 
 
 def patch_cells(pairs: Pairs, max_positions: int = 64) -> list[Cell]:
-    """Every token up to the answer, by roles and windows: about `max_positions` cells.
+    """Every token up to the answer, by roles and windows.
 
-    Tokens with a role of their own are patched exactly: the target and its partner, wherever they stand, the
-    markers, the query, the last token. Row separators are one cell. Distractors are patched one position at
-    a time if the sequence has up to max_positions tokens, else in windows of equal size (the last may be
-    shorter), together; in a window that a token of another role lies in, that token stays as it is.
-    Raises UserError for max_positions < 1.
+    Tokens with a role of their own are patched exactly, wherever they stand: the target, its partner, the
+    markers, the query, the last token. Row separators are one cell. Distractors are patched one position at a
+    time if the sequence has up to `max_positions` tokens, else in windows of equal size (the last may be
+    shorter); a window leaves out the tokens of other roles in it.
+
+    Args:
+        pairs: The pairs to patch.
+        max_positions: About how many cells to make.
+
+    Returns:
+        The cells: roles first, then distractors from left to right.
+
+    Raises:
+        UserError: `max_positions` is below 1.
     """
     if max_positions < 1:
         raise UserError(f"max_positions {max_positions} must be at least 1")
@@ -86,11 +99,14 @@ def patch_cells(pairs: Pairs, max_positions: int = 64) -> list[Cell]:
 
 
 def chunks(where: Tensor, budget: int) -> Iterator[tuple[list[int], int]]:
-    """Cells that run in one call, and the token from which it runs.
+    """Cells that run in one call, in the order of their first token: so few of its tokens are unaffected.
 
-    where: (C, B, L) bool. Each chunk has at most `budget` tokens of one sequence of each cell, or one cell.
-    Cells come in the order of their first token, so that a call has few tokens that nothing can have changed.
-    Cells without any token are left out.
+    Args:
+        where: (C, B, L) bool, the tokens of C cells; cells without any are left out.
+        budget: Most tokens of one sequence in a chunk, summed over its cells; a single cell may exceed it.
+
+    Yields:
+        The numbers of the cells, and the token from which they run.
     """
     L = where.shape[2]
     places = torch.arange(L, device=where.device)

@@ -1,4 +1,4 @@
-"""Where activations are swapped, and what a swap does to the residual stream behind the layer it is made in.
+"""Where activations are swapped, and what a swap does to the residual stream behind its layer.
 
 Three sites, named as their hook points:
 
@@ -41,9 +41,9 @@ SITES = ("residual", "state", "head")
 
 
 def has_site(block: Any, site: str) -> bool:
-    """Whether a block has states (SSM) or heads (attention) to swap; every one has a residual stream.
+    """Whether a block has states (SSM) or heads (attention) to swap; every block has a residual stream.
 
-    A parallel block has that alone: what a branch adds to it is scaled, which the shortcuts here leave out.
+    A parallel block has only that: what a branch adds to it is scaled, which the shortcuts here do not do.
     """
     if isinstance(block, ParallelBlock):
         return site == "residual"
@@ -53,7 +53,7 @@ def has_site(block: Any, site: str) -> bool:
 
 
 def context_of(x: Tensor) -> Context:
-    """What a block must know of whole, unpadded sequences x (B, L, ...)."""
+    """The context in which a block runs on whole, unpadded sequences x (B, L, ...)."""
     return Context(positions=torch.arange(x.shape[1], device=x.device))
 
 
@@ -69,17 +69,31 @@ def residuals(model: LanguageModel, input_ids: Tensor) -> list[Tensor]:
 
 
 def advance(model: LanguageModel, input_ids: Tensor, cache: Cache, stop: int) -> None:
-    """Let `cache`, of the same sequences, remember the tokens before `stop`."""
+    """Let a cache of these sequences take in the tokens before `stop`.
+
+    Args:
+        model: The model.
+        input_ids: (B, L) int64.
+        cache: What has been taken in so far; changed in place.
+        stop: The token after the last one.
+    """
     if stop > cache.length:
         nothing = torch.zeros(0, dtype=torch.int64, device=input_ids.device)
         model.hidden(input_ids[:, cache.length : stop], at=nothing, cache=cache)
 
 
 def run_from(model: LanguageModel, layer: int, x: Tensor, cache: Cache | None, at: int | Tensor) -> Tensor:
-    """Logits (c, B, V) when blocks layer.. run on x (c, B, T, D), a residual stream x_layer.
+    """Logits when blocks from `layer` on run on a given residual stream.
 
-    cache: what the unpatched sequences (B) leave before x begins; None if x begins with the first token.
-    at: index in x of the token whose logits are wanted, or (A,) of them, then (c, B, A, V).
+    Args:
+        model: The model.
+        layer: The first block that runs; n_layer: only the last norm and the head.
+        x: (c, B, T, D), the residual stream x_layer.
+        cache: What the unpatched sequences (B) leave before x begins. None: x begins with the first token.
+        at: Index in x of the token whose logits are wanted, or (A,) or (B, A) of them.
+
+    Returns:
+        (c, B, V), of several tokens (c, B, A, V).
     """
     blocks, norm, head = model.blocks, model.norm, model.head
     c, B, T, _ = x.shape
@@ -96,13 +110,13 @@ def _layers(model: LanguageModel, cache: Cache | None) -> list[LayerCache | None
 
 
 def repeated(cache: LayerCache, c: int) -> LayerCache:
-    """c copies of a layer's cache below each other, (c * B, ...)."""
+    """A layer's cache c times below each other, (c B, ...)."""
     return {name: t.expand(c, *t.shape).flatten(0, 1) for name, t in cache.items()}
 
 
 @contextmanager
 def captured(**modules: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """The last argument and result of modules, as `name_in` and `name_out`."""
+    """Keep the last argument and result of modules, as `name_in` and `name_out`, while the statement runs."""
     found: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
@@ -120,7 +134,7 @@ def captured(**modules: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 class MambaState:
-    """One Mamba block at work on x (B, L, D): its states, and what a change of one adds to its output."""
+    """One Mamba block running on x (B, L, D): its states, and what a change of one adds to its output."""
 
     def __init__(self, block: Any, x: Tensor):
         self.mixer: MambaMixer = block.mixer
@@ -138,13 +152,22 @@ class MambaState:
         return selective_scan(u, dt, self.A, B, C, backend=self.mixer.config.scan_backend, **options)
 
     def states(self, positions: list[int]) -> Tensor:
-        """h_t (B, P, E, N) after each of P positions."""
+        """States h_t after each of P positions, (B, P, E, N)."""
         stop = max(positions) + 1
         arguments = (t[:, :stop] for t in (self.u, self.dt, self.B, self.C))
         return self._scan(*arguments, states_at=positions)[-1]
 
     def added(self, delta: Tensor, at: Tensor, start: int) -> Tensor:
-        """(c, B, T, D) that replacing h_t by h_t + delta, (c, B, E, N), at t = at, (c, B), adds."""
+        """What replacing h_t by h_t + delta adds to the block's output.
+
+        Args:
+            delta: (c, B, E, N).
+            at: (c, B) int64, the positions t.
+            start: The token from which the result begins, at most the smallest t.
+
+        Returns:
+            (c, B, T, D), 0 before t.
+        """
         c = len(delta)
         time = torch.arange(start, self.u.shape[1], device=at.device)
         early = (time < at[..., None]).flatten(0, 1)[..., None]  # (c * B, T, 1)
@@ -182,7 +205,7 @@ class Mamba2State:
         self.log_decay = (self.dt * self.A).double().cumsum(1)  # double: differences of long sums
 
     def states(self, positions: list[int]) -> Tensor:
-        """h_t (B, P, H, P, N) after each of P positions."""
+        """States h_t after each of T positions, (B, T, H, P, N)."""
         found: dict[int, Tensor] = {}
         done, h = 0, None
         for stop in sorted(set(positions)):
@@ -193,7 +216,16 @@ class Mamba2State:
         return torch.stack([found[t] for t in positions], dim=1)
 
     def added(self, delta: Tensor, at: Tensor, start: int) -> Tensor:
-        """(c, B, T, D) that replacing h_t by h_t + delta, (c, B, H, P, N), at t = at, (c, B), adds."""
+        """What replacing h_t by h_t + delta adds to the block's output.
+
+        Args:
+            delta: (c, B, H, P, N).
+            at: (c, B) int64, the positions t.
+            start: The token from which the result begins, at most the smallest t.
+
+        Returns:
+            (c, B, T, D), 0 before t.
+        """
         H, G = self.u.shape[2], self.C.shape[2]
         time = torch.arange(start, self.u.shape[1], device=at.device)
         total = self.log_decay.gather(1, at.t()[..., None].expand(-1, -1, H)).transpose(0, 1)  # (c, B, H)
@@ -213,7 +245,7 @@ def ssm_state(block: Any, x: Tensor) -> Any:
 
 
 class Heads:
-    """One attention block at work on x (B, L, D): its heads' outputs, and what a change of one adds."""
+    """One attention block running on x (B, L, D): its heads' outputs, and what a change of one adds."""
 
     def __init__(self, block: TransformerBlock, x: Tensor):
         self.block = block
@@ -224,7 +256,16 @@ class Heads:
         self.middle = x + seen["dense_out"]
 
     def added(self, delta: Tensor, head: int, start: int) -> Tensor:
-        """(c, B, T, D) that adding delta, (c, B, T, P), to the output of one head adds to the block's."""
+        """What adding delta to the output of one head adds to the block's output.
+
+        Args:
+            delta: (c, B, T, P).
+            head: Number of the head.
+            start: The token from which delta begins.
+
+        Returns:
+            (c, B, T, D).
+        """
         width = delta.shape[-1]
         weight = self.dense.weight[:, head * width : (head + 1) * width].contiguous()  # else oneDNN is slow
         return self.through_mlp(linear(delta, weight), start)

@@ -5,116 +5,34 @@ arXiv 2309.16042)
 
     (LD_patched - LD_corrupted) / (LD_clean - LD_corrupted)    LD = logit[clean answer] - logit[corrupted one]
 
-read where the answer is due: 0 where the patch changes nothing, 1 where it makes the corrupted run the clean
-one. `probes.patch_sites` says what is patched, `probes.patch_cells` which tokens together.
+read where the answer is due. It is 0 where the patch changes nothing, and 1 where it turns the corrupted run
+into the clean one. `probes.patch_sites` says what is patched, `probes.patch_cells` which tokens together.
 
-Nothing is computed twice that a patch cannot change: a patch at layer l runs blocks l.. (l + 1.. inside a
-block), on the tokens from the patched one on, from the cached states of the corrupted run, and reads logits
-at the answer only. Patches of several positions run side by side as rows of one batch.
+What a patch cannot change is computed once: a patch at layer l runs blocks l.. (l + 1.. inside a block), on
+the tokens from the patched one on, from the cached states of the corrupted run, and reads logits at the
+answer only. Patches of several positions run side by side as rows of one batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
 from probes.contrast_pairs import Pairs
-from probes.lens import LEAST, logit_difference, normalised_difference
 from probes.patch_cells import Cell, chunks, everything, patch_cells
+from probes.patch_effects import Key, Traced, logit_difference
 from probes.patch_sites import SITES, Heads, advance, has_site, residuals, run_from, ssm_state
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.models.common import Cache, LanguageModel
-from ssm_retrieval.statistics import mean_interval, ratio_of_means, wilson
 
 # Numbers a block holds for each token at its peak, in units of d_model: projections, scan or MLP, copies.
 WIDTHS_PER_TOKEN = 32
 # On a CPU, rows in one call save nothing beyond this, and cost the tokens before the patch of each.
 CPU_TOKENS = 2048
-
-
-@dataclass(frozen=True)
-class Key:
-    """One patch: site, layer, head (None: no heads), number of the cell, and the control it is ("": none)."""
-
-    site: str
-    layer: int
-    head: int | None
-    cell: int
-    control: str
-
-
-@dataclass(frozen=True, eq=False)
-class Traced:
-    """Patches of B pairs: for each of K keys the logit difference, and whether the clean answer is arg-max.
-
-    difference: (K, B) float64, nan where a pair has no token in the key's cell; right: (K, B) bool; clean,
-    corrupted: (B,) logit differences of the unpatched runs; clean_right, corrupted_right: (B,) bool, whether
-    those answer with the clean answer.
-    """
-
-    keys: list[Key]
-    cells: list[Cell]
-    difference: Tensor
-    right: Tensor
-    clean: Tensor
-    corrupted: Tensor
-    clean_right: Tensor
-    corrupted_right: Tensor
-
-    def effects(self) -> Tensor:
-        """(K, B) normalised logit differences; nan also where clean and corrupted runs do not differ."""
-        return normalised_difference(self.difference, self.clean, self.corrupted)
-
-    def table(self) -> pd.DataFrame:
-        """One row per key, see `patch`."""
-        each = self.effects()
-        rows = []
-        for i, key in enumerate(self.keys):
-            cell = self.cells[key.cell]
-            known = ~self.difference[i].isnan()
-            hits, n = int(self.right[i][known].sum()), int(known.sum())
-            accuracy_low, accuracy_high = wilson(hits, n)
-            row: dict[str, Any] = dict(
-                site=key.site, layer=key.layer, head=key.head, role=cell.role, low=cell.low, high=cell.high,
-                control=key.control, n=n,
-            )  # fmt: skip
-            row |= _named("effect", effect(self.difference[i], self.clean, self.corrupted))
-            row |= _named("effect_each", _mean(each[i]))
-            row |= _named("accuracy", (hits / n if n else np.nan, accuracy_low, accuracy_high))
-            rows.append(row)
-        table = pd.DataFrame(rows).astype(dict(head="Int64", low="Int64", high="Int64"))
-        return table.assign(
-            gap=float((self.clean - self.corrupted).double().mean()),
-            accuracy_clean=float(self.clean_right.double().mean()),
-            accuracy_corrupted=float(self.corrupted_right.double().mean()),
-        )
-
-
-def _named(name: str, values: tuple[float, float, float]) -> dict[str, float]:
-    return dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
-
-
-def _mean(values: Tensor) -> tuple[float, float, float]:
-    data = values[~values.isnan()].double().cpu().numpy()
-    return mean_interval(data) if len(data) else (np.nan, np.nan, np.nan)
-
-
-def effect(patched: Tensor, clean: Tensor, corrupted: Tensor) -> tuple[float, float, float]:
-    """mean(patched - corrupted) / mean(clean - corrupted) over examples (B,), with its 95 % interval.
-
-    nan in `patched` leaves an example out; nan where the mean gap is below LEAST: nothing to restore.
-    """
-    known = ~patched.isnan()
-    moved, gap = ((t - corrupted)[known].double().cpu().numpy() for t in (patched, clean))
-    if not len(gap) or abs(gap.mean()) < LEAST:
-        return np.nan, np.nan, np.nan
-    return ratio_of_means(moved, gap)
 
 
 def patch(
@@ -130,29 +48,45 @@ def patch(
 ) -> pd.DataFrame:
     """The patching grid of a model as a tidy table: one row per site, layer, head and cell of tokens.
 
-    Columns
+    A state has one value a token, so a cell of several tokens replaces the last one's, which holds what was
+    written before. Sites that the model lacks are left out.
+
+    Columns of the table:
+
         site, layer, head     layer l of residual is what enters block l, n_layer the last norm; of state and
-                              head it is block l; head is <NA> but for site head
+                              head it is block l; head is missing except for site head
         role, low, high       the tokens low .. high - 1, see `probes.patch_cells.Cell`
-        control, n            below; pairs that have a token in this cell
-        effect                ratio of mean differences (`effect`); its 95 % interval _low, _high
+        control, n            see below; pairs that have a token in this cell
+        effect                `probes.patch_effects.effect`; its 95 % interval _low, _high
         effect_each           mean over pairs of their normalised logit differences; _low, _high
         accuracy              share of pairs that answer with the clean answer; Wilson's _low, _high
         gap, accuracy_clean, accuracy_corrupted
                               the same in every row: mean of LD_clean - LD_corrupted, and how often the
                               unpatched runs give the clean answer
 
-    A state has one value a token, so a cell of several tokens replaces the last one's: it holds what was
-    written before. control is "" for the patches themselves, and
+    Values of control:
 
+        ""           the patch itself
         self         the corrupted run's own activation: effect 0, bit for bit
         everything   (residual) all positions of a layer: effect 1
         unrelated    the activation of another pair's clean run, scaled to the norm of the one it stands for;
                      needs two pairs
 
-    Sites that the model does not have are left out. memory_mb bounds activations, about.
-    progress: called with (done, all) patched pairs of each chunk.
-    Raises UserError for unknown sites or layers, and for controls of a single pair.
+    Args:
+        model: The model.
+        pairs: Clean and corrupted sequences (`probes.contrast_pairs`).
+        sites: Of "residual", "state", "head".
+        layers: Of 0 .. n_layer. None: all.
+        max_positions: About how many cells of tokens, see `probes.patch_cells.patch_cells`.
+        controls: Whether to run the controls as well.
+        memory_mb: Bound of activations, MiB, about.
+        progress: Called with (done, all) patched pairs after each chunk.
+
+    Returns:
+        The table.
+
+    Raises:
+        UserError: A site or layer is unknown, or controls are asked for a single pair.
     """
     traced = trace(
         model, pairs, patch_cells(pairs, max_positions), sites,
@@ -173,7 +107,24 @@ def trace(
     memory_mb: int = 512,
     progress: Callable[[int, int], None] | None = None,
 ) -> Traced:
-    """As `patch`, for chosen cells; results of every pair."""
+    """As `patch`, for chosen cells, with the results of every pair.
+
+    Args:
+        model: The model.
+        pairs: Clean and corrupted sequences.
+        what: The cells to patch.
+        sites: Of "residual", "state", "head".
+        layers: Of 0 .. n_layer. None: all.
+        controls: Whether to run the controls as well.
+        memory_mb: Bound of activations, MiB, about.
+        progress: Called with (done, all) patched pairs after each chunk.
+
+    Returns:
+        Logit differences and answers of every patch and pair.
+
+    Raises:
+        UserError: A site or layer is unknown, or controls are asked for a single pair.
+    """
     layers = _layers(model, layers)
     sites = list(sites)
     for site in sites:
@@ -352,7 +303,16 @@ class _Work:
 
 
 def of_norm(x: Tensor, like: Tensor, dims: int) -> Tensor:
-    """x with the norms of `like` over the last `dims` axes."""
+    """Scale x to the norms of another tensor.
+
+    Args:
+        x: What to scale.
+        like: Has the norms, same shape.
+        dims: How many last axes a norm is taken over.
+
+    Returns:
+        x with the norms of `like`; zero stays zero.
+    """
     axes = tuple(range(-dims, 0))
     norm, wanted = (torch.linalg.vector_norm(t, dim=axes, keepdim=True) for t in (x, like))
     return x * (wanted / norm.clamp(min=torch.finfo(norm.dtype).tiny))

@@ -1,6 +1,6 @@
 """What is left of a token in the state, and Mamba's layers as attention: exact, from linearity.
 
-Unrolling the recurrence of `probes.updates.Scan`, token i's contribution to the state at time t is
+Unrolling the recurrence of `probes.scan.Scan`, token i's contribution to the state at time t is
 
     c(i -> t) = prod_{i < s <= t} exp(dt_s A) * dt_i x_i B_i^T        h_t = sum_{i <= t} c(i -> t)
 
@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probes.updates import BUDGET, Scan, _inside, chunks, state_changes
+from probes.scan import BUDGET, Scan, chunks, inside
+from probes.updates import state_changes
 from ssm_retrieval.errors import UserError
 
 RESULT_LIMIT = 2**30  # bytes of a result, above which a function refuses and says what to ask for instead
@@ -31,13 +32,15 @@ BLOCK = 32  # rows of a map computed at once; decays within a block are not fact
 
 @dataclass(frozen=True)
 class Retention:
-    """Of pairs (source i, time t), each in the shape that `retention` was asked for; 0 where t < i.
+    """How much is left of a token at a later time, for pairs (source i, time t); 0 where t < i.
 
-    kept: ||c(i -> t)|| / ||c(i -> i)||, in [0, 1]; 0 for a token that wrote nothing (dt x B = 0). What is
-    written at i is x_i after the convolution, a mix of tokens i - 3 .. i (d_conv = 4), and in deeper layers
-    of all before. So the symbol that stands at i is written at i .. i + 3, and kept is exact of the write at
-    its place, not of the symbol.
-    share: ||c(i -> t)|| / ||h_t||; may exceed 1, because contributions can cancel; 0 where h_t = 0.
+    What is written at i is x_i after the convolution, a mix of tokens i - 3 .. i (d_conv = 4), in deeper
+    layers of all before. So the symbol at i is written at i .. i + 3, and `kept` is exact of the write at its
+    place, not of the symbol.
+
+    Attributes:
+        kept: ||c(i -> t)|| / ||c(i -> i)||, in [0, 1]; 0 for a token that wrote nothing (dt x B = 0).
+        share: ||c(i -> t)|| / ||h_t||; may exceed 1, because contributions can cancel; 0 where h_t = 0.
     """
 
     kept: Tensor
@@ -45,14 +48,24 @@ class Retention:
 
 
 def source_and_time(scan: Scan, source: Any, at: Any) -> tuple[Tensor, Tensor]:
-    """(source, at), both int64 (B, ...): broadcast to each other and to the batch.
+    """Positions of sources and times, broadcast to each other and to the batch.
 
-    A number is a list of one position, and a list holds for every sequence: both give (B, positions).
-    Raises UserError for positions outside the sequence, or a leading dimension that is not the batch's.
+    A number counts as a list of one position, and a list holds for every sequence: both give (B, positions).
+
+    Args:
+        scan: The layer's recurrence.
+        source: Int positions i.
+        at: Int positions t.
+
+    Returns:
+        Source and time, both (B, ...) int64.
+
+    Raises:
+        UserError: A position lies outside the sequence, or the leading dimension is not the batch's.
     """
     B, L = scan.x.shape[:2]
     device = scan.x.device
-    i, t = torch.broadcast_tensors(*(_inside(torch.as_tensor(p, device=device), L) for p in (source, at)))
+    i, t = torch.broadcast_tensors(*(inside(torch.as_tensor(p, device=device), L) for p in (source, at)))
     if i.dim() < 2:
         i, t = i.reshape(1, -1), t.reshape(1, -1)
     if i.shape[0] not in (1, B):
@@ -65,11 +78,21 @@ def source_and_time(scan: Scan, source: Any, at: Any) -> tuple[Tensor, Tensor]:
 def contribution_norm(
     scan: Scan, source: Any, at: Any, per_head: bool = False, budget: int = BUDGET
 ) -> Tensor:
-    """Frobenius norm of c(i -> t) over the layer's state (per head: a last dimension H); 0 for t < i.
+    """Frobenius norm of c(i -> t) over the layer's state.
 
-    source, at: int positions that broadcast to (B, ...), the shape of the result; see `source_and_time`.
-    Because c has rank one, ||c||^2 = sum_h dt_i^2 |x_i|^2 sum_n B_in^2 exp(2 A_n sum_{i < s <= t} dt_s): no
-    state is formed, only `budget` bytes of pairs x H x N at a time. Raises UserError as `source_and_time`.
+    Because c has rank one, no state is formed:
+
+        ||c||^2 = sum_h dt_i^2 |x_i|^2 sum_n B_in^2 exp(2 A_n sum_{i < s <= t} dt_s)
+
+    Args:
+        scan: The layer's recurrence.
+        source: Int positions i, see `source_and_time`.
+        at: Int positions t.
+        per_head: Norms of every head, with a last dimension H.
+        budget: Bytes of working memory, about.
+
+    Returns:
+        Norms in the shape of `source_and_time`, 0 where t < i.
     """
     (B, _, H), M = scan.dt.shape, scan.A.shape[1]
     i, t = source_and_time(scan, source, at)
@@ -99,11 +122,21 @@ def retention(
     state_norm: Tensor | None = None,
     budget: int = BUDGET,
 ) -> Retention:
-    """How much of token `source` is in the state at time `at`, of what it wrote and of what is there.
+    """How much of token `source` is in the state at time `at`, relative to what it wrote and to the state.
 
-    source, at as in `contribution_norm`: `target[:, None]` (B, 1) and `torch.arange(L)` give (B, L), the
-    fate of one token in each sequence. state_norm: ||h_t|| (B, L), or (B, L, H) per head, if
-    `updates.state_changes` has been called already. Raises UserError as `source_and_time`.
+    `source=target[:, None]` (B, 1) with `at=torch.arange(L)` gives (B, L), the fate of one token a sequence.
+
+    Args:
+        scan: The layer's recurrence.
+        source: Int positions i, see `source_and_time`.
+        at: Int positions t.
+        per_head: For every head, with a last dimension H.
+        state_norm: ||h_t|| (B, L), per head (B, L, H), if it is known, at least at `at`. None: it is
+            computed.
+        budget: Bytes of working memory, about.
+
+    Returns:
+        Both ratios in the shape of `source_and_time`.
     """
     i, t = source_and_time(scan, source, at)
     if state_norm is None:
@@ -206,10 +239,21 @@ def hidden_attention(
     budget: int = MAP_BUDGET,
     limit: int = RESULT_LIMIT,
 ) -> Tensor:
-    """alpha (B, K, L, L) of the K chosen heads (Mamba: channels; None: all); 0 above the diagonal.
+    """The maps alpha of a layer's heads (of Mamba: channels).
 
-    Cost per head: L^2 N multiplications and L^2 N / 64 + 32 L N exponentials. Works in about `budget` bytes
-    beside the result. Raises UserError for a result above `limit` bytes, and for heads that there are not.
+    Costs L^2 N multiplications and L^2 N / 64 + 32 L N exponentials per head.
+
+    Args:
+        scan: The layer's recurrence.
+        heads: K numbers of heads. None: all.
+        budget: Bytes of working memory beside the result, about.
+        limit: Most bytes of the result.
+
+    Returns:
+        (B, K, L, L), 0 above the diagonal.
+
+    Raises:
+        UserError: The result exceeds the limit, or a head does not exist.
     """
     chosen = _heads(scan, heads)
     B, L = scan.x.shape[:2]
@@ -229,9 +273,20 @@ def attention_rows(
     budget: int = MAP_BUDGET,
     limit: int = RESULT_LIMIT,
 ) -> Tensor:
-    """Rows t = at of `hidden_attention`: (B, K, positions, L), what those positions read from every token.
+    """Rows t of `hidden_attention`: what some positions read from every token.
 
-    at: (positions,) ints, the same in all sequences, or (B, positions). Raises as `hidden_attention`.
+    Args:
+        scan: The layer's recurrence.
+        at: (positions,) ints, the same in all sequences, or (B, positions).
+        heads: K numbers of heads. None: all.
+        budget: Bytes of working memory beside the result, about.
+        limit: Most bytes of the result.
+
+    Returns:
+        (B, K, positions, L), 0 for tokens after the position.
+
+    Raises:
+        UserError: The result exceeds the limit, or a head or position does not exist.
     """
     chosen = _heads(scan, heads)
     _, t = source_and_time(scan, 0, at)
@@ -250,9 +305,15 @@ def attention_rows(
 
 
 def apply_attention(alpha: Tensor, x: Tensor, D: Tensor | None = None) -> Tensor:
-    """y (B, L, K, P) = alpha (B, K, L, L) x (B, L, K, P) + D x, D of shape (K,): the scan of heads K.
+    """The output of the scan from its maps, y = alpha x + D x.
 
-    A Mamba channel has P = 1; x is `scan.x`, or its chosen heads.
+    Args:
+        alpha: (B, K, L, L).
+        x: (B, L, K, P), `scan.x` or its chosen heads; of Mamba P = 1.
+        D: (K,), the skip. None: without it.
+
+    Returns:
+        y, (B, L, K, P).
     """
     y = torch.einsum("bkts,bskp->btkp", alpha, x)
     return y if D is None else y + D[:, None] * x
@@ -260,7 +321,16 @@ def apply_attention(alpha: Tensor, x: Tensor, D: Tensor | None = None) -> Tensor
 
 @torch.no_grad()
 def attention_output(scan: Scan, D: Tensor | None = None, budget: int = MAP_BUDGET) -> Tensor:
-    """y (B, L, H, P): every head's map times its input, without keeping a map. Equal to the layer's scan."""
+    """Every head's map times its input, without keeping a map; equals the layer's own scan.
+
+    Args:
+        scan: The layer's recurrence.
+        D: (H,), the skip. None: without it.
+        budget: Bytes of working memory, about.
+
+    Returns:
+        y, (B, L, H, P).
+    """
     B, L, H, P, _ = scan.shape
     y = scan.x.new_empty(B, L, H, P)
     for part, piece in _parts(scan, _heads(scan, None), budget):
@@ -273,7 +343,19 @@ def attention_output(scan: Scan, D: Tensor | None = None, budget: int = MAP_BUDG
 def mean_attention(
     scan: Scan, heads: Sequence[int] | Tensor | None = None, budget: int = MAP_BUDGET
 ) -> Tensor:
-    """(B, L, L) mean of |alpha| over the chosen heads (Mamba: channels; None: all), one block at a time."""
+    """The mean of |alpha| over heads (of Mamba: channels), computed block by block.
+
+    Args:
+        scan: The layer's recurrence.
+        heads: Numbers of the heads. None: all.
+        budget: Bytes of working memory, about.
+
+    Returns:
+        (B, L, L), 0 above the diagonal.
+
+    Raises:
+        UserError: `heads` is empty, or a head does not exist.
+    """
     chosen = _heads(scan, heads)
     if not len(chosen):
         raise UserError("heads is empty; there is nothing to average")
@@ -285,6 +367,27 @@ def mean_attention(
     return total / len(chosen)
 
 
+@torch.no_grad()
+def attention_pattern(scan: Scan, at: Any = None) -> Tensor:
+    """Hidden attention in the form of an attention pattern: |alpha| with rows that sum to 1.
+
+    The heads of Mamba-2 have a map each. The channels of Mamba are very many, so their mean stands for one
+    head; it is taken before the rows are normalised.
+
+    Args:
+        scan: The layer's recurrence.
+        at: Positions of the rows, as in `attention_rows`. None: all.
+
+    Returns:
+        (B, H, positions, L), of Mamba with H = 1, for `probes.heads`.
+    """
+    channels = scan.x.shape[3] == 1
+    if at is not None:
+        rows = attention_rows(scan, at).abs()
+        return normalise_rows(rows.mean(1, keepdim=True) if channels else rows)
+    return normalise_rows(mean_attention(scan).unsqueeze(1) if channels else hidden_attention(scan).abs())
+
+
 def normalise_rows(weights: Tensor) -> Tensor:
-    """weights (..., L, S) >= 0, such as `mean_attention`, with rows that sum to 1; rows of zeros stay."""
+    """Weights (..., L, S) >= 0, such as `mean_attention`, with rows that sum to 1; rows of zeros stay."""
     return _ratio(weights, weights.sum(-1, keepdim=True).expand_as(weights))

@@ -1,16 +1,15 @@
-"""`python -m probes.run RUNS --probe updates|retention|linear|patch|attention|lens|all`: trained models.
+"""`python -m probes.run RUNS`: what trained models keep, write, attend to and can be read from.
 
     runs/<id>/probes/<probe>.<family>.parquet   tidy table (`probes.suite.common` says what all have)
                      <probe>.<family>.json      what it was made with; not run again while that holds
                      <probe>.csv                the same of all runs
                      summary.md                 what was measured, with intervals and controls
 
-Of several runs, tables lie in the folder of each, and what shows them together in
-runs/compare-<hash>/probes/. --out has all of it in one folder. `python -m analysis.figures RUNS` draws the
-tables.
+With several runs, each run's folder has its tables, and runs/compare-<hash>/probes/ has the CSV files and the
+summary of all. With `--out` one folder has everything. `python -m analysis.figures RUNS` draws the tables.
 
-Files are written under a temporary name and renamed, so that a stop at any moment loses one probe of one
-model at most, and the same command goes on.
+Files are written under a temporary name and renamed. A stop loses at most one probe of one model, and the
+same command goes on from there.
 """
 
 from __future__ import annotations
@@ -47,36 +46,56 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Options:
-    """Probe trained models: updates, retention, linear, patch, attention, lens, or all of them.
+    """Measure what trained models do inside: tables with intervals and controls.
 
-    RUNS are folders that synthetic.run or synthetic.sweep has made (runs/<id>), one for each architecture,
-    all of one task; or a folder that holds such. Those that have finished training are probed.
+    RUNS are folders of finished runs that synthetic.run or synthetic.sweep has made (runs/<id>), or folders
+    of such: one run of each architecture, all of the same task. The probes, each beside its control:
+
+    * updates: what every token writes into an SSM's state, by its role and position.
+    * retention: how much of it is left when the answer is due; hidden attention maps.
+    * linear: which symbols can be read off the state and the residual stream linearly.
+    * patch: which activations carry the answer from a clean to a corrupted run.
+    * attention: retrieval, induction and previous-token scores of heads.
+    * lens: after which layer the model's own head can read the answer.
+
+    Probes that were finished before are not run again. `python -m analysis.figures RUNS` draws the tables.
     """
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Folders of runs."""
-    probe: tuple[str, ...] = ("all",)
-    """updates, retention, linear, patch, attention, lens; or all."""
-    out: Path | None = None
-    """Folder for the tables; by default runs/<id>/probes, for what shows several runs together \
-runs/compare-<hash>/probes."""
-    examples: int | None = None
-    """Held-out sequences of every probe; by default each probe's own number for the run's length."""
+    runs: Annotated[
+        tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUNS", help_behavior_hint="")
+    ]
+    """Folders of finished runs, or folders of such."""
+    probe: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ("all",)
+    """Probes to run: some of those above, or all."""
+    out: Annotated[
+        Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="(default: probes/ in each run)")
+    ] = None
+    """One folder for all tables."""
+    examples: Annotated[
+        int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: each probe's own)")
+    ] = None
+    """Held-out sequences of every probe; more make narrower intervals. Probe linear needs 20 or more."""
     seed: int = 0
-    """Seed of the held-out sequences and of the controls."""
-    threads: int = 0
-    """CPU threads; 0 = as many as PyTorch takes."""
+    """Of the held-out sequences and of the controls."""
+    threads: Annotated[int, tyro.conf.arg(metavar="N", help_behavior_hint="(default: PyTorch's choice)")] = 0
+    """CPU threads."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status. Bad input gives one line and status 2."""
+    """Run the command line and return its exit status; bad input gives one line and status 2."""
     options = parse(Options, argv, "python -m probes.run")
     return guarded(lambda: run(options), out=options.out or "", stopped=STOPPED)
 
 
 @dataclass(frozen=True)
 class Model:
-    """A trained model. folder: of its run. tables: where its probes' tables are."""
+    """A trained model.
+
+    Attributes:
+        folder: Of its run.
+        tables: Folder of its probes' tables.
+        task: The task it was trained on.
+    """
 
     folder: Path
     tables: Path
@@ -84,7 +103,17 @@ class Model:
 
 
 def run(options: Options) -> int:
-    """Run the probes that are not there yet, then summarise. Raises UserError for bad input."""
+    """Run the probes that are not there yet, then write the summary.
+
+    Args:
+        options: The command line.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        UserError: An option is out of range, no run can be probed, or another process writes the same tables.
+    """
     from filelock import FileLock, Timeout
     from rich.console import Console
 
@@ -120,7 +149,17 @@ def run(options: Options) -> int:
 
 
 def chosen(asked: Sequence[str]) -> list[str]:
-    """Names of the probes, in the registry's order. Raises UserError for unknown ones."""
+    """The probes asked for.
+
+    Args:
+        asked: Names, or "all".
+
+    Returns:
+        Names in the registry's order, each once.
+
+    Raises:
+        UserError: A name is unknown, or there is none.
+    """
     from probes.suite import PROBES
 
     for name in asked:
@@ -132,9 +171,17 @@ def chosen(asked: Sequence[str]) -> list[str]:
 
 
 def trained(places: Sequence[Path], out: Path | None = None) -> dict[str, Model]:
-    """Family -> its model, in the order of every figure, of every finished run.
+    """The finished runs among some folders.
 
-    Raises UserError if there is none, or if there are several of a family or of different tasks.
+    Args:
+        places: Folders of runs, or folders that hold them.
+        out: Folder for the tables. None: that of each run.
+
+    Returns:
+        Family to its model, in the order of every figure.
+
+    Raises:
+        UserError: There is no finished run, two are of one family, or they are of different tasks.
     """
     from ssm_retrieval.style import FAMILIES
     from ssm_retrieval.training import records, store
@@ -279,9 +326,16 @@ def _parquet(table: pd.DataFrame) -> bytes:
 
 
 def tables(places: Mapping[str, Path], name: str) -> pd.DataFrame | None:
-    """A probe's tables of all families in one; None if there is none. places: family -> folder of its tables.
+    """A probe's tables of all families in one.
 
-    Tables that lack columns are another version's and count as not there. Raises UserError for damaged ones.
+    Tables that lack columns were made by another version and are left out.
+
+    Args:
+        places: Family to the folder of its tables.
+        name: Of the probe.
+
+    Returns:
+        The table; None if there is none.
     """
     import pandas as pd
 
@@ -309,7 +363,14 @@ def _joined(out: Path, name: str, places: Mapping[str, Path]) -> bool:
 
 
 def summarise(runs: Sequence[Path], out: Path, places: Mapping[str, Path], missing: Sequence[str]) -> None:
-    """Write summary.md on all probes whose tables are there."""
+    """Write summary.md on all probes whose tables are there.
+
+    Args:
+        runs: Folders of the runs, for the title.
+        out: Folder to write to.
+        places: Family to the folder of its tables.
+        missing: Lines on probes that were left out.
+    """
     from probes.suite import PROBES
     from ssm_retrieval.training.store import write_bytes
 
@@ -322,7 +383,7 @@ def summarise(runs: Sequence[Path], out: Path, places: Mapping[str, Path], missi
         text.append(f"## {name}: {probe.title}\n")
         text += [f"- {line}\n" for line in lacking]
         if table is not None:
-            text.append(f"{probe.summary(table)}\n")
+            text.append(f"{probe.summary(table)}\n\n")
     write_bytes(out / "summary.md", "\n".join(text).encode())
 
 

@@ -18,17 +18,26 @@ ROLES = ("bos", "distractor", "target", "separator", "query_marker", "query", "t
 
 
 def role(name: str) -> int:
-    """The number that stands for a role in the tensors of `token_roles`."""
+    """The number of a role in the tensors of `token_roles`."""
     return ROLES.index(name)
 
 
 def token_roles(task: Task, batch: Batch) -> Tensor:
-    """The role of every token, (B, L) int64 indices into `ROLES`.
+    """The role of every token.
 
-    target is the context symbol that the query asks for, distractor every other one; separator the markers
-    of an image's rows and of its frame (grid); answer a position token that is fed in (supervise_bos), and
-    <bos> is "bos" wherever it stands. Raises UserError, in one line, for tasks or batches where a single
-    target is not defined.
+    "target" is the context symbol that the query asks for, "distractor" every other one; "separator" are the
+    markers of an image's rows and frame (grid); "answer" is a position token that is fed in
+    (`supervise_bos`); `<bos>` is "bos" wherever it stands.
+
+    Args:
+        task: A task of position type.
+        batch: Its sequences, with one query each.
+
+    Returns:
+        (B, L) int64, indices into `ROLES`.
+
+    Raises:
+        UserError: The task has no roles, or the batch has several queries and so no single target.
     """
     if not isinstance(task, Position):
         raise UserError(f"roles are not defined for task {task.name}: use position, position-varlen or grid")
@@ -50,3 +59,13 @@ def token_roles(task: Task, batch: Batch) -> Tensor:
     place = context.cumsum(1) - 1  # 0-based number of a context symbol
     result[context & (place == batch.target_index)] = role("target")
     return result
+
+
+def is_context(roles: Tensor) -> Tensor:
+    """Which tokens are context symbols, target or distractor: bool, shaped as the roles."""
+    return (roles == role("target")) | (roles == role("distractor"))
+
+
+def target_at(roles: Tensor) -> Tensor:
+    """Position of the target in every sequence, (B,) int64, of roles (B, L) from `token_roles`."""
+    return (roles == role("target")).int().argmax(1)

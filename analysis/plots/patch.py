@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 
 from analysis.plots.common import families
-from probes.suite.patch import SITES, column_key, row_key
+from probes.patch_sites import SITES
+from probes.suite.patch import column_key, row_key
 from ssm_retrieval.style import NAMES, panels
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The probes that `python -m probes.run` knows, by name: a file each, a line each in `PROBES`."""
+"""The probes that `python -m probes.run` knows, by name: one file each, one line each in `PROBES`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What heads attend to: retrieval, induction and previous-token scores, of attention and hidden attention.
+"""What heads attend to: retrieval, induction and previous-token scores, of attention and of hidden attention.
 
-An SSM layer's hidden attention is |alpha| with rows normalised: by head in Mamba-2, the mean over channels in
-Mamba, which count as head 0. Parts of the table: "score" (by quantity, layer, head, with the baseline of
-uniform attention) and "map" (one sequence, the head that retrieves best in each layer).
+SSM layers count by their hidden attention, `probes.retention.attention_pattern`: head by head in Mamba-2, the
+mean over channels as head 0 in Mamba. Parts of the table: "score" (by quantity, layer and head, with the
+baseline of uniform attention) and "map" (one sequence, the head of each layer that retrieves best).
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from probes.cache import recorded
 from probes.heads import HeadScores, induction_score, previous_token_score, retrieval_score
-from probes.retention import hidden_attention, mean_attention, normalise_rows
+from probes.retention import attention_pattern
+from probes.scan import layers_with, scan_names, scan_of
 from probes.suite.common import (
     BUDGET,
     NotApplicable,
@@ -24,15 +26,11 @@ from probes.suite.common import (
     batches,
     coarse,
     interval,
-    layers_with,
     map_rows,
-    markdown,
-    recorded,
-    scan_names,
-    scan_of,
 )
-from probes.token_roles import role, token_roles
+from probes.token_roles import target_at, token_roles
 from ssm_retrieval.models.common import LanguageModel
+from ssm_retrieval.tables import markdown
 from synthetic.tasks import Batch, Task
 from synthetic.tasks.position import Position
 
@@ -40,7 +38,18 @@ SHOWN = 12  # best rows of a family and score in the summary
 
 
 def patterns(model: LanguageModel, ids: Tensor) -> dict[int, Tensor]:
-    """Layer -> (B, H, T, T), rows of sum 1, of one batch; SSM layers as the module says."""
+    """Attention and hidden attention of every layer, for one batch.
+
+    Args:
+        model: The model.
+        ids: (B, T) int64.
+
+    Returns:
+        Layer to (B, H, T, T), rows of sum 1.
+
+    Raises:
+        NotApplicable: The model has neither attention nor SSM layers.
+    """
     attention, ssm = layers_with(model, "attn.hook_pattern"), layers_with(model, "mixer.hook_dt")
     if not attention and not ssm:
         raise NotApplicable("it has neither attention nor SSM layers")
@@ -48,16 +57,21 @@ def patterns(model: LanguageModel, ids: Tensor) -> dict[int, Tensor]:
     cache = recorded(model, ids, names)
     found = {i: cache[f"blocks.{i}.attn.hook_pattern"] for i in attention}
     for i in ssm:
-        scan = scan_of(model, cache, i)
-        if scan.A.shape[1] == 1:  # Mamba-2: few heads, a map each
-            found[i] = normalise_rows(hidden_attention(scan).abs())
-        else:
-            found[i] = normalise_rows(mean_attention(scan)).unsqueeze(1)
+        found[i] = attention_pattern(scan_of(model, cache, i))
     return dict(sorted(found.items()))
 
 
 def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
-    """Rows score by layer and head, with baseline; rows map by layer, `query` and `key`."""
+    """Measure a model.
+
+    Args:
+        model: The model.
+        task: Its task; retrieval is scored only where tokens have roles.
+        options: Sequences, seed and progress.
+
+    Returns:
+        Rows "score" by layer and head, with baseline, and rows "map" by layer, query and key.
+    """
     maps_bytes = 4 * model.config.n_layer * task.max_length(task.usual_queries(task.seq_len)) * 8
     usual = 4 if task.seq_len > 512 else 16 if task.seq_len > 128 else 64
     examples = options.examples or usual
@@ -105,14 +119,15 @@ def _target(task: Task, batch: Batch) -> Tensor | None:
     """(B,) positions of the target symbols; None where tokens have no roles."""
     if not isinstance(task, Position):
         return None
-    return (token_roles(task, batch) == role("target")).int().argmax(1)
+    return target_at(token_roles(task, batch))
 
 
 def summary(table: pd.DataFrame) -> str:
+    """The best heads of each score, beside uniform attention and untrained weights, as Markdown."""
     words = (
         "Attention mass with Student's 95 % interval over sequences, beside uniform attention over the "
         f"visible tokens and untrained weights; the {SHOWN} best heads of each score. SSM layers: hidden "
-        "attention |alpha|, rows normalised, by head (Mamba-2) or as the mean over channels (Mamba).\n\n"
+        "attention |alpha|, rows normalised, by head (Mamba-2) or as the mean over channels (Mamba)."
     )
     keys = ["family", "quantity", "layer", "head"]
     score = table[table["part"] == "score"]
@@ -123,7 +138,7 @@ def summary(table: pd.DataFrame) -> str:
         for row in group.sort_values("value", ascending=False).head(SHOWN).to_dict("records"):
             key = tuple(row[k] for k in keys)
             rows.append([*key, interval(row), f"{row['baseline']:.3g}", f"{untrained[key]:.3g}"])
-    return words + markdown([*keys, "score", "uniform", "untrained"], rows)
+    return words + "\n\n" + markdown([*keys, "score", "uniform", "untrained"], rows)
 
 
 PROBE = Probe(

@@ -2,7 +2,7 @@
 
 Every probe makes one tidy table, a row per number. Columns that all have:
 
-    layer      block, 0-based; in the residual stream n is what n blocks have made of the embedding
+    layer      block, 0-based; lens and patch count the residual stream: n is after n blocks, 0 the embedding
     part       which of the probe's measurements the row belongs to
     quantity   what was measured
     value      the number; low, high: its 95 % interval, nan where there is none
@@ -22,11 +22,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from probes.cache import Recording, record
-from probes.updates import Scan
-from ssm_retrieval import tables
+from probes.scan import layers_with
+from probes.token_roles import role
+from ssm_retrieval.errors import UserError
 from ssm_retrieval.models.common import LanguageModel
 from ssm_retrieval.statistics import mean_interval
+from ssm_retrieval.tables import markdown
 from synthetic.tasks import Batch, Task
 from synthetic.tasks.position import Position
 
@@ -36,14 +37,19 @@ BINS = 64  # of a map's axis at greater lengths
 WEIGHTS = ("trained", "untrained")
 
 
-class NotApplicable(ValueError):
-    """A model or task that lacks what a probe measures; the message is one line that says what."""
+class NotApplicable(UserError):
+    """The model or task lacks what a probe measures; the message is one line that says what."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """examples: sequences; None: the probe's own number. seed: of the held-out stream they are drawn from.
-    progress: is told the share that is done, 0 .. 1."""
+    """What a probe is told.
+
+    Attributes:
+        examples: Sequences to measure. None: the probe's own number.
+        seed: Of the held-out stream they are drawn from.
+        progress: Is told the share that is done, 0 .. 1.
+    """
 
     examples: int | None = None
     seed: int = 0
@@ -52,12 +58,15 @@ class Options:
 
 @dataclass(frozen=True)
 class Probe:
-    """measure: (model, task, options) -> table; summary: table -> Markdown. `analysis.plots` draws.
+    """One probe of the command line. `analysis.plots` draws its table.
 
-    title: what is asked, for the summary. version: raised whenever the same options would give other numbers.
-    untrained: whether the same measurement of untrained weights is its control. columns: of its table, beside
-    those that all have.
-    measure raises `NotApplicable`; summary takes the tables of all families in one.
+    Attributes:
+        title: The question it answers, for the summary.
+        measure: (model, task, options) -> table; raises `NotApplicable`.
+        summary: Table of all families -> Markdown.
+        version: Raised whenever the same options would give other numbers.
+        untrained: Whether the same measurement of untrained weights is its control.
+        columns: Of its table, beside those that all have.
     """
 
     title: str
@@ -72,19 +81,37 @@ class Probe:
 
 
 def single_query(task: Task) -> Task:
-    """The task without what is appended after its answer (supervise_bos)."""
+    """The task without what is appended after its answer (`supervise_bos`)."""
     return replace(task, supervise_bos=False) if isinstance(task, Position) else task
 
 
 def require_roles(task: Task, what: str) -> None:
-    """Raises NotApplicable for tasks whose tokens have no roles (`probes.token_roles`)."""
+    """Refuse tasks whose tokens have no roles (`probes.token_roles`).
+
+    Args:
+        task: The task.
+        what: Name of the probe, for the message.
+
+    Raises:
+        NotApplicable: The task is not of position type.
+    """
     if not isinstance(task, Position):
         known = "position, position-varlen or grid"
         raise NotApplicable(f"{what} needs the roles of tokens, which task {task.name} lacks; use {known}")
 
 
 def batches(task: Task, examples: int, rows: int, options: Options) -> Iterator[Batch]:
-    """`examples` held-out sequences of the task's full length, `rows` at a time, one query if it can be."""
+    """Held-out sequences of the task's full length, with one query each if the task allows it.
+
+    Args:
+        task: The task.
+        examples: Sequences in all.
+        rows: Sequences of a batch.
+        options: Seed, and progress, which is told after each batch.
+
+    Yields:
+        Batches; the last may be smaller.
+    """
     task = single_query(task)
     queries = 1 if isinstance(task, Position) else task.usual_queries(task.seq_len)
     for index, start in enumerate(range(0, examples, rows)):
@@ -96,14 +123,33 @@ def batches(task: Task, examples: int, rows: int, options: Options) -> Iterator[
 
 
 def answer_at(batch: Batch) -> int:
-    """Sequence index of the first answer. Raises NotApplicable if it differs from row to row."""
+    """Position of the first answer.
+
+    Args:
+        batch: Sequences of a task.
+
+    Returns:
+        The position, the same in all sequences.
+
+    Raises:
+        NotApplicable: It differs from sequence to sequence.
+    """
     if batch.answer_at.dim() > 1:
         raise NotApplicable("answers stand at other places in every sequence of this task")
     return int(batch.answer_at[0])
 
 
 def rows_within(task: Task, bytes_per_token: int, budget: int = BUDGET) -> int:
-    """Sequences of a batch whose recordings take about `budget` bytes."""
+    """How many sequences a batch may have.
+
+    Args:
+        task: The task.
+        bytes_per_token: Of what is recorded.
+        budget: Bytes that the recordings of a batch may take, about.
+
+    Returns:
+        Sequences, at least 1.
+    """
     tokens = task.max_length(task.usual_queries(task.seq_len))
     return max(1, budget // max(1, tokens * bytes_per_token))
 
@@ -111,74 +157,77 @@ def rows_within(task: Task, bytes_per_token: int, budget: int = BUDGET) -> int:
 # --- layers -------------------------------------------------------------------------------------------------
 
 
-def layers_with(model: LanguageModel, local: str) -> list[int]:
-    """Blocks that have a hook of this name."""
-    names = set(model.hook_names())
-    return [i for i in range(model.config.n_layer) if f"blocks.{i}.{local}" in names]
-
-
 def ssm_layers(model: LanguageModel) -> list[int]:
-    """Raises NotApplicable for a model without any."""
+    """Indices of the SSM blocks.
+
+    Args:
+        model: The model.
+
+    Returns:
+        At least one index.
+
+    Raises:
+        NotApplicable: There are none.
+    """
     found = layers_with(model, "mixer.hook_dt")
     if not found:
         raise NotApplicable("it has no SSM layers")
     return found
 
 
-SCAN_NAMES = ("mixer.hook_conv", "mixer.hook_dt", "mixer.hook_B", "mixer.hook_C")
-
-
-def scan_names(layers: Sequence[int], *more: str) -> list[str]:
-    return [f"blocks.{i}.{name}" for i in layers for name in (*SCAN_NAMES, *more)]
-
-
 def scan_bytes(model: LanguageModel, layers: Sequence[int]) -> int:
-    """Bytes per token of what `scan_names` records: x and dt of every channel, with copies."""
+    """Bytes per token of what `probes.scan.record_scans` records: x and dt of every channel, with copies."""
     mixers: list[Any] = [model.blocks[i] for i in layers]
     return sum(4 * 3 * block.mixer.config.d_inner for block in mixers)
-
-
-def scan_of(model: LanguageModel, cache: Recording, layer: int) -> Scan:
-    """The recurrence of one layer from a recording of `scan_names`."""
-    x, dt, Bt, Ct = (cache[f"blocks.{layer}.{name}"] for name in SCAN_NAMES)
-    block: Any = model.blocks[layer]
-    A = -torch.exp(block.mixer.A_log.detach().float())
-    return Scan.mamba2(A, dt, Bt, Ct, x) if Bt.dim() == 4 else Scan.mamba(A, dt, Bt, Ct, x)
-
-
-def one_sequence(scan: Scan, b: int) -> Scan:
-    """The recurrence of sequence b, as a batch of one."""
-    at = slice(b, b + 1)
-    return Scan(scan.A, scan.dt[at], scan.Bt[at], scan.Ct[at], scan.x[at])
-
-
-def run_silently(model: LanguageModel, ids: Tensor) -> None:
-    """A forward pass for what is recorded in it; no logits."""
-    with torch.no_grad():
-        model.hidden(ids, at=torch.zeros(0, dtype=torch.int64))
-
-
-def recorded(model: LanguageModel, ids: Tensor, names: Sequence[str], **options: Any) -> Recording:
-    with record(model, list(names), **options) as cache:
-        run_silently(model, ids)
-    return cache
 
 
 # --- tables -------------------------------------------------------------------------------------------------
 
 
 def interval_row(values: Any, bounds: tuple[float, float] | None = None, **columns: Any) -> dict[str, Any]:
-    """A row with mean, interval and number of the finite ones of `values`, one a sequence."""
+    """A row with the mean of some values and its interval.
+
+    Args:
+        values: One number a sequence; those that are not finite are left out.
+        bounds: Limits of the interval, such as (0, 1).
+        **columns: Further columns.
+
+    Returns:
+        The columns with value, low, high (Student's) and n.
+    """
     data = np.asarray(values.cpu() if isinstance(values, Tensor) else values, dtype=float).ravel()
     data = data[np.isfinite(data)]
     mean, low, high = mean_interval(data, bounds=bounds) if len(data) else (np.nan,) * 3
     return columns | dict(value=mean, low=low, high=high, n=len(data))
 
 
-def coarse(weights: Tensor, bins: int = BINS) -> tuple[Tensor, int]:
-    """A map (T, S) with the sums of `size` columns and means of `size` rows in one cell, and that size.
+def usual_at(values: np.ndarray, kinds: np.ndarray) -> np.ndarray:
+    """The mean at every position over the sequences with a distractor there.
 
-    Rows that sum to 1 still do. The last cells may cover fewer tokens. size is 1 up to SHORT tokens.
+    Args:
+        values: (B, L); what is not finite is left out.
+        kinds: (B, L) roles, as `probes.token_roles` numbers them.
+
+    Returns:
+        (L,), nan where no sequence has a distractor.
+    """
+    ordinary = (kinds == role("distractor")) & np.isfinite(values)
+    count = np.where(ordinary.any(0), ordinary.sum(0), np.nan)
+    return np.where(ordinary, values, 0).sum(0) / count
+
+
+def coarse(weights: Tensor, bins: int = BINS) -> tuple[Tensor, int]:
+    """A map with tokens put together in cells, small enough to draw; unchanged up to `SHORT` tokens.
+
+    Weights of columns add up and rows are averaged, so rows that sum to 1 still do. The last cells may cover
+    fewer tokens.
+
+    Args:
+        weights: (T, T).
+        bins: Cells of an axis, at most.
+
+    Returns:
+        The smaller map, and the tokens of a cell.
     """
     T = weights.shape[0]
     size = 1 if T <= SHORT else -(-T // bins)
@@ -192,7 +241,16 @@ def coarse(weights: Tensor, bins: int = BINS) -> tuple[Tensor, int]:
 
 
 def map_rows(weights: Tensor, size: int, **columns: Any) -> list[dict[str, Any]]:
-    """Rows of a map's cells at and below the diagonal: query and key, the first tokens of each cell."""
+    """A map's cells at and below the diagonal as rows.
+
+    Args:
+        weights: (T, T).
+        size: Tokens of a cell.
+        **columns: Further columns.
+
+    Returns:
+        The columns with query and key, the first tokens of each cell, and value.
+    """
     return [
         columns | dict(query=t * size, key=i * size, value=float(weights[t, i]))
         for t in range(len(weights))
@@ -201,20 +259,24 @@ def map_rows(weights: Tensor, size: int, **columns: Any) -> list[dict[str, Any]]
 
 
 def interval(row: Any, digits: int = 3) -> str:
-    """`0.42 [0.40, 0.44]`."""
+    """A row's value and interval as text, `0.42 [0.40, 0.44]`."""
     value = f"{row['value']:.{digits}g}"
     if not np.isfinite(row["low"]):
         return value
     return f"{value} [{row['low']:.{digits}g}, {row['high']:.{digits}g}]"
 
 
-def markdown(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table that ends a line."""
-    return tables.markdown(headers, rows) + "\n"
+def beside(table: pd.DataFrame, by: Sequence[str], digits: int = 3) -> str:
+    """A Markdown table with a row per combination of `by`: trained numbers beside those of untrained weights.
 
+    Args:
+        table: Rows of a probe.
+        by: Columns that tell the rows apart.
+        digits: Significant digits.
 
-def beside(table: pd.DataFrame, by: Sequence[str], headers: Sequence[str] = (), digits: int = 3) -> str:
-    """Markdown: a row per combination of `by`, trained numbers with intervals beside those untrained."""
+    Returns:
+        The table, without a newline at its end.
+    """
     rows = []
     groups: Any = table.groupby(list(by), sort=False, dropna=False)
     for key, group in groups:
@@ -223,4 +285,4 @@ def beside(table: pd.DataFrame, by: Sequence[str], headers: Sequence[str] = (), 
             part = group[group["weights"] == weights]
             cells.append(interval(part.iloc[0], digits) if len(part) else "")
         rows.append([*key, *cells])
-    return markdown([*(headers or by), *WEIGHTS], rows)
+    return markdown([*by, *WEIGHTS], rows)

@@ -1,6 +1,6 @@
 """Logit lens: after which layer can the answer be read off the residual stream with the model's own head?
 
-Parts of the table: "accuracy" and "log_prob" of the answers by layer; layer 0 is the embedding.
+Parts of the table: "accuracy" and "log_prob" (nats) of the answers by layer; layer 0 is the embedding.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from probes.cache import recorded
 from probes.lens import lens_table
 from probes.suite.common import (
     Options,
     Probe,
     batches,
     beside,
-    recorded,
     rows_within,
 )
 from ssm_retrieval.models.common import LanguageModel
@@ -24,7 +24,16 @@ from synthetic.tasks import Task
 
 
 def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
-    """Rows by layer, with chance: of a guess among the answers, and log(1 / vocabulary) for log_prob."""
+    """Measure a model.
+
+    Args:
+        model: The model.
+        task: Any task.
+        options: Sequences, seed and progress.
+
+    Returns:
+        Rows by layer, with chance: that of a guess among the answers, for log_prob log(1 / vocabulary).
+    """
     names = ["hook_embed", *(f"blocks.{i}.hook_resid_post" for i in range(model.config.n_layer))]
     examples = options.examples or (128 if task.seq_len > 256 else 512)
     kept: dict[int, list[Tensor]] = {i: [] for i in range(len(names))}
@@ -57,13 +66,14 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
 
 
 def summary(table: pd.DataFrame) -> str:
+    """Accuracy and log-probability by layer, beside chance and untrained weights, as Markdown."""
     chance = table.groupby("part")["chance"].first()
     words = (
         "The residual stream where the answer is due, after every block, read with the model's last norm and "
         f"head. Chance: accuracy {chance['accuracy']:.3g}, log-probability {chance['log_prob']:.3g} nats. "
-        "Wilson's and Student's 95 % intervals.\n\n"
+        "Wilson's and Student's 95 % intervals."
     )
-    return words + beside(table, ["family", "quantity", "layer"])
+    return words + "\n\n" + beside(table, ["family", "quantity", "layer"])
 
 
 PROBE = Probe("After which layer can the answer be read?", measure, summary, columns=("chance",))

@@ -1,19 +1,19 @@
 """Linear probes at the answer: which context tokens, and the answer itself, can be read off linearly?
 
 Read at the position where the answer is due: the residual stream after every block, and the state h_t of
-every SSM layer (d_inner * d_state numbers). Parts of the table: "token" (accuracy by lag, the number of
-context symbols since), "answer" (which of equal parts of the context holds the target) and "capacity"
-(expected number of tokens that can be recovered, from the accuracies at all lags).
+every SSM layer (d_inner d_state numbers). Parts of the table: "token" (accuracy by lag, the number of context
+symbols since), "answer" (which of equal parts of the context holds the target) and "capacity" (expected
+number of tokens that can be recovered, from the accuracies at all lags).
 
-A probe with more features than sequences measures its sequences. So more than WIDTH numbers are first
-projected at random to WIDTH, which makes states of different size comparable, and there are at least four
+A probe with more features than sequences measures its sequences. So more than `WIDTH` numbers are first
+projected at random to `WIDTH`, which makes states of different size comparable, and there are at least four
 training sequences for each feature wherever that is affordable. Even so a capacity is a lower bound that
 grows with the sequences: the column `half` has what half of them give.
 
 There are as many symbols as places, far too many classes for a probe. Where there are more than 64, each
 probed place gets one of a few symbols of its own in every sequence (they change places with what was there,
-so contexts are still permutations, held out as ever): the probe tells those apart. They all occur in every
-context, so that knowing which symbols there are does not help.
+so contexts are still permutations, and held out): the probe tells those apart. They all occur in every
+context, so knowing which symbols occur does not help.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from probes.cache import recorded
 from probes.linear import capacity, controlled, project, split
+from probes.scan import layers_with
 from probes.suite.common import (
     NotApplicable,
     Options,
     Probe,
     answer_at,
     interval,
-    layers_with,
-    markdown,
-    recorded,
     require_roles,
     rows_within,
     single_query,
 )
 from ssm_retrieval.models.common import LanguageModel
 from ssm_retrieval.statistics import wilson
+from ssm_retrieval.tables import markdown
 from synthetic.tasks import Batch, Task, sampling
 from synthetic.tasks.sampling import IntArray
 
@@ -65,7 +65,14 @@ def spread(n: int) -> IntArray:
 
 @dataclass(frozen=True)
 class Plan:
-    """Places probed, their lags (symbols since: 0 is the last one), and the classes of each."""
+    """What is probed.
+
+    Attributes:
+        places: Context symbols probed, by number.
+        lags: Their lags, symbols since; 0 is the last one.
+        classes: Symbols that a probe tells apart.
+        pooled: Whether each place has symbols of its own.
+    """
 
     places: IntArray
     lags: IntArray
@@ -74,6 +81,7 @@ class Plan:
 
     @classmethod
     def of(cls, task: Task) -> Plan:
+        """The plan for a task of position type."""
         n, symbols = task.seq_len, task.vocabulary.num_symbols
         lags = np.arange(n) if n <= 32 else spread(n)
         pooled = symbols > FEW and task.name == "position"
@@ -81,7 +89,15 @@ class Plan:
         return cls(n - 1 - lags, lags, classes, pooled)
 
     def seeded(self, rng: np.random.Generator, context: IntArray) -> IntArray:
-        """Contexts (rows, N) in which probed place j holds a symbol of j classes .. (j+1) classes - 1."""
+        """Contexts (rows, N) in which probed place j holds one of its own symbols.
+
+        Args:
+            rng: Of the draw.
+            context: (rows, N) 0-based symbols.
+
+        Returns:
+            Contexts in which place j holds a symbol of j classes .. (j + 1) classes - 1.
+        """
         if not self.pooled:
             return context
         context, rows = context.copy(), np.arange(len(context))
@@ -93,7 +109,7 @@ class Plan:
         return context
 
     def labels(self, context: Tensor) -> Tensor:
-        """(B, places) classes of contexts (B, N) of 0-based symbols."""
+        """Classes (B, places) of contexts (B, N) of 0-based symbols."""
         found = context[:, self.places]
         return found - torch.arange(len(self.places)) * self.classes if self.pooled else found
 
@@ -113,10 +129,20 @@ def _contexts(task: Task, plan: Plan, rows: int, seed: int, index: int) -> tuple
 
 
 def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
-    """Rows by site and layer, with the accuracy of shuffled labels and chance beside each.
+    """Measure a model.
 
-    Capacity rows have n, the training sequences; features, of the probe; numbers, of the site before the
-    projection; half, the same with half of the sequences (nan where those are too few).
+    Args:
+        model: The model.
+        task: A task of position type.
+        options: Sequences, seed and progress.
+
+    Returns:
+        Rows by site and layer, with the accuracy of shuffled labels and chance beside each. Capacity rows
+        have n, the training sequences; features of the probe; numbers of the site before the projection; and
+        half, the same with half of the sequences (nan where those are too few).
+
+    Raises:
+        NotApplicable: The task has no roles or too few symbols, or there are too few sequences to split.
     """
     require_roles(task, "linear")
     task, plan = single_query(task), Plan.of(task)
@@ -195,16 +221,18 @@ def _capacity(tokens: pd.DataFrame, plan: Plan, size: int) -> dict[str, float]:
 
 
 def summary(table: pd.DataFrame) -> str:
+    """Accuracies and capacities beside untrained weights, shuffled labels and chance, as Markdown."""
     words = (
-        "Ridge probes of what stands where the answer is due, on held-out sequences, with accuracies of a "
-        "test part (Wilson 95 % intervals). Controls: untrained, weights as initialised; shuffled, the same "
-        "labels dealt out at random. Capacity: sum over lags of (accuracy - chance) / (1 - chance), "
+        "Ridge probes of what stands where the answer is due, after block `layer`, on held-out sequences, "
+        "with accuracies of a test part (Wilson 95 % intervals). Controls: untrained, weights as "
+        "initialised; shuffled, the same labels dealt out at random. Capacity: sum over lags of "
+        "(accuracy - chance) / (1 - chance), "
         "interpolated between the lags probed, where only those above chance count; its bounds are those of "
         f"all accuracies at once, so wider than 95 %. More than {WIDTH} numbers are projected at random to "
         f"{WIDTH} features. A capacity is a lower bound that grows with the sequences that train the probe: "
-        "compare capacities with the same n and features, and see how far half of the sequences gets.\n\n"
+        "compare capacities with the same n and features, and see how far half of the sequences gets."
     )
-    text = [words, "Which part of the context holds the target:\n\n"]
+    text = [words, "Which part of the context holds the target:"]
     keys = ["family", "site", "layer"]
     capacities = table[table["part"] == "capacity"]
     for part, name in (("answer", "accuracy"), ("capacity", "expected symbols recovered")):
@@ -218,13 +246,13 @@ def summary(table: pd.DataFrame) -> str:
         more = ["chance"] if part == "answer" else ["half of n", "n", "features", "of numbers"]
         text.append(markdown([*keys, name, "untrained", "shuffled", *more], rows))
         if part == "answer":
-            text.append("\nHow many context symbols can be read off:\n\n")
+            text.append("How many context symbols can be read off:")
     if (capacities["n"] < ENOUGH * capacities["features"]).any():
         text.append(
-            f"\nSome probes have fewer than {ENOUGH} sequences for each feature: their capacities say more "
-            "of the number of sequences than of the state. Give more --examples.\n"
+            f"Some probes have fewer than {ENOUGH} sequences for each feature: their capacities say more "
+            "of the number of sequences than of the state. Give more --examples."
         )
-    return "".join(text)
+    return "\n\n".join(text)
 
 
 def _sample(row: dict[Any, Any]) -> list[str]:

@@ -1,9 +1,10 @@
 """Causal tracing: which activations, at which layer and token, carry the answer from run to run?
 
-Part of the table is the kind of corruption: "query" (another symbol is asked for) or "target" (the queried
-symbol has changed places). quantity is "effect", the share of the logit difference that a patch restores; the
-other columns are those of `probes.patching.patch`, with its controls: self (0), everything (1) and unrelated.
-The role target+partner is one patch of both symbols: effects of two patches do not add up.
+The part of the table is the kind of corruption: "query" (another symbol is asked for) or "target" (the
+queried symbol has changed places). The quantity is "effect", the share of the logit difference that a patch
+restores; the other columns are those of `probes.patching.patch`, with its controls: self (0), everything (1)
+and unrelated. The role target+partner is one patch of both symbols, because effects of two patches do not add
+up.
 """
 
 from __future__ import annotations
@@ -15,18 +16,28 @@ import pandas as pd
 
 from probes.contrast_pairs import KINDS, contrast_pairs
 from probes.patch_cells import patch_cells, target_and_partner
+from probes.patch_sites import SITES
 from probes.patching import trace
-from probes.suite.common import Options, Probe, interval, markdown, require_roles
+from probes.suite.common import Options, Probe, interval, require_roles
 from ssm_retrieval.models.common import LanguageModel
+from ssm_retrieval.tables import markdown
 from synthetic.tasks import Task
 
 SHORT = 40  # tokens up to which every position has a cell of its own
 CELLS = 20  # otherwise
-SITES = ("residual", "state", "head")
 
 
 def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
-    """Rows by part (kind of pair), site, layer, head, role and tokens start .. stop - 1, and control."""
+    """Measure a model.
+
+    Args:
+        model: The model.
+        task: A task of position type.
+        options: Pairs, seed and progress.
+
+    Returns:
+        Rows by part (kind of pair), site, layer, head, role with tokens start .. stop - 1, and control.
+    """
     require_roles(task, "patch")
     long = task.seq_len > 256
     examples = options.examples or (16 if long else 64)
@@ -66,13 +77,14 @@ def row_key(row: Any) -> tuple[int, int, str]:
 
 
 def summary(table: pd.DataFrame) -> str:
+    """The strongest patches of each site beside their controls, as Markdown."""
     first = table.drop_duplicates(["family", "part"])
     words = [
         "Share of the logit difference between clean and corrupted run that a patch restores (ratio of means "
         "over pairs, 95 % interval by the delta method). Layer n of the residual stream is what n blocks "
         "have made. Controls: the run's own activation (self), another clean run's of its norm (unrelated), "
         "all positions at once (everything). Of a model that does not answer the clean run right, or whose "
-        "gap is near 0, these shares say nothing.\n\n"
+        "gap is near 0, these shares say nothing."
     ]
     gaps = [
         [
@@ -85,9 +97,9 @@ def summary(table: pd.DataFrame) -> str:
         for r in first.to_dict("records")
     ]
     words.append(
-        markdown(["family", "other", "gap of logits", "accuracy clean", "corrupted, clean's answer"], gaps)
+        markdown(["family", "pairs", "gap of logits", "clean answer in clean run", "in corrupted run"], gaps)
     )
-    words.append("\nThe strongest patches of each site, and controls over all its patches:\n\n")
+    words.append("The strongest patches of each site, and controls over all its patches:")
     rows = []
     groups: Any = table.groupby(["family", "part", "site"], sort=False)
     for key, group in groups:
@@ -101,7 +113,7 @@ def summary(table: pd.DataFrame) -> str:
             rows.append([*key, row_key(row)[2], column_key(row)[2], interval(row), *beside])
     head = [
         "family",
-        "other",
+        "pairs",
         "site",
         "layer",
         "tokens",
@@ -110,7 +122,7 @@ def summary(table: pd.DataFrame) -> str:
         "unrelated (largest)",
         "everything",
     ]
-    return "".join(words) + markdown(head, rows)
+    return "\n\n".join([*words, markdown(head, rows)])
 
 
 PROBE = Probe(

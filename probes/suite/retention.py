@@ -15,7 +15,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from probes.cache import recorded
 from probes.retention import attention_output, mean_attention, normalise_rows, retention
+from probes.scan import record_scans, scan_names, scan_of
 from probes.suite.common import (
     Options,
     Probe,
@@ -25,18 +27,15 @@ from probes.suite.common import (
     coarse,
     interval_row,
     map_rows,
-    markdown,
-    one_sequence,
-    recorded,
     require_roles,
     rows_within,
     scan_bytes,
-    scan_names,
-    scan_of,
     ssm_layers,
+    usual_at,
 )
 from probes.token_roles import role, token_roles
 from ssm_retrieval.models.common import LanguageModel
+from ssm_retrieval.tables import markdown
 from synthetic.tasks import Task
 
 QUANTITIES = ("kept", "share")  # of its own write, of the whole state
@@ -44,7 +43,16 @@ MAX_BINS = 12  # of distances
 
 
 def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
-    """Rows by layer: curve by `role` and `distance`, contrast, map by `query` and `key`, reconstruction."""
+    """Measure a model.
+
+    Args:
+        model: The model.
+        task: A task of position type.
+        options: Sequences, seed and progress.
+
+    Returns:
+        Rows by layer: curve by role and distance, contrast, map by query and key, reconstruction.
+    """
     layers = ssm_layers(model)
     require_roles(task, "retention")
     long = task.seq_len > 128
@@ -60,10 +68,9 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
         kinds.append(token_roles(task, batch))
         at = answer_at(batch)
         ids = batch.input_ids[:, : at + 1]
-        cache = recorded(model, ids, scan_names(layers))
+        scans = record_scans(model, ids, layers)
         last = recorded(model, ids, [f"blocks.{i}.mixer.hook_ssm_state" for i in layers], positions=[at])
-        for layer in layers:
-            scan = scan_of(model, cache, layer)
+        for layer, scan in scans.items():
             norm = last[f"blocks.{layer}.mixer.hook_ssm_state"].flatten(1).norm(dim=1, keepdim=True)
             left = retention(scan, torch.arange(at + 1), at, state_norm=norm.expand(-1, at + 1))
             for name in QUANTITIES:
@@ -90,13 +97,11 @@ def _maps(
     model: LanguageModel, ids: Tensor, layers: list[int], errors: dict[int, float]
 ) -> dict[int, Tensor]:
     """Sums over sequences of row-normalised maps (T, T) by layer; of the first sequence also the error."""
-    cache = recorded(model, ids, scan_names(layers))
     totals = {}
-    for layer in layers:
-        scan = scan_of(model, cache, layer)
+    for layer, scan in record_scans(model, ids, layers).items():
         total = torch.zeros(1)
         for b in range(len(ids)):  # one at a time, because a batch of maps leaves the cache
-            total = total + normalise_rows(mean_attention(one_sequence(scan, b)))[0]
+            total = total + normalise_rows(mean_attention(scan.sequence(b)))[0]
         totals[layer] = total
     if not errors:
         # apart, because to hand out y the layer leaves its fused scan
@@ -143,15 +148,14 @@ def _contrast(values: np.ndarray, kinds: np.ndarray, layer: int, name: str) -> l
     exceed it where nothing tells the target apart.
     """
     logs = np.log(values, out=np.full_like(values, np.nan), where=values > 0)  # without what has underflown
-    ordinary = (kinds == role("distractor")) & np.isfinite(logs)
-    usual = np.where(ordinary, logs, 0).sum(0) / np.where(ordinary.any(0), ordinary.sum(0), np.nan)
     target = (kinds == role("target")).argmax(1)
-    own = (logs - usual)[np.arange(len(target)), target]
+    own = (logs - usual_at(logs, kinds))[np.arange(len(target)), target]
     result = interval_row(own, layer=layer, part="contrast", quantity=name)
     return [result | {key: float(np.exp(result[key])) for key in ("value", "low", "high")}]
 
 
 def summary(table: pd.DataFrame) -> str:
+    """What is left of the target over distractors, and errors of the reconstruction, as Markdown."""
     contrast = table[table["part"] == "contrast"].sort_values(["family", "quantity", "layer"])
     errors = table[table["part"] == "reconstruction"].sort_values(["family", "layer"])
     words = (
@@ -159,18 +163,14 @@ def summary(table: pd.DataFrame) -> str:
         "wrote (kept), and relative to the state (share). Exact of the write at the token's own place: the "
         "convolution writes a symbol at the next places too, and these are not counted. Target over "
         "distractors at the same place, "
-        "geometric mean over sequences with 95 % interval; 1 says that the target is kept no better.\n\n"
+        "geometric mean over sequences with 95 % interval; 1 says that the target is kept no better."
     )
     found = markdown(
         ["family", "weights", "layer", "relative error"],
         [[r["family"], r["weights"], r["layer"], f"{r['value']:.1e}"] for r in errors.to_dict("records")],
     )
-    return (
-        words
-        + beside(contrast, ["family", "quantity", "layer"])
-        + "\nThe hidden attention map times the layer's input, against the layer's own scan:\n\n"
-        + found
-    )
+    check = "The hidden attention map times the layer's input, against the layer's own scan:"
+    return "\n\n".join([words, beside(contrast, ["family", "quantity", "layer"]), check, found])
 
 
 PROBE = Probe(

@@ -1,10 +1,16 @@
 """What every token does to an SSM's state, by its role: is the queried symbol written differently?
 
-Parts of the table: "role" (quantity by layer and role); "contrast" (of the target, divided by the mean of
-distractors at the same position: what the first symbols do to an empty state would otherwise decide) and
-"aligned" (the same ratio of relative updates at tokens around the target). 1 is what any token there does.
-Without division: "position" (quantity by layer and `position`, in long sequences the mean over the tokens up
-to the next one listed) and "sequence" (relative updates of one held-out sequence, token by token).
+Parts of the table, of which 1 means "as any token does there":
+
+* "contrast": the target divided by the mean of distractors at the same position, because the first symbols
+  change an empty state more than later ones;
+* "aligned": the same ratio of relative updates, at tokens around the target.
+
+Without division:
+
+* "role": quantity by layer and role; * "position": quantity by layer and position, in long sequences the mean
+over the tokens up to the next one listed; * "sequence": relative updates of one held-out sequence, token by
+token.
 """
 
 from __future__ import annotations
@@ -16,6 +22,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from probes.scan import Scan, record_scans
 from probes.suite.common import (
     BINS,
     SHORT,
@@ -26,20 +33,17 @@ from probes.suite.common import (
     beside,
     interval,
     interval_row,
-    markdown,
-    one_sequence,
-    recorded,
     require_roles,
     rows_within,
     scan_bytes,
-    scan_names,
-    scan_of,
     ssm_layers,
+    usual_at,
 )
-from probes.token_roles import ROLES, role, token_roles
-from probes.updates import Scan, decay, horizon, split_by_role, state_changes, write_norm
+from probes.token_roles import ROLES, is_context, target_at, token_roles
+from probes.updates import decay, horizon, split_by_role, state_changes, write_norm
 from ssm_retrieval.models.common import LanguageModel
 from ssm_retrieval.statistics import bootstrap_median_time
+from ssm_retrieval.tables import markdown
 from synthetic.tasks import Task
 
 WINDOW = 12  # tokens on either side of the target
@@ -47,8 +51,17 @@ NAMED = dict(enumerate(ROLES))
 
 
 def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
-    """Rows by layer: part role by `role`, part contrast, part aligned by `offset` from the target, part
-    position by `position`, part sequence by `position` with `role` and `token`."""
+    """Measure a model.
+
+    Args:
+        model: The model.
+        task: A task of position type.
+        options: Sequences, seed and progress.
+
+    Returns:
+        Rows by layer: part role by role, contrast, aligned by offset from the target, position by position,
+        and sequence by position with role and token.
+    """
     layers = ssm_layers(model)
     require_roles(task, "updates")
     examples = options.examples or (32 if task.seq_len > 256 else 128)
@@ -59,9 +72,7 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
     for batch in batches(task, examples, rows_within(task, scan_bytes(model, layers)), options):
         kinds.append(token_roles(task, batch))
         tokens = tokens or task.vocabulary.decode(batch.input_ids[0])
-        cache = recorded(model, batch.input_ids, scan_names(layers))
-        for layer in layers:
-            scan = scan_of(model, cache, layer)
+        for layer, scan in record_scans(model, batch.input_ids, layers).items():
             found = dict(
                 write=write_norm(scan), decay=decay(scan).mean, relative=state_changes(scan).relative
             )
@@ -99,7 +110,7 @@ def _horizons(scan: Scan, kinds: Tensor, seed: int) -> list[tuple[str, tuple[flo
     generator = torch.Generator().manual_seed(seed)
     L = kinds.shape[1]
     for b in range(len(kinds)):
-        one = one_sequence(scan, b)
+        one = scan.sequence(b)
         for number in kinds[b].unique().tolist():
             places = (kinds[b, : L - max(1, L // 8)] == number).nonzero().flatten()
             if len(places):
@@ -116,11 +127,9 @@ def _contrast(values: Tensor, kinds: Tensor, layer: int, name: str) -> list[dict
     """Ratios to the mean of the sequences with a distractor at that place: of the target, and of the tokens
     around it."""
     numbers = values.double().numpy()
-    target = (kinds == role("target")).int().argmax(1).numpy()
-    context = np.isin(kinds.numpy(), (role("target"), role("distractor")))
-    ordinary = (kinds.numpy() == role("distractor")) & np.isfinite(numbers)
-    usual = np.where(ordinary, numbers, 0).sum(0) / np.where(ordinary.any(0), ordinary.sum(0), np.nan)
-    ratio = np.where(context, numbers / usual, np.nan)
+    target = target_at(kinds).numpy()
+    context = is_context(kinds).numpy()
+    ratio = np.where(context, numbers / usual_at(numbers, kinds.numpy()), np.nan)
     own = ratio[np.arange(len(target)), target]
     rows = [interval_row(own, layer=layer, part="contrast", quantity=name)]
     L = numbers.shape[1]
@@ -159,14 +168,13 @@ def _sequence(values: Tensor, kinds: Tensor, tokens: list[str], layer: int) -> l
 
 
 def summary(table: pd.DataFrame) -> str:
-    """The target over distractors at the same position, and horizons; the other roles are in the table."""
+    """The target over distractors at the same position, and horizons, as Markdown."""
     words = (
         "What the target token does, divided by what distractors at the same position do (mean over "
         "sequences with Student's 95 % interval; mean decay: the share of the state that a token keeps). "
-        "Hypothesis 1 says that this is 1 unless the query is known before. All roles are in updates.csv.\n\n"
+        "Hypothesis 1 says that this is 1 unless the query is known before. All roles are in updates.csv."
     )
     part = table[table["part"] == "contrast"].sort_values(["family", "quantity", "layer"])
-    text = words + beside(part, ["family", "quantity", "layer"])
     rows = []
     lasting = table[(table["part"] == "role") & (table["quantity"] == "horizon")]
     groups: Any = lasting.sort_values(["family", "layer"]).groupby(["family", "layer"], sort=False)
@@ -176,10 +184,11 @@ def summary(table: pd.DataFrame) -> str:
         rows.append([*key, *(interval(cells.loc[c]) if c in cells.index else "" for c in columns)])
     named = [r if w == "trained" else f"{r}, {w}" for w, r in columns]
     horizons = (
-        "\nHorizon, the tokens until half of the state's entries have decayed to 1/e (median over "
-        "sequences with bootstrap interval; inf: it outlasts the sequence):\n\n"
+        "Horizon, the tokens until half of the state's entries have decayed to 1/e (median over "
+        "sequences with bootstrap interval; inf: it outlasts the sequence):"
     )
-    return text + horizons + markdown(["family", "layer", *named], rows)
+    found = markdown(["family", "layer", *named], rows)
+    return "\n\n".join([words, beside(part, ["family", "quantity", "layer"]), horizons, found])
 
 
 PROBE = Probe(

@@ -172,7 +172,7 @@ def test_figures_of_the_retrieval_study_come_from_its_results(tmp_path):
 
 def test_snippets_of_the_probes_page():
     text = (ROOT / "docs" / "probes.md").read_text(encoding="utf-8")
-    hooks, derivatives = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    hooks, functions, derivatives = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     names: dict = {}
     exec(derivatives, names)
     model, ids = names["model"], names["ids"]
@@ -190,6 +190,14 @@ def test_snippets_of_the_probes_page():
         names["gone"][:, 6:], names["unread"][:, 6:]
     )  # one edit goes on, the other does not
     torch.testing.assert_close(names["gone"][:, :5], names["unread"][:, :5])
+    exec(functions, names)
+    name = "blocks.1.mixer.hook_ssm_state"
+    with torch.no_grad(), names["probes"].record(names["model"], name, positions=[0]) as cache:
+        names["model"](names["ids"])
+    first = cache[name].flatten(1).norm(dim=1)  # the state after one token is what it wrote
+    torch.testing.assert_close(names["write"][:, 0], first)
+    assert (names["left"][:, :-1] < 1).all() and (names["left"][:, -1] == 1).all()
+    torch.testing.assert_close(names["pattern"].sum(-1), torch.ones(2, 1, 20))
 
 
 def test_readme_starts_with_the_two_commands():

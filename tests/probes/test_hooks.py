@@ -3,169 +3,26 @@
 from __future__ import annotations
 
 import copy
-import io
-import os
 import pickle
-from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
 from hook_models import (
     ATTENTION,
-    FAMILIES,
     IDS,
     OTHER,
     SSM,
     B,
     L,
     build,
-    halve,
     recorded,
     recurrence,
 )
-from torch import nn
 from torch.nn import functional as F
 
 import probes
-from probes import cache as recording
-from probes.names import layer_of, local_name, resolve
 from ssm_retrieval import models
-from ssm_retrieval.models.hooks import Hooked, points
-
-# --- names and shapes --------------------------------------------------------------------------------
-
-
-def test_every_name_has_the_documented_axes(model, family):
-    cache, _ = recorded(model)
-    assert list(cache) == model.hook_names()
-    for name, point in points(model).items():
-        axes, *other = probes.NAMES[local_name(name)][0].split("; Mamba-2 ")
-        if other and "mamba2" in family:
-            axes = other[0]
-        assert " ".join(point.axes) == axes, name
-        sizes = dict(B=B, L=L, S=L) | point.sizes
-        assert tuple(cache[name].shape) == tuple(sizes[a] for a in point.axes), name
-
-
-def test_every_documented_name_exists_in_some_model():
-    assert {local_name(n) for f in FAMILIES for n in build(f).hook_names()} == set(probes.NAMES)
-
-
-def test_names_in_the_order_of_the_forward_pass(family, model):
-    names = model.hook_names()
-    assert names[0] == "hook_embed" and names[-1] == "ln_final.hook_normalized"
-    blocks = [n.removeprefix("blocks.0.") for n in names if n.startswith("blocks.0.")]
-    if family in ATTENTION:
-        outputs = [n for n in blocks if n.endswith("_out")]
-        assert outputs == ["hook_attn_out", "hook_mlp_out"]
-        assert (
-            blocks.index("attn.hook_pattern") < blocks.index("hook_attn_out") < blocks.index("mlp.hook_pre")
-        )
-    else:
-        assert blocks.index("mixer.hook_in") < blocks.index("mixer.hook_y") < blocks.index("hook_mixer_out")
-    assert blocks[0] == "hook_resid_pre" and blocks[-1] == "hook_resid_post"
-
-
-def test_hybrid_has_the_names_of_the_block_that_stands_there():
-    names = build("hybrid-mamba").hook_names()
-    kinds = [f"blocks.{i}.attn.hook_pattern" in names for i in range(3)]
-    assert kinds == [False, False, True]
-    assert [f"blocks.{i}.mixer.hook_ssm_state" in names for i in range(3)] == [True, True, False]
-
-
-def test_what_names_patterns_and_layers_mean():
-    model, blocks = build("mamba"), [f"blocks.{i}.hook_resid_pre" for i in range(4)]
-    assert resolve(model, "*") == model.hook_names()
-    assert resolve(model, [*blocks[::-1], "hook_embed"]) == ["hook_embed", *blocks]
-    assert resolve(model, "blocks.[12].hook_resid_pre") == blocks[1:3]
-    for layers in ([0, -1], [-4, 3, 3], (3, 0)):
-        found = resolve(model, ["*.hook_resid_pre", "hook_embed"], layers)
-        assert found == ["hook_embed", blocks[0], blocks[3]]
-    assert [layer_of(n) for n in ("blocks.12.mixer.hook_B", "hook_embed")] == [12, None]
-    assert [local_name(n) for n in ("blocks.12.mixer.hook_B", "hook_embed")] == ["mixer.hook_B", "hook_embed"]
-
-
-class Doubler(Hooked, nn.Module):
-    hook_axes: ClassVar = {"hook_twice": "B L D"}
-
-    def __init__(self):
-        super().__init__()
-        self.config = models.config("mamba-tiny", d_model=16)
-
-    def forward(self, x):
-        return self.tap("hook_twice", 2 * x)
-
-
-class Unnamed(Hooked, nn.Module):
-    """A user's block: no names of its own, and a layer that has one."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = Doubler()
-
-    def forward(self, x, context, cache=None):
-        return x + self.layer(x)
-
-
-@torch.no_grad()
-def test_blocks_of_a_user_need_no_names_of_their_own():
-    model = build("mamba")
-    model.blocks[1] = Unnamed()
-    name = "blocks.1.layer.hook_twice"
-    assert [n for n in model.hook_names() if n.startswith("blocks.1.")] == [name]
-    assert points(model)[name].sizes == {"D": 16}
-    cache, _ = recorded(model, [name, "blocks.0.hook_resid_post", "blocks.2.hook_resid_pre"])
-    before = cache["blocks.0.hook_resid_post"]
-    assert torch.equal(cache[name], 2 * before)
-    assert torch.equal(cache["blocks.2.hook_resid_pre"], before + cache[name])
-    with probes.intervene(model, {name: torch.zeros_like}):
-        changed, _ = recorded(model, "blocks.2.hook_resid_pre")
-    assert torch.equal(changed["blocks.2.hook_resid_pre"], before)
-
-
-@pytest.mark.parametrize(
-    "names, options, said",
-    [
-        (["blocks.0.mixer.hook_ssm_stat"], {}, "no hook .*did you mean blocks.0.mixer.hook_ssm_state"),
-        ("*.hook_pattern", {}, r"no hook '\*.hook_pattern'"),
-        ("blocks.9.*", {}, "no hook 'blocks.9"),
-        ("zzzz", {}, r"no hook 'zzzz'; model.hook_names\(\) lists them$"),
-        ("*", dict(layers=[0, -5]), r"layers=\[0, -5\] has -5, but the model has 4 layers"),
-        ("*", dict(layers=[4]), r"layers=\[4\] has 4, but the model has 4 layers"),
-        ("blocks.0.*", dict(layers=[1]), "means no hook"),
-        ("*.hook_conv", dict(channels=[32]), "hook_conv has channels 0 to 31, not 32"),
-        ("*.hook_conv", dict(channels=[0, -1]), "hook_conv has channels 0 to 31, not -1"),
-        ("*", dict(grad=True, folder="x"), "cannot be combined with folder="),
-        ("*", dict(folder=Path(__file__).parent), "is not an empty folder"),
-        ("*", dict(folder=Path(__file__)), "is not an empty folder"),
-        ("*", dict(positions=[]), "records nothing"),
-    ],
-)
-def test_bad_requests_give_one_line(names, options, said):
-    with pytest.raises(ValueError, match=said) as caught, probes.record(build("mamba"), names, **options):
-        pass
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "change, said",
-    [
-        (probes.at(13, torch.zeros(())), "intervene on blocks.0.hook_resid_pre: position 13 does not exist"),
-        (lambda x: None, "returned NoneType, not a tensor"),
-        (lambda x: x[:, :, :3], r"gives shape \(2, 13, 3\) where \(2, 13, 16\) is needed"),
-    ],
-)
-def test_bad_changes_give_one_line(change, said):
-    model = build("mamba")
-    with pytest.raises(ValueError, match=said), probes.intervene(model, {"blocks.0.hook_resid_pre": change}):
-        model(IDS)
-    assert all(getattr(m, "hook", None) is None for m in model.modules())
-    with pytest.raises(ValueError, match="is a int; give a function or a tensor"):
-        probes.intervene(model, {"hook_embed": 3}).__enter__()
-    with pytest.raises(ValueError, match="name each once"):
-        probes.at([1, 1], change)
-
+from ssm_retrieval.models.hooks import points
 
 # --- what is recorded --------------------------------------------------------------------------------
 
@@ -265,121 +122,6 @@ def test_residual_stream_is_a_sum(model):
             torch.testing.assert_close(cache[at + "hook_resid_mid"], mid)
     assert torch.equal(cache["hook_embed"], cache["blocks.0.hook_resid_pre"])
     assert torch.equal(model.head(cache["ln_final.hook_normalized"]), logits)
-
-
-# --- what a recording holds --------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def test_layers_channels_positions_and_calls(model):
-    whole, _ = recorded(model)
-    with probes.record(model, "*", layers=[0, -1], positions=[3, -2], channels=[1, 0]) as cache:
-        model(IDS[:1])
-        model(IDS[1:])
-    last = model.config.n_layer - 1
-    assert {
-        n for n in model.hook_names() if not n.startswith("blocks.") or int(n.split(".")[1]) in (0, last)
-    } == set(cache)
-    for name, point in points(model).items():
-        if name not in cache:
-            continue
-        want = whole[name].index_select(point.axes.index("L"), torch.tensor([3, L - 2]))
-        for axis, letter in enumerate(point.axes):
-            if letter in "DEHMJ":
-                want = want.index_select(axis, torch.tensor([1, 0]))
-        torch.testing.assert_close(cache[name], want)
-        assert [len(x) for x in cache.calls(name)] == [1, 1]
-    assert cache.num_bytes() == sum(cache[n].numel() * 8 for n in cache)
-
-
-@torch.no_grad()
-def test_calls_of_different_lengths():
-    model = build("mamba")
-    with probes.record(model, "hook_embed") as cache:
-        with pytest.raises(KeyError, match="no forward pass"):
-            cache["hook_embed"]
-        model(IDS)
-        model(IDS[:, :4])
-    assert [x.shape[1] for x in cache.calls("hook_embed")] == [L, 4]
-    with pytest.raises(ValueError, match=r"differs in shape between calls .*use cache.calls\(name\)"):
-        cache["hook_embed"]
-
-
-@torch.no_grad()
-def test_budget_refuses_before_computing_or_streams(model, tmp_path):
-    whole, _ = recorded(model)
-    again = torch.cat([IDS, OTHER])
-    with probes.record(model, "*", budget=whole.num_bytes()) as cache:
-        model(IDS)  # just fits
-        with pytest.raises(ValueError, match=r"recording needs .* GiB for this call .*positions=.*budget="):
-            model(IDS)
-    assert cache.num_bytes() == whole.num_bytes()
-    largest = max(whole[n].numel() * 8 for n in whole)
-    with probes.record(model, "*", budget=largest, folder=tmp_path / "states") as cache:
-        assert torch.equal(model(IDS), model(IDS)) and cache.num_bytes() == 0
-    for name in whole:
-        assert torch.equal(cache[name], torch.cat([whole[name]] * 2))
-    assert len(list((tmp_path / "states" / "00001").glob("*.safetensors"))) == len(whole)
-    assert not list((tmp_path / "states").rglob("*.part"))
-    again_read = probes.Recording.read(tmp_path / "states")  # as a later session does
-    assert set(again_read) == set(whole) and all(torch.equal(again_read[n], cache[n]) for n in whole)
-    with pytest.raises(ValueError, match=r"folder='.*none' holds no recordings"):
-        probes.Recording.read(tmp_path / "none")
-    with pytest.raises(ValueError, match=r"alone needs .*choose positions= or raise budget="):
-        recorded(model, ids=again, budget=largest, folder=tmp_path / "more")
-
-
-@torch.no_grad()
-def test_recordings_may_fill_half_of_the_memory(monkeypatch):
-    model = build("mamba")
-    size = IDS.numel() * 16 * 8
-    for spare, fits in ((0, True), (-2, False)):
-        monkeypatch.setattr(recording, "available_memory", lambda device, spare=spare: 2 * size + spare)
-        with probes.record(model, "hook_embed") as cache:
-            if fits:
-                model(IDS)
-                assert cache.num_bytes() == size
-            else:
-                with pytest.raises(ValueError, match="more than the budget"):
-                    model(IDS)
-
-
-def test_available_memory_is_what_the_system_says(monkeypatch):
-    told = "MemTotal:  9000 kB\nMemFree:  10 kB\nMemAvailable:   1234 kB\nMemAvailableToo: 5 kB\n"
-    files = {"/proc/meminfo": told}
-    monkeypatch.setattr(recording, "open", lambda path: io.StringIO(files[path]), raising=False)
-    assert recording.available_memory(torch.device("cpu")) == 1234 * 1024
-
-    def missing(path):
-        raise FileNotFoundError(path)
-
-    monkeypatch.setattr(recording, "open", missing, raising=False)
-    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1001}.__getitem__)
-    assert recording.available_memory(torch.device("cpu")) == 4096 * 1001 // 2
-    assert recording.gib(3 * 2**29) == "1.5 GiB"
-
-
-@torch.no_grad()
-def test_recordings_and_edits_stay_where_the_model_is(model):
-    """What is made without naming a device would be on another one here, and not fit."""
-    edits = {"blocks.*.hook_resid_post": probes.at([2, 5], halve), "hook_embed": lambda x: x + 1}
-
-    def results():
-        with probes.intervene(model, edits):
-            return recorded(model, "*", positions=[7, 1, -1], channels=[1, 0])
-
-    cache, logits = results()
-    with torch.device("meta"):
-        found, again = results()
-    assert torch.equal(again, logits) and list(found) == list(cache)
-    assert all(torch.equal(found[name], x) for name, x in cache.items())
-
-
-@torch.no_grad()
-def test_recordings_keep_no_larger_tensor_alive():
-    for options in ({}, dict(positions=[1]), dict(channels=[1])):
-        cache, _ = recorded(build("mamba"), "*.mixer.*", **options)
-        assert all(x.untyped_storage().nbytes() == x.numel() * 8 for x in cache.values())
 
 
 # --- models of the hub -------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from patching_task import TASK
 from scipy import stats
 
 import probes
-from probes import ablation, patch_sites, patching
+from probes import ablation, patch_effects, patch_sites, patching
 from probes.contrast_pairs import KINDS, contrast_pairs
 from probes.patch_cells import patch_cells, target_and_partner
 from ssm_retrieval import models
@@ -372,12 +372,12 @@ def test_an_effect_is_the_share_of_the_gap_that_patches_restore():
     corrupted = torch.tensor([5.0, -1.0, 2.0, 7.0])
     clean = corrupted + torch.tensor([1.0, 2.0, 3.0, 100.0])
     patched = corrupted + torch.tensor([1.0, 0.0, 2.0, torch.nan])
-    value, low, high = patching.effect(patched, clean, corrupted)
+    value, low, high = patch_effects.effect(patched, clean, corrupted)
     assert value == pytest.approx(3 / 6)
     half = stats.t.ppf(0.975, 2) * np.std([0.5 / 2, -1 / 2, 0.5 / 2], ddof=1) / 3**0.5
     assert (low, high) == pytest.approx((0.5 - half, 0.5 + half))
-    assert np.isnan(patching.effect(corrupted, corrupted, corrupted)).all()  # there is no gap
-    assert np.isnan(patching.effect(patched, corrupted + 1e-7, corrupted)).all()
+    assert np.isnan(patch_effects.effect(corrupted, corrupted, corrupted)).all()  # there is no gap
+    assert np.isnan(patch_effects.effect(patched, corrupted + 1e-7, corrupted)).all()
 
 
 def test_parts_of_a_layer_are_its_heads_or_equal_groups_of_channels():

@@ -22,10 +22,9 @@ from probes.heads import (
 )
 from probes.lens import (
     lens_table,
-    logit_difference,
     logit_lens,
-    normalised_difference,
 )
+from probes.patch_effects import logit_difference, normalised_difference
 from ssm_retrieval.statistics import wilson
 
 V, B, N = 9, 6, 7  # vocabulary, sequences, tokens before the query

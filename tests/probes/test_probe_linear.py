@@ -11,17 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from probes.linear import (
-    Moments,
     capacity,
     controlled,
     decode_curve,
-    logistic,
     probe,
     project,
-    ridge,
     split,
 )
-from probes.updates import iterate_states
+from probes.linear_maps import logistic, ridge
+from probes.scan import iterate_states
 from ssm_retrieval.statistics import wilson
 
 
@@ -48,19 +46,13 @@ def augmented(x, y, penalty):
 @settings(deadline=None, max_examples=30)
 @given(n=st.integers(2, 30), F=st.integers(1, 30), seed=st.integers(0, 1000))
 def test_ridge_is_least_squares_with_more_rows(n, F, seed):
-    """Primal (n >= F) and dual (n < F), from samples and from moments of unequal batches."""
+    """Primal (n >= F) and dual (n < F)."""
     x, y = normal(n, F, seed=seed) + 3, normal(n, 4, seed=seed + 1)
     penalties = (1e-3, 1.0, 100.0)
-    moments = Moments(F, 4)
-    for part in (slice(0, 1), slice(1, n)):
-        moments.add(x[part], y[part])
-    for ours, streamed, penalty in zip(
-        ridge(x, y, penalties), moments.ridge(penalties), penalties, strict=True
-    ):
+    for ours, penalty in zip(ridge(x, y, penalties), penalties, strict=True):
         weight, bias = augmented(x, y, penalty)
-        for found in (ours, streamed):
-            np.testing.assert_allclose(found.weight, weight, rtol=1e-6, atol=1e-8)
-            np.testing.assert_allclose(found.bias, bias, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(ours.weight, weight, rtol=1e-6, atol=1e-8)
+        np.testing.assert_allclose(ours.bias, bias, rtol=1e-6, atol=1e-7)
         np.testing.assert_allclose(ours(x), x.numpy() @ weight + bias, rtol=1e-6, atol=1e-7)
 
 
@@ -84,10 +76,6 @@ def test_features_without_variance_carry_nothing():
 def test_ridge_refusals():
     with pytest.raises(ValueError, match="negative"):
         ridge(normal(3, 2), normal(3, 1), [-1.0])
-    with pytest.raises(ValueError, match="no samples"):
-        Moments(2, 1).ridge([1.0])
-    with pytest.raises(ValueError, match=r"\(n, 2\) and \(n, 1\)"):
-        Moments(2, 1).add(normal(3, 2), normal(4, 1))
 
 
 # --- logistic ---

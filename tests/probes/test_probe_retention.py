@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from probes.retention import (
     apply_attention,
     attention_output,
+    attention_pattern,
     attention_rows,
     contribution_norm,
     hidden_attention,
@@ -23,7 +24,8 @@ from probes.retention import (
     retention,
     source_and_time,
 )
-from probes.updates import Scan, iterate_states, state_changes
+from probes.scan import Scan, iterate_states
+from probes.updates import state_changes
 from ssm_retrieval.ops.selective_scan import selective_scan
 from ssm_retrieval.ops.ssd import ssd
 
@@ -282,6 +284,18 @@ def test_everything_is_made_where_the_scan_is():
     for ours, theirs in zip(found, wanted, strict=True):
         assert ours.device == scan.x.device
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind, N", [("mamba", 5), ("mamba", 1), ("mamba2", 5)])
+def test_an_attention_pattern_is_written_out(kind, N):
+    """Channels of Mamba as one head, whatever the number of their states; heads of Mamba-2 apart."""
+    scan = random_scan(kind, L=40, N=N)
+    whole, (B, L, H, _, _) = attention_pattern(scan), scan.shape
+    alpha = hidden_attention(scan).abs()
+    wanted = alpha.mean(1, keepdim=True) if kind == "mamba" else alpha
+    assert wanted.shape == (B, 1 if kind == "mamba" else H, L, L)
+    torch.testing.assert_close(whole, wanted / wanted.sum(-1, keepdim=True))
+    torch.testing.assert_close(attention_pattern(scan, [3, 39]), whole[:, :, [3, 39]])
 
 
 def test_row_sums_and_refusals():

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import math
 
+import hook_models
 import numpy as np
 import pytest
 import torch
 from circuits import constant_decay, leaky_integrator, one_token_store, random_scan
+from hook_models import IDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+import probes
+from probes.scan import Scan, iterate_states, record_scans
 from probes.updates import (
-    Scan,
     constant_horizon,
     decay,
     horizon,
-    iterate_states,
     role_means,
     split_by_role,
     state_changes,
     write_norm,
 )
+from ssm_retrieval.errors import UserError
 from ssm_retrieval.ops.selective_scan import selective_scan
 from ssm_retrieval.ops.ssd import ssd_reference
 
@@ -242,3 +245,31 @@ def test_positions_and_shapes_that_do_not_fit_are_refused():
         )
     with pytest.raises(ValueError, match="roles like it"):
         split_by_role(np.ones((2, 3)), np.ones((3, 2)))
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "hybrid-mamba", "hybrid-mamba2"])
+@torch.no_grad()
+def test_recorded_scans_are_the_layers_own(family):
+    """States by the recurrence as written equal those of the model, from token ids and from embeddings."""
+    model = hook_models.build(family)
+    scans = record_scans(model, IDS)
+    ssm = [i for i, block in enumerate(model.blocks) if hasattr(block, "mixer")]
+    assert list(scans) == ssm
+    with probes.record(model, "*.hook_ssm_state") as cache:
+        model(IDS)
+    for layer, scan in scans.items():
+        states = torch.cat([h for _, h in iterate_states(scan)], 1)
+        theirs = cache[f"blocks.{layer}.mixer.hook_ssm_state"].view_as(states)
+        torch.testing.assert_close(states, theirs, rtol=1e-4, atol=1e-6)
+        one = torch.cat([h for _, h in iterate_states(scan.sequence(1))], 1)
+        torch.testing.assert_close(one, states[1:])
+    embedded = record_scans(model, layers=ssm[1:], inputs_embeds=model.embedding(IDS))
+    assert list(embedded) == ssm[1:]
+    torch.testing.assert_close(embedded[ssm[1]].dt, scans[ssm[1]].dt)
+
+
+def test_scans_of_layers_without_a_recurrence_are_refused():
+    with pytest.raises(UserError, match=r"layers=\[0, 2\] must be some of the model's SSM layers, \[0, 1\]"):
+        record_scans(hook_models.build("hybrid-mamba"), IDS, [0, 2])
+    with pytest.raises(UserError, match=r"layers=\[\] must be some"):
+        record_scans(hook_models.build("transformer"), IDS)

@@ -7,13 +7,31 @@ import math
 import torch
 from torch import Tensor
 
-from probes.updates import Scan
+from probes.scan import Scan
 
 SHARP = 1e4  # score of a match; exp(-SHARP) is 0 in float64 too, so that attention is exactly one-hot
 
 
-def random_scan(kind: str, B=2, L=70, heads=4, N=5, P=3, groups=2, dtype=torch.float64, seed=0) -> Scan:
-    """A Scan as a trained layer gives it: dt in about 0.01 .. 1, A in -1 .. -N. kind: mamba or mamba2."""
+def random_scan(
+    kind: str, B: int = 2, L: int = 70, heads: int = 4, N: int = 5, P: int = 3, groups: int = 2,
+    dtype: torch.dtype = torch.float64, seed: int = 0,
+) -> Scan:  # fmt: skip
+    """A Scan as a trained layer gives it: dt in about 0.01 .. 1, A in -1 .. -N.
+
+    Args:
+        kind: "mamba" or "mamba2".
+        B: Sequences.
+        L: Tokens.
+        heads: H, of Mamba the channels.
+        N: States of a head.
+        P: Width of a Mamba-2 head.
+        groups: G, of Mamba-2.
+        dtype: Of all tensors.
+        seed: Of the numbers.
+
+    Returns:
+        The recurrence.
+    """
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -28,7 +46,16 @@ def random_scan(kind: str, B=2, L=70, heads=4, N=5, P=3, groups=2, dtype=torch.f
 
 
 def constant_decay(a: float, u: Tensor, N: int = 1) -> Scan:
-    """h_t = a h_{t-1} + u_t in each channel and state, for u (B, L, E): A = ln a, dt = B = C = 1."""
+    """h_t = a h_{t-1} + u_t in each channel and state: A = ln a, dt = B = C = 1.
+
+    Args:
+        a: The decay, in (0, 1].
+        u: (B, L, E).
+        N: States of a channel.
+
+    Returns:
+        The recurrence.
+    """
     B, L, E = u.shape
     one = u.new_ones(B, L, N)
     return Scan.mamba(u.new_full((E, N), math.log(a)), torch.ones_like(u), one, one, u)
@@ -41,9 +68,16 @@ def leaky_integrator(tau: float, u: Tensor) -> Scan:
 
 
 def one_token_store(tokens: Tensor, flag: Tensor, vocab: int, kind: str = "mamba") -> Scan:
-    """A store of the flagged token: dt is 1 there, 0 elsewhere, so that only it is written and then kept.
+    """A store of the flagged token: dt is 1 there and 0 elsewhere, so only it is written and then kept.
 
-    tokens: (B, L) ids, flag: (B, L) bool, one per sequence. State of channel v: 1 once v was stored, else 0.
+    Args:
+        tokens: (B, L) ids.
+        flag: (B, L) bool, one per sequence.
+        vocab: Channels, one for each id.
+        kind: "mamba" or "mamba2".
+
+    Returns:
+        The recurrence; the state of channel v is 1 once v was stored, else 0.
     """
     u = torch.nn.functional.one_hot(tokens, vocab).double()
     one, dt = u.new_ones(*tokens.shape, 1), flag.double()
@@ -71,11 +105,17 @@ def previous_token_head(tokens: Tensor) -> Tensor:
 
 
 def copying_head(tokens: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
-    """A head that answers queries: token vocab + v asks for the earlier v. Pattern (B, 1, L, L), output.
+    """A head that answers queries: token vocab + v asks for the earlier v.
 
-    Embedding of v: e_v; of its query: e_{vocab + v}. W_Q sends e_{vocab + v} to SHARP e_v, W_K keeps e_v and
-    drops queries, W_O W_V is the identity: where v occurs once before its query, the output (B, L, 2 vocab)
-    there is exactly e_v.
+    The embedding of v is e_v, of its query e_{vocab + v}. W_Q sends e_{vocab + v} to SHARP e_v, W_K keeps e_v
+    and drops queries, W_O W_V is the identity.
+
+    Args:
+        tokens: (B, L) ids below 2 vocab.
+        vocab: Symbols.
+
+    Returns:
+        Pattern (B, 1, L, L), and output (B, L, 2 vocab): exactly e_v where v occurs once before its query.
     """
     x = torch.nn.functional.one_hot(tokens, 2 * vocab).double()
     W_Q = torch.zeros(2 * vocab, vocab, dtype=torch.float64)

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
 
 import probes
 from ssm_retrieval import models
+from ssm_retrieval.models import LanguageModel
+
+Edits = Mapping[int, Callable[[Tensor], Tensor]]
 
 FAMILIES = {
     "transformer": ("transformer-tiny", dict(n_head=2)),
@@ -27,8 +34,17 @@ OTHER = torch.randint(0, VOCAB, (B, L), generator=torch.Generator().manual_seed(
 ROUNDED = "mixer.hook_y"
 
 
-def build(family, dtype=torch.float64, **more):
-    """A small model with weights far from their initial symmetry."""
+def build(family: str, dtype: torch.dtype = torch.float64, **more: Any) -> LanguageModel:
+    """A small model with weights far from their initial symmetry.
+
+    Args:
+        family: A key of `FAMILIES`.
+        dtype: Of the weights.
+        **more: Fields of the config.
+
+    Returns:
+        The model, in evaluation mode.
+    """
     name, options = FAMILIES[family]
     model = models.build(name, vocab_size=VOCAB, d_model=16, **{**options, **more}).to(dtype)
     generator = torch.Generator().manual_seed(1)
@@ -38,18 +54,48 @@ def build(family, dtype=torch.float64, **more):
     return model.eval()
 
 
-def recorded(model, names="*", ids=IDS, **options):
-    """Name -> tensor of one pass, and its logits."""
+def recorded(
+    model: LanguageModel, names: str | Sequence[str] = "*", ids: Tensor = IDS, **options: Any
+) -> tuple[probes.Recording, Tensor]:
+    """Record one pass.
+
+    Args:
+        model: The model.
+        names: Names or patterns.
+        ids: (B, L) token ids.
+        **options: Of the call (attention_mask, seq_ids, cache) and of `probes.record`.
+
+    Returns:
+        Name to tensor, and the logits.
+    """
     call = {k: options.pop(k) for k in ("attention_mask", "seq_ids", "cache") if k in options}
     with torch.no_grad(), probes.record(model, names, **options) as cache:
         logits = model(ids, **call)
     return cache, logits
 
 
-def recurrence(model, i, t, h0=None, edit_state=None, edit_read=None, edit_decay=None):
-    """h_t and y_t of layer i, token by token, from the recorded dt, B, C and u in t (name -> tensor).
+def recurrence(
+    model: Any,
+    i: int,
+    t: Mapping[str, Tensor],
+    h0: Tensor | None = None,
+    edit_state: Edits | None = None,
+    edit_read: Edits | None = None,
+    edit_decay: Edits | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One layer's recurrence token by token, from recorded tensors.
 
-    Edits map a position to a function. Mamba: h (B, E, N). Mamba-2: h (B, H, P, N).
+    Args:
+        model: The model.
+        i: Index of the layer.
+        t: Name to recorded tensor: dt, B, C and u.
+        h0: State before the first token. None: zero.
+        edit_state: Position to a function of h_t, carried on.
+        edit_read: Position to a function of h_t as it is read.
+        edit_decay: Position to a function of the decay.
+
+    Returns:
+        h_t (B, L, E, N), of Mamba-2 (B, L, H, P, N), and y_t.
     """
     mixer, at = model.backbone.layers[i].mixer, f"blocks.{i}.mixer.hook_"
     u, dt, Bt, Ct = (t[at + name] for name in ("conv", "dt", "B", "C"))

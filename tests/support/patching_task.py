@@ -1,4 +1,4 @@
-"""The task of the tests of patching."""
+"""The task on which patching is tested."""
 
 from __future__ import annotations
 

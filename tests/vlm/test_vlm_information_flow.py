@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import probes
-from probes.updates import Scan, iterate_states
+from probes.scan import Scan, iterate_states
 from ssm_retrieval import models
 from vlm import prompts
 from vlm.information_flow import (

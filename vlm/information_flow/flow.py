@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from probes import record
-from probes.retention import attention_rows, normalise_rows, retention
-from probes.suite.common import layers_with, scan_names, scan_of
-from probes.updates import Scan, write_norm
+from probes.retention import attention_pattern, retention
+from probes.scan import Scan, layers_with, scan_names, scan_of
+from probes.updates import write_norm
 from vlm.layout import IGNORE
 from vlm.model import VLM
 
@@ -105,14 +105,11 @@ def scan_flow(scan: Scan, norm: Tensor, places: Tensor, at: Sequence[int]) -> Fl
         All four quantities.
     """
     (B, L), positions = scan.x.shape[:2], torch.as_tensor(at, device=places.device)
-    rows = attention_rows(scan, positions).abs()  # (B, H, A, L)
-    if scan.A.shape[1] > 1:  # Mamba: every channel is a head
-        rows = rows.mean(1, keepdim=True)
     norms = norm.new_zeros(B, L)
     norms[:, positions] = norm
     left = retention(scan, places[:, None], positions[None, :, None], state_norm=norms)
     return Flow(
-        _of_patches(normalise_rows(rows).transpose(1, 2), places),
+        _of_patches(attention_pattern(scan, positions).transpose(1, 2), places),
         write_norm(scan).gather(1, places),
         left.kept,
         left.share,
