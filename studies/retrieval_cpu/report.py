@@ -4,7 +4,7 @@
 
 Writes results.parquet and targets.parquet beside this file if RUNS is given, and replaces what stands between
 the markers `<!-- NAME -->` and `<!-- /NAME -->` in README.md. The figures come from
-`python -m analysis.curves`.
+`python -m analysis.figures`.
 """
 
 from __future__ import annotations
