@@ -27,20 +27,21 @@ DIGITS = 10  # of numbers in CSV files
 
 @dataclass(frozen=True)
 class Options:
-    """Draw the figures of your runs, or without RUNS those of the paper.
+    """Draw the figures of your runs. Without RUNS, draw those of the paper and of this repository's studies.
 
-    With a folder of runs: learning curves, thresholds, state sizes, accuracy by position (synthetic.run,
-    synthetic.sweep), resolution and layouts (vlm.evaluate). With runs that probes.run has probed (runs/<id>):
-    the figures of their probes, families side by side. Without RUNS: what is published, and the tables of the
-    studies in this repository. Every figure says whose numbers it shows. What cannot be drawn is left out,
-    with a line that says why.
+    A folder of runs gives learning curves, costs against the context length, state sizes and accuracy by
+    position (of synthetic.run or synthetic.sweep), or scores by resolution and layout (of vlm.evaluate).
+
+    Runs that probes.run has probed (runs/<id>) give the figures of their probes, side by side.
+
+    Every figure says whose numbers it shows. What cannot be drawn is left out, with a line that says why.
     """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     """A folder of runs or one of their Parquet files; or the folders of probed runs, one for each \
 architecture."""
     published: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Only published numbers, and drawings."""
+    """Draw only published numbers, and drawings."""
     columns: Literal[1, 2] = 2
     """Width of the figures of VLMs, in columns of a page. All other figures need both."""
     imports: Imports = ()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -351,3 +353,13 @@ def test_bad_input_is_one_line(argv, line, tmp_path, capsys):
     assert figures.main([*argv, "--out", str(tmp_path)]) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1 and line in said[0]
+
+
+def test_commands_import_nothing_slow_before_ctrl_c_is_heard():
+    """`guarded` answers Ctrl-C with one line; what is imported before it would answer with a traceback."""
+    code = (
+        "import sys, analysis.figures, analysis.report.__main__\n"
+        "print(*({'torch', 'pandas', 'scipy', 'matplotlib', 'plotly', 'numba'} & set(sys.modules)))"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout == "\n"
