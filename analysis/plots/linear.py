@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -74,7 +75,7 @@ def draw_lags(table: pd.DataFrame) -> Figure:
         ax.set_xticks(*lag_ticks(mine))
     for row in axes:
         first = next(ax for ax in row if ax.axison)
-        first.set_ylabel(UNITS["token"].replace(" of ", " of\n"), fontsize=9)
+        first.set_ylabel(textwrap.fill(UNITS["token"], 24), fontsize=9)
         first.tick_params(labelleft=True)
     layers = set(rows["layer"])
     looks: dict[str, dict[str, Any]] = {
@@ -106,7 +107,7 @@ def draw_answer(table: pd.DataFrame) -> Figure:
         shuffled = shuffled_means(mine, "layer")
         ax.plot(shuffled.index, shuffled, **CONTROLS["shuffled labels"])
         ax.set(xlabel="layer")
-        ax.set_ylabel(UNITS[part_name].replace(": ", ":\n").replace(" of ", " of\n", 1), fontsize=9)
+        ax.set_ylabel(textwrap.fill(UNITS[part_name], 30), fontsize=9)
         ax.set_xticks(sorted(mine["layer"].unique().astype(int)))
     answer = rows[(rows["part"] == "answer") & (rows["weights"] == "trained")]
     axes[0, 0].axhline(answer["chance"].iloc[0], **CONTROLS["chance"])

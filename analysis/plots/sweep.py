@@ -323,6 +323,8 @@ def _powers_of_two(axis: Any, values: Any) -> None:
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    if len(ticks) == 1:  # points side by side around it would be all of the axis
+        getattr(axis.axes, f"set_{axis.axis_name}lim")(ticks[0] / 1.5, ticks[0] * 1.5)
 
 
 def _counts(axis: Any) -> None:

@@ -36,10 +36,10 @@ def curve_table(metrics: pd.DataFrame, length: int | None = None) -> pd.DataFram
     return rows.sort_values(["_place", "tokens"], kind="stable", ignore_index=True).drop(columns="_place")
 
 
-def length_ticks(lengths: Iterable[int]) -> list[int]:
-    """Ticks of the axis of lengths in training: the lengths themselves, at most 6 of them."""
-    there = sorted(set(lengths))
-    return there[:: -(-len(there) // 6)]
+def length_axis(lengths: Iterable[int]) -> tuple[list[int], tuple[float, float]]:
+    """Ticks of a logarithmic axis of lengths (at most 6 of them, the longest always), and its limits."""
+    there = sorted(set(lengths), reverse=True)
+    return there[:: -(-len(there) // 6)][::-1], (there[-1] / 1.2, there[0] * 1.2)
 
 
 def learning_curve(metrics: pd.DataFrame, title: str = "") -> Figure:
@@ -90,8 +90,9 @@ def _lengths(full: pd.DataFrame, axes: Axes) -> None:
     for family, rows in full.groupby("model", sort=False):
         axes.step(rows["millions"], rows["train_length"], where="post", color=family_colors()[str(family)])
     axes.set_yscale("log", base=2)
-    ticks = length_ticks(full["train_length"])  # powers of two alone may leave a short run with one tick
+    # the goal is one of them; powers of two alone may leave a short run without a tick
+    ticks, limits = length_axis([*full["train_length"], *full["length"]])
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_ylim(ticks[0] / 1.2, max(full["train_length"]) * 1.2)
+    axes.set_ylim(*limits)
     axes.set(xlabel=TOKENS, ylabel=LENGTH.replace(" in ", "\nin "))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from analysis.plots.common import SHARES
@@ -12,7 +13,7 @@ from analysis.report.parts import Block, Figure, Key, Missing, Panel, Section, V
 from analysis.report.runs import Run
 from analysis.report.traces import DASHES, chance_line, color_of, control_key, curve, in_order, plot
 from ssm_retrieval.style import NAMES
-from ssm_retrieval.training.learning_curve import LENGTH, TOKENS, curve_table, length_ticks
+from ssm_retrieval.training.learning_curve import LENGTH, TOKENS, curve_table, length_axis
 
 READING = (
     "Held-out accuracy at the run's full context length while the models were trained, with the Wilson 95 % "
@@ -106,8 +107,11 @@ def _panel(
     ends = (0.0, 1.03 * max(full["millions"].max() for _, _, full in curves))
     layout: Any = {"xaxis": {"range": ends}, "yaxis": {"rangemode": "tozero"}}
     if step:
-        lengths = length_ticks(int(v) for _, _, full in curves for v in full[column])
-        layout["yaxis"] = {"type": "log", "tickvals": lengths, "ticktext": [f"{v:,}" for v in lengths]}
+        lengths, limits = length_axis(
+            int(v) for _, _, full in curves for v in (*full[column], *full["length"])
+        )
+        layout["yaxis"] = {"type": "log", "range": np.log10(limits).tolist()}
+        layout["yaxis"] |= {"tickvals": lengths, "ticktext": [f"{v:,}" for v in lengths]}
     if column == "accuracy":
         layout["yaxis"] = {"range": list(SHARES)}
         for chance in sorted({float(full["chance"].iloc[-1]) for _, _, full in curves}):
