@@ -42,9 +42,7 @@ def score_table(table: pd.DataFrame) -> pd.DataFrame:
     single = rows.groupby("family")["head"].transform("nunique") == 1
     heads = rows["layer"].map("{:g}".format) + "." + rows["head"].map("{:g}".format)
     rows = rows.assign(label=heads.where(~single, rows["layer"].map("{:g}".format)))
-    place = (
-        rows.sort_values(["layer", "head"]).groupby("family")["label"].transform(lambda c: c.factorize()[0])
-    )
+    place = rows.groupby("family")["label"].transform(lambda labels: labels.factorize()[0])
     return rows.assign(place=place)
 
 
