@@ -12,12 +12,17 @@ from ssm_retrieval.statistics import holm, paired_sign_test
 
 
 def comparisons(thresholds: pd.DataFrame) -> pd.DataFrame:
-    """Who gets to the threshold with less, pairing runs of the same length and seed.
+    """Test who gets to the threshold with less, pairing runs of the same length and seed.
 
-    thresholds: `analysis.plots.sweep.threshold_table`, best in tokens, of which equal budgets are spent. kind
-    "variant" pairs architectures in the same setting, "layout" layouts of the same architecture that differ
-    in nothing else. The fields are those of `SignTest`; p_holm corrects over all rows of one kind. Pairs with
-    nothing in common are left out.
+    Args:
+        thresholds: Table of `analysis.plots.sweep.threshold_table`, best in tokens: equal budgets are equal
+            numbers of tokens.
+
+    Returns:
+        A row per pair. Column kind is "variant" for architectures in the same setting, "layout" for layouts
+        of the same architecture that differ in nothing else. Further columns are the fields of
+        `ssm_retrieval.statistics.SignTest`; p_holm corrects p over all rows of one kind. Pairs without common
+        runs are left out.
     """
     table = thresholds.copy()
     parts = table["setting"].str.partition(", ")

@@ -103,7 +103,7 @@ EXAMPLES: tuple[tuple[str, list[prompts.Chunk], str], ...] = (
 
 
 def task_table() -> pd.DataFrame:
-    """A row per task: prompt (with line breaks as arrows), answer, metric; the texts are `vlm.prompts`'."""
+    """A row per task with its prompt (line breaks are arrows), answer and metric, made by `vlm.prompts`."""
     rows = []
     for name, chunks, metric in EXAMPLES:
         prompt = "".join(chunk.text for chunk in chunks if not chunk.supervised).replace("\n", "↵")
@@ -138,7 +138,7 @@ def task_overview(table: pd.DataFrame) -> Figure:
 
 
 def synthetic_table(seq_len: int = 8, seed: int = 1) -> pd.DataFrame:
-    """Tokens of one example in both layouts, with their roles: symbol, target, query, answer or mark."""
+    """Tokens of one example in both layouts; their roles are symbol, target, query, answer or mark."""
     rows = []
     for layout in ("suffix", "prefix"):
         task = tasks.build("position", seq_len=seq_len, num_symbols=seq_len, layout=layout)

@@ -33,9 +33,9 @@ TABLES = {
 
 
 def cosines(rows: np.ndarray) -> np.ndarray:
-    """(N, N) cosine similarity of (N, d) rows after their mean is taken away.
+    """Cosine similarity of rows [N, d] after their mean is taken away, [N, N].
 
-    Without centring a direction that all rows share would make every pair similar.
+    Without centring, a direction that all rows share would make every pair similar.
     """
     centred = rows - rows.mean(axis=0)
     norms = np.linalg.norm(centred, axis=1, keepdims=True)
@@ -44,7 +44,7 @@ def cosines(rows: np.ndarray) -> np.ndarray:
 
 
 def principal(rows: np.ndarray, components: int = 2) -> tuple[np.ndarray, np.ndarray]:
-    """PCA by singular values: coordinates (N, components) and the share of variance of each component."""
+    """PCA of rows [N, d] by singular values: coordinates [N, components], shares of variance."""
     centred = rows - rows.mean(axis=0)
     u, s, _ = np.linalg.svd(centred, full_matrices=False)
     share = s**2 / max(float((s**2).sum()), np.finfo(float).tiny)
@@ -52,9 +52,16 @@ def principal(rows: np.ndarray, components: int = 2) -> tuple[np.ndarray, np.nda
 
 
 def locality(cosine: np.ndarray) -> float:
-    """Spearman correlation of cosine similarity with closeness -|i - j| over all pairs i < j, in [-1, 1].
+    """Spearman correlation of cosine similarity with closeness `-|i - j|` over all pairs i < j.
 
-    0 for positions without order. Raises UserError for fewer than 3 positions.
+    Args:
+        cosine: [N, N], of N positions in their order.
+
+    Returns:
+        A number in [-1, 1]; about 0 if the positions have no order.
+
+    Raises:
+        UserError: There are fewer than 3 positions.
     """
     if len(cosine) < 3:
         raise UserError(f"{len(cosine)} positions have no order to speak of; give at least 3")
@@ -65,8 +72,15 @@ def locality(cosine: np.ndarray) -> float:
 def shuffled_locality(cosine: np.ndarray, shuffles: int = SHUFFLES, seed: int = 0) -> tuple[float, float]:
     """95 % range of `locality` if the positions' names are shuffled: what no order looks like.
 
-    Shuffling moves the ranks of cosines about without changing them, so they are made once.
+    Args:
+        cosine: [N, N].
+        shuffles: How often.
+        seed: Of the shuffles.
+
+    Returns:
+        The lower and the upper end.
     """
+    # shuffling moves the ranks of cosines about without changing them, so they are made once
     n = len(cosine)
     i, j = np.triu_indices(n, 1)
     ranks, closeness = (_standardised(stats.rankdata(values)) for values in (cosine[i, j], i - j))
@@ -87,10 +101,17 @@ def _standardised(values: np.ndarray) -> np.ndarray:
 
 
 def position_rows(folder: Path) -> dict[str, np.ndarray]:
-    """(N, d) rows of each of TABLES that a trained model has; `folder` is runs/<id>.
+    """Rows of position tokens in a trained model.
 
-    "input" only where it is not the readout itself (tied embeddings); "learned" are the rows of the places
-    where a context's symbols stand. Raises UserError if the task has no position tokens.
+    Args:
+        folder: The run's, runs/<id>.
+
+    Returns:
+        Name of one of `TABLES` -> rows [N, d]. "input" is there only if it is not the readout itself (tied
+        embeddings). "learned" has the rows of the places where a context's symbols stand.
+
+    Raises:
+        UserError: The task has no position tokens.
     """
     from ssm_retrieval.training import records, store
     from synthetic import tasks
@@ -113,7 +134,7 @@ def position_rows(folder: Path) -> dict[str, np.ndarray]:
 
 
 def context_places(task: Any) -> list[int]:
-    """Places of the N symbols of a full context in an input with one query, read off an example."""
+    """Places of the N symbols of a full context in an input with one query, read from an example."""
     rng = np.random.default_rng(0)
     context, target = task.draw(rng, 1, task.seq_len, 1)
     ids = task.assemble(context, target).input_ids[0].tolist()
@@ -125,11 +146,19 @@ def context_places(task: Any) -> list[int]:
 
 
 def measure(runs: str | Path, task: str = "position") -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """(summary, map, points) of the position tokens of one task's finished models in a folder of runs.
+    """Measure the position tokens of finished models.
 
-    summary: a row per run and table: locality with the range it has for shuffled names, variance of two PCA
-    components. map: cosines of SHOWN positions, points: PCA coordinates, both of the first seed. Models of a
-    family's usual state size, at the longest length, 8 or more, that every seed learned to 0.95.
+    Models are those of their family's usual state size, at the longest length, 8 or more, that every seed
+    learned to 0.95.
+
+    Args:
+        runs: Folder of runs.
+        task: Whose runs.
+
+    Returns:
+        Three tables. Summary, a row per run and table: locality, its range for shuffled names, variance of
+        two PCA components. Map: cosines of `SHOWN` positions. Points: PCA coordinates. The latter two are of
+        the first seed. All are empty if no model is left.
     """
     table = load(runs)
     table = label(table[(table["purpose"] == "report") & (table["task"] == task)])
@@ -171,7 +200,16 @@ def measure(runs: str | Path, task: str = "position") -> tuple[pd.DataFrame, pd.
 
 
 def geometry(summary: pd.DataFrame, maps: pd.DataFrame, points: pd.DataFrame) -> Figure:
-    """A column per variant and table: cosine map, PCA coloured by position; below, locality of every run."""
+    """Draw the geometry of position tokens; the arguments are the tables of `measure`.
+
+    Args:
+        summary: Locality of every run, drawn below.
+        maps: Cosines, a map per variant and table.
+        points: PCA coordinates, coloured by position.
+
+    Returns:
+        The figure: a column per variant and table.
+    """
     import matplotlib.pyplot as plt
     import seaborn
 

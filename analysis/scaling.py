@@ -14,6 +14,7 @@ from scipy import optimize, stats
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.statistics import require, wilson
 
+BINS = 8  # parts of the context, by default
 EXACT = 1e-9  # scatter of log(value), relative to its size, that is rounding
 
 
@@ -22,13 +23,26 @@ EXACT = 1e-9  # scatter of log(value), relative to its size, that is rounding
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """value = prefactor * length^exponent * exp(N(0, sigma^2)); nan where runs do not tell, note says why."""
+    """A fitted law; numbers that the runs do not determine are nan, and note says why.
+
+        value = prefactor * length^exponent * exp(N(0, sigma^2))
+
+    Attributes:
+        exponent: Slope of log(value) against log(length).
+        exponent_low: Lower end of its interval.
+        exponent_high: Upper end.
+        prefactor: Median value at length 1, in the unit of value.
+        sigma: Maximum-likelihood scatter of log(value), which divides by n.
+        n: Number of runs.
+        n_reached: How many of them reached the threshold.
+        note: Why numbers are missing, or how they were found.
+    """
 
     exponent: float
     exponent_low: float
     exponent_high: float
-    prefactor: float  # median value at length 1, in the unit of value
-    sigma: float  # maximum-likelihood scatter of log(value), which divides by n
+    prefactor: float
+    sigma: float
     n: int
     n_reached: int
     note: str = ""
@@ -95,14 +109,31 @@ def _crossing(excess: Callable[[float], float], inside: float, step: float) -> f
 
 
 def fit_power_law(length: Any, value: Any, reached: Any, confidence: float = 0.95) -> PowerLaw:
-    """Fit log(value) = a + b log(length) + N(0, sigma^2) with runs that never got there as "more than value".
+    """Fit a power law by maximum likelihood (Tobin 1958); of runs that never got there only a bound is known.
 
-    length, value: (n,) positive; reached: (n,) bool. Dropping the others would bias b towards 0, since the
-    hardest lengths lose their slowest runs. The interval of b holds the slopes whose profile log-likelihood
-    is within m log(1 + t^2 / (m - 2)) / 2 of the maximum, m = runs reached, t Student's quantile with m - 2
-    degrees of freedom: without censoring exactly the t-interval of least squares. Needs 3 runs that got
-    there, at 2 lengths; if all of them had one length and only longer ones were tried in vain (or only
-    shorter ones), that is a one-sided bound. Raises UserError for bad numbers.
+        log(value) = a + b log(length) + N(0, sigma^2)
+
+    Dropping those runs would bias b towards 0, because the hardest lengths lose their slowest runs. The
+    interval of b holds the slopes whose profile log-likelihood is within
+
+        m log(1 + t^2 / (m - 2)) / 2
+
+    of the maximum, where m is the number of runs that got there and t Student's quantile with m - 2 degrees
+    of freedom. Without censoring this is exactly the t-interval of least squares. The fit needs 3 runs that
+    got there, at 2 lengths. If all of them had one length, and only longer ones (or only shorter ones) were
+    tried in vain, the result is a one-sided bound.
+
+    Args:
+        length: Context lengths (n,), positive.
+        value: What the runs needed, or had spent when they ended (n,), positive.
+        reached: Whether they got there (n,), bool.
+        confidence: Of the interval.
+
+    Returns:
+        The law.
+
+    Raises:
+        UserError: Shapes differ, or numbers are not finite and positive.
     """
     lengths, values, flags = (np.asarray(x) for x in (length, value, reached))
     if not lengths.shape == values.shape == flags.shape or lengths.ndim != 1 or not lengths.size:
@@ -172,12 +203,17 @@ def _one_length(x: np.ndarray, y: np.ndarray, got: np.ndarray, cut: float) -> Po
 def fit_power_laws(
     outcomes: pd.DataFrame, by: Sequence[str] = ("model", "position", "layout"), confidence: float = 0.95
 ) -> pd.DataFrame:
-    """`fit_power_law` of value against seq_len for each group; missing values are a group of their own.
+    """Fit a power law of value against seq_len in each group, by `fit_power_law` with its errors.
 
-    outcomes: result of `examples_to_threshold`. One row per group with the fields of `PowerLaw`; and, because
-    the truth lies between two evaluations, in (lower, value], lower_exponent with _low and _high: the fit
-    with the lower ends of runs that got there (nan without the column, or where one is 0). Raises UserError
-    for missing columns, and as `fit_power_law`.
+    Args:
+        outcomes: Result of `ssm_retrieval.training.outcomes.examples_to_threshold`.
+        by: Columns that make the groups; missing values are a group of their own.
+        confidence: Of the intervals.
+
+    Returns:
+        One row per group with the fields of `PowerLaw`. The truth lies between two evaluations, in
+        (lower, value]; lower_exponent with _low and _high is therefore the fit with the lower ends of runs
+        that got there. It is nan without column lower, or if one of its values is 0.
     """
     require(outcomes, [*by, "seq_len", "value", "reached"], "outcomes")
     rows = []
@@ -195,15 +231,23 @@ def fit_power_laws(
 
 
 def accuracy_by_position(
-    positions: pd.DataFrame, bins: int = 8, by: Sequence[str] = ("model", "seq_len")
+    positions: pd.DataFrame, bins: int = BINS, by: Sequence[str] = ("model", "seq_len")
 ) -> pd.DataFrame:
-    """Accuracy by where in the context the answer stood, pooled over runs in `bins` equal parts of it.
+    """Accuracy by where in the context the answer stood, pooled over runs in equal parts of the context.
 
-    positions: columns run, seed, model, seq_len, position (0-based), correct, count, chance. Returns one row
-    per group of `by` and bin: relative = centre of the bin in (0, 1), correct, count, accuracy with its 95 %
-    Wilson interval, chance (mean over answers). A context shorter than `bins` has a bin per symbol. The
-    interval takes answers as independent: it leaves out that seeds differ. Raises UserError for missing
-    columns, fewer than 1 bin or positions outside of the context.
+    The interval treats answers as independent: it ignores that seeds differ.
+
+    Args:
+        positions: Columns run, seed, model, seq_len, position (0-based), correct, count, chance.
+        bins: Parts of the context. A shorter context has one part per symbol.
+        by: Columns that make the groups.
+
+    Returns:
+        One row per group and bin: relative (centre of the bin, in (0, 1)), correct, count, accuracy, its 95 %
+        Wilson interval ci_low and ci_high, chance (mean over answers).
+
+    Raises:
+        UserError: A column is missing, bins is below 1, or a position lies outside of the context.
     """
     require(positions, [*by, "seq_len", "position", "correct", "count", "chance"], "positions")
     if bins < 1:

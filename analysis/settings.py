@@ -18,11 +18,18 @@ MARKERS = {"learned": "o", "rope": "s", "none": "D"}
 
 
 def label(table: pd.DataFrame) -> pd.DataFrame:
-    """`table` with the columns variant (architecture, position scheme, and whatever it takes to tell runs
-    apart), setting (layout and number of queries per training sequence) and usual_state (False for state
-    sizes other than the preset's).
+    """Add the columns that say to which line and panel of a figure a row belongs.
 
-    Raises UserError if a column of the results store is missing or there are no rows.
+    Args:
+        table: Rows of the results store.
+
+    Returns:
+        A copy with the columns variant (architecture, position scheme, and whatever else it takes to tell
+        runs apart), setting (layout and number of queries per training sequence) and usual_state (False for
+        state sizes other than the preset's).
+
+    Raises:
+        UserError: A column of the results store is missing, or there are no rows.
     """
     missing = [name for name in CONFIG if name not in table]
     if missing or table.empty:

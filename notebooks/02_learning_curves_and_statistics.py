@@ -360,4 +360,4 @@ say(
 # **Try it.** Put `by="examples"` in place of tokens (`sweep.threshold_table(..., "examples")`) and see how
 # the length curriculum makes training *sequences* a treacherous unit. Draw
 # `sweep.state_size(sweep.state_table(...))`: does a larger state help? All figures of the study come from
-# `python -m analysis.curves studies/retrieval_cpu/results.parquet`.
+# `python -m analysis.figures studies/retrieval_cpu/results.parquet`.

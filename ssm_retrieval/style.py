@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,14 @@ if TYPE_CHECKING:
 
 SINGLE, DOUBLE = 3.03, 6.30  # inches: one column of the ACL's pages, and both
 FAMILIES = ARCHITECTURES  # names, in the order of every figure
+NEUTRAL = "#7d8590"  # of controls: to be seen on white and on black
+# What is not a model's own: properties of a line in matplotlib, which the report turns into plotly's.
+CONTROLS: Mapping[str, dict[str, Any]] = {
+    "untrained weights": dict(color=NEUTRAL, linestyle=":", lw=1.2),
+    "shuffled labels": dict(color=NEUTRAL, linestyle="--", lw=1.2),
+    "distractors": dict(color=NEUTRAL, linestyle="--", lw=1.4),
+    "chance": dict(color=NEUTRAL, linestyle="-.", lw=1.2),
+}
 
 
 class _Names(Mapping[str, str]):
@@ -42,6 +50,12 @@ def family_colors() -> dict[str, Any]:
     free = [color for color in seaborn.color_palette("colorblind") if color not in chosen.values()]
     rest = [name for name in ARCHITECTURES if name not in chosen]
     return chosen | {name: free[i % len(free)] for i, name in enumerate(rest)}
+
+
+def faintness(layer: Any, layers: Iterable[int]) -> float:
+    """Opacity of a layer's line: layers go from faint to full, so that one colour serves a whole model."""
+    order = sorted(layers)
+    return 1.0 if len(order) < 2 else 0.4 + 0.6 * order.index(layer) / (len(order) - 1)
 
 
 def panels(rows: int, columns: int, size: tuple[float, float], **more: Any) -> Any:

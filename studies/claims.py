@@ -191,6 +191,7 @@ def positions() -> str:
 
 
 def probes() -> pd.DataFrame:
+    """What the probes of the study "why_mamba_lags" measured."""
     return pd.read_parquet(contrasts.MEASURED)
 
 
@@ -217,7 +218,11 @@ def accuracy(table: pd.DataFrame, cell: pd.DataFrame) -> str:
 
 
 def verdicts(text: str) -> str:
-    """The table of contents: every claim of the page with its verdict."""
+    """The table of contents: every claim of the page with its verdict.
+
+    Raises:
+        ValueError: A claim has no verdict, several, or an unknown one.
+    """
     rows = []
     for claim in CLAIM.finditer(text):
         found = VERDICT.findall(claim["body"])
@@ -251,6 +256,7 @@ def rewritten(text: str) -> str:
 
 
 def main() -> None:
+    """Make the tables of docs/claims.md anew from committed results."""
     store.write_bytes(DOCUMENT, rewritten(DOCUMENT.read_text(encoding="utf-8")).encode())
 
 

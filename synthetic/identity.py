@@ -7,12 +7,17 @@ import hashlib
 import json
 import math
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 # Raise it whenever the trainer comes to other numbers for the same plan: it is part of every run's identity.
 TRAINING_VERSION = 2  # 2: a validation split decides when training stops, and is asked twice
 NEVER = 1.01  # a --stop-at that no accuracy reaches
+# Fields of a plan that its architecture settles, and options that decide some of them: runs that agree in all
+# other fields, and in these options, are one comparison of architectures.
+OF_A_MODEL = ("family", "model", "model_overrides", "lr", "init")
+ASKED_OF_A_MODEL = ("lr", "preset", "layers", "init")
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,20 @@ def _rotary_pct(plan: Plan) -> float:
     rotated, all_of_them = attention.rotary_dims, attention.d_head
     share = rotated / all_of_them
     return share if int(all_of_them * share) == rotated else math.nextafter(share, 1)
+
+
+def comparison(plan: Plan, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run has in common with those that differ from it in nothing but the architecture.
+
+    Args:
+        plan: The run's plan.
+        asked: The options that it was started with.
+
+    Returns:
+        A dictionary that is equal for two runs of one comparison, whatever their architectures.
+    """
+    settled = {name: value for name, value in plan.to_dict().items() if name not in OF_A_MODEL}
+    return settled | {f"asked {name}": asked.get(name) for name in ASKED_OF_A_MODEL}
 
 
 def run_id(plan: Plan) -> str:

@@ -2,132 +2,116 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from analysis.plots.common import families
-from probes.suite.common import WEIGHTS
+from analysis.plots.common import BELOW, SHARES, SITE_WORDS, families, shown, shuffled_means
 from probes.suite.linear import SITES
-from ssm_retrieval.style import NAMES, family_colors, legend, panels
+from ssm_retrieval.style import CONTROLS, FAMILIES, NAMES, NEUTRAL, faintness, family_colors, legend, panels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+UNITS = {  # part of the table: label of the axis
+    "token": "test accuracy of the symbol's identity",
+    "answer": "accuracy: part of the context with the target",
+    "capacity": "expected number of symbols recovered",
+}
+LAG = "symbols since (1 = the last)"
+MARKERS = {"residual": "o", "state": "s"}
+
+
+def lag_table(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `draw_lags`: a series per family, site, weights and layer, sorted by lag.
+
+    Column place is where a lag stands on the axis. It is lag + 1 where every lag was probed. A long
+    context is probed densely at both of its ends; each lag then has as much room.
+    """
+    rows = shown(table, ["layer", "lag"], part=["token"], family=FAMILIES, site=SITES, weights=BELOW)
+    lags = np.sort(rows["lag"].unique())
+    places = lags + 1 if len(lags) == lags[-1] + 1 else np.arange(len(lags))
+    return rows.assign(place=rows["lag"].map(dict(zip(lags, places, strict=True))))
+
+
+def lag_ticks(rows: pd.DataFrame) -> tuple[list[float], list[str]]:
+    """Ticks of the axis of lags, at most 10, and their labels: symbols since, 1 being the last."""
+    lags = rows.drop_duplicates("lag").sort_values("lag")[["place", "lag"]].to_numpy()
+    lags = lags[:: -(-len(lags) // 10)]
+    return [float(place) for place, _ in lags], [f"{lag + 1:g}" for _, lag in lags]
+
+
+def layer_table(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `draw_answer`: a series per part, family, site and weights, sorted by layer."""
+    parts = ("answer", "capacity")
+    return shown(table, ["layer"], part=parts, family=FAMILIES, site=MARKERS, weights=BELOW)
+
 
 def draw_lags(table: pd.DataFrame) -> Figure:
-    """Accuracy against lag, a panel per site and family: layers from light to dark, controls grey."""
-    from matplotlib.ticker import MaxNLocator
-
-    token, names = table[table["part"] == "token"], families(table)
-    sites = [site for site in SITES if (token["site"] == site).any()]
+    """Accuracy against lag, a panel per site and family: layers from faint to full, controls grey."""
+    rows = lag_table(table)
+    names, sites = families(rows), list(dict.fromkeys(site for site in SITES if site in set(rows["site"])))
     figure, axes = panels(len(sites), len(names), size=(3.4, 2.7), sharey=True)
-    depth = int(token["layer"].max()) + 1
     for (i, j), ax in np.ndenumerate(axes):
         family, site = names[j], sites[i]
-        mine = token[(token["family"] == family) & (token["site"] == site)]
+        mine = rows[(rows["family"] == family) & (rows["site"] == site)]
         if mine.empty:
             ax.set_axis_off()
             continue
-        layers = sorted(mine["layer"].unique())
-        for weights in reversed(WEIGHTS):
-            for layer in layers:
-                part = mine[(mine["layer"] == layer) & (mine["weights"] == weights)].sort_values("lag")
-                look: dict[str, Any] = dict(color=_shade(layer, depth), lw=1.5, marker=".")
-                if weights == "untrained":
-                    look = dict(color="0.6", lw=0.8, ls=":")
-                ax.plot(part["lag"] + 1, part["value"], **look)
-                if weights == "trained":
-                    ax.fill_between(
-                        part["lag"] + 1, part["low"], part["high"], color=look["color"], alpha=0.12, lw=0
-                    )
-        trained = mine[mine["weights"] == "trained"]
-        shuffled = trained.groupby("lag")["shuffled"].mean()
-        ax.plot(shuffled.index + 1, shuffled, color="0.2", lw=1, ls="--")
-        ax.axhline(trained["chance"].iloc[0], color="0.4", ls=":", lw=1)
-        ax.set(title=f"{NAMES[family]}, {site}", ylim=(-0.03, 1.03), xlabel="symbols since (1 = the last)")
-        ax.title.set_color(family_colors()[family])
-        if mine["lag"].max() > 32:
-            _folded(ax, int(mine["lag"].max()) + 1)
-        else:
-            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        color, layers = family_colors()[family], set(mine["layer"])
+        for (weights, layer), part in mine.groupby(["weights", "layer"], sort=False):
+            look: dict[str, Any] = dict(color=color, lw=1.5, marker=".")
+            look = look if weights == "trained" else CONTROLS["untrained weights"]
+            alpha = faintness(layer, layers)
+            ax.plot(part["place"], part["value"], alpha=alpha, **look)
+            ax.fill_between(part["place"], part["low"], part["high"], color=color, alpha=0.12 * alpha, lw=0)
+        shuffled = shuffled_means(mine, "place")
+        ax.plot(shuffled.index, shuffled, **CONTROLS["shuffled labels"])
+        ax.axhline(mine["chance"].iloc[-1], **CONTROLS["chance"])
+        ax.set(title=f"{NAMES[family]}, {SITE_WORDS[site]}", ylim=SHARES, xlabel=LAG)
+        ax.title.set_color(color)
+        ax.set_xticks(*lag_ticks(mine))
     for row in axes:
         first = next(ax for ax in row if ax.axison)
-        first.set_ylabel("test accuracy of\nthe symbol's identity", fontsize=9)
+        first.set_ylabel(textwrap.fill(UNITS["token"], 24), fontsize=9)
         first.tick_params(labelleft=True)
+    layers = set(rows["layer"])
     looks: dict[str, dict[str, Any]] = {
-        f"layer {k}": dict(color=_shade(k, depth), marker=".") for k in range(depth)
+        f"layer {layer:g}": dict(color="0.2", marker=".", alpha=faintness(layer, layers))
+        for layer in sorted(layers)
     }
-    looks |= {
-        "untrained weights": dict(color="0.6", ls=":"), "shuffled labels": dict(color="0.2", ls="--"),
-        "chance": dict(color="0.4", ls=":"),
-    }  # fmt: skip
-    legend(figure, looks)
+    names_of_controls = ("untrained weights", "shuffled labels", "chance")
+    legend(figure, looks | {name: CONTROLS[name] for name in names_of_controls})
     return figure
 
 
 def draw_answer(table: pd.DataFrame) -> Figure:
     """By layer: is the target's place decodable (left), and how many tokens are (right)?"""
-    names = families(table)
+    rows = layer_table(table)
     figure, axes = panels(1, 2, size=(4.8, 3.8))
     looks: dict[str, dict[str, Any]] = {}
+    hollow = dict(marker="o", mfc="none")
     for ax, part_name in zip(axes[0], ("answer", "capacity"), strict=True):
-        mine = table[table["part"] == part_name]
-        for family in names:
-            for site, marker in (("residual", "o"), ("state", "s")):
-                for weights in WEIGHTS:
-                    part = mine[
-                        (mine["family"] == family) & (mine["site"] == site) & (mine["weights"] == weights)
-                    ].sort_values("layer")
-                    if part.empty:
-                        continue
-                    look: dict[str, Any] = dict(color=family_colors()[family], marker=marker, ms=5)
-                    look |= (
-                        dict(lw=1.5) if weights == "trained" else dict(lw=1, ls=":", mfc="none", alpha=0.8)
-                    )
-                    ax.plot(part["layer"], part["value"], **look)
-                    if weights == "trained":
-                        ax.fill_between(
-                            part["layer"], part["low"], part["high"], color=look["color"], alpha=0.12, lw=0
-                        )
-                        looks[f"{NAMES[family]}, {site}"] = look
+        mine = rows[rows["part"] == part_name]
+        for (family, site, weights), part in mine.groupby(["family", "site", "weights"], sort=False):
+            color, marker = family_colors()[str(family)], MARKERS[str(site)]
+            look: dict[str, Any] = dict(color=color, marker=marker, ms=5, lw=1.5)
+            if weights == "untrained":
+                look = CONTROLS["untrained weights"] | dict(color=color, marker=marker, ms=5, mfc="none")
+            else:
+                looks[f"{NAMES[str(family)]}, {SITE_WORDS[str(site)]}"] = look
+            ax.plot(part["layer"], part["value"], **look)
+            ax.fill_between(part["layer"], part["low"], part["high"], color=color, alpha=0.12, lw=0)
+        shuffled = shuffled_means(mine, "layer")
+        ax.plot(shuffled.index, shuffled, **CONTROLS["shuffled labels"])
         ax.set(xlabel="layer")
+        ax.set_ylabel(textwrap.fill(UNITS[part_name], 30), fontsize=9)
         ax.set_xticks(sorted(mine["layer"].unique().astype(int)))
-        shuffled = mine[mine["weights"] == "trained"].groupby("layer")["shuffled"].mean()
-        ax.plot(shuffled.index, shuffled, color="0.2", lw=1, ls="--")
-    answer = table[table["part"] == "answer"]
-    axes[0, 0].axhline(answer["chance"].iloc[0], color="0.4", ls=":", lw=1)
-    axes[0, 0].set_ylim(-0.03, 1.03)
-    axes[0, 0].set_ylabel("accuracy: part of the context\nthat holds the target", fontsize=9)
-    axes[0, 1].set_ylabel("expected number of\nsymbols recovered", fontsize=9)
-    looks |= {
-        "untrained weights": dict(color="0.4", ls=":", marker="o", mfc="none"),
-        "shuffled labels": dict(color="0.2", ls="--"), "chance": dict(color="0.4", ls=":"),
-    }  # fmt: skip
-    legend(figure, looks)
+    answer = rows[(rows["part"] == "answer") & (rows["weights"] == "trained")]
+    axes[0, 0].axhline(answer["chance"].iloc[0], **CONTROLS["chance"])
+    axes[0, 0].set_ylim(*SHARES)
+    looks["untrained weights"] = CONTROLS["untrained weights"] | dict(color=NEUTRAL) | hollow
+    legend(figure, looks | {name: CONTROLS[name] for name in ("shuffled labels", "chance")})
     return figure
-
-
-def _folded(ax: Any, n: int) -> None:
-    """An x axis 1 .. n that is logarithmic from both ends."""
-    middle = np.log2((n + 1) / 2)
-
-    def there(x: Any) -> Any:
-        x = np.clip(np.asarray(x, float), 0.5, n + 0.5)
-        return np.where(x <= (n + 1) / 2, np.log2(x), 2 * middle - np.log2(n + 1 - x))
-
-    def back(y: Any) -> Any:
-        y = np.asarray(y, float)
-        return np.where(y <= middle, 2.0**y, n + 1 - 2.0 ** (2 * middle - y))
-
-    ends = [k for k in (1, 8, 64) if k < n / 4]
-    ax.set_xscale("function", functions=(there, back))
-    ax.set_xticks([*ends, *(n + 1 - k for k in reversed(ends))])
-    ax.tick_params(axis="x", labelsize=7)
-
-
-def _shade(k: int, count: int) -> Any:
-    import matplotlib
-
-    return matplotlib.colormaps["viridis_r"](0.15 + 0.8 * k / max(1, count - 1))

@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 
 from analysis import settings
+from analysis.plots.common import SHARES
 from analysis.scaling import accuracy_by_position, fit_power_laws
 from ssm_retrieval.statistics import bootstrap_median_time, mean_interval
-from ssm_retrieval.style import legend, panels
+from ssm_retrieval.style import CONTROLS, legend, panels
 from ssm_retrieval.training.outcomes import examples_to_threshold, reachable_length
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 THRESHOLD = 0.95
 UNITS = {"examples": "training sequences", "tokens": "training tokens"}
 PANEL = 2.6  # inches
+PLACE, PLACE_UNIT = "place of the target (0 = first, 1 = last)", "final held-out accuracy"
 KEYS = ["variant", "setting", "model", "position"]
 
 
@@ -55,7 +57,7 @@ def accuracy_curves(table: pd.DataFrame) -> Figure:
             _empty(ax, "not run")
         else:
             _chance(ax, float(part["chance"].iloc[0]))
-        ax.set(xscale="log", ylim=(-0.03, 1.03))
+        ax.set(xscale="log", ylim=SHARES)
         _counts(ax.xaxis)
         if i == 0:
             ax.set_title(f"length {lengths[j]}")
@@ -258,7 +260,7 @@ def position_table(targets: pd.DataFrame) -> pd.DataFrame:
     if table.empty:
         return table
     by = ["variant", "setting", "model", "seq_len"]
-    found = accuracy_by_position(table, bins=8, by=by)
+    found = accuracy_by_position(table, by=by)
     first = settings.label(targets).drop_duplicates("variant").set_index("variant")["position"]
     return found.assign(position=found["variant"].map(first))
 
@@ -276,13 +278,13 @@ def by_position(table: pd.DataFrame) -> Figure:
             bars = [cell["accuracy"] - cell["ci_low"], cell["ci_high"] - cell["accuracy"]]
             ax.errorbar(cell["relative"], cell["accuracy"], yerr=bars, capsize=2, lw=1.5, ms=4, **look)
             lengths.append(f"{name[0]}: {name[1]}")
-            ax.axhline(cell["chance"].mean(), color="0.4", linestyle=":", lw=1)
+            ax.axhline(cell["chance"].mean(), **CONTROLS["chance"])
         words = "context length\n" + "\n".join(lengths)  # below the panel: curves may be anywhere in it
         place = dict(xycoords="axes fraction", textcoords="offset points", xytext=(0, -38))
         ax.annotate(words, (1, 0), fontsize=7, ha="right", va="top", **place)
-        ax.set(title=setting, xlabel="place of the target in the context", xlim=(0, 1), ylim=(-0.05, 1.05))
-    axes[0, 0].set_ylabel("final held-out accuracy")
-    _legend(figure, looks, [("chance", {"linestyle": ":", "marker": ""})])
+        ax.set(title=setting, xlabel=PLACE, xlim=(0, 1), ylim=SHARES)
+    axes[0, 0].set_ylabel(PLACE_UNIT)
+    _legend(figure, looks, [("chance", {**CONTROLS["chance"], "marker": ""})])
     return figure
 
 
@@ -306,7 +308,7 @@ def _legend(figure: Figure, looks: dict[str, dict[str, Any]], extra: list[Any] |
 
 
 def _chance(ax: Axes, chance: float) -> None:
-    ax.axhline(chance, color="0.4", linestyle=":", lw=1)
+    ax.axhline(chance, **CONTROLS["chance"])
     ax.text(0.02, chance + 0.02, "chance", transform=ax.get_yaxis_transform(), fontsize=7, color="0.4")
 
 
@@ -321,6 +323,8 @@ def _powers_of_two(axis: Any, values: Any) -> None:
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    if len(ticks) == 1:  # points side by side around it would be all of the axis
+        getattr(axis.axes, f"set_{axis.axis_name}lim")(ticks[0] / 1.5, ticks[0] * 1.5)
 
 
 def _counts(axis: Any) -> None:

@@ -18,17 +18,17 @@ LARGE = 10_000_000  # bytes: what mail servers and browsers take without trouble
 
 @dataclass(frozen=True)
 class Options:
-    """Write what runs learned, and what their probes found, into one HTML file that needs no network.
+    """Put everything about your runs on one HTML page that works without a network.
 
-    RUNS are folders of synthetic.run or synthetic.sweep (runs/<id>), one or several, or a folder that holds
-    such. Those that differ in nothing but the architecture are shown as one comparison; where
-    `python -m probes.run` has been run on them, its tables are shown too.
+    RUNS are folders of runs (runs/<id>) of synthetic.run or synthetic.sweep, or a folder of such folders.
+    Runs that differ only in the architecture are shown side by side. If you have run probes.run on them, the
+    page shows what it found, too.
     """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Folders of runs."""
+    """Folders of runs, or a folder that holds them."""
     out: Path = Path("report.html")
-    """The file."""
+    """The HTML file to write."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,6 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write(options: Options) -> int:
+    """Write the report that the options ask for, as `page` makes it; returns the exit status 0.
+
+    Raises:
+        MissingPackage: plotly or Jinja2 is not installed.
+    """
     try:
         from analysis.report.page import page
     except ModuleNotFoundError as error:

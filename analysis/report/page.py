@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 
 
 def page(runs: Sequence[Run]) -> str:
-    """The whole file. Raises ValueError, in one line, for tables that cannot be read."""
+    """The whole HTML file, as text; a table that cannot be read raises UserError."""
     sections = [section(runs) for section in SECTIONS]
     environment = Environment(
         loader=FileSystemLoader(HERE),

@@ -12,46 +12,75 @@ from dataclasses import dataclass
 import numpy as np
 import plotly.graph_objects as go
 
-NEUTRAL = "#7d8590"  # of controls and chance: to be seen on white and on black
+from ssm_retrieval.style import NEUTRAL
 
 
 @dataclass(frozen=True)
 class Key:
-    """An entry of a legend: a line or, with `colors`, a scale from low to high, whose ends have labels."""
+    """An entry of a legend: a line, a sign, or a scale of colours.
+
+    Attributes:
+        label: Its text.
+        color: Of the line or sign.
+        dash: Of the line, in plotly's words.
+        marker: A sign drawn instead of a line.
+        colors: Of a scale, from low to high.
+        ends: Labels of the ends of the scale.
+    """
 
     label: str
     color: str = NEUTRAL
     dash: str = "solid"
-    marker: str = ""  # a sign drawn instead of a line
+    marker: str = ""
     colors: Sequence[str] = ()
     ends: tuple[str, str] = ("", "")
 
 
 @dataclass(frozen=True)
 class Move:
-    """rows[k] becomes attribute `path` (y, error_y.array, ...) of a trace at step k of the slider."""
+    """What a slider changes: `rows[k]` becomes an attribute of a trace at step k.
+
+    Attributes:
+        trace: Its number in the panel.
+        path: The attribute: y, error_y.array, ...
+        rows: [steps, points].
+    """
 
     trace: int
     path: str
-    rows: np.ndarray  # (steps, points)
+    rows: np.ndarray
 
 
 @dataclass(frozen=True)
 class Mark:
-    """At step k shape number `shape` frames the row or column (axis y or x) from low[k] to high[k]."""
+    """A frame that a slider moves: at step k it lies around the row or column from `low[k]` to `high[k]`.
+
+    Attributes:
+        shape: Its number among the shapes of the panel.
+        axis: "y" for a row, "x" for a column.
+        low: [steps].
+        high: [steps].
+    """
 
     shape: int
     axis: str
-    low: np.ndarray  # (steps,)
-    high: np.ndarray  # (steps,)
+    low: np.ndarray
+    high: np.ndarray
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot. title: above it, as text. alt: what it shows, for readers who do not see it.
+    """One plot.
 
-    height: pixels. wide: as wide as its block, with no other panel beside it. scale: of a map whose colours
-    have ends of their own.
+    Attributes:
+        title: Text above it.
+        alt: What it shows, for readers who do not see it.
+        figure: plotly's.
+        height: In pixels.
+        wide: As wide as its block, with no other panel beside it.
+        moves: What the view's slider changes in it.
+        marks: Frames that the slider moves.
+        scale: The colours of a map whose ends are its own.
     """
 
     title: str
@@ -66,7 +95,14 @@ class Panel:
 
 @dataclass(frozen=True)
 class Block:
-    """Panels that belong together, such as those of a family. wide: with no other block beside it."""
+    """Panels that belong together, such as those of a family.
+
+    Attributes:
+        title: Text above them.
+        panels: The panels.
+        note: A line below them.
+        wide: With no other block beside it.
+    """
 
     title: str
     panels: Sequence[Panel]
@@ -76,7 +112,13 @@ class Block:
 
 @dataclass(frozen=True)
 class Slider:
-    """label: what is moved. texts: what each step is, in words. start: the step shown first."""
+    """A slider over the steps of a view.
+
+    Attributes:
+        label: What is moved.
+        texts: What each step is, in words.
+        start: The step that is shown first.
+    """
 
     label: str
     texts: Sequence[str]
@@ -85,6 +127,14 @@ class Slider:
 
 @dataclass(frozen=True)
 class View:
+    """One of the views of a figure.
+
+    Attributes:
+        label: Its name in the choice of views.
+        blocks: What it shows.
+        slider: Moves through it; None for a view without steps.
+    """
+
     label: str
     blocks: Sequence[Block]
     slider: Slider | None = None
@@ -92,7 +142,15 @@ class View:
 
 @dataclass(frozen=True)
 class Figure:
-    """name: unique on the page. label: of the choice of views. caption: one line below."""
+    """A figure: one or several views with a common legend.
+
+    Attributes:
+        name: Unique on the page.
+        label: Of the choice of views.
+        views: The views; a choice is offered if there are several.
+        keys: The legend.
+        caption: One line below the figure.
+    """
 
     name: str
     label: str
@@ -103,7 +161,15 @@ class Figure:
 
 @dataclass(frozen=True)
 class Table:
-    """marked: rows to be highlighted."""
+    """A table of text.
+
+    Attributes:
+        caption: Above it.
+        headers: Of its columns.
+        rows: Its cells.
+        marked: Numbers of the rows to highlight.
+        folded: Closed until the reader opens it.
+    """
 
     caption: str
     headers: Sequence[str]
@@ -114,7 +180,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Missing:
-    """What is not there, and the command that makes it ("" where none can)."""
+    """What is not there.
+
+    Attributes:
+        text: Says so.
+        command: The command that makes it; "" where none can.
+    """
 
     text: str
     command: str = ""
@@ -122,7 +193,16 @@ class Missing:
 
 @dataclass(frozen=True)
 class Section:
-    """reading: one paragraph that says what is shown and how to read it."""
+    """A section of the page.
+
+    Attributes:
+        name: Unique on the page.
+        title: Its heading.
+        reading: One paragraph that says what is shown and how to read it.
+        tables: Its tables.
+        figures: Its figures.
+        missing: What it would show if more had been run.
+    """
 
     name: str
     title: str

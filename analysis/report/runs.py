@@ -19,20 +19,25 @@ from ssm_retrieval.style import FAMILIES, NAMES
 from ssm_retrieval.training import records, store
 from ssm_retrieval.training.store import Row
 from synthetic.config import RunConfig
+from synthetic.identity import Plan, comparison
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-OF_A_MODEL = ("family", "model", "model_overrides", "lr", "init")  # in a plan: what a comparison is between
 UNASKED = ("plan", "threads")  # options that a command to resume a run can do without
 
 
 @dataclass(frozen=True)
 class Run:
-    """Runs of `synthetic.run` or `synthetic.sweep` with the same options, one for each architecture.
+    """A comparison: runs with the same options, one for each architecture.
 
-    folders: by family, in the order of every figure, as the user wrote them. letter: what tells this
-    comparison apart on the page, "" where it is the only one. plans: by family. asked: the options it was
-    started with. metrics: rows of metrics.jsonl; positions: of by_position.jsonl. results: by family, of
-    those that have finished.
+    Attributes:
+        folders: Family -> folder, in the order of every figure, as the user wrote them.
+        letter: Tells this comparison apart on the page; "" where it is the only one.
+        plans: Family -> plan.
+        asked: The options that the runs were started with.
+        environment: The machine and the packages of the last session.
+        metrics: Rows of metrics.jsonl.
+        positions: Rows of by_position.jsonl.
+        results: Family -> result.json, of the runs that have finished.
     """
 
     folders: dict[str, Path]
@@ -46,6 +51,7 @@ class Run:
 
     @property
     def name(self) -> str:
+        """The names of its folders."""
         return ", ".join(folder.resolve().name for folder in self.folders.values())
 
     def title(self, family: str) -> str:
@@ -72,7 +78,7 @@ class Run:
         return f"python -m probes.run {folders} --probe {probe}"
 
     def probe(self, name: str) -> pd.DataFrame | None:
-        """A probe's tables of all families; None where it has not been run. Raises UserError for damage."""
+        """A probe's tables of all families in one; None if it has not been run."""
         return _probe(name, tuple((family, folder / "probes") for family, folder in self.folders.items()))
 
     def left_out(self, probe: str) -> dict[str, str]:
@@ -95,15 +101,24 @@ def _probe(name: str, places: tuple[tuple[str, Path], ...]) -> pd.DataFrame | No
 
 
 def read_all(places: Sequence[Path]) -> list[Run]:
-    """The comparisons of all runs in the order given. Raises UserError, in one line, for what is no run."""
+    """Read runs, and put those together that differ in nothing but the architecture.
+
+    Args:
+        places: Folders of runs, or folders that hold such.
+
+    Returns:
+        The comparisons, in the order in which their first runs are given.
+
+    Raises:
+        UserError: A place is no run, or there are more comparisons than letters.
+    """
     if not places:
         raise UserError("RUNS is missing; give one or several folders of runs (runs/<id>)")
     groups: list[tuple[Row, dict[str, Path]]] = []
     for folder in store.run_folders(places):
         saved = records.config(folder)
-        plan, family = saved["plan"], saved["plan"]["family"]
-        shared = {k: v for k, v in plan.items() if k not in OF_A_MODEL}
-        shared |= {k: saved["run"].get(k) for k in ("lr", "preset", "layers", "init")}
+        family = saved["plan"]["family"]
+        shared = comparison(Plan(**saved["plan"]), saved["run"])
         group = next((g for s, g in groups if s == shared and family not in g), None)
         if group is None:
             groups.append((shared, {family: folder}))
@@ -116,7 +131,15 @@ def read_all(places: Sequence[Path]) -> list[Run]:
 
 
 def read(folders: Mapping[str, Path], letter: str = "") -> Run:
-    """One comparison. Raises UserError, in one line, if a file in it is damaged."""
+    """Read one comparison; a damaged file raises UserError.
+
+    Args:
+        folders: Family -> folder of its run.
+        letter: What tells the comparison apart on the page.
+
+    Returns:
+        The comparison.
+    """
     folders = {family: folders[family] for family in FAMILIES if family in folders}
     saved = {family: records.config(folder) for family, folder in folders.items()}
     asked: Row = {"model": list(saved)}

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from analysis.report.parts import NEUTRAL
-from ssm_retrieval.style import FAMILIES, family_colors
+from analysis.report.parts import Key
+from ssm_retrieval.style import CONTROLS, FAMILIES, family_colors
 
 ACCENT = "#e6308a"  # of marks on maps
 # From -1 to 1 on any page: 0 is transparent.
@@ -20,6 +20,8 @@ DIVERGING = (
     (0.5, "rgba(214,40,60,0)"),
     (1.0, "rgba(214,40,60,1)"),
 )
+OF_MATPLOTLIB = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot"}
+SYMBOLS = {"o": "circle", "s": "square"}
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")  # of runs, in their order
 
 Array = Any  # what numpy.asarray takes
@@ -39,12 +41,6 @@ def shade(color: str, alpha: float) -> str:
     """#rrggbb -> rgba(...)."""
     parts = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
     return f"rgba({parts[0]},{parts[1]},{parts[2]},{alpha:.3g})"
-
-
-def opacity(layer: int, layers: Sequence[int]) -> float:
-    """Layers from faint to full."""
-    order = sorted(layers)
-    return 1.0 if len(order) < 2 else 0.4 + 0.6 * order.index(layer) / (len(order) - 1)
 
 
 def viridis(count: int = 9) -> Scale:
@@ -68,6 +64,17 @@ def logarithmic(scale: Sequence[tuple[float, str]], limits: tuple[float, float])
     places = (np.geomspace(low, high, 33) - low) / (high - low)
     places[[0, -1]] = 0.0, 1.0
     return [(float(place), str(to_hex(colors(i / 32)))) for i, place in enumerate(places)]
+
+
+def control(name: str) -> dict[str, Any]:
+    """Colour, dash and width of one of `ssm_retrieval.style.CONTROLS`, as `curve` takes them."""
+    look = CONTROLS[name]
+    return dict(color=look["color"], dash=OF_MATPLOTLIB[look["linestyle"]], width=look["lw"])
+
+
+def control_key(name: str) -> Key:
+    """The entry of a legend for a control."""
+    return Key(name, dash=control(name)["dash"])
 
 
 def in_order(names: Any) -> list[str]:
@@ -114,7 +121,29 @@ def curve(
     symbol: str = "circle",
     bars: bool = False,
 ) -> list[go.Scatter]:
-    """A line with its interval, a band behind it or `bars`; `more` columns are shown on hover."""
+    """Make a line with its interval.
+
+    Args:
+        name: Of the series, for hovering and for readers of the numbers.
+        x: Places (points,).
+        y: Values (points,).
+        axes: What x and y are.
+        color: #rrggbb.
+        low: Lower ends of the intervals (points,); no interval where all are nan.
+        high: Upper ends (points,).
+        more: Further columns (points,) that hovering shows, by name.
+        dash: plotly's.
+        alpha: Opacity.
+        width: Of the line in pixels.
+        mode: plotly's.
+        symbol: plotly's; one that ends in "-open" is drawn larger.
+        bars: Draw intervals as bars, not as a band behind the line.
+
+    Returns:
+        The traces: the two of the band, if any, then the line.
+    """
+    if low is not None and not np.isfinite(np.asarray(low, float)).any():
+        low = high = None
     columns: dict[str, Any] = {} if low is None else {"low": low, "high": high}
     columns |= more or {}
     traces, extra = [], {}
@@ -153,15 +182,24 @@ def curve(
     return [*traces, line]
 
 
-def level(name: str, at: float, ends: tuple[float, float], axis: str, dash: str = "dot") -> go.Scatter:
-    """A horizontal line, such as chance."""
+def chance_line(at: float, ends: tuple[float, float], axis: str) -> go.Scatter:
+    """Draw chance as a horizontal line.
+
+    Args:
+        at: Its value.
+        ends: Where it begins and ends on the x axis.
+        axis: What the y axis shows.
+
+    Returns:
+        The trace.
+    """
     return go.Scatter(
-        name=name,
+        name="chance",
         x=small(ends),
         y=small([at, at]),
         mode="lines",
-        line=dict(color=NEUTRAL, dash=dash, width=1.5),
-        hovertemplate=f"{name} %{{y:.4~g}}<extra></extra>",
+        line=control("chance"),
+        hovertemplate="chance %{y:.4~g}<extra></extra>",
         meta={"axes": ["x", axis], "columns": []},
     )
 
@@ -177,9 +215,20 @@ def heat(
     colors: Sequence[tuple[float, str]] = (),
     x_texts: Sequence[str] | None = None,
 ) -> go.Heatmap:
-    """A map, values (len(y), len(x)); axes: what x, y and values are; limits: of the colours, in values.
+    """Make a map; what is nan stays empty.
 
-    colors: plotly's colour scale, by default viridis. log: colours by the logarithm. What is nan stays empty.
+    Args:
+        values: (len(y), len(x)).
+        x: Places of the columns.
+        y: Places or names of the rows.
+        axes: What x, y and the values are.
+        log: Colours follow the logarithm of the values.
+        limits: Of the colours, in values.
+        colors: plotly's colour scale; by default viridis.
+        x_texts: Names of the columns, for hovering.
+
+    Returns:
+        The trace.
     """
     scale = list(colors) or (logarithmic(viridis(), limits) if log else viridis())
     return go.Heatmap(
@@ -201,9 +250,16 @@ def heat(
 
 
 def plot(traces: Sequence[Any], x: str, y: str, **layout: Any) -> go.Figure:
-    """A figure without plotly's own template (the page has two), with labelled axes.
+    """Make a figure without plotly's own template: the page has two, a light and a dark one.
 
-    layout: plotly's; of xaxis and yaxis, what is added to the labels.
+    Args:
+        traces: What it shows.
+        x: Label of the x axis.
+        y: Label of the y axis.
+        **layout: plotly's; `xaxis` and `yaxis` are added to the labels.
+
+    Returns:
+        The figure.
     """
     axes = {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
     merged = {name: axis | layout.pop(name, {}) for name, axis in axes.items()}
@@ -213,7 +269,17 @@ def plot(traces: Sequence[Any], x: str, y: str, **layout: Any) -> go.Figure:
 
 
 def frame(axis: str, low: float, high: float, dash: str = "solid") -> dict[str, Any]:
-    """A frame around a column (axis x) or row (y) of a map, a line where low is high: a shape of plotly."""
+    """Make a frame around a column or row of a map.
+
+    Args:
+        axis: "x" for a column, "y" for a row.
+        low: Where it begins.
+        high: Where it ends; if that is `low`, the frame is a line.
+        dash: plotly's.
+
+    Returns:
+        A shape of plotly.
+    """
     other = "y" if axis == "x" else "x"
     return {
         "type": "rect",

@@ -2,30 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from ssm_retrieval.errors import UserError
-from ssm_retrieval.style import NAMES, family_colors
+from ssm_retrieval.style import CONTROLS, FAMILIES, NAMES, family_colors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
-def learning_curve(metrics: pd.DataFrame, title: str = "") -> Figure:
-    """Held-out accuracy at the full length, and the length in training, against tokens seen.
+TOKENS = "training tokens (millions)"
+LENGTH = "context length in training"
 
-    metrics: rows of metrics.jsonl (columns model, tokens, length, train_length, accuracy, ci_low, ci_high,
-    chance). The band is the 95 % Wilson interval of each evaluation. Raises UserError if there is no row.
+
+def curve_table(metrics: pd.DataFrame, length: int | None = None) -> pd.DataFrame:
+    """Choose and order the rows of a learning curve.
+
+    Args:
+        metrics: Rows of metrics.jsonl.
+        length: The length that was evaluated; by default the longest in the table.
+
+    Returns:
+        The rows of that length, model by model in the order of every figure, sorted by tokens. Column
+        millions is the x axis.
+    """
+    rows = metrics[metrics["length"] == (metrics["length"].max() if length is None else length)]
+    places = {name: i for i, name in enumerate(FAMILIES)}
+    rows = rows.assign(_place=rows["model"].map(places), millions=rows["tokens"] / 1e6)
+    return rows.sort_values(["_place", "tokens"], kind="stable", ignore_index=True).drop(columns="_place")
+
+
+def length_axis(lengths: Iterable[int]) -> tuple[list[int], tuple[float, float]]:
+    """Ticks of a logarithmic axis of lengths (at most 6 of them, the longest always), and its limits."""
+    there = sorted(set(lengths), reverse=True)
+    return there[:: -(-len(there) // 6)][::-1], (there[-1] / 1.2, there[0] * 1.2)
+
+
+def learning_curve(metrics: pd.DataFrame, title: str = "") -> Figure:
+    """Draw held-out accuracy at the full length, and the length in training, against tokens seen.
+
+    The band is the 95 % Wilson interval of each evaluation.
+
+    Args:
+        metrics: Rows of metrics.jsonl (columns model, tokens, length, train_length, accuracy, ci_low,
+            ci_high, chance).
+        title: Of the figure; by default it names the task and the length.
+
+    Returns:
+        The figure.
+
+    Raises:
+        UserError: There is no row.
     """
     import matplotlib.pyplot as plt
     import seaborn
 
     if metrics.empty:
         raise UserError("metrics has no rows: nothing was evaluated yet")
-    full = metrics[metrics["length"] == metrics["length"].max()]
+    full = curve_table(metrics)
     with seaborn.axes_style("whitegrid"), seaborn.plotting_context("notebook"):
         figure, (top, bottom) = plt.subplots(
             2, 1, figsize=(7.2, 6.4), sharex=True, height_ratios=(2, 1), layout="constrained"
@@ -38,12 +76,11 @@ def learning_curve(metrics: pd.DataFrame, title: str = "") -> Figure:
 
 def _accuracy(full: pd.DataFrame, axes: Axes) -> None:
     for family, rows in full.groupby("model", sort=False):
-        rows = rows.sort_values("tokens")
-        x, color = rows["tokens"] / 1e6, family_colors()[str(family)]
+        x, color = rows["millions"], family_colors()[str(family)]
         axes.plot(x, rows["accuracy"], color=color, label=NAMES[str(family)], marker="o", markersize=3)
         axes.fill_between(x, rows["ci_low"], rows["ci_high"], color=color, alpha=0.2, linewidth=0)
     chance = float(full["chance"].iloc[0])
-    axes.axhline(chance, color="0.4", linestyle="--", linewidth=1, label=f"chance ({chance:.2g})")
+    axes.axhline(chance, **CONTROLS["chance"], label=f"chance ({chance:.2g})")
     split = "validation" if "validation" in set(full.get("split", ())) else "held-out"
     axes.set(ylim=(-0.03, 1.03), ylabel=f"{split} accuracy\n(single query, full length)")
     axes.legend(loc="center right", frameon=True)
@@ -51,10 +88,11 @@ def _accuracy(full: pd.DataFrame, axes: Axes) -> None:
 
 def _lengths(full: pd.DataFrame, axes: Axes) -> None:
     for family, rows in full.groupby("model", sort=False):
-        rows = rows.sort_values("tokens")
-        axes.step(
-            rows["tokens"] / 1e6, rows["train_length"], where="post", color=family_colors()[str(family)]
-        )
+        axes.step(rows["millions"], rows["train_length"], where="post", color=family_colors()[str(family)])
     axes.set_yscale("log", base=2)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set(xlabel="training tokens (millions)", ylabel="context length\nin training")
+    # the goal is one of them; powers of two alone may leave a short run without a tick
+    ticks, limits = length_axis([*full["train_length"], *full["length"]])
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_ylim(*limits)
+    axes.set(xlabel=TOKENS, ylabel=LENGTH.replace(" in ", "\nin "))

@@ -84,7 +84,17 @@ def tuning() -> list[tuple[str, str, RunConfig]]:
 
 
 def one(variant: str, diet: str, config: RunConfig, out: str) -> dict[str, Any]:
-    """Train one model on one thread; a row of the results."""
+    """Train one model on one thread.
+
+    Args:
+        variant: Name of the model in the table of results.
+        diet: Name of what it is trained on.
+        config: Its options.
+        out: Folder of the runs.
+
+    Returns:
+        A row of the results.
+    """
     import torch
 
     from ssm_retrieval.ops.memory import keep_freed_memory
@@ -116,6 +126,8 @@ def one(variant: str, diet: str, config: RunConfig, out: str) -> dict[str, Any]:
 
 @dataclass
 class Options:
+    """Train the models of this study, several at a time, and write their results as CSV."""
+
     what: Literal["grid", "tuning"] = "grid"
     """The comparison, or the choice of learning rates before it."""
     workers: int = 2
@@ -125,6 +137,7 @@ class Options:
 
 
 def main(options: Options) -> None:
+    """Train everything that the options ask for; writes grid.csv or tuning.csv beside this file."""
     jobs = grid() if options.what == "grid" else tuning()
     rows: list[dict[str, Any]] = []
     context = multiprocessing.get_context("spawn")

@@ -21,6 +21,8 @@ ROPE: dict[str, Any] = dict(model="transformer", position="rope", rotary_pct=0.2
 
 
 def runs(seed: int) -> list[RunConfig]:
+    """All runs of one seed, the longest first."""
+
     def some(**axes: Any) -> list[RunConfig]:
         return grid(BASE, seed=seed, **axes)
 
@@ -50,6 +52,7 @@ def tune(run: RunConfig) -> RunConfig:
 
 
 def get_config() -> Sweep:
+    """The sweep: every run with three seeds, learning rates chosen on two others."""
     return Sweep(
         runs=[run for seed in SEEDS for run in runs(seed)],
         learning_rates=(1e-3, 2e-3, 4e-3),

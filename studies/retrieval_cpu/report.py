@@ -4,7 +4,7 @@
 
 Writes results.parquet and targets.parquet beside this file if RUNS is given, and replaces what stands between
 the markers `<!-- NAME -->` and `<!-- /NAME -->` in README.md. The figures come from
-`python -m analysis.curves`.
+`python -m analysis.figures`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ RATES = HERE / "learning_rates.json"
 
 
 def main(runs: str | None) -> None:
+    """Make the tables of README.md anew; from a folder of runs, if given, else from the committed results."""
     if runs is not None:
         for name, columns in (("results", results.EVALUATION), ("targets", results.TARGET)):
             table = analysis.load(runs, name)
@@ -60,6 +61,7 @@ def filled(text: str) -> str:
 
 
 def number(value: float) -> str:
+    """A number without decimals; a dash for nan."""
     return "–" if math.isnan(value) else "∞" if math.isinf(value) else f"{value:,.0f}"
 
 
@@ -92,6 +94,7 @@ def cells(table: pd.DataFrame, usual: bool) -> str:
 
 
 def states(table: pd.DataFrame) -> str:
+    """A line per architecture and state size: seeds that got there, cost, accuracy."""
     found = sweep.state_table(table)
     rows = []
     for (variant, state), cell in found.groupby(["variant", "d_state"]):
@@ -111,6 +114,7 @@ def states(table: pd.DataFrame) -> str:
 
 
 def exponents(table: pd.DataFrame) -> str:
+    """A line per fitted power law."""
     laws = sweep.scaling_table(table)
     rows: list[list[Any]] = []
     for law in laws.to_dict("records"):
@@ -127,6 +131,7 @@ def exponents(table: pd.DataFrame) -> str:
 
 
 def layout_tests(table: pd.DataFrame) -> str:
+    """A line per paired test of query first against query last."""
     found = comparisons(sweep.threshold_table(table, "tokens"))
     found = found[found["kind"] == "layout"]
     rows: list[list[Any]] = [
@@ -144,6 +149,7 @@ def layout_tests(table: pd.DataFrame) -> str:
 
 
 def cost(table: pd.DataFrame) -> str:
+    """How many runs there are, and how long they took, by purpose."""
     final = table[table["kind"] == "final"]
     rows = [
         [str(purpose), str(len(part)), f"{part['seconds'].sum() / 60:.0f}"]
@@ -153,6 +159,7 @@ def cost(table: pd.DataFrame) -> str:
 
 
 def rates(rows: list[dict]) -> str:
+    """The scores of all learning rates, and which one was chosen."""
     names = {"rope": ", RoPE 25 %", None: ""}
     lines = []
     for key in dict.fromkeys((row["model"], row["position"]) for row in rows):

@@ -43,6 +43,7 @@ CELLS = [(layout, SIZES[0]) for layout in LAYOUTS] + [("agnostic", SIZES[1])]
 
 
 def get_config() -> list[Run]:
+    """All runs of the study: every seed, layout, resolution and model."""
     return [
         Run(
             name=f"{model.partition('-')[0]}-{layout}-{size}px-seed{seed}",

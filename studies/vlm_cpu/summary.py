@@ -35,6 +35,7 @@ PICTURED = ("grounding", "attribute", "reading-word")
 
 
 def main(runs: Path | None) -> None:
+    """Make the figures and the tables of README.md anew; first from a folder of runs, if given."""
     if runs is not None:
         collect(runs)
     results, looks = pd.read_parquet(RESULTS), pd.read_csv(LOOKS)
@@ -173,11 +174,21 @@ def cells(results: pd.DataFrame) -> list[tuple[str, int]]:
 
 
 def named(cell: tuple[str, int]) -> str:
+    """A cell in words: "agnostic, 64 px"."""
     return f"{cell[0]}, {cell[1]} px"
 
 
 def part_of(rows: pd.DataFrame, family: str, cell: tuple[str, int]) -> pd.DataFrame:
-    """The rows of a family, layout and resolution, in the order of seeds."""
+    """Choose the rows of a family, layout and resolution.
+
+    Args:
+        rows: Of a table of results.
+        family: Name of the architecture.
+        cell: Layout and pixels.
+
+    Returns:
+        The rows, in the order of seeds.
+    """
     layout, size = cell
     mine = rows[(rows["family"] == family) & (rows["layout"] == layout) & (rows["image_size"] == size)]
     return mine.sort_values("seed")
@@ -212,7 +223,17 @@ def families(results: pd.DataFrame) -> str:
 def apart(
     rows: pd.DataFrame, first: tuple[str, int], second: tuple[str, int], families: tuple[str, str]
 ) -> np.ndarray[Any, Any]:
-    """Values of the second family and cell minus the first's, seed by seed. rows: of one task and metric."""
+    """Subtract the first family's and cell's values from the second's, seed by seed.
+
+    Args:
+        rows: Of one task and metric.
+        first: Layout and pixels of the values to subtract.
+        second: Layout and pixels of the others.
+        families: The first and the second family.
+
+    Returns:
+        Differences [seeds].
+    """
     before, after = (
         part_of(rows, family, cell).set_index("seed")["value"]
         for family, cell in zip(families, (first, second), strict=True)

@@ -103,7 +103,16 @@ def _part(
 
 
 def cells(table: pd.DataFrame, *, any_state: bool = False, **fixed: Any) -> pd.DataFrame:
-    """Rows with these values; of the usual state size unless any_state is given."""
+    """Choose rows by their values.
+
+    Args:
+        table: The study's table.
+        any_state: Keep state sizes other than the usual one, too.
+        **fixed: Column = the value, or a tuple of values.
+
+    Returns:
+        The rows.
+    """
     usual = table["d_state"] == table["model"].map(USUAL_STATE).astype(float).fillna(0)
     table = table if any_state else table[usual]
     for name, value in fixed.items():
@@ -132,7 +141,16 @@ def _short(value: float) -> str:
 
 
 def difference(a: Any, b: Any, digits: int = 2) -> str:
-    """Mean of a minus mean of b with Welch's 95 % interval; Hedges' g, its standardised size, behind it."""
+    """Write the difference of two means, a minus b.
+
+    Args:
+        a: Values.
+        b: Values.
+        digits: Decimal places.
+
+    Returns:
+        The difference with Welch's 95 % interval, and Hedges' g, its standardised size.
+    """
     from scipy import stats
 
     a, b = np.asarray(a, float), np.asarray(b, float)
@@ -306,6 +324,7 @@ def filled(text: str) -> str:
 
 
 def main(arguments: list[str]) -> None:
+    """Make the figures and the tables of README.md anew; first from folders of runs, if given."""
     from studies.why_mamba_lags import figures
 
     if arguments:

@@ -14,7 +14,7 @@ import pytest
 from result_tables import run_rows, tables
 from tiny_runs import by_family
 
-from analysis import curves, figures
+from analysis import figures
 from analysis.report import __main__ as report
 from probes import run as probes
 from ssm_retrieval.errors import UserError
@@ -72,18 +72,17 @@ DAMAGE = {
 
 @pytest.mark.parametrize("table", ["results", "targets"])
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("command", [curves, figures])
-def test_damaged_tables(tmp_path, good, capsys, table, damage, command):
+def test_damaged_tables(tmp_path, good, capsys, table, damage):
     content = DAMAGE[damage](good[table == "targets"])
     folder = stored(tmp_path / "runs", good, **{table: content})
-    assert command.main([str(folder), "--out", str(tmp_path / "out")]) == 2
+    assert figures.main([str(folder), "--out", str(tmp_path / "out")]) == 2
     one_line(capsys, f"{folder / table / 'x.parquet'}")
 
 
 def test_columns_of_other_types_do_not_join(tmp_path, good, capsys):
     folder = stored(tmp_path / "runs", good)
     good[0].assign(lr="fast").to_parquet(folder / "results" / "y.parquet")
-    assert curves.main([str(folder), "--out", str(tmp_path / "out")]) == 2
+    assert figures.main([str(folder), "--out", str(tmp_path / "out")]) == 2
     one_line(capsys, "differ in their columns' types")
 
 
@@ -92,10 +91,9 @@ def test_curves_of_a_first_run_that_goes_on(tmp_path, good, capsys, evaluations)
     """What is there so far, without an end of any run."""
     begun = [t[(t["kind"] == "during") & (t["step"] <= 100 * evaluations)] for t in good]
     folder = stored(tmp_path / "runs", begun)
-    assert curves.main([str(folder), "--out", str(tmp_path / "out")]) == 0
-    words = capsys.readouterr().out
-    assert f"{tmp_path / 'out' / 'accuracy_curves'}.png" in words
-    assert "by_position: left out" in words or "by_position" not in words
+    assert figures.main([str(folder), "--out", str(tmp_path / "out")]) == 0
+    assert f"{tmp_path / 'out' / 'accuracy_curves'}: csv pdf png svg" in capsys.readouterr().out
+    assert not list((tmp_path / "out").glob("by_position*"))  # of final evaluations only
 
 
 def test_curves_before_the_first_evaluation(tmp_path, capsys):
@@ -104,10 +102,8 @@ def test_curves_before_the_first_evaluation(tmp_path, capsys):
         folder.mkdir(parents=True)
         if content:
             (folder / "config.json").write_text(json.dumps(content))
-        assert curves.main([str(folder.parent), "--out", str(tmp_path / "out")]) == 2
+        assert figures.main([str(folder.parent), "--out", str(tmp_path / "out")]) == 2
         one_line(capsys, f"no results in {folder.parent}", words)
-    assert curves.main([str(folder), "--out", str(tmp_path / "out")]) == 2
-    one_line(capsys, "is the folder of one run", f"lies in, {folder.parent}")
 
 
 def test_a_table_that_is_replaced_while_it_is_read_is_the_old_or_the_new_one(tmp_path, good):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -15,7 +17,7 @@ from tiny_runs import by_family
 
 matplotlib.use("Agg")
 
-from analysis import curves, diagrams, figures, published, vlm_plots
+from analysis import diagrams, entries, figures, published, vlm_plots
 from analysis.plots import FIGURES, lens, patch
 from analysis.plots.common import grid_of
 from probes.suite import PROBES
@@ -157,7 +159,7 @@ def test_no_text_lies_on_another_or_leaves_the_figure(name, width):
             "resolution": lambda: vlm_plots.resolution(vlm_plots.resolution_table(own()), width),
             "layouts": lambda: vlm_plots.layouts(vlm_plots.layout_table(own()), width),
         }[name]()
-        source = figures.DRAWN if name in WIDE else published.SOURCE  # the longest there is
+        source = entries.DRAWN if name in WIDE else published.SOURCE  # the longest there is
         found = texts_of(figures.labelled(figure, source))
     assert (source in [" ".join(text.split("\n")) for text, _ in found]) == (name not in WIDE)
     assert len(found) > 5 and figure.get_figwidth() == width
@@ -184,13 +186,13 @@ def test_published_files_are_the_same_every_time_and_say_their_source(tmp_path, 
     for folder in ("a", "b"):
         assert figures.main(["--published", "--out", str(tmp_path / folder)]) == 0
     said = capsys.readouterr().out
-    assert "fig3_resolution: left out" in said and "fig4_layouts: left out" in said
+    assert said.count("fig3_resolution, fig4_layouts: left out") == 2  # once each time
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "b").iterdir())
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
     index = json.loads((tmp_path / "a" / "index.json").read_text())
-    assert {entry["source"] for entry in index} == {figures.DRAWN, published.SOURCE}
+    assert {entry["source"] for entry in index} == {entries.DRAWN, published.SOURCE}
     listed = sorted(file for entry in index for file in entry["files"])
     tables = ["index.json", "mean_gaps.csv", "results.csv", "results.md", "results.tex"]
     assert sorted(listed + tables) == names
@@ -213,21 +215,21 @@ def test_own_runs_are_drawn_and_nothing_published_beside_them(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "synthetic curves: left out" in said
     index = json.loads((tmp_path / "out" / "index.json").read_text())
-    assert {entry["source"] for entry in index} == {figures.DRAWN, "measured: your runs"}
-    assert {"fig3_resolution", "fig4_layouts"} <= {entry["file"].removesuffix(".png") for entry in index}
+    assert {entry["source"] for entry in index} == {"measured: your runs"}
+    assert [entry["file"] for entry in index] == ["fig3_resolution.png", "fig4_layouts.png"]
     for entry in index:
         drawn = (tmp_path / "out" / entry["file"]).with_suffix(".svg").read_text()
-        assert (">measured: your runs<" in drawn) == (entry["source"] != figures.DRAWN)
+        assert ">measured: your runs<" in drawn
 
 
 def test_the_studies_figures_are_those_of_the_study():
     """Without the runs that chose learning rates, which its tables have, too."""
-    committed = figures.STUDIES / figures.SYNTHETIC / "figures"
-    found = [entry for entry in figures.entries(figures.Options()) if not isinstance(entry, str)]
-    drawn = {entry.name.removeprefix("position_"): entry for entry in found if "position_" in entry.name}
+    committed = entries.STUDIES / entries.SYNTHETIC / "figures"
+    found = [entry for entry in entries.of_paper(DOUBLE) if isinstance(entry, entries.Entry)]
+    drawn = {entry.name: entry for entry in found if entry.source == f"measured: studies/{entries.SYNTHETIC}"}
     assert {"by_position", "position_step", "summary", "accuracy_curves"} <= set(drawn)
     for name, entry in drawn.items():
-        assert curves.csv(entry.table) == (committed / f"{name}.csv").read_bytes(), name
+        assert figures.csv(entry.table) == (committed / f"{name}.csv").read_bytes(), name
 
 
 @pytest.mark.parametrize(
@@ -238,12 +240,23 @@ def test_the_studies_figures_are_those_of_the_study():
     ],
 )
 def test_runs_without_numbers_to_report_are_named(change, line, tmp_path, capsys):
-    table = pd.read_parquet(figures.STUDIES / figures.SYNTHETIC / "results.parquet")
+    table = pd.read_parquet(entries.STUDIES / entries.SYNTHETIC / "results.parquet")
     one = table[(table["run"] == table["run"].iloc[0]) & (table["model"] == table["model"].iloc[0])]
     one.assign(**change).to_parquet(tmp_path / "results.parquet")
-    assert figures.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
-    assert line in capsys.readouterr().out
-    assert not list((tmp_path / "out").glob("position_*"))
+    assert figures.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "nothing to draw" in said[0] and line in said[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_tasks_of_one_folder_are_told_apart_by_name(tmp_path):
+    table = pd.read_parquet(entries.STUDIES / entries.SYNTHETIC / "results.parquet")
+    one = table[table["run"] == table.loc[table["purpose"] == "report", "run"].iloc[0]]
+    other = one.assign(task="copy", run="copy-run")
+    pd.concat([one, other]).to_parquet(tmp_path / "results.parquet")
+    found = [e for e in entries.of_runs(tmp_path, DOUBLE) if isinstance(e, entries.Entry)]
+    assert {e.name for e in found} >= {"position-summary", "copy-summary", "copy-accuracy_curves"}
+    assert all(e.table["task"].eq(e.name.split("-")[0]).all() for e in found if "task" in e.table)
 
 
 # --- of the probes of a run ---------------------------------------------------------------------------------
@@ -340,3 +353,13 @@ def test_bad_input_is_one_line(argv, line, tmp_path, capsys):
     assert figures.main([*argv, "--out", str(tmp_path)]) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1 and line in said[0]
+
+
+def test_commands_import_nothing_slow_before_ctrl_c_is_heard():
+    """`guarded` answers Ctrl-C with one line; what is imported before it would answer with a traceback."""
+    code = (
+        "import sys, analysis.figures, analysis.report.__main__\n"
+        "print(*({'torch', 'pandas', 'scipy', 'matplotlib', 'plotly', 'numba'} & set(sys.modules)))"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout == "\n"

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from ssm_retrieval.style import NAMES, family_colors
-from ssm_retrieval.training.learning_curve import learning_curve
+from ssm_retrieval.training.learning_curve import learning_curve, length_axis
 from synthetic.display import terminal_curve
 
 
@@ -58,3 +58,21 @@ def test_terminal_curve_marks_each_family(metrics):
     text = terminal_curve(metrics, width=60, height=12)
     assert "T" in text and "M" in text and "length 64" in text
     assert max(map(len, text.splitlines())) <= 60
+
+
+def test_lengths_of_a_short_run_are_the_ticks(metrics):
+    """Where powers of two alone would leave one tick, or none."""
+    for lengths in ((16, 32, 48), (5, 7, 7)):
+        figure = learning_curve(
+            metrics.assign(
+                train_length=metrics["tokens"].map(dict(zip((1e6, 2e6, 3e6), lengths, strict=True)))
+            )
+        )
+        bottom = figure.axes[1]
+        figure.canvas.draw()
+        low, high = bottom.get_ylim()
+        ticks = [tick for tick in bottom.get_yticks() if low <= tick <= high]
+        assert ticks == sorted({*lengths, 64})
+        assert [text.get_text() for text in bottom.get_yticklabels()] == [str(tick) for tick in ticks]
+        plt.close(figure)
+    assert length_axis(range(1, 100))[0] == [14, 31, 48, 65, 82, 99]

@@ -15,7 +15,7 @@ import tyro
 from readme_commands import COMMANDS, DOCUMENTS, README, ROOT, parsed
 
 import analysis
-from analysis import curves
+from analysis import entries, figures
 from ssm_retrieval import models
 from ssm_retrieval.models.planning import device_peak
 from studies.learnability import report
@@ -74,8 +74,8 @@ def test_the_speed_table_has_the_rows_that_lose():
 SWEEPS = sorted(
     {line for text in DOCUMENTS for line in re.findall(r"^python -m synthetic\.sweep [^#\n]*", text, re.M)}
 )
-CURVES = sorted(
-    {line for text in DOCUMENTS for line in re.findall(r"^python -m analysis\.curves [^#\n]*", text, re.M)}
+FIGURES = sorted(
+    {line for text in DOCUMENTS for line in re.findall(r"^python -m analysis\.figures [^#\n]*", text, re.M)}
 )
 
 
@@ -87,9 +87,10 @@ def test_sweeps_of_the_documents_can_be_planned(command, monkeypatch):
         assert plan(run, run.model[0], elsewhere=True).seq_len == run.seq_len
 
 
-@pytest.mark.parametrize("command", CURVES)
+@pytest.mark.parametrize("command", FIGURES)
 def test_figure_commands_of_the_documents_parse(command):
-    assert tyro.cli(curves.Options, args=shlex.split(command)[3:]).out.name == "figures"
+    out = tyro.cli(figures.Options, args=shlex.split(command)[3:]).out
+    assert out.name == "figures" if "--out" in command else out is None
 
 
 def test_sweep_file_of_the_documents(tmp_path):
@@ -161,12 +162,13 @@ def test_results_of_the_vlm_study_are_all_of_its_runs_and_no_others():
 def test_figures_of_the_retrieval_study_come_from_its_results(tmp_path):
     """The tables behind them, number by number; the geometry needs the trained models."""
     folder = ROOT / "studies" / "retrieval_cpu"
-    from analysis.curves import figures
-
-    table, targets = (analysis.load(folder / "results.parquet", name) for name in ("results", "targets"))
-    for name, made, _ in figures(*(t[t["purpose"] == "report"] for t in (table, targets))):
-        kept = pd.read_csv(folder / "figures" / f"{name}.csv")
-        text = io.StringIO(made.to_csv(index=False, float_format="%.10g"))
+    found = [
+        e for e in entries.of_synthetic(folder / "results.parquet", "here") if isinstance(e, entries.Entry)
+    ]
+    assert {"scaling", "by_position", "state_size"} <= {entry.name for entry in found}
+    for entry in found:
+        kept = pd.read_csv(folder / "figures" / f"{entry.name}.csv")
+        text = io.StringIO(entry.table.to_csv(index=False, float_format="%.10g"))
         pd.testing.assert_frame_equal(pd.read_csv(text), kept)
 
 

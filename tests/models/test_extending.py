@@ -383,7 +383,7 @@ def test_both_are_trained_resumed_probed_and_drawn_from_outside(outside, tmp_pat
     assert shell(outside, "analysis.report", str(folder), "--out", "report.html")[0] == 0
     assert "Linear attention" in (outside / "report.html").read_text()
     assert shell(outside, "analysis.figures", "runs", "--out", "figures")[0] == 0
-    assert "Linear attention" in (outside / "figures" / "before_accuracy_curves.svg").read_text()
+    assert "Linear attention" in (outside / "figures" / "accuracy_curves.svg").read_text()
     status, said = shell(tmp_path, "probes.run", str(folder))
     assert status == 2 and said.count("\n") == 1 and "was made with --import my_mixer" in said
 

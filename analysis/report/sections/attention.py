@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.plots.attention import head_labels
-from analysis.plots.common import families
+from analysis.plots.attention import BESIDE, QUANTITIES, head_words, map_table, score_table
+from analysis.plots.common import MAP_LIMITS, SHARES, families, grid_of, target_cell
 from analysis.report.parts import Block, Figure, Key, Mark, Move, Panel, Section, Slider, View
 from analysis.report.runs import Run
 from analysis.report.sections.probed import label, tables
-from analysis.report.traces import ACCENT, NEUTRAL, color_of, curve, frame, heat, opacity, plot, viridis
-from ssm_retrieval.style import NAMES
+from analysis.report.traces import ACCENT, color_of, curve, frame, heat, plot, viridis
+from ssm_retrieval.style import NAMES, NEUTRAL, faintness
 
 READING = (
     "Who reads whom, in one held-out sequence: a row of a map is the token that reads (query), a column the "
@@ -27,11 +27,12 @@ READING = (
     "answer is due for every layer and head, with 95 % intervals over sequences, beside uniform attention "
     "(dash) and untrained weights (hollow)."
 )
-LIMITS = (1e-4, 1.0)
+TO_TARGET = QUANTITIES["retrieval"].replace("\n", " ")
 AXES = ("key", "query", "attention")
 
 
 def section(runs: Sequence[Run]) -> Section:
+    """The section on attention maps and scores of all runs."""
     found, missing = tables(runs, "attention", "map")
     views = [_view(run, table, weights) for run, table in found for weights in ("trained", "untrained")]
     figures = []
@@ -49,7 +50,7 @@ def section(runs: Sequence[Run]) -> Section:
 
 
 def _view(run: Run, table: pd.DataFrame, weights: str) -> View:
-    maps = table[(table["part"] == "map") & (table["weights"] == weights)]
+    maps = map_table(table, weights)
     starts = np.sort(maps["query"].unique()).astype(int)
     size = int(starts[1] - starts[0]) if len(starts) > 1 else 1
     each = [f"token {t}" if size == 1 else f"tokens {t} to {t + size - 1}" for t in starts]
@@ -66,29 +67,26 @@ def _view(run: Run, table: pd.DataFrame, weights: str) -> View:
 
 
 def _block(family: str, maps: pd.DataFrame, table: pd.DataFrame, starts: np.ndarray) -> Block:
-    target = float(maps["target"].iloc[0])
+    target, column = float(maps["target"].iloc[0]), target_cell(maps)
     half = float(starts[1] - starts[0]) / 2 if len(starts) > 1 else 0.5
     centre = starts + half - 0.5
     lines = []
-    if np.isfinite(target):
-        cell = float(centre[np.searchsorted(starts, target, side="right") - 1])
+    if column is not None:
+        cell = float(centre[column])
         lines.append(frame("x", cell - half, cell + half, dash="dot"))
-    heads = table[table["part"] == "score"].groupby("layer")["head"].nunique()
     panels, rows = [], {}
     for layer, part in maps.groupby("layer"):
-        wide = part.pivot_table(index="query", columns="key", values="value")
-        rows[int(str(layer))] = wide.to_numpy()
-        image = heat(wide.to_numpy(), centre, centre, AXES, log=True, limits=LIMITS)
-        alone = heads[layer] == 1 and family != "transformer"
-        which = "mean over channels" if alone else f"head {part['head'].iloc[0]}"
+        grid = rows[int(str(layer))] = grid_of(part)
+        image = heat(grid, centre, centre, AXES, log=True, limits=MAP_LIMITS)
+        which = head_words(table, part)
         shapes = [frame("y", float(centre[-1]) - half, float(centre[-1]) + half), *lines]
         plain = {"showgrid": False, "zeroline": False}
         layout: Any = dict(shapes=shapes, xaxis=plain, yaxis=plain | {"autorange": "reversed"})
-        best = int(starts[int(np.nanargmax(wide.to_numpy()[-1]))])
+        best = int(starts[int(np.nanargmax(grid[-1]))])
         alt = (
             f"Attention map of {NAMES[family]}, layer {layer}, {which}, {len(starts)} tokens square: "
             f"the last row reads position {best} most"
-            + (f", the target is at {target:.0f}." if np.isfinite(target) else ".")
+            + (f", the target is at {target:.0f}." if column is not None else ".")
         )
         panels.append(
             Panel(
@@ -100,7 +98,8 @@ def _block(family: str, maps: pd.DataFrame, table: pd.DataFrame, starts: np.ndar
             )
         )
     panels.append(_row(family, rows, centre, lines))
-    scores = table[(table["part"] == "score") & (table["quantity"] == "retrieval")]
+    scores = score_table(table)
+    scores = scores[scores["quantity"] == "retrieval"]
     if len(scores):
         panels.append(_scores(family, scores))
     return Block(NAMES[family], panels)
@@ -116,7 +115,7 @@ def _row(family: str, rows: dict[int, np.ndarray], centre: np.ndarray, lines: li
             grid[-1],
             ("key", "attention"),
             color_of(family),
-            alpha=opacity(layer, list(rows)),
+            alpha=faintness(layer, rows),
             mode="lines",
         )
     moves = [Move(i, "y", grid) for i, grid in enumerate(rows.values())]
@@ -132,57 +131,30 @@ def _row(family: str, rows: dict[int, np.ndarray], centre: np.ndarray, lines: li
 
 def _scores(family: str, scores: pd.DataFrame) -> Panel:
     """Attention to the target when the answer is due, by layer and head."""
-    scores = scores.sort_values(["layer", "head"])
-    single = scores["head"].nunique() == 1
-    names = head_labels(scores)
-    labels = list(dict.fromkeys(names))
-    scores = scores.assign(x=[labels.index(name) for name in names])
     looks: Any = {
         "untrained": dict(color=NEUTRAL, symbol="circle-open"),
         "trained": dict(color=color_of(family)),
     }
-    traces = []
-    for weights, look in looks.items():
-        part = scores[scores["weights"] == weights]
-        more = {"layer": part["layer"], "head": part["head"], "sequences": part["n"]}
-        bounds = dict(low=part["low"], high=part["high"]) if weights == "trained" else {}
-        axes = ("place", "attention to the target")
-        shift = 0.18 * (weights == "untrained")  # beside, not upon each other
-        traces += curve(
-            weights,
-            part["x"] + shift,
-            part["value"],
-            axes,
-            mode="markers",
-            bars=True,
-            more=more,
-            **bounds,
-            **look,
-        )
-        if weights == "trained":
-            traces += curve(
-                "uniform attention",
-                part["x"],
-                part["baseline"],
-                axes,
-                NEUTRAL,
-                mode="markers",
-                symbol="line-ew-open",
-            )
+    axes = ("place", TO_TARGET)
+    traces: list[Any] = []
+    for weights, part in scores.groupby("weights", sort=False):
+        name, more = str(weights), {"layer": part["layer"], "head": part["head"], "sequences": part["n"]}
+        place = part["place"] + BESIDE[name]
+        bounds: Any = dict(low=part["low"], high=part["high"], mode="markers", bars=True)
+        traces += curve(name, place, part["value"], axes, more=more, **bounds, **looks[name])
+        if name == "trained":
+            uniform: Any = dict(color=NEUTRAL, mode="markers", symbol="line-ew-open")
+            traces += curve("uniform attention", part["place"], part["baseline"], axes, **uniform)
+    labels = scores.drop_duplicates("label").set_index("place")["label"].sort_index()
     step = -(-len(labels) // 12)
     x: Any = {
-        "tickvals": list(range(0, len(labels), step)),
-        "ticktext": labels[::step],
+        "tickvals": labels.index[::step].tolist(),
+        "ticktext": labels[::step].tolist(),
         "range": [-0.6, len(labels) - 0.4],
         "type": "linear",
     }
     best = scores[scores["weights"] == "trained"].nlargest(1, "value").iloc[0]
     alt = f"Attention to the target by layer and head of {NAMES[family]}; the largest is {best['value']:.3f}."
-    figure = plot(
-        traces,
-        "layer" if single else "layer.head",
-        "attention to the target",
-        xaxis=x,
-        yaxis={"range": [-0.03, 1.03]},
-    )
+    kind = "layer.head" if "." in labels.iloc[0] else "layer"
+    figure = plot(traces, kind, TO_TARGET, xaxis=x, yaxis={"range": list(SHARES)})
     return Panel("Attention to the target when the answer is due", alt, figure, wide=True)

@@ -17,6 +17,7 @@ READING = (
 
 
 def section(runs: Sequence[Run]) -> Section:
+    """The section on configuration and results of all runs."""
     columns = [(run, family) for run in runs for family in run.plans]
     values = [dict(_flat(run.plans[family])) | dict(_made(run)) for run, family in columns]
     names = sorted({name for column in values for name in column}, key=_place)

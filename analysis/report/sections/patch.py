@@ -7,8 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.plots.common import families
-from analysis.plots.patch import ANSWERS, tracing_grid
+from analysis.plots.common import SITE_WORDS, families
+from analysis.plots.patch import CONTROLS, EFFECT, FADED, answers, tracing_grid, tracing_table
 from analysis.report.parts import Block, Figure, Key, Panel, Section, View
 from analysis.report.runs import Run
 from analysis.report.sections.probed import label, tables
@@ -26,16 +26,16 @@ READING = (
     "Follow the red cells upwards to see when the answer moves from the target to the token that is to "
     "answer. The shares mean nothing for a model that does not answer the clean run; such maps are faded."
 )
-SITES = {"residual": "residual stream", "state": "SSM state", "head": "attention heads"}
 
 
 def section(runs: Sequence[Run]) -> Section:
+    """The section on patching of all runs."""
     found, missing = tables(runs, "patch", "query")
     views = [_view(run, table, kind) for run, table in found for kind in ("query", "target")]
     figures = []
     if views:
         key = Key(
-            "share of the logit difference restored",
+            EFFECT,
             colors=[color for _, color in DIVERGING],
             ends=("−1", "1"),
         )
@@ -47,7 +47,7 @@ def section(runs: Sequence[Run]) -> Section:
 
 
 def _view(run: Run, table: pd.DataFrame, kind: str) -> View:
-    part = table[(table["part"] == kind) & (table["role"] != "everything")]
+    part = tracing_table(table, kind)
     blocks = [_block(family, part[part["family"] == family]) for family in families(part)]
     words = {"query": "the query: another symbol is asked for", "target": "the target: it has changed places"}
     return View(label(run, words[kind]), blocks)
@@ -55,28 +55,28 @@ def _view(run: Run, table: pd.DataFrame, kind: str) -> View:
 
 def _block(family: str, table: pd.DataFrame) -> Block:
     accuracy, gap = (float(table[name].iloc[0]) for name in ("accuracy_clean", "gap"))
-    answers = accuracy >= ANSWERS
+    answered = answers(table)
     panels = []
-    for site, words in SITES.items():
+    for site, words in SITE_WORDS.items():
         mine = table[table["site"] == site]
-        for control, what in (("", "patch"), ("unrelated", "control, unrelated run")):
+        for control, what in CONTROLS.items():
             part = mine[mine["control"] == control]
             if len(part):
-                panels.append(_panel(f"{NAMES[family]}, {words}: {what}", part, answers))
+                panels.append(_panel(f"{NAMES[family]}, {words}: {what}", part, answered))
     note = f"Clean runs answered right: {accuracy:.2f}; gap of logits {gap:.3g}."
-    if not answers:
+    if not answered:
         note += " The model does not answer the clean run, so that these shares mean nothing."
     return Block(NAMES[family], panels, note)
 
 
-def _panel(title: str, part: pd.DataFrame, answers: bool) -> Panel:
+def _panel(title: str, part: pd.DataFrame, answered: bool) -> Panel:
     values, rows, columns = tracing_grid(part)
     names, tokens = [row[2] for row in rows], [column[2] for column in columns]
     x: list[int] = list(range(len(tokens)))
     image = heat(
         values, x, names, ("token", "layer", "effect"), limits=(-1, 1), colors=DIVERGING, x_texts=tokens
     )
-    image.opacity = 1.0 if answers else 0.35
+    image.opacity = 1.0 if answered else FADED
     alt = f"{title}: map of {len(names)} rows by {len(tokens)} tokens"
     for best in part.dropna(subset="value").nlargest(1, "value").to_dict("records"):
         alt += f", strongest {best['value']:.2f} at layer {best['layer']}, {best['role']}"

@@ -7,24 +7,25 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from analysis.plots.common import SHARES
+from analysis.plots.sweep import PLACE, PLACE_UNIT
 from analysis.report.parts import Block, Figure, Missing, Panel, Section, View
 from analysis.report.runs import Run
 from analysis.report.sections.learning import dash_of, keys
-from analysis.report.traces import color_of, curve, level, plot
-from analysis.scaling import accuracy_by_position
+from analysis.report.traces import chance_line, color_of, curve, plot
+from analysis.scaling import BINS, accuracy_by_position
 
 READING = (
-    "Final held-out accuracy by the place of the queried symbol in the context, in up to 16 equal parts of "
-    "it, with Wilson 95 % intervals; the dotted line is chance. A flat line says that the model retrieves "
-    "from everywhere alike. A line that is high at the right end only says that it knows the last symbols "
-    "and has lost the early ones, as a state of fixed size does; one that is high at the left end, that it "
-    "keeps what it wrote first."
+    "Final held-out accuracy by the place of the queried symbol in the context, in up to 8 equal parts of "
+    "it, with Wilson 95 % intervals; the dash-dotted line is chance. A flat line says that the model "
+    "retrieves equally well from everywhere. A line that is high only at the right end says that it knows "
+    "the last symbols and has lost the early ones, as a state of fixed size does; one that is high at the "
+    "left end, that it keeps what it wrote first."
 )
-BINS = 16
-PLACE, UNIT = "place in the context (0 = first, 1 = last)", "held-out accuracy"
 
 
 def section(runs: Sequence[Run]) -> Section:
+    """The section on accuracy by position of all runs."""
     missing, traces, words = [], [], []
     for run in runs:
         table = binned(run)
@@ -62,25 +63,27 @@ def section(runs: Sequence[Run]) -> Section:
     chances = {round(float(c), 6) for run in runs for c in _column(run.positions, "chance")}
     figures = []
     if traces:
-        traces += [level("chance", chance, (0, 1), UNIT) for chance in sorted(chances)]
-        layout = {"yaxis": {"range": [-0.03, 1.03]}, "xaxis": {"range": [0, 1]}}
+        traces += [chance_line(chance, (0, 1), PLACE_UNIT) for chance in sorted(chances)]
+        layout = {"yaxis": {"range": list(SHARES)}, "xaxis": {"range": [0, 1]}}
         alt = f"Line chart of accuracy against the place of the target: {'; '.join(words)}."
-        panel = Panel("", alt, plot(traces, PLACE, UNIT, **layout), height=340, wide=True)
+        panel = Panel("", alt, plot(traces, PLACE, PLACE_UNIT, **layout), height=340, wide=True)
         caption = "Accuracy by the target's place in the context, with Wilson 95 % intervals."
-        figures.append(
-            Figure("position", "", [View("", [Block("", [panel])])], keys(runs, ["chance"]), caption)
-        )
+        figures.append(Figure("position", "", [View("", [Block("", [panel])])], keys(runs), caption))
     return Section("position", "Accuracy by position", READING, figures=figures, missing=missing)
 
 
 def binned(run: Run) -> pd.DataFrame:
-    """By family and part of the context: relative, correct, count, accuracy, ci_low, ci_high, chance, and the
-    first and last position (0-based) that belong to the part."""
+    """Final accuracy of a run by family and part of the context.
+
+    Returns:
+        The columns of `analysis.scaling.accuracy_by_position`, and first and last: the positions (0-based) at
+        the ends of the part. Empty if the run has not finished.
+    """
     if run.positions.empty:
         return run.positions
     lengths = {family: plan["seq_len"] for family, plan in run.plans.items()}
     rows = run.positions.assign(seq_len=run.positions["model"].map(lengths))
-    table = accuracy_by_position(rows, bins=BINS)
+    table = accuracy_by_position(rows)
     width = table["seq_len"] / table["seq_len"].clip(upper=BINS)
     first = np.ceil(table["bin"] * width)
     return table.assign(first=first, last=np.ceil((table["bin"] + 1) * width) - 1)

@@ -9,13 +9,22 @@ import pandas as pd
 
 from analysis.report.parts import Missing
 from analysis.report.runs import Run
-from analysis.report.traces import curve
+from analysis.report.traces import control, curve
 
 
 def tables(
     runs: Sequence[Run], probe: str, part: str
 ) -> tuple[list[tuple[Run, pd.DataFrame]], list[Missing]]:
-    """The runs whose tables of a probe have a part, with those tables; and what the others lack."""
+    """Find the tables of a probe.
+
+    Args:
+        runs: The runs of the page.
+        probe: Name of the probe.
+        part: Part that a table must have; older versions lack some.
+
+    Returns:
+        The runs that have such a table, with it, and what to say of the others.
+    """
     found, missing = [], []
     for run in runs:
         table = run.probe(probe)
@@ -62,12 +71,26 @@ def beside_untrained(
     dash: str = "solid",
     symbol: str = "circle",
 ) -> tuple[list[Any], pd.DataFrame]:
-    """Values by layer: trained with their interval, untrained dotted and hollow; and the trained rows.
+    """Draw values by layer: trained weights with their intervals, untrained ones dotted and hollow.
 
-    more: what hovering shows of the trained rows, by name.
+    Args:
+        name: Of the series.
+        rows: One family's rows of a figure's table, in their order.
+        axes: What x and y are.
+        color: #rrggbb.
+        more: What hovering shows of the trained rows, by name.
+        dash: plotly's, of trained weights.
+        symbol: plotly's.
+
+    Returns:
+        The traces, and the trained rows.
     """
-    untrained, trained = (rows[rows["weights"] == weights] for weights in ("untrained", "trained"))
-    open_: Any = dict(dash="dot", width=1.2, symbol=f"{symbol}-open")
-    traces = curve(f"{name}, untrained", untrained["layer"], untrained["value"], axes, color, **open_)
-    look: Any = dict(low=trained["low"], high=trained["high"], more=more(trained), dash=dash, symbol=symbol)
-    return traces + curve(name, trained["layer"], trained["value"], axes, color, **look), trained
+    traces, trained = [], rows[rows["weights"] == "trained"]
+    look: Any = dict(dash=dash, symbol=symbol, more=more(trained))
+    hollow: Any = control("untrained weights") | dict(symbol=f"{symbol}-open")
+    looks = {"trained": (name, look), "untrained": (f"{name}, untrained", hollow)}
+    for weights, part in rows.groupby("weights", sort=False):
+        title, own = looks[str(weights)]
+        bounds: Any = dict(low=part["low"], high=part["high"])
+        traces += curve(title, part["layer"], part["value"], axes, **(own | bounds | dict(color=color)))
+    return traces, trained

@@ -9,12 +9,19 @@ import numpy as np
 import pandas as pd
 
 from analysis.plots.common import families
-from analysis.plots.retention import LEAST, UNITS
+from analysis.plots.retention import (
+    DISTANCE,
+    LONG,
+    UNITS,
+    curve_table,
+    limits,
+    reconstruction_errors,
+)
 from analysis.report.parts import Block, Figure, Key, Panel, Section, View
 from analysis.report.runs import Run
 from analysis.report.sections.probed import label, tables
-from analysis.report.traces import NEUTRAL, color_of, curve, opacity, plot
-from ssm_retrieval.style import NAMES
+from analysis.report.traces import color_of, control, control_key, curve, plot
+from ssm_retrieval.style import NAMES, faintness
 
 READING = (
     "How much of what a context token wrote is left in an SSM's state when the answer is due, exactly, from "
@@ -27,12 +34,13 @@ READING = (
 
 
 def section(runs: Sequence[Run]) -> Section:
+    """The section on retention curves of all runs."""
     found, missing = tables(runs, "retention", "curve")
     figures = []
     if found:
         names = families(pd.concat([table["family"].to_frame() for _, table in found]))
         keys = [Key(f"target, {NAMES[name]}", color_of(name)) for name in names]
-        keys += [Key("distractors", dash="dash"), Key("target, untrained weights", dash="dot")]
+        keys += [control_key("distractors"), control_key("untrained weights")]
         views = [View(label(run, "retention"), _blocks(table)) for run, table in found]
         caption = "What is left of a token in the state when the answer is due, by its distance."
         figures.append(Figure("retention", "Shown", views, keys, caption))
@@ -40,51 +48,36 @@ def section(runs: Sequence[Run]) -> Section:
 
 
 def _blocks(table: pd.DataFrame) -> list[Block]:
-    curves = table[table["part"] == "curve"]
     blocks = []
-    for family in families(curves):
-        mine = curves[curves["family"] == family]
-        panels = [
-            _panel(family, mine[mine["quantity"] == quantity], unit) for quantity, unit in UNITS.items()
-        ]
-        errors = table[(table["part"] == "reconstruction") & (table["family"] == family)]["value"]
-        note = f"The layer's own output is reproduced with a relative error of {errors.max():.0e} at most."
-        blocks.append(Block(NAMES[family], panels, note))
+    for family, mine in curve_table(table).groupby("family", sort=False):
+        name = str(family)
+        panels = [_panel(name, part, UNITS[str(q)]) for q, part in mine.groupby("quantity", sort=False)]
+        error = reconstruction_errors(table, name).max()
+        note = f"The layer's own output is reproduced with a relative error of {error:.0e} at most."
+        blocks.append(Block(NAMES[name], panels, note))
     return blocks
 
 
 def _panel(family: str, part: pd.DataFrame, unit: str) -> Panel:
-    part = part[part["value"] > LEAST]
-    layers = sorted(part["layer"].unique())
-    looks: Any = {
-        ("target", "untrained"): dict(color=NEUTRAL, dash="dot", width=1.2),
-        ("distractor", "trained"): dict(color=NEUTRAL, dash="dash", width=1.5),
-        ("target", "trained"): dict(color=color_of(family)),
-    }
-    traces: list[Any] = []
-    for (role, weights), look in looks.items():
-        for layer in layers:
-            rows = part[(part["layer"] == layer) & (part["role"] == role) & (part["weights"] == weights)]
-            rows = rows.sort_values("distance")
-            bounds = (
-                dict(low=rows["low"].clip(LEAST), high=rows["high"])
-                if role == "target" and weights == "trained"
-                else {}
-            )
-            traces += curve(
-                f"{role}, {weights}, layer {layer}",
-                rows["distance"],
-                rows["value"],
-                ("tokens before the answer", "left"),
-                alpha=opacity(layer, layers),
-                mode="lines",
-                more={"sequences": rows["n"]},
-                **look,
-                **bounds,
-            )
-    x: Any = {"type": "log"} if part["distance"].max() > 64 else {"type": "linear"}
-    ends = np.log10([part["value"].min() / 2, part["value"].max() * 2]).tolist()  # not down to a band's 0
-    figure = plot(traces, "tokens before the answer", unit, xaxis=x, yaxis={"type": "log", "range": ends})
+    layers, traces = set(part["layer"]), []
+    for (line, role, weights, layer), rows in part.groupby(["line", "role", "weights", "layer"], sort=False):
+        look: Any = dict(color=color_of(family)) if line == "target" else control(str(line))
+        traces += curve(
+            f"{role}, {weights}, layer {layer}",
+            rows["distance"],
+            rows["value"],
+            (DISTANCE, "left"),
+            low=rows["low"],
+            high=rows["high"],
+            alpha=faintness(layer, layers),
+            mode="lines",
+            more={"sequences": rows["n"]},
+            **look,
+        )
+    x: Any = {"type": "log"} if part["distance"].max() > LONG else {"type": "linear"}
+    figure = plot(
+        traces, DISTANCE, unit, xaxis=x, yaxis={"type": "log", "range": np.log10(limits(part)).tolist()}
+    )
     trained = part[(part["role"] == "target") & (part["weights"] == "trained")]
     far = trained[trained["distance"] == trained["distance"].max()]["value"]
     alt = f"{unit} by distance in {NAMES[family]}; of the farthest target {far.min():.2g} to {far.max():.2g}."

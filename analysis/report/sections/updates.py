@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.plots.common import families
+from analysis.plots.common import families, role_words
+from analysis.plots.updates import LINEAR, QUANTITIES
 from analysis.report.parts import Block, Figure, Key, Mark, Move, Panel, Section, Slider, View
 from analysis.report.runs import Run
 from analysis.report.sections.probed import label, tables
-from analysis.report.traces import ACCENT, NEUTRAL, color_of, curve, frame, heat, plot, viridis
-from ssm_retrieval.style import NAMES
+from analysis.report.traces import ACCENT, color_of, curve, frame, heat, plot, viridis
+from ssm_retrieval.style import NAMES, NEUTRAL
 
 READING = (
     "Each cell of the map is one token (left to right) at one SSM layer (bottom to top). The relative update "
@@ -26,14 +27,11 @@ READING = (
     "whether it will be asked for or not. The first tokens meet an almost empty state, so their relative "
     "updates are large by construction."
 )
-QUANTITIES = {  # name: label, unit, logarithmic
-    "relative": ("relative update", "relative update |Δh| / |h|", True),
-    "write": ("write norm", "write norm |dt x B|", True),
-    "decay": ("mean decay", "mean decay exp(dt A)", False),
-}
+MAPS = ("relative", "write", "decay")  # quantities with a map by position
 
 
 def section(runs: Sequence[Run]) -> Section:
+    """The section on state updates of all runs."""
     found, missing = tables(runs, "updates", "position")
     views = [view for run, table in found for view in _views(run, table)]
     figures = []
@@ -50,13 +48,13 @@ def _views(run: Run, table: pd.DataFrame) -> list[View]:
     sequence = table[(table["part"] == "sequence") & (table["weights"] == "trained")]
     tokens = sequence[sequence["layer"] == sequence["layer"].min()].drop_duplicates("position")
     views = []
-    for quantity, (words, _, _) in QUANTITIES.items():
+    for quantity in MAPS:
         part = table[(table["part"] == "position") & (table["quantity"] == quantity)]
         n = int(part["n"].max())
         steps = _steps(np.sort(part["position"].unique()), tokens, of_one=False)
         blocks = [_block(family, part[part["family"] == family], quantity) for family in families(part)]
         slider = Slider("Position in the sequence", steps, len(steps) // 2)
-        views.append(View(label(run, f"{words}, mean over {n} sequences"), blocks, slider))
+        views.append(View(label(run, f"{QUANTITIES[quantity][0]}, mean over {n} sequences"), blocks, slider))
     part = table[table["part"] == "sequence"]
     steps = _steps(np.sort(part["position"].unique()), tokens, of_one=True)
     blocks = [_block(family, part[part["family"] == family], "relative") for family in families(part)]
@@ -75,14 +73,15 @@ def _steps(positions: np.ndarray, tokens: pd.DataFrame, of_one: bool) -> list[st
             texts.append(f"positions {start} to {min(start + size - 1, last)} of {last}")
             continue
         row = tokens[tokens["position"] == start].iloc[0]
-        role = str(row["role"]).replace("_", " ")
+        role = role_words(str(row["role"]))
         role = "context symbol" if not of_one and role in ("target", "distractor") else role
         texts.append(f"position {start} of {last}: {str(row['token']) + ', ' if of_one else ''}{role}")
     return texts
 
 
 def _block(family: str, part: pd.DataFrame, quantity: str) -> Block:
-    words, unit, log = QUANTITIES[quantity]
+    words, log = QUANTITIES[quantity][0], quantity != LINEAR
+    unit = " ".join(QUANTITIES[quantity])
     trained = part[part["weights"] == "trained"]
     values = _wide(trained, "value")
     layers, positions = [str(layer) for layer in values.index], values.columns.to_numpy()
