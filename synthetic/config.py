@@ -5,9 +5,11 @@ Defaults stand here and nowhere else; the command line and its help are generate
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import numpy as np
 import tyro
 
 from ssm_retrieval import registry
@@ -16,6 +18,8 @@ from ssm_retrieval.errors import UserError
 from ssm_retrieval.registry import ARCHITECTURES, Registry
 from synthetic.checks import check, check_values, position
 from synthetic.identity import TRAINING_VERSION, Plan, normal, run_id
+from synthetic.options import TaskOptions, chosen
+from synthetic.options import settled as settled_options
 from synthetic.tasks import TASKS, Task
 
 if TYPE_CHECKING:  # torch takes seconds to import, which a help page can spare
@@ -40,17 +44,6 @@ DEFAULT_STEPS = 3000
 PAPER_EXAMPLES = 20_000_000  # training budget, batch and learning rate of Retrievit's position scripts
 PAPER_BATCH = 128
 PAPER_LR = 5e-5
-TASK_OPTIONS = (
-    "seq_len",
-    "num_symbols",
-    "layout",
-    "min_seq_len",
-    "query_size",
-    "answer_size",
-    "blocks",
-    "num_pairs",
-    "num_tokens",
-)
 
 
 @dataclass(frozen=True)
@@ -96,6 +89,8 @@ position-varlen one more than it at least. Evaluation has --seq-len always. Defa
     """Key-value pairs of mqar; default 8."""
     num_tokens: int | None = None
     """Symbols to be copied of selective-copy; default 16."""
+    task_options: TaskOptions = field(default_factory=dict, hash=False)
+    """Options of the task that have no flag, each as NAME=VALUE: mqar has power and random_fillers."""
     position: Literal["learned", "rope", "none"] | None = None
     """How attention learns about order (Transformer and hybrid). Default learned; the papers' is rope."""
     rotary_pct: float = 0.25
@@ -178,6 +173,9 @@ may be given several times."""
     def __post_init__(self) -> None:
         if isinstance(self.model, str):  # RunConfig(model="mamba")
             object.__setattr__(self, "model", (self.model,))
+        if isinstance(self.task_options, Mapping):
+            plain = {n: v.item() if isinstance(v, np.generic) else v for n, v in self.task_options.items()}
+            object.__setattr__(self, "task_options", plain)
 
     def of(self, family: str) -> RunConfig:
         """The options of one of the models: without those that it lacks."""
@@ -200,7 +198,7 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
     paper = config.protocol == "paper"
     recipe = TASKS[config.task].paper if paper else None
     check_values(config, paper, recipe.schedule if recipe else "")
-    options = _task_options(config)
+    options = chosen(config)
     start = None
     if config.init is not None:
         start = pretrained.find(config, config.init, family)
@@ -238,7 +236,7 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
         model=name,
         model_overrides=overrides,
         task=config.task,
-        task_options=_settled(task, options),
+        task_options=settled_options(task, config),
         seq_len=config.seq_len,
         queries=queries,
         curriculum=0 if paper else min(curriculum, config.seq_len),
@@ -334,38 +332,6 @@ def first_length(task: Task) -> int:
             continue
         return length
     return task.seq_len
-
-
-def _task_options(config: RunConfig) -> dict[str, Any]:
-    """What the user chose of the task's options. Raises UserError for an option that the task lacks."""
-    from synthetic import tasks
-
-    known, course = tasks.options(config.task), TASKS[config.task].paper
-    paper = config.protocol == "paper"
-    having = [name for name, task in TASKS.items() if task.paper]
-    check(
-        not paper or course is not None,
-        f"--protocol paper is for {', '.join(having)}; leave it out for --task {config.task}",
-    )
-    options: dict[str, Any] = {}
-    for name in TASK_OPTIONS:
-        value, default = getattr(config, name), getattr(RunConfig, name)
-        check(
-            name in known or value == default,
-            f"--{name.replace('_', '-')} {value} is no option of --task {config.task}; leave it out",
-        )
-        if name in known and value is not None:
-            options[name] = value
-    return options | dict.fromkeys(course.switches if course else (), paper)
-
-
-def _settled(task: Task, chosen: dict[str, Any]) -> dict[str, Any]:
-    """All options of the task that a run can choose: whoever asks for the default gets the same run."""
-    names = [name for name in (*TASK_OPTIONS, *chosen) if hasattr(task, name)]
-    options = {name: getattr(task, name) for name in names}
-    if "min_seq_len" in options and task.lengths()[0] == task.seq_len:
-        options["min_seq_len"] = None  # no other length is drawn
-    return options
 
 
 def resolve_device(device: str, elsewhere: bool = False) -> str:

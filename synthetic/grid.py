@@ -28,6 +28,7 @@ import numpy as np
 
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.training.store import Row
+from synthetic import options
 from synthetic.config import RunConfig, check, check_names
 
 NOT_SWEPT = ("out", "threads", "plan")  # a sweep has one of each, and trains
@@ -96,7 +97,7 @@ def grid(base: RunConfig | None = None, **axes: Any) -> list[RunConfig]:
 
 
 def _several(value: Any) -> bool:
-    return isinstance(value, Iterable) and not isinstance(value, str)
+    return isinstance(value, Iterable) and not isinstance(value, (str, Mapping))
 
 
 def _known(options: Mapping[str, Any]) -> None:
@@ -107,7 +108,9 @@ def _known(options: Mapping[str, Any]) -> None:
 
 def _check_values(run: RunConfig) -> None:
     """The command line checks these by itself; a Python file has nobody else to do it."""
-    for name, kind in typing.get_type_hints(RunConfig).items():
+    kinds = typing.get_type_hints(RunConfig)
+    del kinds["task_options"]  # which `options.own` checks
+    for name, kind in kinds.items():
         value = getattr(run, name)
         choices, types = _allowed(kind)
         for one in value if isinstance(value, tuple) else (value,):
@@ -121,6 +124,7 @@ def _check_values(run: RunConfig) -> None:
                 ),
             )
     check_names(run)
+    options.own(run)
 
 
 def _allowed(kind: Any) -> tuple[tuple[Any, ...], tuple[type, ...]]:
