@@ -39,7 +39,7 @@ class Grid(Position):
     """
 
     name: ClassVar[str] = "grid"
-    help: ClassVar[str] = "position in an image of rows, --seq-len a square"
+    help: ClassVar[str] = "the same in an image of rows; --seq-len is a square"
 
     @property
     def side(self) -> int:

@@ -40,7 +40,7 @@ class Induction(Task):
 
     name: ClassVar[str] = "induction"
     version: ClassVar[int] = 1
-    help: ClassVar[str] = "what followed a special token before (the Mamba paper's)"
+    help: ClassVar[str] = "symbol that followed a special token (Mamba)"
 
     num_symbols: int = 16
 

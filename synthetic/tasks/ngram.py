@@ -53,7 +53,7 @@ class Ngram(Task):
 
     name: ClassVar[str] = "ngram"
     version: ClassVar[int] = 1
-    help: ClassVar[str] = "the symbols behind the queried ones"
+    help: ClassVar[str] = "symbols that follow the queried ones"
     paper: ClassVar[Course | None] = Course("linear", 20, 1000)
 
     num_symbols: int = 30
@@ -160,7 +160,7 @@ class NgramDuplicate(Ngram):
     """
 
     name: ClassVar[str] = "ngram-duplicate"
-    help: ClassVar[str] = "the same, but they stand in several blocks"
+    help: ClassVar[str] = "the same; the query stands in several blocks"
 
     blocks: int = 4
 

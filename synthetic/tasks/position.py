@@ -45,7 +45,7 @@ class Position(Task):
 
     name: ClassVar[str] = "position"
     version: ClassVar[int] = 1
-    help: ClassVar[str] = "all context symbols differ"
+    help: ClassVar[str] = "place of the queried symbol; all symbols differ"
     paper: ClassVar[Course | None] = Course("cosine", 10, 100, switches=("supervise_bos",))
 
     seq_len: int
@@ -138,7 +138,7 @@ class PositionVarlen(Position):
     """
 
     name: ClassVar[str] = "position-varlen"
-    help: ClassVar[str] = "only the queried one is unique"
+    help: ClassVar[str] = "the same; the other symbols repeat"
 
     min_seq_len: int | None = None
 

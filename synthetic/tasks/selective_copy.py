@@ -44,7 +44,7 @@ class SelectiveCopy(Task):
 
     name: ClassVar[str] = "selective-copy"
     version: ClassVar[int] = 1
-    help: ClassVar[str] = "symbols among noise, in order (the Mamba paper's)"
+    help: ClassVar[str] = "symbols that stand among noise, in order (Mamba)"
 
     num_symbols: int = 14
     num_tokens: int = 16
