@@ -52,7 +52,10 @@ def parse(options: type[Options], argv: Sequence[str] | None, prog: str) -> Opti
         The instance.
     """
     write_anything()
-    return tyro.cli(options, args=argv, prog=prog)
+    try:
+        return tyro.cli(options, args=argv, prog=prog)
+    except BrokenPipeError:
+        sys.exit(_nobody_reads())
 
 
 def guarded(command: Callable[[], int], out: str | os.PathLike[str] = "", stopped: str = STOPPED) -> int:
@@ -73,9 +76,8 @@ def guarded(command: Callable[[], int], out: str | os.PathLike[str] = "", stoppe
         return command()
     except UserError as error:
         return fail(str(error))
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
+    except BrokenPipeError:
+        return _nobody_reads()
     except OSError as error:
         if error.errno is None:  # a library's own, such as Pillow's
             return _bug()
@@ -85,6 +87,12 @@ def guarded(command: Callable[[], int], out: str | os.PathLike[str] = "", stoppe
         return INTERRUPTED
     except Exception:
         return _bug()
+
+
+def _nobody_reads() -> int:
+    """`| head` has read enough: what is still to be printed goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return FAILED
 
 
 def _bug() -> int:
