@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from typing import ClassVar, Literal
 
 import numpy as np
+import pandas as pd
 import pytest
 import tyro
 
+from analysis.report.runs import Run
 from ssm_retrieval.errors import UserError
 from synthetic import tasks
 from synthetic.config import RunConfig, plan, run_id
@@ -156,3 +159,14 @@ def test_the_options_stand_in_the_runs_folder(tmp_path):
     assert kept["plan"]["task_options"] == dict(
         seq_len=32, num_symbols=8192, num_pairs=8, random_fillers=False
     )
+
+
+def test_the_reports_command_gives_them_again():
+    """What a page says a run was started with leads to the same run."""
+    for given in ({}, {"power": 0.5, "random_fillers": False}):
+        config = dataclasses.replace(BASE, task_options=given)
+        asked = json.loads(json.dumps(vars(config)))
+        empty = pd.DataFrame()
+        page = Run({}, "", {}, asked, {}, empty, empty, {})
+        again = tyro.cli(RunConfig, args=shlex.split(page.train_command())[3:])
+        assert plan(again, "mamba") == plan(config, "mamba")
