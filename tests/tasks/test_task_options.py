@@ -168,5 +168,6 @@ def test_the_reports_command_gives_them_again():
         asked = json.loads(json.dumps(vars(config)))
         empty = pd.DataFrame()
         page = Run({}, "", {}, asked, {}, empty, empty, {})
+        assert ("--task-options" in page.train_command()) == bool(given)
         again = tyro.cli(RunConfig, args=shlex.split(page.train_command())[3:])
         assert plan(again, "mamba") == plan(config, "mamba")
