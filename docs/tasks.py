@@ -35,7 +35,16 @@ EXAMPLE = re.compile(
 def example(name: str, layout: str | None = None, queries: int | None = None) -> str:
     """One training sequence, as Markdown: how it is made, its chance level, tokens and labels.
 
-    Raises ValueError for what the task cannot do, and if the line is too wide for the page.
+    Args:
+        name: of the task.
+        layout: None for the task's own.
+        queries: K; None for as many as in evaluation.
+
+    Returns:
+        The Markdown.
+
+    Raises:
+        ValueError: for what the task cannot do, and if a line is too wide for the page.
     """
     options = OPTIONS[name] | ({} if layout is None else dict(layout=layout))
     task = tasks.build(name, **options)
@@ -52,7 +61,11 @@ def example(name: str, layout: str | None = None, queries: int | None = None) ->
 
 
 def rewritten(page: str) -> str:
-    """The page with its examples drawn anew. Raises ValueError for markers that are no pairs."""
+    """The page with its examples drawn anew.
+
+    Raises:
+        ValueError: for markers that do not come in pairs.
+    """
     made, found = EXAMPLE.subn(_replace, page)
     for marker in ("<!-- example", "<!-- /example"):
         if page.count(marker) != found:
@@ -67,6 +80,7 @@ def _replace(match: re.Match[str]) -> str:
 
 
 def main() -> None:
+    """Rewrite the examples in docs/tasks.md."""
     DOCUMENT.write_text(rewritten(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
 
 

@@ -39,27 +39,45 @@ Imports = Annotated[
 
 
 def parse(options: type[Options], argv: Sequence[str] | None, prog: str) -> Options:
-    """Command-line arguments as an instance of a dataclass; exits with status 2 for unknown ones."""
+    """Command-line arguments as an instance of a dataclass.
+
+    Unknown options and values print an error and exit with status 2.
+
+    Args:
+        options: the dataclass.
+        argv: arguments; None: the program's own.
+        prog: name of the command in its help.
+
+    Returns:
+        The instance.
+    """
     write_anything()
-    return tyro.cli(options, args=argv, prog=prog)
+    try:
+        return tyro.cli(options, args=argv, prog=prog)
+    except BrokenPipeError:
+        sys.exit(_nobody_reads())
 
 
 def guarded(command: Callable[[], int], out: str | os.PathLike[str] = "", stopped: str = STOPPED) -> int:
-    """The exit status of `command()`; 2 and one line for a `UserError` or a refusal of the operating system.
+    """Run a command and give its exit status.
 
-    Any other exception prints its traceback and how to report it, with status 1.
+    A `UserError`, or a refusal by the operating system, becomes one line and status 2. Any other exception
+    prints its traceback and how to report it, and gives status 1.
 
     Args:
+        command: returns its own exit status.
         out: the command's output folder or file; errors of files in it name the option `--out`.
         stopped: what Ctrl-C prints.
+
+    Returns:
+        The exit status.
     """
     try:
         return command()
     except UserError as error:
         return fail(str(error))
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
+    except BrokenPipeError:
+        return _nobody_reads()
     except OSError as error:
         if error.errno is None:  # a library's own, such as Pillow's
             return _bug()
@@ -71,6 +89,12 @@ def guarded(command: Callable[[], int], out: str | os.PathLike[str] = "", stoppe
         return _bug()
 
 
+def _nobody_reads() -> int:
+    """`| head` has read enough: what is still to be printed goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return FAILED
+
+
 def _bug() -> int:
     traceback.print_exc()
     print(REPORT, file=sys.stderr)
@@ -78,15 +102,15 @@ def _bug() -> int:
 
 
 def fail(message: str) -> int:
-    """Print one line that begins with "error:"; returns the exit status of bad input."""
+    """Print one line that begins with "error:" and return the exit status of bad input."""
     print("error: " + " ".join(message.split()), file=sys.stderr)
     return BAD_INPUT
 
 
 def explain(error: OSError, out: str | os.PathLike[str]) -> str:
-    """One line on what the operating system refused, the file it names, and what to do.
+    """One line on what the operating system refused, which file, and what to do.
 
-    The file is blamed on `--out` only if it lies there.
+    It names `--out` only if the file lies there.
     """
     reason, out = error.strerror or str(error), os.fspath(out)
     # a rename names the temporary file first; the user knows the second
@@ -113,13 +137,17 @@ def _inside(name: str, folder: str) -> bool:
 
 
 def write_anything() -> None:
-    """Bars and curves on a terminal whose encoding lacks them become question marks, not a traceback."""
+    """Print what the terminal's encoding lacks, such as bars and curves, as question marks."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
 
 
 def use_threads(threads: int) -> None:
-    """--threads of a command: 0 = as PyTorch chooses. Raises UserError for a number out of range."""
+    """Apply `--threads`; 0 leaves the number to PyTorch.
+
+    Raises:
+        UserError: for a number out of range.
+    """
     import torch
 
     most = 4 * (os.cpu_count() or 1)
@@ -135,7 +163,7 @@ def use_threads(threads: int) -> None:
 class StopSignals:
     """While active, Ctrl-C, SIGTERM and a closed terminal ask for a stop after the current step.
 
-    A second signal is immediate: it raises KeyboardInterrupt.
+    A second signal acts at once: it raises KeyboardInterrupt.
     """
 
     def __init__(self) -> None:
@@ -145,6 +173,7 @@ class StopSignals:
             self.numbers.append(signal.SIGHUP)
 
     def asked(self) -> bool:
+        """Whether a signal asked for a stop."""
         return self.requested
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""Files that are replaced as a whole or not at all, and what killed processes leave of that."""
+"""Replace files as a whole or not at all, and remove what killed processes leave behind."""
 
 from __future__ import annotations
 
@@ -20,18 +20,25 @@ TEMPORARY = re.compile(r"\..*\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.tmp")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace a file as a whole or not at all. Raises OSError and leaves the old file if that fails."""
+    """Replace a file as a whole or not at all.
+
+    Raises:
+        OSError: if that fails; the old file is still there.
+        UserError: as `replacing`.
+    """
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(content)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name to write to, whose file takes the place of `path` at the end, flushed to the disk.
+    """A temporary name to write to; at the end its file, flushed to the disk, takes the place of `path`.
 
-    Several processes may write the same file: each has a temporary one of its own, and the last one stays.
-    A link stays a link: what it points to is replaced. Access is as for any new file, by the umask. Raises
-    UserError if `path` is a folder, a device or anything else that is not a regular file.
+    Several processes may write the same file: each has its own temporary file, and the last one stays. A link
+    stays a link, and what it points to is replaced. Permissions are those of any new file, by the umask.
+
+    Raises:
+        UserError: if `path` is a folder, a device or anything else that is not a regular file.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
@@ -53,7 +60,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @lru_cache(maxsize=1)
 def _machine() -> str:
-    """Eight characters for this machine and its table of processes: containers have their own numbers."""
+    """Eight characters for this machine and process table; each container has a table of its own."""
     name = socket.gethostname()
     with suppress(OSError):
         name += str(os.stat("/proc/self/ns/pid").st_ino)
@@ -61,10 +68,10 @@ def _machine() -> str:
 
 
 def collect(*folders: Path) -> None:
-    """Remove temporary files in these folders, not below them, whose process was killed.
+    """Remove temporary files of killed processes from these folders, but not from folders in them.
 
-    A live process keeps its own, whoever it is: of this machine's processes it is known which live; a file of
-    another machine, or of unknown origin, goes once it is a day old.
+    Files of live processes stay, whoever owns them. Only this machine's processes are known to live or not; a
+    file of another machine, or of unknown origin, goes when it is a day old.
     """
     for folder in folders:
         for path in folder.glob(".*.tmp"):

@@ -1,4 +1,4 @@
-"""How every figure looks: one colour and name per architecture, from its record, and one theme."""
+"""How every figure looks: one colour and label per architecture, from its record, and one theme."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ NAMES = _Names()
 
 
 def family_colors() -> dict[str, Any]:
-    """(r, g, b) of every architecture; those without a colour of their own get free ones of the palette."""
+    """(r, g, b) of every architecture; one without a colour of its own gets a free one of the palette."""
     import seaborn
     from matplotlib.colors import to_rgb
 
@@ -59,7 +59,17 @@ def faintness(layer: Any, layers: Iterable[int]) -> float:
 
 
 def panels(rows: int, columns: int, size: tuple[float, float], **more: Any) -> Any:
-    """Figure and 2-D array of axes; size: inches of one panel; more: options of `plt.subplots`."""
+    """A figure with a grid of axes.
+
+    Args:
+        rows: number of rows.
+        columns: number of columns.
+        size: width and height of one panel, inches.
+        **more: options of `plt.subplots`.
+
+    Returns:
+        The figure and a 2-D array of axes.
+    """
     import matplotlib.pyplot as plt
 
     shape = (max(4.5, size[0] * columns), size[1] * rows + 0.5)
@@ -67,7 +77,14 @@ def panels(rows: int, columns: int, size: tuple[float, float], **more: Any) -> A
 
 
 def legend(figure: Figure, looks: dict[str, dict[str, Any]], width: float = 1.6, **more: Any) -> None:
-    """One for all panels, below them. looks: label -> properties of a line; width: inches of an entry."""
+    """One legend for all panels, below them.
+
+    Args:
+        figure: the figure.
+        looks: label -> properties of its line.
+        width: width of an entry, inches.
+        **more: options of `Figure.legend`.
+    """
     from matplotlib.lines import Line2D
 
     lines = [Line2D([], [], label=name, **look) for name, look in looks.items()]
@@ -77,7 +94,7 @@ def legend(figure: Figure, looks: dict[str, dict[str, Any]], width: float = 1.6,
 
 @contextmanager
 def theme() -> Iterator[None]:
-    """seaborn's white grid, text as text in PDF and SVG files."""
+    """seaborn's white grid; text in PDF and SVG files stays text."""
     import matplotlib
     import seaborn
 
@@ -96,9 +113,15 @@ def theme() -> Iterator[None]:
 
 
 def save(figure: Figure, stem: Path, kinds: tuple[str, ...] = ("png", "pdf"), dpi: int = 150) -> None:
-    """Write `<stem>.<kind>` for every kind and close the figure; dpi: of the PNG.
+    """Write `<stem>.<kind>` for every kind and close the figure.
 
-    Without dates, so that the same table gives the same bytes.
+    The files hold no dates, so the same table gives the same bytes.
+
+    Args:
+        figure: the figure.
+        stem: path of the files, without ending.
+        kinds: endings: png, pdf, svg.
+        dpi: dots per inch of the PNG.
     """
     import io
 

@@ -1,4 +1,4 @@
-"""Tables as files and as text: what probes, figures and studies read and write alike."""
+"""Tables as files and as text, for all that reads or writes them: probes, figures, studies."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ if TYPE_CHECKING:  # seconds, which `import analysis` can spare
 
 
 def read(path: Path) -> pd.DataFrame:
-    """A Parquet file's rows, as they were at one moment: a run may put another file in its place meanwhile.
+    """A Parquet file's rows, all of one moment: a run may replace the file meanwhile.
 
-    Raises UserError, naming file and remedy, for what is not Parquet, and FileNotFoundError.
+    Raises:
+        FileNotFoundError: if there is no such file.
+        UserError: if it is not Parquet; names the file and what to do.
     """
     import pandas as pd
     from pyarrow import ArrowException

@@ -1,4 +1,4 @@
-"""The console of all commands: what is printed appears as it is, whatever a path or a name looks like."""
+"""The console of all commands: text appears as it is, whatever a path or a name looks like."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from rich.console import Console
 
 
 def plain_console(**options: Any) -> Console:
-    """A console for which [brackets] and :names: are no markup. Colours come from styles and `Text`.
+    """A console that does not read [brackets] and :names: as markup. Colours come from styles and `Text`.
 
-    COLUMNS=0, which some schedulers set, means an unknown width and not a terminal without columns.
+    COLUMNS=0, which some schedulers set, counts as an unknown width.
     """
     if os.environ.get("COLUMNS", "").strip() == "0":
         options.setdefault("width", shutil.get_terminal_size().columns)

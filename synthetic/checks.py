@@ -1,4 +1,4 @@
-"""What the values of a `RunConfig` must satisfy, in one line that says what to do instead."""
+"""Checks of the values of a `RunConfig`. Every error is one line that says what to do instead."""
 
 from __future__ import annotations
 
@@ -45,16 +45,26 @@ BOUNDS: dict[str, tuple[float, float]] = {
 
 
 def check(condition: bool, message: str) -> None:
+    """Raise a one-line error unless `condition` holds.
+
+    Raises:
+        UserError: with `message`.
+    """
     if not condition:
         raise UserError(message)
 
 
 def option(name: str) -> str:
+    """The flag of a field of `RunConfig`: `seq_len` -> `--seq-len`."""
     return "--" + name.replace("_", "-")
 
 
 def within(name: str, value: Any) -> None:
-    """Raise UserError unless a number lies within its bounds; NaN lies nowhere."""
+    """Check that a number lies within its BOUNDS, as NaN never does.
+
+    Raises:
+        UserError: if it does not.
+    """
     least, most = BOUNDS[name]
     said = f"{option(name)} {value}"
     check(not math.isnan(value), f"{said} is not a number; give one of {least} .. {most}")
@@ -64,7 +74,16 @@ def within(name: str, value: Any) -> None:
 
 
 def check_values(config: RunConfig, paper: bool, schedule: str) -> None:
-    """Raise UserError for values that are impossible, or contradict each other, whatever the task."""
+    """Check for values that are impossible, or contradict each other, whatever the task.
+
+    Args:
+        config: what the user asked for.
+        paper: whether the protocol is the papers'.
+        schedule: of the learning rate in the task's paper.
+
+    Raises:
+        UserError: for the first such value.
+    """
     for name in BOUNDS:
         value = getattr(config, name)
         if value is not None:
@@ -98,7 +117,11 @@ def check_values(config: RunConfig, paper: bool, schedule: str) -> None:
 
 
 def position(config: RunConfig, architecture: Architecture) -> str:
-    """The position scheme of a model: the one asked for, or its default, for the papers' protocol RoPE."""
+    """The position scheme of a model: the one asked for, or else the protocol's or the model's default.
+
+    Raises:
+        UserError: if the model lacks the scheme asked for.
+    """
     schemes = architecture.positions
     default = "rope" if config.protocol == "paper" and "rope" in schemes else schemes[0]
     chosen = config.position or default
@@ -110,7 +133,11 @@ def position(config: RunConfig, architecture: Architecture) -> str:
 
 
 def check_architecture(config: RunConfig) -> None:
-    """Raise UserError for options that none of the models asked for has: they would be ignored."""
+    """Check that at least one of the models has each option that was given: it would be ignored otherwise.
+
+    Raises:
+        UserError: for an option that none has.
+    """
     models = " ".join(config.model)
     records = [ARCHITECTURES[name] for name in config.model]
     schemes = {position(config, record) for record in records if record.positions}

@@ -1,13 +1,16 @@
-"""What a run is: `RunConfig` is what the user says, `plan` settles what one model's training needs.
+"""What a run is: `RunConfig` is what the user asks for, `plan` settles every value of one model's
+training.
 
-Defaults stand here and nowhere else; the command line and its help are generated from `RunConfig`.
+Defaults are set here and nowhere else; the command line and its help are generated from `RunConfig`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import numpy as np
 import tyro
 
 from ssm_retrieval import registry
@@ -16,6 +19,8 @@ from ssm_retrieval.errors import UserError
 from ssm_retrieval.registry import ARCHITECTURES, Registry
 from synthetic.checks import check, check_values, position
 from synthetic.identity import TRAINING_VERSION, Plan, normal, run_id
+from synthetic.options import TaskOptions, chosen
+from synthetic.options import settled as settled_options
 from synthetic.tasks import TASKS, Task
 
 if TYPE_CHECKING:  # torch takes seconds to import, which a help page can spare
@@ -40,30 +45,26 @@ DEFAULT_STEPS = 3000
 PAPER_EXAMPLES = 20_000_000  # training budget, batch and learning rate of Retrievit's position scripts
 PAPER_BATCH = 128
 PAPER_LR = 5e-5
-TASK_OPTIONS = (
-    "seq_len",
-    "num_symbols",
-    "layout",
-    "min_seq_len",
-    "query_size",
-    "answer_size",
-    "blocks",
-    "num_pairs",
-    "num_tokens",
-)
+
+
+def unset(metavar: str, default: str) -> Any:
+    """How the help page shows a field that is None by default, and what None stands for."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """Train models on an in-context retrieval task and compare how fast they learn it.
 
-    A context of --seq-len symbols is followed (or preceded) by one of them; the model must answer at which
-    position it stood. By default a Transformer and a Mamba of equal size are trained one after the other on
-    the same data order. Each is a run of its own, whose folder runs/<id>/ receives configuration, metrics,
-    checkpoints and the learning curve; that of both is in runs/compare-<hash>/. The same command resumes
-    what was interrupted and reprints what is finished; with another --model it trains that model alone.
+    A model reads --seq-len symbols and a query, which is one of them. It must answer at which position that
+    symbol stands. By default a Transformer and a Mamba of equal size are trained, one after the other, on the
+    same data in the same order.
 
-    To start with, in ascending order of patience:
+    Each model is a run of its own. Its folder runs/<id>/ receives configuration, metrics, checkpoints and
+    the learning curve; runs/compare-<hash>/ shows all models together. The same command resumes an
+    interrupted run and shows a finished one again. With another --model it trains that model only.
+
+    Examples, the fastest first:
 
         python -m synthetic.run --seq-len 64 --model mamba mamba2 hybrid    which SSM retrieves better?
         python -m synthetic.run --model mamba --layout prefix               does knowing the query help?
@@ -71,116 +72,133 @@ class RunConfig:
     """
 
     seq_len: int = 1024
-    """Number of context symbols N. The goal of the run: held-out accuracy at this length."""
+    """Number of context symbols, N. The goal of a run is accuracy at this length."""
     model: Annotated[tuple[str, ...], MODELS] = ("transformer", "mamba")
-    """Architectures to train, one after the other; at the same step and length they see the same batch."""
+    """Architectures to train, one after the other. At the same step and length all see the same batch."""
     preset: str = "tiny"
-    """Model size: tiny (about 0.5 M), 14m, 31m, 70m (Transformer), 130m/160m, 150m, 370m/410m, 790m/1b, \
-1.4b, 2.8b; a name that a family lacks is answered with those that it has."""
+    """Model size: tiny (about 0.5 M parameters), 14m, 31m and 70m (Transformer only), 130m or 160m, 150m, \
+370m or 410m, 790m or 1b, 1.4b, 2.8b. A family that lacks a size lists those it has."""
     task: Annotated[str, TASK_NAMES] = "position"
     layout: Literal["suffix", "prefix", "instruction"] = "suffix"
-    """suffix: query last (task-agnostic). prefix: query first (task-aware). instruction: a generic task \
-token first, query last."""
-    num_symbols: int | None = None
-    """Number of different symbols V; default: as many as --seq-len for positions, else the task's paper's."""
-    min_seq_len: int | None = None
-    """Shortest context at full length: ngram and ngram-duplicate draw min-seq-len .. seq-len symbols, \
-position-varlen one more than it at least. Evaluation has --seq-len always. Default: --seq-len."""
-    query_size: int | None = None
-    """Symbols of an n-gram that are queried; default 2."""
-    answer_size: int | None = None
-    """Symbols of an n-gram that are the answer; default 3."""
-    blocks: int | None = None
-    """Blocks of ngram-duplicate; default 4."""
-    num_pairs: int | None = None
-    """Key-value pairs of mqar; default 8."""
-    num_tokens: int | None = None
-    """Symbols to be copied of selective-copy; default 16."""
-    position: Literal["learned", "rope", "none"] | None = None
-    """How attention learns about order (Transformer and hybrid). Default learned; the papers' is rope."""
+    """Where the query stands. suffix: after the context. prefix: before it. instruction: after it, and the \
+sequence begins with a generic task token."""
+    num_symbols: Annotated[
+        int | None, unset("INT", "--seq-len if answers are positions, else as in the task's paper")
+    ] = None
+    """Number of different symbols, V."""
+    min_seq_len: Annotated[int | None, unset("INT", "--seq-len")] = None
+    """Fewest context symbols in training of ngram and ngram-duplicate, fewest distractors of \
+position-varlen. Each batch draws a length up to --seq-len; evaluation always uses --seq-len."""
+    query_size: Annotated[int | None, unset("INT", "2")] = None
+    """Queried symbols of an n-gram."""
+    answer_size: Annotated[int | None, unset("INT", "3")] = None
+    """Symbols of an n-gram that are the answer."""
+    blocks: Annotated[int | None, unset("INT", "4")] = None
+    """Blocks of ngram-duplicate."""
+    num_pairs: Annotated[int | None, unset("INT", "8")] = None
+    """Key-value pairs of mqar."""
+    num_tokens: Annotated[int | None, unset("INT", "16")] = None
+    """Symbols that selective-copy copies."""
+    task_options: Annotated[TaskOptions, tyro.conf.arg(help_behavior_hint="(default: the task's)")] = field(
+        default_factory=dict, hash=False
+    )
+    """Other options of the task, such as power=1 random_fillers=false for mqar. A wrong name lists them."""
+    position: Annotated[
+        Literal["learned", "rope", "none"] | None,
+        unset("{learned,rope,none}", "learned; rope with --protocol paper"),
+    ] = None
+    """How attention learns the order of tokens (Transformer and hybrid)."""
     rotary_pct: float = 0.25
-    """Share of each head's dimensions that RoPE rotates (with --position rope)."""
-    init: str | None = None
-    """Published weights to start from instead of random ones: a folder, or a name on the Hugging Face hub \
-such as state-spaces/mamba-130m, with the one --model that it holds. Shape and positions are the \
-checkpoint's; the task's tokens are added to its vocabulary."""
-    layers: int | None = None
-    """Number of blocks; default: the preset's (tiny: Transformer 2, hybrid 3, Mamba and Mamba-2 4)."""
-    d_state: int | None = None
-    """State size per channel of Mamba and Mamba-2, 1 to 256; default: the preset's."""
+    """Share of each head's dimensions that RoPE rotates, 0 to 1 (with --position rope)."""
+    init: Annotated[str | None, unset("STR", "random weights")] = None
+    """Start from published weights: a folder, or a name on the Hugging Face hub such as \
+state-spaces/mamba-130m, with the one --model that it holds. Shape and positions are the checkpoint's; the \
+task's tokens are added to its vocabulary."""
+    layers: Annotated[
+        int | None, unset("INT", "the preset's; tiny: Transformer 2, hybrid 3, Mamba and Mamba-2 4")
+    ] = None
+    """Number of blocks."""
+    d_state: Annotated[int | None, unset("INT", "the preset's")] = None
+    """State size per channel of Mamba and Mamba-2, 1 to 256."""
     protocol: Literal["default", "paper"] = "default"
-    """paper: one query per sequence, fixed length, small learning rate, the papers' loss and budget; hours \
-on a CPU teach little that way. default: dense queries, a length curriculum and larger steps."""
-    queries: int | None = None
-    """Queries per training sequence K (dense supervision); evaluation always uses one (mqar and \
-selective-copy: all). Default 64 or as many as the task allows, for position-varlen at most a quarter of the \
-symbols."""
-    curriculum: int | None = None
-    """Context length at which training starts; doubled whenever training accuracy passes 0.95. 0 trains at \
---seq-len only. Default 2."""
-    lr: float | None = None
-    """Peak learning rate. Default: 2e-3, less for wider models (with --init 1e-4 at width 768); \
-adafactor 1e-2 (with --init 1e-3)."""
-    steps: int | None = None
-    """Optimiser steps at most. Default 3000."""
-    budget: int | None = None
-    """Training sequences at most, instead of --steps (the papers count this way)."""
-    stop_at: float | None = None
-    """Stop as soon as this accuracy at --seq-len is reached on validation sequences, and at once again on \
-as many others as the final evaluation has; 1.01 never stops early. Default 0.98, the papers' 0.95."""
+    """default: many queries per sequence, a length curriculum, large steps. paper: one query per sequence, \
+fixed length, and the papers' loss, learning rate and budget; too slow for a CPU."""
+    queries: Annotated[int | None, unset("INT", "64, or as many as the task allows")] = None
+    """Queries per training sequence, K. Evaluation always uses one (mqar and selective-copy: all). \
+position-varlen's default is at most a quarter of its symbols."""
+    curriculum: Annotated[int | None, unset("INT", "2, or the shortest that the task allows")] = None
+    """Context length at the start of training; it doubles whenever training accuracy passes 0.95. 0: always \
+--seq-len."""
+    lr: Annotated[
+        float | None, unset("FLOAT", "2e-3 at width 128, falling with the square root of width")
+    ] = None
+    """Peak learning rate. Other defaults: 1e-4 at width 768 with --init; 1e-2 with adafactor, 1e-3 with \
+both; 5e-5 with --protocol paper."""
+    steps: Annotated[int | None, unset("INT", "3000")] = None
+    """Optimiser steps at most."""
+    budget: Annotated[int | None, unset("INT", "none; 20 million with --protocol paper")] = None
+    """Training sequences at most, instead of --steps."""
+    stop_at: Annotated[float | None, unset("FLOAT", "0.98; 0.95 with --protocol paper")] = None
+    """Accuracy on validation sequences of length --seq-len at which training stops. A second, larger set \
+must confirm it. 1.01: never stop early."""
     batch_tokens: int = 2048
-    """Tokens per batch; the number of sequences follows from their length, but is never less than 8."""
+    """Tokens per batch. The number of sequences follows from their length, but is never less than 8."""
     weight_decay: float = 0.0
-    """AdamW weight decay of the matrices (never of norms, biases, embeddings or SSM parameters)."""
-    warmup: int | None = None
-    """Steps over which the learning rate rises to its peak. Default 50, the papers' a tenth of all steps \
-(n-grams: a twentieth)."""
+    """AdamW's weight decay of matrices; norms, biases, embeddings and SSM parameters have none."""
+    warmup: Annotated[
+        int | None, unset("INT", "50; --protocol paper: a tenth of all steps, n-grams a twentieth")
+    ] = None
+    """Steps in which the learning rate rises to its peak."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """Course of the learning rate after the warm-up, over the whole budget."""
+    """Course of the learning rate after the warm-up, until --steps or --budget."""
     grad_clip: float = 1.0
-    """Largest norm of the gradient; 0 = no clipping."""
-    eval_every: int | None = None
-    """Steps between evaluations. Default 100, the papers' a hundredth of all steps (n-grams: a \
-thousandth)."""
+    """Largest norm of the gradient. 0: no clipping."""
+    eval_every: Annotated[
+        int | None, unset("INT", "100; --protocol paper: a hundredth of all steps, n-grams a thousandth")
+    ] = None
+    """Steps between evaluations."""
     eval_examples: int = 128
-    """Validation sequences per evaluation in training; none is trained on or reported at the end."""
+    """Validation sequences per evaluation during training."""
     final_eval_examples: int = 1024
-    """Held-out sequences of the last evaluation, which is also reported by position. Nothing is chosen by \
-them."""
+    """Held-out sequences of the final evaluation, which is also reported by position."""
     seed: int = 0
-    """Fixes initial weights and data. Validation and held-out sequences are the same for every seed."""
+    """Of initial weights and training data. Validation and held-out sequences are the same for all seeds."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """auto takes a CUDA GPU if there is one."""
+    """auto: a CUDA GPU if there is one, else the CPU."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """bfloat16 = autocast with float32 weights; auto takes it where the hardware multiplies it natively."""
+    """bfloat16: autocast, with float32 weights. auto: bfloat16 where the hardware multiplies it natively."""
     optimizer: Literal["adamw", "adamw-8bit", "adafactor"] = "adamw"
-    """State per parameter: adamw 8 bytes, adamw-8bit 2 (needs bitsandbytes), adafactor almost none; its \
-steps are relative to the weights, so its --lr is another."""
+    """State per parameter: adamw 8 bytes, adamw-8bit 2 (needs bitsandbytes), adafactor almost none. \
+adafactor's --lr is relative to the size of the weights."""
     accumulate: int = 1
-    """Parts of a batch that are computed one after the other: same gradient, less memory."""
+    """Compute a batch in this many parts, one after the other: same gradient, less memory."""
     checkpointing: bool = False
     """Keep only the inputs of blocks for the backward pass: less memory, about a third more time."""
     lora: int = 0
-    """Rank of low-rank adapters that are trained, with the embedding, instead of all weights (needs peft)."""
+    """Rank of low-rank adapters, which are trained with the embedding instead of all weights (needs peft). \
+0: train all weights."""
     plan: bool = False
-    """Print the memory that the run needs and the smallest machine that has it, and train nothing."""
+    """Print the memory that the run needs and the smallest machine that has it; train nothing."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
-    """What several processes (torchrun, accelerate launch) share: ddp the batch, fsdp also weights and \
-optimizer state. auto: what accelerate's configuration says, else ddp. Not part of the run's identity."""
+    """What several processes (torchrun, accelerate launch) split: ddp the batch; fsdp also weights and \
+optimizer state. auto: as accelerate is configured, else ddp."""
     threads: int = 0
-    """CPU threads; 0 = torch's default. Recorded, but not part of the run's identity."""
+    """CPU threads. 0: PyTorch's default."""
     imports: Imports = ()
-    """A Python module of yours that registers models or tasks (docs/extending.md), here or on PYTHONPATH; \
-may be given several times."""
+    """A Python module of yours that registers models or tasks (docs/extending.md), in this folder or on \
+PYTHONPATH. May be given several times."""
     out: str = "runs"
-    """Folder that receives <id>/ for every model."""
+    """Folder that receives <id>/ of every run."""
 
     def __post_init__(self) -> None:
         if isinstance(self.model, str):  # RunConfig(model="mamba")
             object.__setattr__(self, "model", (self.model,))
+        if isinstance(self.task_options, Mapping):
+            plain = {n: v.item() if isinstance(v, np.generic) else v for n, v in self.task_options.items()}
+            object.__setattr__(self, "task_options", plain)
 
     def of(self, family: str) -> RunConfig:
-        """The options of one of the models: without those that it lacks."""
+        """The configuration for one of the models: without options that it lacks."""
         check_names(self)
         architecture = ARCHITECTURES.find(family)
         lacking = [] if architecture.has("d_state") else ["d_state"]
@@ -190,9 +208,18 @@ may be given several times."""
 
 
 def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
-    """Settle every open value for one family. Raises UserError with one line for impossible wishes.
+    """Settle every open value for one model.
 
-    elsewhere: the run is for another machine, so the device it names need not be here.
+    Args:
+        config: what the user asks for.
+        family: the architecture, one of `config.model`.
+        elsewhere: the run is for another machine, so its device need not be here.
+
+    Returns:
+        The plan; its hash names the run.
+
+    Raises:
+        UserError: with one line, for values that are impossible or contradict each other.
     """
     from synthetic import pretrained, tasks
 
@@ -200,7 +227,7 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
     paper = config.protocol == "paper"
     recipe = TASKS[config.task].paper if paper else None
     check_values(config, paper, recipe.schedule if recipe else "")
-    options = _task_options(config)
+    options = chosen(config)
     start = None
     if config.init is not None:
         start = pretrained.find(config, config.init, family)
@@ -238,7 +265,7 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
         model=name,
         model_overrides=overrides,
         task=config.task,
-        task_options=_settled(task, options),
+        task_options=settled_options(task, config),
         seq_len=config.seq_len,
         queries=queries,
         curriculum=0 if paper else min(curriculum, config.seq_len),
@@ -269,7 +296,11 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
 
 
 def check_names(config: RunConfig) -> None:
-    """Import the user's modules. Raises UserError for models and tasks that neither we nor they have."""
+    """Import the user's modules and check that the models and the task exist.
+
+    Raises:
+        UserError: for a name that neither the toolkit nor the user's modules have.
+    """
     registry.use(config.imports)
     asked: list[tuple[str, Registry[Any], tuple[str, ...]]] = [
         ("model", ARCHITECTURES, config.model),
@@ -336,42 +367,11 @@ def first_length(task: Task) -> int:
     return task.seq_len
 
 
-def _task_options(config: RunConfig) -> dict[str, Any]:
-    """What the user chose of the task's options. Raises UserError for an option that the task lacks."""
-    from synthetic import tasks
-
-    known, course = tasks.options(config.task), TASKS[config.task].paper
-    paper = config.protocol == "paper"
-    having = [name for name, task in TASKS.items() if task.paper]
-    check(
-        not paper or course is not None,
-        f"--protocol paper is for {', '.join(having)}; leave it out for --task {config.task}",
-    )
-    options: dict[str, Any] = {}
-    for name in TASK_OPTIONS:
-        value, default = getattr(config, name), getattr(RunConfig, name)
-        check(
-            name in known or value == default,
-            f"--{name.replace('_', '-')} {value} is no option of --task {config.task}; leave it out",
-        )
-        if name in known and value is not None:
-            options[name] = value
-    return options | dict.fromkeys(course.switches if course else (), paper)
-
-
-def _settled(task: Task, chosen: dict[str, Any]) -> dict[str, Any]:
-    """All options of the task that a run can choose: whoever asks for the default gets the same run."""
-    names = [name for name in (*TASK_OPTIONS, *chosen) if hasattr(task, name)]
-    options = {name: getattr(task, name) for name in names}
-    if "min_seq_len" in options and task.lengths()[0] == task.seq_len:
-        options["min_seq_len"] = None  # no other length is drawn
-    return options
-
-
 def resolve_device(device: str, elsewhere: bool = False) -> str:
-    """auto -> cuda or cpu (Apple's mps has no fast scan, so it must be asked for).
+    """auto -> cuda if there is one, else cpu (mps has no fast scan, so it must be asked for).
 
-    Raises UserError if the device asked for is not there, unless it is meant for another machine.
+    Raises:
+        UserError: if the device is not here, unless the run is for another machine.
     """
     import torch
 
@@ -383,9 +383,9 @@ def resolve_device(device: str, elsewhere: bool = False) -> str:
 
 
 def resolve_precision(precision: str, device: str) -> str:
-    """auto -> bfloat16 where matrix products in it are native, else float32.
+    """auto -> bfloat16 where the hardware multiplies it natively, else float32.
 
-    A GPU that cannot be asked, because it is in another machine, is taken for one that has it.
+    A GPU of another machine cannot be asked; it is taken to have bfloat16.
     """
     import torch
 

@@ -9,9 +9,9 @@
             validation_seeds=(100,),
         )
 
-A learning rate of the candidates is chosen once per task, family and size (and position scheme and depth, if
-a sweep has several) from runs with the validation seeds, which must not be among the seeds that are reported.
-"""
+The learning rate is chosen among the candidates once per task, family and size (and position scheme and
+depth, if a sweep has several). Runs with the validation seeds decide; these seeds must not be among those
+reported."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ import numpy as np
 
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.training.store import Row
+from synthetic import options
 from synthetic.config import RunConfig, check, check_names
 
 NOT_SWEPT = ("out", "threads", "plan")  # a sweep has one of each, and trains
@@ -35,17 +36,22 @@ NOT_SWEPT = ("out", "threads", "plan")  # a sweep has one of each, and trains
 
 @dataclass(frozen=True)
 class Sweep:
-    """Runs, each of one model, and how their learning rates are found.
+    """Runs of one model each, and how their learning rates are found.
 
-    runs: configurations with different settings; repeated ones are run once.
-    learning_rates: candidates; empty: every run has its own `lr`, or the default.
-    validation_seeds: of the runs that choose among them.
-    tune: makes the configuration in which candidates are compared from a group's first run; by default it is
-        that run. It may be cheaper than what it is for, but a rate that is best for short contexts can fail
-        at long ones.
-    out: folder of runs and results; default: runs/<name of the file, or of its folder if that is config.py>.
-    slurm: parameters of submitit's AutoExecutor for --executor slurm, such as slurm_partition, timeout_min.
-    Raises UserError, in one line, for impossible combinations.
+    Attributes:
+        runs: configurations with different settings; repeated ones run once.
+        learning_rates: candidates; if empty, every run has its own `lr`, or the default.
+        validation_seeds: seeds of the runs that choose among the candidates.
+        tune: makes, from a group's first run, the configuration in which candidates are compared; by default
+            that run itself. It may be cheaper, but a rate that is best for short contexts can fail at long
+            ones.
+        out: folder of runs and results; default: `runs/<name>`, by the file's name, or its folder's if the
+            file is called config.py.
+        slurm: parameters of submitit's AutoExecutor for `--executor slurm`, such as slurm_partition,
+            timeout_min.
+
+    Raises:
+        UserError: in one line, for impossible combinations.
     """
 
     runs: Sequence[RunConfig]
@@ -78,8 +84,11 @@ class Sweep:
 def grid(base: RunConfig | None = None, **axes: Any) -> list[RunConfig]:
     """`base` with every combination of the axes, the last one fastest; a single value is an axis of one.
 
-    grid(model=("mamba", "mamba2"), seed=range(3)) are six runs. Raises UserError for options or values that
-    `RunConfig` does not have.
+        grid(model=("mamba", "mamba2"), seed=range(3))  # six runs
+        grid(task="mqar", task_options=[{"power": 0.01}, {"power": 1.0}])  # two
+
+    Raises:
+        UserError: for options or values that `RunConfig` or the task does not have.
     """
     _known(axes)
     values = [list(v) if _several(v) else [v] for v in axes.values()]
@@ -96,7 +105,7 @@ def grid(base: RunConfig | None = None, **axes: Any) -> list[RunConfig]:
 
 
 def _several(value: Any) -> bool:
-    return isinstance(value, Iterable) and not isinstance(value, str)
+    return isinstance(value, Iterable) and not isinstance(value, (str, Mapping))
 
 
 def _known(options: Mapping[str, Any]) -> None:
@@ -106,8 +115,10 @@ def _known(options: Mapping[str, Any]) -> None:
 
 
 def _check_values(run: RunConfig) -> None:
-    """The command line checks these by itself; a Python file has nobody else to do it."""
-    for name, kind in typing.get_type_hints(RunConfig).items():
+    """Check types and choices, as the command line does; nothing else checks them in a Python file."""
+    kinds = typing.get_type_hints(RunConfig)
+    del kinds["task_options"]  # which `options.own` checks
+    for name, kind in kinds.items():
         value = getattr(run, name)
         choices, types = _allowed(kind)
         for one in value if isinstance(value, tuple) else (value,):
@@ -121,10 +132,11 @@ def _check_values(run: RunConfig) -> None:
                 ),
             )
     check_names(run)
+    options.own(run)
 
 
 def _allowed(kind: Any) -> tuple[tuple[Any, ...], tuple[type, ...]]:
-    """The values of the Literals in a type, None if it is in it, and its plain types; int counts as float."""
+    """Choices (of Literals, and None) and plain types in a type hint; int counts as float."""
     if typing.get_origin(kind) is typing.Literal:
         return typing.get_args(kind), ()
     if kind is type(None):
@@ -136,7 +148,11 @@ def _allowed(kind: Any) -> tuple[tuple[Any, ...], tuple[type, ...]]:
 
 
 def load(file: Path) -> Sweep:
-    """The Sweep of a Python file. Raises UserError, in one line, if there is none."""
+    """The Sweep of a Python file.
+
+    Raises:
+        UserError: in one line, if the file has none or raises an error itself.
+    """
     check(file.is_file(), f"FILE {file} does not exist; give a Python file with a get_config()")
     spec = importlib.util.spec_from_file_location("sweep_config", file)
     check(
@@ -157,7 +173,7 @@ def load(file: Path) -> Sweep:
 
 
 def default_out(file: Path) -> str:
-    """runs/<name>: the file's name, or its folder's if the file is called config.py."""
+    """`runs/<name>`: the file's name, or its folder's if the file is called config.py."""
     stem = file.resolve().parent.name if file.stem == "config" else file.stem
     return f"runs/{stem}"
 
@@ -166,12 +182,16 @@ Group = tuple[str, str, str, str | None, int | None]
 
 
 def group(run: RunConfig) -> Group:
-    """Runs that share a learning rate: task, family, size (or the checkpoint), position scheme, depth."""
+    """What runs with one learning rate share: task, family, size or checkpoint, positions, depth."""
     return run.task, run.model[0], run.init or run.preset, run.position, run.layers
 
 
 def validation_runs(sweep: Sweep) -> dict[Group, dict[float, list[RunConfig]]]:
-    """For every group the runs that decide on each candidate, one per validation seed."""
+    """For every group, the runs that decide on each candidate, one per validation seed.
+
+    Raises:
+        UserError: if `tune` fails or returns no RunConfig.
+    """
     first: dict[Group, RunConfig] = {}
     for run in sweep.runs:
         first.setdefault(group(run), run)
@@ -192,11 +212,18 @@ def validation_runs(sweep: Sweep) -> dict[Group, dict[float, list[RunConfig]]]:
 
 
 def score(rows: Sequence[Row], total: int, by: str = "step") -> float:
-    """Mean held-out accuracy over the whole budget of one run: it rewards learning fast and learning far.
+    """Mean validation accuracy over a run's whole budget: it rewards learning fast and learning far.
 
-    rows: the run's evaluations at its full length, in order (columns `by` and accuracy). total: its whole
-    budget in the same unit, "step" or "examples". The accuracy between two evaluations counts as the earlier
-    one's, that before the first as 0, and that after an early stop as the last one's.
+    The accuracy between two evaluations counts as the earlier one's: 0 before the first, and the last one's
+    after an early stop.
+
+    Args:
+        rows: the run's evaluations at its full length, in order, with the columns `by` and accuracy.
+        total: the whole budget, in the unit of `by`.
+        by: "step" or "examples".
+
+    Returns:
+        A number from 0 to 1.
     """
     at = np.minimum([0, *(row[by] for row in rows), total], total)
     accuracy = np.array([0.0, *(row["accuracy"] for row in rows)])
@@ -204,5 +231,5 @@ def score(rows: Sequence[Row], total: int, by: str = "step") -> float:
 
 
 def choose(scores: Mapping[float, Sequence[float]]) -> float:
-    """The candidate of the highest mean score; of equal ones the smallest."""
+    """The candidate with the highest mean score; the smallest of equal ones."""
     return min(scores, key=lambda lr: (-float(np.mean(scores[lr])), lr))

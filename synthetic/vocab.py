@@ -1,16 +1,16 @@
 """Token strings and their integer ids, in the order of the original code (gpantaz/retrievit).
 
-| id             | token                  | meaning                                                |
-|----------------|------------------------|--------------------------------------------------------|
-| 0              | <pad>                  | padding                                                |
-| 1              | <bos>                  | starts the context; ends a sequence: no separate token |
-| 2              | <query>                | stands before a queried symbol                         |
-| 3 .. 3+V-1     | <s0> .. <s{V-1}>       | symbols, the things retrieved                          |
-| 3+V .. 3+V+P-1 | <p0> .. <p{P-1}>       | positions, the answers                                 |
-| 3+V+P          | <task>                 | generic instruction; last, so that no id above moves   |
-| 4+V+P ..       | extra                  | further markers, of the tasks that have any            |
+| id             | token                | meaning                                              |
+|----------------|----------------------|------------------------------------------------------|
+| 0              | `<pad>`              | padding                                              |
+| 1              | `<bos>`              | starts the context; also ends a sequence             |
+| 2              | `<query>`            | stands before a queried symbol                       |
+| 3 .. 3+V-1     | `<s0>` .. `<s{V-1}>` | symbols, which are retrieved                         |
+| 3+V .. 3+V+P-1 | `<p0>` .. `<p{P-1}>` | positions, the answers                               |
+| 3+V+P          | `<task>`             | generic instruction; last, so that no id above moves |
+| 4+V+P ..       | extra                | further markers, of the tasks that have any          |
 
-All of them are higher by `first_id` if the tokens are added to the vocabulary of a trained model.
+All ids are higher by `first_id` if the tokens are added to the vocabulary of a trained model.
 """
 
 from __future__ import annotations
@@ -33,10 +33,16 @@ SPECIAL = (PAD, BOS, QUERY)
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """`num_symbols` (V) symbols, `num_positions` (P, may be 0) position tokens, `extra` marker strings.
+    """Special tokens, symbols, position tokens and extra markers.
 
-    first_id: the id of the first token; lower ones belong to others.
-    Raises UserError if num_symbols < 1, or num_positions or first_id < 0.
+    Attributes:
+        num_symbols: V.
+        num_positions: P; may be 0.
+        extra: further marker strings.
+        first_id: the id of the first token; lower ids belong to other tokens.
+
+    Raises:
+        UserError: if num_symbols < 1, or num_positions or first_id < 0.
     """
 
     num_symbols: int
@@ -54,26 +60,32 @@ class Vocabulary:
 
     @property
     def pad(self) -> int:
+        """Id of `<pad>`."""
         return self.first_id + SPECIAL.index(PAD)
 
     @property
     def bos(self) -> int:
+        """Id of `<bos>`."""
         return self.first_id + SPECIAL.index(BOS)
 
     @property
     def query(self) -> int:
+        """Id of `<query>`."""
         return self.first_id + SPECIAL.index(QUERY)
 
     @property
     def first_symbol(self) -> int:
+        """Id of `<s0>`."""
         return self.first_id + len(SPECIAL)
 
     @property
     def first_position(self) -> int:
+        """Id of `<p0>`, if there are positions."""
         return self.first_symbol + self.num_symbols
 
     @property
     def task(self) -> int:
+        """Id of `<task>`."""
         return self.first_position + self.num_positions
 
     def __len__(self) -> int:
@@ -85,7 +97,7 @@ class Vocabulary:
 
     @cached_property
     def tokens(self) -> tuple[str, ...]:
-        """All token strings; the index is the id less `first_id`."""
+        """All token strings; the index is the id minus `first_id`."""
         symbols = (f"<s{i}>" for i in range(self.num_symbols))
         positions = (f"<p{k}>" for k in range(self.num_positions))
         return (*SPECIAL, *symbols, *positions, TASK, *self.extra)
@@ -96,9 +108,10 @@ class Vocabulary:
         return {token: i for i, token in enumerate(self.tokens, self.first_id)}
 
     def encode(self, tokens: Iterable[str] | str) -> list[int]:
-        """Ids of `tokens`, given as strings or as one string with blanks between them.
+        """Ids of `tokens`, given as strings or as one string with spaces between them.
 
-        Raises UserError for a token that is not in the vocabulary.
+        Raises:
+            UserError: for a token that is not in the vocabulary.
         """
         tokens = tokens.split() if isinstance(tokens, str) else list(tokens)
         for token in tokens:
@@ -110,10 +123,10 @@ class Vocabulary:
         return [self.ids[token] for token in tokens]
 
     def decode(self, ids: Iterable[int]) -> list[str]:
-        """Token strings of `ids` (ints, or a 1-D array or tensor of them).
+        """Token strings of `ids` (integers, or a 1-D array or tensor of them).
 
-        Ids outside the vocabulary give `<UNK>`: a model whose table was padded to a round number
-        of rows can predict them.
+        Ids outside the vocabulary give `<UNK>`: a model whose table was padded to a round number of rows can
+        predict them.
         """
         places = (int(i) - self.first_id for i in ids)
         return [self.tokens[place] if 0 <= place < len(self) else UNKNOWN for place in places]

@@ -66,6 +66,10 @@ class Run:
             if field.name == "imports":
                 words += [word for module in value for word in ("--import", shlex.quote(module))]
                 continue
+            if field.name == "task_options":
+                own = self.asked.get(field.name, {}).items()
+                words += ["--task-options", *(shlex.quote(f"{name}={v}") for name, v in own)] if own else []
+                continue
             usual = list(field.default) if isinstance(field.default, tuple) else field.default
             if value != usual and value != field.default and field.name not in UNASKED:
                 given = value if isinstance(value, (list, tuple)) else [] if value is True else [value]

@@ -1,9 +1,9 @@
 """The tasks by name: `build("position", seq_len=1024, num_symbols=1024, layout="suffix")`.
 
-A task is one file with one frozen dataclass derived from `Task`, which says all about itself: name, options
-and their defaults, a line for the help page, its paper's schedule. A line in `TASKS` makes it known to the
-trainer, the command line and the tests that run over every task; `register` does so for a user's own
-(docs/extending.md).
+A task is one file with one frozen dataclass derived from `Task`, which says everything about itself: name,
+options and their defaults, a line for the help page, its paper's schedule. A line in `TASKS` makes it known
+to the trainer, the command line and the tests that run over every task. `register` does so for a user's own
+task (docs/extending.md).
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ TASKS: Registry[type[Task]] = Registry(
 
 
 def register(task: Kind) -> Kind:
-    """Make a user's task known, as a decorator of its class does: `@tasks.register`.
+    """Make a user's task known, as a decorator of its class: `@tasks.register`.
 
-    Registering a name again replaces it, as a cell of a notebook does that is run again.
+    Registering a name again replaces the task, so a notebook's cell can be run again.
 
     Raises:
-        UserError: if the class says no name, version or help, or has the name of one of the toolkit's.
+        UserError: if the class has no name, version or help, or has the name of one of the toolkit's tasks.
     """
     if not (isinstance(task, type) and issubclass(task, Task)):
         raise UserError(f"{task!r} is no class derived from synthetic.tasks.Task; derive one")
@@ -58,15 +58,20 @@ def names() -> list[str]:
 
 
 def options(name: str) -> list[str]:
-    """Names of the options of task `name`. Raises UserError if there is no such task."""
+    """Names of the options of task `name`.
+
+    Raises:
+        UserError: if there is no such task.
+    """
     return [field.name for field in fields(TASKS.find(name))]
 
 
 def build(name: str, **chosen: Any) -> Task:
     """The task `name` with the options `chosen`.
 
-    Raises UserError, in one line, for unknown names and options (listing the valid ones), for a
-    missing option and for values that the task rejects.
+    Raises:
+        UserError: for an unknown task or option (the error lists the valid ones), a missing option, and
+            values that the task rejects.
     """
     known = options(name)
     for option in chosen:

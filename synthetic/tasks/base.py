@@ -23,18 +23,19 @@ ROW_BLOCK = 16
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Token sequences of one layout and length; no padding, so no mask. Tensors are int64.
+    """Token sequences of one layout and length, so without padding or mask; tensors are int64.
 
-    input_ids: (B, T).
-    labels: (B, A) ids; the logits at sequence index answer_at[j] are scored against labels[:, j].
-    answer_at: (A,) indices into the T axis, or (B, A) where they differ from row to row.
-    target_index: (B, K) 0-based place of each query in x1..xN. The first K * answer_tokens labels are the
-        answers to the queries in order; labels beyond them (supervise_bos) train but are no retrieval.
-    length: N, the number of context symbols.
-    chance: accuracy of a guess that knows the possible answers and nothing else.
-    answer_tokens: r, tokens an answer consists of; it is right only if all of them are.
-    alternatives: (B, M, r) the M answers that are equally right, in order of their place in the context,
-        where a query has several; the labels are then one of them.
+    Attributes:
+        input_ids: [B, T] token ids.
+        labels: [B, A] token ids; the logits at sequence index answer_at[j] are scored against labels[:, j].
+        answer_at: [A] indices into the T axis, or [B, A] where they differ from row to row.
+        target_index: [B, K] 0-based place of each query in x1..xN. The first K * answer_tokens labels are the
+            answers to the queries, in order; further labels (supervise_bos) are trained but are no retrieval.
+        length: N, the number of context symbols.
+        chance: accuracy of a guess that knows the possible answers and nothing else.
+        answer_tokens: r, tokens per answer; an answer is right only if all of them are.
+        alternatives: [B, M, r] the M answers that are equally right, in the order of their place in the
+            context, if a query has several; the labels are then one of them.
     """
 
     input_ids: torch.Tensor
@@ -59,7 +60,21 @@ class Batch:
         answer_tokens: int = 1,
         alternatives: IntArray | None = None,
     ) -> Batch:
-        """A batch that shares the memory of int64 arrays with the shapes above."""
+        """A batch that shares the memory of int64 arrays.
+
+        Args:
+            input_ids: [B, T].
+            labels: [B, A].
+            answer_at: [A] or [B, A].
+            target_index: [B, K].
+            length: N.
+            chance: accuracy of a guess.
+            answer_tokens: r.
+            alternatives: [B, M, r].
+
+        Returns:
+            The batch; its attributes say what the arguments mean.
+        """
         import torch
 
         return cls(
@@ -79,7 +94,7 @@ class Batch:
         return self.target_index.shape[1] * self.answer_tokens
 
     def right(self, predicted: torch.Tensor) -> torch.Tensor:
-        """(B, K) bool: which answers are right, all their tokens, given (B, retrieved or more) ids."""
+        """[B, K] bool: which answers are right in all their tokens, given ids [B, retrieved or more]."""
         equal = predicted[:, : self.retrieved] == self.labels[:, : self.retrieved]
         return equal.unflatten(1, (-1, self.answer_tokens)).all(-1)
 
@@ -89,7 +104,7 @@ class Batch:
         return replace(self, **moved)
 
     def split(self, parts: int) -> list[Batch]:
-        """The rows in `parts` nearly equal shares, in order; the last are empty if there are too few."""
+        """The rows in `parts` nearly equal shares, in order; the last are empty if rows are too few."""
         shared = ("answer_at",) if self.answer_at.dim() == 1 else ()
         pieces: dict[str, Any] = {
             n: t.tensor_split(parts) for n, t in self._tensors().items() if n not in shared
@@ -105,9 +120,11 @@ class Batch:
 class Course:
     """How a task's paper trains, for `--protocol paper`.
 
-    schedule: of the learning rate; warmup, evaluations: of all steps a share of 1 / warmup is warm-up, and an
-    evaluation follows every 1 / evaluations of them. switches: options of the task that are True in it, and
-    False in every other run.
+    Attributes:
+        schedule: of the learning rate.
+        warmup: the warm-up takes 1 / warmup of all steps.
+        evaluations: how many evaluations a run has, at equal distances.
+        switches: options of the task that are True with this protocol and False by default.
     """
 
     schedule: str
@@ -118,15 +135,17 @@ class Course:
 
 @dataclass(frozen=True, kw_only=True)
 class Task(ABC):
-    """A generator of labelled token sequences: all options are fields, all randomness arguments.
+    """A generator of labelled token sequences: all options are fields, all randomness is an argument.
 
-    A subclass says how to draw contexts and targets (`draw`), how to lay them out (`assemble`), and
-    sets
+    A subclass says how to draw contexts and targets (`draw`) and how to lay them out (`assemble`).
 
-        name      registry key: what `--task` and folders call it
-        version   raised whenever the same arguments would give other batches; part of a run's identity
-        help      what `--help` says of it, half a line
-        paper     how its paper trains; None: `--protocol paper` is refused
+    Attributes:
+        name: registry key, used by `--task` and in the names of runs.
+        version: raise it whenever the same arguments would give other batches; part of a run's identity.
+        help: half a line for `--help`.
+        paper: how its paper trains; None means that `--protocol paper` is refused.
+        seq_len: N, the longest context.
+        first_id: id of the vocabulary's first token; lower ids of a model's table belong to other tokens.
     """
 
     name: ClassVar[str]
@@ -143,16 +162,15 @@ class Task(ABC):
         """Token strings and ids."""
 
     def lengths(self) -> tuple[int, int]:
-        """Shortest and longest context that `batch` draws when it is given no `length`."""
+        """Shortest and longest context that `batch` draws if it is given no `length`."""
         return self.seq_len, self.seq_len
 
     def max_queries(self, length: int | None = None) -> int:
-        """The most queries a context of `length` allows (None: whatever length `batch` draws)."""
+        """The most queries that a context of `length` allows; None: of any length that `batch` draws."""
         return 1
 
     def usual_queries(self, length: int | None = None) -> int:
-        """Queries a sequence has unless told otherwise, and always in evaluation: one, or as many as the
-        task's definition says."""
+        """Queries per sequence by default, and always in evaluation: one, or as many as the task defines."""
         return 1
 
     def dense_queries(self) -> int:
@@ -161,21 +179,31 @@ class Task(ABC):
 
     @abstractmethod
     def max_length(self, queries: int = 1) -> int:
-        """The most tokens T of a batch with up to `queries` queries: size of a position table."""
+        """The most tokens T of a batch with up to `queries` queries: the size of a position table."""
 
     @abstractmethod
     def draw(
         self, rng: np.random.Generator, rows: int, length: int, queries: int
     ) -> tuple[IntArray, IntArray]:
-        """`rows` independent contexts (rows, length) of 0-based symbols, targets (rows, queries)."""
+        """Independent contexts and targets, of any split.
+
+        Args:
+            rng: source of all randomness.
+            rows: B.
+            length: N.
+            queries: K.
+
+        Returns:
+            Contexts [B, N] of 0-based symbols and targets [B, K], int64.
+        """
 
     @abstractmethod
     def assemble(self, context: IntArray, target: IntArray) -> Batch:
-        """The batch for given contexts (B, N) of 0-based symbols and targets (B, K)."""
+        """The batch of given contexts [B, N] of 0-based symbols and targets [B, K]."""
 
     @abstractmethod
     def log_contexts(self, length: int) -> float:
-        """log of the number of different contexts, or of a lower bound."""
+        """Natural logarithm of the number of different contexts, or of a lower bound."""
 
     @property
     def shortest(self) -> int:
@@ -193,7 +221,11 @@ class Task(ABC):
         self.check(length, self.usual_queries(length))
 
     def check(self, length: int, queries: int) -> None:
-        """Raise UserError unless batches of this length with this many queries can be made."""
+        """Check that batches of this length with this many queries can be made.
+
+        Raises:
+            UserError: if they cannot.
+        """
         num_symbols = self.vocabulary.num_symbols
         if not self.shortest <= length <= self.seq_len:
             raise UserError(f"length {length} must be in {self.shortest} .. seq_len {self.seq_len}")
@@ -221,13 +253,23 @@ class Task(ABC):
     ) -> Batch:
         """Batch number `index` of the stream (seed, split).
 
-        A pure function of the task's options and these arguments: no global random state is read or
-        moved, any process can make any batch, and a resumed run continues at its next index.
-        Contexts of the splits "train", "validation" and "heldout" are disjoint (`sampling.split_of`).
+        A pure function of the task's options and these arguments: no global random state is read or changed,
+        any process can make any batch, and a resumed run continues with its next index. Contexts of the
+        splits "train", "validation" and "heldout" are disjoint (`sampling.split_of`).
 
-        queries: K, number of queries a row, drawn without replacement; None: `usual_queries`.
-        length: number of context symbols, up to seq_len (for a curriculum); None: the task's own.
-        Raises UserError, in one line, for arguments that cannot be met.
+        Args:
+            batch_size: B, number of rows.
+            seed: of the stream.
+            index: number of the batch in the stream.
+            split: "train", "validation" or "heldout".
+            queries: K, queries per row, drawn without replacement; None: `usual_queries`.
+            length: context symbols, at most seq_len (for a curriculum); None: the task's own.
+
+        Returns:
+            The batch.
+
+        Raises:
+            UserError: for arguments that the task cannot meet.
         """
         if batch_size < 1:
             raise UserError(f"batch_size {batch_size} must be at least 1")
@@ -249,11 +291,26 @@ class Task(ABC):
         start: int = 0,
         batch_size: int = 256,
     ) -> Iterator[Batch]:
-        """Rows start .. start + count - 1 of the stream (seed, split), in batches of `batch_size` at most.
+        """Rows start .. start + count - 1 of the stream (seed, split).
 
-        Row i is a function of the task's options, seed, split, length, queries and i: sets of different
-        sizes are nested, whatever the sizes of their batches, and sets that share no row number are
-        independent draws. Other arguments and errors as in `batch`.
+        Row i is a function of the task's options, seed, split, length, queries and i. So sets of different
+        sizes are nested, whatever their batch sizes, and sets without a common row number are independent
+        draws.
+
+        Args:
+            count: number of rows.
+            seed: of the stream.
+            split: "train", "validation" or "heldout".
+            length: context symbols.
+            queries: K, queries per row; None: `usual_queries`.
+            start: number of the first row.
+            batch_size: the most rows per batch.
+
+        Yields:
+            Batches of up to `batch_size` rows, in order.
+
+        Raises:
+            UserError: for arguments that the task cannot meet.
         """
         for name, value, least in (("count", count, 1), ("batch_size", batch_size, 1), ("start", start, 0)):
             if value < least:
@@ -280,7 +337,7 @@ class Task(ABC):
     def _block(
         self, seed: int, split: str, block: int, length: int, queries: int
     ) -> tuple[IntArray, IntArray]:
-        """Contexts and targets of rows ROW_BLOCK * block and the ROW_BLOCK - 1 behind it."""
+        """Contexts and targets of the ROW_BLOCK rows from row ROW_BLOCK * block on."""
         return self._draw_side(sampling.stream(seed, split, block), ROW_BLOCK, split, length, queries)
 
     def _draw_side(
@@ -295,10 +352,12 @@ class Task(ABC):
         )
 
     def at(self, length: int) -> Task:
-        """A task of the same vocabulary that can make contexts of `length` symbols, also longer than its own:
-        how a model trained on short contexts is tested for extrapolation (`synthetic.evaluate`).
+        """A task with the same vocabulary whose contexts can have `length` symbols, also beyond seq_len.
 
-        Raises UserError if answers in longer contexts need tokens that the vocabulary does not have.
+        `synthetic.evaluate` tests with it how a model trained on short contexts extrapolates to longer ones.
+
+        Raises:
+            UserError: if answers in longer contexts need tokens that the vocabulary lacks.
         """
         if length <= self.seq_len:
             return self
@@ -310,7 +369,7 @@ class Task(ABC):
         return replace(self, seq_len=length)
 
     def render(self, batch: Batch, row: int = 0) -> str:
-        """One row as two aligned lines: tokens, and below each the label scored there, or a dot."""
+        """One row as two aligned lines: the tokens, and below each the label scored there, or a dot."""
         tokens = self.vocabulary.decode(batch.input_ids[row].tolist())
         labels = ["."] * len(tokens)
         answers = self.vocabulary.decode(batch.labels[row].tolist())

@@ -28,19 +28,22 @@ class Grid(Position):
         input  <bos> ### <s5> <s1> && <s2> <s4> ### <query> <s2>
         label      .   .    .    .  .    .    .   .       . <p2>
 
-    The answer is the number of the patch in raster order, 0 .. g*g - 1, so one task asks for row and
-    column, and the separators, which are no patches, must not be counted.
+    The answer is the number of the patch in raster order, 0 .. g * g - 1. So one task asks for both row and
+    column, and separators, which are no patches, must not be counted.
 
-    seq_len: N = g * g patches, so the image takes g * (g + 1) + 1 tokens: 601 for 576 patches. A shorter
-        context (`batch(length=...)`, a curriculum) is the top of the image: rows of g patches, the last one
-        perhaps cut short.
+    A context shorter than seq_len (`batch(length=...)`, a curriculum) is the top of the image: rows of g
+    patches, of which the last may be cut short.
+
+    Attributes:
+        seq_len: N = g * g patches; the image takes g * (g + 1) + 1 tokens, 601 for 576 patches.
     """
 
     name: ClassVar[str] = "grid"
-    help: ClassVar[str] = "position in an image of rows, --seq-len a square"
+    help: ClassVar[str] = "the same in an image of rows; --seq-len is a square"
 
     @property
     def side(self) -> int:
+        """g, patches per row."""
         return isqrt(self.seq_len)
 
     @cached_property

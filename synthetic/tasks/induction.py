@@ -20,23 +20,27 @@ from synthetic.vocab import Vocabulary
 
 @dataclass(frozen=True, kw_only=True)
 class Induction(Task):
-    """A special token somewhere in random symbols, and once more at the end; what followed it the first time?
+    """A special token stands among random symbols and again at the end: what followed it before?
 
     Induction(seq_len=6, num_symbols=8), context 3 1 - 5 1 7, target 2, below each token its label:
 
         input  <s3> <s1> <query> <s5> <s1> <s7> <query>
         label     .    .       .    .    .    .    <s5>
 
-    seq_len: N, the symbols and the first special token; its place is uniform on 0 .. N-2. The paper trains at
-        256 and tests up to 2^20 (`at(length)`).
-    num_symbols: V, 16 in the paper, besides the special token, for which <query> stands.
-    The question is part of the sequence, so there are no layouts.
-    Guessing is right with chance 1 / V. Raises ValueError for bad options.
+    The question is part of the sequence, so there are no layouts. A guess is right with chance 1 / V.
+
+    Attributes:
+        seq_len: N, the symbols and the first special token, whose place is uniform on 0 .. N-2. The paper
+            trains at 256 and tests up to 2^20 (`at(length)`).
+        num_symbols: V; 16 in the paper. The special token, here `<query>`, is not one of them.
+
+    Raises:
+        UserError: for options that the task cannot have.
     """
 
     name: ClassVar[str] = "induction"
     version: ClassVar[int] = 1
-    help: ClassVar[str] = "what followed a special token before (the Mamba paper's)"
+    help: ClassVar[str] = "symbol that followed a special token (Mamba)"
 
     num_symbols: int = 16
 
@@ -60,7 +64,7 @@ class Induction(Task):
         return context, target
 
     def assemble(self, context: IntArray, target: IntArray) -> Batch:
-        """context: symbols, with num_symbols for the special token, which stands at target (B, 1)."""
+        """context: symbols, with num_symbols for the special token, which stands at target [B, 1]."""
         rows, n = context.shape
         vocabulary = self.vocabulary
         ids = np.full((rows, n + 1), vocabulary.query, dtype=np.int64)

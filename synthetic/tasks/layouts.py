@@ -1,9 +1,9 @@
-"""How context, queries and answers are put in a row. One function a layout, all of one signature:
+"""How context, queries and answers are put in a row: one function per layout, all with the same signature.
 
-    layout(vocabulary, context (B, N), queries (B, K), answers (B, K)) -> input_ids (B, T), answer_at (K,)
+    layout(vocabulary, context, queries, answers) -> input_ids, answer_at
 
-All arrays int64 token ids; the logits at answer_at[j] are to predict answers[:, j]. N-grams have layouts of
-their own, for one query of m tokens (B, m) and its answer of r tokens (B, r).
+All arrays are int64 token ids; the logits at answer_at[j] are to predict answers[:, j]. N-grams have layouts
+of their own, for one query of m tokens and its answer of r tokens.
 """
 
 from __future__ import annotations
@@ -24,9 +24,18 @@ def suffix(
 ) -> tuple[IntArray, IntArray]:
     """Task-agnostic, query last: `<bos> x1 .. xN <query> q1 .. qK`.
 
-    Answers are not fed back. Under causal processing the first query is therefore seen exactly
-    as in evaluation, and later ones see nothing but more queries. One <query> for all of them, because
-    models learn faster so than with one before each (docs/learnability.md).
+    Answers are not fed back. Under causal processing the model therefore sees the first query exactly as in
+    evaluation, and before a later one only other queries. One `<query>` stands before all of them, because
+    models learn faster this way than with one before each (docs/learnability.md).
+
+    Args:
+        vocabulary: of the markers.
+        context: [B, N].
+        queries: [B, K].
+        answers: [B, K]; not used.
+
+    Returns:
+        input_ids [B, T] and answer_at [K].
     """
     (rows, n), k = context.shape, queries.shape[1]
     ids = np.empty((rows, 2 + n + k), dtype=np.int64)
@@ -43,6 +52,15 @@ def prefix(
     """Task-aware, query first: `<query> q1 .. qK <bos> x1 .. xN p1 .. p{K-1}`.
 
     p1 is predicted at xN, p2 at p1, and so on (teacher forcing, in the order of the queries).
+
+    Args:
+        vocabulary: of the markers.
+        context: [B, N].
+        queries: [B, K].
+        answers: [B, K].
+
+    Returns:
+        input_ids [B, T] and answer_at [K].
     """
     (rows, n), k = context.shape, queries.shape[1]
     ids = np.empty((rows, 1 + k + 1 + n + k - 1), dtype=np.int64)
@@ -57,8 +75,20 @@ def prefix(
 def instruction(
     vocabulary: Vocabulary, context: IntArray, queries: IntArray, answers: IntArray
 ) -> tuple[IntArray, IntArray]:
-    """`<task>` and then the suffix layout: the model is told first what kind of question will
-    come, not the question, as in the paper's vision-language experiment."""
+    """`<task>` followed by the suffix layout.
+
+    The model is told which kind of question will come, but not the question, as in the paper's
+    vision-language experiment.
+
+    Args:
+        vocabulary: of the markers.
+        context: [B, N].
+        queries: [B, K].
+        answers: [B, K]; not used.
+
+    Returns:
+        input_ids [B, T] and answer_at [K].
+    """
     ids, answer_at = suffix(vocabulary, context, queries, answers)
     first = np.full((len(ids), 1), vocabulary.task, dtype=np.int64)
     return np.concatenate([first, ids], axis=1), answer_at + 1
@@ -72,14 +102,24 @@ def _join(*parts: int | IntArray) -> IntArray:
 
 
 def _answer_at(ids: IntArray, answers: IntArray) -> IntArray:
-    """Places that predict `answers` where all of them but the last end the rows `ids`."""
+    """Places that predict `answers` if all of them but the last end the rows `ids`."""
     return np.arange(ids.shape[1] - answers.shape[1], ids.shape[1], dtype=np.int64)
 
 
 def ngram_suffix(
     vocabulary: Vocabulary, context: IntArray, queries: IntArray, answers: IntArray
 ) -> tuple[IntArray, IntArray]:
-    """`<bos> x1 .. xN <bos> <query> q1 .. qm <query> t1 .. t{r-1}` (teacher forcing)."""
+    """`<bos> x1 .. xN <bos> <query> q1 .. qm <query> t1 .. t{r-1}` (teacher forcing).
+
+    Args:
+        vocabulary: of the markers.
+        context: [B, N].
+        queries: [B, m].
+        answers: [B, r].
+
+    Returns:
+        input_ids [B, T] and answer_at [r].
+    """
     v = vocabulary
     ids = _join(v.bos, context, v.bos, v.query, queries, v.query, answers)[:, :-1]
     return ids, _answer_at(ids, answers)
@@ -88,7 +128,17 @@ def ngram_suffix(
 def ngram_prefix(
     vocabulary: Vocabulary, context: IntArray, queries: IntArray, answers: IntArray
 ) -> tuple[IntArray, IntArray]:
-    """`<query> q1 .. qm <bos> x1 .. xN <bos> <query> t1 .. t{r-1}`."""
+    """`<query> q1 .. qm <bos> x1 .. xN <bos> <query> t1 .. t{r-1}` (teacher forcing).
+
+    Args:
+        vocabulary: of the markers.
+        context: [B, N].
+        queries: [B, m].
+        answers: [B, r].
+
+    Returns:
+        input_ids [B, T] and answer_at [r].
+    """
     v = vocabulary
     ids = _join(v.query, queries, v.bos, context, v.bos, v.query, answers)[:, :-1]
     return ids, _answer_at(ids, answers)
@@ -97,7 +147,17 @@ def ngram_prefix(
 def ngram_instruction(
     vocabulary: Vocabulary, context: IntArray, queries: IntArray, answers: IntArray
 ) -> tuple[IntArray, IntArray]:
-    """`<task>` and then the suffix layout."""
+    """`<task>` followed by the suffix layout.
+
+    Args:
+        vocabulary: of the markers.
+        context: [B, N].
+        queries: [B, m].
+        answers: [B, r].
+
+    Returns:
+        input_ids [B, T] and answer_at [r].
+    """
     ids, answer_at = ngram_suffix(vocabulary, context, queries, answers)
     return _join(vocabulary.task, ids), answer_at + 1
 
@@ -111,6 +171,10 @@ NGRAM_LAYOUTS: dict[str, Layout] = {
 
 
 def check_layout(layout: str) -> None:
-    """Raise UserError unless there is a layout of this name."""
+    """Check that there is a layout of this name.
+
+    Raises:
+        UserError: if there is none.
+    """
     if layout not in LAYOUTS:
         raise UserError(f"unknown layout {layout!r}; valid: {', '.join(LAYOUTS)}")

@@ -31,17 +31,23 @@ class Mqar(Task):
 
     Keys are D different symbols of the lower half of the vocabulary, values D different ones of the upper
     half. A queried key stands 2D + 2(g - 1) symbols from the start, where the g of a row are drawn without
-    replacement from 1 .. (N - 2D) / 2 with weights g^(a - 1): mostly close behind the pairs, as repeated
-    bigrams of text are. Fillers are uniform over all symbols but the row's keys, which Zoology's may repeat
-    by accident.
+    replacement from 1 .. (N - 2D) / 2 with weights g^(a - 1): mostly close behind the pairs, like repeated
+    bigrams in text. Fillers are uniform over all symbols except the row's keys, which Zoology's may repeat by
+    accident.
 
-    seq_len: N, the whole sequence: nothing precedes or follows it. Zoology: 64 with 4 pairs .. 512 with 64.
-    num_symbols: V; Zoology's default is 8192, and differences between architectures grow with it.
-    num_pairs: D, fewer where the context is shorter than 4D; all of them are queried, K of them if asked for.
-    power: a; 1 makes the gaps uniform.
-    random_fillers: False puts <white> instead.
-    One of the D values is right with chance 1 / D. Query and answer are part of the sequence, so there are no
-    layouts. Raises UserError for bad options.
+    Query and answer are part of the sequence, so there are no layouts. One of the D values is right, so a
+    guess has chance 1 / D.
+
+    Attributes:
+        seq_len: N, the whole sequence: nothing precedes or follows it. Zoology: 64 with 4 pairs to 512 with
+            64.
+        num_symbols: V; Zoology's default is 8192, and differences between architectures grow with it.
+        num_pairs: D, fewer if the context is shorter than 4D; all are queried, or K of them.
+        power: a; 1 makes the gaps uniform.
+        random_fillers: False puts `<white>` instead of random symbols.
+
+    Raises:
+        UserError: for options that the task cannot have.
     """
 
     name: ClassVar[str] = "mqar"
@@ -120,7 +126,7 @@ class Mqar(Task):
         return fillers
 
     def assemble(self, context: IntArray, target: IntArray) -> Batch:
-        """context: symbols, with num_symbols for <white>; target: (B, K) places of the queried pairs."""
+        """context: symbols, with num_symbols for `<white>`; target: [B, K] places of the queried pairs."""
         vocabulary = self.vocabulary
         n = context.shape[1]
         tail = 2 * self.pairs(n)
@@ -144,9 +150,19 @@ class Mqar(Task):
 def power_law(
     rng: np.random.Generator, rows: int, size: int, space: int, power: float
 ) -> npt.NDArray[np.int64]:
-    """(rows, size) different integers i of 0..space-1, drawn in turn with weights (i + 1)^(power - 1).
+    """Different integers i of 0 .. space - 1, drawn one after the other with weights (i + 1)^(power - 1).
 
-    The order of exponential waiting times with these rates is such a draw (Efraimidis & Spirakis 2006).
+    Sorting exponential waiting times with these rates draws exactly so (Efraimidis and Spirakis 2006).
+
+    Args:
+        rng: source of all randomness.
+        rows: number of independent draws.
+        size: integers per draw, at most `space`.
+        space: number of integers to draw from.
+        power: 1 makes them uniform; less favours small ones.
+
+    Returns:
+        [rows, size] int64.
     """
     weights = np.arange(1, space + 1) ** (power - 1.0)
     return np.argsort(rng.standard_exponential((rows, space)) / weights, axis=1)[:, :size]

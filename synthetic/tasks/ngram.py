@@ -25,28 +25,35 @@ MOST_OCCURRENCES = 3.0
 
 @dataclass(frozen=True, kw_only=True)
 class Ngram(Task):
-    """N symbols drawn with replacement; which answer_size ones followed the query_size queried ones?
+    """N symbols drawn with replacement: which r symbols followed the m queried ones?
 
     Ngram(seq_len=6, num_symbols=8), context 4 1 7 2 5 1, start 1, below each token its label:
 
         input  <bos> <s4> <s1> <s7> <s2> <s5> <s1> <bos> <query> <s1> <s7> <query> <s2> <s5>
         label      .    .    .    .    .    .    .     .       .    .    .    <s2> <s5> <s1>
 
-    The n-gram starts anywhere in 0..N-n; context and start are drawn again until its first m symbols, the
-    query, stand nowhere else in the context. An answer is right if all its r symbols are.
+    The n-gram (n = m + r) starts anywhere in 0 .. N-n. Context and start are drawn again until the query, its
+    first m symbols, stands nowhere else in the context. An answer is right if all its r symbols are.
 
-    seq_len: N, the number of context symbols.
-    min_seq_len: if given, N is uniform on min_seq_len .. seq_len, one draw a batch (the papers train on
-        50 .. 100 and test at 100 and longer); `batch(length=...)` overrides it.
-    num_symbols, query_size, answer_size: V = 30, m = 2 and r = 3 in the paper.
-    layout: "suffix", "prefix" or "instruction", see `synthetic.tasks.layouts`.
-    The vocabulary does not depend on seq_len, so `at(length)` tests extrapolation to any length. Guessing
-    one of the N - n + 1 places is right with chance 1 / (N - n + 1). Raises UserError for bad options.
+    The vocabulary does not depend on seq_len, so `at(length)` tests extrapolation to any length. Guessing one
+    of the N - n + 1 places is right with chance 1 / (N - n + 1).
+
+    Attributes:
+        seq_len: N, the number of context symbols.
+        num_symbols: V; 30 in the paper.
+        min_seq_len: if given, N is uniform on min_seq_len .. seq_len, drawn once per batch (the paper trains
+            on 50 .. 100 and tests at 100 and more); `batch(length=...)` overrides it.
+        query_size: m; 2 in the paper.
+        answer_size: r; 3 in the paper.
+        layout: "suffix", "prefix" or "instruction", see `synthetic.tasks.layouts`.
+
+    Raises:
+        UserError: for options that the task cannot have.
     """
 
     name: ClassVar[str] = "ngram"
     version: ClassVar[int] = 1
-    help: ClassVar[str] = "the symbols behind the queried ones"
+    help: ClassVar[str] = "symbols that follow the queried ones"
     paper: ClassVar[Course | None] = Course("linear", 20, 1000)
 
     num_symbols: int = 30
@@ -130,7 +137,7 @@ class Ngram(Task):
 
 @dataclass(frozen=True, kw_only=True)
 class NgramDuplicate(Ngram):
-    """As `Ngram`, but the query stands in every block of the context, followed by other symbols each time.
+    """As `Ngram`, but the query stands in every block of the context, each time followed by other symbols.
 
     NgramDuplicate(seq_len=10, num_symbols=8, blocks=2, query_size=1), targets 5 1, context
     3 1 0 2 5 1 4 6 0 7:
@@ -138,20 +145,22 @@ class NgramDuplicate(Ngram):
         input  <bos> <s3> <s1> <s0> <s2> <s5> <s1> <s4> <s6> <s0> <s7> <bos> <query> <s1> <query> <s4> <s6>
         label      .    .    .    .    .    .    .    .    .    .    .     .       .    .    <s4> <s6> <s0>
 
-    A test of what a model trained on `Ngram` prefers: the earliest, the latest or another occurrence
+    It tests which occurrence a model trained on `Ngram` prefers: the earliest, the latest or another one
     (`synthetic.evaluate.evaluate_blocks`). The labels are the answer of a block drawn uniformly, so training
-    prefers none, and a perfect model is right with chance 1 / blocks only; `Batch.alternatives` holds all.
+    prefers none, and a perfect model is right with chance 1 / blocks only; `Batch.alternatives` holds all
+    answers.
 
     The context is `blocks` times floor(N / blocks) symbols. In each block the query, whose symbols differ,
-    stands at a uniform place that leaves more than answer_size symbols behind it; a block is drawn again
+    stands at a uniform place that leaves more than answer_size symbols behind it. A block is drawn again
     until its whole n-gram stands there once and its answer differs from those of earlier blocks. As in the
-    original, further occurrences of the bare query are not excluded.
+    original, the bare query may occur more often.
 
-    blocks: number of blocks M; 2, 3, 4, 5 and 10 were meant, at seq_len 100.
+    Attributes:
+        blocks: number of blocks M; Retrievit intended 2, 3, 4, 5 and 10, at seq_len 100.
     """
 
     name: ClassVar[str] = "ngram-duplicate"
-    help: ClassVar[str] = "the same, but they stand in several blocks"
+    help: ClassVar[str] = "the same; the query stands in several blocks"
 
     blocks: int = 4
 
@@ -193,7 +202,7 @@ class NgramDuplicate(Ngram):
         return context.reshape(rows, -1), np.take_along_axis(start, order, axis=1)
 
     def assemble(self, context: IntArray, target: IntArray) -> Batch:
-        """target: (B, blocks), the n-gram's places in the blocks; the first is the one the labels ask for."""
+        """target: [B, blocks], the n-gram's places in the blocks; the first is labelled."""
         symbols = context + self.vocabulary.first_symbol
         places = np.sort(target, axis=1) + self.query_size
         answers = [_slice(symbols, place[:, None], self.answer_size) for place in places.T]
@@ -206,12 +215,12 @@ class NgramDuplicate(Ngram):
 
 
 def _slice(rows: IntArray, start: IntArray, size: int) -> IntArray:
-    """(B, size) the part of each row (B, N) that begins at start (B, 1)."""
+    """[B, size] the part of each row [B, N] that begins at start [B, 1]."""
     return np.take_along_axis(rows, start + np.arange(size), axis=1)
 
 
 def _occurrences(rows: IntArray, gram: IntArray) -> npt.NDArray[np.intp]:
-    """(B,) how often each row (B, N) contains its gram (B, m)."""
+    """[B] how often each row [B, N] contains its gram [B, m]."""
     width = rows.shape[1] - gram.shape[1] + 1
     hit = np.ones((len(rows), width), dtype=bool)
     for i in range(gram.shape[1]):

@@ -1,9 +1,9 @@
-"""Position retrieval from the files of the original experiment, for who has them.
+"""Position retrieval from the files of the original experiment, for those who have them.
 
 Source: "Shaking Up VLMs" (arXiv 2409.05395), whose code (gpantaz/vl_mamba, history) read its synthetic
-grounding from one JSON file a split and length, `{train|validation|test}_synthetic_vg_seqlen{N}.json`, with
-two lists of equal length: `target_sequences`, each N different symbols, and `target_tokens`, the place of
-the queried one.
+grounding from one JSON file per split and length, `{train|validation|test}_synthetic_vg_seqlen{N}.json`, with
+two lists of equal length: `target_sequences`, each N different symbols, and `target_tokens`, the place of the
+queried one.
 """
 
 from __future__ import annotations
@@ -28,14 +28,16 @@ FILE_OF = {"train": "train", "validation": "validation", "heldout": "test"}  # s
 
 
 def file_name(split: str, length: int) -> str:
+    """The original's name for the file of a split (train, validation, test) and length."""
     return f"{split}_synthetic_vg_seqlen{length}.json"
 
 
 def read(path: Path, length: int) -> tuple[IntArray, IntArray]:
-    """Contexts (B, N) and targets (B, 1) of one file; symbols `<syn_i>` of the original are <s{i}> here.
+    """Contexts [B, N] and targets [B, 1] of one file; a symbol `<syn_i>` of the original is `<s{i}>` here.
 
-    Raises UserError, one line with file and defect, unless all sequences have `length` different symbols,
-    given as integers >= 0, and every target is a place in them.
+    Raises:
+        UserError: naming file and defect, unless every sequence is `length` different integers >= 0 and every
+            target is a place in its sequence.
     """
 
     def fail(defect: str) -> UserError:
@@ -82,10 +84,13 @@ class OriginalFiles(Position):
         input  <bos> <s5> <s1> <s2> <s4> <query> <s1>
         label      .    .    .    .    .       . <p1>
 
-    `batch` draws rows of the file of its split, which for "heldout" is the test file, without repetition
-    within a batch; its one query is the file's. `examples` has the rows of the file in their order, and
-    `batches` goes once through a whole file, for `synthetic.evaluate.score`. Not in the registry, because its
-    data are no function of options.
+    `batch` draws rows from the file of its split (for "heldout" the test file), without repetition within a
+    batch; the only query is the file's. `examples` gives the rows in the file's order, and `batches` goes
+    once through a whole file, for `synthetic.evaluate.score`. The task is not in the registry, because its
+    data are no function of its options.
+
+    Attributes:
+        folder: where the files are.
     """
 
     name: ClassVar[str] = "original-files"
@@ -97,7 +102,11 @@ class OriginalFiles(Position):
         return {}  # filled by `rows`; every file is read once
 
     def rows(self, split: str) -> tuple[IntArray, IntArray]:
-        """Contexts and targets of the file of `split` (train, validation, test). Raises as `read`."""
+        """Contexts [B, N] and targets [B, 1] of the file of `split` (train, validation, test).
+
+        Raises:
+            UserError: as `read`, for another split, and for symbols that the vocabulary lacks.
+        """
         if split not in FILE_SPLITS:
             raise UserError(f"unknown split {split!r}; valid: {', '.join(FILE_SPLITS)}")
         if split not in self._files:

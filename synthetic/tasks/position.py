@@ -22,25 +22,30 @@ from synthetic.vocab import Vocabulary
 
 @dataclass(frozen=True, kw_only=True)
 class Position(Task):
-    """N different symbols in random order; which place (0-based) holds the queried one?
+    """N different symbols in random order: at which place (0-based) is the queried one?
 
     Position(seq_len=4, num_symbols=6), context 5 1 2 4, target 1, below each token its label:
 
         input  <bos> <s5> <s1> <s2> <s4> <query> <s1>
         label      .    .    .    .    .       . <p1>
 
-    seq_len: N, the number of context symbols, and the number of position tokens.
-    num_symbols: V >= N symbols, from which each context draws N without repetition; default N, so
-        that a context is a permutation of all of them, as in the papers.
-    layout: "suffix", "prefix" or "instruction", see `synthetic.tasks.layouts`.
-    supervise_bos: append the answer and train the <bos> that ends the sequence as a second target
-        (the papers' loss; single query only).
-    Guessing one of the N places is right with chance 1/N. Raises UserError for bad options.
+    Guessing one of the N places is right with chance 1 / N.
+
+    Attributes:
+        seq_len: N, the number of context symbols and of position tokens.
+        num_symbols: V >= N symbols, from which each context draws N without repetition; default N, so that a
+            context is a permutation of all symbols, as in the papers.
+        layout: "suffix", "prefix" or "instruction", see `synthetic.tasks.layouts`.
+        supervise_bos: append the answer and train the `<bos>` that ends the sequence as a second target (the
+            papers' loss; single query only).
+
+    Raises:
+        UserError: for options that the task cannot have.
     """
 
     name: ClassVar[str] = "position"
     version: ClassVar[int] = 1
-    help: ClassVar[str] = "all context symbols differ"
+    help: ClassVar[str] = "place of the queried symbol; all symbols differ"
     paper: ClassVar[Course | None] = Course("cosine", 10, 100, switches=("supervise_bos",))
 
     seq_len: int
@@ -63,7 +68,7 @@ class Position(Task):
         return self.lengths()[0] if length is None else length
 
     def max_length(self, queries: int = 1) -> int:
-        """Queries beyond `max_queries(seq_len)` count as that many."""
+        """The most tokens T; queries beyond `max_queries(seq_len)` count as that many."""
         k = max(1, min(queries, self.max_queries(self.seq_len)))
         blank = np.empty((0, k), dtype=np.int64)
         context = self._arrange(np.empty((0, self.seq_len), dtype=np.int64))
@@ -121,18 +126,19 @@ class PositionVarlen(Position):
         input  <bos> <s2> <s2> <s1> <s2> <s3> <query> <s3>
         label      .    .    .    .    .    .       . <p4>
 
-    The query is uniform over V symbols, the other N-1 context symbols over the V-1 remaining ones,
-    its place uniform over 0..N-1 (Retrievit's repeated-symbol variant, which its scripts train with
-    V = 30 at N = 200). With K queries each of the K symbols occurs exactly once and the distractors
-    avoid all of them, so V > K.
+    The query is uniform over V symbols, the other N-1 context symbols over the V-1 remaining ones, its place
+    uniform over 0 .. N-1 (Retrievit's repeated-symbol variant, which its scripts train with V = 30 at N =
+    200). With K queries each of the K symbols occurs exactly once and the distractors avoid all of them, so V
+    > K.
 
-    min_seq_len: if given, the number of distractors is uniform on min_seq_len .. seq_len - 1, one
-        draw a batch, so contexts have min_seq_len + 1 .. seq_len symbols (the original's counting);
-        `batch(length=...)` overrides it.
+    Attributes:
+        min_seq_len: if given, the number of distractors is uniform on min_seq_len .. seq_len - 1, drawn once
+            per batch, so contexts have min_seq_len + 1 .. seq_len symbols (the original counts so);
+            `batch(length=...)` overrides it.
     """
 
     name: ClassVar[str] = "position-varlen"
-    help: ClassVar[str] = "only the queried one is unique"
+    help: ClassVar[str] = "the same; the other symbols repeat"
 
     min_seq_len: int | None = None
 
@@ -144,7 +150,7 @@ class PositionVarlen(Position):
         return min(super().max_queries(length), self.vocabulary.num_symbols - 1)
 
     def dense_queries(self) -> int:
-        """A quarter of the symbols at most, because distractors avoid the queried ones."""
+        """At most a quarter of the symbols, because distractors avoid the queried ones."""
         return min(super().dense_queries(), max(1, self.vocabulary.num_symbols // 4))
 
     def draw(
@@ -171,9 +177,9 @@ class PositionVarlen(Position):
             )
 
     def log_contexts(self, length: int) -> float:
-        """log of a lower bound on the number of contexts with a symbol that occurs once.
+        """Natural logarithm of a lower bound on the number of contexts with a symbol that occurs once.
 
-        N V (V-1)^(N-1) pairs of context and unique symbol; a context is in min(N, V) at most.
-        """
+        There are N V (V-1)^(N-1) pairs of context and unique symbol; a context is in at most min(N, V) of
+        them."""
         v = self.vocabulary.num_symbols
         return log(length) + log(v) + (length - 1) * log(v - 1) - log(min(length, v))

@@ -44,7 +44,17 @@ _CELLS_PER_ROUND = 2**22
 
 
 def sample_distinct(rng: np.random.Generator, rows: int, size: int, num: int) -> IntArray:
-    """(rows, size) integers: each row a uniform ordered draw without replacement from 0..num-1."""
+    """Uniform ordered draws without replacement.
+
+    Args:
+        rng: source of all randomness.
+        rows: number of independent draws.
+        size: integers per draw, at most `num`.
+        num: integers are drawn from 0 .. num - 1.
+
+    Returns:
+        [rows, size] int64.
+    """
     if 3 * size <= num:
         return _redraw_duplicates(rng, rows, size, num)
     table = np.empty((rows, num), dtype=np.int64)
@@ -56,8 +66,8 @@ def sample_distinct(rng: np.random.Generator, rows: int, size: int, num: int) ->
 def _redraw_duplicates(rng: np.random.Generator, rows: int, size: int, num: int) -> IntArray:
     """`sample_distinct` by drawing with replacement, then redrawing what occurs twice in a row.
 
-    Exactly uniform: no step depends on which number a symbol is, so renaming the symbols renames
-    the outcome, and all ordered draws without repetition are renamings of one another.
+    Exactly uniform: no step depends on which number a symbol is, so renaming the symbols renames the outcome,
+    and all ordered draws without repetition are renamings of one another.
     """
     row_start = np.arange(rows, dtype=np.int64)[:, None] * num
     cells = (rng.integers(0, num, (rows, size)) + row_start).ravel()  # cell = (row, symbol)
@@ -90,10 +100,10 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def split_of(contexts: IntArray) -> npt.NDArray[np.int64]:
-    """(rows, N) symbols (0-based) -> (rows,) the split of each context, as an index of SPLITS.
+    """[rows, N] 0-based symbols -> [rows] int64, the split of each context as an index into SPLITS.
 
-    A hash of the symbols in order decides, whatever the task, seed or number of symbols, so a
-    context is in one split for ever: no list is kept and runs of any length cannot leak.
+    A hash of the symbols in order decides, whatever the task, seed or number of symbols. So a context belongs
+    to one split for ever: no list is kept, and runs of any length cannot leak.
     """
     length = contexts.shape[1]
     constants = _coefficients(length + 1)
@@ -104,12 +114,21 @@ def split_of(contexts: IntArray) -> npt.NDArray[np.int64]:
 
 
 def is_heldout(contexts: IntArray) -> npt.NDArray[np.bool_]:
-    """(rows, N) symbols (0-based) -> (rows,) whether a context belongs to the split "heldout"."""
+    """[rows, N] 0-based symbols -> [rows] bool, whether a context belongs to the split "heldout"."""
     return split_of(contexts) == SPLITS.index("heldout")
 
 
 def require_contexts(log_contexts: float, length: int, num_symbols: int) -> None:
-    """Raise UserError unless there are enough contexts to hold some out."""
+    """Check that there are enough different contexts to hold some out.
+
+    Args:
+        log_contexts: natural logarithm of their number.
+        length: N, for the message.
+        num_symbols: V, for the message.
+
+    Raises:
+        UserError: if there are fewer than MIN_CONTEXTS.
+    """
     if log_contexts < log(MIN_CONTEXTS):
         raise UserError(
             f"num_symbols {num_symbols} gives only about {exp(log_contexts):.0f} contexts of length "
@@ -121,11 +140,20 @@ def require_contexts(log_contexts: float, length: int, num_symbols: int) -> None
 def draw_split(
     draw: Callable[[int], tuple[IntArray, IntArray]], rows: int, split: str, row_cells: int
 ) -> tuple[IntArray, IntArray]:
-    """`rows` independent rows of `draw` whose context belongs to `split`, others redrawn.
+    """Independent rows whose context belongs to one split; the others are drawn again.
 
-    draw(n) -> (contexts (n, N), targets (n, K)). `row_cells`: how many numbers a candidate row
-    takes in memory while it is drawn; many rows are drawn in several rounds.
-    Raises UserError if the split seems to be empty.
+    Args:
+        draw: draw(n) gives contexts [n, N] and targets [n, K].
+        rows: number of rows wanted.
+        split: "train", "validation" or "heldout".
+        row_cells: numbers that a candidate row takes in memory while it is drawn; many rows are drawn in
+            several rounds.
+
+    Returns:
+        Contexts [rows, N] and targets [rows, K].
+
+    Raises:
+        UserError: if the split seems to be empty.
     """
     wanted_side, share = SPLITS.index(split), SHARES[split]
     contexts, targets, have, in_vain = [], [], 0, 0

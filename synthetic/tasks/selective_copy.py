@@ -21,25 +21,30 @@ from synthetic.vocab import COPY, WHITE, Vocabulary
 
 @dataclass(frozen=True, kw_only=True)
 class SelectiveCopy(Task):
-    """Some symbols among noise; then, at as many markers, all of them in their order.
+    """Some symbols among noise, then as many markers, at which the model must repeat the symbols in order.
 
     SelectiveCopy(seq_len=6, num_tokens=3), context - 5 - - 2 9, below each token its label:
 
         input  <white> <s5> <white> <white> <s2> <s9> <copy> <copy> <copy>
         label        .    .       .       .    .    .   <s5>   <s2>   <s9>
 
-    seq_len: N, the symbols and the noise; 4096 in the paper.
-    num_tokens: how many symbols are to be copied; 16 in the paper. Their places are uniform, they are drawn
-        with replacement. A context shorter than this consists of symbols only.
-    num_symbols: V, different symbols; the paper's 16 tokens are 14 symbols, the noise and the marker.
-    Every symbol counts as a query of its own, so accuracy is the share of symbols that are copied rightly,
-    and "by position" is by place in the context. The question is part of the sequence, so there are no
-    layouts. Guessing is right with chance 1 / V. Raises UserError for bad options.
+    Every symbol counts as a query of its own, so accuracy is the share of symbols copied rightly, and "by
+    position" means by place in the context. The question is part of the sequence, so there are no layouts. A
+    guess is right with chance 1 / V.
+
+    Attributes:
+        seq_len: N, the symbols and the noise; 4096 in the paper.
+        num_symbols: V, different symbols; the paper's 16 tokens are 14 symbols, the noise and the marker.
+        num_tokens: how many symbols are to be copied; 16 in the paper. They are drawn with replacement and
+            stand at uniform places. A context shorter than this consists of symbols only.
+
+    Raises:
+        UserError: for options that the task cannot have.
     """
 
     name: ClassVar[str] = "selective-copy"
     version: ClassVar[int] = 1
-    help: ClassVar[str] = "symbols among noise, in order (the Mamba paper's)"
+    help: ClassVar[str] = "symbols that stand among noise, in order (Mamba)"
 
     num_symbols: int = 14
     num_tokens: int = 16
@@ -77,7 +82,7 @@ class SelectiveCopy(Task):
         return context, target
 
     def assemble(self, context: IntArray, target: IntArray) -> Batch:
-        """context: symbols, with num_symbols for noise; target: (B, num_tokens) their places, ascending."""
+        """context: symbols, with num_symbols for noise; target: [B, num_tokens] places, ascending."""
         (rows, n), k = context.shape, target.shape[1]
         vocabulary = self.vocabulary
         ids = np.empty((rows, n + k), dtype=np.int64)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import tyro
 from torch import nn
 
 from ssm_retrieval import models, registry
@@ -21,7 +22,7 @@ from ssm_retrieval.registry import ARCHITECTURES
 from ssm_retrieval.style import NAMES, family_colors
 from ssm_retrieval.training import records
 from synthetic import run, tasks
-from synthetic.config import RunConfig, plan
+from synthetic.config import RunConfig, plan, run_id
 from synthetic.grid import grid
 
 ROOT = Path(__file__).parents[2]
@@ -104,14 +105,15 @@ def test_the_example_mixer_is_the_recurrence_of_its_paper(theirs):
     torch.testing.assert_close(mixer(x)[0], mixer.out(torch.stack(wanted).flatten(-2)))
 
 
-def test_the_example_task_asks_what_it_says(theirs):
+@pytest.mark.parametrize("gap", [1, 3])
+def test_the_example_task_asks_what_it_says(theirs, gap):
     registry.use(["my_task"])
-    task = tasks.build("before", seq_len=8)
+    task = tasks.build("before", seq_len=8, gap=gap)
     batch = task.batch(16, seed=0, index=0)
     for ids, label in zip(batch.input_ids.tolist(), batch.labels[:, 0].tolist(), strict=True):
         *context, marker, asked = ids
         assert marker == task.vocabulary.query and len(set(context)) == 8
-        assert context[context.index(asked) - 1] == label
+        assert context[context.index(asked) - gap] == label and context.index(asked) >= gap
         assert batch.answer_at.tolist() == [len(ids) - 1]
 
 
@@ -326,6 +328,12 @@ def test_sizes_that_are_compared_stand_for_each_other_in_preset_only():
             "--protocol paper is for position, position-varlen, grid, ngram",
         ),
         (["--task", "before", "--layout", "prefix"], "--layout prefix is no option of --task before"),
+        (
+            ["--task", "before", "--task-options", "gpa=2"],
+            "task before has no option 'gpa' (did you mean 'gap'?); it has gap, --seq-len, --num-symbols",
+        ),
+        (["--task", "before", "--task-options", "gap=two"], "not valid for task before; give an integer"),
+        (["--task", "before", "--task-options", "gap=0"], "gap 0 must be at least 1"),
     ],
 )
 def test_what_is_unknown_is_one_line(theirs, capsys, words, said):
@@ -346,6 +354,18 @@ def test_a_sweeps_file_names_its_modules(theirs):
     assert found.imports == ("my_mixer",) and "linear-attention" in ARCHITECTURES
     with pytest.raises(UserError, match="--task before: unknown task 'before'"):
         grid(task="before")
+
+
+def test_a_users_task_has_options_of_its_own(theirs):
+    """By flag, in Python and in a grid alike; a default that is asked for gives the run of not asking."""
+    base = RunConfig(task="before", seq_len=8, model="mamba", imports=("my_task",), device="cpu")
+    found = [plan(run, "mamba") for run in grid(base, task_options=[{}, {"gap": 1}, {"gap": 2}])]
+    assert [p.task_options.get("gap") for p in found] == [None, None, 2]
+    assert len({run_id(p) for p in found}) == 2
+    words = "--task before --seq-len 8 --model mamba --import my_task --device cpu --task-options gap=2"
+    assert run_id(plan(tyro.cli(RunConfig, args=words.split()), "mamba")) == run_id(found[2])
+    with pytest.raises(UserError, match="task before has no option 'depth'; it has gap"):
+        grid(base, task_options={"depth": 2})
 
 
 @pytest.mark.parametrize("modules", ["my_mixer", [1], None])
@@ -372,7 +392,9 @@ def test_both_are_trained_resumed_probed_and_drawn_from_outside(outside, tmp_pat
     assert "finished before" in shell(outside, *command.split(), *SHORT)[1]
     folder = outside / "runs"
     for path in folder.glob("*/config.json"):
-        assert json.loads(path.read_text())["run"]["imports"] == ["my_mixer", "my_task"]
+        kept = json.loads(path.read_text())
+        assert kept["run"]["imports"] == ["my_mixer", "my_task"]
+        assert kept["plan"]["task_options"] == dict(seq_len=8, num_symbols=64, gap=2)
     assert len(list(folder.glob("before-*-linear-attention-*"))) == 1
     status, said = shell(
         outside, "probes.run", str(folder), "--probe", "lens", "attention", "--examples", "4"

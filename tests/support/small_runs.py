@@ -28,7 +28,9 @@ def command(config: RunConfig) -> list[str]:
     words = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if value != field.default:
+        if isinstance(value, dict):
+            value = tuple(f"{name}={one}" for name, one in value.items())
+        if value not in (field.default, ()):
             values = value if isinstance(value, tuple) else (value,)
             words += ["--" + field.name.replace("_", "-"), *map(str, values)]
     return words

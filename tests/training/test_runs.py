@@ -35,7 +35,7 @@ def command(out, *models, seed=0):
     words = ["--model", *models, "--out", str(out), "--seed", str(seed)]
     for field in dataclasses.fields(SMALL):
         value = getattr(SMALL, field.name)
-        if value != field.default and field.name != "model":
+        if value not in (field.default, {}) and field.name != "model":
             words += ["--" + field.name.replace("_", "-"), str(value)]
     return words
 
