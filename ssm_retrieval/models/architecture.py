@@ -1,8 +1,8 @@
-"""`Architecture`: all that the toolkit needs to know of a kind of model, in one record.
+"""`Architecture`: everything that the toolkit needs to know about a kind of model, in one record.
 
-The file of an architecture ends with its record, and `ssm_retrieval.registry` has a line with its name.
-Command line, tables, figures, planner and probes read the record, so nothing else has to be touched. A user's
-own is made known by `models.register`; `models.from_mixer` makes one of a sequence mixer (docs/extending.md).
+The file of an architecture ends with its record, and `ssm_retrieval.registry` has one line with its name.
+The command line, tables, figures, planner and probes read the record. `models.register` makes a user's own
+record known, and `models.from_mixer` makes one from a sequence mixer (docs/extending.md).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ssm_retrieval.models.common import LanguageModel
 from ssm_retrieval.models.configuration import POSITIONS, Config, require
 from ssm_retrieval.registry import NAME
 
-# Of the size of this name: about 0.5 M parameters with the default task, trained in minutes.
+# The size "tiny": about 0.5 M parameters with the default task, trained in minutes
 TINY: Mapping[str, Any] = dict(d_model=128, vocab_size=2051, tie_word_embeddings=True)
 
 
@@ -28,23 +28,24 @@ class Architecture:
     """One kind of language model.
 
     Attributes:
-        name: what `--model` and folders call it.
-        config: frozen dataclass derived from `Config`, with at least `vocab_size`, `d_model` and `n_layer`;
-            its defaults are those of `models.config(name)`.
-        model: (config, dtype) -> `LanguageModel` with freshly drawn weights, usually its class.
-        label: its name in tables and figures. Default: `name`.
-        color: in figures, as matplotlib writes it. Default: one that no other architecture has.
-        marker: one character that stands for it in curves of the terminal. Default: of `label` the first.
-        presets: size ("tiny", "130m") -> options of the config: what `--preset` and `models.build` know.
-        positions: the schemes of `config.position` that a run may choose, its default first; () if order is
-            known without any. A config of such an architecture also has `max_position_embeddings`.
-        state_size: (config, seq_len) -> numbers that decoding keeps for one sequence after seq_len tokens.
-        memory: (config, step) -> bytes of each block in training, for `--plan`; None: not known.
-        hub: `model_type` of the class of `transformers` that reads its checkpoints; None: there is none.
-        aliases: other names that `models.build` takes for it.
+        name: Its name for `--model` and in folders.
+        config: Frozen dataclass derived from `Config`, with at least `vocab_size`, `d_model` and `n_layer`.
+            `models.config(name)` has its defaults.
+        model: Maps (config, dtype) to a `LanguageModel` with fresh weights; usually its class.
+        label: Its name in tables and figures. Default: `name`.
+        color: Its colour in figures, as matplotlib spells it. Default: one that no other architecture has.
+        marker: One character that draws its curve in the terminal. Default: the first of `label`.
+        presets: Maps a size ("tiny", "130m") to options of the config, for `--preset` and `models.build`.
+        positions: Values of `config.position` that a run may choose, the default first; () if the model
+            knows the order of tokens by itself. Otherwise the config also has `max_position_embeddings`.
+        state_size: Maps (config, seq_len) to how many numbers decoding keeps for a sequence of seq_len
+            tokens.
+        memory: Maps (config, step) to the bytes of each block in training, for `--plan`. None: unknown.
+        hub: `model_type` of the class of `transformers` that reads its checkpoints. None: there is none.
+        aliases: Other names that `models.build` accepts.
 
     Raises:
-        UserError: for names and options that cannot be.
+        UserError: For an impossible name, size, scheme or marker, and for a config without these fields.
     """
 
     name: str
@@ -78,5 +79,5 @@ class Architecture:
             require(self.has(option), f"{self.config.__name__} of model {self.name} lacks the field {option}")
 
     def has(self, option: str) -> bool:
-        """Whether the config has a field of this name."""
+        """Whether the config has a field with this name."""
         return option in {f.name for f in dataclasses.fields(cast(Any, self.config))}

@@ -47,15 +47,24 @@ EXTRA_OPTIONS = ("scan_backend", "chunk_size", "init_std")
 
 
 def read_config(raw: Raw, keys: Collection[str], where: str, beside: Collection[str] = ()) -> Config:
-    """The config of a checkpoint with these contents of `config.json` and names of tensors.
+    """The config of a checkpoint with these contents of `config.json` and these tensors.
 
-    `model_type` decides which dialect it is, and a file without one is state-spaces'.
-    Mamba's norm is LayerNorm if there are biases of norms among the names, else RMSNorm, whatever the config
-    says: the code behind the Mamba-VL checkpoints never passed its `rms_norm` and `residual_in_fp32` on, so
-    that it trained with LayerNorm and the residual in working precision under a config that says otherwise.
-    keys: names, or names with what is stored under them, against which sizes are then checked.
-    beside: fields that the caller reads itself.
-    Raises UserError, naming `where` and the field, for what our models cannot be.
+    `model_type` names the dialect; a file without one is state-spaces'. Mamba's norm is LayerNorm if the
+    tensors include biases of norms, else RMSNorm, whatever the file says: the code behind the Mamba-VL
+    checkpoints never passed its `rms_norm` and `residual_in_fp32` on, so it trained with LayerNorm and the
+    residual in working precision under a config that says otherwise.
+
+    Args:
+        raw: The contents.
+        keys: The tensors' names, or a mapping from them to what is stored, which sizes are checked against.
+        where: The file, for errors.
+        beside: Fields that the caller reads itself.
+
+    Returns:
+        The config of one of our models.
+
+    Raises:
+        UserError: For what our models cannot be; the line names file and field.
     """
     beside = {*PASSED_OVER, *beside}
     try:
@@ -70,6 +79,7 @@ def read_config(raw: Raw, keys: Collection[str], where: str, beside: Collection[
 
 
 def norm_of(keys: Collection[str]) -> str:
+    """ "layer" if there are biases of Mamba's norms among the names of tensors, else "rms"."""
     return "layer" if any(NORM_BIAS.fullmatch(key) for key in keys) else "rms"
 
 

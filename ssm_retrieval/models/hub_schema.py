@@ -1,8 +1,8 @@
-"""What `config.json` may hold: fields of each dialect with types, ranges, defaults, and what is passed over.
+"""What `config.json` may hold: the fields of each dialect with types, ranges and defaults.
 
-Every field of a file is in one of three places: in its dialect's class here, which is honoured; in
-`PASSED_OVER` and `CARRIED`, which change nothing that a model here computes; or in neither, and then `parse`
-names it.
+Every field of a file is in one of three places: in its dialect's class here, and then it counts; in
+`PASSED_OVER` or `CARRIED`, and then it changes nothing that a model here computes; or in neither, and then
+`parse` names it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Of every dialect: what names files and tokens, shapes outputs, or belongs to generation.
+# In every dialect: fields that name files and tokens, shape outputs, or belong to generation
 PASSED_OVER = _names("""
     architectures model_type torch_dtype dtype transformers_version _name_or_path name_or_path _commit_hash
     auto_map tokenizer_class prefix finetuning_task task_specific_params torchscript use_bfloat16
@@ -46,8 +46,8 @@ PASSED_OVER = _names("""
     encoder_no_repeat_ngram_size bad_words_ids num_return_sequences remove_invalid_values
     exponential_decay_length_penalty
 """)
-# Of mamba and mamba2 of `transformers`: what only initialises or speeds up, and mamba_ssm's names, which
-# published -hf configs carry along although `transformers` does not read them.
+# In mamba and mamba2 of `transformers`: fields that only initialise or speed up, and mamba_ssm's names, which
+# published -hf configs carry along although `transformers` does not read them
 CARRIED = _names("""
     time_step_scale time_step_init_scheme time_step_floor rescale_prenorm_residual use_mambapy
     use_associative_scan layer_types
@@ -84,6 +84,8 @@ class _TransformersMamba(Fields):
 
 
 class TransformersMamba(_TransformersMamba):
+    """`MambaConfig` of `transformers`."""
+
     vocab_size: Size = 50280
     hidden_size: Size = 768
     state_size: StateSize = 16
@@ -93,6 +95,8 @@ class TransformersMamba(_TransformersMamba):
 
 
 class TransformersMamba2(_TransformersMamba):
+    """`Mamba2Config` of `transformers`."""
+
     vocab_size: Size = 32768
     hidden_size: Size = 4096
     num_hidden_layers: Size = 64
@@ -116,6 +120,8 @@ class Rope(BaseModel):
 
 
 class GPTNeoX(Fields):
+    """`GPTNeoXConfig` of `transformers`."""
+
     vocab_size: Size = 50432
     hidden_size: Size = 6144
     num_hidden_layers: Size = 44
@@ -188,10 +194,19 @@ Kind = TypeVar("Kind", bound=BaseModel)
 
 
 def parse(kind: type[Kind], raw: Mapping[str, Any], where: str, beside: Collection[str]) -> Kind:
-    """The fields of a file. beside: those that mean nothing here and are passed over.
+    """The fields of a file. One line warns of unknown fields, which `transformers` does not read either.
 
-    Raises UserError that names file, field and value for one of another type or out of range. Warns, in one
-    line, of fields that nothing here knows, which the classes of `transformers` do not read either.
+    Args:
+        kind: The dialect's class.
+        raw: The contents.
+        where: The file, for errors.
+        beside: Fields that have no meaning here and are ignored.
+
+    Returns:
+        An object of that class.
+
+    Raises:
+        UserError: For a field of another type or out of range; the line names file, field and value.
     """
     try:
         fields = kind.model_validate(dict(raw))
@@ -207,13 +222,22 @@ def parse(kind: type[Kind], raw: Mapping[str, Any], where: str, beside: Collecti
 
 
 def only_known(fields: BaseModel, beside: Collection[str], where: str) -> None:
-    """Refuse fields that nothing here knows: mamba_ssm does so, too."""
+    """Refuse unknown fields, as mamba_ssm does.
+
+    Args:
+        fields: What `parse` has made.
+        beside: Fields that are allowed all the same.
+        where: The file, for the error.
+
+    Raises:
+        UserError: If there are any.
+    """
     unknown = [name for name in fields.model_extra or {} if name not in beside]
     require(not unknown, f"{where}: {', '.join(unknown)} is not a field that is supported here; remove it")
 
 
 def _unknown(fields: BaseModel, beside: Collection[str], prefix: str = "") -> list[str]:
-    """Fields that no class has, those of nested ones included, unless they are null."""
+    """Fields, at any depth, that their class does not have and that are not null."""
     extra = fields.model_extra or {}
     found = [prefix + name for name, value in extra.items() if name not in beside and value is not None]
     for name in type(fields).model_fields:
@@ -228,9 +252,9 @@ WORDS = {"a valid integer": "a whole number", "greater than or equal to": "at le
 
 
 def explain(error: ValidationError, where: str) -> str:
-    """The first error as one line with file, field and value."""
+    """The first error, as one line with file, field and value."""
     errors = error.errors(include_url=False)
-    # of a choice ("auto" or a number) the one that fits the value's type
+    # where there is a choice ("auto" or a number), the error for the value's own type
     first = next((e for e in errors if e["loc"] == errors[-1]["loc"]), errors[0])
     name = ".".join(str(part) for part in first["loc"] if str(part).isidentifier()) or "it"
     own = first.get("ctx", {}).get("error")
@@ -249,7 +273,7 @@ def explain(error: ValidationError, where: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """As an error shows it: short, whatever is in a file."""
+    """A value as an error shows it: short, whatever a file holds."""
     if isinstance(value, int) and abs(value) > 10**30:
         return "a number of more than 30 digits"
     text = " ".join(repr(value).split())
@@ -257,7 +281,18 @@ def shown(value: Any) -> str:
 
 
 def same(name: str, value: Any, other: str, expected: Any, where: str) -> None:
-    """Refuse a field that says something else than the one which decides."""
+    """Refuse a field that contradicts the one that decides.
+
+    Args:
+        name: The field.
+        value: Its value; None never contradicts.
+        other: The field that decides.
+        expected: Its value.
+        where: The file, for the error.
+
+    Raises:
+        UserError: If they differ.
+    """
     require(
         value is None or value == expected,
         f"{where}: {name}={shown(value)} contradicts {other}={shown(expected)}; make them equal",

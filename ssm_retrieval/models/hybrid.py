@@ -26,17 +26,10 @@ from torch import Tensor, nn
 from ssm_retrieval.models import block_memory
 from ssm_retrieval.models.architecture import TINY, Architecture
 from ssm_retrieval.models.block_memory import BlockMemory, Step
-from ssm_retrieval.models.common import (
-    Context,
-    LanguageModel,
-    LayerCache,
-    add_learned_positions,
-    init_normal,
-    make_norm,
-    part,
-)
+from ssm_retrieval.models.common import Context, LanguageModel, LayerCache, part
 from ssm_retrieval.models.configuration import Config, require
 from ssm_retrieval.models.hooks import Hooked
+from ssm_retrieval.models.layers import add_learned_positions, init_normal, make_norm
 from ssm_retrieval.models.mamba import MambaBlock, MambaConfig, MambaMixer
 from ssm_retrieval.models.mamba import state_size as mamba_state
 from ssm_retrieval.models.mamba2 import Mamba2Config, Mamba2Mixer

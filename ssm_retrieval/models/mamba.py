@@ -26,18 +26,10 @@ from torch import Tensor, nn
 
 from ssm_retrieval.models import block_memory, instrumented
 from ssm_retrieval.models.architecture import TINY, Architecture
-from ssm_retrieval.models.common import (
-    WHOLE,
-    Context,
-    LanguageModel,
-    LayerCache,
-    init_normal,
-    make_norm,
-    part,
-    widen,
-)
+from ssm_retrieval.models.common import WHOLE, Context, LanguageModel, LayerCache, part
 from ssm_retrieval.models.configuration import Config, check_dt
 from ssm_retrieval.models.hooks import Hooked
+from ssm_retrieval.models.layers import init_normal, make_norm, widen
 from ssm_retrieval.models.padding import convolve, fill_padding
 from ssm_retrieval.ops.linear import Linear, linear
 from ssm_retrieval.ops.selective_scan import selective_scan
@@ -109,7 +101,16 @@ class MambaMixer(Hooked, nn.Module):
             self.dt_proj.weight.uniform_(-(R**-0.5), R**-0.5)
 
     def forward(self, hidden: Tensor, context: Context = WHOLE, cache: LayerCache | None = None) -> Tensor:
-        """hidden: (B, L, D). cache: its `conv` and `ssm` states go before it, and are replaced."""
+        """The layer.
+
+        Args:
+            hidden: (B, L, D).
+            context: Which tokens are real.
+            cache: The call continues from its `conv` and `ssm` states, and replaces them.
+
+        Returns:
+            (B, L, D).
+        """
         config, mask = self.config, context.mask
         x, z = self.in_proj(hidden).chunk(2, dim=-1)  # (B, L, E) each
         x = self.tap("hook_in", fill_padding(x, mask), mask)
@@ -165,12 +166,11 @@ class MambaForCausalLM(LanguageModel):
     def __init__(self, config: Any, dtype: torch.dtype | None = None):
         super().__init__(config)
         blocks = (MambaBlock(config, self.mixer).to(dtype) for _ in range(config.n_layer))
-        backbone: dict[str, nn.Module] = dict(
-            embedding=nn.Embedding(config.vocab_size, config.d_model).to(dtype)
-        )
-        backbone |= dict(layers=nn.ModuleList(blocks), norm_f=make_norm(config).to(dtype))
-        self.backbone = nn.ModuleDict(backbone)
-        self.lm_head = Linear(config.d_model, config.vocab_size, bias=False).to(dtype)
+        V, D = config.vocab_size, config.d_model
+        self.backbone = nn.ModuleDict({"embedding": nn.Embedding(V, D).to(dtype)})
+        self.backbone["layers"] = nn.ModuleList(blocks)
+        self.backbone["norm_f"] = make_norm(config).to(dtype)
+        self.lm_head = Linear(D, V, bias=False).to(dtype)
         init_normal(self.embedding.weight, std=config.embedding_std)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embedding.weight

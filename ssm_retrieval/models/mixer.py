@@ -3,9 +3,9 @@
     x = x + mixer(norm(x))          (B, L, D) -> (B, L, D), causal; made by mixer(d_model, **options)
     x = x + mlp(norm(x))            two matrices around a GELU, d_mlp wide
 
-Letters as in `ssm_retrieval.models.common`. A mixer need not know of padding, nor of a cache: because it is
-causal, tokens behind it change nothing, so that the real tokens of a row are moved to its front; and decoding
-runs it once more over all that it has read.
+Letters as in `ssm_retrieval.models.common`. A mixer need not know about padding or a cache. Because it is
+causal, what stands to the right of a token changes nothing, so the real tokens of a row are moved to its
+front; and decoding runs the mixer again over everything that it has read.
 """
 
 from __future__ import annotations
@@ -21,20 +21,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssm_retrieval.models.architecture import TINY, Architecture
-from ssm_retrieval.models.common import (
-    Context,
-    LanguageModel,
-    LayerCache,
-    add_learned_positions,
-    init_normal,
-    make_norm,
-)
+from ssm_retrieval.models.common import Context, LanguageModel, LayerCache
 from ssm_retrieval.models.configuration import Config, require
 from ssm_retrieval.models.hooks import Hooked
+from ssm_retrieval.models.layers import add_learned_positions, init_normal, make_norm
 from ssm_retrieval.ops.linear import Linear
 
 POSITIONS = ("learned", "none")
-KINDS = ("int", "float", "bool")  # of a mixer's options
+KINDS = ("int", "float", "bool")  # types that a mixer's options may have
 
 
 @dataclass(frozen=True)
@@ -86,7 +80,16 @@ class MixerBlock(Hooked, nn.Module):
         return self.tap("hook_resid_post", x + out)
 
     def mix(self, x: Tensor, context: Context, cache: LayerCache | None) -> Tensor:
-        """The mixer's outputs for x (B, L, D), after what the cache has; wrong at padding, as everywhere."""
+        """The mixer's outputs; meaningless at padding, as everywhere.
+
+        Args:
+            x: (B, L, D).
+            context: Which tokens are real.
+            cache: Its `x` holds the earlier inputs; those of this call are appended.
+
+        Returns:
+            (B, L, D).
+        """
         L, mask = x.shape[1], context.key_mask
         if cache is not None:
             x = cache["x"] = torch.cat([cache["x"], x], dim=1) if "x" in cache else x
@@ -106,7 +109,10 @@ class MixerBlock(Hooked, nn.Module):
 class MixerForCausalLM(LanguageModel):
     """Language model of `MixerBlock`s with a tied head.
 
-    make: (config) -> a mixer.
+    Args:
+        config: A `MixerConfig` with the mixer's options.
+        dtype: Dtype of the weights.
+        make: Maps the config to a mixer.
     """
 
     def __init__(self, config: Any, dtype: torch.dtype | None, make: Callable[[Any], nn.Module]):
@@ -139,17 +145,20 @@ def from_mixer(
     """The architecture of language models around a mixer, for `models.register`.
 
     Args:
-        name: what `--model` calls it.
+        name: Its name for `--model`.
         mixer: mixer(d_model, **options) makes a module that maps (B, L, D) to (B, L, D) causally. Options
             have defaults and the type int, float or bool; they become fields of the config, which presets and
             `models.build` can set.
-        presets: size -> fields of the config. Default: "tiny", of 128 channels and 2 blocks.
-        positions: () for a mixer that knows the order of tokens; ("learned", "none") for one that needs to be
-            told, as attention does.
-        looks: `label`, `color`, `marker` and other fields of `Architecture`.
+        presets: Maps a size to fields of the config. Default: "tiny", with 128 channels and 2 blocks.
+        positions: () for a mixer that knows the order of tokens; ("learned", "none") for one that must be
+            told, as attention must.
+        **looks: `label`, `color`, `marker` and other fields of `Architecture`.
+
+    Returns:
+        The record.
 
     Raises:
-        UserError: for options of another type, or without a default.
+        UserError: For options of another type, or without a default.
     """
     parameters = [*inspect.signature(mixer).parameters.values()][1:]  # without d_model
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
@@ -177,7 +186,7 @@ def from_mixer(
 
 
 def _inputs(config: Any, seq_len: int) -> int:
-    """Decoding keeps what the mixers have read."""
+    """Numbers that decoding keeps: everything that the mixers have read."""
     return int(config.n_layer * config.d_model * seq_len)
 
 

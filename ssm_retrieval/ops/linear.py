@@ -91,13 +91,23 @@ ONEDNN_IS_FASTER = (
 
 
 def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a b^T + bias of float32 matrices (M, K), (N, K) by oneDNN, without gradient; matrices that are neither
-    contiguous nor transposed are copied there."""
+    """a b^T + bias by oneDNN, without gradient.
+
+    oneDNN copies a matrix that is neither contiguous nor transposed.
+
+    Args:
+        a: (M, K) float32.
+        b: (N, K) float32.
+        bias: (N,) float32 or None.
+
+    Returns:
+        (M, N) float32.
+    """
     return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
 
 
 def outer(g: Tensor, x: Tensor) -> Tensor:
-    """g^T x for g: (M, N), x: (M, K), the smaller of N and K as oneDNN's rows, which is faster."""
+    """g^T x for g (M, N) and x (M, K). The smaller of N and K becomes oneDNN's rows, which is faster."""
     return matmul(g.t(), x.t()) if g.shape[1] <= x.shape[1] else matmul(x.t(), g.t()).t()
 
 
