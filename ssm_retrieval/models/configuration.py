@@ -29,7 +29,6 @@ RANGES: dict[str, tuple[float, float]] = {
 CHOICES: dict[str, tuple[str, ...]] = {
     "norm": ("rms", "layer"),
     "position": POSITIONS,
-    "scan_backend": ("auto", "reference", "cpu", "cuda"),
 }
 
 

@@ -43,7 +43,7 @@ TOKENS = dict(bos_token_id=0, eos_token_id=0)  # <|endoftext|> of the tokenizer 
 OPEN_CHUNK = 256  # of Mamba-2 as published: a choice of speed, and ours is for CPUs
 # Our options that `transformers` has no field for, kept beside its own where they are not the default.
 EXTRAS = "ssm_retrieval"
-EXTRA_OPTIONS = ("scan_backend", "chunk_size", "init_std")
+EXTRA_OPTIONS = ("chunk_size", "init_std")
 
 
 def read_config(raw: Raw, keys: Collection[str], where: str, beside: Collection[str] = ()) -> Config:
@@ -226,7 +226,8 @@ def _with_extras(config: Any, raw: Raw, where: str) -> Config:
     extras = raw.get(EXTRAS, {})
     have = [name for name in EXTRA_OPTIONS if name in config.to_dict()]
     right = isinstance(extras, dict) and set(extras) <= set(have)
-    require(right, f"{where}: {EXTRAS}={shown(extras)} has other options than {', '.join(have)}; remove it")
+    only = ", ".join(have) or "none"
+    require(right, f"{where}: {EXTRAS}={shown(extras)} is not supported, its options are {only}; remove it")
     return typed(type(config), config.to_dict() | extras, f"{where}: {EXTRAS}")
 
 

@@ -76,7 +76,6 @@ class HybridConfig(Config):
     tie_word_embeddings: bool = True
     embedding_std: float = 0.02
     init_std: float = 0.02
-    scan_backend: str = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()

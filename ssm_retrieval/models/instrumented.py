@@ -284,7 +284,6 @@ class SelectiveRecurrence:
     z: Tensor | None
     dt_bias: Tensor | None
     dt_softplus: bool
-    backend: str
 
     @property
     def length(self) -> int:
@@ -304,7 +303,7 @@ class SelectiveRecurrence:
         u, dt, B, C = (x[:, start:stop] for x in (self.u, self.dt, self.B, self.C))
         z = None if self.z is None else self.z[:, start:stop]
         bias, softplus = self.dt_bias, self.dt_softplus
-        return fused_scan(u, dt, self.A, B, C, self.D, z, bias, softplus, h, at, last, self.backend)
+        return fused_scan(u, dt, self.A, B, C, self.D, z, bias, softplus, h, at, last)
 
     def delta(self, dt: Tensor) -> Tensor:
         """The step sizes that the scan makes from dt (B, ..., E)."""

@@ -53,7 +53,6 @@ class MambaConfig(Config):
     residual_in_fp32: bool = True
     tie_word_embeddings: bool = True
     embedding_std: float = 0.02
-    scan_backend: str = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,7 +125,7 @@ class MambaMixer(Hooked, nn.Module):
         y = scan(
             u, dt, A, B, C, self.D, z=z, dt_bias=self.dt_proj.bias, dt_softplus=True,
             initial_state=None if cache is None else cache.get("ssm"),
-            return_last_state=cache is not None, backend=config.scan_backend,
+            return_last_state=cache is not None,
         )  # fmt: skip
         if cache is not None:
             y, cache["ssm"] = y

@@ -2,7 +2,7 @@
 
 A name is ARCHITECTURE-SIZE; the record at the end of an architecture's file lists its sizes. Published shapes
 are those of Gu & Dao 2023 (`state-spaces/mamba-*`), Dao & Gu 2024 (`state-spaces/mamba2-*`) and Biderman et
-al. 2023 (`EleutherAI/pythia-*`). `150m` are the models of Retrievit (arXiv 2603.02874), with another vocabulary.
+al. 2023 (`EleutherAI/pythia-*`). `150m` are those of Retrievit (arXiv 2603.02874), without its vocabulary.
 `tiny` models have about 0.5 M parameters with the default synthetic task and train in minutes on a CPU.
 """
 
