@@ -4,6 +4,7 @@ from ssm_retrieval.models.architecture import Architecture
 from ssm_retrieval.models.checkpoints import load, save
 from ssm_retrieval.models.common import Cache, LanguageModel
 from ssm_retrieval.models.decoding import generate, stream
+from ssm_retrieval.models.hybrid import from_pattern
 from ssm_retrieval.models.mixer import from_mixer
 from ssm_retrieval.models.registry import (
     ARCHITECTURES,
@@ -28,6 +29,7 @@ __all__ = [
     "config",
     "from_config",
     "from_mixer",
+    "from_pattern",
     "generate",
     "grow_vocabulary",
     "load",

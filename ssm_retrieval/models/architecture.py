@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 from ssm_retrieval.models.block_memory import BlockMemory, Step
 from ssm_retrieval.models.common import LanguageModel
@@ -41,6 +42,8 @@ class Architecture:
         state_size: Maps (config, seq_len) to how many numbers decoding keeps for a sequence of seq_len
             tokens.
         memory: Maps (config, step) to the bytes of each block in training, for `--plan`. None: unknown.
+        block: Maps a config to a block that may stand in the pattern of a hybrid. It is called as
+            block(x, context, cache); a parallel block runs its `norm` and `mixer` alone. None: it cannot.
         hub: `model_type` of the class of `transformers` that reads its checkpoints. None: there is none.
         aliases: Other names that `models.build` accepts.
 
@@ -58,6 +61,7 @@ class Architecture:
     positions: tuple[str, ...] = ()
     state_size: Callable[[Any, int], int] | None = None
     memory: Callable[[Any, Step], list[BlockMemory]] | None = None
+    block: Callable[[Any], nn.Module] | None = None
     hub: str | None = None
     aliases: tuple[str, ...] = ()
 

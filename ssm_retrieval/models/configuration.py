@@ -7,6 +7,7 @@ import math
 import numbers
 import reprlib
 import sys
+from collections.abc import Iterable
 from typing import Any, cast
 
 from ssm_retrieval.errors import UserError
@@ -83,6 +84,27 @@ class Config:
             if key not in known:
                 raise UserError(f"{type(self).__name__} has no option {key!r}; it has {', '.join(known)}")
         return dataclasses.replace(cast(Any, self), **overrides)
+
+
+def derived(name: str, base: type[Config], fields: Iterable[tuple[str, Any, Any]]) -> type[Config]:
+    """A config class for an architecture that a user describes without writing one.
+
+    Args:
+        name: The architecture.
+        base: The config class to derive from.
+        fields: Name, type and default of each further field.
+
+    Returns:
+        The class, a frozen dataclass.
+    """
+    words = name.replace(".", "-").split("-")
+    return dataclasses.make_dataclass(
+        "".join(word.capitalize() for word in words) + "Config",
+        fields,
+        bases=(base,),
+        frozen=True,
+        namespace={"__doc__": f"`{base.__name__}` with the options of {name}.", "__module__": __name__},
+    )
 
 
 def check(name: str, kind: str, value: Any) -> None:

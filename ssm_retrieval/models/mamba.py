@@ -196,5 +196,6 @@ ARCHITECTURE = Architecture(
         "790m": dict(d_model=1536, n_layer=48), "1.4b": dict(d_model=2048, n_layer=48),
         "2.8b": dict(d_model=2560, n_layer=64),
     },
-    state_size=state_size, memory=block_memory.every_block(block_memory.mamba), hub="mamba",
+    state_size=state_size, memory=block_memory.every_block(block_memory.mamba), block=MambaBlock,
+    hub="mamba",
 )  # fmt: skip

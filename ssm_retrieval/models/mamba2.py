@@ -29,7 +29,7 @@ from ssm_retrieval.models.common import WHOLE, Context, LayerCache
 from ssm_retrieval.models.configuration import Config, check_dt, require
 from ssm_retrieval.models.hooks import Hooked
 from ssm_retrieval.models.layers import widen
-from ssm_retrieval.models.mamba import MambaForCausalLM, dt_bias
+from ssm_retrieval.models.mamba import MambaBlock, MambaForCausalLM, dt_bias
 from ssm_retrieval.models.padding import convolve, fill_padding
 from ssm_retrieval.ops.linear import Linear
 from ssm_retrieval.ops.ssd import ssd
@@ -187,5 +187,6 @@ ARCHITECTURE = Architecture(
     },
     state_size=state_size,
     memory=block_memory.every_block(block_memory.mamba2),
+    block=lambda config: MambaBlock(config, Mamba2Mixer),
     hub="mamba2",
 )

@@ -229,6 +229,13 @@ def init_linear(module: nn.Module, std: float) -> None:
                 nn.init.zeros_(child.bias)
 
 
+def hybrid_block(config: TransformerConfig) -> TransformerBlock:
+    """A freshly initialised block for a hybrid."""
+    block = TransformerBlock(config)
+    init_linear(block, config.init_std)
+    return block
+
+
 class TransformerForCausalLM(LanguageModel):
     """GPT-NeoX language model (state_dict of EleutherAI/pythia-*)."""
 
@@ -301,6 +308,7 @@ ARCHITECTURE = Architecture(
     positions=("learned", "rope", "none"),
     state_size=state_size,
     memory=block_memory.every_block(block_memory.attention),
+    block=hybrid_block,
     hub="gpt_neox",
     aliases=("pythia",),
 )
