@@ -1,6 +1,6 @@
 """Mamba, Mamba-2, Transformer (GPT-NeoX / Pythia) and hybrids, each in one file, behind one signature."""
 
-from ssm_retrieval.models.architecture import Architecture
+from ssm_retrieval.models.architecture import Architecture, Hub
 from ssm_retrieval.models.checkpoints import load, save
 from ssm_retrieval.models.common import Cache, LanguageModel
 from ssm_retrieval.models.decoding import generate, stream
@@ -23,6 +23,7 @@ __all__ = [
     "ARCHITECTURES",
     "Architecture",
     "Cache",
+    "Hub",
     "LanguageModel",
     "architecture_of",
     "build",

@@ -8,7 +8,7 @@ record known, and `models.from_mixer` makes one from a sequence mixer (docs/exte
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -22,6 +22,33 @@ from ssm_retrieval.registry import NAME
 
 # The size "tiny": about 0.5 M parameters with the default task, trained in minutes
 TINY: Mapping[str, Any] = dict(d_model=128, vocab_size=2051, tie_word_embeddings=True)
+
+
+@dataclass(frozen=True)
+class Hub:
+    """How `transformers` stores an architecture: what `models.save` writes and `models.load` reads.
+
+    Attributes:
+        model_type: `model_type` in its config.json.
+        model_class: Its class, named under `architectures`.
+        read: Maps (raw, keys, where, beside) to options of our config: the contents of config.json, the names
+            of the tensors, the file for errors, and fields that have no meaning. It raises UserError for what
+            our model cannot be.
+        write: Maps a config to the fields of config.json that are particular to the class.
+        lacks: Maps a config to what the class cannot be, as "name=value"; None if it can be all of it.
+        published: Maps our name of a weight to the class's. The other way, and for older spellings, a model
+            has `LanguageModel.accept_hub_spellings`. Default: names are the same.
+        extras: Options of ours that the class has no field for. They stand in config.json under
+            "ssm_retrieval", where they differ from what `read` makes of the other fields.
+    """
+
+    model_type: str
+    model_class: str
+    read: Callable[[Mapping[str, Any], Collection[str], str, Collection[str]], dict[str, Any]]
+    write: Callable[[Any], dict[str, Any]]
+    lacks: Callable[[Any], str | None]
+    published: Callable[[str], str] = str
+    extras: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,7 +71,7 @@ class Architecture:
         memory: Maps (config, step) to the bytes of each block in training, for `--plan`. None: unknown.
         block: Maps a config to a block that may stand in the pattern of a hybrid. It is called as
             block(x, context, cache); a parallel block runs its `norm` and `mixer` alone. None: it cannot.
-        hub: `model_type` of the class of `transformers` that reads its checkpoints. None: there is none.
+        hub: How `transformers` stores it. None: it has no such class.
         aliases: Other names that `models.build` accepts.
 
     Raises:
@@ -62,7 +89,7 @@ class Architecture:
     state_size: Callable[[Any, int], int] | None = None
     memory: Callable[[Any, Step], list[BlockMemory]] | None = None
     block: Callable[[Any], nn.Module] | None = None
-    hub: str | None = None
+    hub: Hub | None = None
     aliases: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

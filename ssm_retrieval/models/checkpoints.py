@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ssm_retrieval.models import hub, hub_configs, own_configs
 from ssm_retrieval.models.common import Config, LanguageModel, require
-from ssm_retrieval.models.registry import from_config
+from ssm_retrieval.models.registry import architecture_of, from_config
 
 # dtypes of weights that models here compute with; weights of others must be converted
 COMPUTED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -260,9 +260,10 @@ def save(model: LanguageModel, folder: str | Path, *, max_shard_size: int | str 
         not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
         f"{folder} exists and is not empty; choose a new folder",
     )
-    own = hub_configs.lacking(model.config) is not None
-    named = ((name if own else _published(name), p) for name, p in model.named_parameters())
-    tensors = {name: parameter.detach().contiguous() for name, parameter in named}
+    form = architecture_of(model.config).hub
+    own = form is None or form.lacks(model.config) is not None
+    spell = str if own or form is None else form.published
+    tensors = {spell(name): parameter.detach().contiguous() for name, parameter in model.named_parameters()}
     if own:
         config = own_configs.write_config(model.config)
     else:
@@ -288,11 +289,6 @@ def save(model: LanguageModel, folder: str | Path, *, max_shard_size: int | str 
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
-
-
-def _published(name: str) -> str:
-    """A weight's name on the hub."""
-    return name.replace("backbone.embedding.", "backbone.embeddings.")
 
 
 def _write_json(path: Path, value: Any) -> None:

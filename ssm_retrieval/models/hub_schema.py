@@ -1,20 +1,20 @@
-"""What `config.json` may hold: the fields of each dialect with types, ranges and defaults.
+"""What the dialects of `config.json` have in common: how a class of fields reads a file, and what errors say.
 
-Every field of a file is in one of three places: in its dialect's class here, and then it counts; in
-`PASSED_OVER` or `CARRIED`, and then it changes nothing that a model here computes; or in neither, and then
-`parse` names it.
+Every field of a file is in one of three places: in its dialect's class (hub_mamba.py, hub_neox.py), and then
+it counts; in `PASSED_OVER` or the dialect's own list of such fields, and then it changes nothing that a model
+here computes; or in neither, and then `parse` names it.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ssm_retrieval.errors import UserError
-from ssm_retrieval.models.common import require
+from ssm_retrieval.models.configuration import require
 
 Size = Annotated[int, Field(ge=1, le=2**31)]
 StateSize = Annotated[int, Field(ge=1, le=256)]
@@ -23,12 +23,13 @@ NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-def _names(text: str) -> frozenset[str]:
+def names(text: str) -> frozenset[str]:
+    """The words of a text."""
     return frozenset(text.split())
 
 
 # In every dialect: fields that name files and tokens, shape outputs, or belong to generation
-PASSED_OVER = _names("""
+PASSED_OVER = names("""
     architectures model_type torch_dtype dtype transformers_version _name_or_path name_or_path _commit_hash
     auto_map tokenizer_class prefix finetuning_task task_specific_params torchscript use_bfloat16
     tf_legacy_loss attn_implementation _attn_implementation _attn_implementation_autoset unsloth_version
@@ -46,17 +47,6 @@ PASSED_OVER = _names("""
     encoder_no_repeat_ngram_size bad_words_ids num_return_sequences remove_invalid_values
     exponential_decay_length_penalty
 """)
-# In mamba and mamba2 of `transformers`: fields that only initialise or speed up, and mamba_ssm's names, which
-# published -hf configs carry along although `transformers` does not read them
-CARRIED = _names("""
-    time_step_scale time_step_init_scheme time_step_floor rescale_prenorm_residual use_mambapy
-    use_associative_scan layer_types
-
-    d_model n_layer d_inner ssm_cfg attn_cfg attn_layer_idx d_intermediate pad_vocab_size_multiple rms_norm
-    fused_add_norm tie_embeddings
-""")
-DROPOUTS = _names("attention_dropout hidden_dropout classifier_dropout dropout")  # 0 here
-
 STRICT = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
 
@@ -67,127 +57,10 @@ class Fields(BaseModel):
     quantization_config: None = None
 
 
-class _TransformersMamba(Fields):
-    """What mamba and mamba2 of `transformers` have in common, with its defaults."""
-
-    num_hidden_layers: Size = 32
-    conv_kernel: Size = 4
-    expand: Size = 2
-    hidden_act: Literal["silu", "swish"] = "silu"
-    use_bias: Literal[False] = False
-    use_conv_bias: Literal[True] = True
-    layer_norm_epsilon: NotNegative = 1e-5
-    residual_in_fp32: bool = True
-    initializer_range: NotNegative = 0.1
-    time_step_min: Positive = 0.001
-    time_step_max: Positive = 0.1
-
-
-class TransformersMamba(_TransformersMamba):
-    """`MambaConfig` of `transformers`."""
-
-    vocab_size: Size = 50280
-    hidden_size: Size = 768
-    state_size: StateSize = 16
-    intermediate_size: Size | None = None
-    time_step_rank: Literal["auto"] | Size = "auto"
-    tie_word_embeddings: bool = True
-
-
-class TransformersMamba2(_TransformersMamba):
-    """`Mamba2Config` of `transformers`."""
-
-    vocab_size: Size = 32768
-    hidden_size: Size = 4096
-    num_hidden_layers: Size = 64
-    state_size: StateSize = 128
-    num_heads: Size = 128
-    head_dim: Size = 64
-    n_groups: Size = 8
-    chunk_size: Size = 256  # a choice of speed: ours is for CPUs
-    time_step_limit: Any = None
-    tie_word_embeddings: bool = False
-
-
-class Rope(BaseModel):
-    """`rope_parameters`, or `rope_scaling` in older files."""
+class Nested(BaseModel):
+    """Base of objects within a file, whose unknown fields `parse` names as well."""
 
     model_config = STRICT
-    rope_type: Literal["default"] | None = None
-    type: Literal["default"] | None = None
-    rope_theta: Positive | None = None
-    partial_rotary_factor: Share | None = None
-
-
-class GPTNeoX(Fields):
-    """`GPTNeoXConfig` of `transformers`."""
-
-    vocab_size: Size = 50432
-    hidden_size: Size = 6144
-    num_hidden_layers: Size = 44
-    num_attention_heads: Size = 64
-    intermediate_size: Size = 24576
-    max_position_embeddings: Size = 2048
-    hidden_act: Literal["gelu"] = "gelu"
-    attention_bias: Literal[True] = True
-    use_parallel_residual: bool = True
-    layer_norm_eps: NotNegative = 1e-5
-    initializer_range: NotNegative = 0.02
-    tie_word_embeddings: bool = False
-    rope_parameters: Rope | None = None
-    rope_scaling: Rope | None = None
-    rotary_pct: Share | None = None
-    rotary_emb_base: Positive | None = None
-    # read by other models of `transformers`, not by this one: they may repeat the two above
-    partial_rotary_factor: Share | None = None
-    rope_theta: Positive | None = None
-
-
-class SSMConfig(BaseModel):
-    """`ssm_cfg` of mamba_ssm."""
-
-    model_config = STRICT
-    layer: Literal["Mamba1", "Mamba2"] = "Mamba1"
-    d_state: StateSize | None = None
-    d_conv: Size = 4
-    expand: Size = 2
-    dt_rank: Literal["auto"] | Size = "auto"
-    dt_min: Positive = 0.001
-    dt_max: Positive = 0.1
-    conv_bias: Literal[True] = True
-    bias: Literal[False] = False
-    headdim: Size = 64
-    ngroups: Size = 1
-    D_has_hdim: Literal[False] = False
-    rmsnorm: Literal[True] = True
-    norm_before_gate: Literal[False] = False
-    d_ssm: None = None
-    dt_limit: Any = None
-
-
-# of `ssm_cfg`: what only initialises or speeds up
-SSM_PASSED_OVER = _names("""
-    dt_init dt_scale dt_init_floor use_fast_path chunk_size conv_init A_init_range use_mem_eff_path
-    sequence_parallel
-""")
-SECOND_ONLY = ("headdim", "ngroups", "D_has_hdim", "rmsnorm", "norm_before_gate", "d_ssm", "dt_limit")
-
-
-class StateSpaces(Fields):
-    """state-spaces/mamba's own form, with the defaults of mamba_ssm."""
-
-    d_model: Size
-    n_layer: Size
-    vocab_size: Size
-    d_intermediate: Literal[0] = 0
-    ssm_cfg: SSMConfig | None = None
-    attn_layer_idx: Annotated[list[int], Field(max_length=0)] | None = None
-    attn_cfg: Any = None  # of attention layers, of which there are none
-    rms_norm: bool = True
-    residual_in_fp32: bool = True
-    fused_add_norm: Any = None  # speed
-    pad_vocab_size_multiple: Size = 8
-    tie_embeddings: bool = True
 
 
 Kind = TypeVar("Kind", bound=BaseModel)
@@ -241,7 +114,7 @@ def _unknown(fields: BaseModel, beside: Collection[str], prefix: str = "") -> li
     extra = fields.model_extra or {}
     found = [prefix + name for name, value in extra.items() if name not in beside and value is not None]
     for name in type(fields).model_fields:
-        if isinstance(value := getattr(fields, name), Rope):
+        if isinstance(value := getattr(fields, name), Nested):
             found += _unknown(value, (), f"{prefix}{name}.")
     return found
 
@@ -297,3 +170,9 @@ def same(name: str, value: Any, other: str, expected: Any, where: str) -> None:
         value is None or value == expected,
         f"{where}: {name}={shown(value)} contradicts {other}={shown(expected)}; make them equal",
     )
+
+
+def unlike(config: Any, **wanted: Any) -> str | None:
+    """The first option of a config that has not the wanted value, as "name=value"; None if all have."""
+    found = ((name, getattr(config, name)) for name in wanted)
+    return next((f"{name}={value!r}" for name, value in found if value != wanted[name]), None)

@@ -10,8 +10,7 @@ One block, per token t (letters as in `ssm_retrieval.models.common`, R = dt_rank
     y_t    = C h_t + D u_t                                  equation 2b, with a skip
     out    = out_proj(y_t * silu(z))
 
-Parameter names are those of state-spaces/mamba; `backbone.embeddings.weight`, the spelling of
-`transformers`, is accepted when loading.
+Parameter names are those of state-spaces/mamba.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ssm_retrieval.models import block_memory, instrumented
+from ssm_retrieval.models import block_memory, hub_mamba, instrumented
 from ssm_retrieval.models.architecture import TINY, Architecture
 from ssm_retrieval.models.common import WHOLE, Context, LanguageModel, LayerCache, part
 from ssm_retrieval.models.configuration import Config, check_dt
@@ -195,7 +194,6 @@ ARCHITECTURE = Architecture(
         "150m": dict(d_model=1024, n_layer=24), "370m": dict(d_model=1024, n_layer=48),
         "790m": dict(d_model=1536, n_layer=48), "1.4b": dict(d_model=2048, n_layer=48),
         "2.8b": dict(d_model=2560, n_layer=64),
-    },
-    state_size=state_size, memory=block_memory.every_block(block_memory.mamba), block=MambaBlock,
-    hub="mamba",
+    }, state_size=state_size, memory=block_memory.every_block(block_memory.mamba), block=MambaBlock,
+    hub=hub_mamba.MAMBA,
 )  # fmt: skip

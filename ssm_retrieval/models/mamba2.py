@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssm_retrieval.models import block_memory, instrumented
+from ssm_retrieval.models import block_memory, hub_mamba, instrumented
 from ssm_retrieval.models.architecture import TINY, Architecture
 from ssm_retrieval.models.common import WHOLE, Context, LayerCache
 from ssm_retrieval.models.configuration import Config, check_dt, require
@@ -188,5 +188,5 @@ ARCHITECTURE = Architecture(
     state_size=state_size,
     memory=block_memory.every_block(block_memory.mamba2),
     block=lambda config: MambaBlock(config, Mamba2Mixer),
-    hub="mamba2",
+    hub=hub_mamba.MAMBA2,
 )

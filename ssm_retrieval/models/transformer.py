@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssm_retrieval.models import block_memory, instrumented
+from ssm_retrieval.models import block_memory, hub_neox, instrumented
 from ssm_retrieval.models.architecture import TINY, Architecture
 from ssm_retrieval.models.common import Context, LanguageModel, LayerCache, part
 from ssm_retrieval.models.configuration import Config, require
@@ -309,6 +309,6 @@ ARCHITECTURE = Architecture(
     state_size=state_size,
     memory=block_memory.every_block(block_memory.attention),
     block=hybrid_block,
-    hub="gpt_neox",
+    hub=hub_neox.GPT_NEOX,
     aliases=("pythia",),
 )
