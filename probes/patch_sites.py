@@ -149,7 +149,7 @@ class MambaState:
 
     def _scan(self, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, **options: Any) -> Any:
         options |= dict(dt_bias=self.mixer.dt_proj.bias, dt_softplus=True)
-        return selective_scan(u, dt, self.A, B, C, backend=self.mixer.config.scan_backend, **options)
+        return selective_scan(u, dt, self.A, B, C, **options)
 
     def states(self, positions: list[int]) -> Tensor:
         """States h_t after each of P positions, (B, P, E, N)."""

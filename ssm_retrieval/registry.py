@@ -1,10 +1,10 @@
-"""What can be asked for by name, ours or a user's: a record a name, in the file of the thing itself.
+"""Records by name, ours and users': each stands in the file of the thing that it describes.
 
     ARCHITECTURES["mamba"]      the `Architecture` at the end of ssm_retrieval/models/mamba.py
     synthetic.tasks.TASKS       the same for tasks
 
-A record of ours is imported when it is first read, so that names cost nothing: a help page needs no torch.
-A user's module registers its own, and `--import my_module` (`use`) makes every command know it.
+A record of ours is imported when it is first read, so names cost nothing: a help page needs no torch. A
+user's module registers its own records, and `--import my_module` (`use`) makes every command know them.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Registry(Mapping[str, Record], Generic[Record]):
     """Records by name, in the order of every table and figure: ours first, then users' as they came.
 
     Args:
-        kind: what the records are, for errors: "model".
-        ours: name -> "module:attribute" of a record.
+        kind: What the records are, for errors: "model".
+        ours: Maps a name to "module:attribute" of its record.
     """
 
     def __init__(self, kind: str, ours: Mapping[str, str]):
@@ -55,10 +55,14 @@ class Registry(Mapping[str, Record], Generic[Record]):
         return self._records[name]
 
     def add(self, name: str, record: Record) -> None:
-        """Make a user's record known; one of the same name that a user gave before is replaced.
+        """Make a user's record known. It replaces a user's earlier record with the same name.
+
+        Args:
+            name: Its name.
+            record: The record.
 
         Raises:
-            UserError: if the name is one of ours, or cannot be the name of a folder.
+            UserError: If the name is one of ours, or cannot be the name of a folder.
         """
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise UserError(f"a {self.kind} cannot be named {name!r}; use small letters, digits, -, _ and .")
@@ -67,17 +71,26 @@ class Registry(Mapping[str, Record], Generic[Record]):
         self._theirs[name] = record
 
     def find(self, name: str) -> Record:
-        """The record of a name.
+        """The record with this name.
 
         Raises:
-            UserError: if there is none, with the nearest name and how to make a user's own known.
+            UserError: If there is none; the line has the nearest name and how to make one's own known.
         """
         if name in self:
             return self[name]
         raise UserError(self.unknown(name, list(self)))
 
     def unknown(self, name: str, valid: Sequence[str], nearest: str | None = None) -> str:
-        """The one line that says that `name` is none of the valid names."""
+        """The error message for an unknown name.
+
+        Args:
+            name: The name.
+            valid: All valid names.
+            nearest: The name that was probably meant. Default: the most similar one.
+
+        Returns:
+            One line.
+        """
         close = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.6)
         near = nearest or (close[0] if close else None)
         hint = f" (did you mean {near!r}?)" if near else ""
@@ -87,7 +100,7 @@ class Registry(Mapping[str, Record], Generic[Record]):
         )
 
 
-ARCHITECTURES: Registry[Any] = Registry(  # of `Architecture`, which needs torch: models is a layer above
+ARCHITECTURES: Registry[Any] = Registry(  # Any is `Architecture`, which needs torch and is a layer above
     "model",
     {
         "transformer": "ssm_retrieval.models.transformer:ARCHITECTURE",
@@ -99,13 +112,14 @@ ARCHITECTURES: Registry[Any] = Registry(  # of `Architecture`, which needs torch
 
 
 def use(modules: Iterable[str], where: str = "") -> None:
-    """Import users' modules, which register what they have; the working directory is searched too.
+    """Import users' modules, which register their records. The working directory is searched too.
 
     Args:
-        where: what names the modules, for an error: a run's folder. Default: the option `--import`.
+        modules: Names of modules.
+        where: What names them, such as a run's folder, for errors. Default: the option `--import`.
 
     Raises:
-        UserError: if a module is not found. What a module raises itself keeps its traceback.
+        UserError: If a module is not found. What a module itself raises keeps its traceback.
     """
     for name in modules:
         if not MODULE.fullmatch(name) or name.endswith(".py"):

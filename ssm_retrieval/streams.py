@@ -10,11 +10,21 @@ SPLITS = ("train", "heldout", "validation")  # the order is part of every random
 
 
 def stream(seed: int, split: str, index: int) -> np.random.Generator:
-    """The random stream of batch number `index`: a function of the three arguments only.
+    """The random stream of a batch, a function of the three arguments only.
 
-    Philox is a cipher of a counter (Salmon et al. 2011): streams with different keys, or with
-    counters 2**192 apart as here, do not overlap, so that any worker can make any batch.
-    Raises UserError for an unknown split or a negative (or > 64 bit) seed or index.
+    Philox is a cipher of a counter (Salmon et al. 2011): streams with different keys, or with counters
+    2**192 apart as here, do not overlap, so any worker can make any batch.
+
+    Args:
+        seed: 0 .. 2**64 - 1.
+        split: One of `SPLITS`.
+        index: Number of the batch, 0 .. 2**64 - 1.
+
+    Returns:
+        A generator at the stream's start.
+
+    Raises:
+        UserError: For an unknown split, and for a seed or index out of range.
     """
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}; valid: {', '.join(SPLITS)}")

@@ -1,26 +1,54 @@
-"""`Architecture`: all that the toolkit needs to know of a kind of model, in one record.
+"""`Architecture`: everything that the toolkit needs to know about a kind of model, in one record.
 
-The file of an architecture ends with its record, and `ssm_retrieval.registry` has a line with its name.
-Command line, tables, figures, planner and probes read the record, so nothing else has to be touched. A user's
-own is made known by `models.register`; `models.from_mixer` makes one of a sequence mixer (docs/extending.md).
+The file of an architecture ends with its record, and `ssm_retrieval.registry` has one line with its name.
+The command line, tables, figures, planner and probes read the record. `models.register` makes a user's own
+record known, and `models.from_mixer` makes one from a sequence mixer (docs/extending.md).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 from ssm_retrieval.models.block_memory import BlockMemory, Step
 from ssm_retrieval.models.common import LanguageModel
 from ssm_retrieval.models.configuration import POSITIONS, Config, require
 from ssm_retrieval.registry import NAME
 
-# Of the size of this name: about 0.5 M parameters with the default task, trained in minutes.
+# The size "tiny": about 0.5 M parameters with the default task, trained in minutes
 TINY: Mapping[str, Any] = dict(d_model=128, vocab_size=2051, tie_word_embeddings=True)
+
+
+@dataclass(frozen=True)
+class Hub:
+    """How `transformers` stores an architecture: what `models.save` writes and `models.load` reads.
+
+    Attributes:
+        model_type: `model_type` in its config.json.
+        model_class: Its class, named under `architectures`.
+        read: Maps (raw, keys, where, beside) to options of our config: the contents of config.json, the names
+            of the tensors, the file for errors, and fields that have no meaning. It raises UserError for what
+            our model cannot be.
+        write: Maps a config to the fields of config.json that are particular to the class.
+        lacks: Maps a config to what the class cannot be, as "name=value"; None if it can be all of it.
+        published: Maps our name of a weight to the class's. The other way, and for older spellings, a model
+            has `LanguageModel.accept_hub_spellings`. Default: names are the same.
+        extras: Options of ours that the class has no field for. They stand in config.json under
+            "ssm_retrieval", where they differ from what `read` makes of the other fields.
+    """
+
+    model_type: str
+    model_class: str
+    read: Callable[[Mapping[str, Any], Collection[str], str, Collection[str]], dict[str, Any]]
+    write: Callable[[Any], dict[str, Any]]
+    lacks: Callable[[Any], str | None]
+    published: Callable[[str], str] = str
+    extras: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -28,23 +56,26 @@ class Architecture:
     """One kind of language model.
 
     Attributes:
-        name: what `--model` and folders call it.
-        config: frozen dataclass derived from `Config`, with at least `vocab_size`, `d_model` and `n_layer`;
-            its defaults are those of `models.config(name)`.
-        model: (config, dtype) -> `LanguageModel` with freshly drawn weights, usually its class.
-        label: its name in tables and figures. Default: `name`.
-        color: in figures, as matplotlib writes it. Default: one that no other architecture has.
-        marker: one character that stands for it in curves of the terminal. Default: of `label` the first.
-        presets: size ("tiny", "130m") -> options of the config: what `--preset` and `models.build` know.
-        positions: the schemes of `config.position` that a run may choose, its default first; () if order is
-            known without any. A config of such an architecture also has `max_position_embeddings`.
-        state_size: (config, seq_len) -> numbers that decoding keeps for one sequence after seq_len tokens.
-        memory: (config, step) -> bytes of each block in training, for `--plan`; None: not known.
-        hub: `model_type` of the class of `transformers` that reads its checkpoints; None: there is none.
-        aliases: other names that `models.build` takes for it.
+        name: Its name for `--model` and in folders.
+        config: Frozen dataclass derived from `Config`, with at least `vocab_size`, `d_model` and `n_layer`.
+            `models.config(name)` has its defaults.
+        model: Maps (config, dtype) to a `LanguageModel` with fresh weights; usually its class.
+        label: Its name in tables and figures. Default: `name`.
+        color: Its colour in figures, as matplotlib spells it. Default: one that no other architecture has.
+        marker: One character that draws its curve in the terminal. Default: the first of `label`.
+        presets: Maps a size ("tiny", "130m") to options of the config, for `--preset` and `models.build`.
+        positions: Values of `config.position` that a run may choose, the default first; () if the model
+            knows the order of tokens by itself. Otherwise the config also has `max_position_embeddings`.
+        state_size: Maps (config, seq_len) to how many numbers decoding keeps for a sequence of seq_len
+            tokens.
+        memory: Maps (config, step) to the bytes of each block in training, for `--plan`. None: unknown.
+        block: Maps a config to a block that may stand in the pattern of a hybrid. It is called as
+            block(x, context, cache); a parallel block runs its `norm` and `mixer` alone. None: it cannot.
+        hub: How `transformers` stores it. None: it has no such class.
+        aliases: Other names that `models.build` accepts.
 
     Raises:
-        UserError: for names and options that cannot be.
+        UserError: For an impossible name, size, scheme or marker, and for a config without these fields.
     """
 
     name: str
@@ -57,7 +88,8 @@ class Architecture:
     positions: tuple[str, ...] = ()
     state_size: Callable[[Any, int], int] | None = None
     memory: Callable[[Any, Step], list[BlockMemory]] | None = None
-    hub: str | None = None
+    block: Callable[[Any], nn.Module] | None = None
+    hub: Hub | None = None
     aliases: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -78,5 +110,5 @@ class Architecture:
             require(self.has(option), f"{self.config.__name__} of model {self.name} lacks the field {option}")
 
     def has(self, option: str) -> bool:
-        """Whether the config has a field of this name."""
+        """Whether the config has a field with this name."""
         return option in {f.name for f in dataclasses.fields(cast(Any, self.config))}

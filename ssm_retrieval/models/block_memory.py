@@ -1,9 +1,9 @@
 """What one block keeps for its gradients, by arithmetic: the terms that `planning` adds up.
 
-Each term of `attention`, `mamba` and `mamba2` is a tensor that an autograd function of that architecture's
-file (or of ops/) saves. The letters are those of common.py, T = B * L, and c the bytes of a product's
-operand: 4, or 2 under bfloat16 autocast, which then also keeps a copy of each weight. The tests count saved
-tensors, `benchmarks/plan.py` measures processes. The formulas are of the CPU kernels.
+Each term of `attention`, `mamba` and `mamba2` is a tensor that an autograd function in that architecture's
+file (or in ops/) saves. The letters are those of common.py, T = B * L, and c is the bytes of a product's
+operand: 4, or 2 under bfloat16 autocast, which also keeps a copy of each weight. The tests count saved
+tensors; `benchmarks/plan.py` measures processes. The formulas describe the CPU kernels.
 """
 
 from __future__ import annotations
@@ -22,19 +22,29 @@ F32 = 4
 
 @dataclass(frozen=True)
 class Step:
-    """What of a training step decides its memory."""
+    """What decides the memory of a training step.
 
-    rows: int  # sequences of a whole batch
-    length: int  # tokens of each
-    answers: int  # positions of each whose logits the loss needs
-    bfloat16: bool = False  # autocast
-    optimizer: str = "adamw"  # as in ssm_retrieval/training/optimizers.py
+    Attributes:
+        rows: Sequences in a whole batch.
+        length: Tokens in each.
+        answers: Positions in each whose logits the loss needs.
+        bfloat16: Whether autocast is on.
+        optimizer: A name of ssm_retrieval/training/optimizers.py.
+        accumulate: Parts that a batch is computed in.
+        checkpointing: Whether a block keeps its input only (`LanguageModel.checkpointing`).
+    """
+
+    rows: int
+    length: int
+    answers: int
+    bfloat16: bool = False
+    optimizer: str = "adamw"
     accumulate: int = 1
     checkpointing: bool = False
 
     @property
     def at_once(self) -> int:
-        """Rows of the largest part of a batch."""
+        """Rows in the largest part of a batch."""
         return math.ceil(self.rows / min(self.accumulate, self.rows))
 
     @property
@@ -44,21 +54,37 @@ class Step:
 
 @dataclass(frozen=True)
 class BlockMemory:
-    """Bytes of one block."""
+    """Bytes that one block needs.
 
-    input: int  # the residual stream that it reads: all that checkpointing keeps
-    kept: int  # from its forward to its backward pass, input included
-    casts: int  # of that, copies of weights in autocast's dtype
-    working: int  # beside what is kept, at most, in its backward pass
+    Attributes:
+        input: The residual stream that it reads, which is all that checkpointing keeps.
+        kept: Everything from its forward to its backward pass, input included.
+        casts: The part of `kept` that is copies of weights in autocast's dtype.
+        working: The most that its backward pass needs beside `kept`.
+    """
+
+    input: int
+    kept: int
+    casts: int
+    working: int
 
 
 def norm(kind: str, T: int, D: int) -> int:
-    """Beside its input: the statistics, and what RMSNorm multiplies with its weight."""
+    """What a norm keeps beside its input: the statistics, and what RMSNorm multiplies by its weight.
+
+    Args:
+        kind: "layer" or "rms".
+        T: Tokens.
+        D: Channels.
+
+    Returns:
+        Bytes.
+    """
     return 8 * T if kind == "layer" else F32 * T + F32 * T * D
 
 
 def attention(config: Any, step: Step) -> BlockMemory:
-    """norm, qkv, rotation, attention, dense; norm, MLP."""
+    """An attention block: norm, qkv, rotation, attention, dense; norm, MLP."""
     B, L, c = step.at_once, step.length, step.itemsize
     D, H, M, T = config.d_model, config.n_head, config.mlp_width, B * L
     x = F32 * T * D
@@ -75,7 +101,7 @@ def attention(config: Any, step: Step) -> BlockMemory:
 
 
 def mamba(config: Any, step: Step) -> BlockMemory:
-    """norm, in_proj, convolution, x_proj, dt_proj, scan, out_proj."""
+    """A Mamba block: norm, in_proj, convolution, x_proj, dt_proj, scan, out_proj."""
     B, L, c = step.at_once, step.length, step.itemsize
     D, E, N, R, T = config.d_model, config.d_inner, config.d_state, config.rank, B * L
     wide = -(-E // LANES) * LANES  # the kernels' channels
@@ -94,7 +120,7 @@ def mamba(config: Any, step: Step) -> BlockMemory:
 
 
 def mamba2(config: Any, step: Step) -> BlockMemory:
-    """norm, in_proj, convolution, the chunks of `ssd`, gated norm, out_proj."""
+    """A Mamba-2 block: norm, in_proj, convolution, the chunks of `ssd`, gated norm, out_proj."""
     B, L, c = step.at_once, step.length, step.itemsize
     D, E, N, H, G, T = config.d_model, config.d_inner, config.d_state, config.n_head, config.ngroups, B * L
     J, Q = E + 2 * G * N, min(config.chunk_size, L)
@@ -120,7 +146,17 @@ def mamba2(config: Any, step: Step) -> BlockMemory:
 
 
 def parallel(first: BlockMemory, second: BlockMemory, config: Any, step: Step) -> BlockMemory:
-    """Of two branches that read one residual stream; tanh(beta) keeps what the second adds."""
+    """Two branches that read one residual stream.
+
+    Args:
+        first: The branch that counts fully.
+        second: The branch that tanh(beta) scales; the product keeps what this branch adds.
+        config: The hybrid's config.
+        step: The training step.
+
+    Returns:
+        The memory of the whole block.
+    """
     added = step.itemsize * step.at_once * step.length * config.d_model
     kept = first.kept + second.kept - first.input + added
     working = max(first.working, second.working) + added
@@ -128,5 +164,5 @@ def parallel(first: BlockMemory, second: BlockMemory, config: Any, step: Step) -
 
 
 def every_block(block: Callable[[Any, Step], BlockMemory]) -> Callable[[Any, Step], list[BlockMemory]]:
-    """The formula of a model whose blocks are all alike."""
+    """The formula for a model whose blocks are all alike."""
     return lambda config, step: [block(config, step)] * config.n_layer

@@ -1,7 +1,7 @@
 """Checkpoints in and out: `load("state-spaces/mamba-130m")`, `load("runs/<id>")`, `save(model, path)`.
 
-A model is made without memory for its weights and filled tensor by tensor, so that loading takes little more
-than the model itself.
+A model is built without memory for its weights and filled tensor by tensor, so loading takes little more
+memory than the model itself.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from ssm_retrieval.models import hub, hub_configs, own_configs
 from ssm_retrieval.models.common import Config, LanguageModel, require
-from ssm_retrieval.models.registry import from_config
+from ssm_retrieval.models.registry import architecture_of, from_config
 
-# of weights that models here compute with; others have to be converted
+# dtypes of weights that models here compute with; weights of others must be converted
 COMPUTED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # computed in float32 whatever the others are, so that they may be wider
 APART = (".A_log", ".D", ".dt_bias", ".dt_proj.bias")
@@ -31,16 +31,23 @@ APART = (".A_log", ".D", ".dt_bias", ".dt_proj.bias")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint's files and what they hold; no weights are in memory."""
+    """A checkpoint's files and what they hold; no weights are in memory.
+
+    Attributes:
+        folder: Where it lies.
+        files: The files that decide the weights.
+        stored: Maps a file's own key to the tensor.
+        config: The model's config.
+    """
 
     folder: Path
-    files: list[Path]  # that decide about the weights
-    stored: dict[str, hub.Stored]  # by the file's own key
+    files: list[Path]
+    stored: dict[str, hub.Stored]
     config: Config
 
 
 def examine(name_or_path: str | Path, *, revision: str | None = None) -> Checkpoint:
-    """Find a checkpoint (see `load`) and read everything about it but the weights."""
+    """Find a checkpoint (see `load`) and read everything about it except the weights."""
     folder = hub.find_folder(name_or_path, revision)
     place = folder / "config.json"
     raw = hub.read_json(place)
@@ -70,17 +77,25 @@ def load(
 ) -> LanguageModel:
     """The model of a checkpoint, ready for inference: a local folder, or a name on the Hugging Face hub.
 
-    Folders: what `save` has written, a run (runs/<id>), what `transformers` saves of
-    MambaForCausalLM, Mamba2ForCausalLM and GPTNeoXForCausalLM, and copies of the next.
-    Names: state-spaces/mamba-*, state-spaces/mamba2-*, EleutherAI/pythia-*. A copy in the hub's cache needs
-    no network.
-    revision: branch, tag or commit on the hub; a commit names the same weights for ever.
-    dtype: of all weights; None leaves each as the file has it. device: anything `torch.device` takes.
+    A folder may hold what `save` has written, a run (`runs/<id>`), what `transformers` saves of
+    MambaForCausalLM, Mamba2ForCausalLM and GPTNeoXForCausalLM, or a copy of a published model. The published
+    names are `state-spaces/mamba-*`, `state-spaces/mamba2-*` and `EleutherAI/pythia-*`; a copy in the hub's
+    cache needs no network. Nothing in a file is executed. One line warns of fields in config.json that have
+    no effect.
 
-    Raises UserError, in one line, for a checkpoint that is not there, is damaged, is of a model that this
-    package does not have, whose tensors are not exactly those that its config asks for, or whose dtypes
-    cannot be computed together. Nothing in a file is executed.
-    Warns, in one line, of fields of config.json that have no effect.
+    Args:
+        name_or_path: The folder, or the name on the hub.
+        revision: Branch, tag or commit on the hub. Only a commit always names the same weights.
+        dtype: Dtype for all weights. Default: each keeps the file's.
+        device: Anything that `torch.device` takes.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        UserError: If the checkpoint is missing or damaged, if this package does not have its model, if its
+            tensors are not exactly those that its config asks for, or if weights of these dtypes cannot be
+            multiplied.
     """
     checkpoint = examine(name_or_path, revision=revision)
     model, sources = outline(checkpoint)
@@ -89,9 +104,10 @@ def load(
 
 
 def outline(checkpoint: Checkpoint) -> tuple[LanguageModel, dict[str, hub.Stored]]:
-    """The model without memory for its weights, and where they are by its names.
+    """The model without memory for its weights, and where each weight is, by the model's names.
 
-    Raises UserError if the weights are not exactly those of the model.
+    Raises:
+        UserError: If the weights are not exactly those of the model.
     """
     model = from_config(checkpoint.config, device="meta")
     sources = dict(checkpoint.stored)
@@ -108,10 +124,20 @@ def fill(
     dtype: torch.dtype | None = None,
     device: Any = None,
 ) -> None:
-    """Give a module that was made on "meta" its weights, tensor by tensor. sources: by the module's names.
+    """Give a module that was made on the "meta" device its weights, tensor by tensor.
 
-    Tied weights may be there under either name, or all. Raises UserError if they are not exactly those of the
-    module, or if a language model cannot compute with their dtypes.
+    Tied weights may be stored under one of their names or all of them.
+
+    Args:
+        model: The module.
+        sources: Maps the module's names to stored tensors; it gets all names of tied ones.
+        folder: What an error names.
+        dtype: Dtype for all weights. Default: each keeps the file's.
+        device: Anything that `torch.device` takes.
+
+    Raises:
+        UserError: If the weights are not exactly those of the module, or if a language model cannot compute
+            with their dtypes.
     """
     homes = _match(model, sources, folder)
     names_of = {names[0]: names for names, _ in homes}
@@ -152,7 +178,7 @@ def _check_dtypes(model: LanguageModel, folder: Path) -> None:
 def _match(
     model: nn.Module, sources: dict[str, hub.Stored], folder: Path
 ) -> list[tuple[list[str], tuple[int, ...]]]:
-    """The homes of a module's weights; `sources` gets all names of tied ones. Raises UserError as `fill`."""
+    """The homes of a module's weights; `sources` gets all names of tied ones. Refuses what `fill` refuses."""
     homes = _homes(model)
     for names, _ in homes:
         present = [name for name in names if name in sources]
@@ -172,7 +198,7 @@ def _homes(model: nn.Module) -> list[tuple[list[str], tuple[int, ...]]]:
 
 
 def _compare(sources: dict[str, hub.Stored], wanted: dict[str, tuple[int, ...]], folder: Path) -> None:
-    """Raises ValueError that lists every tensor missing, in excess or of another shape."""
+    """Refuse, and list, every tensor that is missing, in excess or wrongly shaped."""
     missing = [name for name in wanted if name not in sources]
     extra = [stored.key for name, stored in sources.items() if name not in wanted]
     wrong = [
@@ -211,12 +237,21 @@ def _check_ties(
 def save(model: LanguageModel, folder: str | Path, *, max_shard_size: int | str = "5GB") -> Path:
     """Write `config.json` and safetensors into a new folder, from which `load` makes the same model.
 
-    `transformers` opens it as well, unless it has no such class (hybrids, learned or no positions, another
-    norm than the architecture's, ...): `config.json` then has our own form, model_type "ssm-retrieval".
-    max_shard_size: of one file, in bytes or as "5GB"; several files have an index. The tokenizer is not part
-    of a model: those of the published models are EleutherAI/gpt-neox-20b's. Returns the folder, which appears
-    when it is complete.
-    Raises UserError if the folder is not empty.
+    `transformers` opens it as well, unless it has no class for the model (hybrids, learned or no positions,
+    another norm than the architecture's, ...): `config.json` then has our own form, with model_type
+    "ssm-retrieval". A tokenizer is not part of a model; the published models use that of
+    EleutherAI/gpt-neox-20b.
+
+    Args:
+        model: The model.
+        folder: A new or empty folder. It appears when it is complete.
+        max_shard_size: Largest file, in bytes or as "5GB". Several files get an index.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: If the folder is not empty.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
@@ -225,9 +260,10 @@ def save(model: LanguageModel, folder: str | Path, *, max_shard_size: int | str 
         not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
         f"{folder} exists and is not empty; choose a new folder",
     )
-    own = hub_configs.lacking(model.config) is not None
-    named = ((name if own else _published(name), p) for name, p in model.named_parameters())
-    tensors = {name: parameter.detach().contiguous() for name, parameter in named}
+    form = architecture_of(model.config).hub
+    own = form is None or form.lacks(model.config) is not None
+    spell = str if own or form is None else form.published
+    tensors = {spell(name): parameter.detach().contiguous() for name, parameter in model.named_parameters()}
     if own:
         config = own_configs.write_config(model.config)
     else:
@@ -253,11 +289,6 @@ def save(model: LanguageModel, folder: str | Path, *, max_shard_size: int | str 
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
-
-
-def _published(name: str) -> str:
-    """A weight's name on the hub."""
-    return name.replace("backbone.embedding.", "backbone.embeddings.")
 
 
 def _write_json(path: Path, value: Any) -> None:

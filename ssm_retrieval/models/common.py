@@ -1,4 +1,4 @@
-"""What every architecture here shares: the call signature, norms, padding, packing, the cache.
+"""What every architecture here shares: the call signature, padding, packing, the cache.
 
 Glossary (one letter per axis, used in every shape comment of this package)
 
@@ -18,16 +18,16 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ssm_retrieval.models.configuration import Config as Config
 from ssm_retrieval.models.configuration import require as require
 from ssm_retrieval.models.decoding import generate, stream
 from ssm_retrieval.models.hooks import Hooked, points
+from ssm_retrieval.models.layers import widen as widen
 from ssm_retrieval.models.packing import Packing
 from ssm_retrieval.models.padding import real_first
-from ssm_retrieval.ops._route import refuse_tracing, values_are_known
+from ssm_retrieval.ops._route import refuse_tracing
 from ssm_retrieval.ops.cross_entropy import linear_cross_entropy
 
 LayerCache = dict[str, Tensor]
@@ -36,35 +36,46 @@ INTEGERS = (torch.int64, torch.int32)
 
 @dataclass
 class Cache:
-    """What the model remembers between calls: one dictionary of tensors per layer.
+    """What the model remembers between calls.
 
-    SSM layers keep `conv` (B, d_conv-1, E) and `ssm` (B, E, N): constant in the number of tokens.
-    Attention layers keep `k` and `v` (B, H, S, P), which grow with it.
+    Attributes:
+        layers: One dictionary of tensors per layer. SSM layers keep `conv` (B, d_conv-1, E) and `ssm`
+            (B, E, N), whose size is constant; attention layers keep `k` and `v` (B, H, S, P), which grow.
+        length: Tokens seen so far, padding included.
+        mask: (B, length) bool, True = real token; None = no padding so far.
     """
 
     layers: list[LayerCache]
-    length: int = 0  # tokens seen so far, padding included
-    mask: Tensor | None = None  # (B, length) bool, True = real token; None = no padding so far
+    length: int = 0
+    mask: Tensor | None = None
 
     def num_elements(self) -> int:
-        """Numbers held in memory: the state size, counted rather than derived from a formula."""
+        """Numbers held in memory: the state size, counted, not derived from a formula."""
         return sum(t.numel() for layer in self.layers for t in layer.values())
 
 
 @dataclass
 class Context:
-    """What a block must know about the tokens besides their vectors."""
+    """What a block must know about the tokens besides their vectors.
 
-    mask: Tensor | None = None  # (B, L) bool, True = real token of this call; None = all are
-    key_mask: Tensor | None = None  # (B, S) bool, the same including cached tokens
-    positions: Tensor | None = None  # (L,) or (B, L) int64, index of each token in its sequence
-    cached: bool = False  # tokens came before this call
-    kept: bool = False  # tokens may come after it
+    Attributes:
+        mask: (B, L) bool, True = real token of this call; None = all are real.
+        key_mask: (B, S) bool, the same with the cached tokens in front.
+        positions: (L,) or (B, L) int64, index of each token in its sequence.
+        cached: Whether tokens came before this call.
+        kept: Whether tokens may come after this call.
+    """
+
+    mask: Tensor | None = None
+    key_mask: Tensor | None = None
+    positions: Tensor | None = None
+    cached: bool = False
+    kept: bool = False
     _order: list[Tensor | None] = field(default_factory=list)  # torch.compile knows no cached_property
 
     @property
     def order(self) -> Tensor | None:
-        """`models.padding.real_first` of this call: made for those that ask, once for all layers."""
+        """`models.padding.real_first` for this call, computed on first use, once for all layers."""
         if self.mask is None:
             return None
         if not self._order:
@@ -72,69 +83,16 @@ class Context:
         return self._order[0]
 
 
-WHOLE = Context()  # of whole sequences without padding: what a mixer that needs no positions assumes
-
-
-def widen(x: Tensor) -> Tensor:
-    """x in float32, or in its own dtype if that is wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang & Sennrich 2019).
-
-    Computed in float32 at least and returned in the dtype of `weight`, so that a residual stream kept
-    in float32 meets the projections of a bfloat16 model in bfloat16.
-    """
-
-    def __init__(self, d: int, eps: float = 1e-5):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(d))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.rms_norm(widen(x), x.shape[-1:], eps=self.eps)
-        return y.to(self.weight.dtype) * self.weight
-
-
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm that also accepts a float32 residual stream in a model of lower precision."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.weight.dtype))
-
-
-def init_normal(weight: Tensor, std: float) -> None:
-    """Fill with normal(0, std) drawn in float32, whatever the dtype: the same weights at every precision."""
-    with torch.no_grad():
-        drawn = torch.empty(weight.shape, device=weight.device, dtype=torch.float32)
-        weight.copy_(drawn.normal_(std=std))
-
-
-def make_norm(config: Any) -> nn.Module:
-    """The norm that `config.norm` names, "rms" or "layer", of the residual stream."""
-    return {"rms": RMSNorm, "layer": LayerNorm}[config.norm](config.d_model, eps=config.norm_eps)
-
-
-def add_learned_positions(x: Tensor, positions: Tensor, table: nn.Embedding) -> Tensor:
-    """x (B, L, D) plus the vector of each position; one clear line when the sequence is too long."""
-    if values_are_known(positions):
-        limit = table.num_embeddings
-        longest = int(positions.max()) + 1 if positions.numel() else 0
-        require(
-            longest <= limit,
-            f"sequence of {longest} tokens exceeds max_position_embeddings={limit}; build a model with more",
-        )
-    return x + table(positions)
+WHOLE = Context()  # whole sequences without padding, the default of mixers that need no positions
 
 
 def shape_of(x: Any) -> str:
-    """What an argument is, for the line that refuses it."""
+    """Shape and dtype of an argument, for an error message."""
     return f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
 
 
 def part(path: str) -> Any:
-    """A property for the module at `path`, such as "backbone.embedding": the name that checkpoints use."""
+    """A property that reads the module at `path`, its name in checkpoints, such as "backbone.embedding"."""
     names = path.split(".")
 
     def get(model: Any) -> Any:  # not operator.attrgetter, which torch.compile cannot trace
@@ -145,13 +103,13 @@ def part(path: str) -> Any:
     return property(get)
 
 
-def rename_before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def _rename_before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Hook before `load_state_dict`: `LanguageModel.accept_hub_spellings`."""
     cast(LanguageModel, module).accept_hub_spellings(state_dict, prefix)
 
 
 def select_positions(x: Tensor, at: Tensor | None) -> Tensor:
-    """x (B, L, D) at the indices `at`: (A,) or (B, A); all of it for None."""
+    """x (B, L, D) at the indices `at`, (A,) or (B, A); x itself if `at` is None."""
     if at is None:
         return x
     return x[:, at] if at.dim() == 1 else x.take_along_dim(at[..., None], dim=1)
@@ -160,32 +118,32 @@ def select_positions(x: Tensor, at: Tensor | None) -> Tensor:
 class LanguageModel(Hooked, nn.Module):
     """Causal language model: tokens or embeddings in, next-token logits out.
 
-    Subclasses have the four parts below, as attributes or, under the names of checkpoints, by `part`. Their
-    config has `vocab_size`, `d_model`, `n_layer` and `residual_in_fp32`.
+    Subclasses have the four parts below, either as attributes or under the names of checkpoints (`part`).
+    Their config has `vocab_size`, `d_model`, `n_layer` and `residual_in_fp32`.
     """
 
     embedding: nn.Embedding
     blocks: nn.ModuleList  # each called as block(x, context, cache) -> x, (B, L, D)
     norm: nn.Module
     head: nn.Linear
-    # Training keeps each block's input only and runs the block again for its gradients (Chen et al. 2016,
-    # arXiv 1604.06174): same numbers, less memory, about a third more time. Not with a cache or hooks.
+    # Training keeps only each block's input and runs the block again for its gradients (Chen et al. 2016,
+    # arXiv 1604.06174): same numbers, less memory, about a third more time. No effect with a cache or hooks.
     checkpointing: bool = False
     hook_axes: ClassVar = {"hook_embed": "B L D", "ln_final.hook_normalized": "B L D"}
 
     def __init__(self, config: Any):
         super().__init__()
         self.config = config
-        self.register_load_state_dict_pre_hook(rename_before_load)
+        self.register_load_state_dict_pre_hook(_rename_before_load)
 
     def accept_hub_spellings(self, named: dict[str, Any], prefix: str = "") -> None:
-        """Give tensors, or whatever stands for them in `named`, the names they have here, in place.
+        """Rename the keys of `named` to the names used here, in place.
 
-        Families that other code publishes under other names override this.
+        Architectures that other code publishes under other names override this.
         """
 
     def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """(B, L) int64 -> (B, L, D). Position schemes that add to the embedding override this."""
+        """(B, L) int64 -> (B, L, D). Models that add position vectors to the embedding override this."""
         return self.embedding(input_ids)
 
     def forward(
@@ -200,16 +158,22 @@ class LanguageModel(Hooked, nn.Module):
     ) -> Tensor:
         """Next-token logits.
 
-        input_ids: (B, L) int64, or inputs_embeds: (B, L, D) floating; exactly one of them.
-        attention_mask: (B, L), non-zero = real token, of this call's tokens; a cache knows the earlier ones.
-            Padding may stand anywhere, with a cache too (`models.padding`); logits at it are meaningless.
-        seq_ids: (B, L) int, several sequences packed into one row (`models.packing`); no cache, no mask.
-        logits_at: (A,) int64 sequence indices whose logits are wanted, or (B, A), others for every row;
-            default all.
-        cache: from `init_cache`; continues from it and updates it in place.
+        Args:
+            input_ids: (B, L) int64.
+            inputs_embeds: (B, L, D) floating, instead of input_ids.
+            attention_mask: (B, L), non-zero = real token, for the tokens of this call only. Padding may stand
+                anywhere, with a cache too (`models.padding`); logits at padding are meaningless.
+            seq_ids: (B, L) int, several sequences packed into one row (`models.packing`); not with a cache or
+                mask.
+            logits_at: Indices whose logits are wanted, (A,) int64, or (B, A) with others for every row.
+                Default: all.
+            cache: From `init_cache`; the call continues from it and updates it in place.
 
-        Returns (B, L or A, V) logits, in the dtype of the head's weights (autocast's dtype under it).
-        Raises UserError for arguments that do not fit each other or the model.
+        Returns:
+            (B, L or A, V), in the dtype of the head's weights, or autocast's.
+
+        Raises:
+            UserError: For arguments that do not fit each other or the model.
         """
         x = self.hidden(
             input_ids,
@@ -231,8 +195,18 @@ class LanguageModel(Hooked, nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy in nats, and the arg-max predictions, without the logits in memory.
 
-        labels: (B, L or A) int64; labels[:, j] is what the logits at index j (logits_at[j]) should
-        predict, -100 = nothing. Other arguments as `forward`. Returns a scalar and (B, L or A) int64.
+        Args:
+            input_ids: As in `forward`.
+            labels: (B, L or A) int64, what the logits at index j (at logits_at[j]) should predict in
+                labels[:, j]; -100 = nothing.
+            logits_at: As in `forward`.
+            **inputs: Other arguments of `forward`.
+
+        Returns:
+            A scalar, and (B, L or A) int64.
+
+        Raises:
+            UserError: As `forward`.
         """
         x = self.hidden(input_ids, at=logits_at, **inputs)
         return linear_cross_entropy(x, self.head.weight, labels)
@@ -247,7 +221,19 @@ class LanguageModel(Hooked, nn.Module):
         at: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """What the head reads, (B, L or A, D): `forward` without the head; `at` is its `logits_at`."""
+        """What the head reads: `forward` without the head.
+
+        Args:
+            input_ids: As in `forward`, like all others.
+            inputs_embeds: (B, L, D).
+            attention_mask: (B, L).
+            seq_ids: (B, L).
+            at: `logits_at` of `forward`.
+            cache: From `init_cache`.
+
+        Returns:
+            (B, L or A, D).
+        """
         refuse_tracing(type(self).__name__)
         tokens = self._checked(input_ids, inputs_embeds, attention_mask, seq_ids, at, cache)
         if seq_ids is None or seq_ids.numel() == 0:
@@ -269,10 +255,9 @@ class LanguageModel(Hooked, nn.Module):
         at: Tensor | None,
         cache: Cache | None,
     ) -> Tensor:
-        """The one of input_ids and inputs_embeds that is given.
+        """Whichever of input_ids and inputs_embeds is given, after every argument has been checked.
 
-        Raises UserError for arguments that do not fit each other. Looks at shapes and dtypes
-        only: values may be on a GPU, and to read them is to wait for it.
+        Looks at shapes and dtypes only: values may be on a GPU, and reading them would wait for it.
         """
         require((input_ids is None) != (inputs_embeds is None), "give input_ids or inputs_embeds, not both")
         require(
@@ -307,7 +292,7 @@ class LanguageModel(Hooked, nn.Module):
         return tokens
 
     def _stream(self, tokens: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
-        """The residual stream behind the last block (B, L, D), of ids (B, L) or embeddings (B, L, D)."""
+        """The residual stream after the last block (B, L, D), for ids (B, L) or embeddings (B, L, D)."""
         if self.hook is not None:
             B, L = tokens.shape[:2]
             self.hook.begin(B, L, L if cache is None else L + cache.length)
@@ -348,14 +333,14 @@ class LanguageModel(Hooked, nn.Module):
         return {f"blocks.{i}.": cast(Hooked, block) for i, block in enumerate(self.blocks)}
 
     def hook_names(self) -> list[str]:
-        """Every name that `probes.record` and `probes.intervene` take (`probes.NAMES` describes them)."""
+        """Every name that `probes.record` and `probes.intervene` accept (`probes.NAMES` describes them)."""
         return list(points(self))
 
     generate = generate
     stream = stream
 
     def init_cache(self) -> Cache:
-        """An empty cache; its tensors are made by the first call that uses it."""
+        """An empty cache; the first call that uses it makes its tensors."""
         return Cache(layers=[{} for _ in range(self.config.n_layer)])
 
     def step(self, input_ids: Tensor, cache: Cache) -> Tensor:
@@ -363,7 +348,14 @@ class LanguageModel(Hooked, nn.Module):
         return self(input_ids[:, None], cache=cache)[:, -1]
 
     def num_parameters(self, embeddings: bool = True) -> int:
-        """Number of trainable numbers, tied weights counted once; without the tables on request."""
+        """How many numbers the weights have, tied ones counted once.
+
+        Args:
+            embeddings: Whether to count the embedding and the head.
+
+        Returns:
+            The count.
+        """
         tables = () if embeddings else (self.embedding, self.head)
         skip = {id(p) for table in tables for p in table.parameters()}
         return sum(p.numel() for p in self.parameters() if id(p) not in skip)

@@ -1,4 +1,4 @@
-"""Configs: frozen dataclasses whose values are checked where they are made, by one table for all families."""
+"""Configs: frozen dataclasses that check their values when they are made, by one table for all."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import numbers
 import reprlib
 import sys
+from collections.abc import Iterable
 from typing import Any, cast
 
 from ssm_retrieval.errors import UserError
@@ -14,7 +15,7 @@ from ssm_retrieval.ops.selective_scan import MAX_D_STATE
 
 POSITIONS = ("rope", "learned", "none")
 LARGEST = 2**31 - 1  # no tensor of any machine has more along an axis
-# What a number may be, ends included, where that is not the rule: a whole number 1 or more, another above 0.
+# Ranges of numbers, ends included. The rule for all others: whole numbers from 1, other numbers above 0
 RANGES: dict[str, tuple[float, float]] = {
     "n_layer": (1, 100_000),  # a million blocks fill a machine with their Python objects alone
     "d_state": (1, MAX_D_STATE),
@@ -29,26 +30,33 @@ RANGES: dict[str, tuple[float, float]] = {
 CHOICES: dict[str, tuple[str, ...]] = {
     "norm": ("rms", "layer"),
     "position": POSITIONS,
-    "scan_backend": ("auto", "reference", "cpu", "cuda"),
 }
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise UserError with a one-line message unless the condition holds (configs use this)."""
+    """Do nothing if the condition holds.
+
+    Raises:
+        UserError: With this one-line message, if it does not.
+    """
     if not condition:
         raise UserError(message)
 
 
 def check_dt(config: Any) -> None:
-    """Raise UserError unless dt_min <= dt_max."""
+    """Do nothing if dt_min <= dt_max.
+
+    Raises:
+        UserError: If it is not.
+    """
     low, high = config.dt_min, config.dt_max
     require(low <= high, f"dt_min={low} is above dt_max={high}; exchange them or change one")
 
 
 class Config:
-    """Base of the frozen dataclass configs: dictionaries in and out, unknown keys and bad values refused.
+    """Base of the frozen dataclass configs; it refuses unknown fields and bad values.
 
-    Subclasses extend `__post_init__` with what must hold between their fields.
+    Subclasses extend `__post_init__` with conditions on several fields.
     """
 
     def __post_init__(self) -> None:
@@ -56,10 +64,21 @@ class Config:
             check(field.name, str(field.type), getattr(self, field.name))
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields by name."""
         return dataclasses.asdict(cast(Any, self))
 
     def replace(self, **overrides: Any) -> Any:
-        """A copy with fields changed. Raises UserError for unknown fields and bad values."""
+        """A copy with some fields changed.
+
+        Args:
+            **overrides: New values by field.
+
+        Returns:
+            A config of the same class.
+
+        Raises:
+            UserError: For unknown fields and bad values.
+        """
         known = [f.name for f in dataclasses.fields(cast(Any, self))]
         for key in overrides:
             if key not in known:
@@ -67,10 +86,37 @@ class Config:
         return dataclasses.replace(cast(Any, self), **overrides)
 
 
-def check(name: str, kind: str, value: Any) -> None:
-    """Raise UserError, naming field, value and remedy, unless the value is of its kind and in its range.
+def derived(name: str, base: type[Config], fields: Iterable[tuple[str, Any, Any]]) -> type[Config]:
+    """A config class for an architecture that a user describes without writing one.
 
-    kind: the field's annotation, "int", "float", "bool" or "str".
+    Args:
+        name: The architecture.
+        base: The config class to derive from.
+        fields: Name, type and default of each further field.
+
+    Returns:
+        The class, a frozen dataclass.
+    """
+    words = name.replace(".", "-").split("-")
+    return dataclasses.make_dataclass(
+        "".join(word.capitalize() for word in words) + "Config",
+        fields,
+        bases=(base,),
+        frozen=True,
+        namespace={"__doc__": f"`{base.__name__}` with the options of {name}.", "__module__": __name__},
+    )
+
+
+def check(name: str, kind: str, value: Any) -> None:
+    """Do nothing if the value has the field's kind and is in its range.
+
+    Args:
+        name: The field.
+        kind: Its annotation, "int", "float", "bool" or "str".
+        value: The value.
+
+    Raises:
+        UserError: If it has not; the line names field, value and remedy.
     """
     said = f"{name}={reprlib.repr(value)}"
     if kind == "str" and name not in CHOICES:

@@ -1,4 +1,4 @@
-"""What a file is that should have been a checkpoint's: downloads fail in few ways, each with its remedy."""
+"""What is wrong with a checkpoint's file: downloads fail in a few ways, and each has its remedy."""
 
 from __future__ import annotations
 
@@ -13,11 +13,21 @@ AGAIN = "fetch it again"
 
 
 def damaged(file: Path, what: str, remedy: str = AGAIN) -> UserError:
+    """The error for a damaged file.
+
+    Args:
+        file: The file.
+        what: What is wrong, as a verb phrase, with its remedy behind a semicolon if it has one of its own.
+        remedy: The remedy otherwise.
+
+    Returns:
+        The error, to be raised.
+    """
     return UserError(f"{file} {what}" if ";" in what else f"{file} {what}; {remedy}")
 
 
 def what_it_is(file: Path) -> str | None:
-    """In words, with a remedy if it is not to fetch it again; None if nothing is known about it."""
+    """What the file is, as a verb phrase with its remedy unless that is `AGAIN`; None if unknown."""
     if file.is_dir():
         return "is a folder; give the file in its place"
     size = file.stat().st_size
@@ -47,7 +57,7 @@ def what_it_is(file: Path) -> str | None:
 
 
 def _text(start: bytes, size: int) -> str | None:
-    """An error message of a server, say."""
+    """For a file of text, such as a server's error message."""
     try:
         said = " ".join(start.decode("ascii").split())
     except UnicodeDecodeError:

@@ -26,17 +26,17 @@ def generate(
     """Continuation of (B, L) int64 input_ids, greedy unless a temperature is given.
 
     Args:
-        model: any `LanguageModel`.
+        model: Any `LanguageModel`.
         input_ids: (B, L) int64; None with `inputs_embeds`.
-        max_new_tokens: how many tokens to generate at most.
-        **options: those of `stream`: `inputs_embeds`, `attention_mask`, `eos_token_id`, `temperature`,
+        max_new_tokens: The most tokens to generate.
+        **options: Those of `stream`: `inputs_embeds`, `attention_mask`, `eos_token_id`, `temperature`,
             `top_k`, `top_p` and `generator`.
 
     Returns:
         (B, n) int64, n <= max_new_tokens.
 
     Raises:
-        UserError: as `stream`.
+        UserError: As `stream`.
     """
     return torch.stack(list(stream(model, input_ids, max_new_tokens, **options)), dim=1)
 
@@ -57,25 +57,25 @@ def stream(
     """The tokens of `generate`, each as soon as it is known: `for token in model.stream(input_ids): ...`.
 
     Args:
-        model: any `LanguageModel`.
+        model: Any `LanguageModel`.
         input_ids: (B, L) int64; None with `inputs_embeds`.
-        max_new_tokens: how many tokens to generate at most.
-        inputs_embeds: (B, L, D) instead of input_ids, for what is not tokens alone.
-        attention_mask: (B, L), non-zero = real token; padding stands on either side.
-        eos_token_id: one id or several; a sequence that has generated one goes on with it, and all stop when
-            every one has.
-        temperature: 0 takes the likeliest token; above 0 tokens are drawn from softmax(logits / temperature).
-        top_k: draw from the k likeliest tokens only (all that tie with the k-th).
-        top_p: draw from the likeliest tokens that together reach this probability, after `top_k`
+        max_new_tokens: The most tokens to generate.
+        inputs_embeds: (B, L, D) instead of input_ids, for inputs that are not tokens alone.
+        attention_mask: (B, L), non-zero = real token; padding may stand on either side.
+        eos_token_id: One id or several. A sequence that has generated one repeats it; generation stops when
+            every sequence has.
+        temperature: 0 takes the likeliest token; above 0, tokens come from softmax(logits / temperature).
+        top_k: Draw from the k likeliest tokens only, and from all that tie with the k-th.
+        top_p: Draw from the likeliest tokens that together reach this probability, after `top_k`
             (nucleus sampling, Holtzman et al. 2019, arXiv 1904.09751).
-        generator: of the random numbers, on the model's device; torch's global one by default.
+        generator: Source of random numbers, on the model's device. Default: torch's global one.
 
     Returns:
         An iterator over (B,) int64.
 
     Raises:
-        UserError: for an empty prompt, alone or among others, and for values of the wrong kind. At once, not
-            at the first token.
+        UserError: For an empty prompt, alone or in a batch, and for values of the wrong kind. It comes at
+            once, not at the first token.
     """
     require(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be at least 1")
     given = input_ids if inputs_embeds is None else inputs_embeds
@@ -126,7 +126,18 @@ def pick(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """A token (B,) int64 for each row of logits (B, V); arguments as in `stream`."""
+    """A token for each row of logits.
+
+    Args:
+        logits: (B, V).
+        temperature: As in `stream`, like the others.
+        top_k: How many tokens to draw from.
+        top_p: Their joint probability.
+        generator: Source of random numbers.
+
+    Returns:
+        (B,) int64.
+    """
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature

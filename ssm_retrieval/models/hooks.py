@@ -1,16 +1,16 @@
-"""Hook points: the named places of a forward pass where `probes` may look at a tensor or replace it.
+"""Hook points: the named places of a forward pass where `probes` may read a tensor or replace it.
 
 A module says
 
     x = self.tap("hook_conv", x)
 
-and gets the same x back unless a probe is at work, when the module has a `hook`. Where the fast path never
-makes a quantity (attention patterns, states, exp(dt A)), `ssm_retrieval.models.instrumented` takes its place
-while there is a hook, asks it what is wanted and makes just that. Rules that all modules keep:
+and gets the same x back unless a probe has set the module's `hook`. Where the fast path never makes a
+quantity (attention patterns, states, exp(dt A)), `ssm_retrieval.models.instrumented` replaces it while there
+is a hook, asks the hook what it wants and makes only that. All modules keep three rules:
 
-  * a hook returns the very object it was given if nothing changed; the fast path is then left alone;
-  * what is only recorded is computed beside the fast path, at the recorded positions only;
-  * a name fires once per call.
+* A hook returns the very object it was given if nothing changed; the fast path's result then stands.
+* What is only recorded is computed beside the fast path, at the recorded positions only.
+* A name fires once per call.
 
 `LanguageModel.hook_names()` lists the names, `points` finds the module behind each. Axes are written with the
 letters of `ssm_retrieval.models.common` and M = width of the MLP, G = groups of heads that share B and C,
@@ -38,10 +38,16 @@ SIZES = {
 
 
 class Hook(Protocol):
-    """What a module may ask of the probes at work. Names are local to the module ("hook_conv")."""
+    """What a module may ask the active probes. Names are local to the module ("hook_conv")."""
 
     def begin(self, batch: int, length: int, keys: int) -> None:
-        """Said once before each forward pass: B, L, and S = cached tokens + L."""
+        """Called once before each forward pass.
+
+        Args:
+            batch: B.
+            length: L.
+            keys: S, the cached tokens and L.
+        """
 
     def wants(self, name: str) -> bool:
         """Whether this name is edited or recorded."""
@@ -53,10 +59,25 @@ class Hook(Protocol):
         """The positions at which this name is recorded, increasing."""
 
     def edit(self, name: str, x: Tensor, positions: list[int]) -> Tensor:
-        """x, whose length axis holds these positions, after all edits; x itself if nothing changed."""
+        """Apply all edits of a name.
+
+        Args:
+            name: The name.
+            x: A tensor whose length axis holds `positions`.
+            positions: Positions in the sequence, increasing.
+
+        Returns:
+            A tensor like x; x itself if nothing changed.
+        """
 
     def record(self, name: str, x: Tensor, positions: list[int]) -> None:
-        """Hand over x, whose length axis holds these positions (all that are recorded, and maybe more)."""
+        """Hand over a tensor.
+
+        Args:
+            name: Its name.
+            x: A tensor whose length axis holds `positions`.
+            positions: All recorded positions, and possibly more.
+        """
 
     def __call__(self, name: str, x: Tensor) -> Tensor:
         """Edit, then record, a tensor that holds every position."""
@@ -71,10 +92,16 @@ class Hooked:
     hook_prefix: ClassVar[str] = ""  # of the names in this module; "" = what its parent calls it, and a dot
 
     def tap(self, name: str, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x (B, L, ...) after the probes at work; x itself if there are none.
+        """x after the active probes; x itself if there are none.
 
-        mask: (B, L) bool, True = real token. An edited x is zero at the others, as x has to be already: what
-        is written to padding must not reach real tokens.
+        Args:
+            name: Local name of the hook point.
+            x: (B, L, ...), zero where mask is False.
+            mask: (B, L) bool, True = real token. An edited x is set to zero elsewhere, so that what is
+                written to padding cannot reach real tokens.
+
+        Returns:
+            A tensor like x.
         """
         if self.hook is None:
             return x
@@ -82,7 +109,7 @@ class Hooked:
         return new if mask is None or new is x else new * mask.view(*mask.shape, *(1,) * (x.dim() - 2))
 
     def __getstate__(self) -> dict[str, Any]:
-        """What `copy.deepcopy` and pickle take along: no hook, for a copy is not what a probe was put on."""
+        """What `copy.deepcopy` and pickle copy: everything but the hook, whose probe knows the original."""
         return {name: value for name, value in self.__dict__.items() if name != "hook"}
 
     def hook_points(self) -> list[str]:
@@ -102,7 +129,15 @@ class Hooked:
 
 @dataclass(frozen=True)
 class Point:
-    """One name: the module that fires it, its name there, its axes and their fixed sizes."""
+    """One hook point.
+
+    Attributes:
+        module: The module that fires it.
+        prefix: Of the full name.
+        local: The rest of it, as the module says it.
+        axes: Letters, as in `Hooked.hook_axes`.
+        sizes: Sizes by letter, for axes of fixed size.
+    """
 
     module: Hooked
     prefix: str
@@ -112,7 +147,7 @@ class Point:
 
 
 def points(module: Hooked, prefix: str = "") -> dict[str, Point]:
-    """Every hook point of a module and those below it, by full name, in the order of the forward pass."""
+    """Every hook point of a module and of those below it, by full name, in the order of the forward pass."""
     sizes = module.hook_sizes()
     own = {
         prefix + name: Point(module, prefix, name, tuple(module.hook_axes[name].split()), sizes)

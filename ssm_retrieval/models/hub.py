@@ -1,4 +1,4 @@
-"""Where a checkpoint's files are, and what is in them: names and shapes first, tensors one after the other.
+"""Where a checkpoint's files are, and what is in them: names and shapes first, then tensor by tensor.
 
 A checkpoint is a folder with `config.json` and its weights, in the first of these forms that is there:
 `model.safetensors`, its shards by `model.safetensors.index.json`, `pytorch_model.bin`, its shards.
@@ -25,16 +25,22 @@ from ssm_retrieval.models.damage import AGAIN, damaged, what_it_is
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
 INDEX = ".index.json"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-# A .bin file is mapped, and its pages count as ours for as long as the mapping lives: it is opened anew
-# after so many numbers.
+# A .bin file is mapped, and its pages count as ours while the mapping lives, so it is reopened after this
+# many numbers
 MAPPED_NUMBERS = 2**26
-LISTED = 12  # names that an error has, of each kind
+LISTED = 12  # names of each kind in an error
 MOST_JSON = 2**27  # bytes; the index of a thousand shards has a few million
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of a file."""
+    """One tensor in a file.
+
+    Attributes:
+        file: The file.
+        key: The tensor's name in it.
+        shape: The tensor's shape.
+    """
 
     file: Path
     key: str
@@ -42,12 +48,19 @@ class Stored:
 
     @property
     def numbers(self) -> int:
+        """How many numbers it has."""
         return torch.Size(self.shape).numel()
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The files that hold a checkpoint's weights. index: says which of them has a tensor (`assigned`)."""
+    """The files that hold a checkpoint's weights.
+
+    Attributes:
+        files: The files.
+        index: The file that says which of them holds which tensor, if there is one.
+        assigned: What it says: the file by the tensor's key.
+    """
 
     files: list[Path]
     index: Path | None = None
@@ -55,9 +68,17 @@ class Weights:
 
 
 def find_folder(name_or_path: str | Path, revision: str | None = None) -> Path:
-    """The local folder of that name, or the hub's snapshot, downloaded unless the cache has it.
+    """The local folder with this name, or the hub's snapshot, downloaded unless it is in the cache.
 
-    Raises UserError, in one line, for what is neither, an unknown name or revision, and a lack of network.
+    Args:
+        name_or_path: A folder, or a name on the hub.
+        revision: Branch, tag or commit on the hub.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: If it is neither, if the hub has no such name or revision, or if there is no network.
     """
     path = Path(name_or_path)
     if path.is_dir():
@@ -78,7 +99,7 @@ def find_folder(name_or_path: str | Path, revision: str | None = None) -> Path:
 
 
 def _download(name: str, revision: str | None, weights: str) -> Path:
-    """Raises UserError where huggingface_hub has any of its errors."""
+    """The hub's snapshot; each error of huggingface_hub becomes a UserError."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -105,7 +126,8 @@ def _download(name: str, revision: str | None, weights: str) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object in UTF-8, -16 or -32, with or without a byte order mark.
 
-    Raises UserError, in one line, if the file is missing or holds anything else.
+    Raises:
+        UserError: If the file is missing or holds anything else.
     """
     require(path.exists(), f"{path.parent} has no {path.name}; give the folder of a checkpoint")
     require(path.is_file(), f"{path} is not a regular file; give the folder of a checkpoint")
@@ -121,9 +143,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> Weights:
-    """The files that hold the weights. Raises UserError if there are none, or shards are missing.
+    """The files that hold the weights. An index counts only if there is no single file, as in `transformers`.
 
-    An index counts only if there is no single file, as for `transformers`.
+    Raises:
+        UserError: If there are none, or if shards are missing.
     """
     for name in (SAFETENSORS, PICKLED):
         if (folder / name).exists():
@@ -149,16 +172,16 @@ def _indexed(folder: Path, index: Path) -> Weights:
 
 
 def listing(names: Sequence[str]) -> str:
-    """The first of them, and how many more there are."""
+    """The first names, and how many more there are."""
     more = len(names) - LISTED
     return ", ".join(names[:LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def contents(weights: Weights) -> dict[str, Stored]:
-    """Key -> where it is, without reading the weights.
+    """Every tensor by its key, without reading the weights. If two shards have a tensor, the index decides.
 
-    Where two shards have a tensor, the index decides. Raises UserError for damaged files, and for an index
-    that does not belong to them.
+    Raises:
+        UserError: For damaged files, and for an index that does not belong to them.
     """
     found: dict[str, Stored] = {}
     elsewhere: dict[str, Path] = {}
@@ -192,21 +215,21 @@ def _shapes(file: Path) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def tensors(stored: Iterable[Stored]) -> Iterator[tuple[Stored, Tensor]]:
-    """Each with its tensor on the CPU, file by file; valid until the next one is asked for.
+    """Each with its tensor on the CPU, file by file. A tensor is valid until the next one is requested.
 
-    Beside the tensor at hand little more than MAPPED_NUMBERS numbers of the files are in memory.
+    Beside that tensor, little more than MAPPED_NUMBERS numbers of the files are in memory.
     """
     files: dict[Path, list[Stored]] = {}
     for each in stored:
         files.setdefault(each.file, []).append(each)
     for file, wanted in files.items():
         if file.suffix == ".safetensors":
-            # read rather than mapped: else the whole file could stay in memory beside the copies of it
+            # read, not mapped: otherwise the whole file could stay in memory beside its copies
             with safe_open(file, framework="pt", backend="pread") as opened:
                 for each in wanted:
                     yield each, opened.get_tensor(each.key)
         else:
-            # one that cannot be mapped is in memory as a whole, and so read once
+            # a file that cannot be mapped is read as a whole, so only once
             for group in _groups(wanted) if pickled.is_archive(file) else [wanted]:
                 opened = pickled.tensors(file)
                 for each in group:

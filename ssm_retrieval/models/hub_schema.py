@@ -1,20 +1,20 @@
-"""What `config.json` may hold: fields of each dialect with types, ranges, defaults, and what is passed over.
+"""What the dialects of `config.json` have in common: how a class of fields reads a file, and what errors say.
 
-Every field of a file is in one of three places: in its dialect's class here, which is honoured; in
-`PASSED_OVER` and `CARRIED`, which change nothing that a model here computes; or in neither, and then `parse`
-names it.
+Every field of a file is in one of three places: in its dialect's class (hub_mamba.py, hub_neox.py), and then
+it counts; in `PASSED_OVER` or the dialect's own list of such fields, and then it changes nothing that a model
+here computes; or in neither, and then `parse` names it.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ssm_retrieval.errors import UserError
-from ssm_retrieval.models.common import require
+from ssm_retrieval.models.configuration import require
 
 Size = Annotated[int, Field(ge=1, le=2**31)]
 StateSize = Annotated[int, Field(ge=1, le=256)]
@@ -23,12 +23,13 @@ NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-def _names(text: str) -> frozenset[str]:
+def names(text: str) -> frozenset[str]:
+    """The words of a text."""
     return frozenset(text.split())
 
 
-# Of every dialect: what names files and tokens, shapes outputs, or belongs to generation.
-PASSED_OVER = _names("""
+# In every dialect: fields that name files and tokens, shape outputs, or belong to generation
+PASSED_OVER = names("""
     architectures model_type torch_dtype dtype transformers_version _name_or_path name_or_path _commit_hash
     auto_map tokenizer_class prefix finetuning_task task_specific_params torchscript use_bfloat16
     tf_legacy_loss attn_implementation _attn_implementation _attn_implementation_autoset unsloth_version
@@ -46,17 +47,6 @@ PASSED_OVER = _names("""
     encoder_no_repeat_ngram_size bad_words_ids num_return_sequences remove_invalid_values
     exponential_decay_length_penalty
 """)
-# Of mamba and mamba2 of `transformers`: what only initialises or speeds up, and mamba_ssm's names, which
-# published -hf configs carry along although `transformers` does not read them.
-CARRIED = _names("""
-    time_step_scale time_step_init_scheme time_step_floor rescale_prenorm_residual use_mambapy
-    use_associative_scan layer_types
-
-    d_model n_layer d_inner ssm_cfg attn_cfg attn_layer_idx d_intermediate pad_vocab_size_multiple rms_norm
-    fused_add_norm tie_embeddings
-""")
-DROPOUTS = _names("attention_dropout hidden_dropout classifier_dropout dropout")  # 0 here
-
 STRICT = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
 
@@ -67,131 +57,29 @@ class Fields(BaseModel):
     quantization_config: None = None
 
 
-class _TransformersMamba(Fields):
-    """What mamba and mamba2 of `transformers` have in common, with its defaults."""
-
-    num_hidden_layers: Size = 32
-    conv_kernel: Size = 4
-    expand: Size = 2
-    hidden_act: Literal["silu", "swish"] = "silu"
-    use_bias: Literal[False] = False
-    use_conv_bias: Literal[True] = True
-    layer_norm_epsilon: NotNegative = 1e-5
-    residual_in_fp32: bool = True
-    initializer_range: NotNegative = 0.1
-    time_step_min: Positive = 0.001
-    time_step_max: Positive = 0.1
-
-
-class TransformersMamba(_TransformersMamba):
-    vocab_size: Size = 50280
-    hidden_size: Size = 768
-    state_size: StateSize = 16
-    intermediate_size: Size | None = None
-    time_step_rank: Literal["auto"] | Size = "auto"
-    tie_word_embeddings: bool = True
-
-
-class TransformersMamba2(_TransformersMamba):
-    vocab_size: Size = 32768
-    hidden_size: Size = 4096
-    num_hidden_layers: Size = 64
-    state_size: StateSize = 128
-    num_heads: Size = 128
-    head_dim: Size = 64
-    n_groups: Size = 8
-    chunk_size: Size = 256  # a choice of speed: ours is for CPUs
-    time_step_limit: Any = None
-    tie_word_embeddings: bool = False
-
-
-class Rope(BaseModel):
-    """`rope_parameters`, or `rope_scaling` in older files."""
+class Nested(BaseModel):
+    """Base of objects within a file, whose unknown fields `parse` names as well."""
 
     model_config = STRICT
-    rope_type: Literal["default"] | None = None
-    type: Literal["default"] | None = None
-    rope_theta: Positive | None = None
-    partial_rotary_factor: Share | None = None
-
-
-class GPTNeoX(Fields):
-    vocab_size: Size = 50432
-    hidden_size: Size = 6144
-    num_hidden_layers: Size = 44
-    num_attention_heads: Size = 64
-    intermediate_size: Size = 24576
-    max_position_embeddings: Size = 2048
-    hidden_act: Literal["gelu"] = "gelu"
-    attention_bias: Literal[True] = True
-    use_parallel_residual: bool = True
-    layer_norm_eps: NotNegative = 1e-5
-    initializer_range: NotNegative = 0.02
-    tie_word_embeddings: bool = False
-    rope_parameters: Rope | None = None
-    rope_scaling: Rope | None = None
-    rotary_pct: Share | None = None
-    rotary_emb_base: Positive | None = None
-    # read by other models of `transformers`, not by this one: they may repeat the two above
-    partial_rotary_factor: Share | None = None
-    rope_theta: Positive | None = None
-
-
-class SSMConfig(BaseModel):
-    """`ssm_cfg` of mamba_ssm."""
-
-    model_config = STRICT
-    layer: Literal["Mamba1", "Mamba2"] = "Mamba1"
-    d_state: StateSize | None = None
-    d_conv: Size = 4
-    expand: Size = 2
-    dt_rank: Literal["auto"] | Size = "auto"
-    dt_min: Positive = 0.001
-    dt_max: Positive = 0.1
-    conv_bias: Literal[True] = True
-    bias: Literal[False] = False
-    headdim: Size = 64
-    ngroups: Size = 1
-    D_has_hdim: Literal[False] = False
-    rmsnorm: Literal[True] = True
-    norm_before_gate: Literal[False] = False
-    d_ssm: None = None
-    dt_limit: Any = None
-
-
-# of `ssm_cfg`: what only initialises or speeds up
-SSM_PASSED_OVER = _names("""
-    dt_init dt_scale dt_init_floor use_fast_path chunk_size conv_init A_init_range use_mem_eff_path
-    sequence_parallel
-""")
-SECOND_ONLY = ("headdim", "ngroups", "D_has_hdim", "rmsnorm", "norm_before_gate", "d_ssm", "dt_limit")
-
-
-class StateSpaces(Fields):
-    """state-spaces/mamba's own form, with the defaults of mamba_ssm."""
-
-    d_model: Size
-    n_layer: Size
-    vocab_size: Size
-    d_intermediate: Literal[0] = 0
-    ssm_cfg: SSMConfig | None = None
-    attn_layer_idx: Annotated[list[int], Field(max_length=0)] | None = None
-    attn_cfg: Any = None  # of attention layers, of which there are none
-    rms_norm: bool = True
-    residual_in_fp32: bool = True
-    fused_add_norm: Any = None  # speed
-    pad_vocab_size_multiple: Size = 8
-    tie_embeddings: bool = True
 
 
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
 def parse(kind: type[Kind], raw: Mapping[str, Any], where: str, beside: Collection[str]) -> Kind:
-    """The fields of a file. beside: those that mean nothing here and are passed over.
+    """The fields of a file. One line warns of unknown fields, which `transformers` does not read either.
 
-    Raises UserError that names file, field and value for one of another type or out of range. Warns, in one
-    line, of fields that nothing here knows, which the classes of `transformers` do not read either.
+    Args:
+        kind: The dialect's class.
+        raw: The contents.
+        where: The file, for errors.
+        beside: Fields that have no meaning here and are ignored.
+
+    Returns:
+        An object of that class.
+
+    Raises:
+        UserError: For a field of another type or out of range; the line names file, field and value.
     """
     try:
         fields = kind.model_validate(dict(raw))
@@ -207,17 +95,26 @@ def parse(kind: type[Kind], raw: Mapping[str, Any], where: str, beside: Collecti
 
 
 def only_known(fields: BaseModel, beside: Collection[str], where: str) -> None:
-    """Refuse fields that nothing here knows: mamba_ssm does so, too."""
+    """Refuse unknown fields, as mamba_ssm does.
+
+    Args:
+        fields: What `parse` has made.
+        beside: Fields that are allowed all the same.
+        where: The file, for the error.
+
+    Raises:
+        UserError: If there are any.
+    """
     unknown = [name for name in fields.model_extra or {} if name not in beside]
     require(not unknown, f"{where}: {', '.join(unknown)} is not a field that is supported here; remove it")
 
 
 def _unknown(fields: BaseModel, beside: Collection[str], prefix: str = "") -> list[str]:
-    """Fields that no class has, those of nested ones included, unless they are null."""
+    """Fields, at any depth, that their class does not have and that are not null."""
     extra = fields.model_extra or {}
     found = [prefix + name for name, value in extra.items() if name not in beside and value is not None]
     for name in type(fields).model_fields:
-        if isinstance(value := getattr(fields, name), Rope):
+        if isinstance(value := getattr(fields, name), Nested):
             found += _unknown(value, (), f"{prefix}{name}.")
     return found
 
@@ -228,9 +125,9 @@ WORDS = {"a valid integer": "a whole number", "greater than or equal to": "at le
 
 
 def explain(error: ValidationError, where: str) -> str:
-    """The first error as one line with file, field and value."""
+    """The first error, as one line with file, field and value."""
     errors = error.errors(include_url=False)
-    # of a choice ("auto" or a number) the one that fits the value's type
+    # where there is a choice ("auto" or a number), the error for the value's own type
     first = next((e for e in errors if e["loc"] == errors[-1]["loc"]), errors[0])
     name = ".".join(str(part) for part in first["loc"] if str(part).isidentifier()) or "it"
     own = first.get("ctx", {}).get("error")
@@ -249,7 +146,7 @@ def explain(error: ValidationError, where: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """As an error shows it: short, whatever is in a file."""
+    """A value as an error shows it: short, whatever a file holds."""
     if isinstance(value, int) and abs(value) > 10**30:
         return "a number of more than 30 digits"
     text = " ".join(repr(value).split())
@@ -257,8 +154,25 @@ def shown(value: Any) -> str:
 
 
 def same(name: str, value: Any, other: str, expected: Any, where: str) -> None:
-    """Refuse a field that says something else than the one which decides."""
+    """Refuse a field that contradicts the one that decides.
+
+    Args:
+        name: The field.
+        value: Its value; None never contradicts.
+        other: The field that decides.
+        expected: Its value.
+        where: The file, for the error.
+
+    Raises:
+        UserError: If they differ.
+    """
     require(
         value is None or value == expected,
         f"{where}: {name}={shown(value)} contradicts {other}={shown(expected)}; make them equal",
     )
+
+
+def unlike(config: Any, **wanted: Any) -> str | None:
+    """The first option of a config that has not the wanted value, as "name=value"; None if all have."""
+    found = ((name, getattr(config, name)) for name in wanted)
+    return next((f"{name}={value!r}" for name, value in found if value != wanted[name]), None)

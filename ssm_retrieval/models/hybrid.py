@@ -1,56 +1,44 @@
 """Hybrids of SSM and attention, in the manner of Jamba (arXiv 2403.19887) and Retrievit (arXiv 2603.02874).
 
-`pattern` says what the blocks are, and is repeated until there are `n_layer`:
+`pattern` names the blocks, and is repeated until there are `n_layer`:
 
     "M M A"    two Mamba blocks, then an attention block
     "M2 A"     Mamba-2 and attention in turns
     "M+A"      parallel: each block is x + mamba(norm(x)) + tanh(beta) * (attention(norm(x)) + mlp(norm(x)))
     "A+M"      the reverse: attention counts fully, and Mamba by tanh(beta)
 
-beta is a number per block that begins at 0, so the second branch starts switched off. Words may stand for the
-letters: "mamba mamba2 attention". Attention blocks are those of `models.transformer` with the norm of the SSM
-blocks, which are those of `models.mamba` and `models.mamba2`: a hybrid differs from its parents in the mixers
-only, and has all of their options. Each block adds its result to the residual stream once. (The released
-Retrievit hybrids add the block's input a second time, so that their skip path doubles at every block.)
+beta is a number per block that begins at 0, so the second branch starts switched off. Words may replace the
+letters, "mamba mamba2 attention", and the name of a user's registered architecture stands for its block: "M
+linear-attention A", "linear-attention+A".
+
+Attention blocks are those of `models.transformer` with the norm of the SSM blocks, which are those of
+`models.mamba` and `models.mamba2`: a hybrid differs from its parents in the mixers only, and has all of their
+options. Each block adds its result to the residual stream once. (The released Retrievit hybrids add the
+block's input a second time, so their skip path doubles at every block.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from ssm_retrieval.models import block_memory
+from ssm_retrieval.models import block_memory, registry
 from ssm_retrieval.models.architecture import TINY, Architecture
 from ssm_retrieval.models.block_memory import BlockMemory, Step
-from ssm_retrieval.models.common import (
-    Context,
-    LanguageModel,
-    LayerCache,
-    add_learned_positions,
-    init_normal,
-    make_norm,
-    part,
-)
-from ssm_retrieval.models.configuration import Config, require
+from ssm_retrieval.models.common import Context, LanguageModel, LayerCache, part
+from ssm_retrieval.models.configuration import Config, derived, require
 from ssm_retrieval.models.hooks import Hooked
-from ssm_retrieval.models.mamba import MambaBlock, MambaConfig, MambaMixer
-from ssm_retrieval.models.mamba import state_size as mamba_state
-from ssm_retrieval.models.mamba2 import Mamba2Config, Mamba2Mixer
-from ssm_retrieval.models.mamba2 import state_size as mamba2_state
-from ssm_retrieval.models.transformer import TransformerBlock, TransformerConfig, init_linear
-from ssm_retrieval.models.transformer import state_size as attention_state
+from ssm_retrieval.models.layers import add_learned_positions, init_normal, make_norm
 from ssm_retrieval.ops.linear import Linear
+from ssm_retrieval.registry import ARCHITECTURES
 
-LETTERS = {"M": "mamba", "M2": "mamba2", "A": "attention"}
-PARENTS: dict[str, type[Config]] = {
-    "mamba": MambaConfig,
-    "mamba2": Mamba2Config,
-    "attention": TransformerConfig,
-}
+LETTERS = {"M": "mamba", "M2": "mamba2", "A": "transformer"}
+WORDS = {**LETTERS, "ATTENTION": "transformer"}
 
 
 @dataclass(frozen=True)
@@ -83,14 +71,13 @@ class HybridConfig(Config):
     tie_word_embeddings: bool = True
     embedding_std: float = 0.02
     init_std: float = 0.02
-    scan_backend: str = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         unit = read_pattern(self.pattern)
         letters = {name: letter for letter, name in LETTERS.items()}
         # one spelling for one model
-        plain = " ".join("+".join(letters[name] for name in block) for block in unit)
+        plain = " ".join("+".join(letters.get(name, name) for name in block) for block in unit)
         object.__setattr__(self, "pattern", plain)
         require(
             self.n_layer % len(unit) == 0,
@@ -101,31 +88,40 @@ class HybridConfig(Config):
             self.parent_config(name)  # its checks apply here too
 
     def layout(self) -> list[tuple[str, ...]]:
-        """For each block the names of its mixers: ("mamba",), or ("mamba", "attention") if parallel."""
+        """For each block the names of its mixers: ("mamba",), or ("mamba", "transformer") if parallel."""
         unit = read_pattern(self.pattern)
         return unit * (self.n_layer // len(unit))
 
     def parent_config(self, name: str) -> Any:
-        """The config of "mamba", "mamba2" or "attention" blocks: the fields that it has of these."""
-        kind: Any = PARENTS[name]
-        return kind(**{key: getattr(self, key) for key in kind.__dataclass_fields__})
-
-    def attention_config(self) -> TransformerConfig:
-        return cast(TransformerConfig, self.parent_config("attention"))
+        """The config of an architecture's blocks: options of the hybrid, and defaults for those it lacks."""
+        record = ARCHITECTURES[name]
+        mine = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        options = {key: mine[key] for key in record.config.__dataclass_fields__ if key in mine}
+        if options.get("position") not in record.positions:  # the hybrid's own concern
+            options.pop("position", None)
+        return record.config(**options)
 
 
 def read_pattern(pattern: str) -> list[tuple[str, ...]]:
-    """The blocks of a pattern, each the names of its mixers. Raises UserError for what is not a pattern."""
+    """The blocks of a pattern, each the names of its mixers.
+
+    Raises:
+        UserError: If it is not a pattern, or has a block that cannot stand in one.
+    """
     blocks: list[tuple[str, ...]] = []
-    known = f"blocks are {', '.join(LETTERS)} ({', '.join(PARENTS)}), or two of them such as M+A"
+    ours = f"{', '.join(LETTERS)} (mamba, mamba2, attention)"
+    known = f"blocks are {ours}, a model of your own (with --import), or two of them such as M+A"
     for word in pattern.split():
-        names = tuple(LETTERS.get(name.upper(), name.lower()) for name in word.split("+"))
-        wrong = [name for name in names if name not in PARENTS]
-        require(not wrong, f"pattern={pattern[:60]!r} has the unknown block {word[:20]!r}; {known}")
-        one_of_each = len(names) == 2 and names.count("attention") == 1
+        said = f"pattern={pattern[:60]!r}"
+        names = tuple(WORDS.get(name.upper(), name.lower()) for name in word.split("+"))
+        wrong = [name for name in names if name not in ARCHITECTURES]
+        require(not wrong, f"{said} has the unknown block {word[:20]!r}; {known}")
+        alone = [name for name in names if ARCHITECTURES[name].block is None]
+        require(not alone, f"{said}: model {', '.join(alone)} has no block for a pattern; {known}")
+        one_of_each = len(names) == 2 and names.count("transformer") == 1
         require(
             len(names) == 1 or one_of_each,
-            f"pattern={pattern[:60]!r}: {word[:20]!r} must be one SSM and attention, such as M+A or A+M2",
+            f"{said}: {word[:20]!r} must be one SSM and attention, such as M+A or A+M2",
         )
         blocks.append(names)
     require(len(blocks) > 0, f"pattern={pattern!r} is empty; {known}")
@@ -136,17 +132,14 @@ def make_block(config: HybridConfig, mixers: tuple[str, ...]) -> nn.Module:
     """A freshly initialised block, as in its parents."""
     if len(mixers) == 2:
         return ParallelBlock(config, mixers)
-    parent = config.parent_config(mixers[0])
-    if mixers[0] != "attention":
-        return MambaBlock(parent, Mamba2Mixer if mixers[0] == "mamba2" else MambaMixer)
-    block = TransformerBlock(parent)
-    init_linear(block, config.init_std)
-    return block
+    return cast(nn.Module, ARCHITECTURES[mixers[0]].block(config.parent_config(mixers[0])))
 
 
 class ParallelBlock(Hooked, nn.Module):
-    """x + first(x) + tanh(beta) * second(x): an SSM and attention with its MLP read the same x, each
-    through the norms of its own block."""
+    """x + first(x) + tanh(beta) * second(x): one branch is an SSM, the other is attention with its MLP.
+
+    Both read the same x, each through the norms of its own block. The SSM may be any mixer but attention.
+    """
 
     hook_axes: ClassVar = dict(
         hook_resid_pre="B L D", hook_mixer_out="B L D", hook_attn_out="B L D", hook_mlp_out="B L D",
@@ -156,9 +149,9 @@ class ParallelBlock(Hooked, nn.Module):
     def __init__(self, config: HybridConfig, mixers: tuple[str, ...]):
         super().__init__()
         self.config = config
-        self.ssm_first = mixers[0] != "attention"
+        self.ssm_first = mixers[0] != "transformer"
         self.ssm: Any = make_block(config, mixers[:1] if self.ssm_first else mixers[1:])
-        self.attention: Any = make_block(config, ("attention",))
+        self.attention: Any = make_block(config, ("transformer",))
         self.beta = nn.Parameter(torch.zeros(1))  # one axis: FSDP cannot share out a scalar
 
     def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
@@ -173,7 +166,7 @@ class ParallelBlock(Hooked, nn.Module):
 
     @property
     def mixer(self) -> Any:
-        """The SSM layer, where every block with one has it."""
+        """The SSM layer, under the name that it has in other blocks."""
         return self.ssm.mixer
 
     def hook_children(self) -> dict[str, Hooked]:
@@ -213,31 +206,69 @@ class HybridForCausalLM(LanguageModel):
         return x
 
 
-STATE_SIZE: dict[str, Callable[[Any, int], int]] = {
-    "mamba": mamba_state,
-    "mamba2": mamba2_state,
-    "attention": attention_state,
-}
-MEMORY: dict[str, Callable[[Any, Step], BlockMemory]] = {
-    "mamba": block_memory.mamba,
-    "mamba2": block_memory.mamba2,
-    "attention": block_memory.attention,
-}
-
-
 def state_size(config: HybridConfig, seq_len: int) -> int:
-    """What each block keeps, both branches of a parallel one."""
+    """Numbers that each block keeps, both branches of a parallel one."""
     names = (name for mixers in config.layout() for name in mixers)
-    return sum(STATE_SIZE[name](config.parent_config(name).replace(n_layer=1), seq_len) for name in names)
+    return sum(registry.state_size(config.parent_config(name).replace(n_layer=1), seq_len) for name in names)
 
 
 def memory(config: HybridConfig, step: Step) -> list[BlockMemory]:
-    """Of each block, by the formulas of its mixers."""
+    """The memory of each block, by the formulas of its mixers.
+
+    Raises:
+        UserError: If a mixer has none.
+    """
+
+    def of(name: str) -> BlockMemory:
+        formula = ARCHITECTURES[name].memory
+        said = f"pattern={config.pattern!r}: model {name} has no formula of its memory"
+        require(formula is not None, f"{said}; give its Architecture one (memory=...)")
+        return formula(config.parent_config(name), step)[0]
+
     found = []
     for mixers in config.layout():
-        first, *second = [MEMORY[name](config.parent_config(name), step) for name in mixers]
+        first, *second = (of(name) for name in mixers)
         found.append(block_memory.parallel(first, second[0], config, step) if second else first)
     return found
+
+
+def from_pattern(
+    name: str, pattern: str, *, presets: Mapping[str, Mapping[str, Any]] | None = None, **looks: Any
+) -> Architecture:
+    """The architecture of hybrids with this pattern, for `models.register`.
+
+    Its config has the options of `HybridConfig`, and those that its blocks have beside them.
+
+    Args:
+        name: Its name for `--model`.
+        pattern: The blocks; users' architectures among them must be registered.
+        presets: Maps a size to fields of the config. Default: "tiny", with 128 channels and the pattern once.
+        **looks: `label`, `color`, `marker` and other fields of `Architecture`.
+
+    Returns:
+        The record.
+
+    Raises:
+        UserError: If it is not a pattern.
+    """
+    unit = read_pattern(pattern)
+    records = [ARCHITECTURES[mixer] for mixers in unit for mixer in mixers]
+    options = {field.name: field for record in records for field in dataclasses.fields(record.config)}
+    more = [option for option in options.values() if option.name not in HybridConfig.__dataclass_fields__]
+    fields = [
+        ("n_layer", "int", len(unit)),
+        ("pattern", "str", pattern),
+        *((option.name, option.type, option.default) for option in more),
+    ]
+    formulas = {"memory": memory if all(record.memory for record in records) else None}
+    return Architecture(
+        name=name,
+        config=derived(name, HybridConfig, fields),
+        model=HybridForCausalLM,
+        presets={"tiny": dict(TINY, n_layer=len(unit), n_head=4)} if presets is None else presets,
+        positions=("learned", "rope", "none"),
+        **{"state_size": state_size, **formulas, **looks},
+    )
 
 
 ARCHITECTURE = Architecture(

@@ -1,14 +1,14 @@
-"""What a forward pass does while a probe is at work: the quantities that the fast path never makes.
+"""What a forward pass does while a probe is active: the quantities that the fast path never makes.
 
-Three functions take the place of a fused operator, or stand behind it. Each has the operator's arguments and
-gives its results, and asks the hook (`ssm_retrieval.models.hooks`) what is wanted:
+Two functions replace a fused operator, with its arguments and results, and `attention` follows one. Each asks
+the hook (`ssm_retrieval.models.hooks`) what it wants:
 
-    selective_scan   hook_dt, hook_gate, hook_y and the three state names, of Mamba
-    ssd              the three state names, of Mamba-2
-    attention        hook_attn_scores, hook_pattern, of a Transformer
+    selective_scan   Mamba: hook_dt, hook_gate, hook_y and the three state names
+    ssd              Mamba-2: the three state names
+    attention        Transformer: hook_attn_scores, hook_pattern
 
 What nobody edits comes from the fast path, bit for bit; what is only recorded is computed beside it, at the
-recorded positions. `hooked_scan` runs a `Recurrence` with its states in the open.
+recorded positions. `hooked_scan` runs a `Recurrence` and exposes its states.
 """
 
 from __future__ import annotations
@@ -31,9 +31,17 @@ STATE_NAMES = ("hook_A_bar", "hook_ssm_state", "hook_ssm_readout")
 def selective_scan(hook: Hook, mask: Tensor | None, *arguments: Any, **options: Any) -> Any:
     """`ops.selective_scan.selective_scan` with the hooks between dt and y.
 
-    mask: (B, L) bool, True = real token; at the others an edited dt is 0. dt and the gate are made beside the
-    kernel and replace its own only where an edit changes them. y before the gate is not made inside it at
-    all: for hook_y the gate is applied outside.
+    dt and the gate are computed beside the kernel and replace the kernel's own only where an edit changes
+    them. The kernel never has y before the gate, so for hook_y the gate is applied outside.
+
+    Args:
+        hook: The active probes.
+        mask: (B, L) bool, True = real token; an edited dt is 0 at the others.
+        *arguments: Those of the operator.
+        **options: Those of the operator, `initial_state` and `return_last_state` among them.
+
+    Returns:
+        As the operator.
     """
     h, last_wanted = options.pop("initial_state"), options.pop("return_last_state")
     recurrence = SelectiveRecurrence(*arguments, **options)
@@ -63,7 +71,20 @@ def selective_scan(hook: Hook, mask: Tensor | None, *arguments: Any, **options: 
 
 
 def ssd(hook: Hook, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **options: Any) -> Any:
-    """`ops.ssd.ssd` with the three state names."""
+    """`ops.ssd.ssd` with the three state names.
+
+    Args:
+        hook: The active probes.
+        x: (B, L, H, P), as in the operator.
+        dt: (B, L, H).
+        A: (H,).
+        B: (B, L, G, N).
+        C: As B.
+        **options: Those of the operator, `initial_state` and `return_last_state` among them.
+
+    Returns:
+        As the operator.
+    """
     if not any(hook.wants(name) for name in STATE_NAMES):
         return fused_ssd(x, dt, A, B, C, **options)
     h, last_wanted = options.pop("initial_state"), options.pop("return_last_state")
@@ -72,10 +93,21 @@ def ssd(hook: Hook, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **op
 
 
 def attention(hook: Hook, y: Tensor, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
-    """The fused kernel's output y (B, H, L, P), or that of an edited pattern.
+    """The output of the fused kernel, or of an edited pattern.
 
-    q: (B, H, L, P); k, v: (B, H, S, P); key_mask: (B, S). Scores are masked with -inf and scaled, as in
-    TransformerLens. What is only recorded is computed for the recorded queries alone.
+    Scores are scaled, and -inf where masked, as in TransformerLens. What is only recorded is computed for the
+    recorded queries alone.
+
+    Args:
+        hook: The active probes.
+        y: (B, H, L, P), the fused kernel's output.
+        q: (B, H, L, P).
+        k: (B, H, S, P).
+        v: As k.
+        key_mask: (B, S) bool, True = real token.
+
+    Returns:
+        (B, H, L, P); y itself if nothing changed.
     """
     L, S = q.shape[2], k.shape[2]
     names = ("hook_attn_scores", "hook_pattern")
@@ -94,7 +126,7 @@ def attention(hook: Hook, y: Tensor, q: Tensor, k: Tensor, v: Tensor, key_mask: 
 
 
 class Recurrence(Protocol):
-    """A linear recurrence whose arguments are settled, to be run in pieces.
+    """A linear recurrence with its arguments, to be run in pieces.
 
         h_t = decay_t * h_{t-1} + write_t            y_t = read(h_t)
 
@@ -102,29 +134,56 @@ class Recurrence(Protocol):
     """
 
     @property
-    def length(self) -> int: ...
+    def length(self) -> int:
+        """Tokens."""
 
     def scan(self, start: int, stop: int, h: Tensor | None, at: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens start..stop-1 on the fast path, from h_{start-1} = h: y, the last state, and the states
-        (B, len(at), *state) after the tokens start + at[i]."""
+        """Tokens start .. stop - 1 on the fast path.
+
+        Args:
+            start: The first token.
+            stop: The token after the last.
+            h: The state before `start`, (B, *state); None is zeros.
+            at: Positions, counted from `start`, whose states are wanted.
+
+        Returns:
+            y, the last state, and the wanted states (B, len(at), *state).
+        """
 
     def decay(self, positions: list[int]) -> Tensor:
         """A_bar at these positions, (B, len(positions), ...)."""
 
     def step(self, t: int, h: Tensor | None, decay: Tensor) -> Tensor:
-        """One step written out: h_t (B, *state) from h_{t-1} and A_bar_t (B, ...)."""
+        """One step, written out.
+
+        Args:
+            t: The token.
+            h: The state before it, (B, *state); None is zeros.
+            decay: A_bar of this token, (B, ...).
+
+        Returns:
+            The state after it, (B, *state).
+        """
 
     def read(self, t: int, h: Tensor) -> Tensor:
         """y_t (B, 1, *out) from h_t."""
 
 
 def hooked_scan(hook: Hook, recurrence: Recurrence, h: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Run a recurrence with the three state names of `STATE_NAMES`: y (B, L, *out) and the last state.
+    """Run a recurrence with the three names of `STATE_NAMES`.
 
-    hook_A_bar edits the decay of a step; hook_ssm_state edits h_t, from which the recurrence goes on;
-    hook_ssm_readout edits the h_t that C_t reads, and nothing after it. Functions see (B, 1, ...), position
-    after position. The fast path runs over the whole sequence first; if an edit changes nothing, its output
-    stands, bit for bit. From the first change on it runs between the edited positions.
+    hook_A_bar edits the decay of a step. hook_ssm_state edits h_t, from which the recurrence continues.
+    hook_ssm_readout edits the h_t that C_t reads, and nothing after it. An edit sees (B, 1, ...), one
+    position after the other. The fast path runs over the whole sequence first; if no edit changes anything,
+    its output stands, bit for bit. From the first change on, it runs between the edited positions.
+
+    Args:
+        hook: The active probes.
+        recurrence: The recurrence.
+        h: The state before the first token, (B, *state); None is zeros.
+
+    Returns:
+        y (B, L, *out) and the last state.
     """
     L = recurrence.length
     decays = _edited_decays(hook, recurrence)
@@ -225,7 +284,6 @@ class SelectiveRecurrence:
     z: Tensor | None
     dt_bias: Tensor | None
     dt_softplus: bool
-    backend: str
 
     @property
     def length(self) -> int:
@@ -238,17 +296,17 @@ class SelectiveRecurrence:
         return y, last, last.new_empty(last.shape[0], 0, *last.shape[1:])
 
     def output(self, h: Tensor | None, return_last_state: bool) -> Any:
-        """What the `selective_scan` of these arguments returns."""
+        """What `selective_scan` returns for these arguments."""
         return self._run(0, self.length, h, None, return_last_state)
 
     def _run(self, start: int, stop: int, h: Tensor | None, at: list[int] | None, last: bool) -> Any:
         u, dt, B, C = (x[:, start:stop] for x in (self.u, self.dt, self.B, self.C))
         z = None if self.z is None else self.z[:, start:stop]
         bias, softplus = self.dt_bias, self.dt_softplus
-        return fused_scan(u, dt, self.A, B, C, self.D, z, bias, softplus, h, at, last, self.backend)
+        return fused_scan(u, dt, self.A, B, C, self.D, z, bias, softplus, h, at, last)
 
     def delta(self, dt: Tensor) -> Tensor:
-        """The step sizes that the scan makes of dt (B, ..., E)."""
+        """The step sizes that the scan makes from dt (B, ..., E)."""
         wide = torch.promote_types(dt.dtype, torch.float32)
         dt = dt.to(wide) if self.dt_bias is None else dt.to(wide) + self.dt_bias.to(wide)
         return F.softplus(dt) if self.dt_softplus else dt

@@ -10,8 +10,7 @@ One block, per token t (letters as in `ssm_retrieval.models.common`, R = dt_rank
     y_t    = C h_t + D u_t                                  equation 2b, with a skip
     out    = out_proj(y_t * silu(z))
 
-Parameter names are those of state-spaces/mamba; `backbone.embeddings.weight`, the spelling of
-`transformers`, is accepted when loading.
+Parameter names are those of state-spaces/mamba.
 """
 
 from __future__ import annotations
@@ -24,20 +23,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ssm_retrieval.models import block_memory, instrumented
+from ssm_retrieval.models import block_memory, hub_mamba, instrumented
 from ssm_retrieval.models.architecture import TINY, Architecture
-from ssm_retrieval.models.common import (
-    WHOLE,
-    Context,
-    LanguageModel,
-    LayerCache,
-    init_normal,
-    make_norm,
-    part,
-    widen,
-)
+from ssm_retrieval.models.common import WHOLE, Context, LanguageModel, LayerCache, part
 from ssm_retrieval.models.configuration import Config, check_dt
 from ssm_retrieval.models.hooks import Hooked
+from ssm_retrieval.models.layers import init_normal, make_norm, widen
 from ssm_retrieval.models.padding import convolve, fill_padding
 from ssm_retrieval.ops.linear import Linear, linear
 from ssm_retrieval.ops.selective_scan import selective_scan
@@ -61,7 +52,6 @@ class MambaConfig(Config):
     residual_in_fp32: bool = True
     tie_word_embeddings: bool = True
     embedding_std: float = 0.02
-    scan_backend: str = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,7 +99,16 @@ class MambaMixer(Hooked, nn.Module):
             self.dt_proj.weight.uniform_(-(R**-0.5), R**-0.5)
 
     def forward(self, hidden: Tensor, context: Context = WHOLE, cache: LayerCache | None = None) -> Tensor:
-        """hidden: (B, L, D). cache: its `conv` and `ssm` states go before it, and are replaced."""
+        """The layer.
+
+        Args:
+            hidden: (B, L, D).
+            context: Which tokens are real.
+            cache: The call continues from its `conv` and `ssm` states, and replaces them.
+
+        Returns:
+            (B, L, D).
+        """
         config, mask = self.config, context.mask
         x, z = self.in_proj(hidden).chunk(2, dim=-1)  # (B, L, E) each
         x = self.tap("hook_in", fill_padding(x, mask), mask)
@@ -125,7 +124,7 @@ class MambaMixer(Hooked, nn.Module):
         y = scan(
             u, dt, A, B, C, self.D, z=z, dt_bias=self.dt_proj.bias, dt_softplus=True,
             initial_state=None if cache is None else cache.get("ssm"),
-            return_last_state=cache is not None, backend=config.scan_backend,
+            return_last_state=cache is not None,
         )  # fmt: skip
         if cache is not None:
             y, cache["ssm"] = y
@@ -165,12 +164,11 @@ class MambaForCausalLM(LanguageModel):
     def __init__(self, config: Any, dtype: torch.dtype | None = None):
         super().__init__(config)
         blocks = (MambaBlock(config, self.mixer).to(dtype) for _ in range(config.n_layer))
-        backbone: dict[str, nn.Module] = dict(
-            embedding=nn.Embedding(config.vocab_size, config.d_model).to(dtype)
-        )
-        backbone |= dict(layers=nn.ModuleList(blocks), norm_f=make_norm(config).to(dtype))
-        self.backbone = nn.ModuleDict(backbone)
-        self.lm_head = Linear(config.d_model, config.vocab_size, bias=False).to(dtype)
+        V, D = config.vocab_size, config.d_model
+        self.backbone = nn.ModuleDict({"embedding": nn.Embedding(V, D).to(dtype)})
+        self.backbone["layers"] = nn.ModuleList(blocks)
+        self.backbone["norm_f"] = make_norm(config).to(dtype)
+        self.lm_head = Linear(D, V, bias=False).to(dtype)
         init_normal(self.embedding.weight, std=config.embedding_std)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embedding.weight
@@ -196,6 +194,6 @@ ARCHITECTURE = Architecture(
         "150m": dict(d_model=1024, n_layer=24), "370m": dict(d_model=1024, n_layer=48),
         "790m": dict(d_model=1536, n_layer=48), "1.4b": dict(d_model=2048, n_layer=48),
         "2.8b": dict(d_model=2560, n_layer=64),
-    },
-    state_size=state_size, memory=block_memory.every_block(block_memory.mamba), hub="mamba",
+    }, state_size=state_size, memory=block_memory.every_block(block_memory.mamba), block=MambaBlock,
+    hub=hub_mamba.MAMBA,
 )  # fmt: skip

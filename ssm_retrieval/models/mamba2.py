@@ -23,12 +23,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssm_retrieval.models import block_memory, instrumented
+from ssm_retrieval.models import block_memory, hub_mamba, instrumented
 from ssm_retrieval.models.architecture import TINY, Architecture
-from ssm_retrieval.models.common import WHOLE, Context, LayerCache, widen
+from ssm_retrieval.models.common import WHOLE, Context, LayerCache
 from ssm_retrieval.models.configuration import Config, check_dt, require
 from ssm_retrieval.models.hooks import Hooked
-from ssm_retrieval.models.mamba import MambaForCausalLM, dt_bias
+from ssm_retrieval.models.layers import widen
+from ssm_retrieval.models.mamba import MambaBlock, MambaForCausalLM, dt_bias
 from ssm_retrieval.models.padding import convolve, fill_padding
 from ssm_retrieval.ops.linear import Linear
 from ssm_retrieval.ops.ssd import ssd
@@ -94,7 +95,7 @@ class GatedRMSNorm(nn.Module):
         self.ngroups, self.eps = ngroups, eps
 
     def forward(self, y: Tensor, gate: Tensor) -> Tensor:
-        """y: (B, L, E); gate: (B, L, E), silu(z) in float32 or wider. The result has the weight's dtype."""
+        """y and gate = silu(z), (B, L, E) each -> (B, L, E). Computed in float32 or wider."""
         gated = (widen(y) * gate).unflatten(-1, (self.ngroups, -1))
         normed = F.rms_norm(gated, gated.shape[-1:], eps=self.eps).flatten(-2)
         return normed.to(self.weight.dtype) * self.weight
@@ -122,7 +123,16 @@ class Mamba2Mixer(Hooked, nn.Module):
         self.out_proj = Linear(E, D, bias=False)
 
     def forward(self, hidden: Tensor, context: Context = WHOLE, cache: LayerCache | None = None) -> Tensor:
-        """hidden: (B, L, D). cache: its `conv` and `ssm` states go before it, and are replaced."""
+        """The layer.
+
+        Args:
+            hidden: (B, L, D).
+            context: Which tokens are real, and where they are.
+            cache: The call continues from its `conv` and `ssm` states, and replaces them.
+
+        Returns:
+            (B, L, D).
+        """
         config, mask = self.config, context.mask
         E, H, G, N = config.d_inner, config.n_head, config.ngroups, config.d_state
         z, xBC, dt = self.in_proj(hidden).split([E, config.conv_dim, H], dim=-1)
@@ -177,5 +187,6 @@ ARCHITECTURE = Architecture(
     },
     state_size=state_size,
     memory=block_memory.every_block(block_memory.mamba2),
-    hub="mamba2",
+    block=lambda config: MambaBlock(config, Mamba2Mixer),
+    hub=hub_mamba.MAMBA2,
 )

@@ -1,16 +1,15 @@
 """`from_mixer`: a language model around any sequence mixer, in the manner of Zoology (arXiv 2312.04927).
 
     x = x + mixer(norm(x))          (B, L, D) -> (B, L, D), causal; made by mixer(d_model, **options)
-    x = x + mlp(norm(x))            two matrices around a GELU, d_mlp wide
+    x = x + mlp(norm(x))            two matrices around a GELU, d_mlp wide; not in a hybrid
 
-Letters as in `ssm_retrieval.models.common`. A mixer need not know of padding, nor of a cache: because it is
-causal, tokens behind it change nothing, so that the real tokens of a row are moved to its front; and decoding
-runs it once more over all that it has read.
+Letters as in `ssm_retrieval.models.common`. A mixer need not know about padding or a cache. Because it is
+causal, what stands to the right of a token changes nothing, so the real tokens of a row are moved to its
+front; and decoding runs the mixer again over everything that it has read.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,20 +20,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssm_retrieval.models.architecture import TINY, Architecture
-from ssm_retrieval.models.common import (
-    Context,
-    LanguageModel,
-    LayerCache,
-    add_learned_positions,
-    init_normal,
-    make_norm,
-)
-from ssm_retrieval.models.configuration import Config, require
+from ssm_retrieval.models.common import Context, LanguageModel, LayerCache
+from ssm_retrieval.models.configuration import Config, derived, require
 from ssm_retrieval.models.hooks import Hooked
+from ssm_retrieval.models.layers import add_learned_positions, init_normal, make_norm
 from ssm_retrieval.ops.linear import Linear
 
 POSITIONS = ("learned", "none")
-KINDS = ("int", "float", "bool")  # of a mixer's options
+KINDS = ("int", "float", "bool")  # types that a mixer's options may have
 
 
 @dataclass(frozen=True)
@@ -58,6 +51,47 @@ class MixerConfig(Config):
         require(self.position in POSITIONS, f"position={self.position!r} is not a mixer's; use {POSITIONS}")
 
 
+class CausalMixer(nn.Module):
+    """A mixer x -> y, (B, L, D) each, made to heed padding and a cache.
+
+    Args:
+        inner: The mixer.
+    """
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+        """The mixer's outputs; meaningless at padding, as everywhere.
+
+        Args:
+            x: (B, L, D).
+            context: Which tokens are real.
+            cache: Its `x` holds the earlier inputs; those of this call are appended.
+
+        Returns:
+            (B, L, D).
+
+        Raises:
+            UserError: If the mixer returns another shape.
+        """
+        L, mask = x.shape[1], context.key_mask
+        if cache is not None:
+            x = cache["x"] = torch.cat([cache["x"], x], dim=1) if "x" in cache else x
+        if mask is None:
+            y = self.inner(x)
+        else:
+            order = torch.argsort((~mask).byte(), dim=1, stable=True).unsqueeze(-1)
+            y = self.inner(x.take_along_dim(order, dim=1)).take_along_dim(order.argsort(dim=1), dim=1)
+        require(
+            isinstance(y, Tensor) and y.shape == x.shape,
+            f"{type(self.inner).__name__} must map {tuple(x.shape)} to the same shape; it returned "
+            f"{tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__}",
+        )
+        return y[:, -L:]
+
+
 class MixerBlock(Hooked, nn.Module):
     """Norm -> mixer -> add, norm -> MLP -> add."""
 
@@ -74,39 +108,42 @@ class MixerBlock(Hooked, nn.Module):
         self.config = config
         D, M = config.d_model, config.d_mlp or 4 * config.d_model
         self.norm1 = make_norm(config)
-        self.mixer = mixer
+        self.mixer = CausalMixer(mixer)
         self.norm2 = make_norm(config)
         self.up, self.down = Linear(D, M), Linear(M, D)
 
     def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         x = self.tap("hook_resid_pre", x)
-        mixed = self.tap("hook_mixer_out", self.mix(self.norm1(x), context, cache))
+        mixed = self.tap("hook_mixer_out", self.mixer(self.norm1(x), context, cache))
         x = self.tap("hook_resid_mid", x + mixed)
         out = self.tap("hook_mlp_out", self.down(F.gelu(self.up(self.norm2(x)))))
         return self.tap("hook_resid_post", x + out)
 
-    def mix(self, x: Tensor, context: Context, cache: LayerCache | None) -> Tensor:
-        """The mixer's outputs for x (B, L, D), after what the cache has; wrong at padding, as everywhere."""
-        L, mask = x.shape[1], context.key_mask
-        if cache is not None:
-            x = cache["x"] = torch.cat([cache["x"], x], dim=1) if "x" in cache else x
-        if mask is None:
-            y = self.mixer(x)
-        else:
-            order = torch.argsort((~mask).byte(), dim=1, stable=True).unsqueeze(-1)
-            y = self.mixer(x.take_along_dim(order, dim=1)).take_along_dim(order.argsort(dim=1), dim=1)
-        require(
-            isinstance(y, Tensor) and y.shape == x.shape,
-            f"{type(self.mixer).__name__} must map {tuple(x.shape)} to the same shape; it returned "
-            f"{tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__}",
-        )
-        return y[:, -L:]
+
+class HybridMixerBlock(Hooked, nn.Module):
+    """Norm -> mixer -> add, as a Mamba block: what stands in the pattern of a hybrid."""
+
+    hook_axes: ClassVar = {"hook_resid_pre": "B L D", "hook_mixer_out": "B L D", "hook_resid_post": "B L D"}
+
+    def __init__(self, config: Any, mixer: nn.Module):
+        super().__init__()
+        self.config = config
+        self.norm = make_norm(config)
+        self.mixer = CausalMixer(mixer)
+
+    def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+        x = self.tap("hook_resid_pre", x)
+        x = x + self.tap("hook_mixer_out", self.mixer(self.norm(x), context, cache))
+        return self.tap("hook_resid_post", x)
 
 
 class MixerForCausalLM(LanguageModel):
     """Language model of `MixerBlock`s with a tied head.
 
-    make: (config) -> a mixer.
+    Args:
+        config: A `MixerConfig` with the mixer's options.
+        dtype: Dtype of the weights.
+        make: Maps the config to a mixer.
     """
 
     def __init__(self, config: Any, dtype: torch.dtype | None, make: Callable[[Any], nn.Module]):
@@ -139,37 +176,34 @@ def from_mixer(
     """The architecture of language models around a mixer, for `models.register`.
 
     Args:
-        name: what `--model` calls it.
+        name: Its name for `--model`.
         mixer: mixer(d_model, **options) makes a module that maps (B, L, D) to (B, L, D) causally. Options
             have defaults and the type int, float or bool; they become fields of the config, which presets and
             `models.build` can set.
-        presets: size -> fields of the config. Default: "tiny", of 128 channels and 2 blocks.
-        positions: () for a mixer that knows the order of tokens; ("learned", "none") for one that needs to be
-            told, as attention does.
-        looks: `label`, `color`, `marker` and other fields of `Architecture`.
+        presets: Maps a size to fields of the config. Default: "tiny", with 128 channels and 2 blocks.
+        positions: () for a mixer that knows the order of tokens; ("learned", "none") for one that must be
+            told, as attention must.
+        **looks: `label`, `color`, `marker` and other fields of `Architecture`.
+
+    Returns:
+        The record.
 
     Raises:
-        UserError: for options of another type, or without a default.
+        UserError: For options of another type, or without a default.
     """
     parameters = [*inspect.signature(mixer).parameters.values()][1:]  # without d_model
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     fields = [_field(name, parameter) for parameter in named]
     options = [field for field, *_ in fields]
-    config = dataclasses.make_dataclass(
-        "".join(word.capitalize() for word in name.replace(".", "-").split("-")) + "Config",
-        fields,
-        bases=(MixerConfig,),
-        frozen=True,
-        namespace={"__doc__": f"`MixerConfig` with the options of {name}.", "__module__": __name__},
-    )
 
     def make(config: Any) -> nn.Module:
         return mixer(config.d_model, **{option: getattr(config, option) for option in options})
 
     return Architecture(
         name=name,
-        config=config,
+        config=derived(name, MixerConfig, fields),
         model=lambda config, dtype: MixerForCausalLM(config, dtype, make),
+        block=lambda config: HybridMixerBlock(config, make(config)),
         presets={"tiny": dict(TINY, n_layer=2)} if presets is None else presets,
         positions=positions,
         **{"state_size": _inputs, **looks},
@@ -177,7 +211,7 @@ def from_mixer(
 
 
 def _inputs(config: Any, seq_len: int) -> int:
-    """Decoding keeps what the mixers have read."""
+    """Numbers that decoding keeps: everything that the mixers have read."""
     return int(config.n_layer * config.d_model * seq_len)
 
 

@@ -1,9 +1,12 @@
-"""`config.json` of our own models: the form that `models.save` writes where `transformers` has no class.
+"""`config.json` of our own models, which `models.save` writes where `transformers` has no class:
 
     {"model_type": "ssm-retrieval", "format": 1, "family": "hybrid", "d_model": 128, ...}
 
-and that of a run, runs/<id>/config.json: {"plan": {"model": preset or family, "model_overrides": {..}, ..}}.
-Configs of every form end here: `check_sizes` holds them against the tensors before anything is made.
+and of a run, runs/<id>/config.json:
+
+    {"plan": {"model": preset or architecture, "model_overrides": {..}, ..}, ..}
+
+Configs of every form pass `check_sizes`, which compares them with the tensors before anything is made.
 """
 
 from __future__ import annotations
@@ -24,8 +27,8 @@ from ssm_retrieval.models.registry import ARCHITECTURES, architecture_of, resolv
 
 MODEL_TYPE, FORMAT = "ssm-retrieval", 1
 POSITIVE = ("dt_min", "dt_max", "rope_theta")  # numbers that must not be 0
-WIDE = 2**16  # sizes up to here need no tensor that wide: nothing is made of them yet
-# a size of ours -> its name in files of `transformers`
+WIDE = 2**16  # sizes up to this need no tensor of that width, because they allocate little
+# our size -> its name in files of `transformers`
 SPELLINGS = dict(
     d_model="hidden_size", n_layer="num_hidden_layers", d_state="state_size", d_conv="conv_kernel",
     dt_rank="time_step_rank", n_head="num_attention_heads", d_mlp="intermediate_size", headdim="head_dim",
@@ -34,20 +37,31 @@ SPELLINGS = dict(
 
 
 def write_config(config: Config) -> dict[str, Any]:
-    """All of a config and what is needed to read it."""
+    """All fields of a config, and what is needed to read them."""
     family = architecture_of(config).name
     return {"model_type": MODEL_TYPE, "format": FORMAT, "family": family, **config.to_dict()}
 
 
 def is_own(raw: Mapping[str, Any]) -> bool:
-    """Whether `read_config` has to read these contents of a `config.json`."""
+    """Whether these contents of a `config.json` are for `read_config`."""
     return raw.get("model_type") == MODEL_TYPE or (
         "model_type" not in raw and ("plan" in raw or "plans" in raw)
     )
 
 
 def read_config(raw: Mapping[str, Any], where: str) -> Config:
-    """The config in a file of ours. Raises UserError that names file and field for what is not one."""
+    """The config in a file of ours.
+
+    Args:
+        raw: The contents.
+        where: The file, for errors.
+
+    Returns:
+        The config.
+
+    Raises:
+        UserError: If they are not a config; the line names file and field.
+    """
     if "plans" in raw:
         raise UserError(
             f"{where} is of an older version, which kept several models in a run; train them again"
@@ -94,9 +108,18 @@ def _of_run(raw: Mapping[str, Any], where: str) -> Config:
 
 
 def typed(kind: type[Config], options: Mapping[str, Any], where: str) -> Config:
-    """A config whose every field has its type and a possible value.
+    """A config in which every field has its type and a possible value.
 
-    Raises UserError that names `where` and the field; also for fields that the kind does not have.
+    Args:
+        kind: The config class.
+        options: Fields and their values.
+        where: The file, for errors.
+
+    Returns:
+        The config.
+
+    Raises:
+        UserError: For wrong values and unknown fields; the line names file and field.
     """
     known = [field.name for field in dataclasses.fields(cast(Any, kind))]
     unknown = sorted(set(options) - set(known))
@@ -116,7 +139,7 @@ def typed(kind: type[Config], options: Mapping[str, Any], where: str) -> Config:
 
 @cache
 def _schema(kind: Any) -> type[BaseModel]:
-    """The types of a config's fields, and that numbers are finite and not negative."""
+    """A pydantic model with the types of a config's fields; numbers are finite and not negative."""
     hints = get_type_hints(kind)
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(cast(Any, kind)):
@@ -130,9 +153,18 @@ def _schema(kind: Any) -> type[BaseModel]:
 
 
 def check_sizes(config: Config, raw: Mapping[str, Any], stored: Mapping[str, Stored], where: str) -> None:
-    """Refuse sizes that none of the tensors can have, before a model of them is made.
+    """Refuse sizes that no tensor has, before a model is made.
 
     Making one takes time that grows with n_layer, and torch cannot even describe a tensor of 2^63 bytes.
+
+    Args:
+        config: The config to check.
+        raw: The contents of the file, for the names that it has for our fields.
+        stored: The tensors by name.
+        where: The file, for errors.
+
+    Raises:
+        UserError: If a size does not fit the tensors.
     """
     mine = config.to_dict()
     widest = max((n for s in stored.values() if s.numbers for n in s.shape), default=0)
@@ -149,7 +181,7 @@ def check_sizes(config: Config, raw: Mapping[str, Any], stored: Mapping[str, Sto
 
 
 def respelt(said: str, raw: Mapping[str, Any]) -> str:
-    """An error about our options with the names that the file has for them."""
+    """An error about our options, with the file's names for them."""
     for ours, theirs in SPELLINGS.items():
         if theirs in raw:
             said = re.sub(rf"\b{ours}=", f"{theirs}=", said)

@@ -1,9 +1,9 @@
 """Packing: several sequences in one row, computed as if each were alone.
 
 Every sequence gets a row of its own. Causal models ignore what stands to the right, so running them on these
-rows, padded on the right, is exactly running them on each sequence: no state, no convolution window and no
-attention crosses a boundary, and positions restart, for every architecture by one rule. Sequences of like
-length share a batch, so that padding costs at most half of what the tokens do, however uneven the lengths.
+rows, padded on the right, is exactly running them on each sequence: no state, convolution window or attention
+crosses a boundary, and positions restart. One rule thus serves every architecture. Sequences of similar
+length share a batch, so padding costs at most half of what the tokens do, however uneven the lengths.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ PADDED = 1.5  # a batch computes at most this many times its tokens
 
 
 class Packing:
-    """Where each token of packed rows goes: to a batch, and to a row and a column of it."""
+    """Where each token of packed rows goes: to a batch, and to a row and a column of it.
+
+    Args:
+        seq_ids: (B, L) int. Neighbours in a row with equal ids belong to one sequence.
+        one_batch: Whether to use a single batch, whatever that costs.
+    """
 
     def __init__(self, seq_ids: Tensor, one_batch: bool = False):
-        """seq_ids: (B, L) int, neighbours in a row with equal ids belong to one sequence.
-
-        one_batch: no more than one batch, whatever that costs.
-        """
         self.shape, device = seq_ids.shape, seq_ids.device
         starts = torch.ones_like(seq_ids, dtype=torch.bool)
         starts[:, 1:] = seq_ids[:, 1:] != seq_ids[:, :-1]
@@ -38,7 +39,7 @@ class Packing:
         self.sizes = [(len(size), max(size)) for size in sizes]
 
     def unpack(self, x: Tensor) -> list[Tensor]:
-        """x (B, L, ...) -> for each batch its sequences (S, longest, ...), zeros on the right."""
+        """The batches of x (B, L, ...): (sequences, longest, ...) each, with zeros on the right."""
         flat = x.flatten(0, 1)
         return [
             x.new_zeros(*size, *x.shape[2:]).index_put(place, flat[member])
@@ -46,16 +47,16 @@ class Packing:
         ]
 
     def pack(self, batches: list[Tensor]) -> Tensor:
-        """What `unpack` has spread, (B, L, ...)."""
+        """The inverse of `unpack`: (B, L, ...)."""
         flat = torch.cat([x[place] for x, place in zip(batches, self.places, strict=True)])
         return flat[torch.cat(self.members).argsort()].unflatten(0, self.shape)
 
 
 def batches(lengths: list[int]) -> tuple[list[int], list[int]]:
-    """For each of these sequences its batch, and its row there; rows keep the order of the sequences.
+    """A batch for each sequence, and its row there; rows keep the order of the sequences.
 
-    From the longest to the shortest, as many to a batch as keep it below PADDED: padding per token only grows
-    with shorter ones.
+    Batches are filled from the longest sequence to the shortest, each up to PADDED: shorter sequences only
+    add padding per token.
     """
     batch, number, rows, tokens, longest = [0] * len(lengths), -1, 0, 0, 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

@@ -1,15 +1,15 @@
-"""Padding, on either side or between two turns of a sequence, changes nothing at its real tokens.
+"""Padding, on either side or between two turns of a sequence, changes nothing at the real tokens.
 
-One rule for each kind of layer:
+Each kind of layer has one rule:
 
     attention   a padded key is never attended to; positions count real tokens only
     SSM         a padded token enters the convolution as zero and has dt = 0, the identity on the state
 
-Zeros are what the convolution takes to stand before a sequence, so padding on the left is right as it is, and
-what stands on the right is never read. One case is left: padding between two real tokens of a sequence, which
-windows of the convolution would reach into. It arises when a call continues a cache and pads its rows on the
-left, or when a row padded on the right is continued. `real_first` finds it, and `convolve` then runs on rows
-whose real tokens have been moved together.
+The convolution assumes zeros before a sequence, so padding on the left needs no care, and what stands on the
+right is never read. One case is left: padding between two real tokens of a sequence, which a window of the
+convolution would read. It arises when a call continues a cache and pads its rows on the left, or when a row
+padded on the right is continued. `real_first` finds it, and `convolve` then runs on rows whose real tokens
+have been moved together.
 """
 
 from __future__ import annotations
@@ -24,20 +24,28 @@ from ssm_retrieval.ops.causal_conv1d import causal_conv1d
 
 
 class Padding(Protocol):
-    """Of `ssm_retrieval.models.common.Context`: which tokens are real, and `real_first` of that."""
+    """The part of `ssm_retrieval.models.common.Context` that says which tokens are real."""
 
     @property
-    def mask(self) -> Tensor | None: ...
+    def mask(self) -> Tensor | None:
+        """(B, L) bool, True = real token; None = all are real."""
 
     @property
-    def order(self) -> Tensor | None: ...
+    def order(self) -> Tensor | None:
+        """`real_first` of the mask."""
 
 
 def real_first(mask: Tensor, cached: bool, kept: bool) -> Tensor | None:
-    """For each row the indices of its real tokens, then those of its padding: (B, L) int64.
+    """For each row the indices of its real tokens, then those of its padding.
 
-    None where no padding stands between two real tokens of a sequence, so that rows can stay as they are.
-    mask: (B, L) bool, True = real token; cached: tokens came before this call; kept: more may come after it.
+    Args:
+        mask: (B, L) bool, True = real token.
+        cached: Whether tokens came before this call.
+        kept: Whether more may come after it.
+
+    Returns:
+        (B, L) int64, or None if no padding stands between two real tokens of a sequence, so that rows can
+        stay as they are.
     """
     edge = mask.new_zeros(len(mask), 1)
     line = torch.cat([edge, edge | cached, mask, edge | kept], dim=1)
@@ -48,14 +56,32 @@ def real_first(mask: Tensor, cached: bool, kept: bool) -> Tensor | None:
 
 
 def fill_padding(x: Tensor, mask: Tensor | None, value: float = 0.0) -> Tensor:
-    """x (B, L, E) with `value` where mask (B, L) is False; x itself without a mask."""
+    """x with another value at padding.
+
+    Args:
+        x: (B, L, E).
+        mask: (B, L) bool, True = real token; None = all are real.
+        value: The value at padding.
+
+    Returns:
+        (B, L, E); x itself without a mask.
+    """
     return x if mask is None else x.masked_fill(~mask.unsqueeze(-1), value)
 
 
 def attention_mask(L: int, key_mask: Tensor | None, S: int, device: torch.device) -> Tensor:
-    """(B or 1, 1, L, S) bool, True = may attend: causal, and real keys only.
+    """Which keys a query may attend to: real ones that are not later than it.
 
-    Every query may see itself even on padding, else its softmax would be over nothing (NaN).
+    A query at padding may attend to itself, otherwise its softmax would be over nothing (NaN).
+
+    Args:
+        L: Queries, the last L of the keys.
+        key_mask: (B, S) bool, True = real token; None = all are real.
+        S: Keys.
+        device: Where to make the mask.
+
+    Returns:
+        (B or 1, 1, L, S) bool, True = may attend.
     """
     causal = torch.ones(L, S, dtype=torch.bool, device=device).tril(S - L)
     if key_mask is None:
@@ -65,10 +91,17 @@ def attention_mask(L: int, key_mask: Tensor | None, S: int, device: torch.device
 
 
 def convolve(x: Tensor, conv: nn.Conv1d, padding: Padding, cache: dict[str, Tensor] | None) -> Tensor:
-    """silu(conv(x)) of the real tokens of x (B, L, E), which is zero at padding; E: channels of `conv`.
+    """silu(conv(x)) as if padding were not there.
 
-    padding: which tokens are real. cache: its `conv`, the last d_conv - 1 real inputs (B, d_conv - 1, E),
-    goes before x and is replaced by the last ones of x.
+    Args:
+        x: (B, L, E), zero at padding.
+        conv: A depthwise convolution of E channels.
+        padding: Which tokens are real.
+        cache: Its `conv`, the last d_conv - 1 real inputs (B, d_conv - 1, E), stands before x and is replaced
+            by the last inputs of x.
+
+    Returns:
+        (B, L, E); meaningless at padding.
     """
     mask, order = padding.mask, padding.order
     weight, bias = conv.weight.squeeze(1), conv.bias

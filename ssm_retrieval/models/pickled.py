@@ -1,8 +1,9 @@
 """`pytorch_model.bin`: the tensors in it by name, and the tensors themselves.
 
-Before torch opens a file its pickle is read here without making any tensor: names, shapes, dtypes, and that
-every tensor lies within the bytes that the file has for it. So neither a small file that promises a large
-tensor nor one that is built to do harm (`models.unpickle`) reaches torch, which reads with `weights_only`.
+Before torch opens a file, its pickle is read here without making any tensor. That gives names, shapes and
+dtypes, and checks that every tensor lies within the bytes that the file has for it. So neither a small file
+that claims a large tensor nor one that is built to do harm (`models.unpickle`) reaches torch, which reads
+with `weights_only`.
 """
 
 from __future__ import annotations
@@ -43,7 +44,12 @@ STORAGE_MODULES = ("torch", "torch.storage", "torch.cuda")
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor that a file says it has."""
+    """A tensor that a file claims to have.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Its dtype.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -57,38 +63,39 @@ class _Storage:
 
 
 def entries(file: Path) -> dict[str, Entry]:
-    """Every tensor of the file by name. Raises UserError, in one line that says what is wrong with it."""
-    with _refused(file):
-        with open(file, "rb") as opened:
-            if zipfile.is_zipfile(opened):
-                found = _archived(opened)
-            else:
-                found = _legacy(file, opened)
-        # parameters of a model, with what `state_dict` notes about its modules beside them
-        if not isinstance(found, dict):
-            raise pickle.UnpicklingError(f"it holds a {type(found).__name__}, not tensors by name")
-        for key, value in found.items():
-            if not isinstance(key, str) or not isinstance(value, Entry):
-                raise pickle.UnpicklingError(
-                    f"its {str(key)[:60]!r} is a {type(value).__name__}, not a tensor"
-                )
-        return dict(found)
+    """Every tensor in the file by name.
+
+    Raises:
+        UserError: If something is wrong with the file; the line says what.
+    """
+    with _refused(file), open(file, "rb") as opened:
+        return _by_name(_archived(opened) if zipfile.is_zipfile(opened) else _legacy(file, opened))
+
+
+def _by_name(found: Any) -> dict[str, Entry]:
+    # a state_dict may be an OrderedDict with notes about modules as attributes, which do not matter
+    if not isinstance(found, dict):
+        raise pickle.UnpicklingError(f"it holds a {type(found).__name__}, not tensors by name")
+    for key, value in found.items():
+        if not isinstance(key, str) or not isinstance(value, Entry):
+            raise pickle.UnpicklingError(f"its {str(key)[:60]!r} is a {type(value).__name__}, not a tensor")
+    return dict(found)
 
 
 def is_archive(file: Path) -> bool:
-    """Whether it has the form of torch 1.6 and later, which can be mapped rather than read."""
+    """Whether the file has the form of torch 1.6 and later, which can be mapped instead of read."""
     return zipfile.is_zipfile(file)
 
 
 def tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file that `entries` has passed, on the CPU: views of the mapped file if it can be."""
+    """The tensors of a file that `entries` has accepted, on the CPU; views of the file where it is mapped."""
     with _refused(file):
         return torch.load(file, map_location="cpu", mmap=is_archive(file), weights_only=True)
 
 
 @contextmanager
 def _refused(file: Path) -> Iterator[None]:
-    """One line that says what is wrong; never torch's own text, which advises to switch its checks off."""
+    """Turn errors into one line that says what is wrong, without torch's advice to switch its checks off."""
     try:
         yield
     except (NoPickle, EOFError, zipfile.BadZipFile) as error:
@@ -104,7 +111,7 @@ def _refused(file: Path) -> Iterator[None]:
 
 
 def _archived(opened: Any) -> Any:
-    """Of an archive, in which torch stores every record as it is."""
+    """The names in an archive, in which torch stores every record uncompressed."""
     with zipfile.ZipFile(opened) as archive:
         records = {info.filename: info for info in archive.infolist()}
     for info in records.values():
@@ -135,7 +142,10 @@ def _archived(opened: Any) -> Any:
 
 
 def _legacy(file: Path, opened: Any) -> Any:
-    """Of torch before 1.6: a magic number, the version, the machine, the names, the storages' keys, bytes."""
+    """The names in a file of torch before 1.6.
+
+    It holds a magic number, the version, the machine, the names, the storages' keys and the bytes.
+    """
     if file.stat().st_size == 0:
         raise EOFError
     with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -186,7 +196,7 @@ def _parameter(data: Any, *_: Any) -> Any:
 
 
 class _Names(Restricted):
-    """Makes an `Entry` of every tensor."""
+    """Makes an `Entry` for every tensor."""
 
     known: ClassVar[dict[tuple[str, str], Any]] = {
         ("collections", "OrderedDict"): collections.OrderedDict,

@@ -1,16 +1,17 @@
 """How much memory a training step needs, by arithmetic: nothing is allocated.
 
-A step's peak is the largest of four moments (B rows of L tokens at a time, weights and moments always there):
+A step's peak is the largest of these moments (B rows of L tokens at a time; weights and the optimizer's state
+are always there):
 
-    loss        everything that the forward pass kept, and the head's gradients, which it makes at once
-    block i     what blocks 0 .. i kept, gradients of the blocks behind, and block i's own backward pass
+    loss        everything that the forward pass kept, and the head's gradients, which the loss makes at once
+    block i     what blocks 0 .. i kept, the gradients of later blocks, and block i's own backward pass
     embedding   all gradients, and the table's once more
     update      all gradients, and what the optimizer needs beside them
 
-What a block keeps follows from its equations: `Architecture.memory`, for ours a function of block_memory.py.
+What a block keeps follows from its equations: `Architecture.memory`, for ours a function in block_memory.py.
 
-The formulas are of the CPU kernels. The CUDA kernels of mamba-ssm and causal-conv1d keep less (operands in
-bfloat16), torch's reference scan keeps far more (every state).
+The formulas describe the CPU kernels. The CUDA kernels of mamba-ssm and causal-conv1d keep less (operands in
+bfloat16); the reference scan keeps far more (every state).
 """
 
 from __future__ import annotations
@@ -35,21 +36,34 @@ INT64 = 8
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a training step; `peak` is less than the sum: the others are not all there at once."""
+    """Bytes of a training step.
 
-    parameters: int  # numbers, not bytes
+    Attributes:
+        parameters: How many numbers the weights have (not bytes).
+        weights: The weights.
+        gradients: Their gradients.
+        optimizer: The optimizer's state.
+        activations: What all blocks keep at the end of the forward pass.
+        head: The final norm's and the loss's share, with their gradients.
+        working: The most that a block's backward pass needs, recomputed activations included.
+        peak: The largest moment; less than the sum of the others, which are not all there at once.
+    """
+
+    parameters: int
     weights: int
     gradients: int
     optimizer: int
-    activations: int  # kept by all blocks at the end of the forward pass
-    head: int  # the final norm's, the loss's and their gradients
-    working: int  # of the block whose backward pass needs most, recomputed activations included
+    activations: int
+    head: int
+    working: int
     peak: int
 
 
 def step_memory(model: LanguageModel, step: Step) -> Memory:
-    """Memory of training `model` (on the meta device, or any other); parameters that require no gradient
-    have neither gradients nor moments."""
+    """Memory of a training step of `model`, which may be on the meta device.
+
+    Parameters that require no gradient have neither gradients nor moments.
+    """
     trained = {id(p): p for p in model.parameters() if p.requires_grad}
     gradients = F32 * sum(p.numel() for p in trained.values())
     state = optimizer_state([tuple(p.shape) for p in trained.values()], step.optimizer)
@@ -85,8 +99,11 @@ def step_memory(model: LanguageModel, step: Step) -> Memory:
 
 
 def evaluation_memory(model: LanguageModel, step: Step) -> int:
-    """Bytes beside weights and moments of a forward pass without gradients over step.rows sequences: no more
-    than a block would keep for its gradients, autocast's copies of all weights, and logits, twice."""
+    """Bytes, beside weights and moments, of a forward pass without gradients over step.rows sequences.
+
+    An upper bound: what one block would keep for its gradients or the logits twice, and autocast's copies of
+    all weights.
+    """
     whole = replace(step, accumulate=1)
     blocks = block_memory(model.config, whole)
     casts = sum(b.casts for b in blocks)
@@ -100,7 +117,7 @@ def _trained_numbers(module: nn.Module) -> int:
 
 
 def optimizer_state(shapes: Sequence[tuple[int, ...]], optimizer: str) -> int:
-    """Bytes of state for parameters of these shapes; counters and shared tables not counted."""
+    """Bytes of state for parameters of these shapes, without counters and shared tables."""
     return sum(_state(shape, optimizer) for shape in shapes)
 
 
@@ -114,18 +131,25 @@ def _state(shape: tuple[int, ...], optimizer: str) -> int:
 
 
 def update_working(largest: int, optimizer: str) -> int:
-    """Bytes that an update needs beside weights, gradients and state; `largest`: numbers of a parameter.
+    """Bytes that an update needs beside weights, gradients and state.
 
-    Adafactor writes the second moment out, bitsandbytes on a CPU both moments and their codes.
+    Adafactor materialises the second moment, bitsandbytes on a CPU both moments and their codes.
+
+    Args:
+        largest: How many numbers the largest parameter has.
+        optimizer: A name of ssm_retrieval/training/optimizers.py.
+
+    Returns:
+        Bytes.
     """
     return F32 * largest * {"adamw": 0, "adafactor": 1, "adamw-8bit": 5}[optimizer]
 
 
 def block_memory(config: Any, step: Step) -> list[BlockMemory]:
-    """Of every block, by the formula of the config's architecture.
+    """The memory of every block, by the formula of the config's architecture.
 
     Raises:
-        UserError: if it has none.
+        UserError: If it has none.
     """
     architecture = registry.architecture_of(config)
     if architecture.memory is None:
@@ -136,7 +160,7 @@ def block_memory(config: Any, step: Step) -> list[BlockMemory]:
 
 
 def head_memory(config: Any, step: Step) -> tuple[int, int]:
-    """What the final norm and the loss keep, and what the loss needs beside it while it runs."""
+    """Bytes that the final norm and the loss keep, and that the loss needs beside them while it runs."""
     D, V, c = config.d_model, config.vocab_size, step.itemsize
     rows = step.at_once * step.answers
     kept = F32 * rows * D + norm(config.norm, rows, D)  # the rows with an answer
@@ -149,10 +173,19 @@ def head_memory(config: Any, step: Step) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Machine:
+    """A machine that a run may be planned for.
+
+    Attributes:
+        name: Its name in the plan.
+        devices: How many devices it has.
+        gib: Memory of a device, in GiB.
+        reserve: The part of it, in GiB, for the system, the libraries and fragments.
+    """
+
     name: str
     devices: int
-    gib: float  # a device's memory
-    reserve: float  # of it, GiB for the system, the libraries and fragments
+    gib: float
+    reserve: float
 
 
 MACHINES = (
@@ -167,9 +200,18 @@ MACHINES = (
 
 
 def device_peak(model: LanguageModel, step: Step, evaluation: Step, devices: int) -> int:
-    """Bytes of a run's peak on each of `devices` that share weights, gradients, moments and rows (FSDP).
+    """Peak of a run, in bytes, on each of several devices that share weights, gradients, moments and rows.
 
-    Each holds the tables and two blocks whole while it works on one of them, weights and gradients.
+    With FSDP each holds the tables and two blocks whole, weights and gradients, while it works on a block.
+
+    Args:
+        model: The model; it may be on the meta device.
+        step: A training step on all devices together.
+        evaluation: An evaluation on all devices together.
+        devices: How many there are.
+
+    Returns:
+        Bytes on each.
     """
     step, evaluation = (replace(s, rows=math.ceil(s.rows / devices)) for s in (step, evaluation))
     needed = step_memory(model, step)
@@ -185,7 +227,16 @@ def device_peak(model: LanguageModel, step: Step, evaluation: Step, devices: int
 
 
 def smallest_machine(model: LanguageModel, step: Step, evaluation: Step) -> Machine | None:
-    """The first of `MACHINES` on which training and evaluation fit; None if they fit on none."""
+    """The first of `MACHINES` on which a run fits.
+
+    Args:
+        model: The model; it may be on the meta device.
+        step: A training step.
+        evaluation: An evaluation.
+
+    Returns:
+        The machine, or None if the run fits on none.
+    """
     for machine in MACHINES:
         peak = device_peak(model, step, evaluation, machine.devices)
         if peak <= (machine.gib - machine.reserve) * 2**30:

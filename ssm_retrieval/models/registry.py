@@ -1,8 +1,8 @@
 """From a name to a model: `build("mamba-130m")`, `build("pythia-160m")`, ...
 
-A name is ARCHITECTURE-SIZE; the records at the end of the architectures' files have the sizes. Published
-shapes: Gu & Dao 2023 (state-spaces/mamba-*), Dao & Gu 2024 (state-spaces/mamba2-*), Biderman et al. 2023
-(EleutherAI/pythia-*); `150m` are the models of Retrievit (arXiv 2603.02874), without its vocabulary.
+A name is ARCHITECTURE-SIZE; the record at the end of an architecture's file lists its sizes. Published shapes
+are those of Gu & Dao 2023 (`state-spaces/mamba-*`), Dao & Gu 2024 (`state-spaces/mamba2-*`) and Biderman et
+al. 2023 (`EleutherAI/pythia-*`). `150m` are those of Retrievit (arXiv 2603.02874), without its vocabulary.
 `tiny` models have about 0.5 M parameters with the default synthetic task and train in minutes on a CPU.
 """
 
@@ -19,17 +19,17 @@ from ssm_retrieval.models.configuration import require
 from ssm_retrieval.models.seeding import defaults, seeded
 from ssm_retrieval.registry import ARCHITECTURES
 
-# Sizes that are compared with each other: `--preset` takes any of a row for the one that an architecture has.
+# Sizes that are compared with each other: for any name in a row, `--preset` takes the one an architecture has
 SIZES = (("130m", "160m"), ("370m", "410m"), ("790m", "780m", "1b"), ("1.4b", "1.3b"), ("2.8b", "2.7b"))
 
 
 def register(architecture: Architecture) -> Architecture:
     """Make a user's architecture known to `models.build`, the command line, tables and figures.
 
-    Registering a name again replaces it, as a cell of a notebook does that is run again.
+    Registering a name again replaces its record, as when a notebook's cell is run again.
 
     Raises:
-        UserError: if the name is one of the toolkit's, or another model has the same config class.
+        UserError: If the name is one of the toolkit's, or if another model has the same config class.
     """
     aliases = {alias: ours for ours in ARCHITECTURES.ours for alias in ARCHITECTURES[ours].aliases}
     clash = {architecture.name, *architecture.aliases} & {*aliases, *ARCHITECTURES.ours}
@@ -44,10 +44,10 @@ def register(architecture: Architecture) -> Architecture:
 
 
 def architecture_of(config: Any) -> Architecture:
-    """The architecture that a config is of.
+    """The architecture that a config belongs to.
 
     Raises:
-        UserError: for anything but a config of a registered one.
+        UserError: For anything but the config of a registered one.
     """
     found = next((record for record in ARCHITECTURES.values() if type(config) is record.config), None)
     known = ", ".join(record.config.__name__ for record in ARCHITECTURES.values())
@@ -59,15 +59,15 @@ def architecture_of(config: Any) -> Architecture:
 
 
 def presets() -> list[str]:
-    """Every preset name, in the order architectures and sizes are listed."""
+    """The name of every preset, by architecture and size."""
     return [f"{record.name}-{size}" for record in ARCHITECTURES.values() for size in record.presets]
 
 
 def resolve(name: str) -> str:
-    """The preset that a name means, its architecture's alias resolved: "pythia-160m" is transformer-160m.
+    """The preset that a name stands for, aliases included: "pythia-160m" is transformer-160m.
 
     Raises:
-        UserError: if there is none; it names the nearest.
+        UserError: If there is none; the line names the nearest.
     """
     family, _, size = name.lower().rpartition("-")
     family = next((record.name for record in ARCHITECTURES.values() if family in record.aliases), family)
@@ -79,8 +79,15 @@ def resolve(name: str) -> str:
 def preset_of(family: str, size: str) -> str:
     """The preset that is compared with others of this size: ("mamba", "160m") is mamba-130m.
 
+    Args:
+        family: Name of an architecture.
+        size: A size of any architecture.
+
+    Returns:
+        The preset's name.
+
     Raises:
-        UserError: if it has none; the line lists those that it has.
+        UserError: If the architecture has none; the line lists those that it has.
     """
     record = ARCHITECTURES.find(family)
     if found := _compared(family, size):
@@ -97,12 +104,17 @@ def _compared(family: str, size: str) -> str | None:
 
 
 def config(name: str, **overrides: Any) -> Any:
-    """The frozen config of a preset, with fields replaced.
+    """The frozen config of a preset, with some fields replaced.
 
-    An architecture alone, "mamba", is its config's defaults: for overrides that say everything.
+    Args:
+        name: A preset, or an architecture, "mamba", for the defaults of its config.
+        **overrides: New values by field.
+
+    Returns:
+        The config.
 
     Raises:
-        UserError: for unknown names, fields and values.
+        UserError: For unknown names, fields and values.
     """
     if name in ARCHITECTURES:
         return ARCHITECTURES[name].config().replace(**overrides)
@@ -115,7 +127,7 @@ def state_size(config: Any, seq_len: int) -> int:
     """How many numbers decoding keeps for one sequence after seq_len tokens.
 
     Raises:
-        UserError: for a config of no registered architecture, or of one that does not say.
+        UserError: If the config's architecture is not registered, or does not say.
     """
     record = architecture_of(config)
     require(
@@ -129,12 +141,20 @@ def from_config(
 ) -> LanguageModel:
     """A freshly initialised model for a config object. The global random state is left untouched.
 
-    The weights are drawn on the CPU in float32 and rounded to dtype (default: torch's default dtype) part by
-    part, so that no more than one block is ever held in float32 beside the model, and a bfloat16 model is the
-    rounded float32 one.
+    The weights are drawn on the CPU in float32 and rounded to dtype part by part: no more than one block is
+    ever in float32 beside the model, and a bfloat16 model is the rounded float32 one.
+
+    Args:
+        config: The config of a registered architecture.
+        seed: Fixes the initial weights.
+        device: Anything that `torch.device` takes; "meta" allocates nothing. Default: torch's default device.
+        dtype: Dtype of the weights. Default: torch's default dtype.
+
+    Returns:
+        The model, in training mode.
 
     Raises:
-        UserError: for anything but a config of a registered architecture.
+        UserError: For anything but a config of a registered architecture.
     """
     record = architecture_of(config)
     device = torch.get_default_device() if device is None else torch.device(device)
@@ -148,15 +168,20 @@ def from_config(
 def build(
     name: str, *, seed: int = 0, device: Any = None, dtype: torch.dtype | None = None, **overrides: Any
 ) -> LanguageModel:
-    """A freshly initialised model by name, e.g. `build("mamba-tiny", vocab_size=515, d_state=32)`.
+    """A freshly initialised model by name, such as `build("mamba-tiny", vocab_size=515, d_state=32)`.
 
     Args:
-        seed: fixes the initial weights.
-        device: anything `torch.device` takes, "meta" allocates nothing.
-        overrides: fields of the architecture's config.
+        name: A preset, or an architecture for the defaults of its config.
+        seed: As in `from_config`, like the next two.
+        device: Where the model lives.
+        dtype: Dtype of the weights.
+        **overrides: Fields of the architecture's config.
+
+    Returns:
+        The model, in training mode.
 
     Raises:
-        UserError: for unknown names, fields or values.
+        UserError: For unknown names, fields or values.
     """
     require(isinstance(name, str), f"model name {name!r} must be a string such as 'mamba-130m'")
     return from_config(config(name, **overrides), seed=seed, device=device, dtype=dtype)

@@ -10,10 +10,10 @@ import torch
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draws start from this seed; afterwards torch's CPU generator goes on as if nothing had been drawn.
+    """Draws start from this seed; afterwards torch's CPU generator continues as if nothing had been drawn.
 
-    Generators of GPUs are left alone: `torch.manual_seed` would seed every one of them, and
-    `fork_rng(devices=[])` not undo it.
+    Generators of GPUs are left alone: `torch.manual_seed` would seed them all, and `fork_rng(devices=[])`
+    would not undo it.
     """
     generator = torch.default_generator
     before = generator.get_state()
@@ -26,7 +26,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def defaults(device: torch.device) -> Iterator[None]:
-    """Tensors are float32 and on this device unless their maker says otherwise."""
+    """Tensors are float32 and on this device unless a call says otherwise."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:

@@ -25,19 +25,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssm_retrieval.models import block_memory, instrumented
+from ssm_retrieval.models import block_memory, hub_neox, instrumented
 from ssm_retrieval.models.architecture import TINY, Architecture
-from ssm_retrieval.models.common import (
-    Context,
-    LanguageModel,
-    LayerCache,
-    add_learned_positions,
-    init_normal,
-    make_norm,
-    part,
-)
+from ssm_retrieval.models.common import Context, LanguageModel, LayerCache, part
 from ssm_retrieval.models.configuration import Config, require
 from ssm_retrieval.models.hooks import Hooked
+from ssm_retrieval.models.layers import add_learned_positions, init_normal, make_norm
 from ssm_retrieval.models.padding import attention_mask
 from ssm_retrieval.ops.attention import attention
 from ssm_retrieval.ops.linear import Linear
@@ -91,7 +84,16 @@ class TransformerConfig(Config):
 
 
 def rope_tables(positions: Tensor, dims: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * theta^(-2i/dims): (..., L) int -> two float32 (..., L, dims)."""
+    """cos and sin of position * theta^(-2i/dims) (Su et al. 2021, equation 15).
+
+    Args:
+        positions: (..., L) int.
+        dims: Rotated dimensions, even.
+        theta: Base of the frequencies.
+
+    Returns:
+        Two tensors (..., L, dims) float32.
+    """
     frequency = theta ** (-torch.arange(0, dims, 2, device=positions.device).float() / dims)
     angle = positions.float().unsqueeze(-1) * frequency
     angle = torch.cat([angle, angle], dim=-1)  # dimension i is paired with i + dims/2
@@ -99,7 +101,16 @@ def rope_tables(positions: Tensor, dims: int, theta: float) -> tuple[Tensor, Ten
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first `cos.shape[-1]` dimensions of x (..., P) by the angles of its position."""
+    """Rotate the first dimensions of x by the angles of its position.
+
+    Args:
+        x: (..., P).
+        cos: (..., dims), as many of the P dimensions as are rotated.
+        sin: As cos.
+
+    Returns:
+        (..., P).
+    """
     dims = cos.shape[-1]
     rotated, rest = x[..., :dims], x[..., dims:]
     first, second = rotated.chunk(2, dim=-1)
@@ -124,7 +135,16 @@ class Attention(Hooked, nn.Module):
         self.dense = Linear(config.d_model, config.d_model)
 
     def forward(self, hidden: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
-        """hidden: (B, L, D). cache: its keys and values `k` and `v` go before it, and grow by it."""
+        """The layer.
+
+        Args:
+            hidden: (B, L, D).
+            context: Which tokens are real, and where they are.
+            cache: Its keys and values `k` and `v` stand before those of this call, which are appended.
+
+        Returns:
+            (B, L, D).
+        """
         config = self.config
         q, k, v = self.query_key_value(hidden).unflatten(-1, (config.n_head, -1)).chunk(3, dim=-1)
         q, k, v = self.tap("hook_q", q), self.tap("hook_k", k), self.tap("hook_v", v)  # (B, L, H, P) each
@@ -154,6 +174,8 @@ class Attention(Hooked, nn.Module):
 
 
 class MLP(Hooked, nn.Module):
+    """Two matrices around a GELU: (B, L, D) -> (B, L, D)."""
+
     hook_axes: ClassVar = {"hook_pre": "B L M", "hook_post": "B L M"}
 
     def __init__(self, config: TransformerConfig):
@@ -207,6 +229,13 @@ def init_linear(module: nn.Module, std: float) -> None:
                 nn.init.zeros_(child.bias)
 
 
+def hybrid_block(config: TransformerConfig) -> TransformerBlock:
+    """A freshly initialised block for a hybrid."""
+    block = TransformerBlock(config)
+    init_linear(block, config.init_std)
+    return block
+
+
 class TransformerForCausalLM(LanguageModel):
     """GPT-NeoX language model (state_dict of EleutherAI/pythia-*)."""
 
@@ -240,8 +269,8 @@ class TransformerForCausalLM(LanguageModel):
         return x
 
     def accept_hub_spellings(self, named: dict[str, Any], prefix: str = "") -> None:
-        """Drop the constants (causal mask, rotary frequencies) that older checkpoints carry among the
-        weights; accept the head's name in recent `transformers`; let a tied head be absent."""
+        """Drop constants (causal mask, rotary frequencies) that older checkpoints have among the weights,
+        accept the head's name in recent `transformers`, and let a tied head be absent."""
         old = ("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq")
         for key in [k for k in named if k.startswith(prefix) and k.endswith(old)]:
             del named[key]
@@ -279,6 +308,7 @@ ARCHITECTURE = Architecture(
     positions=("learned", "rope", "none"),
     state_size=state_size,
     memory=block_memory.every_block(block_memory.attention),
-    hub="gpt_neox",
+    block=hybrid_block,
+    hub=hub_neox.GPT_NEOX,
     aliases=("pythia",),
 )

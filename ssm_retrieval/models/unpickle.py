@@ -1,8 +1,8 @@
 """Pickles from elsewhere: nothing in them is executed, and none can exhaust the process that reads it.
 
-A restricted `find_class` stops code. It does not stop two other things, which `scan` finds beforehand from
-the opcodes alone: tuples nested so deep, or repeated so often, that hashing one (as the key of a dictionary)
-overflows C's stack or has no end; and memo numbers that make the unpickler reserve gigabytes.
+A restricted `find_class` stops code. It does not stop two other attacks, which `scan` finds in the opcodes
+before anything is loaded: tuples nested so deep, or repeated so often, that hashing one (as the key of a
+dictionary) overflows C's stack or never ends; and memo numbers that make the unpickler reserve gigabytes.
 """
 
 from __future__ import annotations
@@ -39,14 +39,24 @@ _EFFECTS = {ord(opcode.code): _effect(opcode) for opcode in pickletools.opcodes}
 
 
 class NoPickle(pickle.UnpicklingError):
-    """The file ends too early, or never was a pickle."""
+    """The file ends too early, or is no pickle."""
 
 
 def scan(data: Any, start: int = 0, most: int = MOST_OPCODES) -> int:
-    """Where the pickle that begins at `start` of `data` (bytes or a mapped file) ends.
+    """Find the end of a pickle.
 
-    Raises NoPickle if there is none, and pickle.UnpicklingError, with the reason, for one that is built to do
-    harm: tuples nested too deep, a memo too large, more than `most` opcodes.
+    Args:
+        data: Bytes or a mapped file.
+        start: Where the pickle begins.
+        most: How many opcodes it may have.
+
+    Returns:
+        Where it ends.
+
+    Raises:
+        NoPickle: If there is no pickle.
+        pickle.UnpicklingError: If it is built to do harm: tuples nested too deep, a memo too large, too many
+            opcodes. The text says which.
     """
     try:
         return _scan(data, start, most)

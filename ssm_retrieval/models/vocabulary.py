@@ -13,13 +13,23 @@ from ssm_retrieval.models.configuration import require
 
 @torch.no_grad()
 def grow_vocabulary(model: LanguageModel, new_tokens: int, seed: int = 0) -> LanguageModel:
-    """Append rows for `new_tokens` tokens to the embedding, and to the head if it has weights of its own.
+    """Append rows for new tokens to the embedding, and to the head if it has weights of its own.
 
-    Their ids start at the old `config.vocab_size`: behind all rows that the model has, those included that
+    Their ids start at the old `config.vocab_size`, after all rows that the model has, including those that
     only pad its table (Mamba's 50,280 for 50,277 tokens), as in the paper's synthetic grounding experiment.
-    They are drawn from normal(0, config.embedding_std), as `transformers` initialised rows at that time.
-    Changes the model in place, tied weights stay tied, frozen ones frozen, and returns it. Its old logits are
-    what they were. seed: fixes the new rows. Raises UserError unless new_tokens is at least 1.
+    They are drawn from normal(0, config.embedding_std), as `transformers` initialised rows at that time. Tied
+    weights stay tied, frozen ones frozen, and old logits do not change.
+
+    Args:
+        model: The model, changed in place.
+        new_tokens: How many rows to append.
+        seed: Fixes the new rows.
+
+    Returns:
+        The model.
+
+    Raises:
+        UserError: Unless new_tokens is at least 1.
     """
     require(new_tokens >= 1, f"new_tokens={new_tokens} must be at least 1")
     embedding, head = model.embedding, model.head

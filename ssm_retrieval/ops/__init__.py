@@ -5,7 +5,7 @@
 
 from ssm_retrieval.ops._route import backend as backend
 
-# Sizes of the kernels; here, because their own files import numba
+# Sizes of the kernels. They stand here because the kernels' own files import numba
 LANES = 16  # channels that fill a vector
 CHUNK = 64  # tokens between the states that a scan keeps for its backward pass
 GROUP = 8  # blocks of LANES channels in one task of that pass

@@ -33,9 +33,10 @@ class _Memory:
 
 
 def flat(x: Tensor | None, dtype: torch.dtype) -> np.ndarray:
-    """The numbers of a contiguous CPU tensor of this dtype, shared; an absent argument as an empty array.
+    """The numbers of a contiguous CPU tensor, shared, as a 1-D array; an absent argument is an empty array.
 
-    Raises ValueError for another dtype or layout: kernels trust what they get.
+    Raises:
+        ValueError: For another dtype or layout, because kernels trust what they get.
     """
     if x is None:
         return _NONE[dtype]

@@ -31,7 +31,7 @@ def check_flags(**flags: Any) -> None:
 
 
 def check_tensor(name: str, x: Any, axes: Sequence[Any], dtypes: Sequence[torch.dtype] = FLOATS) -> None:
-    """x must be a dense tensor with these axes, of one of these dtypes."""
+    """x must be a dense tensor with these axes and one of these dtypes."""
     if not isinstance(x, Tensor):
         raise ValueError(f"{name} must be a tensor, not a {type(x).__name__}")
     if x.is_nested or x.layout != torch.strided:

@@ -39,7 +39,8 @@ def how(package: str) -> str:
 def kernel(module: str, name: str, *arguments: str) -> Callable[..., Any]:
     """The function `name` of a module of one of the two packages, which must take these arguments.
 
-    Raises MissingPackage, one line with the pip command, if it is missing, does not load or is too old.
+    Raises:
+        MissingPackage: If it is missing, does not load or is too old; the line has the pip command.
     """
     package = module.partition(".")[0]
     wanted, where = OLDEST[package], "it builds only where torch is a CUDA build; elsewhere use backend='cpu'"

@@ -234,6 +234,16 @@ def in_causal_conv1d_layout(
     """Call a function of causal-conv1d's signature: channels before time, everything in x's dtype.
 
     The kernel wants strides that are multiples of 8, which slices need not have.
+
+    Args:
+        kernel: `causal_conv1d_fn`, or a function with its arguments.
+        x: (batch, length, channels).
+        weight: (channels, d_conv).
+        bias: (channels,) or None.
+        activation: None or "silu".
+
+    Returns:
+        (batch, length, channels), in x's dtype.
     """
     shift = None if bias is None else bias.to(x.dtype)
     turned = _cuda_kernels.packed(x).transpose(1, 2)

@@ -3,8 +3,12 @@
 On a CPU torch multiplies float32 matrices with Intel's MKL, which does not use the AVX-512 units of AMD's
 processors; oneDNN, which torch also carries, does: 470 against 190 GFLOP/s on two Zen 5 cores. `linear`
 therefore goes to oneDNN there, and is torch's `F.linear` everywhere else (other processors, devices, dtypes,
-autocast, compilers and transforms of torch.func). Which of the two runs is decided once, when this module is
-imported: a run repeats itself bit for bit, and processors differ in speed and in rounding only.
+autocast, compilers and transforms of torch.func).
+
+Which of the two runs is decided once, by `_onednn_is_faster` when this module is imported, so a run repeats
+itself bit for bit. The choice is one of speed. Both multiply and add in float32 and differ in the order in
+which the K products of an entry are added, so each is within K * 2^-23 * sum_k |x_k w_k| of the exact result
+(Higham 2002, section 3.1), as MKL itself is on different processors.
 """
 
 from __future__ import annotations
@@ -23,6 +27,9 @@ from ssm_retrieval.ops._route import asked, transformed
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias, as `F.linear`, differentiable any number of times.
+
+    Results depend on the processor by the rounding of float32 sums only. Under torch.compile this is
+    `F.linear`, whatever the processor.
 
     Args:
         x: (..., K), floating.
@@ -80,24 +87,34 @@ def _processor() -> str:
     return platform.processor()
 
 
+def _onednn_is_faster() -> bool:
+    """Whether this is an AMD processor with AVX-512, and a torch that uses MKL on it."""
+    mkl, capability = torch.backends.mkl.is_available(), torch.backends.cpu.get_cpu_capability()
+    return HAS_ONEDNN and mkl and capability == "AVX512" and "AuthenticAMD" in _processor()
+
+
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-# an AMD processor with AVX-512, and a torch that uses MKL on it
-ONEDNN_IS_FASTER = (
-    HAS_ONEDNN
-    and torch.backends.mkl.is_available()
-    and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    and "AuthenticAMD" in _processor()
-)
+ONEDNN_IS_FASTER = _onednn_is_faster()
 
 
 def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a b^T + bias of float32 matrices (M, K), (N, K) by oneDNN, without gradient; matrices that are neither
-    contiguous nor transposed are copied there."""
+    """a b^T + bias by oneDNN, without gradient.
+
+    oneDNN copies a matrix that is neither contiguous nor transposed.
+
+    Args:
+        a: (M, K) float32.
+        b: (N, K) float32.
+        bias: (N,) float32 or None.
+
+    Returns:
+        (M, N) float32.
+    """
     return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
 
 
 def outer(g: Tensor, x: Tensor) -> Tensor:
-    """g^T x for g: (M, N), x: (M, K), the smaller of N and K as oneDNN's rows, which is faster."""
+    """g^T x for g (M, N) and x (M, K). The smaller of N and K becomes oneDNN's rows, which is faster."""
     return matmul(g.t(), x.t()) if g.shape[1] <= x.shape[1] else matmul(x.t(), g.t()).t()
 
 

@@ -24,8 +24,10 @@ def keep_freed_memory() -> bool:
 
 
 def return_freed_memory() -> bool:
-    """The opposite: every block from 128 KiB on is the kernel's again once freed, so that a process takes
-    no more than it has allocated, and is slower. False where there is no glibc."""
+    """Tell glibc to return every freed block of 128 KiB or more. False where there is no glibc.
+
+    The process then takes no more than it has allocated, and is slower.
+    """
     return _mallopt(mmap=2**17, trim=2**17)
 
 

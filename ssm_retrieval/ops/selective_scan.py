@@ -179,7 +179,16 @@ def _cuda(given: ScanArguments, return_last_state: bool) -> Output:
 
 
 def in_mamba_ssm_layout(kernel: Callable[..., Any], given: ScanArguments, return_last_state: bool) -> Output:
-    """Call a function of mamba-ssm's signature: channels before time, A, D and the bias in float32."""
+    """Call a function of mamba-ssm's signature: channels before time, A, D and the bias in float32.
+
+    Args:
+        kernel: `selective_scan_fn`, or a function with its arguments.
+        given: The arguments of `selective_scan`, with its shapes.
+        return_last_state: Whether to return h after the last token.
+
+    Returns:
+        y (batch, length, d_inner); with return_last_state a tuple of y and h (batch, d_inner, d_state).
+    """
 
     def turn(x: Tensor | None) -> Tensor | None:
         return None if x is None else _cuda_kernels.packed(x.to(given.u.dtype).transpose(1, 2))

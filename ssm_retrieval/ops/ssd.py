@@ -24,7 +24,19 @@ from ssm_retrieval.ops._route import asked, refuse_tracing, transformed
 def ssd_reference(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence, one token after the other; shapes as in `ssd`, returns y and the last state."""
+    """The recurrence, token by token.
+
+    Args:
+        x: (b, L, H, P).
+        dt: (b, L, H), positive.
+        A: (H,), negative.
+        B: (b, L, G, N), G dividing H.
+        C: As B.
+        initial_state: (b, H, P, N); None is zeros.
+
+    Returns:
+        y (b, L, H, P) and the last state (b, H, P, N).
+    """
     y, last, _ = _recurrence(x, dt, A, B, C, initial_state, [])
     return y, last
 

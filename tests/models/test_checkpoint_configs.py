@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from ssm_retrieval import models
 from ssm_retrieval.errors import UserError
-from ssm_retrieval.models import hub_schema
+from ssm_retrieval.models import hub_mamba, hub_neox
 from ssm_retrieval.models.hub_configs import read_config
 
 NEAR = 1e-5  # of the largest logit, float32
@@ -59,9 +59,9 @@ def test_names_of_mamba_ssm_beside_those_of_transformers_change_nothing(changed,
 
 
 CLASSES = {
-    "mamba": (hub_schema.TransformersMamba, transformers.MambaConfig),
-    "mamba2": (hub_schema.TransformersMamba2, transformers.Mamba2Config),
-    "gpt_neox": (hub_schema.GPTNeoX, transformers.GPTNeoXConfig),
+    "mamba": (hub_mamba.TransformersMamba, transformers.MambaConfig),
+    "mamba2": (hub_mamba.TransformersMamba2, transformers.Mamba2Config),
+    "gpt_neox": (hub_neox.GPTNeoX, transformers.GPTNeoXConfig),
 }
 
 

@@ -41,13 +41,12 @@ SHARED = dict(
     tie_word_embeddings=st.booleans(),
     embedding_std=st.sampled_from([0.02, 0.3]),
 )
-BACKEND = dict(scan_backend=st.sampled_from(["auto", "reference"]))
 FAMILIES = {
     "transformer": dict(ATTENTION, n_layer=st.integers(1, 2), parallel_residual=st.booleans()),
-    "mamba": dict(SSM, **STEPS, **BACKEND, n_layer=st.integers(1, 2), dt_rank=st.sampled_from([0, 3])),
+    "mamba": dict(SSM, **STEPS, n_layer=st.integers(1, 2), dt_rank=st.sampled_from([0, 3])),
     "mamba2": dict(SSM, **STEPS, **SECOND, n_layer=st.integers(1, 2), ngroups=st.sampled_from([1, 2]),
                    chunk_size=st.sampled_from([64, 8])),
-    "hybrid": dict(ATTENTION, **SSM, **SECOND, **BACKEND, **STEPS, n_layer=st.just(6),
+    "hybrid": dict(ATTENTION, **SSM, **SECOND, **STEPS, n_layer=st.just(6),
                    pattern=st.sampled_from(["A", "M A", "M M A", "M2 A", "M2 M A", "M+A", "A+M2 A"]),
                    dt_rank=st.sampled_from([0, 3]), chunk_size=st.sampled_from([64, 8]),
                    ngroups=st.sampled_from([1, 2]), parallel_residual=st.booleans()),
@@ -108,7 +107,7 @@ def test_what_transformers_lacks_says_whose_it_is(name, tmp_path):
             dict(ssm="mamba", ssm_per_attention=1),  # before patterns
             "ssm, ssm_per_attention is no option of HybridConfig; another release may know it",
         ),
-        (dict(flux=1), "flux is no option of HybridConfig; another release may know it"),
+        (dict(scan_backend="auto"), "scan_backend is no option of HybridConfig; another release may know it"),
         (dict(n_head="4"), "n_head='4' must be a whole number"),
         (dict(d_model=None), "d_model=None must be a whole number"),
         (dict(norm_eps=-1), "norm_eps=-1 must be at least 0"),
@@ -273,3 +272,13 @@ def test_the_index_of_shards_is_part_of_what_names_a_run(tmp_path):
     index = tmp_path / "in" / "pytorch_model.bin.index.json"
     index.write_text(index.read_text().replace('"metadata": {}', '"metadata": {"a": 1}'))
     assert fingerprint(examine(tmp_path / "in")) != first
+
+
+def test_an_option_of_an_older_release_beside_those_of_transformers_is_one_line(tmp_path):
+    place = models.save(models.build("mamba-tiny", vocab_size=11, d_model=16, n_layer=1), tmp_path / "kept")
+    raw = json.loads((place / "config.json").read_text())
+    raw["ssm_retrieval"] = {"scan_backend": "reference"}
+    (place / "config.json").write_text(json.dumps(raw))
+    said = r"config.json: ssm_retrieval=\{'scan_backend': 'reference'\} is not supported, .* none; remove it"
+    with pytest.raises(UserError, match=said):
+        models.load(place)

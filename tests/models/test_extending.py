@@ -169,7 +169,7 @@ def test_a_saved_model_is_loaded_with_the_options_of_its_mixer(linear_attention,
     place = models.save(linear_attention, tmp_path / "kept")
     assert json.loads((tmp_path / "kept" / "config.json").read_text())["n_head"] == 2
     loaded, ids = models.load(place), tokens(1, 5)
-    assert loaded.blocks[0].mixer.n_head == 2
+    assert loaded.blocks[0].mixer.inner.n_head == 2
     torch.testing.assert_close(loaded(ids), linear_attention(ids))
 
 

@@ -11,7 +11,8 @@ from probes import ablation
 from probes.patch_sites import SITES, has_site, residuals, run_from
 from ssm_retrieval import models
 from ssm_retrieval.errors import UserError
-from ssm_retrieval.models.hybrid import PARENTS, HybridConfig
+from ssm_retrieval.models.hybrid import HybridConfig
+from ssm_retrieval.registry import ARCHITECTURES
 
 IDS = torch.randint(0, 23, (2, 9), generator=torch.Generator().manual_seed(0))
 SMALL = dict(vocab_size=23, d_model=16, n_head=2, d_mlp=24, headdim=8, rotary_pct=0.5)
@@ -90,7 +91,7 @@ OTHER = dict(
     vocab_size=29, d_model=32, n_layer=4, d_state=8, d_conv=3, expand=3, dt_rank=5, dt_min=0.01, dt_max=0.05,
     headdim=4, ngroups=2, chunk_size=16, n_head=4, d_mlp=40, position="none", rotary_pct=0.5, rope_theta=99.0,
     max_position_embeddings=77, parallel_residual=False, norm="layer", norm_eps=1e-3, residual_in_fp32=False,
-    tie_word_embeddings=False, embedding_std=0.3, init_std=0.4, scan_backend="reference",
+    tie_word_embeddings=False, embedding_std=0.3, init_std=0.4,
 )  # fmt: skip
 
 
@@ -100,8 +101,9 @@ def test_every_option_of_the_parents_reaches_their_blocks():
     model = models.from_config(HybridConfig(pattern="M M2 A M2+A", **OTHER))
     parallel = model.blocks[3]
     blocks = {"mamba": [model.blocks[0].mixer], "mamba2": [model.blocks[1].mixer, parallel.mixer]}
-    blocks["attention"] = [model.blocks[2], parallel.attention]
-    for name, kind in PARENTS.items():
+    blocks["transformer"] = [model.blocks[2], parallel.attention]
+    for name in blocks:
+        kind = ARCHITECTURES[name].config
         fields = [field.name for field in dataclasses.fields(kind)]
         assert set(fields) <= set(OTHER), f"{kind.__name__} has options that a hybrid lacks"
         for block in blocks[name]:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from probes import record
 from ssm_retrieval import models
-from ssm_retrieval.models.common import RMSNorm
+from ssm_retrieval.models.layers import RMSNorm
 from ssm_retrieval.models.mamba2 import GatedRMSNorm
 
 VOCAB, WIDTH = 61, 48

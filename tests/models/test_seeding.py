@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ssm_retrieval import models
-from ssm_retrieval.models.common import init_normal
+from ssm_retrieval.models.layers import init_normal
 from ssm_retrieval.models.registry import ARCHITECTURES
 from ssm_retrieval.models.seeding import seeded
 from ssm_retrieval.training.lora import add_adapters

@@ -5,6 +5,7 @@ What is wanted comes from `ops.backend("reference")`, the equations token by tok
 
 from __future__ import annotations
 
+import shutil
 import threading
 
 import pytest
@@ -121,6 +122,30 @@ def test_no_graph_break_inside_a_block(model):
     torch._dynamo.reset()
     found = torch._dynamo.explain(model)(IDS)
     assert (found.graph_break_count, found.graph_count) == (0, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler"
+)
+@pytest.mark.parametrize("name", ["transformer", "mamba", "mamba2"])
+def test_compiled_by_default_is_the_model(name, monkeypatch, tmp_path):
+    """One block of a tiny model by inductor, whose C++ takes a minute: loss and gradient, to 1e-5."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model = models.build(f"{name}-tiny", vocab_size=40, n_layer=1)
+    weights = list(model.parameters())
+
+    def loss(ids):
+        return model.loss(ids, labels=ids.roll(-1, 1))[0]
+
+    def both(function):
+        value = function(IDS)
+        return [value.detach(), *torch.autograd.grad(value, weights)]
+
+    torch._dynamo.reset()
+    got = both(torch.compile(loss, fullgraph=True))
+    for ours, exact in zip(got, reference(lambda: both(loss)), strict=True):
+        assert (ours - exact).norm() <= 1e-5 * exact.norm()
 
 
 @pytest.mark.slow

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from ssm_retrieval import models
 from ssm_retrieval.ops import linear as linear_ops
 from ssm_retrieval.ops.causal_conv1d import causal_conv1d, in_causal_conv1d_layout
 from ssm_retrieval.ops.cross_entropy import linear_cross_entropy
-from ssm_retrieval.ops.linear import Linear, linear, matmul
+from ssm_retrieval.ops.linear import Linear, linear
 
 # --- causal_conv1d -----------------------------------------------------------------------------------
 
@@ -114,13 +115,44 @@ def test_linear_keeps_autocast_and_float64(route):
     assert linear(x.double(), w.double()).dtype == torch.float64
 
 
-def test_matmul_is_in_full_precision():
-    """oneDNN may not round to bfloat16 on the way."""
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        pytest.skip("this build of torch has no oneDNN")
-    a, b = torch.randn(64, 256), torch.randn(32, 256)
-    exact = a.double() @ b.double().t()
-    assert (matmul(a, b) - exact).abs().max() < 1e-4
+NO_ONEDNN = pytest.mark.skipif(not linear_ops.HAS_ONEDNN, reason="this build of torch has no oneDNN")
+
+
+@NO_ONEDNN
+@pytest.mark.parametrize("rows, K, N", [(3, 5, 7), (64, 256, 32), (17, 1025, 4)])
+def test_processors_differ_by_the_rounding_of_float32_sums_only(monkeypatch, rows, K, N):
+    """Outputs and gradients of both routes are within the bound for any order of float32 additions."""
+    x, w, b, g = (torch.randn(shape) for shape in ((rows, K), (N, K), (N,), (rows, N)))
+
+    def products(x, w, b, g):
+        leaves = [t.clone().requires_grad_() for t in (x, w, b)]
+        y = linear(*leaves)
+        return [y.detach(), *torch.autograd.grad(y, leaves, g)]
+
+    exact = products(*(t.double() for t in (x, w, b, g)))
+    sizes = products(*(t.double().abs() for t in (x, w, b, g)))  # sums of |products|
+    for faster in (True, False):
+        monkeypatch.setattr(linear_ops, "ONEDNN_IS_FASTER", faster)
+        assert linear_ops.by_onednn(x.dtype, x.device) is faster
+        terms = (K + 1, N, rows, rows)
+        for got, want, size, n in zip(products(x, w, b, g), exact, sizes, terms, strict=True):
+            assert ((got - want).abs() <= n * 2.0**-23 * size).all()
+
+
+@NO_ONEDNN
+def test_a_training_step_is_the_same_on_processors_of_every_vendor(monkeypatch):
+    """Loss and gradient of mamba-tiny by both routes, to 1e-5."""
+    model = models.build("mamba-tiny", vocab_size=50)
+    ids = torch.randint(0, 50, (4, 30), generator=torch.Generator().manual_seed(0))
+    found = []
+    for faster in (True, False):
+        monkeypatch.setattr(linear_ops, "ONEDNN_IS_FASTER", faster)
+        loss = model.loss(ids, labels=ids.roll(-1, 1))[0]
+        gradient = torch.autograd.grad(loss, list(model.parameters()))
+        found.append((loss.detach(), torch.cat([g.flatten() for g in gradient])))
+    (loss, gradient), (other_loss, other_gradient) = found
+    assert (loss - other_loss).abs() < 1e-5 * loss
+    assert (gradient - other_gradient).norm() < 1e-5 * gradient.norm()
 
 
 # --- linear_cross_entropy ----------------------------------------------------------------------------
