@@ -70,7 +70,7 @@ def navigation(root: Path) -> list[Any]:
 def summary(docstring: str) -> str:
     """The first sentence without its full stop, in one line that fits into a table."""
     first = re.split(r"(?<!\.)\.(?= [A-Z`]|$)", " ".join(docstring.split("\n\n")[0].split()))[0]
-    return first.removesuffix(":").replace("|", "\\|").replace("<", "&lt;")
+    return first.removesuffix(":").replace("|", "\\|")
 
 
 def _table(names: Sequence[str], root: Path, here: str) -> str:
