@@ -80,7 +80,7 @@ def library_mixer(batch: int, length: int) -> Callable[[], Any]:
 def main() -> None:
     """Run the benchmark."""
     full = dict(batch=8, length=1024, repeats=9, layers=3, lengths=LENGTHS, reach=4096, warmup=5)
-    quick = dict(batch=2, length=128, repeats=1, layers=1, lengths=(64, 128, 256), reach=1, warmup=1)
+    quick = dict(batch=2, length=512, repeats=1, layers=1, lengths=(64, 128, 256), reach=1, warmup=1)
     sizes = parse(command(__doc__), full, quick)
     print(machine())
     batch, length = shape = (sizes.batch, sizes.length)

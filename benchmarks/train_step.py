@@ -132,7 +132,7 @@ def compare(title: str, steps: dict[str, Step], repeats: int, tokens: int) -> di
 def main() -> None:
     """Run the benchmark."""
     full = dict(batch=8, length=1024, transformer_steps=9, mamba_steps=5, repeats=3, lengths=LENGTHS)
-    quick = dict(batch=2, length=64, transformer_steps=1, mamba_steps=1, repeats=1, lengths=(64, 128))
+    quick = dict(batch=2, length=256, transformer_steps=1, mamba_steps=1, repeats=1, lengths=(64, 128))
     sizes = parse(command(__doc__), full, quick)
     print(machine())
     shape, tokens, ratios = (sizes.batch, sizes.length), sizes.batch * sizes.length, {}
