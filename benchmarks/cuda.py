@@ -1,6 +1,6 @@
 """The kernels of mamba-ssm and causal-conv1d behind our ops against the reference on the same GPU.
 
-    python -m benchmarks.cuda [--presets mamba-130m mamba-2.8b] [--batch 1] [--length 1024]
+    python -m benchmarks.cuda [--quick] [--presets mamba-130m mamba-2.8b] [--batch 1] [--length 1024]
 
 First the errors: largest difference of outputs, last states and gradients, relative to the largest value, one
 line each. Then for every preset, in bfloat16, a forward pass and a training step (forward, loss, backward,
@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.common import seconds
+from benchmarks.common import command, parse, seconds
 from ssm_retrieval import models, ops
+from ssm_retrieval.errors import UserError
 from ssm_retrieval.ops.causal_conv1d import causal_conv1d
 from ssm_retrieval.ops.selective_scan import selective_scan
 from ssm_retrieval.ops.ssd import ssd
@@ -41,7 +42,16 @@ Inputs = dict[str, Any]  # tensors by name
 
 
 def op_inputs(op: str, dtype: torch.dtype, device: str) -> Inputs:
-    """Arguments by name, leaves of the graph; made on the CPU, so that every device gets the same."""
+    """Make random arguments of an operator, on the CPU first, so that every device gets the same.
+
+    Args:
+        op: "selective_scan", "causal_conv1d" or "ssd".
+        dtype: Of the arguments that may be narrow; the others are float32.
+        device: Where they go.
+
+    Returns:
+        Arguments by name, leaves of the graph.
+    """
     g = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -63,7 +73,16 @@ def op_inputs(op: str, dtype: torch.dtype, device: str) -> Inputs:
 
 
 def results(op: str, inputs: Inputs, backend: str) -> Inputs:
-    """Output, last state, and the gradient of every input, by name."""
+    """Run an operator forward and backward.
+
+    Args:
+        op: Its name.
+        inputs: From `op_inputs`.
+        backend: Which path runs.
+
+    Returns:
+        The output, the last state where there is one, and the gradient of every input, by name.
+    """
     if op == "causal_conv1d":
         y, last = causal_conv1d(**inputs, activation="silu", backend=backend), None
         outputs = [y]
@@ -83,7 +102,17 @@ def results(op: str, inputs: Inputs, backend: str) -> Inputs:
 
 
 def errors(op: str, dtype: torch.dtype, device: str, fast: str) -> dict[str, float]:
-    """Largest difference of each result between backend `fast` and the reference, by its largest value."""
+    """Compare a backend with the reference.
+
+    Args:
+        op: Name of an operator.
+        dtype: Of its inputs.
+        device: Where both run.
+        fast: The backend.
+
+    Returns:
+        Largest difference of each result, over the largest value of the reference, by name.
+    """
     inputs = op_inputs(op, dtype, device)
     got, want = results(op, inputs, fast), results(op, inputs, "reference")
     return {
@@ -93,7 +122,7 @@ def errors(op: str, dtype: torch.dtype, device: str, fast: str) -> dict[str, flo
 
 
 def report_errors(device: str, fast: Callable[[str], str]) -> bool:
-    """Print one line a result; whether all are within their limits."""
+    """Print a line for each result, and return whether all are within their limits."""
     fine = True
     for (op, dtype), limit in LIMITS.items():
         for name, error in errors(op, dtype, device, fast(op)).items():
@@ -105,7 +134,17 @@ def report_errors(device: str, fast: Callable[[str], str]) -> bool:
 
 
 def work(what: str, preset: str, batch: int, length: int) -> Callable[[], Any]:
-    """A forward pass or a training step of a new model on the GPU; returns when the GPU is done."""
+    """Build a model on the GPU and prepare one piece of work with it.
+
+    Args:
+        what: "forward" or "train_step".
+        preset: Which model.
+        batch: Sequences.
+        length: Tokens of each.
+
+    Returns:
+        The work, which returns when the GPU is done.
+    """
     model = models.build(preset, dtype=torch.bfloat16, device="cuda")
     ids = torch.randint(0, model.config.vocab_size, (batch, length), device="cuda")
     labels = F.pad(ids[:, 1:], (0, 1), value=-100)
@@ -129,7 +168,16 @@ def work(what: str, preset: str, batch: int, length: int) -> Callable[[], Any]:
 
 
 def measure(what: str, args: argparse.Namespace, preset: str) -> tuple[float, float] | None:
-    """Tokens/s and peak GiB of one work, None if the GPU has too little memory."""
+    """Time a piece of work.
+
+    Args:
+        what: "forward" or "train_step".
+        args: The command's arguments.
+        preset: Which model.
+
+    Returns:
+        Tokens a second and peak GiB; None if the GPU has too little memory.
+    """
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     try:
@@ -140,6 +188,7 @@ def measure(what: str, args: argparse.Namespace, preset: str) -> tuple[float, fl
 
 
 def report_models(args: argparse.Namespace) -> None:
+    """Print speed and memory of every preset with the kernels and without, and their ratios."""
     for preset in args.presets:
         for what in ("forward", "train_step"):
             found = {"kernels": measure(what, args, preset)}
@@ -155,11 +204,13 @@ def report_models(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--presets", nargs="+", default=PRESETS, help="models (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--length", type=int, default=1024)
-    args = parser.parse_args(argv)
+    """Run the benchmark, and return its exit status."""
+    parser = command(__doc__)
+    parser.add_argument("--presets", nargs="+", help="models (default: %(default)s)")
+    parser.add_argument("--batch", type=int, help="sequences (default: %(default)s)")
+    parser.add_argument("--length", type=int, help="tokens of each (default: %(default)s)")
+    full = dict(presets=PRESETS, batch=1, length=1024)
+    args = parse(parser, full, quick=dict(presets=["mamba-130m", "mamba2-130m"], length=128), argv=argv)
     try:
         for preset in args.presets:
             models.config(preset)
@@ -169,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
         fine = report_errors("cuda", lambda op: "cuda")
         report_models(args)
-    except (ImportError, ValueError) as error:
+    except (ImportError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0 if fine else 1

@@ -2,11 +2,12 @@
 
     python -m benchmarks.data [--quick]
 
-Prints million tokens/s for lengths 16 to 16,384 in every layout (training split, and held-out split,
-whose contexts are redrawn about eight times) and the memory a batch takes at most while it is made;
-then the training tokens/s of this project's tiny models, by the loss and optimiser of `synthetic.trainer`,
-and of transformers' GPT-NeoX of the same size on the same batches, each in its faster of float32 and bfloat16
-autocast; and last one line a ratio. Batches are those of the default run, and freed memory is kept as there.
+First it prints million tokens/s for lengths 16 to 16,384 in every layout, of the training split and of the
+held-out split, whose contexts are redrawn about eight times, and the most memory that making a batch takes.
+Then come the training tokens/s of this project's tiny models, by the loss and optimiser of
+`synthetic.trainer`, and of transformers' GPT-NeoX of the same size on the same batches, each in float32 or in
+bfloat16 autocast, whichever is faster. Batches are those of the default run, and freed memory is kept as
+there. The last lines are ratios; with --quick the longest of a few short lengths stands for 1,024:
 
     ratio data_vs_transformer X         slowest layout at length 1,024 against transformer-tiny
     ratio data_vs_mamba X               ... against mamba-tiny
@@ -16,7 +17,6 @@ autocast; and last one line a ratio. Batches are those of the default run, and f
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.common import machine, numpy_peak, seconds
+from benchmarks.common import command, machine, numpy_peak, parse, print_ratios, seconds
 from ssm_retrieval.ops.memory import keep_freed_memory
 from synthetic import tasks
 from synthetic.config import RunConfig
@@ -39,6 +39,7 @@ LENGTHS = (16, 64, 256, 1024, 4096, 16384)
 
 
 def make_task(name: str, length: int, layout: str) -> Task:
+    """A task of the registry by its name, length and layout, with as many symbols as it needs."""
     options: dict[str, Any] = dict(seq_len=length, num_symbols=max(SYMBOLS, length), layout=layout, blocks=2)
     if "num_pairs" in tasks.options(name):
         options["num_pairs"] = min(PAIRS, length // 4)
@@ -66,13 +67,22 @@ def batches(task: Task, split: str) -> Callable[[], Batch]:
 
 
 def generator_speed(task: Task, split: str, repeats: int) -> float:
-    """Tokens of input_ids made a second, on the thread that calls."""
+    """Time a generator on the thread that calls.
+
+    Args:
+        task: What makes the batches.
+        split: "train" or "heldout".
+        repeats: Batches that are timed.
+
+    Returns:
+        Tokens of `input_ids` a second.
+    """
     make = batches(task, split)
     return make().input_ids.numel() / seconds({"": make}, repeats)[""]
 
 
 def memory_table(lengths: tuple[int, ...]) -> None:
-    """Prints a row for every task and split, suffix layout."""
+    """Print a row for every task and split, in the suffix layout."""
     print("\npeak memory of one batch, MiB")
     for name, split in itertools.product(tasks.names(), ("train", "heldout")):
         row = [numpy_peak(batches(make_task(name, n, "suffix"), split)) for n in lengths]
@@ -80,8 +90,15 @@ def memory_table(lengths: tuple[int, ...]) -> None:
 
 
 def generator_table(lengths: tuple[int, ...], repeats: int) -> dict[tuple[str, int], float]:
-    """Prints a row for every task, split and layout; returns the speeds of `position`, train split, by
-    (layout, length)."""
+    """Print a row for every task, split and layout.
+
+    Args:
+        lengths: Columns of the table.
+        repeats: Batches that are timed for each entry.
+
+    Returns:
+        The speeds of the task `position` in the training split, by (layout, length).
+    """
     speeds: dict[tuple[str, int], float] = {}
     print("generators, million tokens/s")
     print(f"{'task':16} {'split':8} {'layout':12}" + "".join(f"{n:>9}" for n in lengths))
@@ -97,7 +114,16 @@ Loss = Callable[[Batch], torch.Tensor]
 
 
 def our_model(name: str, vocab_size: int, table: int) -> tuple[nn.Module, Loss]:
-    """This project's model `name` and its loss on a batch, as `synthetic.trainer.update` computes it."""
+    """Build a model of this project.
+
+    Args:
+        name: Its preset.
+        vocab_size: Tokens it knows.
+        table: Positions it has to know, if it has a table of them.
+
+    Returns:
+        The model, and its loss on a batch as `synthetic.trainer.update` computes it.
+    """
     from ssm_retrieval import models
 
     options: dict[str, Any] = dict(vocab_size=vocab_size)
@@ -108,7 +134,7 @@ def our_model(name: str, vocab_size: int, table: int) -> tuple[nn.Module, Loss]:
 
 
 def library_model(vocab_size: int, table: int) -> tuple[nn.Module, Loss]:
-    """The same by transformers' GPT-NeoX with the shape of transformer-tiny, its fastest CPU path."""
+    """The same with transformers' GPT-NeoX in the shape of transformer-tiny, by its fastest path on a CPU."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     config = GPTNeoXConfig(
@@ -131,7 +157,18 @@ def library_model(vocab_size: int, table: int) -> tuple[nn.Module, Loss]:
 
 
 def step_speed(model: nn.Module, loss_of: Loss, batch: Batch, precision: str, repeats: int) -> float:
-    """Tokens of input_ids trained on a second, by the optimiser steps of `synthetic.trainer`."""
+    """Time training steps like those of `synthetic.trainer`.
+
+    Args:
+        model: What is trained.
+        loss_of: Its loss on a batch.
+        batch: The batch of every step.
+        precision: "float32", or "bfloat16" for autocast.
+        repeats: Steps that are timed.
+
+    Returns:
+        Tokens of `input_ids` a second.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 
     def step() -> float:
@@ -147,7 +184,15 @@ def step_speed(model: nn.Module, loss_of: Loss, batch: Batch, precision: str, re
 
 
 def model_speeds(length: int, repeats: int) -> dict[str, float]:
-    """Training tokens/s of each consumer on `position`, suffix layout; prints a row each."""
+    """Print a row of training speeds for each model on `position` in the suffix layout.
+
+    Args:
+        length: Context symbols.
+        repeats: Steps that are timed.
+
+    Returns:
+        Tokens a second by model, each in its faster precision.
+    """
     task = make_task("position", length, "suffix")
     batch, table = batches(task, "train")(), task.max_length(task.dense_queries())
     builders = {
@@ -170,29 +215,27 @@ def model_speeds(length: int, repeats: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Generator tokens/s against the models' tokens/s.")
-    parser.add_argument("--quick", action="store_true", help="fewer lengths and repeats")
-    quick = parser.parse_args().quick
-    lengths = (16, 1024) if quick else LENGTHS
+    """Run the benchmark."""
+    full = dict(lengths=LENGTHS, compared=(1024, 16), repeats=21, steps=7)
+    quick = dict(lengths=(16, 64), compared=(64, 16), repeats=1, steps=1)
+    sizes = parse(command(__doc__), full, quick)
     keep_freed_memory()
     print(machine())
-    generated = generator_table(lengths, repeats=5 if quick else 21)
-    memory_table(lengths)
-    slowest = {n: min(generated[layout, n] for layout in tasks.LAYOUTS) for n in lengths}
+    generated = generator_table(sizes.lengths, sizes.repeats)
+    memory_table(sizes.lengths)
+    slowest = {n: min(generated[layout, n] for layout in tasks.LAYOUTS) for n in sizes.lengths}
 
     print("\ntraining steps, million tokens/s")
     ratios = {}
-    for length in (1024, 16):
-        for name, speed in model_speeds(length, repeats=3 if quick else 7).items():
+    for length in sizes.compared:
+        for name, speed in model_speeds(length, sizes.steps).items():
             ratios[name, length] = slowest[length] / speed
 
     print()
-    for name in ("transformer", "mamba", "transformers_lib"):
-        if (name, 1024) in ratios:
-            print(f"ratio data_vs_{name} {ratios[name, 1024]:.1f}")
+    long = sizes.compared[0]
+    print_ratios({f"data_vs_{name}": ratio for (name, n), ratio in ratios.items() if n == long}, ".1f")
     ours = [ratio for (name, _), ratio in ratios.items() if name != "transformers_lib"]
-    if ours:
-        print(f"ratio data_vs_model {min(ours):.1f}")
+    print_ratios({"data_vs_model": min(ours)}, ".1f")
 
 
 if __name__ == "__main__":

@@ -2,18 +2,19 @@
 
     python -m benchmarks.hooks [--quick]
 
-Unused: a training step (forward, loss, backward, AdamW) as it is against the same step of the same model when
-`tap` gives back what it got without a look at `hook`. The two take turns in both orders, and the ratio is the
-median over pairs, with its 95 % interval. Steps are short (batch 2, length 256), where any cost per call
-weighs most. A call remains in both, and noise is larger than either: the time of a call of `tap`, times their
-number in a step, is printed as a share of the step beside it.
-Recording: a forward pass that keeps all layers' states at 64 positions against a plain one.
-Ends with one machine-readable line per ratio, the largest of all models.
+Unused: a training step (forward, loss, backward, AdamW) is compared with the same step of the same model
+when `tap` returns its argument without looking at `hook`. The two take turns in both orders; the ratio is the
+median over pairs, with its 95 % interval. Steps are short (batch 2, length 256), because there a cost per
+call weighs most. Both still make the call, and noise is larger than the difference. So the time of one call
+of `tap`, times the number of calls in a step, is printed beside it as a share of the step.
+
+Recording: a forward pass that keeps the states of all layers at 64 positions is compared with a plain one.
+
+The last lines are the ratios, each the largest of all models.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 import timeit
@@ -27,12 +28,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import probes
-from benchmarks.common import machine, seconds
+from benchmarks.common import command, machine, parse, print_ratios, seconds
 from ssm_retrieval import models
 from ssm_retrieval.models.hooks import Hooked
 from ssm_retrieval.ops.memory import keep_freed_memory
 
-STEP, FORWARD = (2, 256), (8, 1024)  # batch, length
 POSITIONS, VOCAB = 64, 2052
 MODELS = ("mamba-tiny", "mamba2-tiny", "transformer-tiny")
 
@@ -56,10 +56,14 @@ def median_interval(values: list[float]) -> tuple[float, float, float]:
     return median(values), ordered[max(0, n // 2 - reach)], ordered[min(n - 1, n // 2 + reach)]
 
 
-def training_step(name: str, batch: int, length: int) -> Callable[[], Any]:
+# Below, `name` is a preset, `shape` the (batch, length) of its input.
+
+
+def training_step(name: str, shape: tuple[int, int]) -> Callable[[], Any]:
+    """A training step on random tokens (forward, loss, backward, AdamW), for others to call."""
     model = models.build(name, vocab_size=VOCAB)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    ids = torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, VOCAB, shape, generator=torch.Generator().manual_seed(0))
     labels = F.pad(ids[:, 1:], (0, 1), value=-100)
 
     def step() -> None:
@@ -82,8 +86,8 @@ def tap_replaced(tap: Callable[..., Tensor]) -> Iterator[None]:
         Hooked.tap = own  # type: ignore[method-assign]
 
 
-def seconds_of_taps(name: str) -> tuple[int, float]:
-    """How often a forward pass calls `tap`, and the time that takes without a probe."""
+def seconds_of_taps(name: str, number: int) -> tuple[int, float]:
+    """How often a forward pass calls `tap`, and how long that takes without a probe."""
     model = models.build(name, vocab_size=VOCAB)
     x, ids, tapped = torch.zeros(1), torch.zeros(1, 2, dtype=torch.int64), list[str]()
 
@@ -93,21 +97,21 @@ def seconds_of_taps(name: str) -> tuple[int, float]:
 
     with tap_replaced(count):
         model(ids)
-    number, names = 200_000, dict(model=model, x=x)
+    names = dict(model=model, x=x)
     once = min(timeit.repeat("model.tap('hook_embed', x)", globals=names, number=number, repeat=5)) / number
     return len(tapped), len(tapped) * once
 
 
-def overhead(name: str, batch: int, length: int, repeats: int) -> tuple[float, float]:
-    """Ratios to a step whose taps look at nothing: of a step as it is, and of its taps alone."""
-    step = training_step(name, batch, length)
+def overhead(name: str, shape: tuple[int, int], repeats: int, calls: int) -> tuple[float, float]:
+    """Ratios to a step whose taps look at nothing: of the step as it is, and of its taps alone."""
+    step = training_step(name, shape)
 
     def without() -> None:
         with tap_replaced(lambda self, name, x, mask=None: x):
             step()
 
     times = pairs({"with": step, "without": without}, repeats)
-    tapped, spent = seconds_of_taps(name)
+    tapped, spent = seconds_of_taps(name, calls)
     taken = {key: median(t) for key, t in times.items()}
     ratio, low, high = median_interval([a / b for a, b in zip(times["with"], times["without"], strict=True)])
     print(
@@ -118,11 +122,11 @@ def overhead(name: str, batch: int, length: int, repeats: int) -> tuple[float, f
 
 
 @torch.no_grad()
-def recording(name: str, batch: int, length: int, repeats: int) -> float:
+def recording(name: str, shape: tuple[int, int], repeats: int) -> float:
     """Ratio of a forward pass that records states to one that does not."""
     model = models.build(name, vocab_size=VOCAB)
-    ids = torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(0))
-    positions = torch.linspace(0, length - 1, POSITIONS).long().tolist()
+    ids = torch.randint(0, VOCAB, shape, generator=torch.Generator().manual_seed(0))
+    positions = torch.linspace(0, shape[1] - 1, POSITIONS).long().tolist()
 
     def recorded() -> None:
         with probes.record(model, "*.hook_ssm_state", positions=positions) as cache:
@@ -139,19 +143,17 @@ def recording(name: str, batch: int, length: int, repeats: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="few repeats of small batches")
-    quick = parser.parse_args().quick
+    """Run the benchmark."""
+    full = dict(step=(2, 256), steps=200, calls=200_000, forward=(8, 1024), repeats=15)  # (batch, length)
+    quick = dict(step=(2, 64), steps=3, calls=2000, forward=(1, 128), repeats=1)
+    sizes = parse(command(__doc__), full, quick)
     keep_freed_memory()
     print(machine())
-    unused = [overhead(name, *STEP, repeats=10 if quick else 200) for name in MODELS]
-    forward, repeats = ((2, 256), 5) if quick else (FORWARD, 15)
-    recorded = [recording(name, *forward, repeats=repeats) for name in MODELS if name != "transformer-tiny"]
-    print(f"ratio taps_of_step {max(share for _, share in unused):.6f}")
-    print(f"ratio hook_overhead_unused {max(ratio for ratio, _ in unused):.4f}")
-    print(f"ratio record_{POSITIONS}_states_vs_forward {max(recorded):.3f}")
+    unused = [overhead(name, sizes.step, sizes.steps, sizes.calls) for name in MODELS]
+    recorded = [recording(name, sizes.forward, sizes.repeats) for name in MODELS if "mamba" in name]
+    print_ratios({"taps_of_step": max(share for _, share in unused)}, ".6f")
+    print_ratios({"hook_overhead_unused": max(ratio for ratio, _ in unused)}, ".4f")
+    print_ratios({f"record_{POSITIONS}_states_vs_forward": max(recorded)}, ".3f")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,22 @@
 """Prefill and recurrent decoding in bfloat16 on a CPU, against transformers with the same weights.
 
-    python -m benchmarks.inference [--preset 2.8b] [--family mamba transformer] [--length 1024] [--tokens 32]
+    python -m benchmarks.inference [--quick] [--preset 2.8b] [--family mamba transformer]
+                                   [--length 1024] [--tokens 32]
 
-Weights are random and shared: both models read the same tensors, so that two of 2.8 B fit into 24 GiB. Peer:
-MambaForCausalLM on its path for CPUs (a loop over time), GPTNeoXForCausalLM with sdpa; both with their cache.
-Peak memory is that of a fresh process that has our model alone. Ends with a line per ratio.
+Weights are random and shared: both models read the same tensors, so that two of 2.8 B fit into 24 GiB. The
+peers are MambaForCausalLM on its path for CPUs, a loop over time, and GPTNeoXForCausalLM with sdpa, both with
+their cache. Peak memory is that of a fresh process that has only our model. The last lines are ratios.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import fresh, machine, peak
+from benchmarks.common import command, fresh, machine, parse, peak, print_ratios
 from ssm_retrieval import models
 from ssm_retrieval.models.hub_configs import write_config
 
@@ -63,7 +63,18 @@ def library(model: models.LanguageModel) -> torch.nn.Module:
 
 
 def our_run(model: models.LanguageModel, ids: Tensor, tokens: int) -> tuple[float, float, Tensor]:
-    """Seconds of the prefill, seconds of decoding, and the tokens."""
+    """Generate greedily with our model.
+
+    Args:
+        model: From `ours`.
+        ids: (1, L) int64, the context.
+        tokens: How many to decode after the first.
+
+    Returns:
+        prefill: Seconds until the first token.
+        decoding: Seconds of the others.
+        found: (1, 1 + tokens) int64, the tokens.
+    """
     stream = model.stream(ids, 1 + tokens)
     started = time.perf_counter()
     found = [next(stream)]
@@ -73,7 +84,16 @@ def our_run(model: models.LanguageModel, ids: Tensor, tokens: int) -> tuple[floa
 
 
 def their_run(model: Any, ids: Tensor, tokens: int) -> tuple[float, float, Tensor]:
-    """The same by the library's forward pass and cache."""
+    """Generate greedily with the library's forward pass and cache.
+
+    Args:
+        model: From `library`.
+        ids: (1, L) int64, the context.
+        tokens: How many to decode after the first.
+
+    Returns:
+        What `our_run` returns.
+    """
     mamba = "Mamba" in type(model).__name__
     name = "cache_params" if mamba else "past_key_values"
     started = time.perf_counter()
@@ -90,7 +110,16 @@ def their_run(model: Any, ids: Tensor, tokens: int) -> tuple[float, float, Tenso
 
 @torch.inference_mode()
 def alone(name: str, length: int, tokens: int) -> tuple[float, float]:
-    """Peak MiB of a process that has our model only, and the size of its weights."""
+    """Generate in a process that has only our model.
+
+    Args:
+        name: A preset.
+        length: Tokens of context.
+        tokens: How many to decode.
+
+    Returns:
+        The peak of the process and the size of the weights, in MiB.
+    """
     model = ours(name)
     our_run(model, _ids(model, length), tokens)
     return peak(), sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
@@ -102,7 +131,17 @@ def _ids(model: models.LanguageModel, length: int) -> Tensor:
 
 @torch.inference_mode()
 def compare(name: str, length: int, tokens: int, repeats: int) -> dict[str, float]:
-    """Median speeds; ours and theirs take turns."""
+    """Print the median speeds of both, which take turns.
+
+    Args:
+        name: A preset.
+        length: Tokens of context.
+        tokens: How many to decode.
+        repeats: Runs of each.
+
+    Returns:
+        How many times as fast ours is, by "prefill" and "decode".
+    """
     model = ours(name)
     peer, ids = library(model), _ids(model, length)
     runs: dict[str, list[tuple[float, float]]] = {"ours": [], "transformers": []}
@@ -128,15 +167,15 @@ def compare(name: str, length: int, tokens: int, repeats: int) -> dict[str, floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--preset", default="2.8b")
-    parser.add_argument(
-        "--family", nargs="+", default=["mamba", "transformer"], choices=["mamba", "mamba2", "transformer"]
-    )
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=1)
-    options = parser.parse_args()
+    """Run the benchmark."""
+    parser = command(__doc__)
+    parser.add_argument("--preset", help="size of the models")
+    parser.add_argument("--family", nargs="+", choices=["mamba", "mamba2", "transformer"])
+    parser.add_argument("--length", type=int, help="tokens of context")
+    parser.add_argument("--tokens", type=int, help="tokens to decode")
+    parser.add_argument("--repeats", type=int, help="runs of each model, of which the median counts")
+    full = dict(preset="2.8b", family=["mamba", "transformer"], length=1024, tokens=32, repeats=1)
+    options = parse(parser, full, quick=dict(preset="tiny", length=32, tokens=4))
     print(machine())
     ratios = {}
     for family in options.family:
@@ -146,8 +185,7 @@ def main() -> None:
         print(f"  peak memory of our process {most / 1024:.2f} GiB, weights {weights / 1024:.2f} GiB")
         for what, ratio in compare(name, options.length, options.tokens, options.repeats).items():
             ratios[f"{what}_{family}_{options.preset}_vs_transformers"] = ratio
-    for name, ratio in ratios.items():
-        print(f"ratio {name} {ratio:.2f}")
+    print_ratios(ratios)
 
 
 if __name__ == "__main__":

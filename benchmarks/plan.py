@@ -2,17 +2,16 @@
 
     python -m benchmarks.plan [--quick] [--family mamba]
 
-Each row is a fresh process on one thread. It makes an update, so that everything is compiled and loaded
-(which leaves some 9 MiB that are not counted), and notes the memory it has; then it builds the model and its
-optimizer anew and makes three: `synthetic.trainer.update` on the run's own batches at full length. Measured
-is how far the process grew at most, with freed memory returned, as in a run with --checkpointing or
---accumulate; rows marked "kept" keep it, as other runs do, and show what fragments cost.
-Linux only: the peak is reset through /proc.
+Each row is a fresh process on one thread. It makes one update, so that everything is compiled and loaded
+(this leaves some 9 MiB that are not counted), and notes how much memory it has. Then it builds the model and
+its optimizer anew and makes three updates by `synthetic.trainer.update`, on the run's own batches at full
+length. The measured number is how far the process grew at most. Freed memory is returned, as in a run with
+--checkpointing or --accumulate; rows marked "kept" keep it, as other runs do, and show what fragments cost.
+This works on Linux only: the peak is reset through /proc.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
 import itertools
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import fresh, machine, peak
+from benchmarks.common import command, fresh, machine, parse, peak
 from ssm_retrieval.ops.memory import keep_freed_memory, return_freed_memory
 from ssm_retrieval.registry import ARCHITECTURES
 from synthetic.config import Plan, RunConfig, plan
@@ -42,13 +41,25 @@ VARIANTS: tuple[dict[str, Any], ...] = (
 
 
 def make_plan(family: str, size: str, seq_len: int, precision: str, **options: Any) -> Plan:
+    """Settle the run of a row.
+
+    Args:
+        family: The architecture.
+        size: A key of `SIZES`.
+        seq_len: Context symbols.
+        precision: "float32" or "bfloat16".
+        **options: Other fields of `RunConfig`.
+
+    Returns:
+        The run's plan.
+    """
     config = RunConfig(seq_len=seq_len, curriculum=0, device="cpu", precision=precision, **options)  # type: ignore[arg-type]
     settled = plan(config, family)
     return replace(settled, model_overrides=settled.model_overrides | SIZES[size])
 
 
 def updates(settled: Plan, steps: int) -> None:
-    """Optimizer steps of a run at full length."""
+    """Make optimizer steps of a run at full length."""
     from ssm_retrieval import models
     from ssm_retrieval.training.optimizers import make_optimizer
     from synthetic import tasks, trainer
@@ -81,12 +92,12 @@ def _grown(settled: Plan, keep: bool) -> float:
 
 
 def measured(settled: Plan, keep: bool = False) -> float:
-    """MiB by which `updates` makes a process grow at most."""
+    """By how many MiB `updates` makes a process grow at most."""
     return fresh(_grown, settled, keep)
 
 
 def predicted(settled: Plan) -> float:
-    """MiB."""
+    """How many MiB `--plan` says, at the peak of a step at full length."""
     from ssm_retrieval.models.planning import step_memory
     from synthetic.memory import meta_model, training_steps
 
@@ -94,20 +105,22 @@ def predicted(settled: Plan) -> float:
 
 
 def cases(families: Sequence[str], quick: bool) -> list[dict[str, Any]]:
+    """Arguments of `make_plan` for every row; one small row per family if it must be quick."""
+    if quick:
+        return [dict(family=name, size="tiny", seq_len=LENGTHS[0], precision="float32") for name in families]
     every: list[dict[str, Any]] = []
     for family in families:
-        for size, n in itertools.product(list(SIZES)[:2], LENGTHS[:1] if quick else LENGTHS):
+        for size, n in itertools.product(list(SIZES)[:2], LENGTHS):
             for precision, checkpointing in itertools.product(("float32", "bfloat16"), (False, True)):
                 row = dict(family=family, size=size, seq_len=n, precision=precision)
                 every.append(row | ({"checkpointing": True} if checkpointing else {}))
-        if not quick:
-            large = dict(family=family, size=list(SIZES)[2], seq_len=1024, precision="float32")
-            every += [large, *(large | variant for variant in VARIANTS)]
+        large = dict(family=family, size=list(SIZES)[2], seq_len=1024, precision="float32")
+        every += [large, *(large | variant for variant in VARIANTS)]
     return every
 
 
 def compare(case: dict[str, Any], keep: bool = False) -> float:
-    """Print and return predicted / measured."""
+    """Print a row, and return predicted over measured. With `keep` freed memory is kept."""
     settled = make_plan(**case)
     guess, found = predicted(settled), measured(settled, keep)
     chosen = {name: value for name, value in case.items() if name in RunConfig.__dataclass_fields__}
@@ -121,17 +134,18 @@ def compare(case: dict[str, Any], keep: bool = False) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one length, no other optimizers")
-    parser.add_argument("--family", nargs="+", choices=list(ARCHITECTURES), default=list(ARCHITECTURES))
-    asked = parser.parse_args()
+    """Run the benchmark."""
+    parser = command(__doc__)
+    parser.add_argument("--family", nargs="+", choices=list(ARCHITECTURES), help="default: all")
+    asked = parse(parser, dict(family=list(ARCHITECTURES)), quick=dict(family=["mamba"]))
     print(machine())
     print(f"{'family':<12} {'size':<24} length precision {'options':<27} predicted  measured MiB ratio")
     rows = cases(asked.family, asked.quick)
     ratios = [compare(case) for case in rows]
     off = sum(abs(ratio - 1) > 0.15 for ratio in ratios)
     print(f"ratio plan_memory {min(ratios):.2f} to {max(ratios):.2f}, {off} of {len(ratios)} off by > 15 %")
-    kept = [compare(case, keep=True) for case in rows if len(case) == 4 and case["seq_len"] == LENGTHS[-1]]
+    longest = rows[-1]["seq_len"]
+    kept = [compare(case, keep=True) for case in rows if len(case) == 4 and case["seq_len"] == longest]
     if kept:
         print(f"ratio plan_memory_kept {min(kept):.2f} to {max(kept):.2f}")
 

@@ -4,11 +4,12 @@
     python -m benchmarks.probes [--quick] [--memory-gib 8]
 
 The peer's `compute_ssm_state` reads the output of a convolution module that transformers 5.24 no longer
-calls, hence the older one. (`pip` names further packages that transformer-lens imports, such as jaxtyping.)
+calls, so it needs an older version. (`pip` names further packages that transformer-lens imports, such as
+jaxtyping.)
 
-The same random weights are loaded into both: Mamba and GPT-NeoX of the size of the `tiny` presets. First
-their states, hidden attention, edited logits and patching effects are compared on short sequences. Then,
-every state of every layer is recorded by
+Both have the same random weights, of Mamba and GPT-NeoX in the size of the `tiny` presets. First their
+states, hidden attention, edited logits and patching effects are compared on short sequences. Then every state
+of every layer is recorded by
 
     ours         probes.record(model, "*.mixer.hook_ssm_state")
     compute      run_with_cache and compute_ssm_state, the peer's call for states, which makes a tensor
@@ -17,19 +18,19 @@ every state of every layer is recorded by
     eager_scan   run_with_cache with the peer's opt-in loop over time, whose hook_ssm_state has the states
 
 and the grid of residual patches, layers x positions, is measured with the peer's `get_act_patch_resid_pre`
-and with `probes.patching.trace`: the same sequences, cells and metric. Peaks of memory are those of fresh
-processes, model and inputs not counted. Ends with one machine-readable line per ratio: how many times faster
-(or, _memory_, smaller) ours is.
+and with `probes.patching.trace`, on the same sequences, cells and metric. Peaks of memory are those of fresh
+processes; model and inputs are not counted. The last lines are ratios: how many times faster ours is, or how
+many times smaller ("_memory_"). Exit status 2 if transformer-lens is missing.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import logging
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -38,7 +39,7 @@ import torch
 from torch import Tensor
 
 import probes
-from benchmarks.common import machine, peak_memory, seconds
+from benchmarks.common import command, machine, parse, peak_memory, print_ratios, seconds
 from probes import patching
 from probes.contrast_pairs import Pairs, contrast_pairs
 from probes.patch_cells import Cell
@@ -49,11 +50,12 @@ from synthetic import tasks
 
 D_MODEL, N_LAYER, N_HEAD, D_STATE = 128, 4, 4, 16
 SHORT, LENGTHS = 48, (64, 128, 256, 512, 1024, 2048)
-GRID_LENGTH, GRID_POSITIONS, GRID_PAIRS = 1024, 16, 4
+GRID_PAIRS = 4
 SEQ_LEN = 2048
 
 
 def task() -> Any:
+    """The task that the tokens and pairs come from."""
     return tasks.build("position", seq_len=SEQ_LEN, num_symbols=SEQ_LEN)
 
 
@@ -76,6 +78,7 @@ def library_model(family: str) -> Any:
 
 
 def our_model(family: str) -> Any:
+    """A model of this project with the weights of `library_model`."""
     options: dict[str, Any] = dict(d_model=D_MODEL, n_layer=N_LAYER, vocab_size=task().vocab_size)
     options |= dict(d_state=D_STATE) if family == "mamba" else dict(n_head=N_HEAD)
     model = models.build("mamba-130m" if family == "mamba" else "pythia-160m", **options)
@@ -91,8 +94,9 @@ def bridge(family: str) -> Any:
     return build_bridge_from_module(model, type(model).__name__, hf_config=model.config).eval()
 
 
-def tokens(length: int, batch: int = 1) -> Tensor:
-    return torch.randint(0, task().vocab_size, (batch, length), generator=torch.Generator().manual_seed(1))
+def tokens(length: int) -> Tensor:
+    """(1, L) int64, random tokens."""
+    return torch.randint(0, task().vocab_size, (1, length), generator=torch.Generator().manual_seed(1))
 
 
 # --- every state of every layer -----------------------------------------------------------------------------
@@ -143,6 +147,7 @@ def eager_states(length: int) -> Callable[[], list[Tensor]]:
 
 
 def set_eager(peer: Any, eager: bool) -> None:
+    """Switch the peer's loop over time on or off."""
     for block in peer.blocks:
         block.mixer.eager_scan = eager
 
@@ -158,7 +163,16 @@ def grid(length: int, positions: int) -> tuple[Pairs, list[int]]:
 
 
 def our_grid(family: str, length: int, positions: int) -> Callable[[], Tensor]:
-    """(layers, positions, pairs) logit differences."""
+    """Prepare the grid of patches.
+
+    Args:
+        family: "mamba" or "neox".
+        length: Tokens of a sequence.
+        positions: How many columns the grid has.
+
+    Returns:
+        A call that measures it: (layers, positions, pairs) logit differences.
+    """
     model, (made, places) = our_model(family), grid(length, positions)
     where = torch.zeros(len(places), len(made), made.answer_at + 1, dtype=torch.bool)
     for i, place in enumerate(places):
@@ -173,7 +187,16 @@ def our_grid(family: str, length: int, positions: int) -> Callable[[], Tensor]:
 
 
 def peer_grid(family: str, length: int, positions: int) -> Callable[[], Tensor]:
-    """The same from the peer, which runs the whole model once per layer and position."""
+    """Prepare the same with the peer, which runs the whole model once per layer and position.
+
+    Args:
+        family: "mamba" or "neox".
+        length: Tokens of a sequence.
+        positions: How many columns the grid has.
+
+    Returns:
+        A call that measures it: (layers, positions, pairs) logit differences.
+    """
     from transformer_lens.patching import get_act_patch_resid_pre
 
     peer, (made, places) = bridge(family), grid(length, positions)
@@ -210,6 +233,7 @@ def peer_grid(family: str, length: int, positions: int) -> Callable[[], Tensor]:
 
 
 def deviation(a: Tensor, b: Tensor) -> float:
+    """The largest absolute difference."""
     return float((a - b).abs().max())
 
 
@@ -254,27 +278,32 @@ def compare() -> None:
         print(f"  patched logit differences, {family:6} {deviation(a, b):.1e}  (largest {largest:.2g})")
 
 
-def longest(limit_mib: float) -> dict[int, float]:
-    """Length -> MiB of the peer's compute_ssm_state, up to the longest that stays within the limit."""
+def longest(limit_mib: float, lengths: Sequence[int]) -> dict[int, float]:
+    """MiB of the peer's `compute_ssm_state` by length, up to the longest that stays within the limit."""
     found: dict[int, float] = {}
-    for length in LENGTHS:
+    for length in lengths:
         if found and 4.5 * list(found.values())[-1] > limit_mib:  # it grows with the square
             break
         found[length] = peak_memory(peer_states, (16,), (length,))
     return {length: mib for length, mib in found.items() if mib <= limit_mib}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="shorter sequences and one repeat")
-    parser.add_argument("--memory-gib", type=float, default=8, help="what the peer may use")
-    options = parser.parse_args()
+def main() -> int:
+    """Run the benchmark, and return its exit status."""
+    parser = command(__doc__)
+    parser.add_argument("--memory-gib", type=float, help="what the peer may use (default: %(default)s)")
+    full = dict(memory_gib=8.0, lengths=LENGTHS, grid_length=1024, grid_positions=16, repeats=3)
+    quick = dict(lengths=LENGTHS[:1], grid_length=64, grid_positions=4, repeats=1)
+    options = parse(parser, full, quick)
     try:
         import transformer_lens  # noqa: F401
     except ImportError as error:
-        raise SystemExit(
-            f"benchmarks.probes needs transformer-lens ({error}); its first lines say how"
-        ) from None
+        print(
+            f"error: benchmarks.probes needs transformer-lens ({error}); python -m benchmarks.probes --help "
+            "says how to install it",
+            file=sys.stderr,
+        )
+        return 2
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("transformer-lens", "transformers"))
@@ -282,14 +311,12 @@ def main() -> None:
     compare()
     ratios: dict[str, float] = {}
 
-    sizes = longest(options.memory_gib * 1024)
-    length = max(sizes)
-    repeats = 1 if options.quick else 3
+    length = max(longest(options.memory_gib * 1024, options.lengths))
     print(f"states of {N_LAYER} layers, d_inner {2 * D_MODEL}, d_state {D_STATE}, one sequence")
-    for n in sorted({length, GRID_LENGTH}):
+    for n in sorted({length, options.grid_length}):
         makers = {"ours": our_states, "at 64": our_states_at_64, "eager_scan": eager_states}
         makers |= {"compute": peer_states} if n == length else {}
-        times = seconds({name: make(n) for name, make in makers.items()}, repeats)
+        times = seconds({name: make(n) for name, make in makers.items()}, options.repeats)
         memory = {name: peak_memory(make, (16,), (n,)) for name, make in makers.items()}
         for name, time in times.items():
             print(f"  length {n:5}  {name:11} {time * 1e3:9.1f} ms  peak {memory[name]:7.0f} MiB")
@@ -298,22 +325,21 @@ def main() -> None:
             ratios[f"record_states_vs_transformer_lens{suffix}"] = times[name] / times["ours"]
             ratios[f"record_states_memory_vs_transformer_lens{suffix}"] = memory[name] / memory["ours"]
 
-    shape = (256 if options.quick else GRID_LENGTH, GRID_POSITIONS)
+    shape = (options.grid_length, options.grid_positions)
     print(f"grid of {N_LAYER} x {shape[1]} residual patches, {GRID_PAIRS} pairs of length {shape[0]}")
     for family, suffix in (("mamba", ""), ("neox", "_neox")):
         makers_of = {"ours": our_grid, "transformer-lens": peer_grid}
-        times = seconds(
-            {name: make(family, *shape) for name, make in makers_of.items()}, 1 if options.quick else 3
-        )
+        calls = {name: make(family, *shape) for name, make in makers_of.items()}
+        times = seconds(calls, options.repeats)
         memory = {
             name: peak_memory(make, (family, 32, 2), (family, *shape)) for name, make in makers_of.items()
         }
         for name, time in times.items():
             print(f"  {family:6} {name:17} {time:8.2f} s  peak {memory[name]:6.0f} MiB")
         ratios[f"patch_grid_vs_transformer_lens{suffix}"] = times["transformer-lens"] / times["ours"]
-    for name, ratio in sorted(ratios.items()):
-        print(f"ratio {name} {ratio:.3g}")
+    print_ratios(dict(sorted(ratios.items())), ".3g")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,52 +2,52 @@
 
     python -m benchmarks.scan [--quick]
 
-One machine-readable line per ratio at the end: how many times faster this project is (time), how many times
-less memory it needs at its peak (memory), and the largest deviation of the cost per token from its median
-over lengths 256 to 16,384 (linearity, 0.1 = 10 %).
+The last lines are ratios: how many times as fast this project is, how many times less memory it needs at its
+peak (memory), and the largest deviation of the cost per token from its median over lengths 256 to 16,384
+(linearity; 0.1 is 10 %).
 
-PyTorch on Linux gives large freed blocks back to the kernel and pays for fresh pages at the next allocation.
-The headline ratio is taken in a process like that; "_kept_memory" is measured after
-`ssm_retrieval.ops.memory.keep_freed_memory()`, which helps the peer more, as it allocates more.
+PyTorch on Linux returns large freed blocks to the kernel and pays for fresh pages at the next allocation. The
+headline ratio is taken in such a process; "_kept_memory" is measured after
+`ssm_retrieval.ops.memory.keep_freed_memory()`, which helps the peer more, because it allocates more.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from benchmarks.common import machine, peak_memory, seconds
+from benchmarks.common import command, machine, parse, peak_memory, print_ratios, seconds
 from ssm_retrieval.ops.memory import keep_freed_memory
 from ssm_retrieval.ops.selective_scan import selective_scan
 
-BATCH, LENGTH, D_INNER, D_STATE = 8, 1024, 256, 16
+D_INNER, D_STATE = 256, 16
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
-def arguments(batch: int, length: int, d_inner: int = D_INNER, d_state: int = D_STATE) -> list[torch.Tensor]:
+def arguments(batch: int, length: int) -> list[torch.Tensor]:
     """u, dt, A, B, C, D as a trained Mamba block has them: steps positive, A negative."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
-    u, dt = normal(batch, length, d_inner), torch.nn.functional.softplus(normal(batch, length, d_inner) - 3)
-    A = -torch.arange(1.0, d_state + 1).repeat(d_inner, 1)
-    rest = normal(batch, length, d_state), normal(batch, length, d_state), torch.ones(d_inner)
+    u, dt = normal(batch, length, D_INNER), torch.nn.functional.softplus(normal(batch, length, D_INNER) - 3)
+    A = -torch.arange(1.0, D_STATE + 1).repeat(D_INNER, 1)
+    rest = normal(batch, length, D_STATE), normal(batch, length, D_STATE), torch.ones(D_INNER)
     return [t.requires_grad_() for t in (u, dt, A, *rest)]
 
 
 def ours(batch: int, length: int) -> Callable[[], Any]:
+    """Forward and backward through this project's scan."""
     inputs = arguments(batch, length)
     scan: Any = selective_scan
     return lambda: torch.autograd.grad(scan(*inputs, backend="cpu").sum(), inputs)
 
 
 def mambapy(batch: int, length: int) -> Callable[[], Any]:
-    """mambapy's own selective scan: the discretisation, its parallel scan (pscan), the output."""
+    """The same through mambapy's: the discretisation, its parallel scan (pscan), the output."""
     from mambapy.mamba import MambaBlock
 
     inputs = arguments(batch, length)
@@ -62,6 +62,7 @@ def _mixer_step(mixer: torch.nn.Module, batch: int, length: int) -> Callable[[],
 
 
 def our_mixer(batch: int, length: int) -> Callable[[], Any]:
+    """Forward and backward through a whole Mamba layer of this project."""
     from ssm_retrieval import models
     from ssm_retrieval.models.mamba import MambaMixer
 
@@ -69,7 +70,7 @@ def our_mixer(batch: int, length: int) -> Callable[[], Any]:
 
 
 def library_mixer(batch: int, length: int) -> Callable[[], Any]:
-    """transformers' Mamba layer with its default path on a CPU, a loop over time."""
+    """The same through transformers' layer, by its default path on a CPU, a loop over time."""
     from transformers import MambaConfig
     from transformers.models.mamba.modeling_mamba import MambaMixer
 
@@ -77,23 +78,24 @@ def library_mixer(batch: int, length: int) -> Callable[[], Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer repeats and lengths up to 2,048")
-    quick = parser.parse_args().quick
-    repeats, lengths = (3, LENGTHS[:4]) if quick else (9, LENGTHS)
+    """Run the benchmark."""
+    full = dict(batch=8, length=1024, repeats=9, layers=3, lengths=LENGTHS, reach=4096, warmup=5)
+    quick = dict(batch=2, length=512, repeats=1, layers=1, lengths=(64, 128, 256), reach=1, warmup=1)
+    sizes = parse(command(__doc__), full, quick)
     print(machine())
-    shape, ratios = (BATCH, LENGTH), {}
+    batch, length = shape = (sizes.batch, sizes.length)
+    ratios = {}
     print(
-        f"forward + backward, batch {BATCH}, length {LENGTH}, d_inner {D_INNER}, d_state {D_STATE}, float32"
+        f"forward + backward, batch {batch}, length {length}, d_inner {D_INNER}, d_state {D_STATE}, float32"
     )
     for allocator, suffix in (("default", ""), ("kept", "_kept_memory")):
         if suffix:
             keep_freed_memory()
-        t = seconds({"ours": ours(*shape), "mambapy": mambapy(*shape)}, repeats=3 if quick else 9)
+        t = seconds({"ours": ours(*shape), "mambapy": mambapy(*shape)}, sizes.repeats)
         ratios[f"scan_vs_mambapy{suffix}"] = t["mambapy"] / t["ours"]
         both = ", ".join(f"{name} {value * 1e3:.1f} ms" for name, value in t.items())
         print(f"  allocator {allocator}: {both}")
-    m = seconds({"ours": our_mixer(*shape), "transformers": library_mixer(*shape)}, repeats=1 if quick else 3)
+    m = seconds({"ours": our_mixer(*shape), "transformers": library_mixer(*shape)}, sizes.layers)
     print(f"whole Mamba layer, hidden {D_INNER // 2}")
     print(f"  ours           {m['ours'] * 1e3:9.1f} ms")
     print(f"  transformers   {m['transformers'] * 1e3:9.1f} ms")
@@ -101,11 +103,11 @@ def main() -> None:
     memory = {f.__name__: peak_memory(f, (1, 64), shape) for f in (ours, mambapy)}
     print("peak memory above the inputs: " + ", ".join(f"{k} {v:.0f} MiB" for k, v in memory.items()))
 
-    print(f"scaling with length, batch {BATCH}: ns per token and channel, forward + backward")
+    print(f"scaling with length, batch {batch}: ns per token and channel, forward + backward")
     cost = {}
-    for n in lengths:  # one after the other: in turns the long ones would empty the caches of the short ones
-        time = seconds({"": ours(BATCH, n)}, repeats * max(1, 4096 // n), warmup=5)[""]
-        cost[n] = time / (BATCH * n * D_INNER) * 1e9
+    for n in sizes.lengths:  # not in turns, where the long ones would empty the caches of the short ones
+        time = seconds({"": ours(batch, n)}, sizes.repeats * max(1, sizes.reach // n), sizes.warmup)[""]
+        cost[n] = time / (batch * n * D_INNER) * 1e9
         print(f"  {n:6} {time * 1e3:9.1f} ms {cost[n]:8.2f} ns")
     middle = sorted(cost.values())[len(cost) // 2]
     worst = max(abs(c / middle - 1) for c in cost.values())
@@ -113,8 +115,7 @@ def main() -> None:
     ratios["scan_memory_vs_mambapy"] = memory["mambapy"] / memory["ours"]
     ratios["mixer_vs_transformers"] = m["transformers"] / m["ours"]
     ratios["scan_linearity_deviation"] = worst
-    for name, ratio in ratios.items():
-        print(f"ratio {name} {ratio:.3g}")
+    print_ratios(ratios, ".3g")
 
 
 if __name__ == "__main__":

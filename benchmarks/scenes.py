@@ -1,16 +1,14 @@
 """Images per second of vlm.scenes on two cores, and against matplotlib drawing the same boxes.
 
-    python -m benchmarks.scenes
+    python -m benchmarks.scenes [--quick] [--images 8000]
 
-`images_per_second_2_cores`: drawing, asking every task and rendering, in two processes. The peer draws the
-same objects of the same scenes as matplotlib patches and texts into an Agg canvas and reads its pixels,
-in one process, against `render` alone in that process.
+The first number is images per second in two processes, which sample scenes, ask every task about them and
+render them. The ratio is of time, in one process: matplotlib draws the same objects of the same scenes as
+patches and texts into an Agg canvas and reads its pixels; ours is `render` alone.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
 import time
 from itertools import pairwise
@@ -18,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.common import command, parse, print_ratios
 from vlm.scenes import TASKS, Scene, make_example, render, sample_scene
 from vlm.scenes.stamps import COLOURS
 
@@ -25,7 +24,7 @@ _CORES = 2
 
 
 def make_range(bounds: tuple[int, int]) -> int:
-    """Scenes first .. last - 1 with every question and its pixels; returns how many."""
+    """Make scenes first to last - 1 with every question and their pixels, and return how many."""
     for index in range(*bounds):
         scene = sample_scene(0, "train", index)
         for task in TASKS:
@@ -35,7 +34,7 @@ def make_range(bounds: tuple[int, int]) -> int:
 
 
 def images_per_second(images: int) -> float:
-    """Over `images` scenes in two warm processes."""
+    """The speed of making so many scenes in two warm processes."""
     edges = np.linspace(0, images, 4 * _CORES + 1).astype(int).tolist()
     with multiprocessing.get_context("spawn").Pool(_CORES) as pool:
         pool.map(make_range, [(0, 20)] * _CORES * 2, chunksize=1)  # imports and caches
@@ -45,7 +44,7 @@ def images_per_second(images: int) -> float:
 
 
 def draw_with_matplotlib(figure: Any, scene: Scene) -> np.ndarray:
-    """(size, size, 3) uint8 of the scene's objects as patches and texts; `figure` is reused."""
+    """(size, size, 3) uint8: the scene's objects as patches and texts. The figure is used again."""
     from matplotlib.patches import Ellipse, Rectangle
 
     figure.clear()
@@ -65,7 +64,7 @@ def draw_with_matplotlib(figure: Any, scene: Scene) -> np.ndarray:
 
 
 def ratio_to_matplotlib(images: int) -> float:
-    """Seconds of matplotlib over seconds of `render`, the same scenes in this process."""
+    """Seconds of matplotlib over seconds of `render`, for the same scenes in this process."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -83,21 +82,14 @@ def ratio_to_matplotlib(images: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--images", type=int, default=8000, help="scenes to make on two cores")
-    args = parser.parse_args()
+    """Run the benchmark."""
+    parser = command(__doc__)
+    parser.add_argument("--images", type=int, help="scenes to make on two cores (default: %(default)s)")
+    args = parse(parser, dict(images=8000, drawn=200), quick=dict(images=80, drawn=10))
     if args.images < 8:
         parser.error(f"--images {args.images} is too few to time: give at least 8")
-    print(
-        json.dumps(
-            {
-                "images_per_second_2_cores": round(images_per_second(args.images), 1),
-                "matplotlib_seconds_over_ours": round(ratio_to_matplotlib(200), 1),
-            }
-        )
-    )
+    print(f"{images_per_second(args.images):.1f} images per second on {_CORES} cores")
+    print_ratios({"scenes_vs_matplotlib": ratio_to_matplotlib(args.drawn)}, ".1f")
 
 
 if __name__ == "__main__":

@@ -44,10 +44,10 @@ begin()
 # %% [markdown]
 # ## One example
 #
-# `N` different symbols `<s..>` stand in random order. One of them, the **target**, is asked for by repeating
-# it behind a `<query>` marker, and the model must answer with the token `<p_k>` of the place `k` (counted
-# from 0) at which it stood. `render` writes one example as two lines: what the model reads, and below it what
-# it must predict there (a dot: nothing is asked).
+# `N` different symbols `<s..>` stand in random order. One of them, the **target**, is repeated after a
+# `<query>` marker. The model must answer with the token `<p_k>` of the place `k` (counted from 0) at which
+# the target stood. `render` writes one example as two lines: what the model reads, and below it what it must
+# predict there (a dot: nothing).
 
 # %%
 SHORT = 6
@@ -59,14 +59,14 @@ print(example.render(example.batch(1, seed=4, index=0)))
 # %% [markdown]
 # ## Three layouts
 #
-# The same question can stand in three places, and for a model that reads from left to right they are
-# different tasks.
+# The same question can be asked in three ways. For a model that reads from left to right they are different
+# tasks.
 #
 # * **suffix**: the query comes last. While it reads the symbols, the model does not know which one will
 #   matter. The paper calls this *task-agnostic*.
 # * **prefix**: the query comes first. The model can compare each symbol with it as it comes by: *task-aware*.
-# * **instruction**: a generic `<task>` token comes first and the query last: the model is told what *kind* of
-#   question will follow, but not the question. This is what the paper's vision-language experiment changes.
+# * **instruction**: a generic `<task>` token comes first and the query last. The model is told what *kind* of
+#   question will follow, but not the question. This is what the paper's vision-language experiment varies.
 
 # %%
 COLORS = {"target": "#d1495b", "query": "#d1495b", "distractor": "#d9dde2"}  # all other tokens: white
@@ -109,31 +109,32 @@ plt.show()
 # %% [markdown]
 # *How to read it.* A row is one sequence, read from left to right. Red: the target among the context symbols
 # and the query that repeats it. Grey: the other context symbols, called distractors. White: markers. Below
-# each context symbol stands its place; the arrow ends in the answer, the place of the target. Note where the
-# two red boxes stand relative to each other: in `suffix` and `instruction` the target has passed before the
-# model learns that it is one.
+# each context symbol stands its place; the arrow ends at the answer, the place of the target. Compare where
+# the two red boxes stand: in `suffix` and `instruction` the target has passed before the model learns that it
+# is the target.
 #
 # ## Chance
 #
-# Every number on this page means something only next to what guessing gives. There are `N` places, all
-# equally likely, so a model that knows the task and has retrieved nothing is right with probability `1 / N`.
+# Every number on this page means something only beside the rate of a guess. There are `N` places, all equally
+# likely, so a model that knows the task and has retrieved nothing is right with probability `1 / N`.
 #
-# ## Two models, the same data
+# ## Two models, one task
 #
-# A Transformer with 2 blocks and a Mamba with 4, both about half a million parameters, see the same sequences
-# in the same order, of `N = 12` symbols: short enough that a small Mamba gets somewhere within half a minute.
-# As retrieval is hard to stumble upon, training starts with short contexts and doubles their length whenever
-# the accuracy on training sequences passes 0.95 (a *curriculum*; `docs/learnability.md` shows that no
-# architecture learns the task in minutes without one). Accuracy is always measured on *held-out* sequences,
-# whose contexts never occur in training, at the full length.
+# A Transformer with 2 blocks and a Mamba with 4, each with about half a million parameters, learn from
+# sequences of `N = 12` symbols. That is short enough for a small Mamba to make progress within half a minute.
+# Retrieval is hard to discover by chance, so training starts with short contexts and doubles their length
+# whenever the accuracy on training sequences passes 0.95 (a *curriculum*; `docs/learnability.md` shows that
+# no architecture learns the task in minutes without one). Accuracy is always measured at the full length, on
+# *held-out* sequences, whose contexts never occur in training.
 #
-# What should you expect? Attention keeps every symbol it has read and can compare the query with all of them:
-# one lookup. Mamba has read the row into a state of fixed size before it sees the query; whatever it did not
-# write down in a form that it can find again is gone. Neither is impossible for a model of this size: the
+# What should you expect? Attention keeps every symbol that it has read and can compare the query with all of
+# them in one lookup. Mamba has read the row into a state of fixed size before it sees the query; whatever it
+# did not store in a form that it can find again is gone. Neither is impossible for a model of this size: the
 # state of one Mamba layer has thousands of numbers. The question is what training finds, and how soon.
 #
-# `synthetic.train` trains what a `RunConfig` asks for, or finds it if it was trained before, with the numbers
-# of `python -m synthetic.run`. `wish`, in `lab.py`, makes one for a model of half a minute.
+# `synthetic.train` trains the model that a `RunConfig` describes, or finds it if it was trained before. It
+# gives the same numbers as `python -m synthetic.run`. `wish`, in `lab.py`, makes the config of a model that
+# trains within half a minute.
 
 # %%
 runs = {family: synthetic.train(wish(family, layout="suffix")) for family in ("transformer", "mamba")}
@@ -167,10 +168,10 @@ say(
 #
 # ## How fast: learning curves
 #
-# Horizontal: training tokens read so far, on a logarithmic scale. Tokens and not steps or sequences, because
-# under the curriculum a step at a short length has many more sequences than one at the full length, while its
-# tokens are about the same. Vertical, above: held-out accuracy at the full length. Below: the context length
-# that was being trained. `synthetic.compare(runs.values())` draws both in one line; here you see how.
+# Horizontal: training tokens read so far, on a logarithmic scale. They are not steps or sequences, because
+# under the curriculum a step at a short length has many more sequences than one at the full length, but about
+# as many tokens. Vertical, above: held-out accuracy at the full length. Below: the context length in
+# training. `synthetic.compare(runs.values())` draws both in one line of code; here you see how.
 
 # %%
 figure, (top, bottom) = plt.subplots(
@@ -208,13 +209,13 @@ for family, passed in first.items():
     say(f"* {NAMES[family]} {when}; it ends at {runs[family].result['accuracy']:.3f}.")
 
 # %% [markdown]
-# The shaded bands are intervals for one model at one moment, of 128 held-out answers each. A curve that is
-# *below* another one this way may be so by the luck of a seed; notebook 02 has three seeds of every model and
-# the statistics to say what they show. And a model that has not got there has not been shown to be unable to:
+# The shaded bands are intervals for one model at one moment, from 128 held-out answers each. One curve may
+# lie *below* another only by the luck of a seed; notebook 02 has three seeds of every model and the
+# statistics to say what they show. Nor does a model that has not learned the task yet prove that it cannot:
 # with more steps Mamba goes on learning (try it).
 #
-# A detail that the lower panel shows: both models climb through the short lengths, so both *learn the task*.
-# They part ways when the context grows.
+# The lower panel shows that both models climb through the short lengths, so both *learn the task*. They part
+# ways when the context grows.
 #
 # ## Where in the row
 #
@@ -259,9 +260,8 @@ say(
 #
 # One more look at the same answers. Each row of the map below is a true place, each column an answer, and a
 # cell's shade is the share of that row's answers. A model that is always right has a bright diagonal and
-# nothing else. One that guesses evenly has rows of one shade; one that has a favourite guess for what it does
-# not know, bright columns. A model with a *blurred* idea of the place errs to neighbours, close to the
-# diagonal.
+# nothing else. A model that guesses evenly has rows of one shade; a model with a favourite guess has bright
+# columns. If it has only a *blurred* idea of the place, its errors lie close to the diagonal.
 
 
 # %%
@@ -325,9 +325,9 @@ for length in (4, 8, N):
 display(pd.DataFrame(rows).set_index("length"))
 
 # %% [markdown]
-# If a model is worse at a short length than at the full one, it has not failed to learn the short one: it
-# passed it on its way (see the lower panel of the learning curves), and training on longer contexts has
-# overwritten what it knew. What it has learned is then not *places*, but places in a context of this length.
+# If a model is worse at a short length than at the full one, it did learn the short one: it passed it on its
+# way (see the lower panel of the learning curves). Training on longer contexts has since overwritten what it
+# knew. So what it has learned is not *places*, but places in a context of this length.
 #
 # ## What this run shows, and what it does not
 #

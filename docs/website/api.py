@@ -20,7 +20,7 @@ one line. A package's page has what it offers under its own name, such as `model
 
 
 def modules(root: Path, packages: Sequence[str] = PACKAGES) -> list[str]:
-    """Dotted names of the public modules below root, packages before what is in them, sorted."""
+    """Dotted names of the public modules below `root`, sorted; a package stands before what is in it."""
     found = []
     for package in packages:
         for path in (root / package).rglob("*.py"):
@@ -32,13 +32,13 @@ def modules(root: Path, packages: Sequence[str] = PACKAGES) -> list[str]:
 
 
 def page(module: str, root: Path) -> str:
-    """Where a module's page is: api/ssm_retrieval/models/mamba.md; .../index.md of a package."""
+    """Where a module's page is: `api/synthetic/run.md`; a package's is the `index.md` of its folder."""
     folder = (root / module.replace(".", "/")).is_dir()
     return f"api/{module.replace('.', '/')}{'/index' if folder else ''}.md"
 
 
 def pages(root: Path) -> dict[str, str]:
-    """Markdown of each page by its place on the site, api/index.md first."""
+    """The Markdown of each page by its place on the site, `api/index.md` first."""
     names = modules(root)
     made = {"api/index.md": f"# {TITLE}\n\n{INTRODUCTION}"}
     for package in PACKAGES:
@@ -68,9 +68,9 @@ def navigation(root: Path) -> list[Any]:
 
 
 def summary(docstring: str) -> str:
-    """The first sentence without its full stop, in one line that fits into a table."""
+    """The first sentence without its full stop, as one line that fits into a table."""
     first = re.split(r"(?<!\.)\.(?= [A-Z`]|$)", " ".join(docstring.split("\n\n")[0].split()))[0]
-    return first.removesuffix(":").replace("|", "\\|").replace("<", "&lt;")
+    return first.removesuffix(":").replace("|", "\\|")
 
 
 def _table(names: Sequence[str], root: Path, here: str) -> str:

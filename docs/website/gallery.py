@@ -31,7 +31,7 @@ All **measured** by this toolkit or drawn by it: none shows published numbers.
 
 
 def figures(root: Path) -> list[dict[str, Any]]:
-    """Entries of the index, files relative to the repository; none before analysis.figures has written it."""
+    """Entries of the index, with files relative to the repository; none if there is no index yet."""
     path = root / INDEX
     if not path.exists():
         return []
@@ -41,12 +41,12 @@ def figures(root: Path) -> list[dict[str, Any]]:
 
 
 def images(root: Path) -> list[str]:
-    """Files that the gallery shows, relative to the repository."""
+    """Files that the gallery shows, as paths in the repository."""
     return [entry["file"] for entry in figures(root)] + [file for _, file, _ in shown(root)]
 
 
 def shown(root: Path) -> list[tuple[str, str, str]]:
-    """(title, file, page) of every picture in a page of the site, paths in the repository."""
+    """(title, file, page) of every picture in a page of the site; both are paths in the repository."""
     found = []
     for page in pages.own():
         text = (root / page).read_text(encoding="utf-8")
@@ -55,7 +55,7 @@ def shown(root: Path) -> list[tuple[str, str, str]]:
 
 
 def page(root: Path) -> str:
-    """The page, in Markdown."""
+    """The page in Markdown."""
     parts = [INTRODUCTION]
     for entry in figures(root):
         parts.append(_figure(entry["title"], entry["file"], f"**{entry['source']}** · {entry['caption']}"))

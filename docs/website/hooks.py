@@ -21,14 +21,18 @@ SOURCE = '<details class="mkdocstrings-source"'
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Puts the pages of the API reference into the navigation, below the entry of its title."""
+    """Put the pages of the API reference into the navigation, below the entry with its title."""
     (section,) = (entry for entry in config.nav or [] if api.TITLE in entry)
     section[api.TITLE] = api.navigation(pages.ROOT)
     return config
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
-    """Adds pages that are made or lie outside of docs/, and the files that pages link to or show."""
+    """Add pages that are made here or lie outside docs/, and the files that pages link to or show.
+
+    Raises:
+        PluginError: If a page links to nothing, or a module has no docstring.
+    """
     try:
         made = api.pages(pages.ROOT) | {gallery.PAGE: gallery.page(pages.ROOT)}
         wanted = set(gallery.images(pages.ROOT)).union(*(pages.goals(path) for path in pages.own()))
@@ -47,18 +51,32 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links of the repository become links of the site."""
+    """Turn links of the repository into links of the site.
+
+    Args:
+        markdown: The page's text.
+        page: Which page it is.
+        config: As mkdocs passes it; not used.
+        files: As mkdocs passes it; not used.
+
+    Returns:
+        The text that mkdocs renders.
+    """
     source = pages.path(page.file.src_uri)
     return pages.relinked(markdown, source) if (pages.ROOT / source).exists() else markdown
 
 
 def on_page_content(html: str, **kwargs: Any) -> str:
-    """Search finds what is said about a function, not every line of its source."""
+    """Keep source code out of the search index: search finds what is said about a function."""
     return html.replace(SOURCE, f"{SOURCE} data-search-exclude")
 
 
 def on_post_build(*, config: MkDocsConfig, **kwargs: Any) -> None:
-    """Refuses a site that would load anything from elsewhere."""
+    """Refuse a site that loads anything from elsewhere.
+
+    Raises:
+        PluginError: If it does; the message names the pages.
+    """
     found = offline.loads(Path(config.site_dir))
     if found:
         raise PluginError("the site loads from the network: " + "; ".join(found))

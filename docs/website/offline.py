@@ -13,7 +13,7 @@ LOADING = ("stylesheet", "icon", "preload", "modulepreload", "manifest", "precon
 
 
 def loads(site: Path) -> list[str]:
-    """One line for each thing from elsewhere that a page or a style sheet of the folder loads."""
+    """One line for each thing that a page or style sheet of the folder loads from elsewhere."""
     found = []
     for path in sorted(site.rglob("*.html")):
         found += [f"{path.relative_to(site)}: {url}" for url in of_page(path.read_text(encoding="utf-8"))]
@@ -23,7 +23,7 @@ def loads(site: Path) -> list[str]:
 
 
 def of_page(html: str) -> list[str]:
-    """Addresses that an HTML page loads from elsewhere; a Mermaid diagram does: its script is on a CDN."""
+    """Addresses that an HTML page loads from elsewhere. A Mermaid diagram does: its script is on a CDN."""
     parser = _Parser()
     parser.feed(html)
     return parser.found

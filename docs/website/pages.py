@@ -27,7 +27,9 @@ def own() -> list[str]:
 def uri(path: str) -> str:
     """Where a file of the repository is on the site.
 
-    README.md -> index.md, docs/tasks.md -> tasks.md, studies/NAME/README.md -> studies/NAME.md.
+    README.md              -> index.md
+    docs/tasks.md          -> tasks.md
+    studies/NAME/README.md -> studies/NAME.md
     """
     if path == HOME:
         return "index.md"
@@ -44,9 +46,17 @@ def path(uri: str) -> str:
 
 
 def goal(target: str, source: str) -> str:
-    """Where a relative link in the page `source` leads, as paths in the repository; a folder to its page.
+    """Where a relative link leads.
 
-    Raises ValueError for a link to nothing, or out of the repository.
+    Args:
+        target: The link.
+        source: The page that has it, as a path in the repository.
+
+    Returns:
+        A path in the repository; for a folder, that of its page.
+
+    Raises:
+        ValueError: If the link leads to nothing or out of the repository.
     """
     found = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
     if found.startswith("..") or not (ROOT / found).exists():
@@ -57,9 +67,16 @@ def goal(target: str, source: str) -> str:
 
 
 def goals(source: str) -> set[str]:
-    """Files of the repository, and lists of folders (FOLDER/index.md), that a page of it links to or shows.
+    """Find the files that a page links to or shows.
 
-    Raises ValueError for a link to nothing.
+    Args:
+        source: The page, as a path in the repository.
+
+    Returns:
+        Paths in the repository; FOLDER/index.md stands for the list of a folder's files.
+
+    Raises:
+        ValueError: If a link leads to nothing.
     """
     text = FENCED.sub("", (ROOT / source).read_text(encoding="utf-8"))
     found = {goal(match["target"], source) for match in LINK.finditer(text)}
@@ -70,7 +87,7 @@ def goals(source: str) -> set[str]:
 
 
 def relinked(text: str, source: str) -> str:
-    """The page `source` of the repository with the links that it needs on the site."""
+    """The text of the page `source`, a path in the repository, with the links that it needs on the site."""
     here = posixpath.dirname(uri(source))
 
     def relink(match: re.Match[str]) -> str:

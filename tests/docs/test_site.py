@@ -153,26 +153,7 @@ def test_gallery_shows_every_picture_of_the_pages():
     assert all((ROOT / file).exists() for file in gallery.images(ROOT))
 
 
-# --- docstrings and the network ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "docstring, names, want",
-    [
-        ("Plain\nprose, `<bos>` first.", (), "Plain prose, `<bos>` first."),
-        ("From <a> to a * b[0].", (), "From &#60;a&#62; to a &#42; b&#91;0&#93;."),
-        ("One.\n\n    y = x *  2\n      z", (), "One.\n\n```text\ny = x *  2\n  z\n```"),
-        ("One.\n\nu, v: (B,). w: more\n    of it.", "uvw", "One.\n\n* `u`, `v`: (B,).\n* `w`: more of it."),
-        ("u: as `x: y` said.", "u", "* `u`: as `x: y` said."),
-        ("u: a.\nReturns b. Raises c.", "u", "* `u`: a.\n\n**Returns** b.\n\n**Raises** c."),
-        ("Note: this; u is free.", "u", "Note: this; u is free."),
-        ("For:\n  - a\n    b;\n  - c.\nSo.", (), "For:\n\n* a b;\n\n* c.\n\nSo."),
-        ("a/<run>   one row\nb   two", (), "```text\na/<run>   one row\nb   two\n```"),
-    ],
-)
-def test_docstrings_become_markdown(docstring, names, want):
-    pytest.importorskip("griffe", reason='pip install -e ".[docs]"')
-    assert importlib.import_module("docstrings").markdown(docstring, names) == want
+# --- the network -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
