@@ -14,7 +14,7 @@ from rich.text import Text
 
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.training import records, store
-from synthetic.executors import Job
+from synthetic.jobs import NOTE, Job
 
 STATES = ("running", "failed", "waiting", "done")  # in the order in which they are listed
 COLORS = {"running": "yellow", "failed": "red", "waiting": "dim", "done": "green"}
@@ -81,7 +81,7 @@ class Board:
 
     def _read(self, job: Job) -> dict[str, Any] | None:
         try:
-            return store.read_json(job.folder / "progress.json")
+            return store.read_json(job.folder / NOTE)
         except (OSError, UserError):
             return None
 

@@ -19,9 +19,10 @@ from ssm_retrieval.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ssm_retrieval.training.executors import Executor, Handle
     from synthetic.config import RunConfig
-    from synthetic.executors import Executor, Handle, Job
     from synthetic.grid import Group, Sweep
+    from synthetic.jobs import Job
 
 FAILED = 1
 STOPPED = "stopped; what ran goes on from its last checkpoint when the same command is given"
@@ -131,7 +132,7 @@ def _job(
     import dataclasses
 
     from synthetic.config import plan, run_id
-    from synthetic.executors import Job
+    from synthetic.jobs import Job
 
     if lr is not None:
         config = dataclasses.replace(config, lr=lr)
@@ -190,7 +191,7 @@ class _Pool:
         return self.executor.submit(job)
 
     def _make(self) -> Executor:
-        from synthetic import executors
+        from ssm_retrieval.training import executors
 
         o = self.options
         if o.executor == "ray":
