@@ -20,10 +20,12 @@ from typing import Annotated, Any
 
 import torch
 import tyro
+from rich.console import Console
 
 from ssm_retrieval.cli import INTERRUPTED, StopSignals, guarded, parse, use_threads
 from ssm_retrieval.errors import MissingPackage, UserError
 from ssm_retrieval.terminal import plain_console
+from ssm_retrieval.training import display
 from vlm import components
 from vlm.config import Run, read_file
 from vlm.folders import RESULT, remember
@@ -154,9 +156,9 @@ def train_here(options: Options, runs: Sequence[Run], accelerator: Any) -> int:
     console = plain_console(quiet=not accelerator.is_main_process)
     for run, number in shared_out(runs, options.out, alone=accelerator.num_processes == 1):
         stop = Stop()
-        with Display(run, number, console, stop) as display, stop:
+        with Display(run, number, console, stop) as shown, stop:
             try:
-                train_stage(run, number, options.out, accelerator, display, stop.asked)
+                train_stage(run, number, options.out, accelerator, shown, stop.asked)
             except Interrupted as reason:
                 console.print(f"{run.name} {reason}; nothing is lost: the same command resumes")
                 return INTERRUPTED
@@ -219,42 +221,24 @@ def shared_out(runs: Sequence[Run], out: Path, alone: bool = True) -> Iterator[t
         todo = later
 
 
-class Display:
-    """A live bar on a terminal; a line at the end of every tenth of a stage elsewhere.
+class Display(display.Display):
+    """Listens to `vlm.stages.train_stage`; where there is no bar, it prints a line every tenth of the stage.
 
     It tells `stop` when steps begin.
     """
 
-    def __init__(self, run: Run, number: int, console: Any, stop: Stop):
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.console, self.stop = console, stop
-        self.title = f"{run.name}, stage {number + 1} of {len(run.stages)}"
-        self.bar = Progress(
-            TextColumn("{task.description}", style="bold", markup=False),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total}  loss {task.fields[loss]}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self.task = self.bar.add_task(self.title, total=None, loss="-")
-
-    def __enter__(self) -> Display:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+    def __init__(self, run: Run, number: int, console: Console, stop: Stop):
+        super().__init__(f"{run.name}, stage {number + 1} of {len(run.stages)}", console)
+        self.stop = stop
 
     def __call__(self, row: dict[str, Any]) -> None:
+        """Show the row of a step."""
         self.stop.training = True
-        self.bar.update(self.task, completed=row["step"], total=row["steps"], loss=f"{row['loss']:.3f}")
-        if not self.console.is_terminal and row["step"] % max(1, row["steps"] // 10) == 0:
-            self.console.print(
+        self.show(row["step"], f"{row['step']}/{row['steps']}  loss {row['loss']:.3f}", row["steps"])
+        if row["step"] % max(1, row["steps"] // 10) == 0:
+            self.line(
                 f"{self.title}: step {row['step']} of {row['steps']}, loss {row['loss']:.3f}, "
-                f"{row['seconds']:.0f} s",
-                soft_wrap=True,
+                f"{row['seconds']:.0f} s"
             )
 
 

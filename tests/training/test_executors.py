@@ -37,9 +37,9 @@ def threads():
 
 
 def test_a_job_is_trained_in_its_folder_with_its_threads(tmp_path):
-    job = pickle.loads(pickle.dumps(Square(tmp_path / "new" / "three", 3, threads=2)))
+    job = pickle.loads(pickle.dumps(Square(tmp_path / "new" / "three", 3, threads=3)))
     execute(job)
-    assert (job.folder / "square").read_text() == "18"
+    assert (job.folder / "square").read_text() == "27"
     assert not (job.folder / PROBLEM).exists()
 
 
