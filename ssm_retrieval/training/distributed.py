@@ -232,6 +232,13 @@ def save(folder: Path, tensors: dict[str, Tensor], header: dict[str, Any], world
                 shutil.rmtree(old, ignore_errors=True)
 
 
+def forget(folder: Path) -> None:
+    """Remove the sharded checkpoints, first what says that there is one."""
+    (folder / POINTER).unlink(missing_ok=True)
+    for place in folder.glob("checkpoint-*"):
+        shutil.rmtree(place, ignore_errors=True)
+
+
 def saved(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """Folder and header of the last sharded checkpoint, if there is one."""
     from ssm_retrieval.training import store

@@ -13,11 +13,14 @@ short is left out. Tables of the results store are read by `training.tables.load
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import typing
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, create_model
 
 from ssm_retrieval import registry
 from ssm_retrieval.errors import UserError
@@ -25,6 +28,7 @@ from ssm_retrieval.errors import UserError
 # Of all these files; raised when an older version would misread what a newer one writes. 2: one model a run.
 FORMAT = 2
 Row = dict[str, Any]
+Count = Annotated[int, Field(ge=0)]
 REMEDY = "move the run's folder away and run its command again"
 
 
@@ -32,6 +36,30 @@ class Record(BaseModel):
     """A row or file; keys that it does not name are kept, unless a kind of file says otherwise."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+class _Closed(Record):
+    """One that has no other fields than those that are named."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+@cache
+def record_of(fields: type, complete: bool = True) -> type[Record]:
+    """The schema of a dataclass as JSON, without any other field.
+
+    Args:
+        fields: a dataclass. `Annotated` types say what values may be, as `Count` does.
+        complete: whether a field with a default must be there as well.
+    """
+    hints = typing.get_type_hints(fields, include_extras=True)
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(fields):
+        kind, default = hints[field.name], ... if complete else field.default
+        if typing.get_origin(kind) is tuple:  # a list, in JSON
+            kind = Annotated[kind, Strict(False)]
+        found[field.name] = (kind, ... if default is dataclasses.MISSING else default)
+    return create_model(fields.__name__, __base__=_Closed, **found)
 
 
 class PlanRecord(Record):
@@ -121,21 +149,6 @@ class ResultRecord(EvaluationRecord):
     format: int = 1
     reached: bool = False
     longest_length: int | None = None
-
-
-class ProgressRecord(Record):
-    """Header of a checkpoint: `train.Progress`."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-    step: int = Field(ge=0)
-    examples: int = Field(ge=0)
-    tokens: int = Field(ge=0)
-    seconds: float
-    length: int = Field(ge=1)
-    accuracy: float
-    validation: float
-    stopped: bool
 
 
 class PositionRecord(Record):

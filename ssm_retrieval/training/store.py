@@ -27,7 +27,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,9 @@ from ssm_retrieval.training.optimizers import make_state, state_tensors
 __all__ = ["Row", "replacing", "write_bytes"]
 
 Row = dict[str, Any]
+CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
+CHECKPOINT = "checkpoint.safetensors"  # of one process; `distributed.POINTER` leads to those of several
+WEIGHTS = "model.safetensors"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -64,9 +67,9 @@ def prepare(folder: Path, settings: Row, threads: int) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     collect(folder, *(folder.parent / name for name in ("results", "targets")))
-    if not (folder / "config.json").exists():
-        write_json(folder / "config.json", {"format": records.FORMAT, **json.loads(json.dumps(settings))})
-    add_session(folder / "environment.json", environment(threads))
+    if not (folder / CONFIG).exists():
+        write_json(folder / CONFIG, {"format": records.FORMAT, **json.loads(json.dumps(settings))})
+    add_session(folder / ENVIRONMENT, environment(threads))
 
 
 def run_folders(places: Iterable[str | Path]) -> list[Path]:
@@ -76,7 +79,7 @@ def run_folders(places: Iterable[str | Path]) -> list[Path]:
     """
     found: dict[Path, Path] = {}
     for place in map(Path, places):
-        runs = [place] if (place / "config.json").is_file() else runs_in(place)
+        runs = [place] if (place / CONFIG).is_file() else runs_in(place)
         if not runs:
             raise UserError(
                 f"{place} has no config.json; give the folder of a run (runs/<id>), or one of runs"
@@ -132,11 +135,6 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def drop_rows_after(path: Path, step: int) -> None:
-    """Forget evaluations after `step`: a resumed run will make them again."""
-    write_rows(path, [row for row in read_rows(path) if row["step"] <= step])
-
-
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Row) -> None:
     """One safetensors file whose header carries JSON values beside the tensors. Raises OSError.
 
@@ -152,8 +150,11 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Row) -> None
             raise OSError(code, os.strerror(code), str(path)) from error
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], Row]:
-    """What `save_tensors` wrote. Raises UserError, in one line, for a damaged file."""
+def load_tensors(path: Path, remedy: str = "") -> tuple[dict[str, Tensor], Row]:
+    """What `save_tensors` wrote: tensors and header.
+
+    Raises UserError, in one line, for a damaged file; `remedy` says what to do about it.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["state"])
@@ -161,7 +162,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], Row]:
                 raise KeyError("state")
             return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
     except (SafetensorError, KeyError, json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}); {anew(path)}") from error
+        raise UserError(f"{path} is damaged ({error}); {remedy or anew(path)}") from error
 
 
 def anew(path: Path) -> str:
@@ -179,34 +180,39 @@ def checkpoint_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer)
 
 @torch.no_grad()
 def restore(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    tensors: dict[str, Tensor],
-    step: int,
-    check: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], None] | None = None,
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], step: int
 ) -> None:
-    """Copy a checkpoint into a model, whole or sharded, and an optimiser made for it.
+    """Copy a checkpoint into a model, whole or sharded, and an optimizer made for it.
 
-    check: (tensors, wanted) -> None, raises where they do not fit. By default it raises UserError for a
-    tensor that is missing or of another shape.
+    Args:
+        model: whose parameters are filled.
+        optimizer: whose state is made and filled.
+        tensors: what `checkpoint_tensors` gave.
+        step: the number of optimizer steps that they stand at.
+
+    Raises:
+        UserError: for a tensor that is missing, of another shape or kind, or holds NaN.
     """
     from ssm_retrieval.training.distributed import fill
 
     make_state(model, optimizer, step)
     wanted = checkpoint_tensors(model, optimizer)
-    (check or check_shapes)(tensors, wanted)
+    for name, target in wanted.items():
+        _check_fits(name, tensors.get(name), target)
     for name, target in wanted.items():
         fill(target, tensors[name])
 
 
-def check_shapes(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Raises UserError for a tensor that is missing or of another shape than wanted."""
-    for name, target in wanted.items():
-        if name not in tensors:
-            raise UserError(f"the checkpoint lacks {name}")
-        found, shape = tuple(tensors[name].shape), tuple(target.shape)
-        if found != shape:
-            raise UserError(f"the checkpoint has {name} of shape {found} instead of {shape}")
+def _check_fits(name: str, found: Tensor | None, target: Tensor) -> None:
+    if found is None:
+        raise UserError(f"the checkpoint lacks {name}")
+    if found.shape != target.shape:
+        shapes = f"{tuple(found.shape)} instead of {tuple(target.shape)}"
+        raise UserError(f"the checkpoint has {name} of shape {shapes}")
+    if found.is_floating_point() != target.is_floating_point():
+        raise UserError(f"the checkpoint has {name} in {found.dtype} instead of {target.dtype}")
+    if found.is_floating_point() and found.isnan().any():
+        raise UserError(f"the checkpoint has NaN in {name}")
 
 
 def load_model(folder: str | Path) -> Any:

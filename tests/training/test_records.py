@@ -168,7 +168,7 @@ def test_a_folder_of_the_older_layout_is_told_as_such(folder):
 
 def unfinished(folder):
     (folder / "result.json").unlink()
-    return folder / trainer.SINGLE
+    return folder / store.CHECKPOINT
 
 
 def rewrite(path, change, header=None):
@@ -273,7 +273,7 @@ def test_a_run_that_diverges_stops_in_one_line_and_keeps_the_last_good_checkpoin
         return real(model, *rest, **more)
 
     monkeypatch.setattr(trainer, "update", update)
-    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(trainer.Session, "checkpoint_seconds", 0.0)
     monkeypatch.setattr(loop, "SHARE", 1e9)
     refused(
         lambda f: trainer.train(PLAN, f),
@@ -282,7 +282,7 @@ def test_a_run_that_diverges_stops_in_one_line_and_keeps_the_last_good_checkpoin
         "diverged with --lr",
         "step 2",
     )
-    tensors, header = store.load_tensors(tmp_path / trainer.SINGLE)
+    tensors, header = store.load_tensors(tmp_path / store.CHECKPOINT)
     assert header["step"] == 2 and all(t.isfinite().all() for t in tensors.values())
     assert not (tmp_path / "result.json").exists()
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
@@ -295,9 +295,9 @@ def test_weights_that_a_step_ruined_are_no_checkpoint(tmp_path):
     session.step()
     with torch.no_grad():
         next(session.model.parameters())[0] = float("inf")
-    with pytest.raises(trainer.Diverged, match="largest weight is inf"):
+    with pytest.raises(trainer.Diverged, match="a weight is no finite number"):
         session.checkpoint()
-    assert store.load_tensors(tmp_path / trainer.SINGLE)[1]["step"] == 1
+    assert store.load_tensors(tmp_path / store.CHECKPOINT)[1]["step"] == 1
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -314,4 +314,3 @@ def test_plans_and_their_schema_have_the_same_fields():
     from synthetic.config import Plan
 
     assert {f.name for f in dataclasses.fields(Plan)} == set(records.PlanRecord.model_fields)
-    assert {f.name for f in dataclasses.fields(trainer.Progress)} == set(records.ProgressRecord.model_fields)

@@ -261,7 +261,7 @@ def test_a_closed_terminal_leaves_a_checkpoint(tmp_path, capsys, monkeypatch, nu
     assert run.main(command(tmp_path / "runs")) == 130
     assert "stopped at step 2; nothing is lost" in capsys.readouterr().out
     folder = folder_of(tmp_path / "runs")
-    assert store.load_tensors(folder / trainer.SINGLE)[1]["step"] == 2
+    assert store.load_tensors(folder / store.CHECKPOINT)[1]["step"] == 2
     assert signal.getsignal(number) == before
     assert run.main(command(tmp_path / "runs")) == 0 and len(calls) == 4
 

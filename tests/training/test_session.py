@@ -293,10 +293,10 @@ def test_a_finished_session_writes_down_what_it_did(tmp_path):
 
 def test_a_checkpoint_is_written_when_it_is_due_and_only_then(tmp_path, monkeypatch):
     for seconds, due in ((0.0, True), (1e9, False)):
-        monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", seconds)
+        monkeypatch.setattr(trainer.Session, "checkpoint_seconds", seconds)
         work = session(small("mamba"), tmp_path / str(due))
         work.step()
-        path = work.folder / trainer.SINGLE
+        path = work.folder / store.CHECKPOINT
         assert path.exists() == due
         if due:
             tensors, header = store.load_tensors(path)
