@@ -24,12 +24,14 @@ from torch import nn
 
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.training import store
+from ssm_retrieval.training.store import CHECKPOINT, CONFIG, ENVIRONMENT, METRICS, WEIGHTS
 from vlm import schema
 from vlm.config import Run
 from vlm.schema import Natural, NonNegative, checked
 
-CONFIG, METRICS, ENVIRONMENT = "config.json", "metrics.jsonl", "environment.json"
-CHECKPOINT, WEIGHTS, RESULT = "checkpoint.safetensors", "model.safetensors", "stage.json"
+__all__ = ["CHECKPOINT", "CONFIG", "ENVIRONMENT", "METRICS", "WEIGHTS"]
+
+RESULT = "stage.json"
 FORMAT = 1  # of config.json; raise it when an older toolkit could not read it
 
 

@@ -15,9 +15,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Annotated, Any, Generic, Protocol, TypeVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from ssm_retrieval.errors import UserError
@@ -36,7 +37,7 @@ class Progress:
     """Optimizer steps done."""
     tokens: Count = 0
     """Tokens trained on, padding included."""
-    seconds: float = 0.0
+    seconds: Annotated[float, Field(ge=0)] = 0.0
     """Wall-clock time of all sessions together."""
 
 
