@@ -92,8 +92,8 @@ def position_rows(folder: Path) -> dict[str, np.ndarray]:
     "input" only where it is not the readout itself (tied embeddings); "learned" are the rows of the places
     where a context's symbols stand. Raises UserError if the task has no position tokens.
     """
-    from ssm_retrieval.training import records, store
-    from synthetic import tasks
+    from ssm_retrieval.training import store
+    from synthetic import records, tasks
 
     plan = records.config(folder)["plan"]
     task = tasks.build(plan["task"], **plan["task_options"])

@@ -137,8 +137,8 @@ def trained(places: Sequence[Path], out: Path | None = None) -> dict[str, Model]
     Raises UserError if there is none, or if there are several of a family or of different tasks.
     """
     from ssm_retrieval.style import FAMILIES
-    from ssm_retrieval.training import records, store
-    from synthetic import tasks
+    from ssm_retrieval.training import store
+    from synthetic import records, tasks
 
     if not places:
         raise UserError("RUNS is missing; give one or several folders of runs (runs/<id>)")
@@ -254,7 +254,8 @@ def _measure(
 
     from probes.suite import Options as ProbeOptions
     from ssm_retrieval.models import build
-    from ssm_retrieval.training import records, store
+    from ssm_retrieval.training import store
+    from synthetic import records
 
     plan = records.config(trained.folder)["plan"]
     models = {"trained": store.load_model(trained.folder)}

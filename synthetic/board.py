@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ssm_retrieval.errors import UserError
-from ssm_retrieval.training import records, store
+from ssm_retrieval.training import store
+from synthetic import records
 from synthetic.jobs import NOTE, Job
 
 STATES = ("running", "failed", "waiting", "done")  # in the order in which they are listed

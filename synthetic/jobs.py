@@ -37,8 +37,8 @@ class Job:
 
     def bring_up_to_date(self) -> None:
         """Mend what a kill after a run's last word, or another sweep's purpose for the run, left behind."""
-        from ssm_retrieval.training import records, store
-        from synthetic import results
+        from ssm_retrieval.training import store
+        from synthetic import records, results
 
         if not self.finished():
             return

@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssm_retrieval.registry import ARCHITECTURES
-from ssm_retrieval.training import records, store
+from ssm_retrieval.training import store
 from ssm_retrieval.training.parquet import to_parquet
+from ssm_retrieval.training.records import environment
 from ssm_retrieval.training.store import Row
+from synthetic import records
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -218,7 +220,7 @@ def _commits(folder: Path) -> str | None:
     """Of all sessions, each once and in order."""
     if not (folder / "environment.json").exists():
         return None
-    commits = [session.get("commit") for session in records.environment(folder)["sessions"]]
+    commits = [session.get("commit") for session in environment(folder)["sessions"]]
     return ", ".join(dict.fromkeys(commit for commit in commits if commit)) or None
 
 

@@ -141,7 +141,8 @@ def _train_all(runs: Runs, missing: Runs, world: World) -> int:
 
 def _report(runs: Runs, console: Console, anew: bool = False) -> None:
     """Curve and table, and the figure if it is not there; anew: in any case."""
-    from ssm_retrieval.training import records, store
+    from ssm_retrieval.training import store
+    from synthetic import records
     from synthetic.display import summary, terminal_curve
     from synthetic.runs import Run, metrics_of
 

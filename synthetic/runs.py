@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from ssm_retrieval.errors import UserError
-from ssm_retrieval.training import records, store
+from ssm_retrieval.training import store
+from synthetic import records
 from synthetic.config import Plan, RunConfig, plan, run_id
 
 if TYPE_CHECKING:

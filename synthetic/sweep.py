@@ -263,8 +263,7 @@ def choose_rates(tuning: dict[Group, dict[float, list[Job]]], failed: list[Failu
 
 
 def _score(job: Job) -> float:
-    from ssm_retrieval.training import records
-    from synthetic import grid
+    from synthetic import grid, records
 
     rows = [r for r in records.metrics(job.folder) if r["length"] == job.plan.seq_len]
     if job.plan.steps is not None:

@@ -19,13 +19,13 @@ from ssm_retrieval import models
 from ssm_retrieval.models import LanguageModel
 from ssm_retrieval.ops.cross_entropy import IGNORE
 from ssm_retrieval.statistics import wilson
-from ssm_retrieval.training import distributed, records, session, store
+from ssm_retrieval.training import distributed, session, store
 from ssm_retrieval.training.distributed import ALONE, World
 from ssm_retrieval.training.loop import Diverged, Interrupted, warm_up
 from ssm_retrieval.training.lora import add_adapters, merge_adapters
 from ssm_retrieval.training.optimizers import make_optimizer
-from ssm_retrieval.training.records import Count, Row
-from synthetic import pretrained, tasks
+from ssm_retrieval.training.records import FORMAT, Count, Row
+from synthetic import pretrained, records, tasks
 from synthetic.config import Plan
 from synthetic.evaluate import Evaluation, autocast, heldout, score_together
 from synthetic.tasks import Batch, Task
@@ -231,7 +231,7 @@ class Session(session.Session[Progress, Batch]):
         weights = {name: distributed.full(p) for name, p in self.model.named_parameters()}
         result = self._row("heldout", final)
         result |= dict(
-            format=records.FORMAT,
+            format=FORMAT,
             reached=now.stopped,
             heldout_reached=final.accuracy >= plan.stop_at,
             longest_length=longest_passed(plan, now),

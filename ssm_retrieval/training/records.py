@@ -1,10 +1,8 @@
 """Files that the toolkit wrote, read back: one schema a kind of file, one line for what is wrong with one.
 
-    records.config(folder)        config.json of a run: asked, settled (its plan), purpose
-    records.environment(folder)   environment.json: a session each time the run was started
-    records.metrics(folder)       metrics.jsonl, a row per evaluation
-    records.by_position(folder)   by_position.jsonl
-    records.result(folder)        result.json
+Here is what is the same for every training: values checked against a schema (`checked`), schemas made of
+dataclasses (`record_of`), and `environment`, a session each time a training was started. The files of a tool
+are its own (`synthetic.records`).
 
 All raise UserError naming file, field and remedy for what is damaged, incomplete, of another kind, or written
 by a newer version (`FORMAT`). What they return is plain JSON values, checked. A last line that a crash cut
@@ -18,7 +16,7 @@ import json
 import typing
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, create_model
 
@@ -38,7 +36,7 @@ class Record(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
 
-class _Closed(Record):
+class Closed(Record):
     """One that has no other fields than those that are named."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -59,54 +57,12 @@ def record_of(fields: type, complete: bool = True) -> type[Record]:
         if typing.get_origin(kind) is tuple:  # a list, in JSON
             kind = Annotated[kind, Strict(False)]
         found[field.name] = (kind, ... if default is dataclasses.MISSING else default)
-    return create_model(fields.__name__, __base__=_Closed, **found)
-
-
-class PlanRecord(Record):
-    """`identity.Plan` as JSON; what is not in the file has its default."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-    family: str
-    model: str
-    model_overrides: dict[str, Any]
-    task: str
-    task_options: dict[str, Any]
-    seq_len: int = Field(ge=1)
-    queries: int
-    curriculum: int
-    lr: float
-    steps: int | None
-    budget: int | None
-    stop_at: float
-    batch_tokens: int
-    batch_size: int | None
-    weight_decay: float
-    warmup: int
-    schedule: str
-    grad_clip: float
-    eval_every: int
-    betas: list[float]
-    eval_examples: int
-    final_eval_examples: int
-    seed: int
-    device: str
-    precision: str
-    optimizer: str = "adamw"
-    accumulate: int = 1
-    checkpointing: bool = False
-    lora: int = 0
-    init: dict[str, str] | None = None
-
-
-class RunRecord(Record):
-    format: int = 1
-    run: dict[str, Any]
-    plan: PlanRecord
-    purpose: Literal["report", "validation"] = "report"
+    return create_model(fields.__name__, __base__=Closed, **found)
 
 
 class SessionRecord(Record):
+    """Where and with what a training was started or resumed."""
+
     python: str
     platform: str
     threads: int
@@ -115,51 +71,10 @@ class SessionRecord(Record):
 
 
 class EnvironmentRecord(Record):
+    """environment.json."""
+
     format: int = 1
     sessions: list[SessionRecord] = Field(min_length=1)
-
-
-class EvaluationRecord(Record):
-    model: str
-    seed: int
-    step: int = Field(ge=0)
-    examples: int = Field(ge=0)
-    tokens: int = Field(ge=0)
-    seconds: float
-    train_length: int
-    length: int = Field(ge=1)
-    loss: float
-    accuracy: float = Field(ge=0, le=1)
-    correct: int = Field(ge=0)
-    count: int = Field(ge=1)
-    ci_low: float
-    ci_high: float
-    chance: float
-    parameters: int | None = None
-    parameters_without_embeddings: int | None = None
-
-
-class MetricsRecord(EvaluationRecord):
-    train_loss: float | None = None
-    train_accuracy: float | None = None
-    targets: list[Annotated[list[int], Field(min_length=4, max_length=4)]]
-
-
-class ResultRecord(EvaluationRecord):
-    format: int = 1
-    reached: bool = False
-    longest_length: int | None = None
-
-
-class PositionRecord(Record):
-    model: str
-    position: int = Field(ge=0)
-    correct: int = Field(ge=0)
-    count: int = Field(ge=1)
-    rate: float
-    ci_low: float
-    ci_high: float
-    chance: float
 
 
 # --- what a file's text says -----------------------------------------------------------------------------
@@ -174,7 +89,16 @@ def text_of(path: Path) -> str:
 
 
 def json_of(text: str, where: str, first_line: int = 1) -> Any:
-    """The JSON value of `text`. Raises UserError naming the line."""
+    """The JSON value of a text.
+
+    Args:
+        text: of a file or of a line.
+        where: the file.
+        first_line: the number of the text's first line in it.
+
+    Raises:
+        UserError: naming the line, if it is no JSON.
+    """
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -191,9 +115,22 @@ def json_lines(path: Path) -> list[Any]:
 
 
 def checked(value: Any, kind: type[Record], where: str, remedy: str = REMEDY) -> Row:
-    """`value`, which `kind` describes. Raises UserError naming the first field that it does not."""
+    """`value` as it is, if `kind` describes it.
+
+    Args:
+        value: parsed JSON.
+        kind: the schema.
+        where: the file, and the row in it.
+        remedy: what to do about it.
+
+    Returns:
+        The value.
+
+    Raises:
+        UserError: for another kind of value, or naming the first field that is wrong.
+    """
     if not isinstance(value, dict):
-        raise UserError(f"{where} holds {_short(value)} instead of an object with fields; {remedy}")
+        raise UserError(f"{where} holds {short(value)} instead of an object with fields; {remedy}")
     newer = value.get("format", FORMAT)
     if isinstance(newer, int) and newer > FORMAT:
         raise UserError(
@@ -211,20 +148,26 @@ def checked(value: Any, kind: type[Record], where: str, remedy: str = REMEDY) ->
             unknown = f"{where}: {field} is unknown, of a newer version perhaps; update, or {remedy}"
             raise UserError(unknown) from error
         said = first["msg"].lower().removesuffix(".")
-        raise UserError(f"{where}: {field} is {_short(first['input'])} ({said}); {remedy}") from error
+        raise UserError(f"{where}: {field} is {short(first['input'])} ({said}); {remedy}") from error
     return value
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value in an error's line."""
     text = repr(value)
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def _file(path: Path, kind: type[Record]) -> Row:
+def read_file(path: Path, kind: type[Record]) -> Row:
+    """A JSON file that `kind` describes. Raises UserError for a damaged one."""
     return checked(json_of(text_of(path), str(path)), kind, str(path))
 
 
-def _lines(path: Path, kind: type[Record]) -> list[Row]:
+def read_lines(path: Path, kind: type[Record]) -> list[Row]:
+    """Rows of a JSON Lines file, each of which `kind` describes; none if there is no file.
+
+    Raises UserError for a damaged one.
+    """
     if not path.exists():
         return []
     return [checked(row, kind, f"{path}, row {i}") for i, row in enumerate(json_lines(path), 1)]
@@ -233,31 +176,11 @@ def _lines(path: Path, kind: type[Record]) -> list[Row]:
 # --- a kind of file each ---------------------------------------------------------------------------------
 
 
-def config(folder: Path) -> Row:
-    """What a run was asked for and what that came to; its users' modules (`--import`) are imported again."""
-    path = folder / "config.json"
-    if not path.exists():
-        raise UserError(f"{folder} has no config.json; give the folder of a run")
-    value = json_of(text_of(path), str(path))
-    if isinstance(value, dict) and "plans" in value:
-        raise UserError(
-            f"{folder} is of an older version, which kept several models in one folder; move it away and run "
-            "its command again"
-        )
-    found = checked(value, RunRecord, str(path))
-    modules = found["run"].get("imports", [])
-    if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
-        raise UserError(f"{path}: run.imports is {_short(modules)}, not a list of names; {REMEDY}")
-    registry.use(modules, where=str(folder))
-    family = found["plan"]["family"]
-    if family not in registry.ARCHITECTURES:
-        said = registry.ARCHITECTURES.unknown(family, list(registry.ARCHITECTURES))
-        raise UserError(f"{path}: plan.family is {family!r}: {said}; else {REMEDY}")
-    return found
-
-
 def environment(folder: Path) -> Row:
-    """{"sessions": [...]}; the one dictionary that releases before it wrote is one session."""
+    """The sessions of a training; a file of before there were several counts as one.
+
+    Raises UserError for a missing or damaged file.
+    """
     path = folder / "environment.json"
     value = json_of(text_of(path), str(path))
     if isinstance(value, dict) and "sessions" not in value and "packages" in value:
@@ -265,13 +188,18 @@ def environment(folder: Path) -> Row:
     return checked(value, EnvironmentRecord, str(path))
 
 
-def metrics(folder: Path) -> list[Row]:
-    return _lines(folder / "metrics.jsonl", MetricsRecord)
+def use_modules(config: Row, path: Path) -> None:
+    """Import again the modules of its user (`--import`) that a run was made with.
 
+    Args:
+        config: what the run's config.json holds.
+        path: of that file.
 
-def by_position(folder: Path) -> list[Row]:
-    return _lines(folder / "by_position.jsonl", PositionRecord)
-
-
-def result(folder: Path) -> Row:
-    return _file(folder / "result.json", ResultRecord)
+    Raises:
+        UserError: if they are no list of names, or cannot be imported.
+    """
+    asked = config.get("run")
+    modules = asked.get("imports", []) if isinstance(asked, dict) else []
+    if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
+        raise UserError(f"{path}: run.imports is {short(modules)}, not a list of names; {REMEDY}")
+    registry.use(modules, where=str(path.parent))

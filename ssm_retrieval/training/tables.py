@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ssm_retrieval import tables
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.style import FAMILIES
-from ssm_retrieval.training import records
+from ssm_retrieval.training import records, store
 
 if TYPE_CHECKING:  # seconds, which whoever imports this can spare
     import pandas as pd
@@ -105,8 +105,9 @@ def read(path: Path) -> pd.DataFrame:
 def _use_modules_of(frame: pd.DataFrame, folder: Path) -> None:
     """Import what the runs in a folder were made with (`--import`)."""
     for run in frame["run"].unique() if "run" in frame else ():
-        if (folder / str(run) / "config.json").exists():
-            records.config(folder / str(run))
+        path = folder / str(run) / store.CONFIG
+        if path.exists():
+            records.use_modules(records.read_file(path, records.Record), path)
 
 
 def files(place: Path, table: str = "results") -> list[Path]:

@@ -17,8 +17,8 @@ from rich.table import Table
 
 from ssm_retrieval import files
 from ssm_retrieval.terminal import plain_console
-from ssm_retrieval.training import records, store
-from synthetic import run, sweep, trainer
+from ssm_retrieval.training import store
+from synthetic import records, run, sweep, trainer
 
 SMALL = dict(
     seq_len=8, layers=1, d_state=4, queries=4, steps=4, eval_every=2, eval_examples=8, final_eval_examples=16,
