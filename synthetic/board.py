@@ -61,7 +61,13 @@ class Board:
         self.live.refresh()
 
     def ended(self, job: Job, problem: str | None, final: bool) -> None:
-        """A job's process is done with it; `final` unless it will be tried again."""
+        """A job has ended.
+
+        Args:
+            job: which.
+            problem: what went wrong, in one line; None if nothing did.
+            final: False if it will be tried again.
+        """
         if problem is None:
             self.state[job.folder] = "done"
             self._remember(job)

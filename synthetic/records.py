@@ -93,7 +93,11 @@ class PositionRecord(Record):
 
 
 def config(folder: Path) -> Row:
-    """What a run was asked for and what that came to; its user's modules (`--import`) are imported again."""
+    """What a run was asked for and what that came to; its user's modules (`--import`) are imported again.
+
+    Raises:
+        UserError: if it is no run's, damaged, of an older version, or of a model that is not registered.
+    """
     path = folder / "config.json"
     if not path.exists():
         raise UserError(f"{folder} has no config.json; give the folder of a run")

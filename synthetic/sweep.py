@@ -91,7 +91,11 @@ class Wanted:
 
     @classmethod
     def read(cls, options: Options) -> Wanted:
-        """Raises UserError, in one line, for bad options, files and runs."""
+        """Read the file and plan its runs.
+
+        Raises:
+            UserError: for bad options, files and runs.
+        """
         from ssm_retrieval import registry
         from synthetic import grid
         from synthetic.config import check

@@ -271,13 +271,31 @@ def learning_rate(plan: Plan, now: Progress) -> float:
 
 
 def next_batch(task: Task, plan: Plan, now: Progress) -> Batch:
-    """Training batch number now.step at the current length: the same for every model at that length."""
+    """The training batch of the next step: the same for every model at the same length.
+
+    Args:
+        task: what is trained on.
+        plan: says how many rows and queries.
+        now: the step, and the context length in training.
+
+    Returns:
+        The batch, on the CPU.
+    """
     rows, queries, length = batch_shape(task, plan, now.length)
     return task.batch(rows, seed=plan.seed, index=now.step, queries=queries, length=length)
 
 
 def batch_shape(task: Task, plan: Plan, at: int) -> tuple[int, int, int | None]:
-    """Rows, queries and the length to ask the task for, of training batches at context length `at`."""
+    """The size of training batches.
+
+    Args:
+        task: what is trained on.
+        plan: says how many tokens and queries.
+        at: context length in training.
+
+    Returns:
+        Rows, queries, and the length to ask the task for.
+    """
     # at full length the task draws its own: shorter ones, too, if it has a min_seq_len
     length = at if at < plan.seq_len else None
     queries = min(plan.queries, task.max_queries(length))
@@ -293,11 +311,22 @@ def update(
     loss_of: distributed.Loss | None = None,
     world: World = ALONE,
 ) -> tuple[float, float]:
-    """One optimiser step on the mean cross-entropy of all answers: loss, accuracy of the queries.
+    """One optimizer step on the mean cross-entropy of all answers.
 
     With plan.accumulate the rows are taken in that many parts one after the other. Each part's mean counts by
     its share of the labels, so that gradients add up to those of the whole batch; with several processes,
     each takes its rows and gradients are averaged.
+
+    Args:
+        model: whose weights move.
+        optimizer: made for the model.
+        batch: of all processes.
+        plan: says how the batch is cut, and the precision and clipping.
+        loss_of: the model's loss, as `distributed.spread` gives it.
+        world: the processes that train together.
+
+    Returns:
+        The loss in nats and the accuracy of the queries, the same in all processes.
     """
     loss_of = model.loss if loss_of is None else loss_of
     labels = int((batch.labels != IGNORE).sum()) / world.size  # of a process, on average

@@ -64,6 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train_all(options: Options) -> int:
+    """Share the runs of a config file out among processes, and train this one's part.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        UserError: for bad options and files.
+    """
     from ssm_retrieval.ops.memory import keep_freed_memory
 
     keep_freed_memory()
@@ -130,8 +138,15 @@ def watch_parent() -> None:
 def helpers(options: Options, count: int, threads: int) -> Iterator[Callable[[], None]]:
     """Processes with the same command, which take what this one has not begun; stopped when the block ends.
 
-    They stop as well when this process is killed (`watch_parent`). Gives a function that waits for them, and
-    raises UserError if one failed: its own line says why.
+    They stop as well when this process is killed (`watch_parent`).
+
+    Args:
+        options: of the command.
+        count: how many processes.
+        threads: CPU threads of each.
+
+    Yields:
+        A function that waits for them. It raises UserError if one failed, whose own line says why.
     """
     command = [sys.executable, "-m", "vlm.train", str(options.config), "--out", str(options.out)]
     command += ["--only", options.only, "--jobs", "1", "--threads", str(threads)]
@@ -152,7 +167,16 @@ def helpers(options: Options, count: int, threads: int) -> Iterator[Callable[[],
 
 
 def train_here(options: Options, runs: Sequence[Run], accelerator: Any) -> int:
-    """What one process does of the runs; returns the exit status."""
+    """What one process does of the runs.
+
+    Args:
+        options: of the command.
+        runs: all of them.
+        accelerator: accelerate's.
+
+    Returns:
+        The exit status.
+    """
     console = plain_console(quiet=not accelerator.is_main_process)
     for run, number in shared_out(runs, options.out, alone=accelerator.num_processes == 1):
         stop = Stop()
@@ -172,7 +196,12 @@ def train_here(options: Options, runs: Sequence[Run], accelerator: Any) -> int:
 
 
 def accelerate(runs: Sequence[Run]) -> Any:
-    """accelerate's Accelerator for these runs, which must have one precision and accumulate by themselves."""
+    """accelerate's Accelerator for runs of one precision, which accumulate by themselves.
+
+    Raises:
+        MissingPackage: if accelerate is missing.
+        UserError: if the runs have several precisions, or one that this machine has not.
+    """
     try:
         from accelerate import Accelerator
     except ImportError as error:
@@ -189,10 +218,18 @@ def accelerate(runs: Sequence[Run]) -> Any:
 
 
 def shared_out(runs: Sequence[Run], out: Path, alone: bool = True) -> Iterator[tuple[Run, int]]:
-    """Stages to be trained, (run, number), each under its folder's lock while the caller works on it.
+    """Stages to be trained, each under its folder's lock while the caller works on it.
 
-    Stages that are finished are passed over, those that another process works on are waited for, after all
-    others. alone=False: the processes of one training go through all stages together, without locks.
+    Stages that are finished are passed over; those that another process works on are waited for, after all
+    others.
+
+    Args:
+        runs: whose stages they are.
+        out: the folder of all stages.
+        alone: False for the processes of one training, which go through all stages together, without locks.
+
+    Yields:
+        A run and the number of its stage.
     """
     from filelock import FileLock, Timeout
 

@@ -17,8 +17,18 @@ if TYPE_CHECKING:
 def learning_curve(metrics: pd.DataFrame, title: str = "") -> Figure:
     """Held-out accuracy at the full length, and the length in training, against tokens seen.
 
-    metrics: rows of metrics.jsonl (columns model, tokens, length, train_length, accuracy, ci_low, ci_high,
-    chance). The band is the 95 % Wilson interval of each evaluation. Raises UserError if there is no row.
+    The band is the 95 % Wilson interval of each evaluation.
+
+    Args:
+        metrics: rows of metrics.jsonl (columns model, tokens, length, train_length, accuracy, ci_low,
+            ci_high, chance).
+        title: of the figure; by default it names the length.
+
+    Returns:
+        A figure of two axes.
+
+    Raises:
+        UserError: if there is no row.
     """
     import matplotlib.pyplot as plt
     import seaborn

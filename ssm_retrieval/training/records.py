@@ -49,6 +49,9 @@ def record_of(fields: type, complete: bool = True) -> type[Record]:
     Args:
         fields: a dataclass. `Annotated` types say what values may be, as `Count` does.
         complete: whether a field with a default must be there as well.
+
+    Returns:
+        What `checked` takes.
     """
     hints = typing.get_type_hints(fields, include_extras=True)
     found: dict[str, Any] = {}
@@ -81,7 +84,12 @@ class EnvironmentRecord(Record):
 
 
 def text_of(path: Path) -> str:
-    """Raises UserError for what is no text; OSError as the system gives it."""
+    """A file's text.
+
+    Raises:
+        UserError: if it is no text.
+        OSError: as the system gives it.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -95,6 +103,9 @@ def json_of(text: str, where: str, first_line: int = 1) -> Any:
         text: of a file or of a line.
         where: the file.
         first_line: the number of the text's first line in it.
+
+    Returns:
+        Dictionaries, lists, strings and numbers.
 
     Raises:
         UserError: naming the line, if it is no JSON.

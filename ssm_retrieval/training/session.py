@@ -147,10 +147,13 @@ class Session(ABC, Generic[P, B]):
     # --- what every training does ------------------------------------------------------------------------
 
     def run(self, should_stop: Callable[[], bool] = lambda: False) -> Any:
-        """Train to the end and return what `finish` does.
+        """Train to the end.
 
         Args:
             should_stop: asked after every step; one process that says yes stops all.
+
+        Returns:
+            What `finish` does.
 
         Raises:
             Interrupted: if should_stop() turned true; the next session continues from there.

@@ -63,7 +63,12 @@ def read_json(path: Path) -> Any:
 def prepare(folder: Path, settings: Row, threads: int) -> None:
     """Make a run's folder with its settings in config.json, unless they are there, and add this session.
 
-    Its caller holds the folder's lock. Removes temporary files that killed processes have left.
+    The caller holds the folder's lock. Temporary files that killed processes have left are removed.
+
+    Args:
+        folder: of the run.
+        settings: for config.json.
+        threads: CPU threads of this session.
     """
     folder.mkdir(parents=True, exist_ok=True)
     collect(folder, *(folder.parent / name for name in ("results", "targets")))
@@ -75,7 +80,8 @@ def prepare(folder: Path, settings: Row, threads: int) -> None:
 def run_folders(places: Iterable[str | Path]) -> list[Path]:
     """The folders of runs among `places`, each of which is one or holds some; each once, in their order.
 
-    Raises UserError, in one line, for a place that is neither.
+    Raises:
+        UserError: for a place that is neither.
     """
     found: dict[Path, Path] = {}
     for place in map(Path, places):
@@ -89,6 +95,7 @@ def run_folders(places: Iterable[str | Path]) -> list[Path]:
 
 
 def runs_in(place: Path) -> list[Path]:
+    """The folders of runs in a folder, sorted."""
     return sorted(path.parent for path in place.glob("*/config.json"))
 
 
@@ -110,10 +117,12 @@ def add_session(path: Path, session: Row) -> None:
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write a JSON Lines file as a whole. Raises ValueError for NaN and infinities."""
     write_bytes(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode())
 
 
 def append_row(path: Path, row: Row) -> None:
+    """Add a line to a JSON Lines file, on the disk when this returns. Raises ValueError as `write_rows`."""
     line = json.dumps(row, allow_nan=False) + "\n"
     with open(path, "a", encoding="utf-8") as file:
         file.write(line)
@@ -124,7 +133,8 @@ def append_row(path: Path, row: Row) -> None:
 def read_rows(path: Path) -> list[Row]:
     """Rows of a JSON Lines file; a last line that a crash cut short is left out.
 
-    Raises UserError, naming file and line, for damaged ones.
+    Raises:
+        UserError: naming file and line, for damaged ones.
     """
     if not path.exists():
         return []
@@ -136,9 +146,17 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Row) -> None:
-    """One safetensors file whose header carries JSON values beside the tensors. Raises OSError.
+    """Write a safetensors file whose header carries JSON values beside the tensors.
 
-    Written straight from the tensors: as bytes first, they would be in memory three times.
+    It is written straight from the tensors: as bytes first, they would be in memory three times.
+
+    Args:
+        path: of the file.
+        tensors: by name.
+        header: the JSON values.
+
+    Raises:
+        OSError: if the disk is full, or the file cannot be written.
     """
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     with replacing(path) as temporary:
@@ -151,18 +169,27 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Row) -> None
 
 
 def load_tensors(path: Path, remedy: str = "") -> tuple[dict[str, Tensor], Row]:
-    """What `save_tensors` wrote: tensors and header.
+    """What `save_tensors` wrote.
 
-    Raises UserError, in one line, for a damaged file; `remedy` says what to do about it.
+    Args:
+        path: of the file.
+        remedy: what to do about a damaged file; by default `anew`.
+
+    Returns:
+        The tensors by name, and the header.
+
+    Raises:
+        UserError: for a damaged file.
     """
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["state"])
-            if not isinstance(header, dict):
-                raise KeyError("state")
-            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); {remedy or anew(path)}") from error
+    if not isinstance(header, dict):
+        raise UserError(f"{path} is damaged (its header is no object); {remedy or anew(path)}")
+    return tensors, header
 
 
 def anew(path: Path) -> str:
@@ -216,7 +243,11 @@ def _check_fits(name: str, found: Tensor | None, target: Tensor) -> None:
 
 
 def load_model(folder: str | Path) -> Any:
-    """The trained model in runs/<id>/, ready for inference or probing: `models.load` of a folder."""
+    """The trained model in runs/<id>/, ready for inference or probing: `models.load` of a folder.
+
+    Raises:
+        UserError: if there is no finished run.
+    """
     from ssm_retrieval import models
 
     if not Path(folder).is_dir():
