@@ -9,8 +9,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ssm_retrieval.cli import INTERRUPTED, StopSignals, fail, guarded, parse, use_threads
+from ssm_retrieval.cli import INTERRUPTED, fail, guarded, parse, use_threads
 from ssm_retrieval.registry import ARCHITECTURES
+from ssm_retrieval.training.stopping import StopSignals
 from synthetic.config import Plan, RunConfig
 
 if TYPE_CHECKING:

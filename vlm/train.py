@@ -22,10 +22,11 @@ import torch
 import tyro
 from rich.console import Console
 
-from ssm_retrieval.cli import INTERRUPTED, StopSignals, guarded, parse, use_threads
+from ssm_retrieval.cli import INTERRUPTED, guarded, parse, use_threads
 from ssm_retrieval.errors import MissingPackage, UserError
 from ssm_retrieval.terminal import plain_console
 from ssm_retrieval.training import display
+from ssm_retrieval.training.stopping import StopSignals
 from vlm import components
 from vlm.config import Run, read_file
 from vlm.folders import RESULT, remember
