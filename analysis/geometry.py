@@ -113,8 +113,8 @@ def position_rows(folder: Path) -> dict[str, np.ndarray]:
     Raises:
         UserError: The task has no position tokens.
     """
-    from ssm_retrieval.training import records, store
-    from synthetic import tasks
+    from ssm_retrieval.training import store
+    from synthetic import records, tasks
 
     plan = records.config(folder)["plan"]
     task = tasks.build(plan["task"], **plan["task_options"])

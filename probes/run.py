@@ -184,8 +184,8 @@ def trained(places: Sequence[Path], out: Path | None = None) -> dict[str, Model]
         UserError: There is no finished run, two are of one family, or they are of different tasks.
     """
     from ssm_retrieval.style import FAMILIES
-    from ssm_retrieval.training import records, store
-    from synthetic import tasks
+    from ssm_retrieval.training import store
+    from synthetic import records, tasks
 
     if not places:
         raise UserError("RUNS is missing; give one or several folders of runs (runs/<id>)")
@@ -301,7 +301,8 @@ def _measure(
 
     from probes.suite import Options as ProbeOptions
     from ssm_retrieval.models import build
-    from ssm_retrieval.training import records, store
+    from ssm_retrieval.training import store
+    from synthetic import records
 
     plan = records.config(trained.folder)["plan"]
     models = {"trained": store.load_model(trained.folder)}

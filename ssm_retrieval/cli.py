@@ -1,4 +1,4 @@
-"""What all commands share: exit statuses, one-line errors, stop signals, threads.
+"""What all commands share: exit statuses, one-line errors, threads.
 
 A command is three lines:
 
@@ -12,12 +12,10 @@ from __future__ import annotations
 import errno
 import io
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, TypeVar
 
 import tyro
@@ -158,32 +156,3 @@ def use_threads(threads: int) -> None:
         )
     if threads:
         torch.set_num_threads(threads)
-
-
-class StopSignals:
-    """While active, Ctrl-C, SIGTERM and a closed terminal ask for a stop after the current step.
-
-    A second signal acts at once: it raises KeyboardInterrupt.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-        self.numbers = [signal.SIGINT, signal.SIGTERM]
-        if hasattr(signal, "SIGHUP"):  # not on Windows
-            self.numbers.append(signal.SIGHUP)
-
-    def asked(self) -> bool:
-        """Whether a signal asked for a stop."""
-        return self.requested
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def __enter__(self) -> None:
-        self.before = {s: signal.signal(s, self._handle) for s in self.numbers}
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)

@@ -13,8 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ssm_retrieval.errors import UserError
-from ssm_retrieval.training import records, store
-from synthetic.executors import Job
+from ssm_retrieval.training import store
+from synthetic import records
+from synthetic.jobs import NOTE, Job
 
 STATES = ("running", "failed", "waiting", "done")  # in the order in which they are listed
 COLORS = {"running": "yellow", "failed": "red", "waiting": "dim", "done": "green"}
@@ -60,7 +61,13 @@ class Board:
         self.live.refresh()
 
     def ended(self, job: Job, problem: str | None, final: bool) -> None:
-        """A job's process is done with it; `final` unless it will be tried again."""
+        """A job has ended.
+
+        Args:
+            job: which.
+            problem: what went wrong, in one line; None if nothing did.
+            final: False if it will be tried again.
+        """
         if problem is None:
             self.state[job.folder] = "done"
             self._remember(job)
@@ -81,7 +88,7 @@ class Board:
 
     def _read(self, job: Job) -> dict[str, Any] | None:
         try:
-            return store.read_json(job.folder / "progress.json")
+            return store.read_json(job.folder / NOTE)
         except (OSError, UserError):
             return None
 

@@ -1,94 +1,42 @@
-"""What a run shows: a live progress bar, a table, a curve in the terminal."""
+"""What a run shows: a live bar, a table, a curve in the terminal."""
 
 from __future__ import annotations
 
-import time
-from types import TracebackType
 from typing import Any
 
 import pandas as pd
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from ssm_retrieval.registry import ARCHITECTURES
 from ssm_retrieval.style import NAMES
+from ssm_retrieval.training import display
 from synthetic.config import Plan
 
 
-class Display:
-    """Listens to `synthetic.trainer.train`.
-
-    A live bar on a terminal, a line that is kept up to date in a notebook, a line per evaluation elsewhere.
-    """
+class Display(display.Display):
+    """Listens to `synthetic.trainer.train`; where there is no bar, it prints a line per evaluation."""
 
     def __init__(self, plan: Plan, console: Console):
-        self.plan, self.console = plan, console
-        self.latest, self.done, self.numbers = "-", 0, ""
-        self.bar = Progress(
-            TextColumn("{task.description:<11}", style="bold", markup=False),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[numbers]}", markup=False),
-            TimeElapsedColumn(),
-            TextColumn("left at most"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self.notebook = _Notebook(plan) if console.is_jupyter and not console.quiet else None
-        self.id = self.bar.add_task(NAMES[plan.family], total=plan.steps or plan.budget, numbers="starting")
-
-    def __enter__(self) -> Display:
-        self.bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.bar.stop()
-
-    def _show(self, at_once: bool = False) -> None:
-        numbers = f"{self.numbers}  validation at {self.plan.seq_len}: {self.latest}"
-        self.bar.update(self.id, completed=self.done, numbers=numbers)
-        if self.notebook is not None:
-            total = self.plan.steps or self.plan.budget
-            self.notebook.show(f"{self.done:,}/{total:,}  {numbers}", at_once)
+        super().__init__(NAMES[plan.family], console, plan.steps or plan.budget, left="left at most")
+        self.plan, self.latest, self.done, self.numbers = plan, "-", 0, ""
 
     def __call__(self, event: str, row: dict[str, Any]) -> None:
+        """Show a row of the trainer: of a "step", or of an "evaluation"."""
         if event == "step":
             self.done = row["step"] if self.plan.steps is not None else row["examples"]
             self.numbers = f"loss {row['loss']:.3f}  training at {row['length']:>4}: {row['accuracy']:.2f}"
-            self._show()
         elif row["length"] == self.plan.seq_len:
             self.latest = f"{row['accuracy']:.3f}"
-            if self.notebook is not None:
-                self._show(at_once=True)
-            elif not self.console.is_terminal:
-                self.console.print(
-                    f"{NAMES[row['model']]:<12} step {row['step']:>6}  {row['seconds']:>7.1f} s  "
-                    f"trained at length {row['train_length']:>5}  loss {row['train_loss']:.3f}  "
-                    f"validation accuracy at {row['length']}: {row['accuracy']:.3f}",
-                    soft_wrap=True,
-                )
-
-
-class _Notebook:
-    """One line of a notebook's output, which needs no widget."""
-
-    def __init__(self, plan: Plan):
-        from IPython.display import display
-
-        self.head = f"{NAMES[plan.family]:<11}"
-        self.handle: Any = display({"text/plain": self.head}, raw=True, display_id=True)
-        self.told = 0.0
-
-    def show(self, text: str, at_once: bool) -> None:
-        """Twice a second at most, unless at once."""
-        if at_once or time.monotonic() - self.told > 0.5:
-            self.told = time.monotonic()
-            self.handle.update({"text/plain": f"{self.head} {text}"}, raw=True)
+            self.line(
+                f"{NAMES[row['model']]:<12} step {row['step']:>6}  {row['seconds']:>7.1f} s  "
+                f"trained at length {row['train_length']:>5}  loss {row['train_loss']:.3f}  "
+                f"validation accuracy at {row['length']}: {row['accuracy']:.3f}"
+            )
+        numbers = f"{self.numbers}  validation at {self.plan.seq_len}: {self.latest}"
+        self.show(self.done, numbers, at_once=event == "evaluation")
 
 
 def summary(results: list[dict[str, Any]]) -> Table:
@@ -116,7 +64,16 @@ def summary(results: list[dict[str, Any]]) -> Table:
 
 
 def terminal_curve(metrics: pd.DataFrame, width: int = 80, height: int = 16) -> str:
-    """Accuracy at the full length against tokens, as text."""
+    """Accuracy at the full length against tokens, as text.
+
+    Args:
+        metrics: evaluations, a row each, of one or several runs.
+        width: in characters.
+        height: in lines.
+
+    Returns:
+        Lines without colours.
+    """
     import plotext
 
     full = metrics[metrics["length"] == metrics["length"].max()].sort_values("tokens")
@@ -134,7 +91,11 @@ def terminal_curve(metrics: pd.DataFrame, width: int = 80, height: int = 16) -> 
 def cells(evaluations: pd.DataFrame) -> Table:
     """One line per cell of a sweep: its seeds, their mean accuracy and its range, cost of reaching 0.95.
 
-    evaluations: rows of the results store (`training.tables.load`).
+    Args:
+        evaluations: rows of the results store (`training.tables.load`).
+
+    Returns:
+        A table to print.
     """
     from ssm_retrieval.training.outcomes import summarise
     from synthetic.results import cell_of

@@ -29,14 +29,21 @@ EVAL_TOKENS = 32768  # per forward pass
 
 @dataclass(frozen=True)
 class Evaluation:
-    """correct, target: one entry per answer; loss: mean cross-entropy of the answers' tokens in nats.
+    """The answers to some sequences of one length.
 
     The intervals take answers as independent, which several of one sequence need not be.
+
+    Attributes:
+        length: context length.
+        correct: (answers,) bool.
+        target: (answers,) int64, 0-based position of the queried symbol.
+        loss: mean cross-entropy of the answers' tokens in nats.
+        chance: accuracy of a guess.
     """
 
     length: int
-    correct: np.ndarray  # (answers,) bool
-    target: np.ndarray  # (answers,) int64, 0-based position of the queried symbol
+    correct: np.ndarray
+    target: np.ndarray
     loss: float
     chance: float
 
@@ -76,13 +83,23 @@ class Evaluation:
 
 
 def autocast(device: str, precision: str) -> AbstractContextManager[object]:
+    """A block in which products have this precision."""
     if precision == "float32":
         return nullcontext()
     return torch.autocast(device, dtype=torch.bfloat16)
 
 
 def rows_at_once(task: Task, examples: int, length: int) -> int:
-    """Sequences of a batch of `heldout`."""
+    """Sequences of a batch of `heldout`.
+
+    Args:
+        task: what they are of.
+        examples: that are wanted in all.
+        length: context length.
+
+    Returns:
+        As many as `EVAL_TOKENS` allows, at least one.
+    """
     return max(1, min(examples, EVAL_TOKENS // task.max_length(task.usual_queries(length))))
 
 
@@ -92,6 +109,16 @@ def heldout(
     """Exactly `examples` sequences that no run trains on, from number `start`, about EVAL_TOKENS at a time.
 
     Sequence i is the same in every set that contains it.
+
+    Args:
+        task: what they are of.
+        examples: how many.
+        length: context length.
+        split: "heldout" or "validation".
+        start: number of the first one.
+
+    Returns:
+        Batches, in order.
     """
     return task.examples(
         examples,
@@ -110,13 +137,37 @@ def evaluate(
 
     An answer of several tokens is teacher-forced: right if every token is the arg-max after those before
     it, which greedy generation would then give as well.
+
+    Args:
+        model: what answers.
+        task: what is asked.
+        examples: how many sequences.
+        length: context length.
+        device: "cpu", "cuda" or "mps".
+        precision: "float32" or "bfloat16".
+
+    Returns:
+        Every answer, and the mean loss.
     """
     return score(model, heldout(task, examples, length), device=device, precision=precision)
 
 
 @torch.no_grad()
 def score(model: LanguageModel, batches: Iterable[Batch], *, device: str, precision: str) -> Evaluation:
-    """As `evaluate`, for given batches of one length, those of a file say. Raises UserError for none."""
+    """As `evaluate`, for given batches of one length, those of a file say.
+
+    Args:
+        model: what answers.
+        batches: what is asked.
+        device: "cpu", "cuda" or "mps".
+        precision: "float32" or "bfloat16".
+
+    Returns:
+        Every answer, and the mean loss.
+
+    Raises:
+        UserError: if there is no batch.
+    """
     correct, target, loss, tokens, last = [], [], 0.0, 0, None
     for batch in batches:
         asked = batch.retrieved
@@ -139,7 +190,18 @@ def score(model: LanguageModel, batches: Iterable[Batch], *, device: str, precis
 def score_together(
     model: LanguageModel, batches: Iterable[Batch], world: World, *, device: str, precision: str
 ) -> Evaluation:
-    """`score`, each process on its rows of every batch; all have the whole result."""
+    """`score`, each process on its rows of every batch.
+
+    Args:
+        model: what answers.
+        batches: what is asked.
+        world: the processes, which all call this.
+        device: "cpu", "cuda" or "mps".
+        precision: "float32" or "bfloat16".
+
+    Returns:
+        The whole result, in all processes.
+    """
     if world.size == 1:
         return score(model, batches, device=device, precision=precision)
     mine: list[Evaluation | None] = []
@@ -169,7 +231,21 @@ def extrapolate(
 
     The papers train n-grams on 50 .. 100 (min_seq_len=50, seq_len=100) and test at 100 .. 400. Answers that
     are positions need a vocabulary for the longest length, so there the model is trained at shorter ones of
-    it. Raises UserError if that is not so, or if the model's table of positions is too short.
+    it.
+
+    Args:
+        model: what answers.
+        task: that it was trained on.
+        lengths: context lengths.
+        examples: how many sequences of each.
+        device: "cpu", "cuda" or "mps".
+        precision: "float32" or "bfloat16".
+
+    Returns:
+        An evaluation per length.
+
+    Raises:
+        UserError: if the vocabulary or the model's table of positions is too small for a length.
     """
     return [
         evaluate(model, task.at(n), examples=examples, length=n, device=device, precision=precision)
@@ -182,8 +258,22 @@ def evaluate_blocks(
 ) -> list[dict[str, float | int | str]]:
     """Which of several right answers a model gives (task `ngram-duplicate`).
 
-    Tidy rows: block "0" (the earliest) .., and "missed" for answers that are none of them; count of
-    `examples` answers, their share `rate` and its interval. Answers are generated greedily.
+    Answers are generated greedily.
+
+    Args:
+        model: what answers.
+        task: what is asked.
+        examples: how many sequences.
+        length: context length.
+        device: "cpu", "cuda" or "mps".
+        precision: "float32" or "bfloat16".
+
+    Returns:
+        Tidy rows: block "0" (the earliest) .., and "missed" for answers that are none of them; how many of
+        the answers it has, their share `rate` and its interval.
+
+    Raises:
+        UserError: if the task has one right answer.
     """
     chosen = []
     rows: list[dict[str, float | int | str]] = []

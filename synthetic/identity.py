@@ -9,7 +9,9 @@ import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 # Raise it whenever the trainer comes to other numbers for the same plan: it is part of every run's identity.
 TRAINING_VERSION = 2  # 2: a validation split decides when training stops, and is asked twice
@@ -22,14 +24,17 @@ ASKED_OF_A_MODEL = ("lr", "preset", "layers", "init")
 
 @dataclass(frozen=True)
 class Plan:
-    """One model's training, every value settled. Its hash names the run."""
+    """One model's training, every value settled. Its hash names the run.
+
+    config.json of a run holds these fields, and is checked by their types (`synthetic.records`).
+    """
 
     family: str
     model: str  # registry name
     model_overrides: dict[str, Any]
     task: str
     task_options: dict[str, Any]
-    seq_len: int
+    seq_len: Annotated[int, Field(ge=1)]
     queries: int
     curriculum: int
     lr: float

@@ -74,9 +74,12 @@ def evaluation_step(plan: Plan) -> Step:
 
 
 def require(plan: Plan) -> None:
-    """Raise UserError, before any is asked for, if training needs more memory than the device has.
+    """Refuse a training that needs more memory than the device has, before it asks for any.
 
-    What is not known, of a user's own model, is not asked.
+    A user's own model passes if its needs are not known.
+
+    Raises:
+        UserError: naming what is needed, what there is, and what helps.
     """
     there = available(plan.device)
     if there is None or ARCHITECTURES[plan.family].memory is None:
@@ -147,4 +150,5 @@ def column(plan: Plan) -> dict[str, str]:
 
 
 def size(number: int) -> str:
+    """Bytes in words, in MiB or GiB."""
     return f"{number / 2**20:,.1f} MiB" if number < 2**30 else f"{number / 2**30:,.1f} GiB"

@@ -31,7 +31,13 @@ SHAPE_OPTIONS = ("preset", "layers", "d_state", "position", "rotary_pct")  # whi
 
 @dataclass(frozen=True)
 class Start:
-    """A checkpoint that a run starts from. record: its path or name, and the hash of its contents."""
+    """A checkpoint that a run starts from.
+
+    Attributes:
+        family: its architecture.
+        config: of its model.
+        record: its path or name, and the hash of its contents.
+    """
 
     family: str
     config: Any
@@ -44,7 +50,19 @@ class Start:
 
 
 def find(config: RunConfig, init: str, family: str) -> Start:
-    """What --init names. Raises UserError if there is no such checkpoint, or options contradict it."""
+    """What --init names.
+
+    Args:
+        config: what was asked for.
+        init: a folder, or the name of a checkpoint on the hub.
+        family: the architecture that was asked for.
+
+    Returns:
+        The checkpoint, read but for its weights.
+
+    Raises:
+        UserError: if there is no such checkpoint, or options contradict it.
+    """
     for name in SHAPE_OPTIONS:
         value = getattr(config, name)
         check(

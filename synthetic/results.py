@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssm_retrieval.registry import ARCHITECTURES
-from ssm_retrieval.training import records, store
+from ssm_retrieval.training import store
 from ssm_retrieval.training.parquet import to_parquet
+from ssm_retrieval.training.records import environment
 from ssm_retrieval.training.store import Row
+from synthetic import records
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -112,9 +114,16 @@ SHOWN = ("run", "purpose", "commit", "task", "seq_len", "d_state", "seed", "task
 
 
 def begin(folder: Path, config: RunConfig, plan: Plan, purpose: str = "report") -> None:
-    """Make the folder of a run, or add a session to it. Its caller holds the folder's lock.
+    """Make the folder of a run, or add a session to it. The caller holds the folder's lock.
 
-    Raises UserError if the folder is of an older version.
+    Args:
+        folder: of the run.
+        config: what was asked for.
+        plan: what that came to.
+        purpose: "report" or "validation".
+
+    Raises:
+        UserError: if the folder is of an older version.
     """
     import torch
 
@@ -143,7 +152,18 @@ def train_recorded(
     should_stop: Callable[[], bool] = lambda: False,
     world: World | None = None,
 ) -> Row:
-    """`synthetic.trainer.train`, with the data sets brought up to date at every evaluation and the end."""
+    """`synthetic.trainer.train`, with the data sets brought up to date at every evaluation and the end.
+
+    Args:
+        plan: of one model.
+        folder: of the run.
+        listener: called as listener(event, row).
+        should_stop: asked after every step.
+        world: the processes that train together; one if None.
+
+    Returns:
+        The final evaluation.
+    """
     from ssm_retrieval.training.distributed import World
     from synthetic.trainer import train
 
@@ -218,7 +238,7 @@ def _commits(folder: Path) -> str | None:
     """Of all sessions, each once and in order."""
     if not (folder / "environment.json").exists():
         return None
-    commits = [session.get("commit") for session in records.environment(folder)["sessions"]]
+    commits = [session.get("commit") for session in environment(folder)["sessions"]]
     return ", ".join(dict.fromkeys(commit for commit in commits if commit)) or None
 
 

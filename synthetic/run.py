@@ -9,8 +9,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ssm_retrieval.cli import INTERRUPTED, StopSignals, fail, guarded, parse, use_threads
+from ssm_retrieval.cli import INTERRUPTED, fail, guarded, parse, use_threads
 from ssm_retrieval.registry import ARCHITECTURES
+from ssm_retrieval.training.stopping import StopSignals
 from synthetic.config import Plan, RunConfig
 
 if TYPE_CHECKING:
@@ -141,7 +142,8 @@ def _train_all(runs: Runs, missing: Runs, world: World) -> int:
 
 def _report(runs: Runs, console: Console, anew: bool = False) -> None:
     """Curve and table, and the figure if it is not there; anew: in any case."""
-    from ssm_retrieval.training import records, store
+    from ssm_retrieval.training import store
+    from synthetic import records
     from synthetic.display import summary, terminal_curve
     from synthetic.runs import Run, metrics_of
 

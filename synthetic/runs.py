@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from ssm_retrieval.errors import UserError
-from ssm_retrieval.training import records, store
+from ssm_retrieval.training import store
+from synthetic import records
 from synthetic.config import Plan, RunConfig, plan, run_id
 
 if TYPE_CHECKING:
@@ -67,7 +68,11 @@ class Run:
 
     @property
     def result(self) -> dict[str, Any]:
-        """The final evaluation: accuracy, ci_low, ci_high, step, tokens, parameters, ..."""
+        """The final evaluation: accuracy, ci_low, ci_high, step, tokens, parameters, ...
+
+        Raises:
+            UserError: if the run has not finished, or its file is damaged.
+        """
         if not (self.folder / "result.json").exists():
             raise UserError(f"{self.folder} has not finished; train it with the same options")
         return records.result(self.folder)
@@ -85,10 +90,14 @@ def train(config: RunConfig, progress: bool = True) -> Run:
     that trains the same is waited for.
 
     Args:
-        progress: show a bar on a terminal, a line in a notebook, a line per evaluation elsewhere.
+        config: of one model.
+        progress: whether to show a bar on a terminal, a line in a notebook, a line per evaluation elsewhere.
+
+    Returns:
+        The finished run.
 
     Raises:
-        UserError: in one line, for impossible options, several models, or a folder of an older version.
+        UserError: for impossible options, several models, or a folder of an older version.
     """
     from ssm_retrieval.ops.memory import keep_freed_memory
     from ssm_retrieval.terminal import plain_console
@@ -117,7 +126,8 @@ def train(config: RunConfig, progress: bool = True) -> Run:
 def compare(runs: Iterable[Run]) -> Figure:
     """Learning curves of runs of different architectures, drawn together, as `synthetic.run` draws them.
 
-    Raises UserError, in one line, for no run, runs of different lengths, or two of one architecture.
+    Raises:
+        UserError: for no run, runs of different lengths, or two of one architecture.
     """
     from ssm_retrieval.training.learning_curve import learning_curve
 

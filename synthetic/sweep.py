@@ -19,9 +19,10 @@ from ssm_retrieval.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ssm_retrieval.training.executors import Executor, Handle
     from synthetic.config import RunConfig
-    from synthetic.executors import Executor, Handle, Job
     from synthetic.grid import Group, Sweep
+    from synthetic.jobs import Job
 
 FAILED = 1
 STOPPED = "stopped; what ran goes on from its last checkpoint when the same command is given"
@@ -90,7 +91,11 @@ class Wanted:
 
     @classmethod
     def read(cls, options: Options) -> Wanted:
-        """Raises UserError, in one line, for bad options, files and runs."""
+        """Read the file and plan its runs.
+
+        Raises:
+            UserError: for bad options, files and runs.
+        """
         from ssm_retrieval import registry
         from synthetic import grid
         from synthetic.config import check
@@ -131,7 +136,7 @@ def _job(
     import dataclasses
 
     from synthetic.config import plan, run_id
-    from synthetic.executors import Job
+    from synthetic.jobs import Job
 
     if lr is not None:
         config = dataclasses.replace(config, lr=lr)
@@ -190,7 +195,7 @@ class _Pool:
         return self.executor.submit(job)
 
     def _make(self) -> Executor:
-        from synthetic import executors
+        from ssm_retrieval.training import executors
 
         o = self.options
         if o.executor == "ray":
@@ -262,8 +267,7 @@ def choose_rates(tuning: dict[Group, dict[float, list[Job]]], failed: list[Failu
 
 
 def _score(job: Job) -> float:
-    from ssm_retrieval.training import records
-    from synthetic import grid
+    from synthetic import grid, records
 
     rows = [r for r in records.metrics(job.folder) if r["length"] == job.plan.seq_len]
     if job.plan.steps is not None:

@@ -1,14 +1,12 @@
 """Train one model on one task: `train(plan, folder)`; nothing global, so sweeps call it too.
 
-The whole state of a run is (weights, optimiser state, `Progress`): batches are functions of the step
-number, so saving those three and restarting gives bit for bit the numbers of an uninterrupted run.
+What every training does is in `ssm_retrieval.training.session`; here is the curriculum, the loss, and what is
+evaluated and written.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,41 +16,43 @@ import torch
 from torch import Tensor
 
 from ssm_retrieval import models
-from ssm_retrieval.errors import UserError
 from ssm_retrieval.models import LanguageModel
 from ssm_retrieval.ops.cross_entropy import IGNORE
 from ssm_retrieval.statistics import wilson
-from ssm_retrieval.training import distributed, records, store
+from ssm_retrieval.training import distributed, session, store
 from ssm_retrieval.training.distributed import ALONE, World
-from ssm_retrieval.training.loop import CheckpointClock, Diverged, Interrupted, set_rate, warm_up
+from ssm_retrieval.training.loop import Diverged, Interrupted, warm_up
 from ssm_retrieval.training.lora import add_adapters, merge_adapters
-from ssm_retrieval.training.optimizers import make_optimizer, make_state
-from synthetic import pretrained, tasks
+from ssm_retrieval.training.optimizers import make_optimizer
+from ssm_retrieval.training.records import FORMAT, Count, Row
+from synthetic import pretrained, records, tasks
 from synthetic.config import Plan
 from synthetic.evaluate import Evaluation, autocast, heldout, score_together
 from synthetic.tasks import Batch, Task
+
+__all__ = ["Diverged", "Interrupted", "Session", "train"]
 
 # Whoever changes one of these three raises config.TRAINING_VERSION.
 EMA = 0.9  # of the training accuracy that drives the curriculum
 PASS = 0.95  # training accuracy at which the context length doubles
 MIN_ROWS = 8  # sequences per batch, however long: fewer make a noisy gradient
 TARGET_BINS = 16  # equal parts of the context by which evaluations in training count right answers
-CHECKPOINT_SECONDS = 3.0  # between checkpoints, at least
-SINGLE = "checkpoint.safetensors"  # of one process; distributed.POINTER leads to those of several
 
 
 @dataclass
-class Progress:
-    """Where training stands; saved in the checkpoint's header."""
+class Progress(session.Progress):
+    """Where training stands."""
 
-    step: int = 0
-    examples: int = 0  # training sequences seen
-    tokens: int = 0
-    seconds: float = 0.0  # over all sessions
-    length: int = 0  # context length that is being trained
-    accuracy: float = 0.0  # running training accuracy at this length
-    validation: float = 0.0  # latest validation accuracy at seq_len
-    stopped: bool = False  # stop_at was reached, twice
+    examples: Count = 0
+    """Training sequences seen."""
+    length: int = 0
+    """Context length that is being trained."""
+    accuracy: float = 0.0
+    """Running training accuracy at this length."""
+    validation: float = 0.0
+    """Latest validation accuracy at seq_len."""
+    stopped: bool = False
+    """Whether stop_at was reached, twice."""
 
 
 Listener = Callable[[str, dict[str, Any]], None]
@@ -65,130 +65,117 @@ def train(
     should_stop: Callable[[], bool] = lambda: False,
     world: World = ALONE,
 ) -> dict[str, Any]:
-    """Train plan's model in `folder`, resuming what is there; returns the result row.
+    """Train plan's model in `folder`, resuming what is there.
 
-    listener(event, row) hears of every "step" and "evaluation". Evaluations go to folder/metrics.jsonl, the
-    final accuracy by position to folder/by_position.jsonl.
-    Raises Interrupted when should_stop() turned true, Diverged when a loss is not finite, and OSError when
-    the disk is full; each time the next call continues from the last checkpoint.
-    world: the processes that all call this; the first one alone writes rows and hears of events.
+    Evaluations go to folder/metrics.jsonl, the final accuracy by position to folder/by_position.jsonl.
+
+    Args:
+        plan: of one model.
+        folder: of the run.
+        listener: called as listener(event, row) at every "step" and "evaluation".
+        should_stop: asked after every step.
+        world: the processes that all call this; the first one alone writes rows and hears of events.
+
+    Returns:
+        The final evaluation, as it is in folder/result.json.
+
+    Raises:
+        Interrupted: if should_stop() turned true.
+        Diverged: if a loss or a weight is not finite.
+        OSError: if the disk is full.
+
+    After each of them the next call continues from the last checkpoint.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "result.json").exists():
         return records.result(folder)
-    session = Session(plan, folder, listener, world)
-    while not session.done():
-        session.step()
-        if any(world.sums(float(should_stop()))):
-            session.checkpoint()
-            raise Interrupted(f"stopped at step {session.progress.step}")
-    return session.finish()
+    result: Row = Session(plan, folder, listener, world).run(should_stop)
+    return result
 
 
-class Session:
-    """One sitting of a training run."""
+class Session(session.Session[Progress, Batch]):
+    """One sitting of a run.
+
+    Args:
+        plan: of one model.
+        folder: of the run.
+        listener: as of `train`.
+        world: the processes that train together.
+    """
+
+    model: LanguageModel
 
     def __init__(self, plan: Plan, folder: Path, listener: Listener, world: World = ALONE):
-        self.plan, self.folder, self.listener, self.world = plan, folder, listener, world
-        self.metrics = folder / "metrics.jsonl"
+        self.plan, self.listener, self.evaluate_every = plan, listener, plan.eval_every
         self.task = tasks.build(plan.task, **plan.task_options)
-        begun = (self.folder / SINGLE).exists() or distributed.saved(self.folder) is not None
-        if plan.init is None or begun:
-            self.model = models.build(plan.model, seed=plan.seed, device=plan.device, **plan.model_overrides)
+        if plan.init is None or session.begun(folder):
+            model = models.build(plan.model, seed=plan.seed, device=plan.device, **plan.model_overrides)
         else:
-            self.model = pretrained.first_model(plan)
-        self.model.checkpointing = plan.checkpointing
+            model = pretrained.first_model(plan)
+        model.checkpointing = plan.checkpointing
         if plan.lora:
-            add_adapters(self.model, plan.lora, plan.seed)
-        self.loss_of = distributed.spread(self.model, world)
-        self.optimizer = make_optimizer(self.model, plan)
-        self.progress = Progress(length=plan.curriculum or plan.seq_len)
-        self.kept = -1  # step of the last checkpoint
-        self._resume()
-        if world.main:
-            store.drop_rows_after(self.metrics, self.progress.step)
-        self.started = time.monotonic() - self.progress.seconds
-        self.clock = CheckpointClock(CHECKPOINT_SECONDS)
-
-    def _resume(self) -> None:
-        """Go on from the latest checkpoint, whether one process or several have written it."""
-        path, sharded = self.folder / SINGLE, distributed.saved(self.folder)
-        tensors, header = store.load_tensors(path) if path.exists() else ({}, {"step": -1})
-        if sharded is not None and sharded[1]["step"] >= header["step"]:
-            place, header = sharded
-            make_state(self.model, self.optimizer, header["step"])
-            targets = store.checkpoint_tensors(self.model, self.optimizer)
-            distributed.load(place, targets, self.world)
-        elif tensors:
-            self._restore(path, tensors, header)
-        else:
-            return
-        self.progress = Progress(**header)
-        self.kept = self.progress.step
-
-    def _restore(self, path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-        """Raises UserError, naming the checkpoint, if it is not of this model."""
-        records.checked(header, records.ProgressRecord, str(path), store.anew(path))
-        try:
-            store.restore(self.model, self.optimizer, tensors, header["step"])
-        except UserError as error:
-            raise UserError(f"{path} is damaged ({error}); {store.anew(path)}") from error
+            add_adapters(model, plan.lora, plan.seed)
+        self.loss_of = distributed.spread(model, world)
+        progress = Progress(length=plan.curriculum or plan.seq_len)
+        super().__init__(folder, model, make_optimizer(model, plan), progress, world)
 
     def done(self) -> bool:
+        """Whether the budget is spent, or stop_at was reached."""
         plan, now = self.plan, self.progress
         over = now.step >= plan.steps if plan.steps is not None else now.examples >= (plan.budget or 0)
         return now.stopped or over
 
-    def step(self) -> None:
-        """One optimiser step, and the evaluation and the checkpoint if they are due."""
-        plan, now = self.plan, self.progress
-        set_rate(self.optimizer, plan.lr * learning_rate(plan, now))
-        batch = next_batch(self.task, plan, now).to(plan.device)
-        loss, accuracy = update(self.model, self.optimizer, batch, plan, self.loss_of, self.world)
-        self._finite(loss, "the training loss")
-        now.step += 1
-        now.examples += batch.input_ids.shape[0]
-        now.tokens += batch.input_ids.numel()
-        now.accuracy = EMA * now.accuracy + (1 - EMA) * accuracy
-        now.seconds = time.monotonic() - self.started
-        if self.world.main:
-            self.listener("step", {**dataclasses.asdict(now), "loss": loss, "model": plan.family})
-        advance(plan, now)
-        if now.step % plan.eval_every == 0 or self.done():
-            self._evaluate(loss, accuracy)
-        if any(self.world.sums(float(self.world.main and self.clock.due()))):
-            self.checkpoint()
+    def rate(self) -> float:
+        """The peak rate times `learning_rate`."""
+        return self.plan.lr * learning_rate(self.plan, self.progress)
 
-    def _evaluate(self, train_loss: float, train_accuracy: float) -> None:
+    def next_batch(self) -> Batch:
+        """`next_batch` of the task, on the device."""
+        return next_batch(self.task, self.plan, self.progress).to(self.plan.device)
+
+    def update(self, batch: Batch) -> Row:
+        """One optimizer step: its loss in nats, and the accuracy on its batch."""
+        loss, accuracy = update(self.model, self.optimizer, batch, self.plan, self.loss_of, self.world)
+        return {"loss": loss, "accuracy": accuracy}
+
+    def stepped(self, batch: Batch, numbers: Row) -> None:
+        """Count sequences and the running accuracy, tell the listener, and go on in the curriculum."""
+        now = self.progress
+        now.examples += batch.input_ids.shape[0]
+        now.accuracy = EMA * now.accuracy + (1 - EMA) * numbers["accuracy"]
+        if self.world.main:
+            row = {**dataclasses.asdict(now), "loss": numbers["loss"], "model": self.plan.family}
+            self.listener("step", row)
+        advance(self.plan, now)
+
+    def evaluate(self, numbers: Row) -> None:
+        """Accuracy on unseen sequences at the length in training and at seq_len, a row each."""
         plan, now = self.plan, self.progress
         lengths = sorted({now.length, plan.seq_len})
         results = [self._unseen("validation", plan.eval_examples, n) for n in lengths]
         for result in results:
-            self._finite(result.loss, "the validation loss")
+            self.require_finite(result.loss, "the validation loss")
         now.validation = results[-1].accuracy
         confirmation = self._confirmation() if now.validation >= plan.stop_at else None
         now.stopped = confirmation is not None and confirmation.accuracy >= plan.stop_at
-        now.seconds = time.monotonic() - self.started
+        now.seconds = self.seconds()
+        trained = dict(train_loss=numbers["loss"], train_accuracy=numbers["accuracy"])
         for result in results if self.world.main else ():
-            row = self._row("validation", result, train_loss=train_loss, train_accuracy=train_accuracy)
+            row = self._row("validation", result, **trained)
             row["targets"] = result.by_target(TARGET_BINS)
             if confirmation is not None and result is results[-1]:
                 row |= dict(
                     confirm_correct=int(confirmation.correct.sum()), confirm_count=len(confirmation.correct)
                 )
-            store.append_row(self.metrics, row)
+            store.append_row(self.folder / store.METRICS, row)
             self.listener("evaluation", row)
 
-    def _finite(self, value: float, what: str) -> None:
-        if math.isfinite(value):
-            return
-        plan, last = (
-            self.plan,
-            "nothing before it" if self.kept < 0 else f"the checkpoint of step {self.kept}",
-        )
-        raise Diverged(
-            f"{plan.family}: {what} is {value} at step {self.progress.step}, so training has diverged with "
-            f"--lr {plan.lr:g}; use a smaller one, or --grad-clip 1 if it is off ({last} is kept)"
+    def diverged(self, why: str) -> Diverged:
+        """Names the learning rate and what is kept."""
+        last = "nothing before it" if self.kept < 0 else f"the checkpoint of step {self.kept}"
+        return Diverged(
+            f"{self.plan.family}: {why} at {self.where()}, so training has diverged with --lr "
+            f"{self.plan.lr:g}; use a smaller one, or --grad-clip 1 if it is off ({last} is kept)"
         )
 
     def _confirmation(self) -> Evaluation:
@@ -233,40 +220,18 @@ class Session:
             parameters_without_embeddings=self.model.num_parameters(embeddings=False),
         )
 
-    def checkpoint(self) -> None:
-        """Write weights, optimiser state and progress; slow disks get longer intervals.
-
-        Once for a step: writing shards again would first remove what may be the only whole checkpoint.
-        """
-        if self.kept == self.progress.step:
-            return
-        if self.world.size == 1:  # a step may ruin the weights that its own loss was computed with
-            worst = max(float(p.detach().abs().max()) for p in self.model.parameters() if p.numel())
-            self._finite(worst, "the largest weight")
-        self.progress.seconds = time.monotonic() - self.started
-        tensors, header = (
-            store.checkpoint_tensors(self.model, self.optimizer),
-            dataclasses.asdict(self.progress),
-        )
-        with self.clock.writing():
-            if self.world.size > 1:
-                distributed.save(self.folder, tensors, header, self.world)
-            else:
-                store.save_tensors(self.folder / SINGLE, tensors, header)
-        self.kept = self.progress.step
-
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> Row:
         """The final evaluation, the final files, and last the result that marks the run as finished."""
         plan, now = self.plan, self.progress
         self.checkpoint()
         if plan.lora:
             merge_adapters(self.model)
         final = self._unseen("heldout", plan.final_eval_examples, plan.seq_len)
-        self._finite(final.loss, "the held-out loss")
+        self.require_finite(final.loss, "the held-out loss")
         weights = {name: distributed.full(p) for name, p in self.model.named_parameters()}
         result = self._row("heldout", final)
         result |= dict(
-            format=records.FORMAT,
+            format=FORMAT,
             reached=now.stopped,
             heldout_reached=final.accuracy >= plan.stop_at,
             longest_length=longest_passed(plan, now),
@@ -290,7 +255,7 @@ class Session:
             for row in final.by_position()
         ]
         store.write_rows(self.folder / "by_position.jsonl", rows)
-        store.save_tensors(self.folder / "model.safetensors", weights, {"step": now.step})
+        store.save_tensors(self.folder / store.WEIGHTS, weights, {"step": now.step})
         store.write_json(self.folder / "result.json", result)
 
 
@@ -306,13 +271,31 @@ def learning_rate(plan: Plan, now: Progress) -> float:
 
 
 def next_batch(task: Task, plan: Plan, now: Progress) -> Batch:
-    """Training batch number now.step at the current length: the same for every model at that length."""
+    """The training batch of the next step: the same for every model at the same length.
+
+    Args:
+        task: what is trained on.
+        plan: says how many rows and queries.
+        now: the step, and the context length in training.
+
+    Returns:
+        The batch, on the CPU.
+    """
     rows, queries, length = batch_shape(task, plan, now.length)
     return task.batch(rows, seed=plan.seed, index=now.step, queries=queries, length=length)
 
 
 def batch_shape(task: Task, plan: Plan, at: int) -> tuple[int, int, int | None]:
-    """Rows, queries and the length to ask the task for, of training batches at context length `at`."""
+    """The size of training batches.
+
+    Args:
+        task: what is trained on.
+        plan: says how many tokens and queries.
+        at: context length in training.
+
+    Returns:
+        Rows, queries, and the length to ask the task for.
+    """
     # at full length the task draws its own: shorter ones, too, if it has a min_seq_len
     length = at if at < plan.seq_len else None
     queries = min(plan.queries, task.max_queries(length))
@@ -328,11 +311,22 @@ def update(
     loss_of: distributed.Loss | None = None,
     world: World = ALONE,
 ) -> tuple[float, float]:
-    """One optimiser step on the mean cross-entropy of all answers: loss, accuracy of the queries.
+    """One optimizer step on the mean cross-entropy of all answers.
 
     With plan.accumulate the rows are taken in that many parts one after the other. Each part's mean counts by
     its share of the labels, so that gradients add up to those of the whole batch; with several processes,
     each takes its rows and gradients are averaged.
+
+    Args:
+        model: whose weights move.
+        optimizer: made for the model.
+        batch: of all processes.
+        plan: says how the batch is cut, and the precision and clipping.
+        loss_of: the model's loss, as `distributed.spread` gives it.
+        world: the processes that train together.
+
+    Returns:
+        The loss in nats and the accuracy of the queries, the same in all processes.
     """
     loss_of = model.loss if loss_of is None else loss_of
     labels = int((batch.labels != IGNORE).sum()) / world.size  # of a process, on average

@@ -24,12 +24,14 @@ from torch import nn
 
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.training import store
+from ssm_retrieval.training.store import CHECKPOINT, CONFIG, ENVIRONMENT, METRICS, WEIGHTS
 from vlm import schema
 from vlm.config import Run, use_modules_of
 from vlm.schema import Natural, NonNegative, checked
 
-CONFIG, METRICS, ENVIRONMENT = "config.json", "metrics.jsonl", "environment.json"
-CHECKPOINT, WEIGHTS, RESULT = "checkpoint.safetensors", "model.safetensors", "stage.json"
+__all__ = ["CHECKPOINT", "CONFIG", "ENVIRONMENT", "METRICS", "WEIGHTS"]
+
+RESULT = "stage.json"
 FORMAT = 1  # of config.json; raise it when an older toolkit could not read it
 
 
@@ -63,7 +65,11 @@ def finished(folder: Path) -> Finished:
 
 
 def commit(folder: Path) -> str | None:
-    """The project's commit that a stage was trained with. Raises UserError for a missing or damaged file."""
+    """The project's commit that a stage was trained with.
+
+    Raises:
+        UserError: for a missing or damaged file.
+    """
     path = folder / ENVIRONMENT
     found = schema.read(dict, path, remedy(folder)).get("commit")
     if found is not None and not isinstance(found, str):
@@ -72,7 +78,11 @@ def commit(folder: Path) -> str | None:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of the metrics. Raises UserError for a damaged file; a last line cut short is left out."""
+    """The rows of the metrics; a last line that was cut short is left out.
+
+    Raises:
+        UserError: for a damaged file.
+    """
     path, rows = folder / METRICS, []
     if not path.exists():
         return []
@@ -109,7 +119,11 @@ def remember(run: Run, out: Path) -> None:
 
 
 def saved_runs(folder: Path) -> list[Run]:
-    """The runs whose last stage is in a folder, the latest one last. Raises UserError for other folders."""
+    """The runs whose last stage is in a folder, the latest one last.
+
+    Raises:
+        UserError: for other folders.
+    """
     place = folder.resolve()
     if not (place / CONFIG).exists() or not (place / RESULT).exists():
         raise UserError(

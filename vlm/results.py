@@ -64,7 +64,8 @@ def answers_path(out: Path, run: str) -> Path:
 def declared(sample: Sample) -> Scored:
     """How answers to a sample are scored, as its source declares it.
 
-    Raises UserError for a source that is none of the scenes' and no registered data set.
+    Raises:
+        UserError: for a source that is none of the scenes' and no registered data set.
     """
     from vlm.data import registry
     from vlm.scenes.declared import SCENES
@@ -110,7 +111,17 @@ def fingerprint(run: Run) -> str:
 
 
 def write(out: Path, run: str, rows: Sequence[Mapping[str, Any]], answers: Sequence[Row]) -> Any:
-    """One run's rows as Parquet with exactly COLUMNS, and its answers; returns the table."""
+    """Write one run's rows as Parquet with exactly COLUMNS, and its answers.
+
+    Args:
+        out: the folder of all stages.
+        run: the run's name.
+        rows: of the table.
+        answers: what was asked and answered, a row each.
+
+    Returns:
+        The table, as `read` gives it.
+    """
     from filelock import FileLock
 
     from ssm_retrieval.training import store
@@ -127,7 +138,11 @@ def write(out: Path, run: str, rows: Sequence[Mapping[str, Any]], answers: Seque
 
 
 def read(path: Path) -> Any:
-    """A table that `write` has made, as a data frame. Raises UserError for a damaged one."""
+    """A table that `write` has made, as a data frame.
+
+    Raises:
+        UserError: for a damaged one.
+    """
     import pyarrow as pa
     from pyarrow import compute, parquet
 

@@ -164,10 +164,7 @@ def tensors(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, Any]]
     """
     if not path.is_file():
         raise UserError(f"{path} is missing; {remedy}")
-    try:
-        return store.load_tensors(path)
-    except UserError as error:
-        raise UserError(f"{path} is damaged ({error.__cause__}); {remedy}") from error
+    return store.load_tensors(path, remedy)
 
 
 def check_tensors(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], remedy: str) -> None:

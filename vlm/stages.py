@@ -1,67 +1,40 @@
 """One stage of training: from the weights of the stage before it to its own, in its folder; resumes.
 
-A stage's whole state is (weights, optimiser, step): batch number k is a function of the seed and k, so a
-stage that was stopped ends with the numbers of an uninterrupted one. Both families get the same batches in
-the same order.
+What every training does is in `ssm_retrieval.training.session`; here is where data, model and weights come
+from, the loss, and what accelerate wraps. Both families get the same batches in the same order.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import time
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ssm_retrieval.errors import UserError
-from ssm_retrieval.training import store
-from ssm_retrieval.training.loop import (
-    CheckpointClock,
-    Diverged,
-    Interrupted,
-    half_cosine,
-    set_rate,
-    warm_up,
-)  # fmt: skip
+from ssm_retrieval.training import session, store
+from ssm_retrieval.training.distributed import World
+from ssm_retrieval.training.loop import Diverged, Interrupted, half_cosine, warm_up
 from ssm_retrieval.training.optimizers import trained
-from vlm import components, folders, schema
+from ssm_retrieval.training.records import Row
+from ssm_retrieval.training.session import Progress
+from vlm import components, folders
 from vlm.config import Run, Stage
 from vlm.data.loader import VLMBatch, batches
 from vlm.data.mixture import Mixture
 from vlm.folders import CHECKPOINT, METRICS, RESULT, WEIGHTS
 from vlm.model import VLM
-from vlm.schema import Natural, NonNegative, checked
 
-CHECKPOINT_SECONDS = 30.0
+__all__ = ["CHECKPOINT", "Interrupted", "Session", "train_stage"]
+
 LOG_EVERY = 20  # steps between rows of the metrics
 
 Listener = Callable[[dict[str, Any]], None]
-
-
-@dataclass
-class Progress:
-    """Where a stage stands; saved in the checkpoint's header."""
-
-    step: int = 0
-    seconds: float = 0.0  # over all sessions
-    tokens: int = 0
-
-
-@checked
-class _Header:
-    """`Progress` as the checkpoint's header has it."""
-
-    step: Natural
-    seconds: NonNegative
-    tokens: Natural
 
 
 def train_stage(
@@ -72,10 +45,20 @@ def train_stage(
     listener: Listener = lambda row: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Train one stage in its folder below `out`, from the weights of the stage before it; resumes.
+    """Train one stage in its folder, from the weights of the stage before it; resumes what is there.
 
-    Raises Interrupted when should_stop() turned true, UserError for what a config asks and cannot have, for
-    damaged files, and where training diverges.
+    Args:
+        run: whose stage it is.
+        number: of the stage, from 0 on.
+        out: the folder of all stages.
+        accelerator: accelerate's, which says how many processes there are and what they compute with.
+        listener: called with the row of every step.
+        should_stop: asked after every step.
+
+    Raises:
+        Interrupted: if should_stop() turned true; the next call continues from there.
+        Diverged: if the loss or a weight is no finite number.
+        UserError: for what a config asks and cannot have, and for damaged files.
     """
     stage, names = run.stages[number], run.stage_ids()
     folder = out / names[number]
@@ -100,22 +83,13 @@ def train_stage(
     model = components.model(run, seen.width).to(accelerator.device)
     if number:
         folders.load_weights(out / names[number - 1], model)
-    model.lm.requires_grad_(stage.train == "all")
-    parameters = [p for _, p in trained(model)]
-    optimizer = torch.optim.AdamW(parameters, lr=stage.lr, betas=stage.betas, weight_decay=stage.weight_decay)
-    now = resume(folder, model, optimizer, stage.steps)
-    if accelerator.is_main_process:
-        store.prepare(folder, {"plans": [run.to_dict()]}, torch.get_num_threads())
-        rows = [row for row in folders.metrics(folder) if row["step"] <= now.step]
-        store.write_rows(folder / METRICS, rows)
-    loss_of, optimizer = accelerator.prepare(Loss(model), optimizer)
-    clock = CheckpointClock(CHECKPOINT_SECONDS)
-    started = time.monotonic() - now.seconds
-    for batch in batches(
+    folder.mkdir(parents=True, exist_ok=True)
+    work = Session(run, number, stage, folder, model, accelerator, listener)
+    work.batches = batches(
         mixture,
         features,
         batch_size=stage.batch_size,
-        start=now.step,
+        start=work.progress.step,
         stop=stage.steps,
         seed=run.seed,
         encode=text.encode,
@@ -125,44 +99,112 @@ def train_stage(
         max_length=stage.max_length,
         group=stage.group,
         workers=stage.workers,
-    ):
-        set_rate(optimizer, stage.lr * rate(now.step, stage))
-        loss = update(loss_of, optimizer, batch, stage, accelerator)
-        if not math.isfinite(loss):
-            raise diverged(run, number, f"its loss is {loss} at step {now.step + 1} of {stage.steps}")
-        now.step += 1
-        now.tokens += batch.input_ids.numel()
-        now.seconds = time.monotonic() - started
-        row = dataclasses.asdict(now) | dict(steps=stage.steps, loss=loss, seconds=round(now.seconds, 3))
-        listener(row)
-        done = now.step == stage.steps
-        if accelerator.is_main_process and (now.step % LOG_EVERY == 0 or done):
-            store.append_row(folder / METRICS, row)
-        stopped = any_process(should_stop(), accelerator) and not done
-        if accelerator.is_main_process and (stopped or clock.due()):
-            with clock.writing():
-                tensors = store.checkpoint_tensors(model, plain(optimizer))
-                store.save_tensors(folder / CHECKPOINT, tensors, dataclasses.asdict(now))
-        if stopped:
-            raise Interrupted(f"stopped at step {now.step} of stage {number + 1}")
-    if not all(p.isfinite().all() for p in parameters):
-        raise diverged(run, number, "its weights are no finite numbers after the last step")
-    if accelerator.is_main_process:
-        store.save_tensors(
-            folder / WEIGHTS, dict(model.named_parameters()), {"run": run.name, "stage": number}
-        )
-        store.write_json(folder / RESULT, {"steps": stage.steps, "seconds": time.monotonic() - started})
-        (folder / CHECKPOINT).unlink(missing_ok=True)
-    accelerator.wait_for_everyone()
-
-
-def diverged(run: Run, number: int, why: str) -> Diverged:
-    """The one line that stops a training whose numbers would mean nothing."""
-    stage = run.stages[number]
-    return Diverged(
-        f"run {run.name!r}, stage {number + 1} has diverged: {why}; lower lr={stage.lr:g}, or clip gradients "
-        f"(grad_clip={stage.grad_clip:g}, 0 = not at all)"
     )
+    with closing(cast(Any, work.batches)):  # and its workers with it
+        work.run(should_stop)
+
+
+class Session(session.Session[Progress, VLMBatch]):
+    """One sitting of a stage.
+
+    Args:
+        run: whose stage it is.
+        number: of the stage, from 0 on.
+        stage: with its steps settled.
+        folder: of the stage; it exists.
+        model: with the weights that the stage begins with.
+        accelerator: accelerate's.
+        listener: called with the row of every step.
+
+    Attributes:
+        batches: those of the steps to come. The caller gives them, because they begin where the folder's
+            checkpoint stands.
+    """
+
+    checkpoint_seconds = 30.0
+    evaluate_every = LOG_EVERY
+    batches: Iterator[VLMBatch]
+
+    def __init__(
+        self,
+        run: Run,
+        number: int,
+        stage: Stage,
+        folder: Path,
+        model: VLM,
+        accelerator: Any,
+        listener: Listener,
+    ):
+        self.name, self.number, self.stage = run.name, number, stage
+        self.accelerator, self.listener = accelerator, listener
+        model.lm.requires_grad_(stage.train == "all")
+        parameters = [p for _, p in trained(model)]
+        optimizer = torch.optim.AdamW(
+            parameters, lr=stage.lr, betas=stage.betas, weight_decay=stage.weight_decay
+        )
+        world = World(accelerator.process_index, accelerator.num_processes)
+        super().__init__(folder, model, optimizer, Progress(), world, limit=stage.steps)
+        if world.main:
+            store.prepare(folder, {"plans": [run.to_dict()]}, torch.get_num_threads())
+        self.loss_of, self.wrapped = accelerator.prepare(Loss(model), optimizer)
+
+    def done(self) -> bool:
+        """Whether all steps are done."""
+        return self.progress.step == self.stage.steps
+
+    def rate(self) -> float:
+        """The peak rate times `rate`."""
+        return self.stage.lr * rate(self.progress.step, self.stage)
+
+    def next_batch(self) -> VLMBatch:
+        """The next of `batches`."""
+        return next(self.batches)
+
+    def update(self, batch: VLMBatch) -> Row:
+        """One optimizer step."""
+        return {"loss": update(self.loss_of, self.wrapped, batch, self.stage, self.accelerator)}
+
+    def stepped(self, batch: VLMBatch, numbers: Row) -> None:
+        """Tell the listener."""
+        self.listener(self._row(numbers))
+
+    def evaluate(self, numbers: Row) -> None:
+        """A row of the loss on the training batch."""
+        if self.world.main:
+            store.append_row(self.folder / METRICS, self._row(numbers))
+
+    def finish(self) -> None:
+        """Write the weights, and last the file that marks the stage as finished; its checkpoint goes."""
+        self.require_finite_weights()
+        if self.world.main:
+            weights = dict(self.model.named_parameters())
+            store.save_tensors(self.folder / WEIGHTS, weights, {"run": self.name, "stage": self.number})
+            store.write_json(self.folder / RESULT, {"steps": self.stage.steps, "seconds": self.seconds()})
+            session.forget(self.folder)
+        self.world.barrier()
+
+    def rows(self) -> list[Row]:
+        """The metrics in the folder."""
+        return folders.metrics(self.folder)
+
+    def remedy(self) -> str:
+        """As for every file of a stage."""
+        return folders.remedy(self.folder)
+
+    def where(self) -> str:
+        """The step and the stage."""
+        return f"step {self.progress.step} of stage {self.number + 1}"
+
+    def diverged(self, why: str) -> Diverged:
+        """Names the run, the learning rate and the clipping."""
+        return Diverged(
+            f"run {self.name!r} has diverged: {why} at {self.where()}; lower lr={self.stage.lr:g}, or clip "
+            f"gradients (grad_clip={self.stage.grad_clip:g}, 0 = not at all)"
+        )
+
+    def _row(self, numbers: Row) -> Row:
+        now = dataclasses.asdict(self.progress)
+        return now | dict(steps=self.stage.steps, seconds=round(self.progress.seconds, 3), **numbers)
 
 
 class Loss(nn.Module):
@@ -177,9 +219,19 @@ class Loss(nn.Module):
 
 
 def update(loss_of: nn.Module, optimizer: Any, batch: VLMBatch, stage: Stage, accelerator: Any) -> float:
-    """One optimiser step on the mean loss of the batch's examples; returns it, in nats.
+    """One optimizer step on the mean loss of the batch's examples.
 
     Each process takes its rows, in `stage.accumulate` parts of one size, so that means of parts are the mean.
+
+    Args:
+        loss_of: `Loss`, as accelerate wraps it.
+        optimizer: as accelerate wraps it.
+        batch: of all processes.
+        stage: whose parts and clipping count.
+        accelerator: accelerate's.
+
+    Returns:
+        The loss in nats, the same in all processes.
     """
     rows = len(batch.samples) // accelerator.num_processes
     first, size = accelerator.process_index * rows, rows // stage.accumulate
@@ -205,29 +257,3 @@ def rate(step: int, stage: Stage) -> float:
     """Factor on the peak rate: linear warm-up over a share of the steps, then half a cosine to 0."""
     warm = max(1, round(stage.warmup * stage.steps))
     return warm_up(step, warm) if step < warm else half_cosine(step - warm, stage.steps - warm)
-
-
-def any_process(said: bool, accelerator: Any) -> bool:
-    """Whether one of the processes said so."""
-    if accelerator.num_processes == 1:
-        return said
-    return bool(accelerator.reduce(torch.tensor(float(said), device=accelerator.device), "sum"))
-
-
-def plain(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimiser below accelerate's wrapper."""
-    return getattr(optimizer, "optimizer", optimizer)
-
-
-def resume(folder: Path, model: VLM, optimizer: torch.optim.Optimizer, steps: int) -> Progress:
-    """Go on from the folder's checkpoint, if it has one. Raises UserError for a damaged one."""
-    path, remedy = folder / CHECKPOINT, folders.remedy(folder)
-    if not path.exists():
-        return Progress()
-    tensors, header = schema.tensors(path, remedy)
-    said = schema.parsed(_Header, json.dumps(header).encode(), path, remedy)
-    if said.step > steps:
-        raise UserError(f"{path} is damaged (step={said.step} of {steps}); {remedy}")
-    check = partial(schema.check_tensors, path, remedy=remedy)
-    store.restore(model, optimizer, tensors, said.step, check)
-    return Progress(said.step, said.seconds, said.tokens)

@@ -20,10 +20,13 @@ from typing import Annotated, Any
 
 import torch
 import tyro
+from rich.console import Console
 
-from ssm_retrieval.cli import INTERRUPTED, Imports, StopSignals, guarded, parse, use_threads
+from ssm_retrieval.cli import INTERRUPTED, Imports, guarded, parse, use_threads
 from ssm_retrieval.errors import MissingPackage, UserError
 from ssm_retrieval.terminal import plain_console
+from ssm_retrieval.training import display
+from ssm_retrieval.training.stopping import StopSignals
 from vlm import components
 from vlm.config import Run, read_file
 from vlm.folders import RESULT, remember
@@ -65,6 +68,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train_all(options: Options) -> int:
+    """Share the runs of a config file out among processes, and train this one's part.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        UserError: for bad options and files.
+    """
     from ssm_retrieval.ops.memory import keep_freed_memory
 
     keep_freed_memory()
@@ -131,8 +142,15 @@ def watch_parent() -> None:
 def helpers(options: Options, count: int, threads: int) -> Iterator[Callable[[], None]]:
     """Processes with the same command, which take what this one has not begun; stopped when the block ends.
 
-    They stop as well when this process is killed (`watch_parent`). Gives a function that waits for them, and
-    raises UserError if one failed: its own line says why.
+    They stop as well when this process is killed (`watch_parent`).
+
+    Args:
+        options: of the command.
+        count: how many processes.
+        threads: CPU threads of each.
+
+    Yields:
+        A function that waits for them. It raises UserError if one failed, whose own line says why.
     """
     command = [sys.executable, "-m", "vlm.train", str(options.config), "--out", str(options.out)]
     command += ["--only", options.only, "--jobs", "1", "--threads", str(threads)]
@@ -154,13 +172,22 @@ def helpers(options: Options, count: int, threads: int) -> Iterator[Callable[[],
 
 
 def train_here(options: Options, runs: Sequence[Run], accelerator: Any) -> int:
-    """What one process does of the runs; returns the exit status."""
+    """What one process does of the runs.
+
+    Args:
+        options: of the command.
+        runs: all of them.
+        accelerator: accelerate's.
+
+    Returns:
+        The exit status.
+    """
     console = plain_console(quiet=not accelerator.is_main_process)
     for run, number in shared_out(runs, options.out, alone=accelerator.num_processes == 1):
         stop = Stop()
-        with Display(run, number, console, stop) as display, stop:
+        with Display(run, number, console, stop) as shown, stop:
             try:
-                train_stage(run, number, options.out, accelerator, display, stop.asked)
+                train_stage(run, number, options.out, accelerator, shown, stop.asked)
             except Interrupted as reason:
                 console.print(f"{run.name} {reason}; nothing is lost: the same command resumes")
                 return INTERRUPTED
@@ -175,7 +202,12 @@ def train_here(options: Options, runs: Sequence[Run], accelerator: Any) -> int:
 
 
 def accelerate(runs: Sequence[Run]) -> Any:
-    """accelerate's Accelerator for these runs, which must have one precision and accumulate by themselves."""
+    """accelerate's Accelerator for runs of one precision, which accumulate by themselves.
+
+    Raises:
+        MissingPackage: if accelerate is missing.
+        UserError: if the runs have several precisions, or one that this machine has not.
+    """
     try:
         from accelerate import Accelerator
     except ImportError as error:
@@ -192,10 +224,18 @@ def accelerate(runs: Sequence[Run]) -> Any:
 
 
 def shared_out(runs: Sequence[Run], out: Path, alone: bool = True) -> Iterator[tuple[Run, int]]:
-    """Stages to be trained, (run, number), each under its folder's lock while the caller works on it.
+    """Stages to be trained, each under its folder's lock while the caller works on it.
 
-    Stages that are finished are passed over, those that another process works on are waited for, after all
-    others. alone=False: the processes of one training go through all stages together, without locks.
+    Stages that are finished are passed over; those that another process works on are waited for, after all
+    others.
+
+    Args:
+        runs: whose stages they are.
+        out: the folder of all stages.
+        alone: False for the processes of one training, which go through all stages together, without locks.
+
+    Yields:
+        A run and the number of its stage.
     """
     from filelock import FileLock, Timeout
 
@@ -224,42 +264,24 @@ def shared_out(runs: Sequence[Run], out: Path, alone: bool = True) -> Iterator[t
         todo = later
 
 
-class Display:
-    """A live bar on a terminal; a line at the end of every tenth of a stage elsewhere.
+class Display(display.Display):
+    """Listens to `vlm.stages.train_stage`; where there is no bar, it prints a line every tenth of the stage.
 
     It tells `stop` when steps begin.
     """
 
-    def __init__(self, run: Run, number: int, console: Any, stop: Stop):
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.console, self.stop = console, stop
-        self.title = f"{run.name}, stage {number + 1} of {len(run.stages)}"
-        self.bar = Progress(
-            TextColumn("{task.description}", style="bold", markup=False),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total}  loss {task.fields[loss]}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self.task = self.bar.add_task(self.title, total=None, loss="-")
-
-    def __enter__(self) -> Display:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+    def __init__(self, run: Run, number: int, console: Console, stop: Stop):
+        super().__init__(f"{run.name}, stage {number + 1} of {len(run.stages)}", console)
+        self.stop = stop
 
     def __call__(self, row: dict[str, Any]) -> None:
+        """Show the row of a step."""
         self.stop.training = True
-        self.bar.update(self.task, completed=row["step"], total=row["steps"], loss=f"{row['loss']:.3f}")
-        if not self.console.is_terminal and row["step"] % max(1, row["steps"] // 10) == 0:
-            self.console.print(
+        self.show(row["step"], f"{row['step']}/{row['steps']}  loss {row['loss']:.3f}", row["steps"])
+        if row["step"] % max(1, row["steps"] // 10) == 0:
+            self.line(
                 f"{self.title}: step {row['step']} of {row['steps']}, loss {row['loss']:.3f}, "
-                f"{row['seconds']:.0f} s",
-                soft_wrap=True,
+                f"{row['seconds']:.0f} s"
             )
 
 

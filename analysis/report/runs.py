@@ -16,8 +16,10 @@ import pandas as pd
 
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.style import FAMILIES, NAMES
-from ssm_retrieval.training import records, store
+from ssm_retrieval.training import store
+from ssm_retrieval.training.records import environment
 from ssm_retrieval.training.store import Row
+from synthetic import records
 from synthetic.config import RunConfig
 from synthetic.identity import Plan, comparison
 
@@ -150,7 +152,7 @@ def read(folders: Mapping[str, Path], letter: str = "") -> Run:
     for one in saved.values():  # options that an architecture lacks stand at their default in its run
         asked |= {k: v for k, v in one["run"].items() if k != "model" and v != getattr(RunConfig, k, None)}
     sessions = [
-        records.environment(folder)["sessions"][-1]
+        environment(folder)["sessions"][-1]
         for folder in folders.values()
         if (folder / "environment.json").exists()
     ]

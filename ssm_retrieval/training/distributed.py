@@ -42,7 +42,13 @@ POINTER = "checkpoint.json"  # names the folder of the last whole checkpoint
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run; a single one by default. strategy: "ddp" or "fsdp"."""
+    """The processes of a training; a single one by default.
+
+    Attributes:
+        rank: number of this process, from 0 on.
+        size: how many there are.
+        strategy: "ddp" or "fsdp".
+    """
 
     rank: int = 0
     size: int = 1
@@ -108,8 +114,16 @@ class Lost(Exception):
 def joined(strategy: str, plan: Sharded) -> Iterator[World]:
     """The world that torchrun or accelerate has started this process in; a world of one without them.
 
-    strategy: "ddp", "fsdp", or "auto": what accelerate's configuration asks for, else ddp.
-    Raises UserError for what cannot be sharded, Lost if the connection to another process breaks.
+    Args:
+        strategy: "ddp", "fsdp", or "auto": what accelerate's configuration asks for, else ddp.
+        plan: of the run that the processes share.
+
+    Yields:
+        The world, until the block ends in all processes.
+
+    Raises:
+        UserError: for what cannot be sharded.
+        Lost: if the connection to another process breaks.
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
@@ -170,7 +184,8 @@ def spread(model: LanguageModel, world: World) -> Loss:
 def share(batch: Rows, world: World) -> Rows:
     """This process' rows of a batch, of any kind that has `input_ids` and can `split` itself.
 
-    Raises UserError if there are fewer rows than processes.
+    Raises:
+        UserError: if there are fewer rows than processes.
     """
     if world.size == 1:
         return batch
@@ -213,7 +228,14 @@ def fill(target: Tensor, value: Tensor) -> None:
 
 
 def save(folder: Path, tensors: dict[str, Tensor], header: dict[str, Any], world: World) -> None:
-    """Write folder/checkpoint-<step>/ by all processes, and then, as one, say that it is the last one."""
+    """Write folder/checkpoint-<step>/ by all processes, and then say that it is the last whole one.
+
+    Args:
+        folder: of the training.
+        tensors: by name, sharded or not.
+        header: JSON values to keep with them; it has the step.
+        world: the processes, which all call this.
+    """
     from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
 
     from ssm_retrieval.training import store
@@ -232,6 +254,13 @@ def save(folder: Path, tensors: dict[str, Tensor], header: dict[str, Any], world
                 shutil.rmtree(old, ignore_errors=True)
 
 
+def forget(folder: Path) -> None:
+    """Remove the sharded checkpoints, first what says that there is one."""
+    (folder / POINTER).unlink(missing_ok=True)
+    for place in folder.glob("checkpoint-*"):
+        shutil.rmtree(place, ignore_errors=True)
+
+
 def saved(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """Folder and header of the last sharded checkpoint, if there is one."""
     from ssm_retrieval.training import store
@@ -244,7 +273,16 @@ def saved(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def load(place: Path, tensors: dict[str, Tensor], world: World) -> None:
-    """Fill tensors, sharded or not, with what any number of processes wrote. Raises UserError if damaged."""
+    """Fill tensors with what any number of processes wrote.
+
+    Args:
+        place: the folder of the checkpoint.
+        tensors: by name, sharded or not.
+        world: the processes, which all call this.
+
+    Raises:
+        UserError: if the checkpoint is damaged.
+    """
     import warnings
 
     from torch.distributed.checkpoint import HuggingFaceStorageReader, load

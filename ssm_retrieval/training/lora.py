@@ -26,7 +26,15 @@ LORA_HELP = "--lora needs peft: pip install peft (or leave --lora out, which tra
 def add_adapters(model: LanguageModel, rank: int, seed: int) -> None:
     """Freeze a model but for its embedding and head, and put adapters of `rank` (alpha = 2 * rank) into it.
 
-    The global random state is left untouched. Raises ImportError, in one line, if peft is missing.
+    The global random state is left untouched.
+
+    Args:
+        model: changed in place.
+        rank: r of the adapters.
+        seed: of their first weights.
+
+    Raises:
+        MissingPackage: if peft is missing.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model

@@ -41,8 +41,20 @@ class Settings(Protocol):
 
 
 def make_optimizer(model: LanguageModel, plan: Settings) -> torch.optim.Optimizer:
-    """plan.optimizer over the parameters that train; weight decay on matrices only, and not on embeddings
-    or what Mamba's authors exempt. Raises ImportError, in one line, if its library is missing."""
+    """An optimizer for the parameters that train.
+
+    Weight decay acts on matrices only, and neither on embeddings nor on what Mamba's authors exempt.
+
+    Args:
+        model: whose parameters it gets.
+        plan: says which optimizer, with which learning rate, betas and weight decay.
+
+    Returns:
+        The optimizer, in two groups: with weight decay and without.
+
+    Raises:
+        MissingPackage: if its library is missing.
+    """
     embeddings = {id(p) for part in (model.embedding, model.head) for p in part.parameters()}
     decayed: list[Tensor] = []
     plain: list[Tensor] = []
@@ -65,6 +77,7 @@ def make_optimizer(model: LanguageModel, plan: Settings) -> torch.optim.Optimize
 
 
 def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Names and parameters that train: those that are not frozen."""
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
@@ -84,10 +97,15 @@ def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
 
 @torch.no_grad()
 def make_state(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Let a new optimizer make its state, to be filled with what `state_tensors` gave after `step` steps.
+    """Let a new optimizer make its state, to be filled with what `state_tensors` gave.
 
-    Moves the weights: restore them afterwards. Every optimizer makes its state in its first step, each in its
-    own form; so it does one on zeros.
+    This moves the weights: restore them afterwards. Every optimizer makes its state in its first step, each
+    in its own form; so it does one on zero gradients.
+
+    Args:
+        model: that the optimizer was made for.
+        optimizer: a new one.
+        step: how many steps the state stands for.
     """
     for _, parameter in trained(model):
         parameter.grad = torch.zeros_like(parameter)

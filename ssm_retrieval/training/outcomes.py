@@ -61,11 +61,19 @@ def examples_to_threshold(
     Of many evaluations of few sequences one may pass by luck. So a run counts only if the evaluation that is
     its result, the final or else the last one at the goal, is >= threshold as well.
 
-    by: unit, one of `SPENT`. Returns one row per run: its configuration, value and reached (right-censored: a
-    run that did not get there has reached False and value = all it spent), lower = what was spent at the
-    evaluation before (the truth lies in (lower, value] where reached, above lower = value elsewhere),
-    finished = has a final evaluation, accuracy and chance of the final or else last evaluation at the goal.
-    Raises UserError for missing columns or entries, or a bad unit or threshold.
+    Args:
+        evaluations: the tidy table.
+        threshold: accuracy that counts as learned.
+        by: what is counted, one of `SPENT`.
+
+    Returns:
+        One row per run: its configuration, value and reached (right-censored: a run that did not get there
+        has reached False and value = all it spent), lower = what was spent at the evaluation before (the
+        truth lies in (lower, value] where reached, above lower = value elsewhere), finished = has a final
+        evaluation, accuracy and chance of the final or else last evaluation at the goal.
+
+    Raises:
+        UserError: for missing columns or entries, or a bad unit or threshold.
     """
     _threshold(threshold)
     if by not in SPENT:
@@ -129,11 +137,19 @@ def summarise(
 ) -> pd.DataFrame:
     """One row per cell, by default `CELL`; a missing value (d_state of a Transformer) is a group of its own.
 
-    seeds, runs, finished, reached: counts; reached_low, reached_high: Clopper and Pearson's 95 % interval of
-    the share of runs that get there. accuracy: mean, accuracy_min and accuracy_max over runs. examples:
-    censored median with its bootstrap interval, inf where half never got there. reachable_length: mean.
-    Raises UserError as `examples_to_threshold`, or if a default cell holds a seed twice, which means that it
-    mixes configurations (learning rates, say). With `by` the caller decides what is pooled.
+    Args:
+        evaluations: the tidy table.
+        by: columns that make a cell; with it the caller decides what is pooled.
+        threshold: accuracy that counts as learned.
+
+    Returns:
+        seeds, runs, finished, reached: counts. reached_low, reached_high: Clopper and Pearson's 95 % interval
+        of the share of runs that get there. accuracy: mean; accuracy_min, accuracy_max: over runs. examples:
+        censored median with its bootstrap interval, inf where half never got there. reachable_length: mean.
+
+    Raises:
+        UserError: as `examples_to_threshold`, or if a default cell holds a seed twice, which means that it
+            mixes configurations (learning rates, say).
     """
     keys = list(CELL if by is None else by)
     require(evaluations, keys, "evaluations")

@@ -1,10 +1,8 @@
 """Files that the toolkit wrote, read back: one schema a kind of file, one line for what is wrong with one.
 
-    records.config(folder)        config.json of a run: asked, settled (its plan), purpose
-    records.environment(folder)   environment.json: a session each time the run was started
-    records.metrics(folder)       metrics.jsonl, a row per evaluation
-    records.by_position(folder)   by_position.jsonl
-    records.result(folder)        result.json
+Here is what is the same for every training: values checked against a schema (`checked`), schemas made of
+dataclasses (`record_of`), and `environment`, a session each time a training was started. The files of a tool
+are its own (`synthetic.records`).
 
 All raise UserError naming file, field and remedy for what is damaged, incomplete, of another kind, or written
 by a newer version (`FORMAT`). What they return is plain JSON values, checked. A last line that a crash cut
@@ -13,11 +11,14 @@ short is left out. Tables of the results store are read by `training.tables.load
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import typing
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, create_model
 
 from ssm_retrieval import registry
 from ssm_retrieval.errors import UserError
@@ -25,6 +26,7 @@ from ssm_retrieval.errors import UserError
 # Of all these files; raised when an older version would misread what a newer one writes. 2: one model a run.
 FORMAT = 2
 Row = dict[str, Any]
+Count = Annotated[int, Field(ge=0)]
 REMEDY = "move the run's folder away and run its command again"
 
 
@@ -34,51 +36,36 @@ class Record(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
 
-class PlanRecord(Record):
-    """`identity.Plan` as JSON; what is not in the file has its default."""
+class Closed(Record):
+    """One that has no other fields than those that are named."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
-    family: str
-    model: str
-    model_overrides: dict[str, Any]
-    task: str
-    task_options: dict[str, Any]
-    seq_len: int = Field(ge=1)
-    queries: int
-    curriculum: int
-    lr: float
-    steps: int | None
-    budget: int | None
-    stop_at: float
-    batch_tokens: int
-    batch_size: int | None
-    weight_decay: float
-    warmup: int
-    schedule: str
-    grad_clip: float
-    eval_every: int
-    betas: list[float]
-    eval_examples: int
-    final_eval_examples: int
-    seed: int
-    device: str
-    precision: str
-    optimizer: str = "adamw"
-    accumulate: int = 1
-    checkpointing: bool = False
-    lora: int = 0
-    init: dict[str, str] | None = None
 
+@cache
+def record_of(fields: type, complete: bool = True) -> type[Record]:
+    """The schema of a dataclass as JSON, without any other field.
 
-class RunRecord(Record):
-    format: int = 1
-    run: dict[str, Any]
-    plan: PlanRecord
-    purpose: Literal["report", "validation"] = "report"
+    Args:
+        fields: a dataclass. `Annotated` types say what values may be, as `Count` does.
+        complete: whether a field with a default must be there as well.
+
+    Returns:
+        What `checked` takes.
+    """
+    hints = typing.get_type_hints(fields, include_extras=True)
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(fields):
+        kind, default = hints[field.name], ... if complete else field.default
+        if typing.get_origin(kind) is tuple:  # a list, in JSON
+            kind = Annotated[kind, Strict(False)]
+        found[field.name] = (kind, ... if default is dataclasses.MISSING else default)
+    return create_model(fields.__name__, __base__=Closed, **found)
 
 
 class SessionRecord(Record):
+    """Where and with what a training was started or resumed."""
+
     python: str
     platform: str
     threads: int
@@ -87,73 +74,22 @@ class SessionRecord(Record):
 
 
 class EnvironmentRecord(Record):
+    """environment.json."""
+
     format: int = 1
     sessions: list[SessionRecord] = Field(min_length=1)
-
-
-class EvaluationRecord(Record):
-    model: str
-    seed: int
-    step: int = Field(ge=0)
-    examples: int = Field(ge=0)
-    tokens: int = Field(ge=0)
-    seconds: float
-    train_length: int
-    length: int = Field(ge=1)
-    loss: float
-    accuracy: float = Field(ge=0, le=1)
-    correct: int = Field(ge=0)
-    count: int = Field(ge=1)
-    ci_low: float
-    ci_high: float
-    chance: float
-    parameters: int | None = None
-    parameters_without_embeddings: int | None = None
-
-
-class MetricsRecord(EvaluationRecord):
-    train_loss: float | None = None
-    train_accuracy: float | None = None
-    targets: list[Annotated[list[int], Field(min_length=4, max_length=4)]]
-
-
-class ResultRecord(EvaluationRecord):
-    format: int = 1
-    reached: bool = False
-    longest_length: int | None = None
-
-
-class ProgressRecord(Record):
-    """Header of a checkpoint: `train.Progress`."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-    step: int = Field(ge=0)
-    examples: int = Field(ge=0)
-    tokens: int = Field(ge=0)
-    seconds: float
-    length: int = Field(ge=1)
-    accuracy: float
-    validation: float
-    stopped: bool
-
-
-class PositionRecord(Record):
-    model: str
-    position: int = Field(ge=0)
-    correct: int = Field(ge=0)
-    count: int = Field(ge=1)
-    rate: float
-    ci_low: float
-    ci_high: float
-    chance: float
 
 
 # --- what a file's text says -----------------------------------------------------------------------------
 
 
 def text_of(path: Path) -> str:
-    """Raises UserError for what is no text; OSError as the system gives it."""
+    """A file's text.
+
+    Raises:
+        UserError: if it is no text.
+        OSError: as the system gives it.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -161,7 +97,19 @@ def text_of(path: Path) -> str:
 
 
 def json_of(text: str, where: str, first_line: int = 1) -> Any:
-    """The JSON value of `text`. Raises UserError naming the line."""
+    """The JSON value of a text.
+
+    Args:
+        text: of a file or of a line.
+        where: the file.
+        first_line: the number of the text's first line in it.
+
+    Returns:
+        Dictionaries, lists, strings and numbers.
+
+    Raises:
+        UserError: naming the line, if it is no JSON.
+    """
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -178,9 +126,22 @@ def json_lines(path: Path) -> list[Any]:
 
 
 def checked(value: Any, kind: type[Record], where: str, remedy: str = REMEDY) -> Row:
-    """`value`, which `kind` describes. Raises UserError naming the first field that it does not."""
+    """`value` as it is, if `kind` describes it.
+
+    Args:
+        value: parsed JSON.
+        kind: the schema.
+        where: the file, and the row in it.
+        remedy: what to do about it.
+
+    Returns:
+        The value.
+
+    Raises:
+        UserError: for another kind of value, or naming the first field that is wrong.
+    """
     if not isinstance(value, dict):
-        raise UserError(f"{where} holds {_short(value)} instead of an object with fields; {remedy}")
+        raise UserError(f"{where} holds {short(value)} instead of an object with fields; {remedy}")
     newer = value.get("format", FORMAT)
     if isinstance(newer, int) and newer > FORMAT:
         raise UserError(
@@ -198,20 +159,26 @@ def checked(value: Any, kind: type[Record], where: str, remedy: str = REMEDY) ->
             unknown = f"{where}: {field} is unknown, of a newer version perhaps; update, or {remedy}"
             raise UserError(unknown) from error
         said = first["msg"].lower().removesuffix(".")
-        raise UserError(f"{where}: {field} is {_short(first['input'])} ({said}); {remedy}") from error
+        raise UserError(f"{where}: {field} is {short(first['input'])} ({said}); {remedy}") from error
     return value
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value in an error's line."""
     text = repr(value)
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def _file(path: Path, kind: type[Record]) -> Row:
+def read_file(path: Path, kind: type[Record]) -> Row:
+    """A JSON file that `kind` describes. Raises UserError for a damaged one."""
     return checked(json_of(text_of(path), str(path)), kind, str(path))
 
 
-def _lines(path: Path, kind: type[Record]) -> list[Row]:
+def read_lines(path: Path, kind: type[Record]) -> list[Row]:
+    """Rows of a JSON Lines file, each of which `kind` describes; none if there is no file.
+
+    Raises UserError for a damaged one.
+    """
     if not path.exists():
         return []
     return [checked(row, kind, f"{path}, row {i}") for i, row in enumerate(json_lines(path), 1)]
@@ -220,31 +187,11 @@ def _lines(path: Path, kind: type[Record]) -> list[Row]:
 # --- a kind of file each ---------------------------------------------------------------------------------
 
 
-def config(folder: Path) -> Row:
-    """What a run was asked for and what that came to; its users' modules (`--import`) are imported again."""
-    path = folder / "config.json"
-    if not path.exists():
-        raise UserError(f"{folder} has no config.json; give the folder of a run")
-    value = json_of(text_of(path), str(path))
-    if isinstance(value, dict) and "plans" in value:
-        raise UserError(
-            f"{folder} is of an older version, which kept several models in one folder; move it away and run "
-            "its command again"
-        )
-    found = checked(value, RunRecord, str(path))
-    modules = found["run"].get("imports", [])
-    if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
-        raise UserError(f"{path}: run.imports is {_short(modules)}, not a list of names; {REMEDY}")
-    registry.use(modules, where=str(folder))
-    family = found["plan"]["family"]
-    if family not in registry.ARCHITECTURES:
-        said = registry.ARCHITECTURES.unknown(family, list(registry.ARCHITECTURES))
-        raise UserError(f"{path}: plan.family is {family!r}: {said}; else {REMEDY}")
-    return found
-
-
 def environment(folder: Path) -> Row:
-    """{"sessions": [...]}; the one dictionary that releases before it wrote is one session."""
+    """The sessions of a training; a file of before there were several counts as one.
+
+    Raises UserError for a missing or damaged file.
+    """
     path = folder / "environment.json"
     value = json_of(text_of(path), str(path))
     if isinstance(value, dict) and "sessions" not in value and "packages" in value:
@@ -252,13 +199,18 @@ def environment(folder: Path) -> Row:
     return checked(value, EnvironmentRecord, str(path))
 
 
-def metrics(folder: Path) -> list[Row]:
-    return _lines(folder / "metrics.jsonl", MetricsRecord)
+def use_modules(config: Row, path: Path) -> None:
+    """Import again the modules of its user (`--import`) that a run was made with.
 
+    Args:
+        config: what the run's config.json holds.
+        path: of that file.
 
-def by_position(folder: Path) -> list[Row]:
-    return _lines(folder / "by_position.jsonl", PositionRecord)
-
-
-def result(folder: Path) -> Row:
-    return _file(folder / "result.json", ResultRecord)
+    Raises:
+        UserError: if they are no list of names, or cannot be imported.
+    """
+    asked = config.get("run")
+    modules = asked.get("imports", []) if isinstance(asked, dict) else []
+    if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
+        raise UserError(f"{path}: run.imports is {short(modules)}, not a list of names; {REMEDY}")
+    registry.use(modules, where=str(path.parent))

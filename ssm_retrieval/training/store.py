@@ -27,7 +27,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,9 @@ from ssm_retrieval.training.optimizers import make_state, state_tensors
 __all__ = ["Row", "replacing", "write_bytes"]
 
 Row = dict[str, Any]
+CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
+CHECKPOINT = "checkpoint.safetensors"  # of one process; `distributed.POINTER` leads to those of several
+WEIGHTS = "model.safetensors"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -60,23 +63,29 @@ def read_json(path: Path) -> Any:
 def prepare(folder: Path, settings: Row, threads: int) -> None:
     """Make a run's folder with its settings in config.json, unless they are there, and add this session.
 
-    Its caller holds the folder's lock. Removes temporary files that killed processes have left.
+    The caller holds the folder's lock. Temporary files that killed processes have left are removed.
+
+    Args:
+        folder: of the run.
+        settings: for config.json.
+        threads: CPU threads of this session.
     """
     folder.mkdir(parents=True, exist_ok=True)
     collect(folder, *(folder.parent / name for name in ("results", "targets")))
-    if not (folder / "config.json").exists():
-        write_json(folder / "config.json", {"format": records.FORMAT, **json.loads(json.dumps(settings))})
-    add_session(folder / "environment.json", environment(threads))
+    if not (folder / CONFIG).exists():
+        write_json(folder / CONFIG, {"format": records.FORMAT, **json.loads(json.dumps(settings))})
+    add_session(folder / ENVIRONMENT, environment(threads))
 
 
 def run_folders(places: Iterable[str | Path]) -> list[Path]:
     """The folders of runs among `places`, each of which is one or holds some; each once, in their order.
 
-    Raises UserError, in one line, for a place that is neither.
+    Raises:
+        UserError: for a place that is neither.
     """
     found: dict[Path, Path] = {}
     for place in map(Path, places):
-        runs = [place] if (place / "config.json").is_file() else runs_in(place)
+        runs = [place] if (place / CONFIG).is_file() else runs_in(place)
         if not runs:
             raise UserError(
                 f"{place} has no config.json; give the folder of a run (runs/<id>), or one of runs"
@@ -86,6 +95,7 @@ def run_folders(places: Iterable[str | Path]) -> list[Path]:
 
 
 def runs_in(place: Path) -> list[Path]:
+    """The folders of runs in a folder, sorted."""
     return sorted(path.parent for path in place.glob("*/config.json"))
 
 
@@ -107,10 +117,12 @@ def add_session(path: Path, session: Row) -> None:
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write a JSON Lines file as a whole. Raises ValueError for NaN and infinities."""
     write_bytes(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode())
 
 
 def append_row(path: Path, row: Row) -> None:
+    """Add a line to a JSON Lines file, on the disk when this returns. Raises ValueError as `write_rows`."""
     line = json.dumps(row, allow_nan=False) + "\n"
     with open(path, "a", encoding="utf-8") as file:
         file.write(line)
@@ -121,7 +133,8 @@ def append_row(path: Path, row: Row) -> None:
 def read_rows(path: Path) -> list[Row]:
     """Rows of a JSON Lines file; a last line that a crash cut short is left out.
 
-    Raises UserError, naming file and line, for damaged ones.
+    Raises:
+        UserError: naming file and line, for damaged ones.
     """
     if not path.exists():
         return []
@@ -132,15 +145,18 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def drop_rows_after(path: Path, step: int) -> None:
-    """Forget evaluations after `step`: a resumed run will make them again."""
-    write_rows(path, [row for row in read_rows(path) if row["step"] <= step])
-
-
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Row) -> None:
-    """One safetensors file whose header carries JSON values beside the tensors. Raises OSError.
+    """Write a safetensors file whose header carries JSON values beside the tensors.
 
-    Written straight from the tensors: as bytes first, they would be in memory three times.
+    It is written straight from the tensors: as bytes first, they would be in memory three times.
+
+    Args:
+        path: of the file.
+        tensors: by name.
+        header: the JSON values.
+
+    Raises:
+        OSError: if the disk is full, or the file cannot be written.
     """
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     with replacing(path) as temporary:
@@ -152,16 +168,28 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Row) -> None
             raise OSError(code, os.strerror(code), str(path)) from error
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], Row]:
-    """What `save_tensors` wrote. Raises UserError, in one line, for a damaged file."""
+def load_tensors(path: Path, remedy: str = "") -> tuple[dict[str, Tensor], Row]:
+    """What `save_tensors` wrote.
+
+    Args:
+        path: of the file.
+        remedy: what to do about a damaged file; by default `anew`.
+
+    Returns:
+        The tensors by name, and the header.
+
+    Raises:
+        UserError: for a damaged file.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["state"])
-            if not isinstance(header, dict):
-                raise KeyError("state")
-            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}); {anew(path)}") from error
+        raise UserError(f"{path} is damaged ({error}); {remedy or anew(path)}") from error
+    if not isinstance(header, dict):
+        raise UserError(f"{path} is damaged (its header is no object); {remedy or anew(path)}")
+    return tensors, header
 
 
 def anew(path: Path) -> str:
@@ -179,38 +207,47 @@ def checkpoint_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer)
 
 @torch.no_grad()
 def restore(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    tensors: dict[str, Tensor],
-    step: int,
-    check: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], None] | None = None,
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], step: int
 ) -> None:
-    """Copy a checkpoint into a model, whole or sharded, and an optimiser made for it.
+    """Copy a checkpoint into a model, whole or sharded, and an optimizer made for it.
 
-    check: (tensors, wanted) -> None, raises where they do not fit. By default it raises UserError for a
-    tensor that is missing or of another shape.
+    Args:
+        model: whose parameters are filled.
+        optimizer: whose state is made and filled.
+        tensors: what `checkpoint_tensors` gave.
+        step: the number of optimizer steps that they stand at.
+
+    Raises:
+        UserError: for a tensor that is missing, of another shape or kind, or holds NaN.
     """
     from ssm_retrieval.training.distributed import fill
 
     make_state(model, optimizer, step)
     wanted = checkpoint_tensors(model, optimizer)
-    (check or check_shapes)(tensors, wanted)
+    for name, target in wanted.items():
+        _check_fits(name, tensors.get(name), target)
     for name, target in wanted.items():
         fill(target, tensors[name])
 
 
-def check_shapes(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Raises UserError for a tensor that is missing or of another shape than wanted."""
-    for name, target in wanted.items():
-        if name not in tensors:
-            raise UserError(f"the checkpoint lacks {name}")
-        found, shape = tuple(tensors[name].shape), tuple(target.shape)
-        if found != shape:
-            raise UserError(f"the checkpoint has {name} of shape {found} instead of {shape}")
+def _check_fits(name: str, found: Tensor | None, target: Tensor) -> None:
+    if found is None:
+        raise UserError(f"the checkpoint lacks {name}")
+    if found.shape != target.shape:
+        shapes = f"{tuple(found.shape)} instead of {tuple(target.shape)}"
+        raise UserError(f"the checkpoint has {name} of shape {shapes}")
+    if found.is_floating_point() != target.is_floating_point():
+        raise UserError(f"the checkpoint has {name} in {found.dtype} instead of {target.dtype}")
+    if found.is_floating_point() and found.isnan().any():
+        raise UserError(f"the checkpoint has NaN in {name}")
 
 
 def load_model(folder: str | Path) -> Any:
-    """The trained model in runs/<id>/, ready for inference or probing: `models.load` of a folder."""
+    """The trained model in runs/<id>/, ready for inference or probing: `models.load` of a folder.
+
+    Raises:
+        UserError: if there is no finished run.
+    """
     from ssm_retrieval import models
 
     if not Path(folder).is_dir():

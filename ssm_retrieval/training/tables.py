@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ssm_retrieval import tables
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.style import FAMILIES
-from ssm_retrieval.training import records
+from ssm_retrieval.training import records, store
 
 if TYPE_CHECKING:  # seconds, which whoever imports this can spare
     import pandas as pd
@@ -39,12 +39,17 @@ RANGES = {
 def load(runs: str | Path | Iterable[str | Path], table: str = "results") -> pd.DataFrame:
     """All evaluations in one or several places, one row each, sorted by run and step.
 
-    runs: a folder of runs (what --out names), or a Parquet file of the same columns, such as a study's
-        committed results. table: "results", or "targets" for right answers by part of the context (of a
-        file results.parquet: targets.parquet beside it). Columns and their meaning:
-        `synthetic.results.EVALUATION` and `TARGET`.
-    Raises UserError, in one line, if there is nothing to read, a file is damaged, or it is not of the results
-    store.
+    Args:
+        runs: a folder of runs (what --out names), or a Parquet file of the same columns, such as a study's
+            committed results; or several of them.
+        table: "results", or "targets" for right answers by part of the context (of a file results.parquet:
+            targets.parquet beside it).
+
+    Returns:
+        Columns and their meaning: `synthetic.results.EVALUATION` and `TARGET`.
+
+    Raises:
+        UserError: if there is nothing to read, a file is damaged, or it is not of the results store.
     """
     places = [runs] if isinstance(runs, (str, Path)) else list(runs)
     found = {path: read(path) for place in places for path in files(Path(place), table)}
@@ -75,7 +80,8 @@ def _begun(place: Path) -> bool:
 def read(path: Path) -> pd.DataFrame:
     """The rows of a file of the results store, as `ssm_retrieval.tables.read`.
 
-    Raises UserError also for numbers that are none or out of range.
+    Raises:
+        UserError: for a damaged file, numbers that are out of range, and models that are not registered.
     """
     from pandas.api.types import is_numeric_dtype
 
@@ -105,14 +111,23 @@ def read(path: Path) -> pd.DataFrame:
 def _use_modules_of(frame: pd.DataFrame, folder: Path) -> None:
     """Import what the runs in a folder were made with (`--import`)."""
     for run in frame["run"].unique() if "run" in frame else ():
-        if (folder / str(run) / "config.json").exists():
-            records.config(folder / str(run))
+        path = folder / str(run) / store.CONFIG
+        if path.exists():
+            records.use_modules(records.read_file(path, records.Record), path)
 
 
 def files(place: Path, table: str = "results") -> list[Path]:
     """The Parquet files of a table of a results store: of `synthetic.results`, or of `vlm.results`.
 
-    Raises UserError, in one line, where `place` is neither a folder nor a file.
+    Args:
+        place: a folder of runs or of a study's results, or a Parquet file.
+        table: "results" or "targets".
+
+    Returns:
+        Their paths, sorted; none if nothing was evaluated yet.
+
+    Raises:
+        UserError: if `place` is neither a folder nor a file.
     """
     if place.is_file():
         if table == "results":

@@ -23,7 +23,8 @@ from analysis.tables import by_seed, fill
 from ssm_retrieval.statistics import geometric_mean_interval
 from ssm_retrieval.style import NAMES
 from ssm_retrieval.tables import markdown
-from ssm_retrieval.training import records, store
+from ssm_retrieval.training import store
+from synthetic import records
 
 HERE = Path(__file__).parent
 MEASURED = HERE / "measured.parquet"

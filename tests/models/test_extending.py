@@ -20,8 +20,8 @@ from ssm_retrieval.errors import UserError
 from ssm_retrieval.models.registry import preset_of
 from ssm_retrieval.registry import ARCHITECTURES
 from ssm_retrieval.style import NAMES, family_colors
-from ssm_retrieval.training import records
-from synthetic import run, tasks
+from ssm_retrieval.training.records import FORMAT
+from synthetic import records, run, tasks
 from synthetic.config import RunConfig, plan, run_id
 from synthetic.grid import grid
 
@@ -371,7 +371,7 @@ def test_a_users_task_has_options_of_its_own(theirs):
 @pytest.mark.parametrize("modules", ["my_mixer", [1], None])
 def test_a_damaged_list_of_modules_is_one_line(theirs, tmp_path, modules):
     settled = plan(RunConfig(seq_len=8), "mamba").to_dict()
-    kept = dict(format=records.FORMAT, run={"imports": modules}, plan=settled)
+    kept = dict(format=FORMAT, run={"imports": modules}, plan=settled)
     (tmp_path / "config.json").write_text(json.dumps(kept))
     with pytest.raises(UserError, match=r"config.json: run.imports is .*, not a list of names"):
         records.config(tmp_path)

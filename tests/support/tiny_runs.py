@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ssm_retrieval.training import records, store
-from synthetic import run
+from ssm_retrieval.training import store
+from synthetic import records, run
 
 
 def tiny_run(folder: Path, task: str, *more: str) -> Path:

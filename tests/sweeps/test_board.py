@@ -12,8 +12,8 @@ from ssm_retrieval.training import store
 from synthetic.board import Board
 from synthetic.config import plan
 from synthetic.display import cells
-from synthetic.executors import Job
 from synthetic.grid import grid
+from synthetic.jobs import Job
 
 
 @pytest.fixture

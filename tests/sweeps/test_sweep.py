@@ -105,7 +105,7 @@ def test_targets_add_up_to_the_evaluations(finished):
 
 
 def test_finished_runs_are_not_repeated(finished, tmp_path, monkeypatch, capsys):
-    from synthetic import executors
+    from ssm_retrieval.training import executors
 
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("result.json")}
     monkeypatch.setattr(executors, "Local", None)  # no pool is made where nothing is left to do

@@ -10,6 +10,7 @@ import pytest
 from ssm_retrieval import cli
 from ssm_retrieval.errors import MissingPackage, UserError
 from ssm_retrieval.training import store
+from ssm_retrieval.training.stopping import StopSignals
 
 
 def raised(error, out="results"):
@@ -64,7 +65,7 @@ def test_ctrl_c_is_status_130_and_says_what_is_kept(capsys):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_first_signal_asks_and_a_second_one_interrupts(number):
     before = signal.getsignal(number)
-    stop = cli.StopSignals()
+    stop = StopSignals()
     with stop:
         assert not stop.asked()
         signal.raise_signal(number)

@@ -15,7 +15,6 @@ import torch
 
 from ssm_retrieval.training import distributed, store
 from ssm_retrieval.training.distributed import World
-from synthetic import trainer
 
 ROOT = Path(__file__).parents[2]
 RUN = shlex.split(
@@ -73,7 +72,7 @@ def assert_same_numbers(one: Path, other: Path, near: float = 1e-4) -> None:
 
 def assert_same_checkpoint(one: Path, several: Path) -> None:
     """All weights and moments of one process' last checkpoint are in the shards of the other run's."""
-    wanted, header = store.load_tensors(one / trainer.SINGLE)
+    wanted, header = store.load_tensors(one / store.CHECKPOINT)
     place, progress = distributed.saved(several)
     assert progress["step"] == header["step"]
     found = {name: torch.full_like(tensor, torch.nan) for name, tensor in wanted.items()}

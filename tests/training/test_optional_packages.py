@@ -29,7 +29,7 @@ def optimizer():
 
 
 def ray():
-    from synthetic.executors import Ray
+    from ssm_retrieval.training.executors import Ray
 
     Ray(workers=1, threads=1, address=None, gpu=False)
 
@@ -37,7 +37,7 @@ def ray():
 def slurm():
     from pathlib import Path
 
-    from synthetic.executors import Slurm
+    from ssm_retrieval.training.executors import Slurm
 
     Slurm(Path("."), threads=1, parameters={}, gpu=False)
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from ssm_retrieval.errors import UserError
-from ssm_retrieval.training import loop, records, store
-from synthetic import results, trainer
+from ssm_retrieval.training import loop, store
+from ssm_retrieval.training.records import FORMAT, Count, checked, environment, record_of
+from synthetic import records, results, trainer
 from synthetic.config import RunConfig, plan
 
 SMALL = RunConfig(
@@ -37,7 +38,7 @@ def folder(made, tmp_path):
 
 READ = {
     "config.json": lambda folder: records.config(folder),
-    "environment.json": lambda folder: records.environment(folder),
+    "environment.json": lambda folder: environment(folder),
     "metrics.jsonl": lambda folder: records.metrics(folder),
     "by_position.jsonl": lambda folder: records.by_position(folder),
     "result.json": records.result,
@@ -107,7 +108,7 @@ def test_a_missing_field_is_named(folder, name):
 
 @pytest.mark.parametrize("name", [name for name in READ if name.endswith(".json")])
 def test_a_newer_file_is_told_as_newer(folder, name):
-    damage(folder / name, lambda old: old | {"format": records.FORMAT + 1, "flux": 1})
+    damage(folder / name, lambda old: old | {"format": FORMAT + 1, "flux": 1})
     refused(READ[name], folder, "written by a newer version (format 3; this one reads up to 2)", "update")
 
 
@@ -168,7 +169,7 @@ def test_a_folder_of_the_older_layout_is_told_as_such(folder):
 
 def unfinished(folder):
     (folder / "result.json").unlink()
-    return folder / trainer.SINGLE
+    return folder / store.CHECKPOINT
 
 
 def rewrite(path, change, header=None):
@@ -181,6 +182,8 @@ CHECKPOINTS = {
     "a tensor is gone": (lambda t: {k: v for k, v in t.items() if k != NAME}, None, f"lacks {NAME}"),
     "another shape": (lambda t: t | {NAME: torch.zeros(3, 3)}, None, f"{NAME} of shape (3, 3) instead of"),
     "a scalar, which would broadcast": (lambda t: t | {NAME: torch.zeros(())}, None, f"{NAME} of shape ()"),
+    "whole numbers": (lambda t: t | {NAME: t[NAME].long()}, None, f"{NAME} in torch.int64 instead of"),
+    "NaN among the numbers": (lambda t: t | {NAME: t[NAME] / 0 * 0}, None, f"NaN in {NAME}"),
     "no progress": (lambda t: t, {}, "lacks step"),
     "progress of a newer version": (lambda t: t, {"flux": 1}, "flux is unknown"),
     "progress that is none": (lambda t: t, {"step": "two"}, "step is 'two'"),
@@ -234,16 +237,16 @@ def test_a_damaged_table_is_behind(folder, content, name):
 
 def test_every_session_has_its_environment(folder, monkeypatch):
     """A resumed run keeps where and with what each part was trained; the table has every commit."""
-    first = records.environment(folder)["sessions"]
+    first = environment(folder)["sessions"]
     threads = torch.get_num_threads()
     assert len(first) == 1 and first[0]["threads"] == threads
     store.prepare(folder, {}, threads)  # the same again: nothing new
-    assert records.environment(folder)["sessions"] == first
+    assert environment(folder)["sessions"] == first
     monkeypatch.setattr(
         store, "environment", lambda threads: first[0] | {"threads": threads, "commit": "abc+"}
     )
     store.prepare(folder, {}, threads + 1)
-    found = records.environment(folder)
+    found = environment(folder)
     assert [session["threads"] for session in found["sessions"]] == [threads, threads + 1]
     assert found["threads"] == threads + 1
     rows, _ = results.tables(folder)
@@ -255,7 +258,7 @@ def test_an_environment_of_before_is_one_session(folder):
     path = folder / "environment.json"
     old = store.environment(3)
     store.write_json(path, old)
-    assert records.environment(folder)["sessions"] == [old]
+    assert environment(folder)["sessions"] == [old]
 
 
 # --- diverged runs ---------------------------------------------------------------------------------------
@@ -273,7 +276,7 @@ def test_a_run_that_diverges_stops_in_one_line_and_keeps_the_last_good_checkpoin
         return real(model, *rest, **more)
 
     monkeypatch.setattr(trainer, "update", update)
-    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(trainer.Session, "checkpoint_seconds", 0.0)
     monkeypatch.setattr(loop, "SHARE", 1e9)
     refused(
         lambda f: trainer.train(PLAN, f),
@@ -282,22 +285,24 @@ def test_a_run_that_diverges_stops_in_one_line_and_keeps_the_last_good_checkpoin
         "diverged with --lr",
         "step 2",
     )
-    tensors, header = store.load_tensors(tmp_path / trainer.SINGLE)
+    tensors, header = store.load_tensors(tmp_path / store.CHECKPOINT)
     assert header["step"] == 2 and all(t.isfinite().all() for t in tensors.values())
     assert not (tmp_path / "result.json").exists()
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
 
-def test_weights_that_a_step_ruined_are_no_checkpoint(tmp_path):
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("which", [0, -1])
+def test_weights_that_a_step_ruined_are_no_checkpoint(tmp_path, which, value):
     session = trainer.Session(PLAN, tmp_path, lambda event, row: None)
     session.step()
     session.checkpoint()
     session.step()
     with torch.no_grad():
-        next(session.model.parameters())[0] = float("inf")
-    with pytest.raises(trainer.Diverged, match="largest weight is inf"):
+        list(session.model.parameters())[which].view(-1)[0] = value
+    with pytest.raises(trainer.Diverged, match="a weight is no finite number at step 2"):
         session.checkpoint()
-    assert store.load_tensors(tmp_path / trainer.SINGLE)[1]["step"] == 1
+    assert store.load_tensors(tmp_path / store.CHECKPOINT)[1]["step"] == 1
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -309,9 +314,41 @@ def test_no_file_ever_holds_what_json_has_not(tmp_path, value):
         assert not path.exists()
 
 
-def test_plans_and_their_schema_have_the_same_fields():
-    """A field added to `Plan` must be added to what is read back."""
-    from synthetic.config import Plan
+# --- schemas of dataclasses ------------------------------------------------------------------------------
 
-    assert {f.name for f in dataclasses.fields(Plan)} == set(records.PlanRecord.model_fields)
-    assert {f.name for f in dataclasses.fields(trainer.Progress)} == set(records.ProgressRecord.model_fields)
+
+@dataclasses.dataclass
+class Size:
+    wide: Count
+    ratio: float | None
+    sides: tuple[float, float]
+    name: str = "square"
+
+
+RIGHT = {"wide": 2, "ratio": 1, "sides": [1, 2.5]}
+
+
+@pytest.mark.parametrize("value", [RIGHT, RIGHT | {"ratio": None, "name": "box"}])
+def test_json_of_a_dataclass_fits_its_schema(value):
+    assert checked(value, record_of(Size, complete=False), "a file") is value
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"wide": -1}, "wide is -1"), ({"wide": "2"}, "wide is '2'"), ({"wide": 2.0}, "wide is 2.0"),
+        ({"wide": True}, "wide is True"), ({"ratio": "1"}, "ratio"), ({"sides": [1]}, "sides"),
+        ({"sides": [1, 2, 3]}, "sides"), ({"sides": [1, "2"]}, "sides.1 is '2'"),
+        ({"sides": 1}, "sides is 1"), ({"name": None}, "name is None"), ({"flux": 1}, "flux is unknown"),
+    ],
+)  # fmt: skip
+def test_json_that_a_dataclass_cannot_have_is_named(change, said):
+    value = {"name": "box"} | RIGHT | change
+    for complete in (True, False):
+        refused(lambda _, c=complete: checked(value, record_of(Size, c), "a file"), None, "a file", said)
+
+
+def test_a_complete_schema_wants_fields_with_a_default_too():
+    refused(lambda _: checked(RIGHT, record_of(Size), "a file"), None, "a file lacks name; move")
+    lacking = {"name": "box", "ratio": 1.0, "sides": [1, 2]}
+    refused(lambda _: checked(lacking, record_of(Size, complete=False), "a file"), None, "lacks wide")

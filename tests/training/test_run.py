@@ -141,7 +141,7 @@ def test_work_since_the_last_checkpoint_is_redone_not_duplicated(tmp_path, monke
     ticks = itertools.count(1)
     with pytest.raises(trainer.Interrupted):
         trainer.train(p, crashed, should_stop=lambda: next(ticks) >= 7)
-    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 1e9)
+    monkeypatch.setattr(trainer.Session, "checkpoint_seconds", 1e9)
     session = trainer.Session(p, crashed, lambda event, row: None)
     for _ in range(6):  # steps 8 to 13, with the evaluation at 10, then "killed"
         session.step()
@@ -161,7 +161,7 @@ def test_full_disk_gives_one_line_and_the_run_resumes(tmp_path, monkeypatch, cap
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "CHECKPOINT_SECONDS", 0.0)
+        patch.setattr(trainer.Session, "checkpoint_seconds", 0.0)
         calls = itertools.count()
         real = os.replace
         patch.setattr(os, "replace", lambda *a: full() if next(calls) >= 9 else real(*a))

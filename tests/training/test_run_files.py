@@ -17,8 +17,8 @@ from rich.table import Table
 
 from ssm_retrieval import files
 from ssm_retrieval.terminal import plain_console
-from ssm_retrieval.training import records, store
-from synthetic import run, sweep, trainer
+from ssm_retrieval.training import store
+from synthetic import records, run, sweep, trainer
 
 SMALL = dict(
     seq_len=8, layers=1, d_state=4, queries=4, steps=4, eval_every=2, eval_examples=8, final_eval_examples=16,
@@ -261,7 +261,7 @@ def test_a_closed_terminal_leaves_a_checkpoint(tmp_path, capsys, monkeypatch, nu
     assert run.main(command(tmp_path / "runs")) == 130
     assert "stopped at step 2; nothing is lost" in capsys.readouterr().out
     folder = folder_of(tmp_path / "runs")
-    assert store.load_tensors(folder / trainer.SINGLE)[1]["step"] == 2
+    assert store.load_tensors(folder / store.CHECKPOINT)[1]["step"] == 2
     assert signal.getsignal(number) == before
     assert run.main(command(tmp_path / "runs")) == 0 and len(calls) == 4
 

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from ssm_retrieval import models
 from ssm_retrieval.ops.linear import Linear
-from ssm_retrieval.training import records, store
+from ssm_retrieval.training import store
+from ssm_retrieval.training.records import FORMAT
 from synthetic import evaluate, tasks, trainer
 
 DECAYED = {  # by the last two parts of their names: matrices that weight decay pulls, and no others
@@ -281,7 +282,7 @@ def test_a_finished_session_writes_down_what_it_did(tmp_path):
         assert row["chance"] == 1 / 16 and row["ci_low"] <= row["accuracy"] <= row["ci_high"]
     assert result["reached"] is False and result["longest_length"] == 0
     written = store.read_json(tmp_path / "result.json")
-    assert written == result and written["format"] == records.FORMAT
+    assert written == result and written["format"] == FORMAT
     places = store.read_rows(tmp_path / "by_position.jsonl")
     assert sum(row["count"] for row in places) == 40
     for row in places:
@@ -293,10 +294,10 @@ def test_a_finished_session_writes_down_what_it_did(tmp_path):
 
 def test_a_checkpoint_is_written_when_it_is_due_and_only_then(tmp_path, monkeypatch):
     for seconds, due in ((0.0, True), (1e9, False)):
-        monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", seconds)
+        monkeypatch.setattr(trainer.Session, "checkpoint_seconds", seconds)
         work = session(small("mamba"), tmp_path / str(due))
         work.step()
-        path = work.folder / trainer.SINGLE
+        path = work.folder / store.CHECKPOINT
         assert path.exists() == due
         if due:
             tensors, header = store.load_tensors(path)

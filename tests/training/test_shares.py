@@ -77,14 +77,14 @@ def test_a_step_is_written_once(tmp_path, monkeypatch):
         save_tensors(path, tensors, header)
 
     monkeypatch.setattr(store, "save_tensors", noted)
-    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0.0)  # due after every step
+    monkeypatch.setattr(trainer.Session, "checkpoint_seconds", 0.0)  # due after every step
     monkeypatch.setattr(loop, "SHARE", 1e9)
     settled = plan(RunConfig(seq_len=6, layers=1, device="cpu", precision="float32", steps=3), "mamba")
     steps = iter([False, True])
     with pytest.raises(trainer.Interrupted, match="step 2"):
         trainer.train(settled, tmp_path, should_stop=lambda: next(steps))
     trainer.train(settled, tmp_path)
-    expected = [(trainer.SINGLE, step) for step in (1, 2, 3)]
+    expected = [(store.CHECKPOINT, step) for step in (1, 2, 3)]
     assert written == [*expected, ("model.safetensors", 3)]
     (tmp_path / "result.json").unlink()  # as if it had been killed in its final evaluation
     trainer.train(settled, tmp_path)
@@ -109,7 +109,7 @@ def test_one_process_goes_on_from_the_shards_of_several(tmp_path):
     work.step()
     work.step()
     several(work)
-    assert not (work.folder / trainer.SINGLE).exists() and (work.folder / "checkpoint-2").is_dir()
+    assert not (work.folder / store.CHECKPOINT).exists() and (work.folder / "checkpoint-2").is_dir()
     want, progress = state_of(work), work.progress
     assert any(name.startswith("exp_avg_sq.") for name in want)
     events = []
@@ -135,7 +135,7 @@ def test_the_later_of_two_checkpoints_counts(tmp_path, last):
     for who in order:
         work.step()
         writers[who]()
-    assert (work.folder / trainer.SINGLE).exists() and distributed.saved(work.folder) is not None
+    assert (work.folder / store.CHECKPOINT).exists() and distributed.saved(work.folder) is not None
     again = session(work.plan, tmp_path)
     assert again.progress.step == 2
     want, found = state_of(work), state_of(again)

@@ -13,8 +13,8 @@ pytest.importorskip("sklearn", reason="scikit-learn is not installed; .ci/run in
 from vlm_runs import one_line
 
 from ssm_retrieval.errors import UserError
-from ssm_retrieval.training import store
-from vlm import components, evaluate, folders, stages
+from ssm_retrieval.training import session, store
+from vlm import components, evaluate, folders
 from vlm.scenes import encoder
 
 NAN, INF = float("nan"), float("inf")
@@ -154,14 +154,15 @@ def test_a_damaged_checkpoint_is_named(vlm_folder, how, said):
     optimizer.step()
     path, header = vlm_folder / folders.CHECKPOINT, {"step": 1, "seconds": 1.0, "tokens": 10}
     store.save_tensors(path, store.checkpoint_tensors(model, optimizer), header)
-    assert stages.resume(vlm_folder, model, optimizer, 3).step == 1
+    how_to = dict(remedy=folders.remedy(vlm_folder), limit=3)
+    assert session.resume(vlm_folder, model, optimizer, session.Progress, **how_to).step == 1
     if isinstance(how, str):
         damage_tensors(path, how)
     else:
         tensors, _ = store.load_tensors(path)
         store.save_tensors(path, tensors, header | how if isinstance(how, dict) else how)
-    with pytest.raises(UserError, match=rf"checkpoint.safetensors.*{said}.*; delete the folder") as raised:
-        stages.resume(vlm_folder, model, optimizer, 3)
+    with pytest.raises(UserError, match=rf"checkpoint.safetensors.*{said}.* delete the folder") as raised:
+        session.resume(vlm_folder, model, optimizer, session.Progress, **how_to)
     one_line(raised)
 
 

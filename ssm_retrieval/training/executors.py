@@ -1,7 +1,7 @@
-"""Where the runs of a sweep are executed: processes of this machine, a Ray cluster, or SLURM.
+"""Where the jobs of a sweep run: processes of this machine, a Ray cluster, or SLURM.
 
-An executor has `submit(job) -> Handle` and `close()`. Whatever it is, jobs write into the sweep's folder,
-which on a cluster must therefore be on a file system that all machines share.
+An executor has `submit(job) -> Handle` and `close()`. It knows nothing of what a job trains. Jobs write into
+their own folders, so on a cluster these must be on a file system that all machines share.
 """
 
 from __future__ import annotations
@@ -11,107 +11,94 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any, Protocol
 
 from ssm_retrieval.errors import UserError
-from synthetic.config import Plan, RunConfig
 
-HEARTBEAT = 1.0  # seconds between the notes a run leaves for the live table
+PROBLEM = "error.txt"  # in a job's folder: the traceback of its latest failure
 
 
 class Unavailable(UserError):
-    """What executes the runs is not installed or cannot be reached; one line with the remedy."""
+    """What executes the jobs is not installed or cannot be reached; one line with the remedy."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """One model to be trained in its folder."""
+class Job(Protocol):
+    """One training in its folder. It must be picklable, because it is sent to other processes."""
 
-    config: RunConfig
-    plan: Plan
-    folder: Path
-    purpose: str = "report"
-    threads: int = 1
+    @property
+    def folder(self) -> Path:
+        """Where it writes."""
+        ...
 
-    def finished(self) -> bool:
-        return (self.folder / "result.json").exists()
+    @property
+    def threads(self) -> int:
+        """CPU threads that it may use."""
+        ...
 
-    def bring_up_to_date(self) -> None:
-        """Mend what a kill after a run's last word, or another sweep's purpose for the run, left behind."""
-        from ssm_retrieval.training import records, store
-        from synthetic import results
-
-        if not self.finished():
-            return
-        saved = records.config(self.folder)
-        if saved.get("purpose") != self.purpose:
-            store.write_json(self.folder / "config.json", saved | {"purpose": self.purpose})
-        elif not results.behind(self.folder, self.purpose):
-            return
-        results.record(self.folder)
+    def train(self) -> None:
+        """Train, or resume what is there. The caller holds the folder's lock."""
+        ...
 
 
 class Handle(Protocol):
     """What `concurrent.futures.Future` and submitit's jobs have in common."""
 
-    def done(self) -> bool: ...
-    def exception(self) -> BaseException | None: ...
+    def done(self) -> bool:
+        """Whether the job has ended, well or not."""
+        ...
+
+    def exception(self) -> BaseException | None:
+        """What the job raised, if anything."""
+        ...
 
 
 class Executor(Protocol):
-    def submit(self, job: Job) -> Handle: ...
+    """What runs jobs."""
+
+    def submit(self, job: Job) -> Handle:
+        """Start the job as soon as there is room for it."""
+        ...
 
     def close(self) -> None:
-        """End everything that is still running; runs continue from their checkpoints another time."""
+        """End everything that is still running; jobs continue from their checkpoints another time."""
+        ...
 
 
 def execute(job: Job) -> None:
-    """Train a job's model, resuming what is there, and keep its part of the results store up to date.
+    """Train a job in this process.
 
-    Waits while another process is at work in the folder: a worker of a killed sweep, or another sweep's.
-    Raises whatever training raises, after leaving its traceback in <folder>/error.txt.
+    It waits while another process works in the folder: a worker of a killed sweep, or another sweep's. What
+    training raises is raised again, after its traceback was left in the folder (`PROBLEM`).
     """
     import torch
     from filelock import FileLock
 
-    from ssm_retrieval import registry
+    from ssm_retrieval.files import write_bytes
     from ssm_retrieval.ops.memory import keep_freed_memory
-    from ssm_retrieval.training import store
-    from synthetic import memory
-    from synthetic.results import begin, train_recorded
 
-    registry.use(job.config.imports)
     torch.set_num_threads(job.threads)
     keep_freed_memory()
-    told = 0.0
-
-    def listener(event: str, row: dict[str, Any]) -> None:
-        nonlocal told
-        if event == "step" and time.monotonic() - told > HEARTBEAT:
-            told = time.monotonic()
-            note = {key: row[key] for key in ("step", "length", "accuracy", "validation", "seconds")}
-            store.write_json(job.folder / "progress.json", note)
-
     job.folder.mkdir(parents=True, exist_ok=True)
     try:
-        memory.require(job.plan)
         with FileLock(job.folder / ".lock"):
-            begin(job.folder, job.config, job.plan, job.purpose)
-            train_recorded(job.plan, job.folder, listener)
-            (job.folder / "error.txt").unlink(missing_ok=True)
+            job.train()
+            (job.folder / PROBLEM).unlink(missing_ok=True)
     except Exception:
-        store.write_bytes(job.folder / "error.txt", traceback.format_exc().encode())
+        write_bytes(job.folder / PROBLEM, traceback.format_exc().encode())
         raise
 
 
 class Local:
-    """A pool of processes here; one that dies takes only its own run with it. GPUs are dealt out in turn."""
+    """A pool of processes here; one that dies takes only its own job with it. GPUs are dealt out in turn.
+
+    Args:
+        workers: processes.
+        threads: CPU threads of each.
+    """
 
     def __init__(self, workers: int, threads: int):
         import torch
@@ -126,9 +113,11 @@ class Local:
         )
 
     def submit(self, job: Job) -> Handle:
+        """Start the job as soon as a process is free."""
         return self.pool.submit(execute, None, job)
 
     def close(self) -> None:
+        """Stop all processes."""
         self.pool.stop()
         self.pool.join()
 
@@ -146,7 +135,7 @@ def _start_worker(counter: Synchronized[int], gpus: int, threads: int) -> None:
 
 
 def _die_with_parent() -> None:
-    """A killed sweep must not leave workers behind that go on with runs which its successor resumes."""
+    """A killed sweep must not leave workers behind that go on with jobs which its successor resumes."""
     from multiprocessing.connection import wait
 
     parent = multiprocessing.parent_process()
@@ -156,7 +145,17 @@ def _die_with_parent() -> None:
 
 
 class Ray:
-    """Tasks on a Ray cluster: an existing one (address), or one of `workers` processes made here."""
+    """Tasks on a Ray cluster.
+
+    Args:
+        workers: tasks at once, if a cluster is made here.
+        threads: CPU threads of a task.
+        address: of an existing cluster; None makes one on this machine.
+        gpu: whether every task needs a GPU.
+
+    Raises:
+        Unavailable: if Ray is not installed, or there is no cluster at the address.
+    """
 
     def __init__(self, workers: int, threads: int, address: str | None, gpu: bool):
         try:
@@ -182,10 +181,12 @@ class Ray:
         self.references: list[Any] = []
 
     def submit(self, job: Job) -> Handle:
+        """Start the job as soon as the cluster has room for it."""
         self.references.append(self.run.remote(job))
         return self.references[-1].future()
 
     def close(self) -> None:
+        """Cancel what is left and leave the cluster."""
         for reference in self.references:
             with contextlib.suppress(Exception):  # it may be finished, or its machine gone
                 self.ray.cancel(reference, force=True)
@@ -193,9 +194,16 @@ class Ray:
 
 
 class Slurm:
-    """A SLURM job per run, through submitit; the sweep waits for them and shows how they do.
+    """A SLURM job for each job, through submitit.
 
-    parameters: submitit's (slurm_partition, timeout_min, ...); cluster="local" tries it without SLURM.
+    Args:
+        folder: submitit's own files go to a subfolder of it.
+        threads: CPU threads of a job.
+        parameters: submitit's (slurm_partition, timeout_min, ...); cluster="local" tries it without SLURM.
+        gpu: whether every job needs a GPU.
+
+    Raises:
+        Unavailable: if submitit is not installed, there is no SLURM, or it does not know a parameter.
     """
 
     def __init__(self, folder: Path, threads: int, parameters: Mapping[str, Any], gpu: bool):
@@ -214,10 +222,12 @@ class Slurm:
         self.jobs: list[Any] = []
 
     def submit(self, job: Job) -> Handle:
+        """Queue the job."""
         self.jobs.append(self.executor.submit(execute, job))
         return self.jobs[-1]
 
     def close(self) -> None:
+        """Cancel what has not ended."""
         for job in self.jobs:
             if not job.done():
                 job.cancel(check=False)
