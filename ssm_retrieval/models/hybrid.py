@@ -101,6 +101,10 @@ class HybridConfig(Config):
             options.pop("position", None)
         return record.config(**options)
 
+    def attention_config(self) -> Any:
+        """The config of its attention blocks, whose heads a position scheme must suit."""
+        return self.parent_config("transformer")
+
 
 def read_pattern(pattern: str) -> list[tuple[str, ...]]:
     """The blocks of a pattern, each the names of its mixers.

@@ -20,6 +20,7 @@ from probes import run as probes
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.training import records, store
 from ssm_retrieval.training.tables import load
+from synthetic import records as run_records
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +166,8 @@ def test_a_run_that_cannot_be_read_is_not_called_damaged(copied, tmp_path, capsy
     def refused(path):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
-    monkeypatch.setattr(records, "text_of", refused)
+    for module in (records, run_records):
+        monkeypatch.setattr(module, "text_of", refused)
     for call in (
         probes.main([str(copied)]),
         report.main([str(copied), "--out", str(tmp_path / "page.html")]),
