@@ -9,6 +9,7 @@ A command is three lines:
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
@@ -16,7 +17,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, NoReturn, TypeVar
 
 import tyro
 
@@ -138,6 +139,24 @@ def write_anything() -> None:
     """Print what the terminal's encoding lacks, such as bars and curves, as question marks."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
+
+
+def leave(status: int) -> NoReturn:
+    """End the program; at once, without Python's own clean-up, if it is one process of several.
+
+    Threads of gloo may hold tensors when a process group is destroyed already; letting go of them while the
+    interpreter shuts down aborts the process, and torchrun then calls a finished run failed
+    (github.com/pytorch/pytorch/pull/179291).
+
+    Args:
+        status: exit status, what the command's `main` returned.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        with contextlib.suppress(OSError):  # nobody reads any more
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def use_threads(threads: int) -> None:

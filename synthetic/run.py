@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ssm_retrieval.cli import INTERRUPTED, fail, guarded, parse, use_threads
+from ssm_retrieval.cli import INTERRUPTED, fail, guarded, leave, parse, use_threads
 from ssm_retrieval.registry import ARCHITECTURES
 from ssm_retrieval.training.stopping import StopSignals
 from synthetic.config import Plan, RunConfig
@@ -164,4 +164,4 @@ def _report(runs: Runs, console: Console, anew: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

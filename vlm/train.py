@@ -22,7 +22,7 @@ import torch
 import tyro
 from rich.console import Console
 
-from ssm_retrieval.cli import INTERRUPTED, Imports, guarded, parse, use_threads
+from ssm_retrieval.cli import INTERRUPTED, Imports, guarded, leave, parse, use_threads
 from ssm_retrieval.errors import MissingPackage, UserError
 from ssm_retrieval.terminal import plain_console
 from ssm_retrieval.training import display
@@ -286,4 +286,4 @@ class Display(display.Display):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -342,6 +342,6 @@ def test_nothing_to_load(tmp_path):
 @pytest.mark.slow
 def test_kill_9_at_random_moments(tmp_path):
     script = Path(__file__).parent / "kill_sweep.py"
-    words = [sys.executable, str(script), "--kills", "4", "--out", str(tmp_path)]
+    words = [sys.executable, str(script), "--kills", "3", "--out", str(tmp_path)]
     result = subprocess.run(words, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

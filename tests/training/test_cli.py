@@ -4,6 +4,8 @@ import errno
 import os
 import signal
 import stat
+import subprocess
+import sys
 
 import pytest
 
@@ -97,3 +99,15 @@ def test_a_link_stays_a_link_and_its_file_is_replaced(tmp_path):
     store.write_bytes(tmp_path / "link.json", b"new")
     assert (tmp_path / "link.json").is_symlink()
     assert (tmp_path / "real.json").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("processes, cleaned", [("1", True), ("2", False)])
+def test_one_of_several_processes_leaves_without_the_interpreters_clean_up(processes, cleaned):
+    """What that clean-up does beside threads of gloo is a race; that there is none can be seen."""
+    code = (
+        "import atexit\nfrom ssm_retrieval import cli\n"
+        "atexit.register(print, 'cleaned')\nprint('done')\ncli.leave(3)"
+    )
+    env = os.environ | {"WORLD_SIZE": processes}
+    left = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert left.returncode == 3 and left.stdout == "done\n" + "cleaned\n" * cleaned
