@@ -247,8 +247,9 @@ def test_values_that_no_run_can_have(option, message, tmp_path, capsys):
 def test_a_closed_terminal_stops_a_sweep_in_one_line(number, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sweep, "sweep", lambda wanted: os.kill(os.getpid(), number) or signal.pause())
     kept = signal.getsignal(number)
-    if kept is signal.SIG_IGN:  # pytest was started by nohup; the sweep would rightly not mind either
-        signal.signal(number, signal.SIG_DFL)
+    if kept is signal.SIG_IGN:  # pytest was started by nohup or behind `&`; the sweep would rightly not mind
+        usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, usual)
     try:
         assert sweep.main([write(tmp_path), "--out", str(tmp_path / "runs")]) == 130
     finally:
