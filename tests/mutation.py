@@ -33,7 +33,9 @@ TESTS: dict[str, list[str]] = {
         "test_session", "test_golden", "test_run", "test_memory", "test_tasks_training", "test_evaluate",
         "test_stopping", "test_run_init", "test_records", "test_shares", "test_trainer",
     ],
-    "ssm_retrieval.training.session": ["test_trainer", "test_session", "test_golden", "test_stopping", "test_shares"],
+    "ssm_retrieval.training.session": [
+        "test_trainer", "test_session", "test_golden", "test_stopping", "test_shares",
+    ],
     "ssm_retrieval.training.optimizers": [
         "test_session", "test_golden", "test_memory", "test_run", "test_planning", "test_optional_packages",
     ],
