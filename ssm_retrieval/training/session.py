@@ -10,6 +10,7 @@ number. So a training that was stopped and resumed ends bit for bit with the num
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -211,7 +212,7 @@ class Session(ABC, Generic[P, B]):
 
     def require_finite(self, value: float, what: str) -> None:
         """Raises Diverged if a number is NaN or infinite."""
-        if not -float("inf") < value < float("inf"):
+        if not math.isfinite(value):
             raise self.diverged(f"{what} is {value}")
 
     def require_finite_weights(self) -> None:

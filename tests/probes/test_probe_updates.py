@@ -261,8 +261,9 @@ def test_recorded_scans_are_the_layers_own(family):
         states = torch.cat([h for _, h in iterate_states(scan)], 1)
         theirs = cache[f"blocks.{layer}.mixer.hook_ssm_state"].view_as(states)
         torch.testing.assert_close(states, theirs, rtol=1e-4, atol=1e-6)
-        one = torch.cat([h for _, h in iterate_states(scan.sequence(1))], 1)
-        torch.testing.assert_close(one, states[1:])
+        for b in range(len(IDS)):
+            one = torch.cat([h for _, h in iterate_states(scan.sequence(b))], 1)
+            torch.testing.assert_close(one, states[b : b + 1])
     embedded = record_scans(model, layers=ssm[1:], inputs_embeds=model.embedding(IDS))
     assert list(embedded) == ssm[1:]
     torch.testing.assert_close(embedded[ssm[1]].dt, scans[ssm[1]].dt)
