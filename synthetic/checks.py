@@ -247,9 +247,9 @@ def check_particular(config: RunConfig) -> None:
     models = " ".join(config.model)
     for name, (_, kind) in PARTICULAR.items():
         value = getattr(config, name)
+        having = [model for model in config.model if not lacks(ARCHITECTURES[model], name)]
         check(
-            value == getattr(type(config), name)
-            or not all(lacks(ARCHITECTURES[m], name) for m in config.model),
+            value == getattr(type(config), name) or bool(having),
             f"{option(name)} {value} is for {kind}, which --model {models} lacks; leave it out",
         )
 

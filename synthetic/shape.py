@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from ssm_retrieval.errors import UserError
@@ -41,9 +42,7 @@ def changes(config: RunConfig, architecture: Architecture, usual: Any) -> dict[s
     asked = {field: getattr(config, name) for name, field in FIELDS.items() if architecture.has(field)}
     asked |= _heads(config, architecture, usual)
     found = {name: value for name, value in asked.items() if value not in (None, getattr(usual, name))}
-    bare = (
-        {"position": "none"} if architecture.positions else {}
-    )  # heads must suit it, which is checked later
+    bare = {"position": "none"} if architecture.positions else {}  # `config.plan` checks what RoPE needs
     try:
         usual.replace(**found, **bare)
     except UserError as error:
@@ -53,25 +52,25 @@ def changes(config: RunConfig, architecture: Architecture, usual: Any) -> dict[s
 
 def _heads(config: RunConfig, architecture: Architecture, usual: Any) -> dict[str, Any]:
     """--heads as a field: the number of attention's heads, or the channels of each of Mamba-2's."""
-    width = config.d_model or usual.d_model
+    width, model = config.d_model or usual.d_model, f"{said(config)}: --model {architecture.name} has"
     if architecture.has("n_head"):
         channels, heads = width, config.heads or usual.n_head
         found = {"n_head": config.heads}
     elif architecture.has("headdim"):
         channels = usual.expand * width
-        heads = config.heads or max(1, channels // usual.headdim)
-        found = {"headdim": channels // heads if config.heads else None}
+        fitting = channels // math.gcd(channels, usual.headdim)
         check(
-            bool(config.heads) or channels % usual.headdim == 0,
-            f"{said(config)} gives --model {architecture.name} {channels} channels, which heads of "
-            f"{usual.headdim} do not divide; give --heads, such as {heads}",
+            config.heads is not None or fitting * usual.headdim == channels,
+            f"{model} {channels} channels, which heads of {usual.headdim} do not divide; give --heads, as in "
+            f"--heads {fitting}",
         )
+        heads = config.heads or fitting
+        found = {"headdim": channels // heads if config.heads else None}
     else:
         return {}
     check(
         channels % heads == 0,
-        f"{said(config)} gives --model {architecture.name} {channels} channels, which {heads} heads do not "
-        "divide; change --d-model or --heads",
+        f"{model} {channels} channels, which {heads} heads do not divide; change --d-model or --heads",
     )
     return found
 

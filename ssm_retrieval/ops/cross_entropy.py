@@ -67,8 +67,8 @@ def linear_cross_entropy(
     """
     refuse_tracing("linear_cross_entropy")
     _check(x, weight, labels)
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing={label_smoothing} must be between 0 and 1")
+    if not isinstance(label_smoothing, (int, float)) or not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing={label_smoothing!r} must be a number from 0 to 1")
     device, backend = x.device.type, asked("auto")
     dtype = weight.dtype
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
