@@ -123,11 +123,11 @@ task's tokens are added to its vocabulary."""
     """Heads of attention, or of Mamba-2. They must divide the width, and Mamba-2's the inner one."""
     d_state: Annotated[int | None, unset("INT", "the preset's")] = None
     """State size per channel of Mamba and Mamba-2, 1 to 256."""
-    d_conv: Annotated[int | None, unset("INT", "4")] = None
+    d_conv: Annotated[int | None, unset("INT", "the preset's")] = None
     """Taps of the short convolution before a state space: each token sees this many, itself included."""
     ssm_init: Annotated[str | None, unset("STR", "default")] = None
-    """First weights of state space models. default: as published. recall: a long memory, read by what it \
-was written with, which helps retrieval. A wrong name lists all."""
+    """First weights of state space models. default: as published. recall: a memory that does not fade and \
+is read by what it was written with, which helps retrieval. A wrong name lists all, parts of recall too."""
     protocol: Literal["default", "paper"] = "default"
     """default: many queries per sequence, a length curriculum, large steps. paper: one query per sequence, \
 fixed length, and the papers' loss, learning rate and budget; too slow for a CPU."""

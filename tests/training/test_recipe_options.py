@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
+import pandas as pd
 import pytest
 import torch
 from sessions import SMALL, session, small, watch_inputs, watch_steps
@@ -15,7 +17,7 @@ from ssm_retrieval.models import configuration, mamba, transformer
 from ssm_retrieval.models.architecture import Architecture
 from ssm_retrieval.models.configuration import derived
 from ssm_retrieval.registry import ARCHITECTURES
-from synthetic import tasks
+from synthetic import results, tasks
 from synthetic.config import RunConfig, plan, run_id
 
 # Plain names of the parameters that --ssm-lr is for
@@ -243,3 +245,37 @@ def test_the_papers_protocol_takes_another_batch():
     config = RunConfig(seq_len=16, model=("mamba",), protocol="paper", device="cpu", batch_size=64)
     p = plan(config, "mamba")
     assert p.batch_size == 64 and p.warmup == 20_000_000 // 64 // 10  # a tenth of the steps there are
+
+
+# --- what is written ---------------------------------------------------------------------------------
+
+
+def columns(family: str, **asked) -> dict:
+    """What a run's file of results says it was, read back from JSON as there."""
+    settled = plan(dataclasses.replace(SMALL, model=(family,), **asked), family)
+    return results.config_columns(json.loads(json.dumps(settled.to_dict())))
+
+
+def test_the_results_say_which_recipe_a_run_had():
+    recipe = dict(batch_size=9, label_smoothing=0.1, betas=(0.9, 0.95), schedule="cosine", flat=3)
+    shape = dict(d_conv=2, d_model=64, heads=2)
+    found = columns("mamba2", **recipe, **shape, ssm_lr=0.5, batch_tokens=2048)
+    wanted = {**recipe, **shape, "ssm_lr": 0.5, "betas": "0.9 0.95"}
+    assert found.items() >= wanted.items()
+    usual = dict(d_conv=4, batch_size=None, label_smoothing=0, betas="0.9 0.98", ssm_lr=1, flat=None)
+    assert columns("mamba").items() >= usual.items()
+    assert columns("transformer")["heads"] == 4 and columns("transformer")["d_conv"] is None
+
+
+def test_runs_of_two_recipes_are_not_pooled():
+    """And tables from before these columns still tell runs apart by those that they have."""
+    rows = [
+        columns("mamba", **asked) | dict(run=str(n), seed=0)
+        for n, asked in enumerate([{}, dict(label_smoothing=0.1), dict(schedule="linear")])
+    ]
+    table = pd.DataFrame(rows).assign(
+        purpose="report", parameters=1, parameters_without_embeddings=1, commit=""
+    )
+    cell = ["task", "model", "seq_len", "seed"]
+    assert results.apart(table, cell) == ["schedule", "label_smoothing"]
+    assert results.apart(table.drop(columns=list(results.RECIPE)), cell) == ["schedule"]
