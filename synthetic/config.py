@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from ssm_retrieval import registry
 from ssm_retrieval.cli import Imports
 from ssm_retrieval.errors import UserError
-from ssm_retrieval.registry import ARCHITECTURES, Registry
-from synthetic.checks import check, check_values, position
+from ssm_retrieval.registry import ARCHITECTURES
+from synthetic.checks import PARTICULAR, check, check_names, check_optimizer, check_values, lacks, position
 from synthetic.identity import TRAINING_VERSION, Plan, normal, run_id
 from synthetic.options import TaskOptions, chosen
 from synthetic.options import settled as settled_options
@@ -114,12 +113,21 @@ position-varlen. Each batch draws a length up to --seq-len; evaluation always us
     """Start from published weights: a folder, or a name on the Hugging Face hub such as \
 state-spaces/mamba-130m, with the one --model that it holds. Shape and positions are the checkpoint's; the \
 task's tokens are added to its vocabulary."""
+    d_model: Annotated[int | None, unset("INT", "the preset's; tiny: 128")] = None
+    """Width: channels of the residual stream."""
     layers: Annotated[
         int | None, unset("INT", "the preset's; tiny: Transformer 2, hybrid 3, Mamba and Mamba-2 4")
     ] = None
     """Number of blocks."""
+    heads: Annotated[int | None, unset("INT", "the preset's; tiny: 4")] = None
+    """Heads of attention, or of Mamba-2. They must divide the width, and Mamba-2's the inner one."""
     d_state: Annotated[int | None, unset("INT", "the preset's")] = None
     """State size per channel of Mamba and Mamba-2, 1 to 256."""
+    d_conv: Annotated[int | None, unset("INT", "the preset's")] = None
+    """Taps of the short convolution before a state space: each token sees this many, itself included."""
+    ssm_init: Annotated[str | None, unset("STR", "default")] = None
+    """First weights of state space models. default: as published. recall: a memory that does not fade and \
+is read by what it was written with, which helps retrieval. A wrong name lists all, parts of recall too."""
     protocol: Literal["default", "paper"] = "default"
     """default: many queries per sequence, a length curriculum, large steps. paper: one query per sequence, \
 fixed length, and the papers' loss, learning rate and budget; too slow for a CPU."""
@@ -143,6 +151,18 @@ both; 5e-5 with --protocol paper."""
 must confirm it. 1.01: never stop early."""
     batch_tokens: int = 2048
     """Tokens per batch. The number of sequences follows from their length, but is never less than 8."""
+    batch_size: Annotated[int | None, unset("INT", "by --batch-tokens; 128 with --protocol paper")] = None
+    """Sequences per batch, whatever their length, instead of --batch-tokens."""
+    label_smoothing: float = 0.0
+    """Share of each training target that is spread over the whole vocabulary, 0 to below 1. Evaluations \
+report the loss without it."""
+    betas: Annotated[
+        tuple[float, float] | None, unset("FLOAT FLOAT", "0.9 0.98; 0.9 0.999 with --protocol paper")
+    ] = None
+    """AdamW's decay rates of the mean gradient and of its square."""
+    ssm_lr: float = 1.0
+    """Factor on the learning rate of a state space's own parameters: A, D, and the bias and projection of \
+dt (of Mamba-2 the bias only). S4 uses less than 1. 0: they keep their first values."""
     weight_decay: float = 0.0
     """AdamW's weight decay of matrices; norms, biases, embeddings and SSM parameters have none."""
     warmup: Annotated[
@@ -150,7 +170,9 @@ must confirm it. 1.01: never stop early."""
     ] = None
     """Steps in which the learning rate rises to its peak."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """Course of the learning rate after the warm-up, until --steps or --budget."""
+    """Course of the learning rate until --steps or --budget; cosine and linear fall to 0."""
+    flat: Annotated[int | None, unset("INT", "none: the decay begins with the first step")] = None
+    """Steps at the peak between the warm-up and the decay, which takes the rest of --steps."""
     grad_clip: float = 1.0
     """Largest norm of the gradient. 0: no clipping."""
     eval_every: Annotated[
@@ -193,6 +215,8 @@ PYTHONPATH. May be given several times."""
     def __post_init__(self) -> None:
         if isinstance(self.model, str):  # RunConfig(model="mamba")
             object.__setattr__(self, "model", (self.model,))
+        if isinstance(self.betas, list):  # of a file
+            object.__setattr__(self, "betas", tuple(self.betas))
         if isinstance(self.task_options, Mapping):
             plain = {n: v.item() if isinstance(v, np.generic) else v for n, v in self.task_options.items()}
             object.__setattr__(self, "task_options", plain)
@@ -201,7 +225,7 @@ PYTHONPATH. May be given several times."""
         """The configuration for one of the models: without options that it lacks."""
         check_names(self)
         architecture = ARCHITECTURES.find(family)
-        lacking = [] if architecture.has("d_state") else ["d_state"]
+        lacking = [name for name in PARTICULAR if lacks(architecture, name)]
         lacking += [] if architecture.positions else ["position", "rotary_pct"]
         own: dict[str, Any] = {name: getattr(RunConfig, name) for name in lacking}
         return replace(self, **own, model=(family,))
@@ -222,6 +246,7 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
         UserError: with one line, for values that are impossible or contradict each other.
     """
     from synthetic import pretrained, tasks
+    from synthetic.device import resolve_device, resolve_precision
 
     check_names(config)
     paper = config.protocol == "paper"
@@ -254,7 +279,8 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
     steps, budget = config.steps, config.budget
     if steps is None and budget is None:
         steps, budget = (None, PAPER_EXAMPLES) if paper else (DEFAULT_STEPS, None)
-    total = steps or (budget or 0) // PAPER_BATCH  # steps of a run by the papers' protocol
+    batch_size = config.batch_size or (PAPER_BATCH if paper else None)
+    total = steps or (budget or 0) // (batch_size or PAPER_BATCH)  # steps of a run by the papers' protocol
     device = resolve_device(config.device, elsewhere)
     at, usual = (128, DEFAULT_LR) if start is None else (768, PRETRAINED_LR)
     default_lr = PAPER_LR if paper else usual * (at / width) ** 0.5
@@ -274,13 +300,13 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
         budget=budget,
         stop_at=config.stop_at or (0.95 if paper else 0.98),
         batch_tokens=config.batch_tokens,
-        batch_size=PAPER_BATCH if paper else None,
+        batch_size=batch_size,
         weight_decay=config.weight_decay,
         warmup=(total // recipe.warmup if recipe else 50) if config.warmup is None else config.warmup,
         schedule=recipe.schedule if recipe else config.schedule,
         grad_clip=config.grad_clip,
         eval_every=config.eval_every or (max(1, total // recipe.evaluations) if recipe else 100),
-        betas=(0.9, 0.999) if paper else (0.9, 0.98),
+        betas=config.betas or ((0.9, 0.999) if paper else (0.9, 0.98)),
         eval_examples=config.eval_examples,
         final_eval_examples=config.final_eval_examples,
         seed=config.seed,
@@ -290,28 +316,13 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
         accumulate=config.accumulate,
         checkpointing=config.checkpointing,
         lora=config.lora,
+        label_smoothing=config.label_smoothing,
+        ssm_lr=1.0 if lacks(ARCHITECTURES[family], "ssm_lr") else config.ssm_lr,
+        flat=config.flat,
         init=None if start is None else start.record,
     )
+    check_optimizer(settled)
     return normal(settled)
-
-
-def check_names(config: RunConfig) -> None:
-    """Import the user's modules and check that the models and the task exist.
-
-    Raises:
-        UserError: for a name that neither the toolkit nor the user's modules have.
-    """
-    registry.use(config.imports)
-    asked: list[tuple[str, Registry[Any], tuple[str, ...]]] = [
-        ("model", ARCHITECTURES, config.model),
-        ("task", TASKS, (config.task,)),
-    ]
-    for option, registered, names in asked:
-        for name in names:
-            try:
-                registered.find(name)
-            except UserError as error:
-                raise UserError(f"--{option} {name}: {error}") from error
 
 
 def _model(
@@ -320,6 +331,7 @@ def _model(
     """Registry name, overrides and width of a model that starts from random weights."""
     from ssm_retrieval import models
     from ssm_retrieval.models.registry import preset_of
+    from synthetic import shape
 
     paper = config.protocol == "paper"
     overrides: dict[str, Any] = {"vocab_size": task.vocab_size}
@@ -334,19 +346,17 @@ def _model(
         usual: Any = models.config(name)
     except ValueError as error:
         raise UserError(f"--preset {config.preset}: {error}") from error
+    changes = shape.changes(config, architecture, usual)
     if overrides.get("position") == "rope":
-        width = (usual.attention_config() if hasattr(usual, "attention_config") else usual).d_head
+        bare: Any = models.config(name, **changes, position="none")
+        width = (bare.attention_config() if hasattr(bare, "attention_config") else bare).d_head
         check(
             int(width * config.rotary_pct) >= 2,  # RoPE rotates pairs of dimensions
             f"--rotary-pct {config.rotary_pct} rotates none of the {width} dimensions of a head; "
             f"use at least {2 / width:g}, or --position none",
         )
         overrides["rotary_pct"] = config.rotary_pct
-    # a value that equals the preset's leads to the same run as leaving it out
-    if config.layers is not None and config.layers != usual.n_layer:
-        overrides["n_layer"] = config.layers
-    if config.d_state is not None and architecture.has("d_state") and config.d_state != usual.d_state:
-        overrides["d_state"] = config.d_state
+    overrides |= changes
     width = models.config(name, **overrides).d_model
     if not paper:
         if architecture.has("embedding_std"):
@@ -365,35 +375,3 @@ def first_length(task: Task) -> int:
             continue
         return length
     return task.seq_len
-
-
-def resolve_device(device: str, elsewhere: bool = False) -> str:
-    """auto -> cuda if there is one, else cpu (mps has no fast scan, so it must be asked for).
-
-    Raises:
-        UserError: if the device is not here, unless the run is for another machine.
-    """
-    import torch
-
-    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device == "auto":
-        return "cuda" if present["cuda"] else "cpu"
-    check(elsewhere or present[device], f"--device {device} is not available here; use --device cpu")
-    return device
-
-
-def resolve_precision(precision: str, device: str) -> str:
-    """auto -> bfloat16 where the hardware multiplies it natively, else float32.
-
-    A GPU of another machine cannot be asked; it is taken to have bfloat16.
-    """
-    import torch
-
-    if precision != "auto":
-        return precision
-    if device == "cuda":
-        present = torch.cuda.is_available()
-        return "float32" if present and not torch.cuda.is_bf16_supported() else "bfloat16"
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every release of torch
-    native = device == "cpu" and any(getattr(torch.cpu, probe, bool)() for probe in probes)
-    return "bfloat16" if native else "float32"

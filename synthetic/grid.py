@@ -178,12 +178,14 @@ def default_out(file: Path) -> str:
     return f"runs/{stem}"
 
 
-Group = tuple[str, str, str, str | None, int | None]
+Group = tuple[str, str, str, str | None, int | None, int | None, int | None, str | None]
 
 
 def group(run: RunConfig) -> Group:
-    """What runs with one learning rate share: task, family, size or checkpoint, positions, depth."""
-    return run.task, run.model[0], run.init or run.preset, run.position, run.layers
+    """What runs with one learning rate share: task, family, size or checkpoint, positions, depth, width,
+    convolution, first weights."""
+    size = run.init or run.preset
+    return run.task, run.model[0], size, run.position, run.layers, run.d_model, run.d_conv, run.ssm_init
 
 
 def validation_runs(sweep: Sweep) -> dict[Group, dict[float, list[RunConfig]]]:

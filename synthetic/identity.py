@@ -18,8 +18,8 @@ TRAINING_VERSION = 2  # 2: a validation split decides when training stops, and i
 NEVER = 1.01  # a --stop-at that no accuracy reaches
 # Fields of a plan that its architecture settles, and options that decide some of them: runs that agree in all
 # other fields, and in these options, are one comparison of architectures.
-OF_A_MODEL = ("family", "model", "model_overrides", "lr", "init")
-ASKED_OF_A_MODEL = ("lr", "preset", "layers", "init")
+OF_A_MODEL = ("family", "model", "model_overrides", "lr", "ssm_lr", "init")
+ASKED_OF_A_MODEL = ("lr", "preset", "d_model", "layers", "init")
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,9 @@ class Plan:
     accumulate: int = 1
     checkpointing: bool = False
     lora: int = 0
+    label_smoothing: float = 0.0
+    ssm_lr: float = 1.0  # factor on the rate of a recurrence's own parameters
+    flat: int | None = None  # steps at the peak before the decay; None: the decay begins with the first step
     init: dict[str, str] | None = None  # path and sha256 of the checkpoint that training starts from
 
     def __post_init__(self) -> None:
@@ -68,7 +71,7 @@ class Plan:
             number = next((n for n in (int, float) if kind in (n, n | None)), None)
             if number is not None and value is not None:
                 object.__setattr__(self, name, number(value))
-        object.__setattr__(self, "betas", tuple(self.betas))
+        object.__setattr__(self, "betas", tuple(map(float, self.betas)))
 
     def to_dict(self) -> dict[str, Any]:
         late = {f.name: f.default for f in dataclasses.fields(self) if f.default is not dataclasses.MISSING}
@@ -91,6 +94,9 @@ def normal(plan: Plan) -> Plan:
         changed["curriculum"] = 0  # either way training is at seq_len from the first step
     if plan.warmup == 1:
         changed["warmup"] = 0  # the first step has the full rate either way
+        changed["flat"] = None if plan.flat is None else plan.flat + 1  # and so the decay begins when it did
+    elif plan.warmup == 0 and plan.flat == 0:
+        changed["flat"] = None
     if plan.stop_at > 1:
         changed["stop_at"] = NEVER
     if plan.batch_size is not None:

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from synthetic.config import Plan, RunConfig
     from synthetic.tasks import Task
 
-SHAPE_OPTIONS = ("preset", "layers", "d_state", "position", "rotary_pct")  # which the checkpoint settles
+# Options that the checkpoint settles
+SHAPE_OPTIONS = ("preset", "d_model", "layers", "heads", "d_state", "d_conv", "ssm_init", "position",
+                 "rotary_pct")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,13 @@ from ssm_retrieval.training.parquet import to_parquet
 from ssm_retrieval.training.records import environment
 from ssm_retrieval.training.store import Row
 from synthetic import records
+from synthetic.identity import Plan
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from ssm_retrieval.training.distributed import World
-    from synthetic.config import Plan, RunConfig
+    from synthetic.config import RunConfig
     from synthetic.trainer import Listener
 
 RESULTS, TARGETS = "results", "targets"  # folders beside the runs
@@ -68,6 +69,17 @@ CONFIG = {
     "precision": ("string", "float32 or bfloat16"),
     "commit": ("string", "of this project, of every session of the run; + if files differed from it"),
 }
+# Also of what was run, but younger than the tables of some studies, which lack these columns.
+RECIPE = {
+    "heads": ("int64", "of attention, or of Mamba-2; missing for models without"),
+    "d_conv": ("int64", "taps of the short convolution; missing for Transformers"),
+    "ssm_init": ("string", "first weights of state space models; missing where there is no choice"),
+    "batch_size": ("int64", "sequences per batch; missing if batch_tokens decides"),
+    "label_smoothing": ("float64", "of the training loss"),
+    "betas": ("string", "of AdamW"),
+    "ssm_lr": ("float64", "factor on the learning rate of a state space's own parameters"),
+    "flat": ("int64", "steps between warm-up and decay; missing if the decay begins with the first step"),
+}
 PROGRESS = {
     "kind": ("string", "during: in training; final: after it, on more sequences"),
     "split": ("string", "validation in training, heldout in final rows; they share no sequence"),
@@ -80,8 +92,9 @@ PROGRESS = {
 }
 EVALUATION = {
     **CONFIG,
+    **RECIPE,
     **PROGRESS,
-    "train_loss": ("float64", "cross-entropy of the last training batch in nats; missing in final rows"),
+    "train_loss": ("float64", "loss of the last training batch in nats, smoothed; missing in final rows"),
     "train_accuracy": ("float64", "of the last training batch, several queries each; missing in final rows"),
     "loss": ("float64", "cross-entropy of the answers in nats, on the sequences of `split`"),
     "accuracy": ("float64", "on the sequences of `split`, 0 .. 1"),
@@ -98,6 +111,7 @@ EVALUATION = {
 }
 TARGET = {
     **CONFIG,
+    **RECIPE,
     **PROGRESS,
     "target_low": ("int64", "first place of this part of the context, 0-based"),
     "target_high": ("int64", "one past its last place"),
@@ -243,7 +257,7 @@ def _commits(folder: Path) -> str | None:
 
 
 def config_columns(plan: Row) -> Row:
-    """The CONFIG columns that a plan (as a dictionary) determines."""
+    """The CONFIG and RECIPE columns that a plan (as a dictionary) determines."""
     from ssm_retrieval import models
 
     options, family = plan["task_options"], plan["family"]
@@ -261,6 +275,11 @@ def config_columns(plan: Row) -> Row:
         "n_layer": shape.n_layer,
         "d_model": shape.d_model,
         "d_state": getattr(shape, "d_state", None),
+        "heads": getattr(shape, "n_head", None),
+        **{name: getattr(shape, name, None) for name in ("d_conv", "ssm_init")},
+        "batch_size": plan["batch_size"],
+        "betas": " ".join(map(str, plan["betas"])),
+        **{name: plan.get(name, getattr(Plan, name)) for name in ("label_smoothing", "ssm_lr", "flat")},
     }
 
 
@@ -274,6 +293,7 @@ def _num_symbols(task: str, options: str) -> int:
 def apart(table: pd.DataFrame, cell: list[str]) -> list[str]:
     """Columns of the configuration that differ within a cell, so that a seed stands in it more than once."""
     others = [name for name in CONFIG if name not in cell and name not in SHOWN and name not in SIZES]
+    others += [name for name in RECIPE if name in table]
     counts = table.groupby(cell, dropna=False)[others].nunique(dropna=False)
     return [name for name in others if (counts[name] > 1).any()]
 

@@ -288,16 +288,16 @@ def _report_rates(
     lost = {job.folder for job, _ in failed}
     rows: list[dict[str, Any]] = []
     for name, candidates in tuning.items():
-        task, model, preset, position, layers = name
+        task, model, preset, position, layers, d_model, d_conv, ssm_init = name
         row = dict(
-            task=task, model=model, preset=preset, position=position, layers=layers, lr=rates.get(name)
-        )
+            task=task, model=model, preset=preset, position=position, layers=layers, d_model=d_model,
+            d_conv=d_conv, ssm_init=ssm_init, lr=rates.get(name),
+        )  # fmt: skip
         for lr, jobs in candidates.items():
             scores = [_score(job) for job in jobs if job.folder not in lost]
             rows.append({**row, "candidate": lr, "scores": scores, "runs": [job.folder.name for job in jobs]})
-        words = " ".join(
-            str(part) for part in (model, preset, position, layers and f"{layers} layers") if part
-        )
+        shape = (layers and f"{layers} layers", d_model and f"width {d_model}", d_conv and f"{d_conv} taps")
+        words = " ".join(str(part) for part in (model, preset, position, *shape, ssm_init) if part)
         chosen = f"learning rate {rates[name]:g}" if name in rates else "no learning rate: its runs failed"
         console.print(f"{words} ({task}): {chosen}", soft_wrap=True)
     store.write_json(out / "learning_rates.json", rows)

@@ -260,9 +260,13 @@ class Session(session.Session[Progress, Batch]):
 
 
 def learning_rate(plan: Plan, now: Progress) -> float:
-    """Factor on the peak rate: linear warm-up, then the schedule over the whole budget."""
+    """Factor on the peak rate: linear warm-up, and the schedule over the whole budget or after `flat`."""
     warm = warm_up(now.step, plan.warmup)
-    part = now.step / plan.steps if plan.steps is not None else now.examples / (plan.budget or 1)
+    if plan.steps is None:
+        part = now.examples / (plan.budget or 1)
+    else:
+        first = 0 if plan.flat is None else plan.warmup + plan.flat  # step of the decay
+        part = max(0.0, (now.step - first) / (plan.steps - first))
     if plan.schedule == "constant":
         return warm
     if plan.schedule == "linear":
@@ -311,7 +315,7 @@ def update(
     loss_of: distributed.Loss | None = None,
     world: World = ALONE,
 ) -> tuple[float, float]:
-    """One optimizer step on the mean cross-entropy of all answers.
+    """One optimizer step on the mean cross-entropy of all answers, with the plan's label smoothing.
 
     With plan.accumulate the rows are taken in that many parts one after the other. Each part's mean counts by
     its share of the labels, so that gradients add up to those of the whole batch; with several processes,
@@ -321,7 +325,7 @@ def update(
         model: whose weights move.
         optimizer: made for the model.
         batch: of all processes.
-        plan: says how the batch is cut, and the precision and clipping.
+        plan: says how the batch is cut, the smoothing, the precision and the clipping.
         loss_of: the model's loss, as `distributed.spread` gives it.
         world: the processes that train together.
 
@@ -336,7 +340,12 @@ def update(
     total, predictions = 0.0, []
     for part in parts:
         with autocast(plan.device, plan.precision):
-            loss, predicted = loss_of(part.input_ids, labels=part.labels, logits_at=part.answer_at)
+            loss, predicted = loss_of(
+                part.input_ids,
+                labels=part.labels,
+                logits_at=part.answer_at,
+                label_smoothing=plan.label_smoothing,
+            )
         if len(parts) > 1 or world.size > 1:
             loss = loss * (int((part.labels != IGNORE).sum()) / labels)
         loss.backward()

@@ -191,6 +191,7 @@ class LanguageModel(Hooked, nn.Module):
         *,
         labels: Tensor,
         logits_at: Tensor | None = None,
+        label_smoothing: float = 0.0,
         **inputs: Any,
     ) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy in nats, and the arg-max predictions, without the logits in memory.
@@ -200,6 +201,7 @@ class LanguageModel(Hooked, nn.Module):
             labels: (B, L or A) int64, what the logits at index j (at logits_at[j]) should predict in
                 labels[:, j]; -100 = nothing.
             logits_at: As in `forward`.
+            label_smoothing: As in `F.cross_entropy`.
             **inputs: Other arguments of `forward`.
 
         Returns:
@@ -209,7 +211,7 @@ class LanguageModel(Hooked, nn.Module):
             UserError: As `forward`.
         """
         x = self.hidden(input_ids, at=logits_at, **inputs)
-        return linear_cross_entropy(x, self.head.weight, labels)
+        return linear_cross_entropy(x, self.head.weight, labels, label_smoothing)
 
     def hidden(
         self,

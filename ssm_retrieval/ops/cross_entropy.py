@@ -7,6 +7,11 @@ cross-entropy walks through them several times, forward and backward. Here a blo
 multiplied, reduced, turned into its gradient softmax(W x) - onehot(label) in place and multiplied back,
 all while it is in the cache: the gradients of x and W are ready when the forward pass ends (the method of
 Hsu et al. 2024, Liger Kernel, arXiv 2410.10989, section 3).
+
+Label smoothing takes a share s of the target off the label and spreads it over all V symbols (Szegedy et al.
+2016, arXiv 1512.00567, section 7). That adds a term which is linear in x_i and so needs no logits either:
+
+    s * mean_i ( (W x_i)[label_i] - mean_v (W x_i)[v] )  =  s * mean_i x_i . ( W[label_i] - mean_v W[v] )
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ssm_retrieval.ops import linear as ops
 from ssm_retrieval.ops._arrays import flat
@@ -34,7 +40,9 @@ BLOCK_LOGITS = 2**21  # logits per block: 8 MiB in float32, within the last leve
 IGNORE = -100
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, labels: Tensor, label_smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy in nats of the logits x weight^T, and what they predict.
 
     Products are made in autocast's dtype where it is on, sums in float32. The loss is NaN if no position has
@@ -45,17 +53,22 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> tuple[Ten
         x: (..., D), floating.
         weight: (V, D).
         labels: (...) int64, -100 = no label here.
+        label_smoothing: Share of each target that is spread over all V symbols, 0 to 1, as in
+            `F.cross_entropy`.
 
     Returns:
         The loss, a float32 scalar (float64 for float64 x), and the arg-max of each row's logits, (...)
         int64, without gradient.
 
     Raises:
-        ValueError: For other shapes, dtypes or devices and, on a CPU, for a label outside of the vocabulary.
+        ValueError: For other shapes, dtypes or devices, for a label_smoothing outside of 0 .. 1 and, on a
+            CPU, for a label outside of the vocabulary.
         NotImplementedError: Under torch.jit.trace.
     """
     refuse_tracing("linear_cross_entropy")
     _check(x, weight, labels)
+    if not isinstance(label_smoothing, (int, float)) or not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing={label_smoothing!r} must be a number from 0 to 1")
     device, backend = x.device.type, asked("auto")
     dtype = weight.dtype
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -71,7 +84,18 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> tuple[Ten
         keep = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         run: Any = fused_cross_entropy if recorded else _LinearCrossEntropy.apply
         loss, predictions, _, _ = run(rows, weight, target, dtype, keep, fused)
+    if label_smoothing > 0:
+        loss = loss + label_smoothing * _label_above_mean(rows, weight, target)
     return loss, predictions.view(labels.shape)
+
+
+def _label_above_mean(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The label's logit minus the mean logit, averaged over the rows; x (M, D), labels (M,)."""
+    real, wide = labels != IGNORE, torch.promote_types(x.dtype, torch.float32)
+    W = weight.to(wide)
+    # F.embedding, because its gradient has one order of summation, unlike that of an index
+    direction = F.embedding(labels.masked_fill(~real, 0), W) - W.mean(0)
+    return (x.to(wide) * direction).sum(-1).masked_fill(~real, 0.0).sum() / real.sum()
 
 
 def _check_labels(labels: Tensor, V: int) -> None:

@@ -192,7 +192,8 @@ def share(batch: Rows, world: World) -> Rows:
     rows = batch.input_ids.shape[0]
     if rows < world.size:
         raise UserError(
-            f"--batch-tokens gives batches of {rows} sequences, too few for {world.size} processes; raise it"
+            f"batches of {rows} sequences are too few for {world.size} processes; raise --batch-tokens or "
+            "--batch-size"
         )
     return batch.split(world.size)[world.rank]
 

@@ -62,6 +62,6 @@ def half_cosine(step: int, steps: int) -> float:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Let all groups of parameters learn at one rate."""
+    """Let all groups of parameters learn at one rate, times a group's own `lr_factor` if it has one."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_factor", 1.0)

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from ssm_retrieval.models import LanguageModel
 
 EXEMPT = ("A_log", "embed_pos", "conv1d")  # of weight decay, by Mamba's authors
+# Parts of the names of a recurrence's own parameters: A, D, and the bias and projection of dt. (Mamba-2's
+# projection of dt is a part of in_proj, which learns at the common rate.)
+RECURRENCE = {"A_log", "D", "dt_bias", "dt_proj"}
 EIGHT_BIT_HELP = (
     "--optimizer adamw-8bit needs bitsandbytes: pip install bitsandbytes (or --optimizer adafactor)"
 )
@@ -38,33 +41,45 @@ class Settings(Protocol):
     def betas(self) -> tuple[float, float]: ...
     @property
     def weight_decay(self) -> float: ...
+    @property
+    def ssm_lr(self) -> float: ...
 
 
 def make_optimizer(model: LanguageModel, plan: Settings) -> torch.optim.Optimizer:
     """An optimizer for the parameters that train.
 
-    Weight decay acts on matrices only, and neither on embeddings nor on what Mamba's authors exempt.
+    Weight decay acts on matrices only, and neither on embeddings nor on what Mamba's authors exempt. The
+    parameters of a recurrence may learn at a rate of their own, as in S4 (Gu et al. 2022, arXiv 2111.00396).
 
     Args:
         model: whose parameters it gets.
-        plan: says which optimizer, with which learning rate, betas and weight decay.
+        plan: says which optimizer, with which learning rate, betas and weight decay. Its ssm_lr is the factor
+            on the rate of the recurrence.
 
     Returns:
-        The optimizer, in two groups: with weight decay and without.
+        The optimizer, in two groups: with weight decay and without. If ssm_lr is not 1, the recurrence has
+        two more, whose `lr_factor` it is (see `loop.set_rate`).
 
     Raises:
         MissingPackage: if its library is missing.
     """
     embeddings = {id(p) for part in (model.embedding, model.head) for p in part.parameters()}
-    decayed: list[Tensor] = []
-    plain: list[Tensor] = []
-    for name, p in trained(model):
-        spared = p.dim() < 2 or id(p) in embeddings or any(word in name for word in EXEMPT)
-        (plain if spared else decayed).append(p)
-    groups = [
-        {"params": decayed, "weight_decay": plan.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
+
+    def pair(named: list[tuple[str, nn.Parameter]], **options: Any) -> list[dict[str, Any]]:
+        decayed: list[Tensor] = []
+        plain: list[Tensor] = []
+        for name, p in named:
+            spared = p.dim() < 2 or id(p) in embeddings or any(word in name for word in EXEMPT)
+            (plain if spared else decayed).append(p)
+        return [
+            {"params": decayed, "weight_decay": plan.weight_decay, **options},
+            {"params": plain, "weight_decay": 0.0, **options},
+        ]
+
+    own = [] if plan.ssm_lr == 1 else [(name, p) for name, p in trained(model) if recurrent(name)]
+    names = {name for name, _ in own}
+    groups = pair([(name, p) for name, p in trained(model) if name not in names])
+    groups += pair(own, lr_factor=plan.ssm_lr) if own else []
     if plan.optimizer == "adafactor":
         return torch.optim.Adafactor(groups, lr=plan.lr)
     if plan.optimizer == "adamw-8bit":
@@ -79,6 +94,11 @@ def make_optimizer(model: LanguageModel, plan: Settings) -> torch.optim.Optimize
 def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Names and parameters that train: those that are not frozen."""
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def recurrent(name: str) -> bool:
+    """Whether a parameter of this name is the recurrence's own."""
+    return not RECURRENCE.isdisjoint(name.split("."))
 
 
 def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -163,18 +163,19 @@ def test_a_training_step_is_the_same_on_processors_of_every_vendor(monkeypatch):
     M=st.integers(1, 40),
     V=st.integers(1, 70),
     dtype=st.sampled_from([torch.float32, torch.float64]),
+    smoothing=st.sampled_from([0.0, 0.1, 1.0]),
     seed=st.integers(0, 1000),
 )
-def test_cross_entropy_equals_torch(M, V, dtype, seed):
+def test_cross_entropy_equals_torch(M, V, dtype, smoothing, seed):
     torch.manual_seed(seed)
     x = torch.randn(M, 8, dtype=dtype, requires_grad=True)
     W = torch.randn(V, 8, dtype=dtype, requires_grad=True)
     labels = torch.randint(0, V, (M,))
     labels[torch.rand(M) < 0.3] = -100
     labels[0] = V - 1
-    loss, predictions = linear_cross_entropy(x, W, labels)
+    loss, predictions = linear_cross_entropy(x, W, labels, label_smoothing=smoothing)
     logits = x @ W.t()
-    want = F.cross_entropy(logits, labels)
+    want = F.cross_entropy(logits, labels, label_smoothing=smoothing)
     torch.testing.assert_close(loss, want)
     assert torch.equal(predictions, logits.argmax(-1)) or V < 2 or dtype == torch.float32
     got = torch.autograd.grad(3 * loss, (x, W))

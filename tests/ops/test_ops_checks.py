@@ -153,6 +153,9 @@ def test_positions_of_every_kind_are_the_states_of_the_recurrence(kind):
         ("linear_cross_entropy", dict(labels=torch.full((2, 5), -1))),
         ("linear_cross_entropy", dict(labels=torch.full((2, 5), 2**62))),
         ("linear_cross_entropy", dict(x=torch.tensor(1.0))),
+        ("linear_cross_entropy", dict(label_smoothing=1.1)),
+        ("linear_cross_entropy", dict(label_smoothing=float("nan"))),
+        ("linear_cross_entropy", dict(label_smoothing=torch.ones(2))),
         ("linear", dict(x=torch.ones(2, 6, dtype=torch.float64))),
     ],
 )

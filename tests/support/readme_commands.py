@@ -17,8 +17,8 @@ DOCUMENTS = [README, *(path.read_text(encoding="utf-8") for path in sorted((ROOT
 
 
 def commands(text: str) -> list[str]:
-    """The lines of a document that run the experiment, without their comments."""
-    lines = re.findall(r"^python -m synthetic\.run.*$", text, flags=re.MULTILINE)
+    """The lines of a document that run the experiment, continued ones joined, without their comments."""
+    lines = re.findall(r"^python -m synthetic\.run.*$", re.sub(r"\\\n\s*", "", text), flags=re.MULTILINE)
     return [line.partition("#")[0].strip() for line in lines]
 
 

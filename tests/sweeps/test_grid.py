@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from synthetic import grid as grids
 from synthetic.config import RunConfig
-from synthetic.grid import Sweep, choose, grid, score
+from synthetic.grid import Sweep, choose, grid, group, score
 
 
 def test_every_combination_once_the_last_axis_fastest():
@@ -147,3 +147,10 @@ def test_learning_the_same_earlier_never_scores_less(accuracies, shift):
 def test_the_best_mean_wins_and_of_equals_the_smallest():
     assert choose({1e-3: [0.1, 0.9], 2e-3: [0.6, 0.6], 4e-3: [0.0, 0.9]}) == 2e-3
     assert choose({4e-3: [0.5], 2e-3: [0.5]}) == 2e-3
+
+
+def test_runs_of_another_shape_have_a_learning_rate_of_their_own():
+    """All but the state size, whose runs share one, as the studies' do."""
+    shapes = [{}, dict(d_model=64), dict(d_conv=2), dict(ssm_init="recall"), dict(layers=2)]
+    groups = {group(run) for shape in shapes for run in grid(model="mamba", d_state=(4, 64), **shape)}
+    assert len(groups) == len(shapes)

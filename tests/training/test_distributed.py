@@ -19,7 +19,8 @@ from ssm_retrieval.training.distributed import World
 ROOT = Path(__file__).parents[2]
 RUN = shlex.split(
     "-m synthetic.run --model mamba --seq-len 16 --layers 2 --eval-every 5 --eval-examples 33 --threads 1 "
-    "--final-eval-examples 65 --precision float32 --batch-tokens 512 --curriculum 4 --stop-at 1.01"
+    "--final-eval-examples 65 --precision float32 --batch-tokens 512 --curriculum 4 --stop-at 1.01 "
+    "--label-smoothing 0.1 --ssm-lr 0.3"
 )
 # what docs/scale.md and configs/slurm.sbatch ask for beyond --parallel fsdp, and two parts a step
 SCALE = ("--checkpointing", "--accumulate", "2")

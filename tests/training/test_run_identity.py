@@ -48,6 +48,27 @@ SAME = {
     "capitals": (dict(preset="tiny"), dict(preset="TINY")),
     "depth of the preset": (dict(), dict(layers=4)),
     "state of the preset": (dict(), dict(d_state=16)),
+    "width of the preset": (dict(), dict(d_model=128)),
+    "convolution of the preset": (dict(), dict(d_conv=4)),
+    "heads of attention": (dict(model=("transformer",)), dict(model=("transformer",), heads=4)),
+    "heads of Mamba-2": (dict(model=("mamba2",)), dict(model=("mamba2",), heads=4)),
+    "heads of a narrow Mamba-2": (
+        dict(model=("mamba2",), d_model=64),
+        dict(model=("mamba2",), d_model=64, heads=2),
+    ),
+    "betas": (dict(), dict(betas=(0.9, 0.98))),
+    "betas of a file": (dict(betas=(0, 0.5)), dict(betas=[0.0, 0.5])),
+    "no smoothing": (dict(), dict(label_smoothing=0)),
+    "one rate": (dict(), dict(ssm_lr=1)),
+    "batch of the papers": (dict(protocol="paper"), dict(protocol="paper", batch_size=128)),
+    "a flat part after one step of warm-up": (
+        dict(schedule="cosine", warmup=1, flat=3),
+        dict(schedule="cosine", warmup=0, flat=4),
+    ),
+    "no flat part and no warm-up": (
+        dict(schedule="linear", warmup=0, flat=0),
+        dict(schedule="linear", warmup=0),
+    ),
     "positions": (dict(model=("transformer",)), dict(model=("transformer",), position="learned")),
     "the same dimensions rotated": (dict(**ROPE, rotary_pct=0.25), dict(**ROPE, rotary_pct=0.26)),
     "curriculum at full length": (dict(curriculum=0), dict(curriculum=16)),
@@ -74,6 +95,9 @@ DIFFERENT = [
     dict(batch_tokens=512), dict(budget=1000), dict(optimizer="adafactor"), dict(accumulate=2),
     dict(checkpointing=True), dict(precision="bfloat16"), dict(schedule="linear"), dict(task="induction"),
     dict(model=("transformer",)), dict(**ROPE), dict(**ROPE, rotary_pct=1.0), dict(**ROPE, rotary_pct=0.5),
+    dict(d_model=64), dict(d_conv=2), dict(model=("mamba2",), heads=2), dict(model=("transformer",), heads=2),
+    dict(betas=(0.9, 0.95)), dict(batch_size=16), dict(label_smoothing=0.1), dict(ssm_lr=0.1),
+    dict(schedule="linear", flat=0), dict(schedule="linear", flat=5),
     dict(task="ngram"), dict(task="ngram", answer_size=2), dict(task="ngram", min_seq_len=12),
 ]  # fmt: skip
 
@@ -81,6 +105,13 @@ DIFFERENT = [
 def test_other_numbers_have_other_names():
     names = [name(**changed) for changed in DIFFERENT]
     assert len(set(names)) == len(DIFFERENT)
+
+
+def test_what_was_not_asked_for_is_no_part_of_a_name():
+    """Options that came after the first runs, which keep their names."""
+    settled = plan(BASE, "mamba").identity()
+    assert {"label_smoothing", "ssm_lr", "flat", "d_model", "ssm_init"}.isdisjoint(settled)
+    assert set(settled["model_overrides"]) == {"vocab_size", "embedding_std"}
 
 
 def spelled(draw: st.DrawFn, value: float) -> object:

@@ -28,9 +28,46 @@ IGNORED = [
     (["--position", "rope", "--rotary-pct", "0"], "--rotary-pct 0.0 rotates none"),
     (["--position", "rope", "--rotary-pct", "0.03", "--model", "hybrid"], "rotates none"),
 ]
+RECIPES = [
+    (["--model", "transformer", "--d-conv", "2"], "--d-conv 2 is for models with a short convolution"),
+    (["--model", "mamba", "--heads", "2"], "--heads 2 is for models with heads, which --model mamba lacks"),
+    (["--model", "transformer", "--ssm-init", "recall"], "--ssm-init recall is for state space models"),
+    (["--model", "transformer", "--ssm-lr", "0.1"], "--ssm-lr 0.1 is for state space models"),
+    (["--model", "mamba", "--ssm-lr", "0.1", "--lora", "2"], "--ssm-lr 0.1 has no effect with --lora 2"),
+    (
+        ["--d-model", "130"],
+        "--d-model 130: --model transformer has 130 channels, which 4 heads do not",
+    ),
+    (["--heads", "3", "--model", "hybrid"], "--heads 3: --model hybrid has 128 channels, which 3 heads"),
+    (["--heads", "3", "--model", "mamba2"], "--heads 3: --model mamba2 has 256 channels, which 3 heads"),
+    (
+        ["--d-model", "48", "--model", "mamba2"],
+        "heads of 64 do not divide; give --heads, as in --heads 3",
+    ),
+    (["--heads", "64", "--position", "rope"], "--rotary-pct 0.25 rotates none of the 2 dimensions of a head"),
+    (["--label-smoothing", "1"], "--label-smoothing 1.0 must be at least 0 and below 1"),
+    (["--label-smoothing", "-0.1"], "--label-smoothing -0.1 must be at least 0 and below 1"),
+    (["--label-smoothing", "nan"], "--label-smoothing nan must be at least 0 and below 1"),
+    (["--betas", "0.9", "1"], "--betas 0.9 1.0 must be two numbers, each at least 0 and below 1"),
+    (["--betas", "nan", "0.9"], "--betas nan 0.9 must be two numbers"),
+    (["--betas", "0.9", "0.9", "--optimizer", "adafactor"], "no effect with --optimizer adafactor"),
+    (
+        ["--batch-size", "9", "--batch-tokens", "99"],
+        "--batch-size 9 and --batch-tokens 99 exclude",
+    ),
+    (["--flat", "9"], "--flat 9 has no effect with --schedule constant; give --schedule cosine or linear"),
+    (
+        ["--flat", "9", "--schedule", "cosine", "--budget", "99"],
+        "--flat 9 needs a number of steps",
+    ),
+    (
+        ["--flat", "9", "--schedule", "linear", "--steps", "59"],
+        "--flat 9 and --warmup 50 leave nothing of --steps 59 to the decay",
+    ),
+]
 NOT_A_NUMBER = [
     ([option, "nan"], f"{option} nan is not a number")
-    for option in ("--weight-decay", "--grad-clip", "--rotary-pct")
+    for option in ("--weight-decay", "--grad-clip", "--rotary-pct", "--ssm-lr")
 ] + [([option, "nan"], f"{option} nan must") for option in ("--lr", "--stop-at")]
 INFINITE = [
     ([option, "inf"], f"{option} inf is too large; use at most")
@@ -58,9 +95,10 @@ TOO_MUCH_MEMORY = [
 PLACES = [(["--out", ""], "--out is empty; give a folder")]
 
 
-@pytest.mark.parametrize(
-    "words, said", IGNORED + NOT_A_NUMBER + INFINITE + TOO_LARGE + NEGATIVE + TOO_MUCH_MEMORY + PLACES
-)
+WRONG = IGNORED + RECIPES + NOT_A_NUMBER + INFINITE + TOO_LARGE + NEGATIVE + TOO_MUCH_MEMORY + PLACES
+
+
+@pytest.mark.parametrize("words, said", WRONG)
 def test_one_line_and_nothing_is_made(words, said, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(memory, "available", lambda device: 2 * 2**30)
@@ -71,10 +109,10 @@ def test_one_line_and_nothing_is_made(words, said, tmp_path, capsys, monkeypatch
 
 
 def test_every_number_has_bounds():
-    """A new numeric option must say what it can be; --lr and --stop-at have open intervals of their own."""
+    """A new numeric option must say what it can be; open intervals are checked one by one."""
     kinds = typing.get_type_hints(RunConfig).items()
     numeric = {name for name, kind in kinds if {int, float} & {kind, *typing.get_args(kind)}}
-    assert numeric == set(BOUNDS) | {"lr", "stop_at", "threads"}
+    assert numeric == set(BOUNDS) | {"lr", "stop_at", "label_smoothing", "threads"}
 
 
 @pytest.mark.parametrize("name", BOUNDS)

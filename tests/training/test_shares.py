@@ -23,7 +23,7 @@ def test_shares_of_a_batch_are_the_batch():
         whole = getattr(batch, field.name)
         if isinstance(whole, torch.Tensor) and whole.shape[0] == 7:
             assert torch.equal(torch.cat([getattr(part, field.name) for part in parts]), whole)
-    with pytest.raises(ValueError, match=r"batches of 7 sequences, too few for 8 processes; raise it"):
+    with pytest.raises(ValueError, match=r"batches of 7 sequences are too few for 8 processes; raise --"):
         distributed.share(batch, World(0, 8))
 
 
@@ -51,10 +51,10 @@ class Kept:
         self.model.zero_grad()
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_gradients_of_uneven_shares_average_to_those_of_the_batch(accumulate):
-    config = RunConfig(seq_len=6, device="cpu", precision="float32", grad_clip=0.0, accumulate=accumulate)
-    settled = plan(config, "mamba")
+@pytest.mark.parametrize("accumulate, smoothing", [(1, 0.0), (2, 0.0), (2, 0.3)])
+def test_gradients_of_uneven_shares_average_to_those_of_the_batch(accumulate, smoothing):
+    cut = dict(grad_clip=0.0, accumulate=accumulate, label_smoothing=smoothing)
+    settled = plan(RunConfig(seq_len=6, device="cpu", precision="float32", **cut), "mamba")
     batch = tasks.build(settled.task, **settled.task_options).batch(7, seed=0, index=0, queries=3)
 
     def gradients(world):

@@ -1,0 +1,82 @@
+"""The shape of a model that starts from random weights: its preset's, with what the options change."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from ssm_retrieval.errors import UserError
+from synthetic.checks import check, option
+
+if TYPE_CHECKING:
+    from ssm_retrieval.models.architecture import Architecture
+    from synthetic.config import RunConfig
+
+# Option: the field of the config that it sets. --heads sets different ones, see `_heads`.
+FIELDS = {
+    "d_model": "d_model",
+    "layers": "n_layer",
+    "d_state": "d_state",
+    "d_conv": "d_conv",
+    "ssm_init": "ssm_init",
+}
+
+
+def changes(config: RunConfig, architecture: Architecture, usual: Any) -> dict[str, Any]:
+    """Fields in which a model differs from its preset.
+
+    A value that equals the preset's leads to the same run as leaving it out. An option that the architecture
+    lacks is for another model of the same command (`checks.check_architecture`).
+
+    Args:
+        config: what the user asks for.
+        architecture: of the model.
+        usual: the preset's config.
+
+    Returns:
+        New values by field.
+
+    Raises:
+        UserError: if heads do not divide the width, or the architecture cannot have a value.
+    """
+    asked = {field: getattr(config, name) for name, field in FIELDS.items() if architecture.has(field)}
+    asked |= _heads(config, architecture, usual)
+    found = {name: value for name, value in asked.items() if value not in (None, getattr(usual, name))}
+    bare = {"position": "none"} if architecture.positions else {}  # `config.plan` checks what RoPE needs
+    try:
+        usual.replace(**found, **bare)
+    except UserError as error:
+        raise UserError(f"{said(config)}: {error}") from error
+    return found
+
+
+def _heads(config: RunConfig, architecture: Architecture, usual: Any) -> dict[str, Any]:
+    """--heads as a field: the number of attention's heads, or the channels of each of Mamba-2's."""
+    width, model = config.d_model or usual.d_model, f"{said(config)}: --model {architecture.name} has"
+    if architecture.has("n_head"):
+        channels, heads = width, config.heads or usual.n_head
+        found = {"n_head": config.heads}
+    elif architecture.has("headdim"):
+        channels = usual.expand * width
+        fitting = channels // math.gcd(channels, usual.headdim)
+        check(
+            config.heads is not None or fitting * usual.headdim == channels,
+            f"{model} {channels} channels, which heads of {usual.headdim} do not divide; give --heads, as in "
+            f"--heads {fitting}",
+        )
+        heads = config.heads or fitting
+        found = {"headdim": channels // heads if config.heads else None}
+    else:
+        return {}
+    check(
+        channels % heads == 0,
+        f"{model} {channels} channels, which {heads} heads do not divide; change --d-model or --heads",
+    )
+    return found
+
+
+def said(config: RunConfig) -> str:
+    """The options of the shape that were given, as on the command line: "--d-model 64 --heads 2"."""
+    names = (*FIELDS, "heads")
+    given = [(option(name), getattr(config, name)) for name in names if getattr(config, name) is not None]
+    return " ".join(f"{name} {value}" for name, value in given)
