@@ -144,7 +144,6 @@ def check_architecture(config: RunConfig) -> None:
     """
     models = " ".join(config.model)
     records = [ARCHITECTURES[name] for name in config.model]
-    schemes = {position(config, record) for record in records if record.positions}
     usable = sorted({scheme for record in records for scheme in record.positions})
     remedy = f"use {' or '.join(usable)}" if usable else "leave it out"
     check(
@@ -156,12 +155,13 @@ def check_architecture(config: RunConfig) -> None:
         f"--d-state {config.d_state} is for state space models, which --model {models} lacks; leave it out",
     )
     default = type(config).rotary_pct
+    rotating = {position(config, record) for record in records if "rope" in record.positions}
     check(
-        config.rotary_pct == default or any(record.has("rotary_pct") for record in records),
+        config.rotary_pct == default or bool(rotating),
         f"--rotary-pct {config.rotary_pct} is for attention, which --model {models} lacks; leave it out",
     )
     check(
-        config.rotary_pct == default or "rope" in schemes,
-        f"--rotary-pct {config.rotary_pct} has no effect with --position {', '.join(sorted(schemes))}; "
+        config.rotary_pct == default or "rope" in rotating,
+        f"--rotary-pct {config.rotary_pct} has no effect with --position {', '.join(sorted(rotating))}; "
         "give --position rope",
     )
