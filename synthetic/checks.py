@@ -144,6 +144,7 @@ def check_architecture(config: RunConfig) -> None:
     """
     models = " ".join(config.model)
     records = [ARCHITECTURES[name] for name in config.model]
+    asked = [(record, position(config, record)) for record in records if record.positions]
     usable = sorted({scheme for record in records for scheme in record.positions})
     remedy = f"use {' or '.join(usable)}" if usable else "leave it out"
     check(
@@ -155,7 +156,7 @@ def check_architecture(config: RunConfig) -> None:
         f"--d-state {config.d_state} is for state space models, which --model {models} lacks; leave it out",
     )
     default = type(config).rotary_pct
-    rotating = {position(config, record) for record in records if "rope" in record.positions}
+    rotating = {scheme for record, scheme in asked if "rope" in record.positions}
     check(
         config.rotary_pct == default or bool(rotating),
         f"--rotary-pct {config.rotary_pct} is for attention, which --model {models} lacks; leave it out",

@@ -126,7 +126,7 @@ class Mamba2Mixer(Hooked, nn.Module):
         self.norm = GatedRMSNorm(E, config.ngroups, config.norm_eps)
         self.out_proj = Linear(E, D, bias=False)
         rows, GN = self.in_proj.weight.detach(), config.ngroups * config.d_state
-        made = rows[E : E + J], self.conv1d.weight.detach(), self.conv1d.bias.detach()  # of x, B and C
+        made = rows[E : E + J], *(p.detach() for p in self.conv1d.parameters())  # each of x, B and C
         tied = [(of_B, of_C) for _, of_B, of_C in (each.split([E, GN, GN]) for each in made)]
         recall_init(config.ssm_init, self.conv1d, (self.A_log, rows[-H:], self.dt_bias), tied)
 
