@@ -239,8 +239,8 @@ def save(model: LanguageModel, folder: str | Path, *, max_shard_size: int | str 
 
     `transformers` opens it as well, unless it has no class for the model (hybrids, learned positions,
     attention without positions, another norm than the architecture's, ...): `config.json` then has our own
-    form, with model_type "ssm-retrieval". A tokenizer is not part of a model; the published models use that of
-    EleutherAI/gpt-neox-20b.
+    form, with model_type "ssm-retrieval". A tokenizer is not part of a model; the published models use that
+    of EleutherAI/gpt-neox-20b.
 
     Args:
         model: The model.
