@@ -11,6 +11,7 @@ from ssm_retrieval import models
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.models.planning import Step, step_memory
 from synthetic.config import RunConfig, plan
+from synthetic.results import config_columns
 
 SHAPE = dict(vocab_size=23, d_model=32, n_layer=2)
 LEARNED = dict(position="learned", max_position_embeddings=40)
@@ -93,3 +94,10 @@ def test_a_run_asks_for_them_by_one_option():
     assert len(set(rooms.values())) == 1
     assert {plan(config, f).model_overrides["position"] for f in config.model} == {"learned"}
     assert "position" not in plan(RunConfig(seq_len=16, device="cpu"), "mamba").model_overrides
+
+
+def test_the_results_table_tells_them_apart():
+    """A Mamba without positions has no entry, as in tables of earlier runs."""
+    asked = [dict(), dict(position="none"), dict(position="learned")]
+    plans = [plan(RunConfig(seq_len=16, device="cpu", **options), "mamba") for options in asked]
+    assert [config_columns(p.to_dict())["position"] for p in plans] == [None, None, "learned"]
