@@ -19,7 +19,8 @@ the form that trained best here. It deviates from the paper in two ways:
   retrieve positions Mamba needs it as well.
 
 The identity is wrong where a value follows its key, as in MQAR: there the convolution must bring the two
-together. Nothing is drawn: with the same seed all other weights are those of "default".
+together. With d_conv=1 it stays the identity up to a scale and bias per channel: no convolution. Nothing is
+drawn: with the same seed all other weights are those of "default".
 """
 
 from __future__ import annotations
