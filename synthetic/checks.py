@@ -225,12 +225,16 @@ def check_optimizer(plan: Plan) -> None:
 def position(config: RunConfig, architecture: Architecture) -> str:
     """The position scheme of a model: the one asked for, or else the protocol's or the model's default.
 
+    An SSM beside attention keeps its default with "rope", which `check_architecture` refuses for SSMs alone.
+
     Raises:
         UserError: if the model lacks the scheme asked for.
     """
     schemes = architecture.positions
     default = "rope" if config.protocol == "paper" and "rope" in schemes else schemes[0]
     chosen = config.position or default
+    if chosen == "rope" and default == "none":
+        chosen = default
     check(
         chosen in schemes,
         f"--position {chosen} is none of --model {architecture.name}'s; use {', '.join(schemes)}",
@@ -262,18 +266,21 @@ def check_architecture(config: RunConfig) -> None:
     """
     models = " ".join(config.model)
     records = [ARCHITECTURES[name] for name in config.model]
-    schemes = {position(config, record) for record in records if record.positions}
+    asked = [(record, position(config, record)) for record in records if record.positions]
+    usable = sorted({scheme for record in records for scheme in record.positions})
+    remedy = f"use {' or '.join(usable)}" if usable else "leave it out"
     check(
-        config.position is None or bool(schemes),
-        f"--position {config.position} is for attention, which --model {models} lacks; leave it out",
+        config.position is None or config.position in usable,
+        f"--position {config.position} is for attention, which --model {models} lacks; {remedy}",
     )
     default = type(config).rotary_pct
+    rotating = {scheme for record, scheme in asked if "rope" in record.positions}
     check(
-        config.rotary_pct == default or bool(schemes),
+        config.rotary_pct == default or bool(rotating),
         f"--rotary-pct {config.rotary_pct} is for attention, which --model {models} lacks; leave it out",
     )
     check(
-        config.rotary_pct == default or "rope" in schemes,
-        f"--rotary-pct {config.rotary_pct} has no effect with --position {', '.join(sorted(schemes))}; "
+        config.rotary_pct == default or "rope" in rotating,
+        f"--rotary-pct {config.rotary_pct} has no effect with --position {', '.join(sorted(rotating))}; "
         "give --position rope",
     )

@@ -104,9 +104,9 @@ position-varlen. Each batch draws a length up to --seq-len; evaluation always us
     """Other options of the task, such as power=1 random_fillers=false for mqar. A wrong name lists them."""
     position: Annotated[
         Literal["learned", "rope", "none"] | None,
-        unset("{learned,rope,none}", "learned; rope with --protocol paper"),
+        unset("{learned,rope,none}", "learned, or rope with --protocol paper; Mamba and Mamba-2: none"),
     ] = None
-    """How attention learns the order of tokens (Transformer and hybrid)."""
+    """How a model learns the order of tokens: learned adds vectors to the embedding, rope is attention's."""
     rotary_pct: float = 0.25
     """Share of each head's dimensions that RoPE rotates, 0 to 1 (with --position rope)."""
     init: Annotated[str | None, unset("STR", "random weights")] = None
@@ -226,7 +226,9 @@ PYTHONPATH. May be given several times."""
         check_names(self)
         architecture = ARCHITECTURES.find(family)
         lacking = [name for name in PARTICULAR if lacks(architecture, name)]
-        lacking += [] if architecture.positions else ["position", "rotary_pct"]
+        lacking += [] if architecture.has("rotary_pct") else ["rotary_pct"]
+        if not architecture.positions or (self.position == "rope" and architecture.positions[0] == "none"):
+            lacking.append("position")
         own: dict[str, Any] = {name: getattr(RunConfig, name) for name in lacking}
         return replace(self, **own, model=(family,))
 
@@ -335,12 +337,10 @@ def _model(
 
     paper = config.protocol == "paper"
     overrides: dict[str, Any] = {"vocab_size": task.vocab_size}
-    if architecture.positions:
+    scheme = position(config, architecture) if architecture.positions else "none"
+    if scheme != "none" or architecture.positions[:1] not in ((), ("none",)):
         # the longest evaluation and training sequence, whichever layout
-        overrides |= {
-            "max_position_embeddings": task.max_length(queries) + 1,
-            "position": position(config, architecture),
-        }
+        overrides |= {"max_position_embeddings": task.max_length(queries) + 1, "position": scheme}
     try:
         name = preset_of(architecture.name, config.preset)
         usual: Any = models.config(name)

@@ -46,7 +46,7 @@ CONFIG = {
     "num_symbols": ("int64", "different symbols"),
     "model": ("string", "architecture: transformer, mamba, mamba2, hybrid, or a user's own"),
     "preset": ("string", "size"),
-    "position": ("string", "how attention learns about order; missing without attention"),
+    "position": ("string", "how a model learns about order; missing for SSMs without positions"),
     "rotary_pct": ("float64", "share of a head's dimensions that RoPE rotates; missing without RoPE"),
     "n_layer": ("int64", "blocks"),
     "d_model": ("int64", "width"),
@@ -262,7 +262,8 @@ def config_columns(plan: Row) -> Row:
 
     options, family = plan["task_options"], plan["family"]
     shape: Any = models.config(plan["model"], **plan["model_overrides"])
-    attention = bool(ARCHITECTURES[family].positions)
+    schemes = ARCHITECTURES[family].positions
+    scheme = shape.position if schemes and {schemes[0], shape.position} != {"none"} else None
     return {name: plan[name] for name in CONFIG if name in plan} | {
         "task_options": json.dumps(options, sort_keys=True),
         "layout": options.get("layout"),
@@ -270,8 +271,8 @@ def config_columns(plan: Row) -> Row:
         "model": family,
         # models from one checkpoint are of one size, and to be told from those of a preset
         "preset": plan["init"]["path"] if "init" in plan else plan["model"].removeprefix(f"{family}-"),
-        "position": shape.position if attention else None,
-        "rotary_pct": shape.rotary_pct if attention and shape.position == "rope" else None,
+        "position": scheme,
+        "rotary_pct": shape.rotary_pct if scheme == "rope" else None,
         "n_layer": shape.n_layer,
         "d_model": shape.d_model,
         "d_state": getattr(shape, "d_state", None),

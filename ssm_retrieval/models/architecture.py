@@ -64,8 +64,9 @@ class Architecture:
         color: Its colour in figures, as matplotlib spells it. Default: one that no other architecture has.
         marker: One character that draws its curve in the terminal. Default: the first of `label`.
         presets: Maps a size ("tiny", "130m") to options of the config, for `--preset` and `models.build`.
-        positions: Values of `config.position` that a run may choose, the default first; () if the model
-            knows the order of tokens by itself. Otherwise the config also has `max_position_embeddings`.
+        positions: Values of `config.position` that a run may choose, the default first; () if there is no
+            choice. Otherwise the config also has `max_position_embeddings`. "none" comes first if the model
+            knows the order of tokens by itself.
         state_size: Maps (config, seq_len) to how many numbers decoding keeps for a sequence of seq_len
             tokens.
         memory: Maps (config, step) to the bytes of each block in training, for `--plan`. None: unknown.

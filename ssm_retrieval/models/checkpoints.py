@@ -237,10 +237,10 @@ def _check_ties(
 def save(model: LanguageModel, folder: str | Path, *, max_shard_size: int | str = "5GB") -> Path:
     """Write `config.json` and safetensors into a new folder, from which `load` makes the same model.
 
-    `transformers` opens it as well, unless it has no class for the model (hybrids, learned or no positions,
-    another norm than the architecture's, ...): `config.json` then has our own form, with model_type
-    "ssm-retrieval". A tokenizer is not part of a model; the published models use that of
-    EleutherAI/gpt-neox-20b.
+    `transformers` opens it as well, unless it has no class for the model (hybrids, learned positions,
+    attention without positions, another norm than the architecture's, ...): `config.json` then has our own
+    form, with model_type "ssm-retrieval". A tokenizer is not part of a model; the published models use that
+    of EleutherAI/gpt-neox-20b.
 
     Args:
         model: The model.

@@ -24,6 +24,7 @@ from ssm_retrieval.models.configuration import Config as Config
 from ssm_retrieval.models.configuration import require as require
 from ssm_retrieval.models.decoding import generate, stream
 from ssm_retrieval.models.hooks import Hooked, points
+from ssm_retrieval.models.layers import add_learned_positions
 from ssm_retrieval.models.layers import widen as widen
 from ssm_retrieval.models.packing import Packing
 from ssm_retrieval.models.padding import real_first
@@ -126,6 +127,7 @@ class LanguageModel(Hooked, nn.Module):
     blocks: nn.ModuleList  # each called as block(x, context, cache) -> x, (B, L, D)
     norm: nn.Module
     head: nn.Linear
+    embed_pos: nn.Embedding  # a vector per position, of models whose config says position="learned"
     # Training keeps only each block's input and runs the block again for its gradients (Chen et al. 2016,
     # arXiv 1604.06174): same numbers, less memory, about a third more time. No effect with a cache or hooks.
     checkpointing: bool = False
@@ -143,8 +145,10 @@ class LanguageModel(Hooked, nn.Module):
         """
 
     def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """(B, L) int64 -> (B, L, D). Models that add position vectors to the embedding override this."""
-        return self.embedding(input_ids)
+        """(B, L) int64 -> (B, L, D): the embedding, plus `embed_pos` of the position if that is learned."""
+        x = self.embedding(input_ids)
+        learned = getattr(self.config, "position", "none") == "learned"
+        return add_learned_positions(x, positions, self.embed_pos) if learned else x
 
     def forward(
         self,

@@ -14,6 +14,8 @@ from ssm_retrieval.errors import UserError
 from ssm_retrieval.ops.selective_scan import MAX_D_STATE
 
 POSITIONS = ("rope", "learned", "none")
+# "recall" has the three parts together (models.ssm_init); one spelling for one set of weights
+SSM_INITS = ("default", "identity", "long", "tied", "identity+long", "identity+tied", "long+tied", "recall")
 LARGEST = 2**31 - 1  # no tensor of any machine has more along an axis
 # Ranges of numbers, ends included. The rule for all others: whole numbers from 1, other numbers above 0
 RANGES: dict[str, tuple[float, float]] = {
@@ -30,6 +32,7 @@ RANGES: dict[str, tuple[float, float]] = {
 CHOICES: dict[str, tuple[str, ...]] = {
     "norm": ("rms", "layer"),
     "position": POSITIONS,
+    "ssm_init": SSM_INITS,
 }
 
 
@@ -43,14 +46,19 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def check_dt(config: Any) -> None:
-    """Do nothing if dt_min <= dt_max.
+def check_ssm(config: Any) -> None:
+    """Do nothing if dt_min <= dt_max, and if the position scheme is one that an SSM can have.
 
     Raises:
-        UserError: If it is not.
+        UserError: If they are not.
     """
     low, high = config.dt_min, config.dt_max
     require(low <= high, f"dt_min={low} is above dt_max={high}; exchange them or change one")
+    require(
+        config.position != "rope",
+        "position='rope' rotates the queries and keys of attention, and an SSM has neither (Mamba-3, which "
+        "rotates B and C, is another architecture); use 'learned' or 'none'",
+    )
 
 
 class Config:

@@ -269,8 +269,8 @@ def read_mamba2(
 
 
 def lacks(config: Any) -> str | None:
-    """`Hub.lacks` of both versions: another norm than RMSNorm."""
-    return unlike(config, norm="rms")
+    """`Hub.lacks` of both versions: another norm than RMSNorm, and learned positions."""
+    return unlike(config, norm="rms", position="none")
 
 
 def published(name: str) -> str:
@@ -311,7 +311,8 @@ def write_mamba2(config: Any) -> dict[str, Any]:
     return dict(_write(config), **heads, chunk_size=OPEN_CHUNK)
 
 
-MAMBA = Hub("mamba", "MambaForCausalLM", read_mamba, write_mamba, lacks, published=published)
+OURS = ("ssm_init", "max_position_embeddings")  # without effect on given weights, but fields of the config
+MAMBA = Hub("mamba", "MambaForCausalLM", read_mamba, write_mamba, lacks, published, OURS)
 MAMBA2 = Hub(
-    "mamba2", "Mamba2ForCausalLM", read_mamba2, write_mamba2, lacks, published, extras=("chunk_size",)
+    "mamba2", "Mamba2ForCausalLM", read_mamba2, write_mamba2, lacks, published, ("chunk_size", *OURS)
 )

@@ -15,6 +15,9 @@ Attention blocks are those of `models.transformer` with the norm of the SSM bloc
 `models.mamba` and `models.mamba2`: a hybrid differs from its parents in the mixers only, and has all of their
 options. Each block adds its result to the residual stream once. (The released Retrievit hybrids add the
 block's input a second time, so their skip path doubles at every block.)
+
+`position` is a matter of the attention blocks, with one exception: the vectors of position="learned" are
+added to the embedding, so the SSM blocks see them, too.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from ssm_retrieval.models.block_memory import BlockMemory, Step
 from ssm_retrieval.models.common import Context, LanguageModel, LayerCache, part
 from ssm_retrieval.models.configuration import Config, derived, require
 from ssm_retrieval.models.hooks import Hooked
-from ssm_retrieval.models.layers import add_learned_positions, init_normal, make_norm
+from ssm_retrieval.models.layers import init_normal, make_norm
 from ssm_retrieval.ops.linear import Linear
 from ssm_retrieval.registry import ARCHITECTURES
 
@@ -58,6 +61,7 @@ class HybridConfig(Config):
     chunk_size: int = 64
     dt_min: float = 0.001
     dt_max: float = 0.1
+    ssm_init: str = "default"  # of the SSM blocks (models.ssm_init)
     n_head: int = 16
     d_mlp: int = 0  # 0 = 4 * d_model
     position: str = "rope"
@@ -181,6 +185,7 @@ class HybridForCausalLM(LanguageModel):
     """Hybrid language model: the blocks of `HybridConfig.pattern`."""
 
     embedding = part("backbone.embedding")
+    embed_pos = part("backbone.embed_pos")
     blocks = part("backbone.layers")
     norm = part("backbone.norm_f")
     head = part("lm_head")
@@ -199,15 +204,9 @@ class HybridForCausalLM(LanguageModel):
         init_normal(self.embedding.weight, std=config.embedding_std)
         init_normal(self.lm_head.weight, std=config.embedding_std)
         if learned:
-            init_normal(self.backbone.embed_pos.weight, std=config.embedding_std)
+            init_normal(self.embed_pos.weight, std=config.embedding_std)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embedding.weight
-
-    def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        x = self.embedding(input_ids)
-        if self.config.position == "learned":
-            x = add_learned_positions(x, positions, self.backbone.embed_pos)
-        return x
 
 
 def state_size(config: HybridConfig, seq_len: int) -> int:

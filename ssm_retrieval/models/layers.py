@@ -53,6 +53,13 @@ def make_norm(config: Any) -> nn.Module:
     return {"rms": RMSNorm, "layer": LayerNorm}[config.norm](config.d_model, eps=config.norm_eps)
 
 
+def learned_positions(config: Any) -> nn.Embedding:
+    """A table of `config.max_position_embeddings` vectors, drawn as the embedding is."""
+    table = nn.Embedding(config.max_position_embeddings, config.d_model)
+    init_normal(table.weight, std=config.embedding_std)
+    return table
+
+
 def add_learned_positions(x: Tensor, positions: Tensor, table: nn.Embedding) -> Tensor:
     """x plus a learned vector for each position.
 

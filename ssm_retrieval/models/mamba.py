@@ -10,7 +10,7 @@ One block, per token t (letters as in `ssm_retrieval.models.common`, R = dt_rank
     y_t    = C h_t + D u_t                                  equation 2b, with a skip
     out    = out_proj(y_t * silu(z))
 
-Parameter names are those of state-spaces/mamba.
+Parameter names are those of state-spaces/mamba; `backbone.embed_pos` exists only with learned positions.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from ssm_retrieval.models import block_memory, hub_mamba, instrumented
 from ssm_retrieval.models.architecture import TINY, Architecture
 from ssm_retrieval.models.common import WHOLE, Context, LanguageModel, LayerCache, part
-from ssm_retrieval.models.configuration import Config, check_dt
+from ssm_retrieval.models.configuration import Config, check_ssm
 from ssm_retrieval.models.hooks import Hooked
-from ssm_retrieval.models.layers import init_normal, make_norm, widen
+from ssm_retrieval.models.layers import init_normal, learned_positions, make_norm, widen
 from ssm_retrieval.models.padding import convolve, fill_padding
+from ssm_retrieval.models.ssm_init import dt_bias, recall_init
 from ssm_retrieval.ops.linear import Linear, linear
 from ssm_retrieval.ops.selective_scan import selective_scan
 
@@ -47,6 +48,9 @@ class MambaConfig(Config):
     dt_rank: int = 0  # 0 = ceil(d_model / 16)
     dt_min: float = 0.001  # range of softplus(dt bias) at initialisation
     dt_max: float = 0.1
+    ssm_init: str = "default"  # or "recall", or parts of it such as "identity+long" (models.ssm_init)
+    position: str = "none"  # or "learned": a vector per position added to the embedding, as in GPT-2
+    max_position_embeddings: int = 2048
     norm: str = "rms"  # or "layer", which the Mamba-VL checkpoints need
     norm_eps: float = 1e-5
     residual_in_fp32: bool = True
@@ -55,7 +59,7 @@ class MambaConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_dt(self)
+        check_ssm(self)
 
     @property
     def d_inner(self) -> int:
@@ -65,13 +69,6 @@ class MambaConfig(Config):
     def rank(self) -> int:
         """Rank of the projection to dt."""
         return self.dt_rank or math.ceil(self.d_model / 16)
-
-
-def dt_bias(config: Any, size: int) -> Tensor:
-    """(size,) whose softplus is log-uniform in [dt_min, dt_max]; inverse softplus: x + log(1 - exp(-x))."""
-    low, high = math.log(config.dt_min), math.log(config.dt_max)
-    dt = torch.exp(torch.rand(size) * (high - low) + low).clamp(min=1e-4)
-    return dt + torch.log(-torch.expm1(-dt))
 
 
 class MambaMixer(Hooked, nn.Module):
@@ -97,6 +94,9 @@ class MambaMixer(Hooked, nn.Module):
         with torch.no_grad():
             self.dt_proj.bias.copy_(dt_bias(config, E))
             self.dt_proj.weight.uniform_(-(R**-0.5), R**-0.5)
+        _, of_B, of_C = self.x_proj.weight.detach().split([R, N, N])
+        dt = self.A_log, self.dt_proj.weight, self.dt_proj.bias
+        recall_init(config.ssm_init, self.conv1d, dt, [(of_B, of_C)])
 
     def forward(self, hidden: Tensor, context: Context = WHOLE, cache: LayerCache | None = None) -> Tensor:
         """The layer.
@@ -156,6 +156,7 @@ class MambaForCausalLM(LanguageModel):
 
     mixer: type[nn.Module] = MambaMixer
     embedding = part("backbone.embedding")
+    embed_pos = part("backbone.embed_pos")
     blocks = part("backbone.layers")
     norm = part("backbone.norm_f")
     head = part("lm_head")
@@ -172,6 +173,8 @@ class MambaForCausalLM(LanguageModel):
         init_normal(self.embedding.weight, std=config.embedding_std)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embedding.weight
+        if config.position == "learned":  # drawn last: the other weights are those of "none"
+            self.backbone["embed_pos"] = learned_positions(config).to(dtype)
 
     def accept_hub_spellings(self, named: dict[str, Any], prefix: str = "") -> None:
         """`transformers` says `embeddings`; both it and the originals may leave a tied head out."""
@@ -194,6 +197,6 @@ ARCHITECTURE = Architecture(
         "150m": dict(d_model=1024, n_layer=24), "370m": dict(d_model=1024, n_layer=48),
         "790m": dict(d_model=1536, n_layer=48), "1.4b": dict(d_model=2048, n_layer=48),
         "2.8b": dict(d_model=2560, n_layer=64),
-    }, state_size=state_size, memory=block_memory.every_block(block_memory.mamba), block=MambaBlock,
-    hub=hub_mamba.MAMBA,
+    }, positions=("none", "learned"), state_size=state_size, block=MambaBlock,
+    memory=block_memory.every_block(block_memory.mamba), hub=hub_mamba.MAMBA,
 )  # fmt: skip

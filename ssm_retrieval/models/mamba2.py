@@ -26,11 +26,12 @@ from torch.nn import functional as F
 from ssm_retrieval.models import block_memory, hub_mamba, instrumented
 from ssm_retrieval.models.architecture import TINY, Architecture
 from ssm_retrieval.models.common import WHOLE, Context, LayerCache
-from ssm_retrieval.models.configuration import Config, check_dt, require
+from ssm_retrieval.models.configuration import Config, check_ssm, require
 from ssm_retrieval.models.hooks import Hooked
 from ssm_retrieval.models.layers import widen
-from ssm_retrieval.models.mamba import MambaBlock, MambaForCausalLM, dt_bias
+from ssm_retrieval.models.mamba import MambaBlock, MambaForCausalLM
 from ssm_retrieval.models.padding import convolve, fill_padding
+from ssm_retrieval.models.ssm_init import dt_bias, recall_init
 from ssm_retrieval.ops.linear import Linear
 from ssm_retrieval.ops.ssd import ssd
 
@@ -50,6 +51,9 @@ class Mamba2Config(Config):
     chunk_size: int = 64  # a choice of speed, not of function: the CPU's best, GPUs like 256
     dt_min: float = 0.001
     dt_max: float = 0.1
+    ssm_init: str = "default"  # this and the next two: as in MambaConfig
+    position: str = "none"
+    max_position_embeddings: int = 2048
     norm: str = "rms"
     norm_eps: float = 1e-5
     residual_in_fp32: bool = True
@@ -58,7 +62,7 @@ class Mamba2Config(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_dt(self)
+        check_ssm(self)
         require(
             self.d_inner % self.headdim == 0,
             f"headdim={self.headdim} does not divide d_inner={self.d_inner}; use a divisor",
@@ -121,6 +125,10 @@ class Mamba2Mixer(Hooked, nn.Module):
         self.D = nn.Parameter(torch.ones(H))
         self.norm = GatedRMSNorm(E, config.ngroups, config.norm_eps)
         self.out_proj = Linear(E, D, bias=False)
+        rows, GN = self.in_proj.weight.detach(), config.ngroups * config.d_state
+        made = rows[E : E + J], *(p.detach() for p in self.conv1d.parameters())  # each of x, B and C
+        tied = [(of_B, of_C) for _, of_B, of_C in (each.split([E, GN, GN]) for each in made)]
+        recall_init(config.ssm_init, self.conv1d, (self.A_log, rows[-H:], self.dt_bias), tied)
 
     def forward(self, hidden: Tensor, context: Context = WHOLE, cache: LayerCache | None = None) -> Tensor:
         """The layer.
@@ -185,6 +193,7 @@ ARCHITECTURE = Architecture(
         "1.3b": dict(d_model=2048, n_layer=48),
         "2.7b": dict(d_model=2560, n_layer=64),
     },
+    positions=("none", "learned"),
     state_size=state_size,
     memory=block_memory.every_block(block_memory.mamba2),
     block=lambda config: MambaBlock(config, Mamba2Mixer),

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssm_retrieval.models.architecture import TINY, Architecture
-from ssm_retrieval.models.common import Context, LanguageModel, LayerCache
+from ssm_retrieval.models.common import Context, LanguageModel, LayerCache, part
 from ssm_retrieval.models.configuration import Config, derived, require
 from ssm_retrieval.models.hooks import Hooked
-from ssm_retrieval.models.layers import add_learned_positions, init_normal, make_norm
+from ssm_retrieval.models.layers import init_normal, make_norm
 from ssm_retrieval.ops.linear import Linear
 
 POSITIONS = ("learned", "none")
@@ -146,6 +146,8 @@ class MixerForCausalLM(LanguageModel):
         make: Maps the config to a mixer.
     """
 
+    embed_pos = part("positions")
+
     def __init__(self, config: Any, dtype: torch.dtype | None, make: Callable[[Any], nn.Module]):
         super().__init__(config)
         self.embedding = nn.Embedding(config.vocab_size, config.d_model).to(dtype)
@@ -159,10 +161,6 @@ class MixerForCausalLM(LanguageModel):
         init_normal(self.head.weight, std=config.embedding_std)
         if config.tie_word_embeddings:
             self.head.weight = self.embedding.weight
-
-    def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        x = self.embedding(input_ids)
-        return add_learned_positions(x, positions, self.positions) if self.config.position == "learned" else x
 
 
 def from_mixer(

@@ -30,7 +30,7 @@ from ssm_retrieval.models.architecture import TINY, Architecture
 from ssm_retrieval.models.common import Context, LanguageModel, LayerCache, part
 from ssm_retrieval.models.configuration import Config, require
 from ssm_retrieval.models.hooks import Hooked
-from ssm_retrieval.models.layers import add_learned_positions, init_normal, make_norm
+from ssm_retrieval.models.layers import init_normal, make_norm
 from ssm_retrieval.models.padding import attention_mask
 from ssm_retrieval.ops.attention import attention
 from ssm_retrieval.ops.linear import Linear
@@ -240,6 +240,7 @@ class TransformerForCausalLM(LanguageModel):
     """GPT-NeoX language model (state_dict of EleutherAI/pythia-*)."""
 
     embedding = part("gpt_neox.embed_in")
+    embed_pos = part("gpt_neox.embed_pos")
     blocks = part("gpt_neox.layers")
     norm = part("gpt_neox.final_layer_norm")
     head = part("embed_out")
@@ -258,15 +259,9 @@ class TransformerForCausalLM(LanguageModel):
         init_linear(self, config.init_std)
         init_normal(self.embedding.weight, std=config.embedding_std)
         if learned:
-            init_normal(self.gpt_neox.embed_pos.weight, std=config.embedding_std)
+            init_normal(self.embed_pos.weight, std=config.embedding_std)
         if config.tie_word_embeddings:
             self.embed_out.weight = self.embedding.weight
-
-    def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        x = self.embedding(input_ids)
-        if self.config.position == "learned":
-            x = add_learned_positions(x, positions, self.gpt_neox.embed_pos)
-        return x
 
     def accept_hub_spellings(self, named: dict[str, Any], prefix: str = "") -> None:
         """Drop constants (causal mask, rotary frequencies) that older checkpoints have among the weights,

@@ -29,7 +29,9 @@ ATTENTION = dict(
     max_position_embeddings=st.sampled_from([16, 40]),
     init_std=st.sampled_from([0.02, 0.3]),
 )
-SSM = dict(d_state=st.sampled_from([1, 8]), d_conv=st.integers(1, 4), expand=st.integers(1, 2))
+INITS = dict(ssm_init=st.sampled_from(["default", "identity", "long+tied", "recall"]))
+TABLE = dict(position=st.sampled_from(["learned", "none"]), max_position_embeddings=st.sampled_from([16, 40]))
+SSM = dict(INITS, d_state=st.sampled_from([1, 8]), d_conv=st.integers(1, 4), expand=st.integers(1, 2))
 STEPS = dict(dt_min=st.sampled_from([0.001, 0.02]), dt_max=st.sampled_from([0.1, 0.5]))
 SECOND = dict(headdim=st.sampled_from([4, 8]))
 SHARED = dict(
@@ -43,9 +45,9 @@ SHARED = dict(
 )
 FAMILIES = {
     "transformer": dict(ATTENTION, n_layer=st.integers(1, 2), parallel_residual=st.booleans()),
-    "mamba": dict(SSM, **STEPS, n_layer=st.integers(1, 2), dt_rank=st.sampled_from([0, 3])),
-    "mamba2": dict(SSM, **STEPS, **SECOND, n_layer=st.integers(1, 2), ngroups=st.sampled_from([1, 2]),
-                   chunk_size=st.sampled_from([64, 8])),
+    "mamba": dict(SSM, **STEPS, **TABLE, n_layer=st.integers(1, 2), dt_rank=st.sampled_from([0, 3])),
+    "mamba2": dict(SSM, **STEPS, **TABLE, **SECOND, n_layer=st.integers(1, 2),
+                   ngroups=st.sampled_from([1, 2]), chunk_size=st.sampled_from([64, 8])),
     "hybrid": dict(ATTENTION, **SSM, **SECOND, **STEPS, n_layer=st.just(6),
                    pattern=st.sampled_from(["A", "M A", "M M A", "M2 A", "M2 M A", "M+A", "A+M2 A"]),
                    dt_rank=st.sampled_from([0, 3]), chunk_size=st.sampled_from([64, 8]),
@@ -279,6 +281,6 @@ def test_an_option_of_an_older_release_beside_those_of_transformers_is_one_line(
     raw = json.loads((place / "config.json").read_text())
     raw["ssm_retrieval"] = {"scan_backend": "reference"}
     (place / "config.json").write_text(json.dumps(raw))
-    said = r"config.json: ssm_retrieval=\{'scan_backend': 'reference'\} is not supported, .* none; remove it"
+    said = r"ssm_retrieval=\{'scan_backend': 'reference'\} is not supported, .* ssm_init, .* remove it"
     with pytest.raises(UserError, match=said):
         models.load(place)

@@ -88,6 +88,7 @@ def test_impossible_patterns_give_one_line(pattern, n_layer, said):
 
 # a value unlike the default for every option that a parent has
 OTHER = dict(
+    ssm_init="recall",
     vocab_size=29, d_model=32, n_layer=4, d_state=8, d_conv=3, expand=3, dt_rank=5, dt_min=0.01, dt_max=0.05,
     headdim=4, ngroups=2, chunk_size=16, n_head=4, d_mlp=40, position="none", rotary_pct=0.5, rope_theta=99.0,
     max_position_embeddings=77, parallel_residual=False, norm="layer", norm_eps=1e-3, residual_in_fp32=False,
@@ -118,8 +119,9 @@ def test_a_second_branch_starts_switched_off(pattern, alone):
     """beta = 0: the model is that of its first branch alone, with the same weights."""
     hybrid = models.build("hybrid", **SMALL, n_layer=3, pattern=pattern, seed=4).double()
     shared = [f.name for f in dataclasses.fields(type(models.config(alone))) if f.name in dir(HybridConfig)]
-    config = models.config(alone, **{name: getattr(hybrid.config, name) for name in shared})
-    plain = models.from_config(config).double()
+    options = {name: getattr(hybrid.config, name) for name in shared}
+    options |= {} if alone == "transformer" else {"position": "none"}  # the hybrid's is attention's
+    plain = models.from_config(models.config(alone, **options)).double()
     for ours, theirs in zip(hybrid.blocks, plain.blocks, strict=True):
         theirs.load_state_dict((ours.attention if alone == "transformer" else ours.ssm).state_dict())
     plain.embedding.load_state_dict(hybrid.embedding.state_dict())

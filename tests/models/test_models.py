@@ -19,6 +19,8 @@ FAMILIES = {
     "transformer-none": ("transformer-tiny", dict(position="none")),
     "mamba": ("mamba-tiny", dict(d_state=5)),
     "mamba-layernorm": ("mamba-tiny", dict(norm="layer", residual_in_fp32=False)),
+    "mamba-learned": ("mamba-tiny", dict(position="learned", ssm_init="recall")),
+    "mamba2-learned": ("mamba2-tiny", dict(position="learned", ssm_init="recall", headdim=8)),
     "mamba2": ("mamba2-tiny", dict(d_state=6, ngroups=2, headdim=8, chunk_size=4)),
     "hybrid-mamba": ("hybrid-tiny", dict(position="learned")),
     "hybrid-mamba2": ("hybrid-tiny", dict(pattern="M2 M2 A", position="rope", headdim=8)),

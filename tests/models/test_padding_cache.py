@@ -22,6 +22,7 @@ VARIANTS = {
     "transformer-none": ("transformer", dict(position="none")),
     "mamba": ("mamba", dict()),
     "mamba-no-window": ("mamba", dict(d_conv=1, n_layer=2)),
+    "mamba-learned": ("mamba", dict(n_layer=2, position="learned", max_position_embeddings=64)),
     "mamba2": ("mamba2", dict(d_conv=3)),
     "hybrid-mamba": ("hybrid-mamba", dict(position="learned")),
     "hybrid-mamba2": ("hybrid-mamba2", dict(position="rope", d_conv=5)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -29,3 +31,29 @@ def test_a_family_learns_length_8(tmp_path, family, steps, lr):
         torch.set_num_threads(threads)
     assert result["count"] == 256 and result["chance"] == 1 / 8
     assert result["accuracy"] > 0.9
+
+
+@pytest.mark.parametrize("ssm_init", ["recall", "default"])
+def test_mamba_with_positions_learns_length_64_if_it_begins_ready_to_recall(tmp_path, ssm_init):
+    """One layer with learned positions: `ssm_init` alone decides whether 450 steps are enough.
+
+    Measured on three seeds of each: 0.99 or more after 350 steps, against less than 0.15 after 450.
+    """
+    config = RunConfig(
+        seq_len=64, layers=1, d_state=32, position="learned", steps=450, lr=4e-3, batch_tokens=1024,
+        stop_at=0.95, eval_every=50, eval_examples=64, final_eval_examples=256, device="cpu",
+        precision="float32",
+    )  # fmt: skip
+    settled = plan(config, "mamba")
+    settled = dataclasses.replace(settled, model_overrides={**settled.model_overrides, "ssm_init": ssm_init})
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        result = trainer.train(settled, tmp_path)
+    finally:
+        torch.set_num_threads(threads)
+    assert result["count"] == 256 and result["chance"] == 1 / 64
+    if ssm_init == "recall":
+        assert result["accuracy"] > 0.9 and result["train_length"] == 64
+    else:
+        assert result["accuracy"] < 0.5 and result["train_length"] < 64

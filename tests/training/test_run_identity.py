@@ -19,8 +19,7 @@ BASE = RunConfig(seq_len=16, model=("mamba",), device="cpu", precision="float32"
 
 def name(family: str | None = None, **changed) -> str:
     config = dataclasses.replace(BASE, **changed)
-    (only,) = [family] if family else config.model
-    return run_id(plan(config, only))
+    return run_id(plan(config, family or config.model[0]))
 
 
 ROPE = dict(model=("transformer",), position="rope")
@@ -70,6 +69,8 @@ SAME = {
         dict(schedule="linear", warmup=0),
     ),
     "positions": (dict(model=("transformer",)), dict(model=("transformer",), position="learned")),
+    "no positions": (dict(), dict(position="none")),
+    "an SSM beside attention that rotates": (dict(), dict(model=("mamba", "transformer"), position="rope")),
     "the same dimensions rotated": (dict(**ROPE, rotary_pct=0.25), dict(**ROPE, rotary_pct=0.26)),
     "curriculum at full length": (dict(curriculum=0), dict(curriculum=16)),
     "warm-up of a step": (dict(warmup=0), dict(warmup=1)),
@@ -99,6 +100,7 @@ DIFFERENT = [
     dict(betas=(0.9, 0.95)), dict(batch_size=16), dict(label_smoothing=0.1), dict(ssm_lr=0.1),
     dict(schedule="linear", flat=0), dict(schedule="linear", flat=5),
     dict(task="ngram"), dict(task="ngram", answer_size=2), dict(task="ngram", min_seq_len=12),
+    dict(position="learned"), dict(position="learned", model=("mamba2",)),
 ]  # fmt: skip
 
 
@@ -138,10 +140,10 @@ def wishes(draw: st.DrawFn) -> RunConfig:
     )
     if family != "transformer":
         changed["d_state"] = draw(st.sampled_from([None, 16, 32]))
-    if family in ("transformer", "hybrid"):
-        changed["position"] = draw(st.sampled_from([None, "learned", "rope"]))
-        if changed["position"] == "rope":
-            changed["rotary_pct"] = draw(st.sampled_from([0.25, 0.26, 0.5, 1.0]))
+    schemes = {"transformer": ["rope"], "hybrid": ["rope"]}.get(family, ["none"])
+    changed["position"] = draw(st.sampled_from([None, "learned", *schemes]))
+    if changed["position"] == "rope":
+        changed["rotary_pct"] = draw(st.sampled_from([0.25, 0.26, 0.5, 1.0]))
     return dataclasses.replace(BASE, **changed)
 
 

@@ -15,10 +15,9 @@ ABSURD = str(10**20)
 IGNORED = [
     (
         ["--position", "rope", "--model", "mamba"],
-        "--position rope is for attention, which --model mamba lacks",
+        "--position rope is for attention, which --model mamba lacks; use learned or none",
     ),
-    (["--position", "none", "--model", "mamba", "mamba2"], "--position none is for attention"),
-    (["--position", "learned", "--model", "mamba2"], "--position learned is for attention"),
+    (["--position", "rope", "--model", "mamba", "mamba2"], "--position rope is for attention"),
     (["--model", "transformer", "--d-state", "64"], "--d-state 64 is for state space models"),
     (["--model", "transformer", "--d-state", "16"], "--d-state 16 is for state space models"),
     (["--rotary-pct", "0.5"], "--rotary-pct 0.5 has no effect with --position learned; give --position rope"),
