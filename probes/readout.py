@@ -1,8 +1,8 @@
 """The read-out by the model's own path: read a context once, then put every question to a copy of its cache.
 
-A linear probe finds less in a state than the model itself does. So the model is asked. The cache is all that it
-knows of what it has read, and a question that continues from a copy of it gets the same answer as one at the
-end of the whole sequence, for a token's work instead of a sequence's.
+A linear probe finds less in a state than the model itself does, so the model is asked. The cache is all that
+it knows of what it has read. A question that continues from a copy of the cache gets the same answer as one
+at the end of the whole sequence, and costs one token instead of all.
 """
 
 from __future__ import annotations

@@ -98,9 +98,7 @@ def asked_after(task: Task) -> Position:
     task = single_query(task)
     if not isinstance(task, Position):
         known = "position, position-varlen or grid"
-        raise NotApplicable(
-            f"capacity asks for single symbols by place, unlike task {task.name}; use {known}"
-        )
+        raise NotApplicable(f"capacity asks where single symbols stand, unlike task {task.name}; use {known}")
     if task.layout == "prefix":
         raise NotApplicable("capacity asks after the context, but layout prefix before it; use layout suffix")
     return task
@@ -193,12 +191,13 @@ def bits(n: int, known: float) -> float:
 def summary(table: pd.DataFrame) -> str:
     """Facts by symbols shown, beside untrained weights and chance, as Markdown."""
     words = (
-        "After `shown` context symbols the model is asked for the place of each, every time from a copy of "
-        "what it remembers. Facts: how many it answers, with a 95 % interval over sequences; chance: how many "
-        "a guess among the places does. Known: without lucky guesses, as the linear probe's capacity; bits: "
-        "what telling that many places takes. Numbers: in the state or cache when the question comes. Recent: "
-        "accuracy over the last `known` symbols, which is 1 if the model keeps these and no others. Untrained: "
-        "facts of weights as initialised. A model that was trained at one length only may fail at others."
+        "After `shown` context symbols the model is asked where each of them stands, every time from a "
+        "copy of its cache. Facts: how many it answers, with a 95 % interval over sequences. Untrained: "
+        "the same with weights as initialised. Chance: how many a guess among the places gets right. "
+        "Known: facts without lucky guesses, as the capacity of the linear probe. Recent: accuracy over "
+        "the last `known` symbols; 1 says that the model keeps these and no others. Bits: what it takes to "
+        "tell that many places. Numbers: how many the cache holds when the question comes. A model that "
+        "was trained at one length only may fail at all others."
     )
     keys = ["family", "shown"]
     facts = table[table["part"] == "facts"].sort_values(keys)

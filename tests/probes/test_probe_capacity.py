@@ -1,4 +1,4 @@
-"""Every question asked of a copy of the cache: against whole sequences, a model whose memory is known, and runs."""
+"""Questions to copies of the cache: against whole sequences, a model whose memory is known, and runs."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_intervals_are_over_sequences_but_never_without_width():
         (
             "mqar",
             dict(seq_len=16, num_pairs=2),
-            "capacity asks for single symbols by place, unlike task mqar",
+            "capacity asks where single symbols stand, unlike task mqar",
         ),
         ("position", dict(layout="prefix", seq_len=8), "layout prefix before it; use layout suffix"),
     ],
@@ -197,7 +197,7 @@ def test_the_answer_to_the_runs_own_question_is_the_one_it_was_scored_for(layout
 
 
 def test_facts_of_a_run_agree_with_its_accuracy(tmp_path, capsys):
-    """A model that has learned some: facts / N and the run's own held-out accuracy, within their intervals."""
+    """Of a model that has learned some: facts / N and held-out accuracy, within their intervals."""
     more = ["--seq-len", "8", "--model", "transformer", "--layers", "1", "--steps", "40", "--seed", "0"]
     folder = tiny_run(tmp_path, "position", *more, "--batch-tokens", "512", "--final-eval-examples", "256")
     result = store.read_json(folder / "result.json")
