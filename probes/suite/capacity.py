@@ -10,13 +10,14 @@ sequences. Parts of the table, all by `shown` = n:
               cache when the question comes. `recent` is the accuracy over the last `known` symbols: 1 if the
               model keeps the last ones and nothing else, the overall accuracy if recency plays no part
     accuracy  of all questions
-    place     of the questions for the symbols from `place` on: one place, or a cell of a long context
+    place     of the questions for `size` symbols from `place` on: one each, or the cells of a long context
 
 A model that was trained at one length only may fail at all others; `shown` = N is what it was trained for.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from math import lgamma, log
 from typing import Any
 
@@ -27,8 +28,6 @@ from torch import Tensor
 
 from probes.readout import read_out
 from probes.suite.common import (
-    BINS,
-    SHORT,
     NotApplicable,
     Options,
     Probe,
@@ -45,8 +44,10 @@ from synthetic.tasks import Batch, Task
 from synthetic.tasks.position import Position
 
 EXAMPLES = 128  # sequences
-FEWER = 32  # of them at lengths above `LONG`, where each is asked hundreds of questions
-LONG = 256
+LEAST = 16  # of them where each is asked so many questions that there are more than
+QUESTIONS = 2**14
+SINGLE = 64  # symbols up to which every place has rows of its own
+ENDS = 10  # cells from each end of a longer context, which are as fine as one symbol at the very ends
 
 
 def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
@@ -64,7 +65,7 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
         NotApplicable: The task asks for something else, or before the context.
     """
     task = asked_after(task)
-    examples = options.examples or (FEWER if task.seq_len > LONG else EXAMPLES)
+    examples = options.examples or min(EXAMPLES, max(LEAST, QUESTIONS // task.seq_len))
     lengths = doublings(task.seq_len)
     right: dict[int, list[Tensor]] = {n: [] for n in lengths}
     once: dict[int, list[Tensor]] = {n: [] for n in lengths}
@@ -154,13 +155,19 @@ def _rows(right: np.ndarray, once: np.ndarray, numbers: int) -> list[dict[str, A
         shared | facts | more | dict(part="facts", quantity="facts", asked=asked),
         shared | accuracy | dict(part="accuracy", quantity="accuracy", chance=chance),
     ]
-    size = 1 if n <= SHORT else -(-n // BINS)
-    for start in range(0, n, size):
-        cell = slice(start, start + size)
-        if once[:, cell].any():
-            found = share(right[:, cell], once[:, cell])
-            rows.append(shared | found | dict(part="place", quantity="accuracy", place=start, chance=chance))
+    for start, end in pairwise(cells(n)):
+        if once[:, start:end].any():
+            found = share(right[:, start:end], once[:, start:end]) | dict(place=start, size=end - start)
+            rows.append(shared | found | dict(part="place", quantity="accuracy", chance=chance))
     return rows
+
+
+def cells(n: int) -> list[int]:
+    """Edges of the cells of n places, 0 .. n: one place each, or of a long context dense at both ends."""
+    if n <= SINGLE:
+        return list(range(n + 1))
+    near = np.geomspace(1, n // 2, ENDS).round().astype(int)
+    return [0, *np.unique([near, n - near]).tolist(), n]
 
 
 def share(right: np.ndarray, asked: np.ndarray) -> dict[str, float]:
@@ -204,9 +211,12 @@ def summary(table: pd.DataFrame) -> str:
     untrained = facts[facts["weights"] == "untrained"].set_index(keys)["value"]
     rows = []
     for row in facts[facts["weights"] == "trained"].to_dict("records"):
-        more = [f"{untrained[row['family'], row['shown']]:.3g}"]
-        more += [f"{row[name]:.3g}" for name in ("chance", "known", "recent", "bits")]
-        rows.append([row["family"], f"{row['shown']:.0f}", interval(row), *more, f"{row['numbers']:,.0f}"])
+        more = [
+            f"{value:.4g}" for value in (untrained[row["family"], row["shown"]], row["chance"], row["known"])
+        ]
+        more += [f"{row['recent']:.3g}" if round(row["known"]) else ""]
+        more += [f"{row[name]:,.0f}" for name in ("bits", "numbers")]
+        rows.append([row["family"], f"{row['shown']:.0f}", interval(row, digits=4), *more])
     return f"{words}\n\n" + markdown(
         [*keys, "facts", "untrained", "chance", "known", "recent", "bits", "numbers"], rows
     )
@@ -216,5 +226,5 @@ PROBE = Probe(
     "How many symbols can the model still find when it is asked for each?",
     measure,
     summary,
-    columns=("shown", "asked", "place", "chance", "known", "bits", "numbers", "recent"),
+    columns=("shown", "asked", "place", "size", "chance", "known", "bits", "numbers", "recent"),
 )

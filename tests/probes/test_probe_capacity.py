@@ -127,9 +127,14 @@ def test_a_model_with_a_window_knows_what_is_in_it(k):
 def test_long_contexts_are_put_in_cells():
     task = tasks.build("position", seq_len=300)
     table = capacity.measure(Window(task, 100), task, Options(examples=2))
-    at = table[(table["part"] == "place") & (table["shown"] == 300)].set_index("place")["value"]
-    assert at.index.tolist() == list(range(0, 300, 5))
-    assert at[0] == pytest.approx(1 / 5) and (at.loc[5:195] == 0).all() and (at.loc[200:] == 1).all()
+    at = table[(table["part"] == "place") & (table["shown"] == 300)].set_index("place")
+    assert (
+        at.index[0] == 0 and (at.index[1:] == (at.index + at["size"])[:-1]).all() and at["size"].sum() == 300
+    )
+    assert at["size"].iloc[[0, -1]].tolist() == [1, 1] and len(at) == 20
+    for place, row in at.iterrows():  # the first, and those from 200 on
+        found = (place == 0) + max(0, min(row["size"], place + row["size"] - 200))
+        assert row["value"] == pytest.approx(found / row["size"])
     facts = table[table["part"] == "facts"].set_index("shown")["value"]
     assert facts.to_dict() == {2: 2, 4: 4, 8: 8, 16: 16, 32: 32, 64: 64, 128: 101, 256: 101, 300: 101}
 
@@ -227,8 +232,8 @@ def test_the_figure_draws_the_table(probed_run):
     for (_, _), rows in table.groupby(["family", "weights"]):
         facts = rows[rows["part"] == "facts"].sort_values("shown")
         assert [*zip(facts["shown"], facts["value"], strict=True)] in lines[left]
-        last = rows[(rows["part"] == "place") & (rows["shown"] == 8)].sort_values("place", ascending=False)
-        assert [*zip(8 - last["place"], last["value"], strict=True)] in lines[right]
+        last = rows[(rows["part"] == "place") & (rows["shown"] == 8)].sort_values("place")
+        assert [*zip(range(8), last["value"], strict=True)] in lines[right]
     assert [(2, 2), (4, 4), (8, 8)] in lines[left]  # all that is shown
     assert len(lines[left]) == 6 and len(lines[right]) == 5
     plt.close(figure)
