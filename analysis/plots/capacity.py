@@ -34,9 +34,9 @@ def place_table(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def place_ticks(rows: pd.DataFrame) -> tuple[list[float], list[str]]:
-    """Ticks of the axis of places, at most 10, and their labels: the first symbol of each cell, from 1 on."""
+    """Ticks of the axis of places, at most 7, and their labels: the first symbol of each cell, from 1 on."""
     places = rows.drop_duplicates("place").sort_values("at")[["at", "place"]].to_numpy()
-    places = places[:: -(-len(places) // 10)]
+    places = places[:: -(-len(places) // 7)]
     return [float(at) for at, _ in places], [f"{place + 1:g}" for _, place in places]
 
 
@@ -64,6 +64,7 @@ def draw(table: pd.DataFrame) -> Figure:
     left.set_yscale("symlog", base=2, linthresh=1)  # untrained weights answer none
     left.set_xticks(marked, [f"{n:g}" for n in marked])
     left.set_yticks([0, 1, *marked], [f"{n:g}" for n in (0, 1, *marked)])
+    left.set_ylim(-0.3, 1.4 * lengths[-1])
     right.set_xticks(*place_ticks(parts["place"]))
     right.set_ylim(*SHARES)
     looks = family_looks(families(parts["facts"]), marker="o")
