@@ -35,7 +35,6 @@ from probes.suite.common import (
     batches,
     interval,
     rows_within,
-    single_query,
 )
 from ssm_retrieval.models.common import LanguageModel
 from ssm_retrieval.statistics import ratio_of_means, wilson
@@ -85,7 +84,7 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
 
 
 def asked_after(task: Task) -> Position:
-    """The task with one query, if that is a symbol which comes after the context.
+    """The task, if it asks where a symbol stands that comes after the context.
 
     Args:
         task: Any task.
@@ -96,7 +95,6 @@ def asked_after(task: Task) -> Position:
     Raises:
         NotApplicable: It asks otherwise.
     """
-    task = single_query(task)
     if not isinstance(task, Position):
         known = "position, position-varlen or grid"
         raise NotApplicable(f"capacity asks where single symbols stand, unlike task {task.name}; use {known}")

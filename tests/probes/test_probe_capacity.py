@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from math import factorial, log2
+from itertools import permutations
+from math import log2
 from types import SimpleNamespace
 
 import matplotlib
@@ -28,7 +29,7 @@ from ssm_retrieval.training import store
 from synthetic import tasks
 from synthetic.evaluate import heldout
 
-TASKS = {"position": dict(seq_len=9), "grid": dict(seq_len=4, num_symbols=8)}  # of at most VOCAB tokens
+TASKS = {"position": dict(seq_len=6), "grid": dict(seq_len=4, num_symbols=8)}  # of at most VOCAB tokens
 
 
 class Window:
@@ -68,18 +69,19 @@ def test_a_copy_of_the_cache_answers_as_the_whole_sequence_does(model, name):
     assert task.vocab_size <= VOCAB
     context, lengths = contexts(task), capacity.doublings(task.seq_len)
     prompts, questions = zip(*(capacity.questions_after(task, context[:, :n]) for n in lengths), strict=True)
+    whole, tokens = [], []
+    for n in lengths:
+        asked = [task.assemble(context[:, :n].numpy(), np.full((3, 1), place)) for place in range(n)]
+        (at,) = asked[0].answer_at
+        with torch.no_grad():  # (n, 3) sequences, all at once
+            logits = model(torch.cat([batch.input_ids for batch in asked]), logits_at=asked[0].answer_at)
+        whole.append(logits[:, 0].argmax(-1).view(n, 3).T)
+        tokens.append(int(at))
     for budget in (1, 40_000, 2**28):
         found = list(read_out(model, prompts, questions, budget))
-        assert [readout.predicted.shape for readout in found] == [(3, n) for n in lengths]
-        for n, readout in zip(lengths, found, strict=True):
-            whole = []
-            for place in range(n):
-                batch = task.assemble(context[:, :n].numpy(), np.full((3, 1), place))
-                with torch.no_grad():
-                    whole.append(model(batch.input_ids, logits_at=batch.answer_at)[:, 0].argmax(-1))
-            assert torch.equal(readout.predicted, torch.stack(whole, dim=1))
-            tokens = int(batch.answer_at[0])
-            assert readout.numbers == models.state_size(model.config, tokens)
+        assert [readout.numbers for readout in found] == [models.state_size(model.config, t) for t in tokens]
+        for readout, answers in zip(found, whole, strict=True):
+            assert torch.equal(readout.predicted, answers)
     assert len(found[-1].predicted.unique()) > 1  # not one answer to all, which any code would give
 
 
@@ -100,6 +102,19 @@ def test_a_fork_goes_on_alone(model):
         assert layer.keys() == kept.keys() and all(torch.equal(layer[name], kept[name]) for name in kept)
 
 
+def test_prompts_may_leave_the_whole_and_meet_it_again():
+    model = build("mamba")
+    whole = torch.randint(VOCAB, (2, 9), generator=torch.Generator().manual_seed(3))
+    prompt = whole[:, :6].clone()
+    prompt[:, 2] = (prompt[:, 2] + 1) % VOCAB
+    questions = whole[:, :4]
+    for found, read in zip(read_out(model, [prompt, whole], 2 * [questions]), (prompt, whole), strict=True):
+        for i in range(4):
+            with torch.no_grad():
+                logits = model(torch.cat([read, questions[:, i : i + 1]], dim=1))
+            assert torch.equal(found.predicted[:, i], logits[:, -1].argmax(-1))
+
+
 @pytest.mark.parametrize("k", [1, 5, 16])
 def test_a_model_with_a_window_knows_what_is_in_it(k):
     task = tasks.build("position", seq_len=16)
@@ -111,8 +126,7 @@ def test_a_model_with_a_window_knows_what_is_in_it(k):
         assert row["value"] == found and row["low"] < found <= row["high"] <= n == row["asked"]
         assert row["known"] == pytest.approx((found - 1) / (1 - 1 / n))
         assert (row["chance"], row["numbers"], row["n"]) == (1, n + 2, 6)  # <bos>, n symbols, <query>
-        if n <= k:
-            assert row["bits"] == pytest.approx(log2(factorial(n)))
+        assert row["bits"] == pytest.approx(capacity.bits(n, row["known"]))
     if k == 5:
         assert facts.loc[16, "recent"] == 1  # 5 / (1 - 1 / 16) are known: the last five are asked
         assert facts.loc[8, "recent"] == pytest.approx(5 / 6)  # 5 / (1 - 1 / 8) rounds to six
@@ -155,6 +169,11 @@ def test_symbols_that_repeat_are_not_asked_for():
 
 def test_lengths():
     assert [capacity.doublings(n) for n in (1, 2, 3, 8, 9)] == [[1], [2], [2, 3], [2, 4, 8], [2, 4, 8, 9]]
+
+
+def test_bits_count_the_ways_to_place_symbols():
+    ways = [len([*permutations(range(5), known)]) for known in range(6)]
+    assert [capacity.bits(5, known) for known in range(6)] == pytest.approx([log2(way) for way in ways])
 
 
 def test_intervals_are_over_sequences_but_never_without_width():
@@ -201,7 +220,8 @@ def test_the_answer_to_the_runs_own_question_is_the_one_it_was_scored_for(layout
     assert torch.equal(found.predicted.gather(1, batch.target_index)[:, 0], scored)
 
 
-def test_facts_of_a_run_agree_with_its_accuracy(tmp_path, capsys):
+@pytest.mark.slow
+def test_facts_of_a_run_agree_with_its_accuracy(tmp_path):
     """Of a model that has learned some: facts / N and held-out accuracy, within their intervals."""
     more = ["--seq-len", "8", "--model", "transformer", "--layers", "1", "--steps", "40", "--seed", "0"]
     folder = tiny_run(tmp_path, "position", *more, "--batch-tokens", "512", "--final-eval-examples", "256")
@@ -215,7 +235,7 @@ def test_facts_of_a_run_agree_with_its_accuracy(tmp_path, capsys):
     assert row["low"] / 8 <= result["ci_high"] and result["ci_low"] <= row["high"] / 8
     assert row["low"] > facts.loc["untrained", "high"]
     text = (folder / "probes" / "summary.md").read_text()
-    assert f"| transformer | 8 | {row['value']:.3g} [{row['low']:.3g}, {row['high']:.3g}] |" in text
+    assert f"| transformer | 8 | {row['value']:.4g} [{row['low']:.4g}, {row['high']:.4g}] |" in text
 
 
 def test_the_figure_draws_the_table(probed_run):
