@@ -43,8 +43,8 @@ from synthetic.tasks import Batch, Task
 from synthetic.tasks.position import Position
 
 EXAMPLES = 128  # sequences
-LEAST = 16  # of them where each is asked so many questions that there are more than
-QUESTIONS = 2**14
+LEAST = 8  # of them where each is asked so many questions that there are more than
+QUESTIONS = 2**13  # of the whole context: each one copies the cache, which of attention is long
 SINGLE = 64  # symbols up to which every place has rows of its own
 ENDS = 10  # cells from each end of a longer context, which are as fine as one symbol at the very ends
 

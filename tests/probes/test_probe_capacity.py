@@ -162,7 +162,7 @@ def test_symbols_that_repeat_are_not_asked_for():
     context = batch.input_ids[:, 1:13].tolist()
     for n, row in facts.iterrows():
         once = [sum(row[:n].count(symbol) == 1 for symbol in row[:n]) for row in context]
-        assert row["asked"] == row["value"] == pytest.approx(np.mean(once))
+        assert row["asked"] == row["value"] == row["known"] == pytest.approx(np.mean(once))
         assert row["chance"] == pytest.approx(np.mean(once) / n)
     assert facts["asked"].iloc[-1] < 3
 
