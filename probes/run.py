@@ -53,6 +53,7 @@ class Options:
 
     * updates: what every token writes into an SSM's state, by its role and position.
     * retention: how much of it is left when the answer is due; hidden attention maps.
+    * capacity: how many symbols the model itself can still find, each being asked for.
     * linear: which symbols can be read off the state and the residual stream linearly.
     * patch: which activations carry the answer from a clean to a corrupted run.
     * attention: retrieval, induction and previous-token scores of heads.

@@ -69,6 +69,7 @@ TESTS: dict[str, list[str]] = {
     "probes.contrast_pairs": ["test_pairs"],
     "probes.patch_effects": ["test_patching", "test_probe_heads"],
     "probes.patching": ["test_patching"],
+    "probes.readout": ["test_probe_capacity"],
     "probes.retention": ["test_probe_retention"],
     "probes.scan": ["test_probe_updates", "test_probe_retention"],
     "probes.token_roles": ["test_pairs"],

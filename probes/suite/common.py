@@ -2,7 +2,8 @@
 
 Every probe makes one tidy table, a row per number. Columns that all have:
 
-    layer      block, 0-based; lens and patch count the residual stream: n is after n blocks, 0 the embedding
+    layer      block, 0-based; lens, patch and capacity count the residual stream: n is after n blocks, 0 the
+               embedding
     part       which of the probe's measurements the row belongs to
     quantity   what was measured
     value      the number; low, high: its 95 % interval, nan where there is none

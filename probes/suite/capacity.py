@@ -1,0 +1,228 @@
+"""How many of the symbols that it has read can the model itself still find? Each one is asked for.
+
+After n context symbols the question is put for every one of them, each time from a copy of the cache
+(`probes.readout`). So the number of facts is a count, not a probe's estimate: no classifier, no training
+sequences. Parts of the table, all by `shown` = n:
+
+    facts     facts answered of those that can be asked, the symbols that occur once. `known` is without lucky
+              guesses, (accuracy - chance) / (1 - chance) of what is asked, as the linear probe's capacity.
+              `bits` tells the places of that many symbols, log2 n! / (n - known)!. `numbers` are those in the
+              cache when the question comes. `recent` is the accuracy over the last `known` symbols: 1 if the
+              model keeps the last ones and nothing else, the overall accuracy if recency plays no part
+    accuracy  of all questions
+    place     of the questions for `size` symbols from `place` on: one each, or the cells of a long context
+
+A model that was trained at one length only may fail at all others; `shown` = N is what it was trained for.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from math import lgamma, log
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from probes.readout import read_out
+from probes.suite.common import (
+    NotApplicable,
+    Options,
+    Probe,
+    answer_at,
+    batches,
+    interval,
+    rows_within,
+)
+from ssm_retrieval.models.common import LanguageModel
+from ssm_retrieval.statistics import ratio_of_means, wilson
+from ssm_retrieval.tables import markdown
+from synthetic.tasks import Batch, Task
+from synthetic.tasks.position import Position
+
+EXAMPLES = 128  # sequences
+LEAST = 8  # of them where each is asked so many questions that there are more than
+QUESTIONS = 2**13  # of the whole context: each one copies the cache, which of attention is long
+SINGLE = 64  # symbols up to which every place has rows of its own
+ENDS = 10  # cells from each end of a longer context, which are as fine as one symbol at the very ends
+
+
+def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
+    """Measure a model.
+
+    Args:
+        model: The model.
+        task: A task of position type whose question follows the context.
+        options: Sequences, seed and progress.
+
+    Returns:
+        Rows by shown, with chance: facts that a guess among the n places gets right, or its accuracy.
+
+    Raises:
+        NotApplicable: The task asks for something else, or before the context.
+    """
+    task = asked_after(task)
+    examples = options.examples or min(EXAMPLES, max(LEAST, QUESTIONS // task.seq_len))
+    lengths = doublings(task.seq_len)
+    right: dict[int, list[Tensor]] = {n: [] for n in lengths}
+    once: dict[int, list[Tensor]] = {n: [] for n in lengths}
+    numbers: dict[int, int] = {}
+    rows = rows_within(task, 4 * model.config.d_model * (16 + 2 * model.config.n_layer))
+    for batch in batches(task, examples, rows, options):
+        context = shown_symbols(task, batch)
+        prompts, questions = zip(*(questions_after(task, context[:, :n]) for n in lengths), strict=True)
+        for n, found in zip(lengths, read_out(model, prompts, questions), strict=True):
+            places = task.vocabulary.first_position + torch.arange(n)
+            once[n].append(occur_once(context[:, :n]))
+            right[n].append((found.predicted == places) & once[n][-1])
+            numbers[n] = found.numbers
+    rows_of = [_rows(torch.cat(right[n]).numpy(), torch.cat(once[n]).numpy(), numbers[n]) for n in lengths]
+    table = pd.DataFrame([row for rows in rows_of for row in rows])
+    return table.assign(layer=model.config.n_layer)
+
+
+def asked_after(task: Task) -> Position:
+    """The task, if it asks where a symbol stands that comes after the context.
+
+    Args:
+        task: Any task.
+
+    Returns:
+        The task.
+
+    Raises:
+        NotApplicable: It asks otherwise.
+    """
+    if not isinstance(task, Position):
+        known = "position, position-varlen or grid"
+        raise NotApplicable(f"capacity asks where single symbols stand, unlike task {task.name}; use {known}")
+    if task.layout == "prefix":
+        raise NotApplicable("capacity asks after the context, but layout prefix before it; use layout suffix")
+    return task
+
+
+def doublings(longest: int) -> list[int]:
+    """2, 4, 8 .. up to `longest`, which is the last."""
+    return [n for n in (2**i for i in range(1, longest.bit_length())) if n < longest] + [longest]
+
+
+def shown_symbols(task: Position, batch: Batch) -> Tensor:
+    """(B, N) the 0-based context symbols of a batch, without the markers among them."""
+    ids = batch.input_ids[:, : answer_at(batch)] - task.vocabulary.first_symbol
+    return ids[:, (ids[0] >= 0) & (ids[0] < task.vocabulary.num_symbols)]
+
+
+def questions_after(task: Position, context: Tensor) -> tuple[Tensor, Tensor]:
+    """What the model reads, and every question that can follow.
+
+    Args:
+        task: What lays them out.
+        context: (B, n) 0-based symbols.
+
+    Returns:
+        (B, T) tokens up to the question, and (B, n) questions, in the order of the context.
+    """
+    batch = task.assemble(context.numpy(), np.zeros((len(context), 1), dtype=np.int64))
+    return batch.input_ids[:, : answer_at(batch)], context + task.vocabulary.first_symbol
+
+
+def occur_once(context: Tensor) -> Tensor:
+    """(B, n) bool: which symbols of contexts (B, n) stand at one place only."""
+    return (context[:, :, None] == context[:, None, :]).sum(-1) == 1
+
+
+# --- table --------------------------------------------------------------------------------------------------
+
+
+def _rows(right: np.ndarray, once: np.ndarray, numbers: int) -> list[dict[str, Any]]:
+    """All rows of one length; right and once are (B, n) bool."""
+    n = right.shape[1]
+    asked, chance = float(once.sum(1).mean()), 1 / n
+    if asked == 0:
+        return []
+    accuracy = share(right, once)
+    facts = {key: value * asked for key, value in accuracy.items()}
+    known = asked * max(0.0, (accuracy["value"] - chance) / (1 - chance)) if n > 1 else asked
+    last = slice(n - round(known), n)
+    recent = share(right[:, last], once[:, last])["value"]
+    shared: Any = dict(shown=n, n=len(right))
+    more = dict(chance=asked * chance, known=known, bits=bits(n, known), numbers=numbers, recent=recent)
+    rows = [
+        shared | facts | more | dict(part="facts", quantity="facts", asked=asked),
+        shared | accuracy | dict(part="accuracy", quantity="accuracy", chance=chance),
+    ]
+    for start, end in pairwise(cells(n)):
+        if once[:, start:end].any():
+            found = share(right[:, start:end], once[:, start:end]) | dict(place=start, size=end - start)
+            rows.append(shared | found | dict(part="place", quantity="accuracy", chance=chance))
+    return rows
+
+
+def cells(n: int) -> list[int]:
+    """Edges of the cells of n places, 0 .. n: one place each, or of a long context dense at both ends."""
+    if n <= SINGLE:
+        return list(range(n + 1))
+    near = np.geomspace(1, n // 2, ENDS).round().astype(int)
+    return [0, *np.unique([near, n - near]).tolist(), n]
+
+
+def share(right: np.ndarray, asked: np.ndarray) -> dict[str, float]:
+    """The share of questions that were answered, with its interval.
+
+    Answers of one sequence depend on each other, so Student's interval is over sequences. It has no width
+    where all sequences are alike. So the interval is never narrower than Wilson's of as many questions.
+
+    Args:
+        right: (B, q) bool.
+        asked: (B, q) bool.
+
+    Returns:
+        Value, low and high; nan if nothing was asked.
+    """
+    if not asked.any():
+        return dict(value=np.nan, low=np.nan, high=np.nan)
+    value, low, high = ratio_of_means(right.sum(1), asked.sum(1))
+    least, most = wilson(int(right.sum()), int(asked.sum()))
+    return dict(value=value, low=max(0.0, np.fmin(low, least)), high=min(1.0, np.fmax(high, most)))
+
+
+def bits(n: int, known: float) -> float:
+    """log2 of the number of ways to put `known` symbols at different ones of n places."""
+    return (lgamma(n + 1) - lgamma(n - known + 1)) / log(2)
+
+
+def summary(table: pd.DataFrame) -> str:
+    """Facts by symbols shown, beside untrained weights and chance, as Markdown."""
+    words = (
+        "After `shown` context symbols the model is asked where each of them stands, every time from a "
+        "copy of its cache. Facts: how many it answers, with a 95 % interval over sequences. Untrained: "
+        "the same with weights as initialised. Chance: how many a guess among the places gets right. "
+        "Known: facts without lucky guesses, as the capacity of the linear probe. Recent: accuracy over "
+        "the last `known` symbols; 1 says that the model keeps these and no others. Bits: what it takes to "
+        "tell that many places. Numbers: how many the cache holds when the question comes. A model that "
+        "was trained at one length only may fail at all others."
+    )
+    keys = ["family", "shown"]
+    facts = table[table["part"] == "facts"].sort_values(keys)
+    untrained = facts[facts["weights"] == "untrained"].set_index(keys)["value"]
+    rows = []
+    for row in facts[facts["weights"] == "trained"].to_dict("records"):
+        more = [
+            f"{value:.4g}" for value in (untrained[row["family"], row["shown"]], row["chance"], row["known"])
+        ]
+        more += [f"{row['recent']:.3g}" if round(row["known"]) else ""]
+        more += [f"{row[name]:,.0f}" for name in ("bits", "numbers")]
+        rows.append([row["family"], f"{row['shown']:.0f}", interval(row, digits=4), *more])
+    return f"{words}\n\n" + markdown(
+        [*keys, "facts", "untrained", "chance", "known", "recent", "bits", "numbers"], rows
+    )
+
+
+PROBE = Probe(
+    "How many symbols can the model still find when it is asked for each?",
+    measure,
+    summary,
+    columns=("shown", "asked", "place", "size", "chance", "known", "bits", "numbers", "recent"),
+)
