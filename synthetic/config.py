@@ -115,11 +115,11 @@ position-varlen. Each batch draws a length up to --seq-len; evaluation always us
 state-spaces/mamba-130m, with the one --model that it holds. Shape and positions are the checkpoint's; the \
 task's tokens are added to its vocabulary."""
     layers: Annotated[
-        int | None, unset("INT", "the preset's; tiny: Transformer 2, hybrid 3, Mamba and Mamba-2 4")
+        int | None, unset("INT", "the preset's; tiny: Transformer 2, hybrid 3, Mamba and Mamba-2 4, linear 1")
     ] = None
     """Number of blocks."""
     d_state: Annotated[int | None, unset("INT", "the preset's")] = None
-    """State size per channel of Mamba and Mamba-2, 1 to 256."""
+    """State size per channel of Mamba, Mamba-2 and the linear SSM, 1 to 256."""
     protocol: Literal["default", "paper"] = "default"
     """default: many queries per sequence, a length curriculum, large steps. paper: one query per sequence, \
 fixed length, and the papers' loss, learning rate and budget; too slow for a CPU."""

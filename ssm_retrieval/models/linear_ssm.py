@@ -37,7 +37,7 @@ from ssm_retrieval.models.padding import convolve, fill_padding
 from ssm_retrieval.ops.linear import Linear
 from ssm_retrieval.ops.selective_scan import selective_scan
 
-POSITIONS = ("learned", "none")
+POSITIONS = ("none", "learned")
 
 
 @dataclass(frozen=True)
@@ -163,8 +163,8 @@ class LinearSSMForCausalLM(LanguageModel):
         V, D = config.vocab_size, config.d_model
         self.embedding = nn.Embedding(V, D).to(dtype)
         if config.position == "learned":
-            self.positions = nn.Embedding(config.max_position_embeddings, D).to(dtype)
-            init_normal(self.positions.weight, std=config.embedding_std)
+            self.embed_pos = nn.Embedding(config.max_position_embeddings, D).to(dtype)
+            init_normal(self.embed_pos.weight, std=config.embedding_std)
         self.blocks = nn.ModuleList(LinearSSMBlock(config).to(dtype) for _ in range(config.n_layer))
         self.norm = nn.Identity()
         self.head = Linear(D, V, bias=False).to(dtype)
@@ -174,7 +174,7 @@ class LinearSSMForCausalLM(LanguageModel):
 
     def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         x = self.embedding(input_ids)
-        return add_learned_positions(x, positions, self.positions) if self.config.position == "learned" else x
+        return add_learned_positions(x, positions, self.embed_pos) if self.config.position == "learned" else x
 
 
 def state_size(config: LinearSSMConfig, seq_len: int) -> int:

@@ -46,7 +46,7 @@ def by_hand(model, ids):
     config, found = model.config, []
     x = model.embedding.weight[ids]
     if config.position == "learned":
-        x = x + model.positions.weight[: ids.shape[1]]
+        x = x + model.embed_pos.weight[: ids.shape[1]]
     for block in model.blocks:
         mixer = block.mixer
         into, taps = x @ mixer.in_proj.weight.T, mixer.conv1d.weight[:, 0]
@@ -155,12 +155,12 @@ def test_its_blocks_stand_in_hybrids():
 
 
 def test_runs_choose_its_positions_and_its_state():
-    for position, wanted in (({}, "learned"), (dict(position="none"), "none")):
+    for position, wanted in (({}, "none"), (dict(position="learned"), "learned")):
         p = plan(RunConfig(model="linear", seq_len=16, d_state=8, device="cpu", **position), "linear")
         config = models.config(p.model, **p.model_overrides)
         assert (config.position, config.d_state, config.n_layer, config.residual) == (wanted, 8, 1, False)
-        assert config.max_position_embeddings >= 16 + p.queries
-    with pytest.raises(UserError, match="--position rope is none of --model linear's; use learned, none"):
+        assert position == {} or config.max_position_embeddings >= 16 + p.queries
+    with pytest.raises(UserError, match="--position rope is none of --model linear's; use none, learned"):
         plan(RunConfig(model="linear", position="rope", rotary_pct=1.0), "linear")
     with pytest.raises(UserError, match="position='rope' is not a linear SSM's; use"):
         models.config("linear", position="rope")
