@@ -119,7 +119,7 @@ task's tokens are added to its vocabulary."""
     ] = None
     """Number of blocks."""
     d_state: Annotated[int | None, unset("INT", "the preset's")] = None
-    """State size per channel of Mamba, Mamba-2 and the linear SSM, 1 to 256."""
+    """State size per channel of Mamba and Mamba-2, 1 to 256."""
     protocol: Literal["default", "paper"] = "default"
     """default: many queries per sequence, a length curriculum, large steps. paper: one query per sequence, \
 fixed length, and the papers' loss, learning rate and budget; too slow for a CPU."""
