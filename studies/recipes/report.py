@@ -38,7 +38,11 @@ HEADER = [
 
 
 def main(runs: str | None = None) -> int:
-    """Make the tables anew, from a sweep's folder of runs if one is given; returns the exit status."""
+    """Make the tables anew, from a sweep's folder of runs if one is given; returns the exit status.
+
+    Raises:
+        UserError: If the folder has the name of no recipe.
+    """
     if runs is not None:
         name = Path(runs).resolve().name
         if name not in RECIPES:
