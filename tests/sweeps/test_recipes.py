@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import json
 
 import numpy as np
 import pandas as pd
 import pytest
 from readme_commands import ROOT
-from tiny_runs import tiny_run
 
-import analysis
 from ssm_retrieval import models
 from ssm_retrieval.errors import UserError
 from studies.recipes import report
 from studies.recipes.recall_law_linear import PUBLISHED
-from synthetic import tasks, trainer
+from synthetic import results, tasks, trainer
 from synthetic.config import plan, run_id
 from synthetic.grid import load
 
@@ -94,13 +91,20 @@ def test_a_table_has_every_cell_and_its_seeds_in_order():
     ]
 
 
-def test_a_finished_run_is_a_row(tmp_path):
-    run = tiny_run(
-        tmp_path, "mqar", "--model", "linear", "--seq-len", "8", "--num-pairs", "2", "--num-symbols", "16"
-    )
-    (row,) = report.finished(analysis.load(tmp_path)).to_dict("records")
-    final = json.loads((run / "result.json").read_text())
-    assert list(row) == report.COLUMNS
-    assert (row["d_model"], row["d_state"], row["seed"], row["accuracy"]) == (256, 64, 0, final["accuracy"])
+def test_rows_are_the_last_evaluations_of_reported_runs():
+    assert set(report.COLUMNS) < set(results.EVALUATION)
+    numbers = dict.fromkeys(report.COLUMNS, 0)
+    rows = [
+        dict(numbers, d_model=64, seed=1, accuracy=0.9, kind="final", purpose="report"),
+        dict(numbers, d_model=64, seed=0, accuracy=0.8, kind="final", purpose="report"),
+        dict(numbers, d_model=64, seed=0, accuracy=0.1, kind="during", purpose="report"),
+        dict(numbers, d_model=64, seed=9, accuracy=0.2, kind="final", purpose="validation"),
+        dict(numbers, d_model=32, seed=5, accuracy=0.7, kind="final", purpose="report"),
+    ]
+    found = report.finished(pd.DataFrame(rows))
+    assert list(found) == report.COLUMNS and found["accuracy"].tolist() == [0.7, 0.8, 0.9]
+
+
+def test_a_folder_of_another_name_is_refused(tmp_path):
     with pytest.raises(UserError, match="is of no recipe; its name must be one of recall_law_linear"):
         report.main(str(tmp_path))
