@@ -7,9 +7,8 @@ the accuracies in its README (one seed, 1,000 validation sequences, cells with m
 out). MQAR with V = 512, 64 tokens and 16 pairs, all of them queried, at uniform gaps. AdamW without weight
 decay, 2,000 steps of 32 sequences; the rate rises for 100 steps, stays for 400 and falls to 0 along a cosine.
 
-Three things differ. Theirs draws fillers among all symbols, ours among those that are no key of the row.
-Their embeddings begin with a standard deviation of 1, ours, as in all runs, with 0.1. Theirs reports the best
-of eight evaluations, ours the last one, on other sequences.
+Two things differ. Theirs draws fillers among all symbols, ours among those that are no key of the row. Theirs
+reports the best of eight evaluations, ours the last one, on other sequences.
 """
 
 from __future__ import annotations
