@@ -37,8 +37,8 @@ NAMES: dict[str, tuple[str, str]] = {
     "mlp.hook_pre": ("B L M", "before the activation"),
     "mlp.hook_post": ("B L M", "after the activation"),
     "mixer.hook_in": ("B L E; Mamba-2 B L J", "input of the convolution: x; Mamba-2 x, B, C in one"),
-    "mixer.hook_conv": (_HEADS, "u = silu(conv(x)), what the recurrence takes in"),
-    "mixer.hook_dt": ("B L E; Mamba-2 B L H", "step size, after softplus; 0 at padding"),
+    "mixer.hook_conv": (_HEADS, "u = silu(conv(x)), what the recurrence takes in (linear SSM: conv(x))"),
+    "mixer.hook_dt": ("B L E; Mamba-2 B L H", "step size, after softplus (linear SSM: 1); 0 at padding"),
     "mixer.hook_B": ("B L N; Mamba-2 B L G N", "write vector"),
     "mixer.hook_C": ("B L N; Mamba-2 B L G N", "read vector"),
     "mixer.hook_A_bar": (

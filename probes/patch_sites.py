@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from ssm_retrieval.models.common import Cache, Context, LanguageModel, LayerCache, widen
 from ssm_retrieval.models.hybrid import ParallelBlock
+from ssm_retrieval.models.linear_ssm import LinearSSMMixer
 from ssm_retrieval.models.mamba import MambaMixer
 from ssm_retrieval.models.mamba2 import Mamba2Mixer
 from ssm_retrieval.models.transformer import TransformerBlock
@@ -48,7 +49,7 @@ def has_site(block: Any, site: str) -> bool:
     if isinstance(block, ParallelBlock):
         return site == "residual"
     if site == "state":
-        return isinstance(getattr(block, "mixer", None), MambaMixer | Mamba2Mixer)
+        return type(getattr(block, "mixer", None)) in STATES
     return site == "residual" or isinstance(block, TransformerBlock)
 
 
@@ -239,9 +240,49 @@ class Mamba2State:
         return self.mixer.out_proj(change)
 
 
+class LinearState:
+    """As `MambaState`, for a block of a linear SSM, which never forgets; states are (E, N)."""
+
+    def __init__(self, block: Any, x: Tensor):
+        self.mixer: LinearSSMMixer = block.mixer
+        with captured(ssm=self.mixer.x_proj) as seen:
+            block(x, context_of(x))
+        self.u = seen["ssm_in"]  # (B, L, E)
+        self.B, self.C = seen["ssm_out"].chunk(2, dim=-1)
+
+    def states(self, positions: list[int]) -> Tensor:
+        """States h_t after each of P positions, (B, P, E, N)."""
+        stop = max(positions) + 1
+        u, B, C = (t[:, :stop] for t in (self.u, self.B, self.C))
+        A = u.new_zeros(u.shape[-1], B.shape[-1])
+        return selective_scan(u, torch.ones_like(u), A, B, C, states_at=positions)[-1]
+
+    def added(self, delta: Tensor, at: Tensor, start: int) -> Tensor:
+        """What replacing h_t by h_t + delta adds to the block's output.
+
+        Args:
+            delta: (c, B, E, N).
+            at: (c, B) int64, the positions t.
+            start: The token from which the result begins, at most the smallest t.
+
+        Returns:
+            (c, B, T, D), 0 before t.
+        """
+        early = torch.arange(start, self.u.shape[1], device=at.device) < at[..., None]
+        y = torch.einsum("btn,cben->cbte", self.C[:, start:].to(delta.dtype), delta)
+        return self.mixer.out_proj(y.masked_fill(early[..., None], 0).to(self.u.dtype))
+
+
+STATES: dict[type[nn.Module], Any] = {
+    MambaMixer: MambaState,
+    Mamba2Mixer: Mamba2State,
+    LinearSSMMixer: LinearState,
+}
+
+
 def ssm_state(block: Any, x: Tensor) -> Any:
-    """The `MambaState` or `Mamba2State` of an SSM block."""
-    return Mamba2State(block, x) if isinstance(block.mixer, Mamba2Mixer) else MambaState(block, x)
+    """The `MambaState`, `Mamba2State` or `LinearState` of an SSM block."""
+    return STATES[type(block.mixer)](block, x)
 
 
 class Heads:

@@ -107,6 +107,7 @@ ARCHITECTURES: Registry[Any] = Registry(  # Any is `Architecture`, which needs t
         "mamba": "ssm_retrieval.models.mamba:ARCHITECTURE",
         "mamba2": "ssm_retrieval.models.mamba2:ARCHITECTURE",
         "hybrid": "ssm_retrieval.models.hybrid:ARCHITECTURE",
+        "linear": "ssm_retrieval.models.linear_ssm:ARCHITECTURE",
     },
 )
 

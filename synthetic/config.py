@@ -116,7 +116,7 @@ task's tokens are added to its vocabulary."""
     d_model: Annotated[int | None, unset("INT", "the preset's; tiny: 128")] = None
     """Width: channels of the residual stream."""
     layers: Annotated[
-        int | None, unset("INT", "the preset's; tiny: Transformer 2, hybrid 3, Mamba and Mamba-2 4")
+        int | None, unset("INT", "the preset's; tiny: Transformer 2, hybrid 3, Mamba and Mamba-2 4, linear 1")
     ] = None
     """Number of blocks."""
     heads: Annotated[int | None, unset("INT", "the preset's; tiny: 4")] = None

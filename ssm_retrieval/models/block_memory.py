@@ -1,9 +1,9 @@
 """What one block keeps for its gradients, by arithmetic: the terms that `planning` adds up.
 
-Each term of `attention`, `mamba` and `mamba2` is a tensor that an autograd function in that architecture's
-file (or in ops/) saves. The letters are those of common.py, T = B * L, and c is the bytes of a product's
-operand: 4, or 2 under bfloat16 autocast, which also keeps a copy of each weight. The tests count saved
-tensors; `benchmarks/plan.py` measures processes. The formulas describe the CPU kernels.
+Each term of a formula is a tensor that an autograd function in that architecture's file (or in ops/) saves.
+The letters are those of common.py, T = B * L, and c is the bytes of a product's operand: 4, or 2 under
+bfloat16 autocast, which also keeps a copy of each weight. The tests count saved tensors;
+`benchmarks/plan.py` measures processes. The formulas describe the CPU kernels.
 """
 
 from __future__ import annotations
@@ -73,14 +73,14 @@ def norm(kind: str, T: int, D: int) -> int:
     """What a norm keeps beside its input: the statistics, and what RMSNorm multiplies by its weight.
 
     Args:
-        kind: "layer" or "rms".
+        kind: "layer", "rms" or "none".
         T: Tokens.
         D: Channels.
 
     Returns:
         Bytes.
     """
-    return 8 * T if kind == "layer" else F32 * T + F32 * T * D
+    return {"none": 0, "layer": 8 * T, "rms": F32 * T + F32 * T * D}[kind]
 
 
 def attention(config: Any, step: Step) -> BlockMemory:
@@ -142,6 +142,24 @@ def mamba2(config: Any, step: Step) -> BlockMemory:
     casts = 2 * (D * (J + E + H) + E * D) if step.bfloat16 else 0
     # gradients of decay and product; under autocast in both dtypes
     working = (2 * F32 if c == 4 else 3 * F32 + c) * H * inside + 2 * x
+    return BlockMemory(x, kept + casts, casts, working)
+
+
+def linear_ssm(config: Any, step: Step) -> BlockMemory:
+    """A block of a linear SSM: in_proj, convolution, x_proj, scan, out_proj."""
+    B, L, c = step.at_once, step.length, step.itemsize
+    D, E, N, T = config.d_model, config.d_inner, config.d_state, B * L
+    wide = -(-E // LANES) * LANES
+    x, channels = F32 * T * D, F32 * T * wide
+    kept = c * T * D  # the stream as in_proj reads it
+    kept += channels + F32 * config.d_conv * wide  # convolution
+    kept += 2 * channels + (c * T * E if c == 2 else 0)  # u and dt in float32; u also as x_proj reads it
+    kept += 2 * F32 * T * N + F32 * wide * N  # B, C, A
+    kept += F32 * B * math.ceil(L / SCAN_CHUNK) * wide * N  # states
+    kept += c * T * E  # y
+    casts = 2 * (2 * D * E + 2 * E * N) if step.bfloat16 else 0
+    groups = math.ceil(wide / LANES / SCAN_GROUP)
+    working = 4 * channels - c * T * E + 2 * F32 * groups * T * N + 2 * x
     return BlockMemory(x, kept + casts, casts, working)
 
 

@@ -3,7 +3,7 @@
 Two functions replace a fused operator, with its arguments and results, and `attention` follows one. Each asks
 the hook (`ssm_retrieval.models.hooks`) what it wants:
 
-    selective_scan   Mamba: hook_dt, hook_gate, hook_y and the three state names
+    selective_scan   Mamba, linear SSM: hook_dt, hook_gate, hook_y and the three state names
     ssd              Mamba-2: the three state names
     attention        Transformer: hook_attn_scores, hook_pattern
 
@@ -280,10 +280,10 @@ class SelectiveRecurrence:
     A: Tensor
     B: Tensor
     C: Tensor
-    D: Tensor
-    z: Tensor | None
-    dt_bias: Tensor | None
-    dt_softplus: bool
+    D: Tensor | None = None
+    z: Tensor | None = None
+    dt_bias: Tensor | None = None
+    dt_softplus: bool = False
 
     @property
     def length(self) -> int:
@@ -319,7 +319,8 @@ class SelectiveRecurrence:
         return write if h is None else decay * h + write
 
     def read(self, t: int, h: Tensor) -> Tensor:
-        y = (h * self.C[:, t, None]).sum(-1) + self.D.to(h.dtype) * self.u[:, t]
+        y = (h * self.C[:, t, None]).sum(-1)
+        y = y if self.D is None else y + self.D.to(h.dtype) * self.u[:, t]
         y = y if self.z is None else y * F.silu(self.z[:, t].to(h.dtype))
         return y.to(self.u.dtype).unsqueeze(1)
 

@@ -90,8 +90,14 @@ def attention_mask(L: int, key_mask: Tensor | None, S: int, device: torch.device
     return (causal & key_mask[:, None, None, :]) | itself
 
 
-def convolve(x: Tensor, conv: nn.Conv1d, padding: Padding, cache: dict[str, Tensor] | None) -> Tensor:
-    """silu(conv(x)) as if padding were not there.
+def convolve(
+    x: Tensor,
+    conv: nn.Conv1d,
+    padding: Padding,
+    cache: dict[str, Tensor] | None,
+    activation: str | None = "silu",
+) -> Tensor:
+    """silu(conv(x)), or conv(x), as if padding were not there.
 
     Args:
         x: (B, L, E), zero at padding.
@@ -99,6 +105,7 @@ def convolve(x: Tensor, conv: nn.Conv1d, padding: Padding, cache: dict[str, Tens
         padding: Which tokens are real.
         cache: Its `conv`, the last d_conv - 1 real inputs (B, d_conv - 1, E), stands before x and is replaced
             by the last inputs of x.
+        activation: "silu", or None for none.
 
     Returns:
         (B, L, E); meaningless at padding.
@@ -107,7 +114,7 @@ def convolve(x: Tensor, conv: nn.Conv1d, padding: Padding, cache: dict[str, Tens
     weight, bias = conv.weight.squeeze(1), conv.bias
     before = None if cache is None else cache.get("conv")
     if order is None:
-        y = causal_conv1d(x, weight, bias, "silu", before, return_last_state=cache is not None)
+        y = causal_conv1d(x, weight, bias, activation, before, return_last_state=cache is not None)
         if cache is not None:
             y, cache["conv"] = y
         return y
@@ -119,5 +126,5 @@ def convolve(x: Tensor, conv: nn.Conv1d, padding: Padding, cache: dict[str, Tens
         # in `start` and x the last real inputs of a row with n of them begin at n
         last = mask.sum(dim=1, keepdim=True) + torch.arange(width, device=x.device)
         cache["conv"] = torch.cat([start, x], dim=1).take_along_dim(last.unsqueeze(-1), dim=1)
-    y = causal_conv1d(x, weight, bias, "silu", before)
+    y = causal_conv1d(x, weight, bias, activation, before)
     return y.take_along_dim(order.argsort(dim=1).unsqueeze(-1), dim=1)

@@ -163,7 +163,8 @@ def head_memory(config: Any, step: Step) -> tuple[int, int]:
     """Bytes that the final norm and the loss keep, and that the loss needs beside them while it runs."""
     D, V, c = config.d_model, config.vocab_size, step.itemsize
     rows = step.at_once * step.answers
-    kept = F32 * rows * D + norm(config.norm, rows, D)  # the rows with an answer
+    kept = 0 if config.norm == "none" else F32 * rows * D  # the rows with an answer, which the norm reads
+    kept += norm(config.norm, rows, D)
     kept += (F32 * D + INT64) * rows  # the head's input and the labels, for a gradient of the gradients
     kept += F32 * rows * D + F32 * V * D  # the gradients of x and of the head's weights
     logits = min(rows, max(1, BLOCK_LOGITS // V)) * V * (F32 if c == 4 else 2 * c + F32)

@@ -52,6 +52,8 @@ FAMILIES = {
                    pattern=st.sampled_from(["A", "M A", "M M A", "M2 A", "M2 M A", "M+A", "A+M2 A"]),
                    dt_rank=st.sampled_from([0, 3]), chunk_size=st.sampled_from([64, 8]),
                    ngroups=st.sampled_from([1, 2]), parallel_residual=st.booleans()),
+    "linear": dict(SSM, n_layer=st.integers(1, 2), position=st.sampled_from(["learned", "none"]),
+                   max_position_embeddings=st.sampled_from([16, 40])),
 }  # fmt: skip
 MODELS = st.sampled_from(sorted(FAMILIES)).flatmap(
     lambda family: st.fixed_dictionaries({}, optional={**SHARED, **FAMILIES[family]}).map(

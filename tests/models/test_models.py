@@ -25,6 +25,7 @@ FAMILIES = {
     "hybrid-mamba": ("hybrid-tiny", dict(position="learned")),
     "hybrid-mamba2": ("hybrid-tiny", dict(pattern="M2 M2 A", position="rope", headdim=8)),
     "hybrid-parallel": ("hybrid-tiny", dict(pattern="M+A A+M2 M", position="rope", headdim=8)),
+    "linear": ("linear-tiny", dict(d_state=5, n_layer=2, position="learned")),
 }
 VOCAB = 23
 

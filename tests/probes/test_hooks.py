@@ -44,7 +44,7 @@ def test_states_decay_and_output_equal_the_recurrence(name, padded):
         torch.testing.assert_close(cache[at + "ssm_readout"], states)
         torch.testing.assert_close(some[at + "ssm_state"], states[:, [7, 0, 12, 6]])
         torch.testing.assert_close(cache[at + "y"], ys)
-        A, dt = -model.backbone.layers[i].mixer.A_log.exp(), cache[at + "dt"]
+        A, dt = -model.blocks[i].mixer.A_log.exp(), cache[at + "dt"]
         torch.testing.assert_close(cache[at + "A_bar"], (dt * A if A.dim() == 1 else dt[..., None] * A).exp())
         assert (dt[~mask] == 0).all()
 
@@ -55,7 +55,7 @@ def test_mixer_parts_give_its_output(name):
     """From the layer's input to its output, through the recorded parts."""
     model = build(name)
     cache, _ = recorded(model)
-    block, at = model.backbone.layers[1], "blocks.1.mixer.hook_"
+    block, at = model.blocks[1], "blocks.1.mixer.hook_"
     mixer = block.mixer
     projected = mixer.in_proj(block.norm(cache["blocks.1.hook_resid_pre"]))
     taps = mixer.conv1d(cache[at + "in"].transpose(1, 2))[..., :L].transpose(1, 2)
@@ -66,6 +66,12 @@ def test_mixer_parts_give_its_output(name):
         r, Bt, Ct = mixer.x_proj(cache[at + "conv"]).split([1, 5, 5], dim=-1)
         torch.testing.assert_close(cache[at + "dt"], F.softplus(mixer.dt_proj(r)))
         out = mixer.out_proj(cache[at + "y"] * cache[at + "gate"])
+    elif name == "linear":
+        torch.testing.assert_close(cache[at + "in"], projected)
+        torch.testing.assert_close(cache[at + "conv"], taps)
+        Bt, Ct = mixer.x_proj(taps).split([5, 5], dim=-1)
+        assert (cache[at + "dt"] == 1).all()
+        out = mixer.out_proj(cache[at + "y"])
     else:
         z, x, dt = projected.split([32, 32 + 24, 4], dim=-1)
         torch.testing.assert_close(cache[at + "in"], x)
@@ -75,7 +81,8 @@ def test_mixer_parts_give_its_output(name):
         gated = (cache[at + "y"] * cache[at + "gate"]).flatten(2).unflatten(2, (2, 16))
         normed = gated / (gated.square().mean(-1, keepdim=True) + model.config.norm_eps).sqrt()
         out = mixer.out_proj(normed.flatten(2) * mixer.norm.weight)
-    torch.testing.assert_close(cache[at + "gate"].flatten(2), F.silu(z))
+    if name != "linear":
+        torch.testing.assert_close(cache[at + "gate"].flatten(2), F.silu(z))
     torch.testing.assert_close(cache[at + "B"].flatten(2), Bt)
     torch.testing.assert_close(cache[at + "C"].flatten(2), Ct)
     torch.testing.assert_close(cache["blocks.1.hook_mixer_out"], out)

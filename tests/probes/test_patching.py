@@ -22,6 +22,7 @@ FAMILIES = {
     "mamba": dict(n_layer=3, d_state=5),
     "mamba2": dict(n_layer=3, d_state=6, headdim=8, ngroups=2, chunk_size=4),
     "hybrid": dict(n_layer=4, pattern="M2 A", n_head=4, rotary_pct=0.5, headdim=16),
+    "linear": dict(n_layer=3, d_state=5),
 }
 
 

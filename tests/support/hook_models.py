@@ -25,8 +25,9 @@ FAMILIES = {
     "hybrid-mamba": ("hybrid-tiny", dict(n_head=2)),
     "hybrid-parallel": ("hybrid-tiny", dict(n_head=2, pattern="M+A A+M M")),
     "hybrid-mamba2": ("hybrid-tiny", dict(n_head=2, pattern="M2 M2 A", headdim=8)),
+    "linear": ("linear-tiny", dict(n_layer=2, d_state=5)),
 }
-SSM, ATTENTION = ("mamba", "mamba2"), ("transformer", "transformer-sequential")
+SSM, ATTENTION = ("mamba", "mamba2", "linear"), ("transformer", "transformer-sequential")
 VOCAB, B, L = 23, 2, 13
 IDS = torch.randint(0, VOCAB, (B, L), generator=torch.Generator().manual_seed(0))
 OTHER = torch.randint(0, VOCAB, (B, L), generator=torch.Generator().manual_seed(1))
@@ -97,7 +98,7 @@ def recurrence(
     Returns:
         h_t (B, L, E, N), of Mamba-2 (B, L, H, P, N), and y_t.
     """
-    mixer, at = model.backbone.layers[i].mixer, f"blocks.{i}.mixer.hook_"
+    mixer, at = model.blocks[i].mixer, f"blocks.{i}.mixer.hook_"
     u, dt, Bt, Ct = (t[at + name] for name in ("conv", "dt", "B", "C"))
     A, D = -mixer.A_log.exp(), mixer.D
     if u.dim() == 4:  # Mamba-2: one A, dt and D per head, one B and C per group
