@@ -38,7 +38,7 @@ CONSTANTS: Mapping[tuple[str, str], float] = {
     ("designed", "ar"): 2.0,  # linear, with weights set by hand; derived
     ("designed", "mqar"): 3.0,  # the same
 }
-CELL = ["n_facts", "d_model", "d_state", "n_layer", "vocab_size"]
+CELL = ["n_facts", "d_model", "d_state", "vocab_size", "n_layer"]
 # where `fit_constant` looks before it refines
 LOG_A = np.linspace(np.log(1e-4), np.log(1e4), 101)
 LAPSES = np.append(0, np.geomspace(1e-3, 0.5, 10))
@@ -272,7 +272,7 @@ def _answers(observations: pd.DataFrame) -> _Answers:
     correct, count = (observations[name].to_numpy(float) for name in ("correct", "count"))
     if not ((correct >= 0) & (correct <= count) & (count >= 1)).all():
         raise UserError("observations must have 0 <= correct <= count and count >= 1 in every row")
-    F, D, N, layers, V = (observations[name].to_numpy(float) for name in CELL)
+    F, D, N, V, layers = (observations[name].to_numpy(float) for name in CELL)
     member = pd.get_dummies(observations["seed"]).to_numpy(float)
     if not (member.sum(axis=1) == 1).all():
         raise UserError("observations lack entries in column seed; name the seed of every row")
@@ -292,8 +292,8 @@ def fit_constant(observations: pd.DataFrame, confidence: float = 0.95) -> Fitted
     nothing about the room of a state: leave it out, and report how many of the seeds learned.
 
     Args:
-        observations: A row for each seed and cell, with the columns n_facts, d_model, d_state, n_layer,
-            vocab_size, seed, correct and count. Every seed should have the same cells.
+        observations: A row for each seed and cell, with the columns n_facts, d_model, d_state, vocab_size,
+            n_layer, seed, correct and count. Every seed should have the same cells.
         confidence: Level of the interval, between 0 and 1.
 
     Returns:

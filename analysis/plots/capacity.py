@@ -41,9 +41,10 @@ def collapse_table(observations: pd.DataFrame) -> pd.DataFrame:
         count=("count", "sum"),
     )
     table = cells.merge(fits[["model", "a", "a_low", "a_high", "lapse"]], on="model")
-    sizes = (table[name].to_numpy() for name in CELL[:4])
     table = table.assign(
-        load=load(*sizes), accuracy=table["correct"] / table["count"], chance=1 / table["vocab_size"]
+        load=load(table["n_facts"], table["d_model"], table["d_state"], table["n_layer"]),
+        accuracy=table["correct"] / table["count"],
+        chance=1 / table["vocab_size"],
     )
     law = recall_at_load(table["load"], table["d_model"], table["vocab_size"], table["a"])
     return table.assign(law=(1 - table["lapse"]) * law)
@@ -82,7 +83,7 @@ def draw_collapse(table: pd.DataFrame) -> Figure:
         ax.set(xscale="log", ylim=SHARES)
         if i == 0 and len(mine):
             fit = mine.iloc[0]
-            words = f"a = {fit['a']:.2g} [{fit['a_low']:.2g}, {fit['a_high']:.2g}]"
+            words = f"a = {fit['a']:.3g} [{fit['a_low']:.3g}, {fit['a_high']:.3g}]"
             ax.set_title(f"{NAMES[models[j]]}\n{words}", fontsize=9)
         if i == len(vocabularies) - 1:
             ax.set_xlabel(LOAD)
