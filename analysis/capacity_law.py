@@ -51,8 +51,9 @@ def _positive(**values: Any) -> list[np.ndarray]:
     arrays = []
     for name, value in values.items():
         array = np.asarray(value, dtype=float)
-        if not (np.isfinite(array) & (array > 0)).all():
-            raise UserError(f"{name} must be positive and finite, but holds {array.min():g}")
+        fine = np.isfinite(array) & (array > 0)
+        if not fine.all():
+            raise UserError(f"{name} must be positive and finite, but holds {array[~fine][0]:g}")
         arrays.append(array)
     return arrays
 
@@ -84,9 +85,10 @@ def typical_maximum(vocab_size: Any) -> np.ndarray:
 
 
 def load(n_facts: Any, d_model: Any, d_state: Any, n_layer: Any = 1) -> np.ndarray:
-    """Facts for each number of the state, N_f / (layers N D), on which the curves of models collapse.
+    """Facts for each number that the law counts, N_f / (layers N D), on which the curves of models collapse.
 
-    Arguments broadcast.
+    A Mamba block holds `expand` times as many: the law counts D, not the `d_inner` channels. Arguments
+    broadcast.
 
     Args:
         n_facts: N_f, the facts in the context.

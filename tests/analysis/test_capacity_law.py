@@ -302,6 +302,7 @@ def test_the_figure_shows_points_law_and_chance_in_the_family_s_colour(observati
     [
         (lambda: recall_probability(0, 64, 16, 512), "n_facts must be positive and finite, but holds 0"),
         (lambda: recall_probability(4, np.nan, 16, 512), "d_model must be positive"),
+        (lambda: load([4, np.inf], 64, 16), "n_facts must be positive and finite, but holds inf"),
         (lambda: recall_probability(4, 64, 16, 1), "vocab_size 1 must be at least 2"),
         (lambda: recall_probability(4, 64, 16, 512, a=-1), "a -1 must be at least 0"),
         (lambda: facts_at(64, 16, 512, p=95), "p 95 must lie between 0 and 1"),
