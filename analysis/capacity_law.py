@@ -248,11 +248,11 @@ class _Answers:
     def surprise(self, log_a: np.ndarray, lapse: float, confidence: float) -> np.ndarray:
         """|sum of the seeds' scores| / what it reaches by chance; (values of log_a,). Above 1: a is rejected.
 
-        A score is d log-likelihood / d log a, less its regression on the score of the lapses. Its spread is
-        Student's of the seeds, or the normal one of independent answers if that is larger.
+        A score is d log-likelihood / d log a, up to a factor, less its regression on the score of the lapses.
+        Its spread is Student's of the seeds, or the normal one of independent answers if that is larger.
         """
         signal, (log_right, log_wrong) = self.signal(log_a), self.logs(log_a, lapse)
-        slope = -0.5 * np.exp(log_a)[:, None] * self.load * signal**3  # dz / d log a
+        slope = self.load * signal**3  # -dz / d log a, without a factor that all rows share
         log_density = stats.norm.logpdf(signal - self.m) + np.log1p(-lapse)
         right, wrong = np.exp(log_density - log_right) * slope, np.exp(log_density - log_wrong) * slope
         score = self.correct * right - (self.count - self.correct) * wrong

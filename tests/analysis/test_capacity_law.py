@@ -180,6 +180,25 @@ def test_slips_of_the_trained_model_do_not_move_the_constant(lapse):
     assert found.lapse == pytest.approx(lapse, abs=0.005)
 
 
+def test_the_interval_knows_that_the_share_of_lapses_is_a_guess_too():
+    """Of many seeds that do not differ it is the profile likelihood's, here from all pairs of a grid."""
+    answers = simulated(0.5, seeds=30, lapse=0.1, count=60)
+    answers = answers[(answers["d_model"] > 16) & (answers["n_facts"] == 64)]  # none that lapses alone spoil
+    sums = answers.groupby(CELL, as_index=False)[["correct", "count"]].sum()
+    grid, lapses = np.geomspace(0.3, 0.8, 400), np.linspace(0, 0.4, 201)
+    laws = recall_probability(*(sums[name].to_numpy()[:, None, None] for name in CELL), grid[:, None])
+    right, count = (sums[name].to_numpy()[:, None, None] for name in ("correct", "count"))
+    chances = stats.binom.logpmf(right, count, (1 - lapses) * laws).sum(axis=0)
+    profile = chances.max(axis=1)
+    kept = grid[2 * (profile.max() - profile) < stats.chi2.ppf(0.95, 1)]
+    known = chances[:, np.unravel_index(chances.argmax(), chances.shape)[1]]
+    narrow = grid[2 * (known.max() - known) < stats.chi2.ppf(0.95, 1)]
+    found = fit_constant(answers)
+    width = np.log(kept[-1] / kept[0])
+    assert np.log(found.high / found.low) == pytest.approx(width, rel=0.25)
+    assert width > 1.3 * np.log(narrow[-1] / narrow[0])
+
+
 def test_seeds_that_differ_widen_the_interval():
     widths = []
     for between in (0.0, 0.2, 0.6):
@@ -237,10 +256,10 @@ def test_constants_by_group():
 def test_the_interval_holds_the_constant_as_often_as_it_says(between, lapse, most):
     """0.95 within three standard errors; without differences between seeds it is cautious."""
     hits = 0
-    for trial in range(300):
+    for trial in range(200):
         found = fit_constant(simulated(0.5, between=between, lapse=lapse, seed=trial))
         hits += found.low <= 0.5 <= found.high
-    assert 0.95 - 3 * (0.95 * 0.05 / 300) ** 0.5 <= hits / 300 <= most
+    assert 0.95 - 3 * (0.95 * 0.05 / 200) ** 0.5 <= hits / 200 <= most
 
 
 # --- the figure ---
