@@ -86,6 +86,8 @@ def test_by_hand():
     assert median_bounds([100, 100, 1000], [200, 200, 1000], [True, True, False]) == (100, 200)
     assert median_bounds([100, 900, 1000], [200, 900, 1000], [True, False, False])[1] == NEVER
     assert median_bounds([0, 3], [4, 3], [True, False]) == (3, 4)  # a run that may have needed (3, 4], too
+    # a run that never got there needs more than all it spent, not than its last evaluation
+    assert turnbull([1, 2], [3, 5], [True, False])["lower"].tolist() == [1, 5]
     # overlapping intervals: both runs may have needed (2, 3]
     assert turnbull([0, 2], [3, 5], [True, True]).iloc[0].tolist() == [2, 3, 1]
     # the second begins where the first ends: they share nothing
