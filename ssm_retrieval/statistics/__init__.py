@@ -26,7 +26,14 @@ from ssm_retrieval.statistics.paired import (
     paired_test,
     sign_flip_p,
 )
-from ssm_retrieval.statistics.survival import bootstrap_median_time, censored, kaplan_meier, median_time
+from ssm_retrieval.statistics.survival import (
+    bootstrap_median_time,
+    censored,
+    kaplan_meier,
+    median_bounds,
+    median_time,
+    turnbull,
+)
 
 __all__ = [
     "PairedTest",
@@ -38,6 +45,7 @@ __all__ = [
     "holm",
     "kaplan_meier",
     "mean_interval",
+    "median_bounds",
     "median_time",
     "paired_sign_test",
     "paired_test",
@@ -45,5 +53,6 @@ __all__ = [
     "require",
     "share_interval",
     "sign_flip_p",
+    "turnbull",
     "wilson",
 ]

@@ -10,6 +10,8 @@ import pandas as pd
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.statistics.inputs import check_confidence, numbers
 
+STEPS = 20_000  # of the EM algorithm, at most
+NOTHING = 1e-6  # probability that it may leave where there is none
 EVEN = 1e-12  # slack that keeps rounding from deciding whether a product of fractions is <= 1/2
 
 
@@ -114,3 +116,77 @@ def bootstrap_median_time(
     medians = np.sort(_medians(values[draws], flags[draws]))
     tail = (1 - confidence) / 2 * (resamples - 1)
     return estimate, float(medians[int(tail)]), float(medians[resamples - 1 - int(tail)])
+
+
+# --- known only to an evaluation ---------------------------------------------------------------------------
+
+
+def turnbull(lower: Any, value: Any, reached: Any) -> pd.DataFrame:
+    """Distribution of what runs need, if each is known only to lie between two evaluations (Turnbull 1976).
+
+    The distribution of maximum likelihood puts all its mass on intervals from some run's lower end to the
+    next upper end; how it is spread within one, nobody can tell. With evaluations so dense that no two runs
+    share an interval it is that of Kaplan and Meier.
+
+    Args:
+        lower: [n] what the run had spent at its last evaluation without getting there.
+        value: [n] what it had spent when it was first seen to be there, or in all if it never was.
+        reached: [n] bool; whether it got there.
+
+    Returns:
+        One row per interval (lower, upper] that has mass, ascending, with its probability. upper is inf for
+        the mass of runs that never got there.
+
+    Raises:
+        UserError: as `censored`, and unless 0 <= lower < value for runs that got there.
+    """
+    left, right = _bounds(lower, value, reached)
+    starts, ends = np.unique(left), np.unique(right)
+    nearest = starts[np.searchsorted(starts, ends) - 1]  # the last start before each end
+    first = np.unique(nearest, return_index=True)[1]  # and of ends with the same start only the first
+    starts, ends = nearest[first], ends[first]
+    inside = (left[:, None] <= starts) & (ends <= right[:, None])
+    mass = np.full(len(starts), 1 / len(starts))
+    for _ in range(STEPS):  # expectation and maximisation: a run's share of each interval, then their mean
+        shares = inside * mass
+        new = (shares / shares.sum(axis=1, keepdims=True)).mean(axis=0)
+        done = np.abs(new - mass).max() < EVEN
+        mass = new
+        if done:
+            break
+    table = pd.DataFrame(dict(lower=starts, upper=ends, probability=mass))
+    return table[table["probability"] > NOTHING].reset_index(drop=True)
+
+
+def median_bounds(lower: Any, value: Any, reached: Any) -> tuple[float, float]:
+    """Between which evaluations the median of what runs need lies: where `turnbull` passes 1/2.
+
+    This is what the grid of evaluations leaves open. It is no confidence interval; `bootstrap_median_time`
+    gives one.
+
+    Args:
+        lower: [n] what the run had spent at its last evaluation without getting there.
+        value: [n] what it had spent when it was first seen to be there, or in all if it never was.
+        reached: [n] bool; whether it got there.
+
+    Returns:
+        Lower and upper end; the upper one is inf if fewer than half of the runs get there.
+
+    Raises:
+        UserError: as `turnbull`.
+    """
+    table = turnbull(lower, value, reached)
+    passed = table["probability"].cumsum() >= 0.5 - NOTHING
+    row = table[passed].iloc[0]
+    return float(row["lower"]), float(row["upper"])
+
+
+def _bounds(lower: Any, value: Any, reached: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The ends of (left, right], which holds what each run needs; right is inf where it never got there."""
+    censored(value, reached)
+    low, high, flags = numbers(lower, "lower"), numbers(value, "value"), np.asarray(reached).astype(bool)
+    if low.shape != high.shape:
+        raise UserError(f"lower must hold one number for each of the {len(high)} entries of value")
+    if (low < 0).any() or (low[flags] >= high[flags]).any():
+        raise UserError("lower must be at least 0, and below value for every run that got there")
+    return np.where(flags, low, high), np.where(flags, high, np.inf)
