@@ -95,8 +95,7 @@ class MambaMixer(Hooked, nn.Module):
             self.dt_proj.bias.copy_(dt_bias(config, E))
             self.dt_proj.weight.uniform_(-(R**-0.5), R**-0.5)
         _, of_B, of_C = self.x_proj.weight.detach().split([R, N, N])
-        dt = self.A_log, self.dt_proj.weight, self.dt_proj.bias
-        recall_init(config.ssm_init, self.conv1d, dt, [(of_B, of_C)])
+        recall_init(config.ssm_init, self.conv1d, (self.A_log, *self.dt_proj.parameters()), [(of_B, of_C)])
 
     def forward(self, hidden: Tensor, context: Context = WHOLE, cache: LayerCache | None = None) -> Tensor:
         """The layer.
@@ -123,8 +122,7 @@ class MambaMixer(Hooked, nn.Module):
             scan = partial(instrumented.selective_scan, self.hook, mask)
         y = scan(
             u, dt, A, B, C, self.D, z=z, dt_bias=self.dt_proj.bias, dt_softplus=True,
-            initial_state=None if cache is None else cache.get("ssm"),
-            return_last_state=cache is not None,
+            initial_state=None if cache is None else cache.get("ssm"), return_last_state=cache is not None,
         )  # fmt: skip
         if cache is not None:
             y, cache["ssm"] = y
@@ -167,8 +165,7 @@ class MambaForCausalLM(LanguageModel):
         blocks = (MambaBlock(config, self.mixer).to(dtype) for _ in range(config.n_layer))
         V, D = config.vocab_size, config.d_model
         self.backbone = nn.ModuleDict({"embedding": nn.Embedding(V, D).to(dtype)})
-        self.backbone["layers"] = nn.ModuleList(blocks)
-        self.backbone["norm_f"] = make_norm(config).to(dtype)
+        self.backbone.update({"layers": nn.ModuleList(blocks), "norm_f": make_norm(config).to(dtype)})
         self.lm_head = Linear(D, V, bias=False).to(dtype)
         init_normal(self.embedding.weight, std=config.embedding_std)
         if config.tie_word_embeddings:

@@ -26,7 +26,7 @@ drawn: with the same seed all other weights are those of "default".
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -47,7 +47,7 @@ def dt_bias(config: Any, size: int) -> Tensor:
 def recall_init(
     ssm_init: str,
     conv: nn.Conv1d,
-    dt: tuple[Tensor, Tensor, Tensor],
+    dt: Sequence[Tensor],
     tied: Iterable[tuple[Tensor, Tensor]],
 ) -> None:
     """Give a layer the parts that `ssm_init` names, in place.

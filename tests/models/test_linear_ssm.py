@@ -161,7 +161,7 @@ def test_runs_choose_its_positions_and_its_state():
         assert (config.position, config.d_state, config.n_layer, config.residual) == (wanted, 8, 1, False)
         assert "embedding_std" not in p.model_overrides and config.embedding_std == 1.0  # the paper's code's
         assert position == {} or config.max_position_embeddings >= 16 + p.queries
-    with pytest.raises(UserError, match="--position rope is none of --model linear's; use none, learned"):
+    with pytest.raises(UserError, match="--position rope is for attention, which --model linear lacks; use"):
         plan(RunConfig(model="linear", position="rope", rotary_pct=1.0), "linear")
     with pytest.raises(UserError, match="position='rope' is not a linear SSM's; use"):
         models.config("linear", position="rope")
