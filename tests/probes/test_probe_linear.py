@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,7 +20,7 @@ from probes.linear import (
     project,
     split,
 )
-from probes.linear_maps import logistic, ridge
+from probes.linear_maps import LinearMap, logistic, ridge
 from probes.scan import iterate_states
 from ssm_retrieval.statistics import wilson
 
@@ -73,6 +75,13 @@ def test_features_without_variance_carry_nothing():
     assert (flat.weight == 0).all() and flat.bias.item() == pytest.approx(normal(5, 1).mean().item())
 
 
+@pytest.mark.parametrize("n", [4, 40])
+def test_the_unit_of_the_features_does_not_matter(n):
+    x, y = normal(n, 6), normal(n, 2, seed=1)
+    (one,), (other,) = ridge(x, y, [0.5]), ridge(1e-9 * x, y, [0.5e-18])
+    torch.testing.assert_close(other(1e-9 * x), one(x))
+
+
 def test_ridge_refusals():
     with pytest.raises(ValueError, match="negative"):
         ridge(normal(3, 2), normal(3, 1), [-1.0])
@@ -92,6 +101,16 @@ def test_logistic_of_one_binary_feature_is_the_log_odds():
         np.testing.assert_allclose(p, counts[i] / counts[i].sum(), atol=1e-5)
     strong = logistic(x, labels, 3, 1e6)  # only the bias is left: the classes' shares
     np.testing.assert_allclose(strong(x[:1]).softmax(-1)[0], counts.sum(0) / counts.sum(), atol=1e-4)
+
+
+def test_logistic_finds_its_way_from_logits_of_any_size():
+    """Rows whose largest logits lie 1,000 apart; scipy must know every option, or it warns."""
+    x, labels = normal(60, 3), integers(3, 60)
+    far = LinearMap(1000 * normal(3, 3, seed=1), torch.zeros(3, dtype=torch.float64))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = logistic(x, labels, 3, 0.1, start=far)
+    torch.testing.assert_close(found.weight, logistic(x, labels, 3, 0.1).weight, rtol=1e-4, atol=1e-5)
 
 
 def test_logistic_is_newtons_binary_solution():
