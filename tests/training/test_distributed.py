@@ -19,11 +19,11 @@ from ssm_retrieval.training.distributed import World
 ROOT = Path(__file__).parents[2]
 RUN = shlex.split(
     "-m synthetic.run --model mamba --seq-len 16 --layers 2 --eval-every 5 --eval-examples 33 --threads 1 "
-    "--final-eval-examples 65 --precision float32 --batch-tokens 512 --curriculum 4 --stop-at 1.01 "
-    "--label-smoothing 0.1 --ssm-lr 0.3"
+    "--final-eval-examples 65 --precision float32 --batch-tokens 512 --curriculum 4 --stop-at 1.01"
 )
 # what docs/scale.md and configs/slurm.sbatch ask for beyond --parallel fsdp, and two parts a step
 SCALE = ("--checkpointing", "--accumulate", "2")
+RECIPE = (*SCALE, "--label-smoothing", "0.1", "--ssm-lr", "0.3")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
 
 
@@ -84,12 +84,12 @@ def assert_same_checkpoint(one: Path, several: Path) -> None:
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
-    return ran(tmp_path_factory.mktemp("one"), "--steps", "15", *SCALE)
+    return ran(tmp_path_factory.mktemp("one"), "--steps", "15", *RECIPE)
 
 
 def test_ddp_and_fsdp_have_the_curve_of_one_process(single, tmp_path):
     for strategy in ("ddp", "fsdp"):
-        options = ("--steps", "15", *SCALE, "--parallel", strategy)
+        options = ("--steps", "15", *RECIPE, "--parallel", strategy)
         found = ran(tmp_path / strategy, *options, launcher=tuple(TORCHRUN))
         assert_same_numbers(single, found)
         files = [path.name for path in found.rglob("*.safetensors")]
@@ -128,7 +128,7 @@ def test_accelerate_configurations_of_the_repository(single, tmp_path):
         config = tmp_path / f"{name}.yaml"
         config.write_text(text)
         launcher = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config))
-        assert_same_numbers(single, ran(tmp_path / name, "--steps", "15", *SCALE, launcher=launcher))
+        assert_same_numbers(single, ran(tmp_path / name, "--steps", "15", *RECIPE, launcher=launcher))
 
 
 @pytest.mark.slow
