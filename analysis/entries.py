@@ -16,6 +16,7 @@ from analysis.plots import sweep
 from analysis.settings import DENSE
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.training.outcomes import summarise
+from ssm_retrieval.training.store import WEIGHTS
 from ssm_retrieval.training.tables import concatenated, files, load
 from synthetic.results import cell_of
 
@@ -241,7 +242,7 @@ def _geometry(place: Path, task: str) -> Iterator[Made]:
     """The geometry of position tokens, for tasks whose answers are positions; needs the trained models."""
     from analysis import geometry
 
-    if not any(place.glob("*/model.safetensors")) or task not in DENSE:
+    if not any(place.glob(f"*/{WEIGHTS}")) or task not in DENSE:
         return
     summary, maps, points = geometry.measure(place, task)
     yield "position_geometry", summary, lambda: geometry.geometry(summary, maps, points)

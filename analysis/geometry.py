@@ -18,6 +18,7 @@ from scipy import stats
 
 from analysis.settings import label, looks, variants
 from ssm_retrieval.errors import UserError
+from ssm_retrieval.training.store import WEIGHTS
 from ssm_retrieval.training.tables import load
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ def measure(runs: str | Path, task: str = "position") -> tuple[pd.DataFrame, pd.
     maps, points = [], []
     for row in final.sort_values(["variant", "seed"]).to_dict("records"):
         folder = Path(runs) / row["run"]
-        if not (folder / "model.safetensors").exists():
+        if not (folder / WEIGHTS).exists():
             continue
         keys = {k: row[k] for k in ("variant", "model", "position", "seq_len", "seed", "run")}
         for name, rows in position_rows(folder).items():

@@ -194,7 +194,7 @@ def trained(places: Sequence[Path], out: Path | None = None) -> dict[str, Model]
     plans: list[dict[str, Any]] = []
     for folder in store.run_folders(places):
         plan = records.config(folder)["plan"]
-        if not (folder / "model.safetensors").exists():
+        if not (folder / store.WEIGHTS).exists():
             continue
         family, options = plan["family"], plan["task_options"]
         if family in found:
@@ -276,10 +276,12 @@ def _configuration(name: str, probe: Probe, options: Options, folder: Path) -> d
     """Everything that decides a probe's numbers, with its hash."""
     import json
 
-    weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    from ssm_retrieval.training import store
+
+    weights = hashlib.sha256((folder / store.WEIGHTS).read_bytes()).hexdigest()
     made: dict[str, Any] = dict(
         probe=name, version=probe.version, examples=options.examples, seed=options.seed, weights=weights,
-        config=json.loads((folder / "config.json").read_text())["plan"],
+        config=json.loads((folder / store.CONFIG).read_text())["plan"],
     )  # fmt: skip
     text = json.dumps(made, sort_keys=True)
     return made | {"hash": hashlib.sha256(text.encode()).hexdigest()[:16]}

@@ -33,7 +33,9 @@ class Job:
 
     def finished(self) -> bool:
         """Whether the run has its result."""
-        return (self.folder / "result.json").exists()
+        from ssm_retrieval.training import records
+
+        return records.finished(self.folder)
 
     def bring_up_to_date(self) -> None:
         """Mend what a kill after a run's last word, or another sweep's purpose for the run, left behind."""
@@ -44,7 +46,7 @@ class Job:
             return
         saved = records.config(self.folder)
         if saved.get("purpose") != self.purpose:
-            store.write_json(self.folder / "config.json", saved | {"purpose": self.purpose})
+            store.write_json(self.folder / store.CONFIG, saved | {"purpose": self.purpose})
         elif not results.behind(self.folder, self.purpose):
             return
         results.record(self.folder)

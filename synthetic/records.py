@@ -18,7 +18,10 @@ from pydantic import Field, create_model
 from ssm_retrieval import registry
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.training.records import (
+    CONFIG,
+    METRICS,
     REMEDY,
+    RESULT,
     Record,
     Row,
     checked,
@@ -31,6 +34,7 @@ from ssm_retrieval.training.records import (
 )
 from synthetic.identity import Plan
 
+BY_POSITION = "by_position.jsonl"
 # config.json; its plan has the fields of `Plan`, of which those with a default may be missing.
 _CONFIG: dict[str, Any] = dict(
     format=(int, 1),
@@ -98,7 +102,7 @@ def config(folder: Path) -> Row:
     Raises:
         UserError: if it is no run's, damaged, of an older version, or of a model that is not registered.
     """
-    path = folder / "config.json"
+    path = folder / CONFIG
     if not path.exists():
         raise UserError(f"{folder} has no config.json; give the folder of a run")
     value = json_of(text_of(path), str(path))
@@ -118,14 +122,14 @@ def config(folder: Path) -> Row:
 
 def metrics(folder: Path) -> list[Row]:
     """A row per evaluation in training, in order."""
-    return read_lines(folder / "metrics.jsonl", MetricsRecord)
+    return read_lines(folder / METRICS, MetricsRecord)
 
 
 def by_position(folder: Path) -> list[Row]:
     """A row per target position of the final evaluation."""
-    return read_lines(folder / "by_position.jsonl", PositionRecord)
+    return read_lines(folder / BY_POSITION, PositionRecord)
 
 
 def result(folder: Path) -> Row:
     """The final evaluation."""
-    return read_file(folder / "result.json", ResultRecord)
+    return read_file(folder / RESULT, ResultRecord)

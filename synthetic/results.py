@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ssm_retrieval.registry import ARCHITECTURES
 from ssm_retrieval.training import store
 from ssm_retrieval.training.parquet import to_parquet
-from ssm_retrieval.training.records import environment
+from ssm_retrieval.training.records import environment, finished
 from ssm_retrieval.training.store import Row
 from synthetic import records
 from synthetic.identity import Plan
@@ -142,7 +142,7 @@ def begin(folder: Path, config: RunConfig, plan: Plan, purpose: str = "report") 
     import torch
 
     settings = {"run": vars(config.of(plan.family)), "plan": plan.to_dict(), "purpose": purpose}
-    if (folder / "config.json").exists():
+    if (folder / store.CONFIG).exists():
         records.config(folder)
     store.prepare(folder, settings, torch.get_num_threads())
 
@@ -197,7 +197,7 @@ def train_recorded(
 
 def complete(folder: Path) -> bool:
     """Whether a run has everything that it ever will, and its tables too."""
-    there = all((folder / name).exists() for name in ("result.json", "config.json", "environment.json"))
+    there = all((folder / name).exists() for name in (store.RESULT, store.CONFIG, store.ENVIRONMENT))
     return there and not behind(folder)
 
 
@@ -238,7 +238,7 @@ def tables(folder: Path) -> tuple[list[Row], list[Row]]:
         for low, high, correct, count in row["targets"]:
             part = dict(target_low=low, target_high=high, correct=correct, count=count)
             targets.append(fixed | {"kind": "during"} | row | part)
-    if (folder / "result.json").exists():
+    if finished(folder):
         final = fixed | {"kind": "final"} | records.result(folder)
         rows.append(final)
         for row in records.by_position(folder):
@@ -250,7 +250,7 @@ def tables(folder: Path) -> tuple[list[Row], list[Row]]:
 
 def _commits(folder: Path) -> str | None:
     """Of all sessions, each once and in order."""
-    if not (folder / "environment.json").exists():
+    if not (folder / store.ENVIRONMENT).exists():
         return None
     commits = [session.get("commit") for session in environment(folder)["sessions"]]
     return ", ".join(dict.fromkeys(commit for commit in commits if commit)) or None

@@ -115,6 +115,7 @@ def _follow(missing: Runs, world: World) -> int:
 
 def _train_all(runs: Runs, missing: Runs, world: World) -> int:
     from ssm_retrieval.terminal import plain_console
+    from ssm_retrieval.training.records import finished
     from synthetic.display import Display
     from synthetic.results import train_recorded
     from synthetic.trainer import Interrupted
@@ -122,7 +123,7 @@ def _train_all(runs: Runs, missing: Runs, world: World) -> int:
     console = plain_console()
     stop = StopSignals()
     for folder, p in runs.items():
-        if folder not in missing or (folder / "result.json").exists():
+        if folder not in missing or finished(folder):
             _say_finished(folder, p, console)
         else:
             console.print(str(folder), style="bold", soft_wrap=True)

@@ -21,6 +21,7 @@ from filelock import FileLock
 
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.training import store
+from ssm_retrieval.training.records import finished
 from synthetic import records
 from synthetic.config import Plan, RunConfig, plan, run_id
 
@@ -73,7 +74,7 @@ class Run:
         Raises:
             UserError: if the run has not finished, or its file is damaged.
         """
-        if not (self.folder / "result.json").exists():
+        if not finished(self.folder):
             raise UserError(f"{self.folder} has not finished; train it with the same options")
         return records.result(self.folder)
 

@@ -24,7 +24,7 @@ from ssm_retrieval.training.distributed import ALONE, World
 from ssm_retrieval.training.loop import Diverged, Interrupted, warm_up
 from ssm_retrieval.training.lora import add_adapters, merge_adapters
 from ssm_retrieval.training.optimizers import make_optimizer
-from ssm_retrieval.training.records import FORMAT, Count, Row
+from ssm_retrieval.training.records import FORMAT, Count, Row, finished
 from synthetic import pretrained, records, tasks
 from synthetic.config import Plan
 from synthetic.evaluate import Evaluation, autocast, heldout, score_together
@@ -87,7 +87,7 @@ def train(
     After each of them the next call continues from the last checkpoint.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "result.json").exists():
+    if finished(folder):
         return records.result(folder)
     result: Row = Session(plan, folder, listener, world).run(should_stop)
     return result
@@ -254,9 +254,9 @@ class Session(session.Session[Progress, Batch]):
             )
             for row in final.by_position()
         ]
-        store.write_rows(self.folder / "by_position.jsonl", rows)
+        store.write_rows(self.folder / records.BY_POSITION, rows)
         store.save_tensors(self.folder / store.WEIGHTS, weights, {"step": now.step})
-        store.write_json(self.folder / "result.json", result)
+        store.write_json(self.folder / store.RESULT, result)
 
 
 def learning_rate(plan: Plan, now: Progress) -> float:

@@ -17,7 +17,7 @@ import pandas as pd
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.style import FAMILIES, NAMES
 from ssm_retrieval.training import store
-from ssm_retrieval.training.records import environment
+from ssm_retrieval.training.records import environment, finished
 from ssm_retrieval.training.store import Row
 from synthetic import records
 from synthetic.config import RunConfig
@@ -154,7 +154,7 @@ def read(folders: Mapping[str, Path], letter: str = "") -> Run:
     sessions = [
         environment(folder)["sessions"][-1]
         for folder in folders.values()
-        if (folder / "environment.json").exists()
+        if (folder / store.ENVIRONMENT).exists()
     ]
     return Run(
         folders=folders,
@@ -164,9 +164,5 @@ def read(folders: Mapping[str, Path], letter: str = "") -> Run:
         environment=sessions[0] if sessions else {},
         metrics=pd.DataFrame([row for folder in folders.values() for row in records.metrics(folder)]),
         positions=pd.DataFrame([row for folder in folders.values() for row in records.by_position(folder)]),
-        results={
-            family: records.result(folder)
-            for family, folder in folders.items()
-            if (folder / "result.json").exists()
-        },
+        results={family: records.result(folder) for family, folder in folders.items() if finished(folder)},
     )

@@ -20,15 +20,18 @@ from ssm_retrieval.models.hub_schema import (
     NotNegative,
     Positive,
     Size,
+    from_hub,
     names,
     only_known,
     parse,
     same,
     shown,
+    to_hub,
     unlike,
 )
+from ssm_retrieval.ops.selective_scan import MAX_D_STATE
 
-StateSize = Annotated[int, Field(ge=1, le=256)]
+StateSize = Annotated[int, Field(ge=1, le=MAX_D_STATE)]
 NORM_BIAS = re.compile(r"backbone\.(norm_f|layers\.\d+\.norm)\.bias")
 INFINITE = (float("inf"), {"__float__": "Infinity"}, "inf")  # how JSON files spell it
 UNLIMITED = [None, *([0.0, spelt] for spelt in INFINITE)]
@@ -42,6 +45,23 @@ CARRIED = names("""
     d_model n_layer d_inner ssm_cfg attn_cfg attn_layer_idx d_intermediate pad_vocab_size_multiple rms_norm
     fused_add_norm tie_embeddings
 """)
+
+
+# A field of our configs: the one of `transformers`, in both versions of Mamba
+SPELLINGS = {
+    "vocab_size": "vocab_size",
+    "d_model": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "d_state": "state_size",
+    "d_conv": "conv_kernel",
+    "expand": "expand",
+    "dt_min": "time_step_min",
+    "dt_max": "time_step_max",
+    "norm_eps": "layer_norm_epsilon",
+    "residual_in_fp32": "residual_in_fp32",
+    "tie_word_embeddings": "tie_word_embeddings",
+    "embedding_std": "initializer_range",
+}
 
 
 class _TransformersMamba(Fields):
@@ -197,25 +217,6 @@ def _unlimited(name: str, value: Any, where: str) -> None:
     require(value in UNLIMITED, f"{where}: {name}={shown(value)} is not supported; only [0.0, Infinity]")
 
 
-def _transformers_mamba(fields: TransformersMamba | TransformersMamba2, norm: str) -> dict[str, Any]:
-    """What mamba and mamba2 of `transformers` have in common."""
-    return dict(
-        vocab_size=fields.vocab_size,
-        d_model=fields.hidden_size,
-        n_layer=fields.num_hidden_layers,
-        d_state=fields.state_size,
-        d_conv=fields.conv_kernel,
-        expand=fields.expand,
-        dt_min=fields.time_step_min,
-        dt_max=fields.time_step_max,
-        norm=norm,
-        norm_eps=fields.layer_norm_epsilon,
-        residual_in_fp32=fields.residual_in_fp32,
-        tie_word_embeddings=fields.tie_word_embeddings,
-        embedding_std=fields.initializer_range,
-    )
-
-
 def read_mamba(
     raw: Mapping[str, Any], keys: Collection[str], where: str, beside: Collection[str]
 ) -> dict[str, Any]:
@@ -237,7 +238,7 @@ def read_mamba(
     same("intermediate_size", fields.intermediate_size, "expand * hidden_size",
          fields.expand * fields.hidden_size, where)  # fmt: skip
     rank = _rank(fields.time_step_rank, fields.hidden_size)
-    return dict(_transformers_mamba(fields, _norm(keys)), dt_rank=rank)
+    return dict(from_hub(fields, SPELLINGS), norm=_norm(keys), dt_rank=rank)
 
 
 def read_mamba2(
@@ -265,7 +266,9 @@ def read_mamba2(
         f"{where}: num_heads={fields.num_heads} times head_dim={fields.head_dim} is not expand * "
         "hidden_size; fetch it again",
     )
-    return dict(_transformers_mamba(fields, _norm(keys)), headdim=fields.head_dim, ngroups=fields.n_groups)
+    return dict(
+        from_hub(fields, SPELLINGS), norm=_norm(keys), headdim=fields.head_dim, ngroups=fields.n_groups
+    )
 
 
 def lacks(config: Any) -> str | None:
@@ -280,24 +283,8 @@ def published(name: str) -> str:
 
 def _write(config: Any) -> dict[str, Any]:
     """What both versions have in common."""
-    return dict(
-        vocab_size=config.vocab_size,
-        hidden_size=config.d_model,
-        num_hidden_layers=config.n_layer,
-        state_size=config.d_state,
-        conv_kernel=config.d_conv,
-        expand=config.expand,
-        hidden_act="silu",
-        use_bias=False,
-        use_conv_bias=True,
-        layer_norm_epsilon=config.norm_eps,
-        residual_in_fp32=config.residual_in_fp32,
-        tie_word_embeddings=config.tie_word_embeddings,
-        initializer_range=config.embedding_std,
-        time_step_min=config.dt_min,
-        time_step_max=config.dt_max,
-        pad_token_id=0,
-    )
+    fixed = dict(hidden_act="silu", use_bias=False, use_conv_bias=True, pad_token_id=0)
+    return to_hub(config, SPELLINGS) | fixed
 
 
 def write_mamba(config: Any) -> dict[str, Any]:

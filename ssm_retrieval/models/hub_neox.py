@@ -14,13 +14,27 @@ from ssm_retrieval.models.hub_schema import (
     Positive,
     Share,
     Size,
+    from_hub,
     names,
     parse,
     same,
+    to_hub,
     unlike,
 )
 
 DROPOUTS = names("attention_dropout hidden_dropout classifier_dropout dropout")  # 0 here
+# A field of our config: the one of `transformers`
+SPELLINGS = {
+    "vocab_size": "vocab_size",
+    "d_model": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "max_position_embeddings": "max_position_embeddings",
+    "parallel_residual": "use_parallel_residual",
+    "norm_eps": "layer_norm_eps",
+    "tie_word_embeddings": "tie_word_embeddings",
+    "embedding_std": "initializer_range",
+}
 
 
 class Rope(Nested):
@@ -89,19 +103,11 @@ def read(
     )
     mlp = fields.intermediate_size
     return dict(
-        vocab_size=fields.vocab_size,
-        d_model=width,
-        n_layer=fields.num_hidden_layers,
-        n_head=heads,
+        from_hub(fields, SPELLINGS),
         d_mlp=0 if mlp == 4 * width else mlp,
         position="rope" if rotated else "none",  # as `transformers`, which then rotates nothing
         **({"rotary_pct": share} if rotated else {}),
         rope_theta=theta,
-        max_position_embeddings=fields.max_position_embeddings,
-        parallel_residual=fields.use_parallel_residual,
-        norm_eps=fields.layer_norm_eps,
-        tie_word_embeddings=fields.tie_word_embeddings,
-        embedding_std=fields.initializer_range,
         init_std=fields.initializer_range,
     )
 
@@ -122,20 +128,12 @@ def lacks(config: Any) -> str | None:
 def write(config: Any) -> dict[str, Any]:
     """`Hub.write` of GPT-NeoX."""
     return dict(
-        vocab_size=config.vocab_size,
-        hidden_size=config.d_model,
-        num_hidden_layers=config.n_layer,
-        num_attention_heads=config.n_head,
+        to_hub(config, SPELLINGS),
         intermediate_size=config.mlp_width,
         hidden_act="gelu",
         attention_bias=True,
-        use_parallel_residual=config.parallel_residual,
-        max_position_embeddings=config.max_position_embeddings,
         rotary_pct=config.rotary_pct,  # the spelling that every release reads
         rotary_emb_base=config.rope_theta,
-        layer_norm_eps=config.norm_eps,
-        initializer_range=config.embedding_std,
-        tie_word_embeddings=config.tie_word_embeddings,
     )
 
 

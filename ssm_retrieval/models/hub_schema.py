@@ -17,7 +17,6 @@ from ssm_retrieval.errors import UserError
 from ssm_retrieval.models.configuration import require
 
 Size = Annotated[int, Field(ge=1, le=2**31)]
-StateSize = Annotated[int, Field(ge=1, le=256)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -170,6 +169,32 @@ def same(name: str, value: Any, other: str, expected: Any, where: str) -> None:
         value is None or value == expected,
         f"{where}: {name}={shown(value)} contradicts {other}={shown(expected)}; make them equal",
     )
+
+
+def from_hub(fields: BaseModel, spellings: Mapping[str, str]) -> dict[str, Any]:
+    """Options of our config that `transformers` only calls by another name.
+
+    Args:
+        fields: What `parse` has made.
+        spellings: A field of ours: the one of `transformers`.
+
+    Returns:
+        Values by our names.
+    """
+    return {ours: getattr(fields, theirs) for ours, theirs in spellings.items()}
+
+
+def to_hub(config: Any, spellings: Mapping[str, str]) -> dict[str, Any]:
+    """The inverse of `from_hub`.
+
+    Args:
+        config: One of ours.
+        spellings: A field of ours: the one of `transformers`.
+
+    Returns:
+        Values by the names of `transformers`.
+    """
+    return {theirs: getattr(config, ours) for ours, theirs in spellings.items()}
 
 
 def unlike(config: Any, **wanted: Any) -> str | None:

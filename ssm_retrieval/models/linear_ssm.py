@@ -32,7 +32,7 @@ from ssm_retrieval.models.architecture import TINY, Architecture
 from ssm_retrieval.models.common import WHOLE, Context, LanguageModel, LayerCache
 from ssm_retrieval.models.configuration import Config, require
 from ssm_retrieval.models.hooks import Hooked
-from ssm_retrieval.models.layers import add_learned_positions, init_normal
+from ssm_retrieval.models.layers import init_normal, learned_positions
 from ssm_retrieval.models.padding import convolve, fill_padding
 from ssm_retrieval.ops.linear import Linear
 from ssm_retrieval.ops.selective_scan import selective_scan
@@ -171,18 +171,13 @@ class LinearSSMForCausalLM(LanguageModel):
         V, D = config.vocab_size, config.d_model
         self.embedding = nn.Embedding(V, D).to(dtype)
         if config.position == "learned":
-            self.embed_pos = nn.Embedding(config.max_position_embeddings, D).to(dtype)
-            init_normal(self.embed_pos.weight, std=config.embedding_std)
+            self.embed_pos = learned_positions(config).to(dtype)
         self.blocks = nn.ModuleList(LinearSSMBlock(config).to(dtype) for _ in range(config.n_layer))
         self.norm = nn.Identity()
         self.head = Linear(D, V, bias=False).to(dtype)
         init_normal(self.embedding.weight, std=config.embedding_std)
         if config.tie_word_embeddings:
             self.head.weight = self.embedding.weight
-
-    def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        x = self.embedding(input_ids)
-        return add_learned_positions(x, positions, self.embed_pos) if self.config.position == "learned" else x
 
 
 def state_size(config: LinearSSMConfig, seq_len: int) -> int:

@@ -23,7 +23,7 @@ from ssm_retrieval.models.architecture import TINY, Architecture
 from ssm_retrieval.models.common import Context, LanguageModel, LayerCache, part
 from ssm_retrieval.models.configuration import Config, derived, require
 from ssm_retrieval.models.hooks import Hooked
-from ssm_retrieval.models.layers import init_normal, make_norm
+from ssm_retrieval.models.layers import init_normal, learned_positions, make_norm
 from ssm_retrieval.ops.linear import Linear
 
 POSITIONS = ("learned", "none")
@@ -152,8 +152,7 @@ class MixerForCausalLM(LanguageModel):
         super().__init__(config)
         self.embedding = nn.Embedding(config.vocab_size, config.d_model).to(dtype)
         if config.position == "learned":
-            self.positions = nn.Embedding(config.max_position_embeddings, config.d_model).to(dtype)
-            init_normal(self.positions.weight, std=config.embedding_std)
+            self.positions = learned_positions(config).to(dtype)
         self.blocks = nn.ModuleList(MixerBlock(config, make(config)).to(dtype) for _ in range(config.n_layer))
         self.norm = make_norm(config).to(dtype)
         self.head = Linear(config.d_model, config.vocab_size, bias=False).to(dtype)

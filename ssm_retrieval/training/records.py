@@ -25,6 +25,9 @@ from ssm_retrieval.errors import UserError
 
 # Of all these files; raised when an older version would misread what a newer one writes. 2: one model a run.
 FORMAT = 2
+# Names of these files, which `training.store` writes
+CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
+RESULT = "result.json"  # its presence means finished
 Row = dict[str, Any]
 Count = Annotated[int, Field(ge=0)]
 REMEDY = "move the run's folder away and run its command again"
@@ -192,11 +195,16 @@ def environment(folder: Path) -> Row:
 
     Raises UserError for a missing or damaged file.
     """
-    path = folder / "environment.json"
+    path = folder / ENVIRONMENT
     value = json_of(text_of(path), str(path))
     if isinstance(value, dict) and "sessions" not in value and "packages" in value:
         value = {"format": 1, "sessions": [value]}
     return checked(value, EnvironmentRecord, str(path))
+
+
+def finished(folder: Path) -> bool:
+    """Whether a run has its result."""
+    return (folder / RESULT).exists()
 
 
 def use_modules(config: Row, path: Path) -> None:

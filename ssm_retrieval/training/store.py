@@ -41,11 +41,10 @@ from ssm_retrieval.errors import UserError
 from ssm_retrieval.files import collect, replacing, write_bytes
 from ssm_retrieval.training import records
 from ssm_retrieval.training.optimizers import make_state, state_tensors
+from ssm_retrieval.training.records import CONFIG, ENVIRONMENT, METRICS, RESULT, Row
 
-__all__ = ["Row", "replacing", "write_bytes"]
+__all__ = ["CONFIG", "ENVIRONMENT", "METRICS", "RESULT", "Row", "replacing", "write_bytes"]
 
-Row = dict[str, Any]
-CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
 CHECKPOINT = "checkpoint.safetensors"  # of one process; `distributed.POINTER` leads to those of several
 WEIGHTS = "model.safetensors"
 
@@ -96,7 +95,7 @@ def run_folders(places: Iterable[str | Path]) -> list[Path]:
 
 def runs_in(place: Path) -> list[Path]:
     """The folders of runs in a folder, sorted."""
-    return sorted(path.parent for path in place.glob("*/config.json"))
+    return sorted(path.parent for path in place.glob(f"*/{CONFIG}"))
 
 
 def view_of(folders: Sequence[Path]) -> Path:
@@ -194,7 +193,7 @@ def load_tensors(path: Path, remedy: str = "") -> tuple[dict[str, Tensor], Row]:
 
 def anew(path: Path) -> str:
     """What to do about a model's damaged file: while its result is there, a model is not trained again."""
-    if (path.parent / "result.json").exists():
+    if records.finished(path.parent):
         return f"delete the folder {path.parent} and run its command again, which trains this model anew"
     return "delete it and run its command again, which starts this model anew"
 

@@ -60,7 +60,7 @@ def load(runs: str | Path | Iterable[str | Path], table: str = "results") -> pd.
     if not found:
         where = ", ".join(map(str, places))
         for place in map(Path, places):
-            if (place / "config.json").is_file():
+            if (place / store.CONFIG).is_file():
                 raise UserError(
                     f"{place} is the folder of one run; give the one that it lies in, {place.parent}"
                 )

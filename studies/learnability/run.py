@@ -23,7 +23,7 @@ from typing import Any, Literal
 import pandas as pd
 import tyro
 
-from ssm_retrieval.training.store import read_rows
+from ssm_retrieval.training.store import METRICS, read_rows
 from synthetic.config import RunConfig, plan, run_id
 
 HERE = Path(__file__).parent
@@ -105,7 +105,7 @@ def one(variant: str, diet: str, config: RunConfig, out: str) -> dict[str, Any]:
     p = plan(config, config.model[0])
     folder = Path(out) / run_id(p)
     result = train(p, folder)
-    last = [r for r in read_rows(folder / "metrics.jsonl") if r["length"] == r["train_length"]][-1]
+    last = [r for r in read_rows(folder / METRICS) if r["length"] == r["train_length"]][-1]
     return dict(
         variant=variant,
         diet=diet,
