@@ -29,7 +29,7 @@ def gap_vs_scale(table: pd.DataFrame, width: float = DOUBLE) -> Figure:
 
     Args:
         table: `published.results()`.
-        width: in inches; at one column the right panel stands below the left one.
+        width: Width in inches; at one column the right panel stands below the left one.
 
     Returns:
         The figure.
@@ -84,9 +84,9 @@ def over_seeds(
     """Average `value` over seeds.
 
     Args:
-        results: rows with `value` and `seed`.
-        by: columns to group by.
-        bounds: of the interval, such as (0, 1) for shares.
+        results: Rows with `value` and `seed`.
+        by: Columns to group by.
+        bounds: Bounds of the interval, such as (0, 1) for shares.
 
     Returns:
         Columns `by`, mean, low and high (95 % t interval), seeds.

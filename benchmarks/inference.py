@@ -71,7 +71,7 @@ def our_run(model: models.LanguageModel, ids: Tensor, tokens: int) -> tuple[floa
         tokens: How many to decode after the first.
 
     Returns:
-        prefill: Seconds until the first token.
+        Prefill: Seconds until the first token.
         decoding: Seconds of the others.
         found: (1, 1 + tokens) int64, the tokens.
     """

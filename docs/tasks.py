@@ -36,7 +36,7 @@ def example(name: str, layout: str | None = None, queries: int | None = None) ->
     """One training sequence, as Markdown: how it is made, its chance level, tokens and labels.
 
     Args:
-        name: of the task.
+        name: Name of the task.
         layout: None for the task's own.
         queries: K; None for as many as in evaluation.
 
@@ -44,7 +44,7 @@ def example(name: str, layout: str | None = None, queries: int | None = None) ->
         The Markdown.
 
     Raises:
-        ValueError: for what the task cannot do, and if a line is too wide for the page.
+        ValueError: For what the task cannot do, and if a line is too wide for the page.
     """
     options = OPTIONS[name] | ({} if layout is None else dict(layout=layout))
     task = tasks.build(name, **options)
@@ -64,7 +64,7 @@ def rewritten(page: str) -> str:
     """The page with its examples drawn anew.
 
     Raises:
-        ValueError: for markers that do not come in pairs.
+        ValueError: For markers that do not come in pairs.
     """
     made, found = EXAMPLE.subn(_replace, page)
     for marker in ("<!-- example", "<!-- /example"):

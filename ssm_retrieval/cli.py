@@ -43,9 +43,9 @@ def parse(options: type[Options], argv: Sequence[str] | None, prog: str) -> Opti
     Unknown options and values print an error and exit with status 2.
 
     Args:
-        options: the dataclass.
-        argv: arguments; None: the program's own.
-        prog: name of the command in its help.
+        options: The dataclass.
+        argv: Arguments; None: the program's own.
+        prog: Name of the command in its help.
 
     Returns:
         The instance.
@@ -64,9 +64,9 @@ def guarded(command: Callable[[], int], out: str | os.PathLike[str] = "", stoppe
     prints its traceback and how to report it, and gives status 1.
 
     Args:
-        command: returns its own exit status.
-        out: the command's output folder or file; errors of files in it name the option `--out`.
-        stopped: what Ctrl-C prints.
+        command: Returns its own exit status.
+        out: The command's output folder or file; errors of files in it name the option `--out`.
+        stopped: What Ctrl-C prints.
 
     Returns:
         The exit status.
@@ -149,7 +149,7 @@ def leave(status: int) -> NoReturn:
     (github.com/pytorch/pytorch/pull/179291).
 
     Args:
-        status: exit status, what the command's `main` returned.
+        status: Exit status, what the command's `main` returned.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         with contextlib.suppress(OSError):  # nobody reads any more
@@ -163,7 +163,7 @@ def use_threads(threads: int) -> None:
     """Apply `--threads`; 0 leaves the number to PyTorch.
 
     Raises:
-        UserError: for a number out of range.
+        UserError: For a number out of range.
     """
     import torch
 

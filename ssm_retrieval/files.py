@@ -23,8 +23,8 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Replace a file as a whole or not at all.
 
     Raises:
-        OSError: if that fails; the old file is still there.
-        UserError: as `replacing`.
+        OSError: If that fails; the old file is still there.
+        UserError: As `replacing`.
     """
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(content)
@@ -38,7 +38,7 @@ def replacing(path: Path) -> Iterator[Path]:
     stays a link, and what it points to is replaced. Permissions are those of any new file, by the umask.
 
     Raises:
-        UserError: if `path` is a folder, a device or anything else that is not a regular file.
+        UserError: If `path` is a folder, a device or anything else that is not a regular file.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():

@@ -62,10 +62,10 @@ def panels(rows: int, columns: int, size: tuple[float, float], **more: Any) -> A
     """A figure with a grid of axes.
 
     Args:
-        rows: number of rows.
-        columns: number of columns.
-        size: width and height of one panel, inches.
-        **more: options of `plt.subplots`.
+        rows: Number of rows.
+        columns: Number of columns.
+        size: Width and height of one panel, inches.
+        **more: Options of `plt.subplots`.
 
     Returns:
         The figure and a 2-D array of axes.
@@ -80,10 +80,10 @@ def legend(figure: Figure, looks: dict[str, dict[str, Any]], width: float = 1.6,
     """One legend for all panels, below them.
 
     Args:
-        figure: the figure.
-        looks: label -> properties of its line.
-        width: width of an entry, inches.
-        **more: options of `Figure.legend`.
+        figure: The figure.
+        looks: Label -> properties of its line.
+        width: Width of an entry, inches.
+        **more: Options of `Figure.legend`.
     """
     from matplotlib.lines import Line2D
 
@@ -118,10 +118,10 @@ def save(figure: Figure, stem: Path, kinds: tuple[str, ...] = ("png", "pdf"), dp
     The files hold no dates, so the same table gives the same bytes.
 
     Args:
-        figure: the figure.
-        stem: path of the files, without ending.
-        kinds: endings: png, pdf, svg.
-        dpi: dots per inch of the PNG.
+        figure: The figure.
+        stem: Path of the files, without ending.
+        kinds: Endings: png, pdf, svg.
+        dpi: Dots per inch of the PNG.
     """
     import io
 

@@ -17,8 +17,8 @@ def read(path: Path) -> pd.DataFrame:
     """A Parquet file's rows, all of one moment: a run may replace the file meanwhile.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        UserError: if it is not Parquet; names the file and what to do.
+        FileNotFoundError: If there is no such file.
+        UserError: If it is not Parquet; names the file and what to do.
     """
     import pandas as pd
     from pyarrow import ArrowException

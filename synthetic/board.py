@@ -64,8 +64,8 @@ class Board:
         """A job has ended.
 
         Args:
-            job: which.
-            problem: what went wrong, in one line; None if nothing did.
+            job: Job which.
+            problem: What went wrong, in one line; None if nothing did.
             final: False if it will be tried again.
         """
         if problem is None:

@@ -65,7 +65,7 @@ def check(condition: bool, message: str) -> None:
     """Raise a one-line error unless `condition` holds.
 
     Raises:
-        UserError: with `message`.
+        UserError: With `message`.
     """
     if not condition:
         raise UserError(message)
@@ -85,7 +85,7 @@ def within(name: str, value: Any) -> None:
     """Check that a number lies within its BOUNDS, as NaN never does.
 
     Raises:
-        UserError: if it does not.
+        UserError: If it does not.
     """
     least, most = BOUNDS[name]
     said = f"{option(name)} {value}"
@@ -99,7 +99,7 @@ def check_names(config: RunConfig) -> None:
     """Import the user's modules and check that the models and the task exist.
 
     Raises:
-        UserError: for a name that neither the toolkit nor the user's modules have.
+        UserError: For a name that neither the toolkit nor the user's modules have.
     """
     registry.use(config.imports)
     asked: list[tuple[str, Registry[Any], tuple[str, ...]]] = [
@@ -118,12 +118,12 @@ def check_values(config: RunConfig, paper: bool, schedule: str) -> None:
     """Check for values that are impossible, or contradict each other, whatever the task.
 
     Args:
-        config: what the user asked for.
-        paper: whether the protocol is the papers'.
-        schedule: of the learning rate in the task's paper.
+        config: What the user asked for.
+        paper: Whether the protocol is the papers'.
+        schedule: Schedule of the learning rate in the task's paper.
 
     Raises:
-        UserError: for the first such value.
+        UserError: For the first such value.
     """
     for name in BOUNDS:
         value = getattr(config, name)
@@ -171,7 +171,7 @@ def check_betas(config: RunConfig) -> None:
     """Check AdamW's two rates.
 
     Raises:
-        UserError: if they are not two numbers from 0 to below 1, or the optimizer has none.
+        UserError: If they are not two numbers from 0 to below 1, or the optimizer has none.
     """
     betas: Any = config.betas
     if betas is None:
@@ -192,7 +192,7 @@ def check_optimizer(plan: Plan) -> None:
     """Check that the plan's learning rates have the effect that was asked for.
 
     Raises:
-        UserError: if there is no decay after --flat, or no parameter that --ssm-lr is for.
+        UserError: If there is no decay after --flat, or no parameter that --ssm-lr is for.
     """
     if plan.flat is not None:
         said = f"--flat {plan.flat}"
@@ -228,7 +228,7 @@ def position(config: RunConfig, architecture: Architecture) -> str:
     An SSM beside attention keeps its default with "rope", which `check_architecture` refuses for SSMs alone.
 
     Raises:
-        UserError: if the model lacks the scheme asked for.
+        UserError: If the model lacks the scheme asked for.
     """
     schemes = architecture.positions
     default = "rope" if config.protocol == "paper" and "rope" in schemes else schemes[0]
@@ -246,7 +246,7 @@ def check_particular(config: RunConfig) -> None:
     """Check that at least one of the models has each option of PARTICULAR that was given.
 
     Raises:
-        UserError: for an option that none has.
+        UserError: For an option that none has.
     """
     models = " ".join(config.model)
     for name, (_, kind) in PARTICULAR.items():
@@ -262,7 +262,7 @@ def check_architecture(config: RunConfig) -> None:
     """Check that at least one of the models has the positions that were asked for.
 
     Raises:
-        UserError: for an option that none has.
+        UserError: For an option that none has.
     """
     models = " ".join(config.model)
     records = [ARCHITECTURES[name] for name in config.model]

@@ -237,15 +237,15 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
     """Settle every open value for one model.
 
     Args:
-        config: what the user asks for.
-        family: the architecture, one of `config.model`.
-        elsewhere: the run is for another machine, so its device need not be here.
+        config: What the user asks for.
+        family: The architecture, one of `config.model`.
+        elsewhere: The run is for another machine, so its device need not be here.
 
     Returns:
         The plan; its hash names the run.
 
     Raises:
-        UserError: with one line, for values that are impossible or contradict each other.
+        UserError: With one line, for values that are impossible or contradict each other.
     """
     from synthetic import pretrained, tasks
     from synthetic.device import resolve_device, resolve_precision

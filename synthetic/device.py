@@ -11,7 +11,7 @@ def resolve_device(device: str, elsewhere: bool = False) -> str:
     """auto -> cuda if there is one, else cpu (mps has no fast scan, so it must be asked for).
 
     Raises:
-        UserError: if the device is not here, unless the run is for another machine.
+        UserError: If the device is not here, unless the run is for another machine.
     """
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device == "auto":

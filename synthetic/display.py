@@ -67,9 +67,9 @@ def terminal_curve(metrics: pd.DataFrame, width: int = 80, height: int = 16) -> 
     """Accuracy at the full length against tokens, as text.
 
     Args:
-        metrics: evaluations, a row each, of one or several runs.
-        width: in characters.
-        height: in lines.
+        metrics: Evaluations, a row each, of one or several runs.
+        width: Width in characters.
+        height: Height in lines.
 
     Returns:
         Lines without colours.
@@ -92,7 +92,7 @@ def cells(evaluations: pd.DataFrame) -> Table:
     """One line per cell of a sweep: its seeds, their mean accuracy and its range, cost of reaching 0.95.
 
     Args:
-        evaluations: rows of the results store (`training.tables.load`).
+        evaluations: Rows of the results store (`training.tables.load`).
 
     Returns:
         A table to print.

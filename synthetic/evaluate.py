@@ -34,11 +34,11 @@ class Evaluation:
     The intervals take answers as independent, which several of one sequence need not be.
 
     Attributes:
-        length: context length.
+        length: Context length.
         correct: (answers,) bool.
         target: (answers,) int64, 0-based position of the queried symbol.
-        loss: mean cross-entropy of the answers' tokens in nats.
-        chance: accuracy of a guess.
+        loss: Mean cross-entropy of the answers' tokens in nats.
+        chance: Accuracy of a guess.
     """
 
     length: int
@@ -93,9 +93,9 @@ def rows_at_once(task: Task, examples: int, length: int) -> int:
     """Sequences of a batch of `heldout`.
 
     Args:
-        task: what they are of.
-        examples: that are wanted in all.
-        length: context length.
+        task: What they are of.
+        examples: Examples that are wanted in all.
+        length: Context length.
 
     Returns:
         As many as `EVAL_TOKENS` allows, at least one.
@@ -111,11 +111,11 @@ def heldout(
     Sequence i is the same in every set that contains it.
 
     Args:
-        task: what they are of.
-        examples: how many.
-        length: context length.
+        task: What they are of.
+        examples: How many.
+        length: Context length.
         split: "heldout" or "validation".
-        start: number of the first one.
+        start: Number of the first one.
 
     Returns:
         Batches, in order.
@@ -139,10 +139,10 @@ def evaluate(
     it, which greedy generation would then give as well.
 
     Args:
-        model: what answers.
-        task: what is asked.
-        examples: how many sequences.
-        length: context length.
+        model: What answers.
+        task: What is asked.
+        examples: How many sequences.
+        length: Context length.
         device: "cpu", "cuda" or "mps".
         precision: "float32" or "bfloat16".
 
@@ -157,8 +157,8 @@ def score(model: LanguageModel, batches: Iterable[Batch], *, device: str, precis
     """As `evaluate`, for given batches of one length, those of a file say.
 
     Args:
-        model: what answers.
-        batches: what is asked.
+        model: What answers.
+        batches: What is asked.
         device: "cpu", "cuda" or "mps".
         precision: "float32" or "bfloat16".
 
@@ -166,7 +166,7 @@ def score(model: LanguageModel, batches: Iterable[Batch], *, device: str, precis
         Every answer, and the mean loss.
 
     Raises:
-        UserError: if there is no batch.
+        UserError: If there is no batch.
     """
     correct, target, loss, tokens, last = [], [], 0.0, 0, None
     for batch in batches:
@@ -193,9 +193,9 @@ def score_together(
     """`score`, each process on its rows of every batch.
 
     Args:
-        model: what answers.
-        batches: what is asked.
-        world: the processes, which all call this.
+        model: What answers.
+        batches: What is asked.
+        world: The processes, which all call this.
         device: "cpu", "cuda" or "mps".
         precision: "float32" or "bfloat16".
 
@@ -234,10 +234,10 @@ def extrapolate(
     it.
 
     Args:
-        model: what answers.
-        task: that it was trained on.
-        lengths: context lengths.
-        examples: how many sequences of each.
+        model: What answers.
+        task: Task that it was trained on.
+        lengths: Context lengths.
+        examples: How many sequences of each.
         device: "cpu", "cuda" or "mps".
         precision: "float32" or "bfloat16".
 
@@ -245,7 +245,7 @@ def extrapolate(
         An evaluation per length.
 
     Raises:
-        UserError: if the vocabulary or the model's table of positions is too small for a length.
+        UserError: If the vocabulary or the model's table of positions is too small for a length.
     """
     return [
         evaluate(model, task.at(n), examples=examples, length=n, device=device, precision=precision)
@@ -261,10 +261,10 @@ def evaluate_blocks(
     Answers are generated greedily.
 
     Args:
-        model: what answers.
-        task: what is asked.
-        examples: how many sequences.
-        length: context length.
+        model: What answers.
+        task: What is asked.
+        examples: How many sequences.
+        length: Context length.
         device: "cpu", "cuda" or "mps".
         precision: "float32" or "bfloat16".
 
@@ -273,7 +273,7 @@ def evaluate_blocks(
         the answers it has, their share `rate` and its interval.
 
     Raises:
-        UserError: if the task has one right answer.
+        UserError: If the task has one right answer.
     """
     chosen = []
     rows: list[dict[str, float | int | str]] = []

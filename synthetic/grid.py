@@ -39,19 +39,19 @@ class Sweep:
     """Runs of one model each, and how their learning rates are found.
 
     Attributes:
-        runs: configurations with different settings; repeated ones run once.
-        learning_rates: candidates; if empty, every run has its own `lr`, or the default.
-        validation_seeds: seeds of the runs that choose among the candidates.
-        tune: makes, from a group's first run, the configuration in which candidates are compared; by default
+        runs: Configurations with different settings; repeated ones run once.
+        learning_rates: Candidates; if empty, every run has its own `lr`, or the default.
+        validation_seeds: Seeds of the runs that choose among the candidates.
+        tune: Makes, from a group's first run, the configuration in which candidates are compared; by default
             that run itself. It may be cheaper, but a rate that is best for short contexts can fail at long
             ones.
-        out: folder of runs and results; default: `runs/<name>`, by the file's name, or its folder's if the
+        out: Folder of runs and results; default: `runs/<name>`, by the file's name, or its folder's if the
             file is called config.py.
-        slurm: parameters of submitit's AutoExecutor for `--executor slurm`, such as slurm_partition,
+        slurm: Parameters of submitit's AutoExecutor for `--executor slurm`, such as slurm_partition,
             timeout_min.
 
     Raises:
-        UserError: in one line, for impossible combinations.
+        UserError: In one line, for impossible combinations.
     """
 
     runs: Sequence[RunConfig]
@@ -88,7 +88,7 @@ def grid(base: RunConfig | None = None, **axes: Any) -> list[RunConfig]:
         grid(task="mqar", task_options=[{"power": 0.01}, {"power": 1.0}])  # two
 
     Raises:
-        UserError: for options or values that `RunConfig` or the task does not have.
+        UserError: For options or values that `RunConfig` or the task does not have.
     """
     _known(axes)
     values = [list(v) if _several(v) else [v] for v in axes.values()]
@@ -151,7 +151,7 @@ def load(file: Path) -> Sweep:
     """The Sweep of a Python file.
 
     Raises:
-        UserError: in one line, if the file has none or raises an error itself.
+        UserError: In one line, if the file has none or raises an error itself.
     """
     check(file.is_file(), f"FILE {file} does not exist; give a Python file with a get_config()")
     spec = importlib.util.spec_from_file_location("sweep_config", file)
@@ -192,7 +192,7 @@ def validation_runs(sweep: Sweep) -> dict[Group, dict[float, list[RunConfig]]]:
     """For every group, the runs that decide on each candidate, one per validation seed.
 
     Raises:
-        UserError: if `tune` fails or returns no RunConfig.
+        UserError: If `tune` fails or returns no RunConfig.
     """
     first: dict[Group, RunConfig] = {}
     for run in sweep.runs:
@@ -220,8 +220,8 @@ def score(rows: Sequence[Row], total: int, by: str = "step") -> float:
     after an early stop.
 
     Args:
-        rows: the run's evaluations at its full length, in order, with the columns `by` and accuracy.
-        total: the whole budget, in the unit of `by`.
+        rows: The run's evaluations at its full length, in order, with the columns `by` and accuracy.
+        total: The whole budget, in the unit of `by`.
         by: "step" or "examples".
 
     Returns:

@@ -18,9 +18,9 @@ class Job:
     """One model to be trained in its folder.
 
     Attributes:
-        config: what was asked for.
-        plan: what that came to.
-        folder: of the run.
+        config: What was asked for.
+        plan: What `config` comes to.
+        folder: Folder of the run.
         purpose: "report", or "validation" for runs that choose a learning rate.
         threads: CPU threads that it may use.
     """

@@ -79,7 +79,7 @@ def require(plan: Plan) -> None:
     A user's own model passes if its needs are not known.
 
     Raises:
-        UserError: naming what is needed, what there is, and what helps.
+        UserError: Naming what is needed, what there is, and what helps.
     """
     there = available(plan.device)
     if there is None or ARCHITECTURES[plan.family].memory is None:

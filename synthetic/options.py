@@ -52,7 +52,7 @@ def chosen(config: RunConfig) -> dict[str, Any]:
     """The task's options that the user chose, by flag, `task_options` or protocol.
 
     Raises:
-        UserError: for an option that the task lacks, or a value of another type.
+        UserError: For an option that the task lacks, or a value of another type.
     """
     task, paper = TASKS.find(config.task), config.protocol == "paper"
     having = [name for name, known in TASKS.items() if known.paper]
@@ -77,7 +77,7 @@ def own(config: RunConfig) -> dict[str, Any]:
     """`config.task_options`, each value of its field's type.
 
     Raises:
-        UserError: for an option that the task lacks, one that has a flag, or a value of another type.
+        UserError: For an option that the task lacks, one that has a flag, or a value of another type.
     """
     given = config.task_options
     check(

@@ -36,9 +36,9 @@ class Start:
     """A checkpoint that a run starts from.
 
     Attributes:
-        family: its architecture.
-        config: of its model.
-        record: its path or name, and the hash of its contents.
+        family: Its architecture.
+        config: Config of its model.
+        record: Its path or name, and the hash of its contents.
     """
 
     family: str
@@ -55,15 +55,15 @@ def find(config: RunConfig, init: str, family: str) -> Start:
     """What --init names.
 
     Args:
-        config: what was asked for.
-        init: a folder, or the name of a checkpoint on the hub.
-        family: the architecture that was asked for.
+        config: What was asked for.
+        init: A folder, or the name of a checkpoint on the hub.
+        family: The architecture that was asked for.
 
     Returns:
         The checkpoint, read but for its weights.
 
     Raises:
-        UserError: if there is no such checkpoint, or options contradict it.
+        UserError: If there is no such checkpoint, or options contradict it.
     """
     for name in SHAPE_OPTIONS:
         value = getattr(config, name)

@@ -100,7 +100,7 @@ def config(folder: Path) -> Row:
     """What a run was asked for and what that came to; its user's modules (`--import`) are imported again.
 
     Raises:
-        UserError: if it is no run's, damaged, of an older version, or of a model that is not registered.
+        UserError: If it is no run's, damaged, of an older version, or of a model that is not registered.
     """
     path = folder / CONFIG
     if not path.exists():

@@ -131,13 +131,13 @@ def begin(folder: Path, config: RunConfig, plan: Plan, purpose: str = "report") 
     """Make the folder of a run, or add a session to it. The caller holds the folder's lock.
 
     Args:
-        folder: of the run.
-        config: what was asked for.
-        plan: what that came to.
+        folder: Folder of the run.
+        config: What was asked for.
+        plan: What `config` comes to.
         purpose: "report" or "validation".
 
     Raises:
-        UserError: if the folder is of an older version.
+        UserError: If the folder is of an older version.
     """
     import torch
 
@@ -169,11 +169,11 @@ def train_recorded(
     """`synthetic.trainer.train`, with the data sets brought up to date at every evaluation and the end.
 
     Args:
-        plan: of one model.
-        folder: of the run.
-        listener: called as listener(event, row).
-        should_stop: asked after every step.
-        world: the processes that train together; one if None.
+        plan: Plan of one model.
+        folder: Folder of the run.
+        listener: Called as listener(event, row).
+        should_stop: Asked after every step.
+        world: The processes that train together; one if None.
 
     Returns:
         The final evaluation.

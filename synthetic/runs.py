@@ -72,7 +72,7 @@ class Run:
         """The final evaluation: accuracy, ci_low, ci_high, step, tokens, parameters, ...
 
         Raises:
-            UserError: if the run has not finished, or its file is damaged.
+            UserError: If the run has not finished, or its file is damaged.
         """
         if not finished(self.folder):
             raise UserError(f"{self.folder} has not finished; train it with the same options")
@@ -91,14 +91,14 @@ def train(config: RunConfig, progress: bool = True) -> Run:
     that trains the same is waited for.
 
     Args:
-        config: of one model.
-        progress: whether to show a bar on a terminal, a line in a notebook, a line per evaluation elsewhere.
+        config: Config of one model.
+        progress: Whether to show a bar on a terminal, a line in a notebook, a line per evaluation elsewhere.
 
     Returns:
         The finished run.
 
     Raises:
-        UserError: for impossible options, several models, or a folder of an older version.
+        UserError: For impossible options, several models, or a folder of an older version.
     """
     from ssm_retrieval.ops.memory import keep_freed_memory
     from ssm_retrieval.terminal import plain_console
@@ -128,7 +128,7 @@ def compare(runs: Iterable[Run]) -> Figure:
     """Learning curves of runs of different architectures, drawn together, as `synthetic.run` draws them.
 
     Raises:
-        UserError: for no run, runs of different lengths, or two of one architecture.
+        UserError: For no run, runs of different lengths, or two of one architecture.
     """
     from ssm_retrieval.training.learning_curve import learning_curve
 

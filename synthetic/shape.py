@@ -29,15 +29,15 @@ def changes(config: RunConfig, architecture: Architecture, usual: Any) -> dict[s
     lacks is for another model of the same command (`checks.check_architecture`).
 
     Args:
-        config: what the user asks for.
-        architecture: of the model.
-        usual: the preset's config.
+        config: What the user asks for.
+        architecture: Architecture of the model.
+        usual: The preset's config.
 
     Returns:
         New values by field.
 
     Raises:
-        UserError: if heads do not divide the width, or the architecture cannot have a value.
+        UserError: If heads do not divide the width, or the architecture cannot have a value.
     """
     asked = {field: getattr(config, name) for name, field in FIELDS.items() if architecture.has(field)}
     asked |= _heads(config, architecture, usual)

@@ -94,7 +94,7 @@ class Wanted:
         """Read the file and plan its runs.
 
         Raises:
-            UserError: for bad options, files and runs.
+            UserError: For bad options, files and runs.
         """
         from ssm_retrieval import registry
         from synthetic import grid

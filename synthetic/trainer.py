@@ -70,19 +70,19 @@ def train(
     Evaluations go to folder/metrics.jsonl, the final accuracy by position to folder/by_position.jsonl.
 
     Args:
-        plan: of one model.
-        folder: of the run.
-        listener: called as listener(event, row) at every "step" and "evaluation".
-        should_stop: asked after every step.
-        world: the processes that all call this; the first one alone writes rows and hears of events.
+        plan: Plan of one model.
+        folder: Folder of the run.
+        listener: Called as listener(event, row) at every "step" and "evaluation".
+        should_stop: Asked after every step.
+        world: The processes that all call this; the first one alone writes rows and hears of events.
 
     Returns:
         The final evaluation, as it is in folder/result.json.
 
     Raises:
-        Interrupted: if should_stop() turned true.
-        Diverged: if a loss or a weight is not finite.
-        OSError: if the disk is full.
+        Interrupted: If should_stop() turned true.
+        Diverged: If a loss or a weight is not finite.
+        OSError: If the disk is full.
 
     After each of them the next call continues from the last checkpoint.
     """
@@ -97,10 +97,10 @@ class Session(session.Session[Progress, Batch]):
     """One sitting of a run.
 
     Args:
-        plan: of one model.
-        folder: of the run.
-        listener: as of `train`.
-        world: the processes that train together.
+        plan: Plan of one model.
+        folder: Folder of the run.
+        listener: As in `train`.
+        world: The processes that train together.
     """
 
     model: LanguageModel
@@ -278,9 +278,9 @@ def next_batch(task: Task, plan: Plan, now: Progress) -> Batch:
     """The training batch of the next step: the same for every model at the same length.
 
     Args:
-        task: what is trained on.
-        plan: says how many rows and queries.
-        now: the step, and the context length in training.
+        task: What is trained on.
+        plan: Says how many rows and queries.
+        now: The step, and the context length in training.
 
     Returns:
         The batch, on the CPU.
@@ -293,9 +293,9 @@ def batch_shape(task: Task, plan: Plan, at: int) -> tuple[int, int, int | None]:
     """The size of training batches.
 
     Args:
-        task: what is trained on.
-        plan: says how many tokens and queries.
-        at: context length in training.
+        task: What is trained on.
+        plan: Says how many tokens and queries.
+        at: Context length in training.
 
     Returns:
         Rows, queries, and the length to ask the task for.
@@ -322,12 +322,12 @@ def update(
     each takes its rows and gradients are averaged.
 
     Args:
-        model: whose weights move.
-        optimizer: made for the model.
-        batch: of all processes.
-        plan: says how the batch is cut, the smoothing, the precision and the clipping.
-        loss_of: the model's loss, as `distributed.spread` gives it.
-        world: the processes that train together.
+        model: Model whose weights move.
+        optimizer: The model's optimizer.
+        batch: Batch of all processes.
+        plan: Says how the batch is cut, the smoothing, the precision and the clipping.
+        loss_of: The model's loss, as `distributed.spread` gives it.
+        world: The processes that train together.
 
     Returns:
         The loss in nats and the accuracy of the queries, the same in all processes.

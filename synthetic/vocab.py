@@ -38,11 +38,11 @@ class Vocabulary:
     Attributes:
         num_symbols: V.
         num_positions: P; may be 0.
-        extra: further marker strings.
-        first_id: the id of the first token; lower ids belong to other tokens.
+        extra: Further marker strings.
+        first_id: The id of the first token; lower ids belong to other tokens.
 
     Raises:
-        UserError: if num_symbols < 1, or num_positions or first_id < 0.
+        UserError: If num_symbols < 1, or num_positions or first_id < 0.
     """
 
     num_symbols: int
@@ -111,7 +111,7 @@ class Vocabulary:
         """Ids of `tokens`, given as strings or as one string with spaces between them.
 
         Raises:
-            UserError: for a token that is not in the vocabulary.
+            UserError: For a token that is not in the vocabulary.
         """
         tokens = tokens.split() if isinstance(tokens, str) else list(tokens)
         for token in tokens:

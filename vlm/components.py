@@ -53,11 +53,11 @@ class Eyes:
     """A frozen vision encoder: pictures -> features (B, P, F).
 
     Attributes:
-        module: the encoder.
-        key: names encoder, weights and image size.
+        module: The encoder.
+        key: Names encoder, weights and image size.
         width: F, the width of the features.
-        side: patches along one side of the image; P = side^2.
-        as_pixels: pictures (height, width, 3) uint8 -> the pixels that `module` takes.
+        side: Patches along one side of the image; P = side^2.
+        as_pixels: Pictures (height, width, 3) uint8 -> the pixels that `module` takes.
     """
 
     module: nn.Module
@@ -79,15 +79,15 @@ def eyes(name: str, image_size: int, out: Path, device: str = "cpu") -> Eyes:
 
     Args:
         name: "scenes" or a name of timm.
-        image_size: pixels a side.
-        out: folder of the runs; encoders are kept in its folder `encoders`.
-        device: where the encoder runs.
+        image_size: Pixels a side.
+        out: Folder of the runs; encoders are kept in its folder `encoders`.
+        device: Where the encoder runs.
 
     Returns:
         The encoder, frozen.
 
     Raises:
-        UserError: if `image_size` is no multiple of the scenes encoder's patch.
+        UserError: If `image_size` is no multiple of the scenes encoder's patch.
     """
     if name == "scenes":
         from vlm.scenes import encoder as scenes
@@ -118,10 +118,10 @@ def features(run: Run, image_size: int, out: Path, device: str = "cpu") -> Featu
     """Return the features of a run's pictures.
 
     Args:
-        run: the run.
-        image_size: pixels a side.
-        out: folder of the runs; features are kept in its folder `features`.
-        device: where the encoder runs.
+        run: The run.
+        image_size: Pixels a side.
+        out: Folder of the runs; features are kept in its folder `features`.
+        device: Where the encoder runs.
 
     Returns:
         A cache on disk, or features computed on the fly if `run.cache` is False.
@@ -134,14 +134,14 @@ def model(run: Run, width: int) -> VLM:
     """Build the language model, with new weights or those of `run.init`, and a new connector.
 
     Args:
-        run: names the model, its seed and its tokenizer.
+        run: Names the model, its seed and its tokenizer.
         width: F, the width of the encoder's features.
 
     Returns:
         The model, without an encoder.
 
     Raises:
-        UserError: if the tokenizer has more tokens than the model.
+        UserError: If the tokenizer has more tokens than the model.
     """
     words = len(text(run.tokenizer))
     if run.init is None:
@@ -161,9 +161,9 @@ def prompt(run: Run, sample: Sample, side: int) -> tuple[list[int], list[int]]:
     """Turn a sample into token ids, in the layout and with the tokenizer of a run.
 
     Args:
-        run: the run.
-        sample: prompt and answers.
-        side: patches along one side of the image.
+        run: The run.
+        sample: Prompt and answers.
+        side: Patches along one side of the image.
 
     Returns:
         input_ids and labels, of equal length.

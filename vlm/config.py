@@ -44,26 +44,26 @@ class Stage:
     """One stage of training: a number of steps, or of epochs over all its data.
 
     Attributes:
-        data: sources by name.
-        batch_size: examples per forward pass.
-        lr: peak learning rate.
-        steps: optimiser steps; give this or `epochs`.
-        epochs: passes over all data.
-        weights: shares of the sources (`vlm.data.mixture.Mixture`); None shuffles all examples together.
+        data: Sources by name.
+        batch_size: Examples per forward pass.
+        lr: Peak learning rate.
+        steps: Optimiser steps; give this or `epochs`.
+        epochs: Passes over all data.
+        weights: Shares of the sources (`vlm.data.mixture.Mixture`); None shuffles all examples together.
         train: "connector", or "all" for connector and language model. The vision encoder is always frozen.
-        layouts: of the prompts; consecutive batches take turns. Empty = the run's layout.
-        image_size: pixels a side; 0 = the run's.
-        warmup: share of the steps in which the rate rises; it then falls to 0 as a cosine.
-        weight_decay: of AdamW.
-        betas: of AdamW.
-        grad_clip: largest norm of the gradient; 0 = no limit.
-        max_length: tokens at which a sequence is cut.
-        group: number of batches whose examples are sorted by length together.
-        accumulate: forward passes per optimiser step.
-        workers: processes that prepare batches.
+        layouts: Layouts of the prompts; consecutive batches take turns. Empty = the run's layout.
+        image_size: Pixels a side; 0 = the run's.
+        warmup: Share of the steps in which the rate rises; it then falls to 0 as a cosine.
+        weight_decay: Weight decay of AdamW.
+        betas: Betas of AdamW.
+        grad_clip: Largest norm of the gradient; 0 = no limit.
+        max_length: Tokens at which a sequence is cut.
+        group: Number of batches whose examples are sorted by length together.
+        accumulate: Forward passes per optimiser step.
+        workers: Processes that prepare batches.
 
     Raises:
-        UserError: for values out of range and invalid combinations.
+        UserError: For values out of range and invalid combinations.
     """
 
     data: Annotated[Sources, BeforeValidator(_pairs), Field(min_length=1)]
@@ -107,26 +107,26 @@ class Run:
     """A model, its training stages, and what it is evaluated on.
 
     Attributes:
-        name: names the tables of results.
-        model: preset of the language model (`models.build`).
-        stages: run one after the other.
-        evaluation: sources by name.
-        model_overrides: options that differ from the preset's.
-        init: pretrained weights of the language model (`models.load`).
+        name: Names the tables of results.
+        model: Preset of the language model (`models.build`).
+        stages: Run one after the other.
+        evaluation: Sources by name.
+        model_overrides: Options that differ from the preset's.
+        init: Pretrained weights of the language model (`models.load`).
         encoder: "scenes" (trained on rendered scenes on first use) or a name of timm, whose weights are
             downloaded (`vlm.encoder.build`).
-        image_size: pixels a side.
+        image_size: Pixels a side.
         tokenizer: "scenes", or a name or folder that `tokenizers` reads.
-        layout: where the image stands in the prompt.
-        seed: of weights and order of data.
-        precision: of training and evaluation.
-        max_new_tokens: of an answer.
-        cache: keep features on disk.
-        imports: your own modules that register data sets or models. Commands that are given the run's folder
+        layout: Where the image stands in the prompt.
+        seed: Seed of weights and order of data.
+        precision: Precision of training and evaluation.
+        max_new_tokens: Most tokens of an answer.
+        cache: Keep features on disk.
+        imports: Your own modules that register data sets or models. Commands that are given the run's folder
             import them again. They are not part of a stage's id.
 
     Raises:
-        UserError: for values out of range and invalid combinations.
+        UserError: For values out of range and invalid combinations.
     """
 
     name: FileName
@@ -206,13 +206,13 @@ def from_dict(saved: Mapping[str, Any]) -> Run:
     """Return the run that `Run.to_dict` saved; its modules are imported first.
 
     Args:
-        saved: the dictionary, as read from JSON.
+        saved: The dictionary, as read from JSON.
 
     Returns:
         The run.
 
     Raises:
-        UserError: if `saved` is no such dictionary, or a module is not found.
+        UserError: If `saved` is no such dictionary, or a module is not found.
     """
     use_modules_of([saved], "a saved run")
     return schema.parsed(Run, json.dumps(saved).encode(), Path("a saved run"), "save it again")
@@ -222,11 +222,11 @@ def use_modules_of(saved: Any, where: str) -> None:
     """Import the modules of saved runs, which must be known before the runs are parsed.
 
     Args:
-        saved: runs, as read from JSON. What is no run is left to the parser, which says so.
-        where: names the runs in errors.
+        saved: Runs, as read from JSON. What is no run is left to the parser, which says so.
+        where: Names the runs in errors.
 
     Raises:
-        UserError: if a module is not found.
+        UserError: If a module is not found.
     """
     runs = [one for one in saved if isinstance(one, Mapping)] if isinstance(saved, list) else []
     for names in (run.get("imports") for run in runs):
@@ -238,14 +238,14 @@ def read_file(path: str | Path, imports: Sequence[str] = ()) -> list[Run]:
     """Return the runs of a config file.
 
     Args:
-        path: a Python file with `get_config()`.
-        imports: the user's modules (`--import`), imported first and added to every run.
+        path: A Python file with `get_config()`.
+        imports: The user's modules (`--import`), imported first and added to every run.
 
     Returns:
         At least one run.
 
     Raises:
-        UserError: if the file has no runs, names two runs alike, or is wrong (with the number of the line),
+        UserError: If the file has no runs, names two runs alike, or is wrong (with the number of the line),
             or if a module is not found.
     """
     path = Path(path)

@@ -36,18 +36,18 @@ def build(
     """Build a frozen encoder: normalised pixels (B, 3, S, S) -> features after its last norm (B, 1 + P, F).
 
     Args:
-        name: a vision transformer of timm. The default is EVA-02-L.
-        image_size: pixels a side. The positions are interpolated for sizes other than the model's own, and
+        name: A vision transformer of timm. The default is EVA-02-L.
+        image_size: Pixels a side. The positions are interpolated for sizes other than the model's own, and
             pixels beyond the last whole patch are cropped (480 pixels: 34 x 34 patches of 14).
-        pretrained: whether to download weights.
-        device: of the weights.
+        pretrained: Whether to download weights.
+        device: Device of the weights.
 
     Returns:
         The encoder; the class token comes first.
 
     Raises:
-        MissingPackage: if timm is not installed or does not match torch.
-        UserError: if timm does not know the name.
+        MissingPackage: If timm is not installed or does not match torch.
+        UserError: If timm does not know the name.
     """
     try:
         import timm
@@ -73,8 +73,8 @@ def pixels(images: Sequence[Image], image_size: int = 336, patch: int = 14) -> T
 
     Args:
         images: B images.
-        image_size: pixels a side before cropping.
-        patch: pixels a side of a patch.
+        image_size: Pixels a side before cropping.
+        patch: Pixels a side of a patch.
 
     Returns:
         (B, 3, S, S) float32, normalised; S is the largest multiple of `patch` in `image_size`.

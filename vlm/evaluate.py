@@ -63,7 +63,7 @@ def evaluate_all(options: Options) -> int:
     """Evaluate the runs of the command line and print a summary; returns the exit status.
 
     Raises:
-        UserError: if no run is given, or a run is not trained.
+        UserError: If no run is given, or a run is not trained.
     """
     import pandas as pd
 
@@ -101,8 +101,8 @@ def current(out: Path, run: Run) -> Any:
     and made anew.
 
     Args:
-        out: folder of the runs.
-        run: the run.
+        out: Folder of the runs.
+        run: The run.
 
     Returns:
         A data frame or None.
@@ -123,15 +123,15 @@ def load(run: Run, out: Path, device: str = "cpu") -> VLM:
     """Load a trained model.
 
     Args:
-        run: the run.
-        out: folder of the runs.
-        device: of the model.
+        run: The run.
+        out: Folder of the runs.
+        device: Device of the model.
 
     Returns:
         The model, without encoder, in evaluation mode.
 
     Raises:
-        UserError: if the run is not trained in `out`.
+        UserError: If the run is not trained in `out`.
     """
     folder = out / run.stage_ids()[-1]
     if not (folder / RESULT).exists():
@@ -147,10 +147,10 @@ def evaluate(
     """Ask and score a trained model.
 
     Args:
-        run: the run.
-        out: folder of the runs.
-        progress: whether to show a bar.
-        device: of the model; None = a GPU if there is one.
+        run: The run.
+        out: Folder of the runs.
+        progress: Whether to show a bar.
+        device: Device of the model; None = a GPU if there is one.
 
     Returns:
         Rows of the results table (`vlm.results.COLUMNS`), and one row per answer.
@@ -225,8 +225,8 @@ def alike(keys: Iterable[Hashable], size: int) -> Iterator[list[int]]:
     """Group things by equal keys, such as prompts by length, to get batches without padding.
 
     Args:
-        keys: one per thing.
-        size: largest group.
+        keys: One per thing.
+        size: Largest group.
 
     Yields:
         Numbers of things with equal keys.
@@ -245,11 +245,11 @@ def say(
     """Generate greedy answers in the run's precision.
 
     Args:
-        model: the model.
-        run: its run.
+        model: The model.
+        run: Its run.
         input_ids: (B, L) int64, prompts of one length.
         features: (B, P, F).
-        most: length limit, if it is below the run's.
+        most: Length limit, if it is below the run's.
 
     Returns:
         B lists of ids up to the end token; rows that end early repeat it.
@@ -266,13 +266,13 @@ def answer_all(
     """Answer the samples of a source.
 
     Args:
-        model: the model.
-        run: its run.
-        features: of the source's pictures.
-        source: of the samples.
-        samples: prompts without answers.
-        side: patches along one side of an image.
-        device: of the model.
+        model: The model.
+        run: Its run.
+        features: Features of the source's pictures.
+        source: Source of the samples.
+        samples: Prompts without answers.
+        side: Patches along one side of an image.
+        device: Device of the model.
 
     Returns:
         One answer per sample.

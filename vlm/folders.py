@@ -68,7 +68,7 @@ def commit(folder: Path) -> str | None:
     """The project's commit that a stage was trained with.
 
     Raises:
-        UserError: for a missing or damaged file.
+        UserError: For a missing or damaged file.
     """
     path = folder / ENVIRONMENT
     found = schema.read(dict, path, remedy(folder)).get("commit")
@@ -81,7 +81,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of the metrics; a last line that was cut short is left out.
 
     Raises:
-        UserError: for a damaged file.
+        UserError: For a damaged file.
     """
     path, rows = folder / METRICS, []
     if not path.exists():
@@ -122,7 +122,7 @@ def saved_runs(folder: Path) -> list[Run]:
     """The runs whose last stage is in a folder, the latest one last.
 
     Raises:
-        UserError: for other folders.
+        UserError: For other folders.
     """
     place = folder.resolve()
     if not (place / CONFIG).exists() or not (place / RESULT).exists():

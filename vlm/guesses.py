@@ -19,14 +19,14 @@ def most_frequent_answer(known: Sequence[Sample], test: Sequence[Sample]) -> lis
     """Give the most frequent training answer to the same question, or else to any question.
 
     Args:
-        known: training samples.
-        test: questions.
+        known: Training samples.
+        test: Questions.
 
     Returns:
         One answer per question.
 
     Raises:
-        UserError: if there are no training samples.
+        UserError: If there are no training samples.
     """
     _need(known)
     same: dict[str, Counter[str]] = defaultdict(Counter)
@@ -40,14 +40,14 @@ def best_box(known: Sequence[Sample], test: Sequence[Sample]) -> list[str]:
     """Give for every question the one training box that overlaps most others by more than half.
 
     Args:
-        known: training samples.
-        test: questions.
+        known: Training samples.
+        test: Questions.
 
     Returns:
         One answer per question.
 
     Raises:
-        UserError: if there are no training samples.
+        UserError: If there are no training samples.
     """
     _need(known)
     targets = [sample.target for sample in known[:MOST_BOXES]]

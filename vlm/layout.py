@@ -32,7 +32,7 @@ def grid_side(pixels: int, patch: int = 14) -> int:
     """Return the number of patches along one side of an image; pixels left over (4 of 480) are not seen.
 
     Raises:
-        UserError: if the image is smaller than one patch.
+        UserError: If the image is smaller than one patch.
     """
     if pixels < patch:
         raise UserError(f"an image of {pixels} pixels has no patch of {patch}; use a larger one")
@@ -43,11 +43,11 @@ def image_ids(side: int, markers: tuple[int, int] = (BEGIN, ROW)) -> list[int]:
     """Return the token ids of an image; a separator stands between two rows.
 
     Args:
-        side: patches along one side.
-        markers: ids of begin and end, and of the row separator. The default is GPT-NeoX's vocabulary.
+        side: Patches along one side.
+        markers: Ids of begin and end, and of the row separator. The default is GPT-NeoX's vocabulary.
 
     Returns:
-        side (side + 1) + 1 ids.
+        Side (side + 1) + 1 ids.
     """
     edge, row_mark = markers
     ids = [edge]
@@ -67,19 +67,19 @@ def sequence(
     """Return the token ids of an image and its chunks of text, and their labels.
 
     Args:
-        chunks: prompt and answers.
-        encode: text -> ids, without special tokens.
-        side: patches along one side of the image.
-        layout: where the image stands (`vlm.prompts.Layout`).
-        max_length: cut the sequence to this many tokens, as published training does.
-        markers: as for `image_ids`.
+        chunks: Prompt and answers.
+        encode: Text -> ids, without special tokens.
+        side: Patches along one side of the image.
+        layout: Where the image stands (`vlm.prompts.Layout`).
+        max_length: Cut the sequence to this many tokens, as published training does.
+        markers: As for `image_ids`.
 
     Returns:
         input_ids and labels, of equal length. Labels are not shifted; -100 = not supervised.
 
     Raises:
-        UserError: if `max_length` cuts every image of this size.
-        TooLong: if only this prompt has its image cut or loses all its supervised tokens.
+        UserError: If `max_length` cuts every image of this size.
+        TooLong: If only this prompt has its image cut or loses all its supervised tokens.
     """
     place = image_place(chunks, layout)
     ids: list[int] = []
@@ -119,7 +119,7 @@ def splice(table: Tensor, input_ids: Tensor, patches: Tensor) -> Tensor:
         (B, L, D) in the dtype of `table`; differentiable with respect to `table` and `patches`.
 
     Raises:
-        UserError: if placeholders and patches differ in number.
+        UserError: If placeholders and patches differ in number.
     """
     holes = input_ids < 0
     counts = sorted(set(holes.sum(1).tolist()))

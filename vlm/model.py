@@ -44,9 +44,9 @@ class VLM(nn.Module):
     """A language model with a connector and, optionally, a frozen vision encoder.
 
     Args:
-        lm: the language model.
+        lm: The language model.
         features: F, the width of the encoder's output.
-        encoder: pixels (B, 3, S, S) -> (B, 1 + P, F), class token first (`prefix_tokens`). None if features
+        encoder: Pixels (B, 3, S, S) -> (B, 1 + P, F), class token first (`prefix_tokens`). None if features
             come from elsewhere, such as a cache on disk.
     """
 
@@ -61,7 +61,7 @@ class VLM(nn.Module):
         """Encode normalised pixels (B, 3, S, S) as features (B, P, F).
 
         Raises:
-            UserError: if the model has no encoder.
+            UserError: If the model has no encoder.
         """
         if self.vision_encoder is None:
             raise UserError("this model has no vision encoder; give VLM(..., encoder=) or features")
@@ -83,7 +83,7 @@ class VLM(nn.Module):
         Args:
             input_ids: (B, L) int64; patches are placeholders.
             features: (B, P, F).
-            **options: of `LanguageModel.forward`, except input_ids.
+            **options: Options of `LanguageModel.forward`, except input_ids.
 
         Returns:
             Logits (B, L, V), or (B, A, V) with the option `at`.
@@ -105,7 +105,7 @@ class VLM(nn.Module):
             A scalar.
 
         Raises:
-            UserError: if an example has no supervised token.
+            UserError: If an example has no supervised token.
         """
         supervised = (labels[:, 1:] != IGNORE).any(1)
         if not bool(supervised.all()):
@@ -137,9 +137,9 @@ class VLM(nn.Module):
         Args:
             input_ids: (B, L) int64; shorter prompts are padded on the left.
             features: (B, P, F).
-            max_new_tokens: length limit n.
+            max_new_tokens: Length limit n.
             attention_mask: (B, L); non-zero = real token.
-            eos_token_id: ends an answer; None = never.
+            eos_token_id: Ends an answer; None = never.
 
         Returns:
             (B, n) int64, the new tokens.
@@ -166,17 +166,17 @@ def load(
     The weights decide whether Mamba has LayerNorm or RMSNorm (`models.hub_configs.read_config`).
 
     Args:
-        folder: a local folder, or a name on the hub.
-        encoder: a module, on any device, whose parameters have the names below `vision_encoder.`; the
+        folder: A local folder, or a name on the hub.
+        encoder: A module, on any device, whose parameters have the names below `vision_encoder.`; the
             checkpoint's weights are loaded into it. None skips them, and the model then needs features.
-        dtype: of the weights; None = as stored.
-        device: of the weights.
+        dtype: Dtype of the weights; None = as stored.
+        device: Device of the weights.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
-        UserError: if the folder holds no VLM, or as `models.load` raises it.
+        UserError: If the folder holds no VLM, or as `models.load` raises it.
     """
     place = hub.find_folder(folder)
     stored = hub.contents(hub.weight_files(place))

@@ -23,16 +23,16 @@ def read(path: str | Path, what: str = "", advice: str = ADVICE, *, upright: boo
     Channels of 16 bits are scaled to 8. Transparency is dropped.
 
     Args:
-        path: the file.
-        what: what errors call the picture; default: its path.
-        advice: how errors end.
-        upright: turn the picture as its EXIF data say, as browsers do.
+        path: The file.
+        what: What errors call the picture; default: its path.
+        advice: How errors end.
+        upright: Turn the picture as its EXIF data say, as browsers do.
 
     Returns:
         (height, width, 3) uint8, RGB.
 
     Raises:
-        UserError: if the picture is missing, damaged or too large, or its pixels have no fixed range (float,
+        UserError: If the picture is missing, damaged or too large, or its pixels have no fixed range (float,
             32 bits).
     """
     return _taken(path, lambda image: rgb(image, upright), what or str(path), advice)
@@ -42,15 +42,15 @@ def size(path: str | Path, what: str = "", advice: str = ADVICE) -> tuple[int, i
     """Return width and height of a picture; only its header is read.
 
     Args:
-        path: the file.
-        what: what errors call the picture; default: its path.
-        advice: how errors end.
+        path: The file.
+        what: What errors call the picture; default: its path.
+        advice: How errors end.
 
     Returns:
         Width and height in pixels.
 
     Raises:
-        UserError: as `read`.
+        UserError: As `read`.
     """
     return _taken(path, lambda image: (image.width, image.height), what or str(path), advice)
 
@@ -59,7 +59,7 @@ def rgb(image: Any, upright: bool = False) -> Picture:
     """Return a Pillow image as `read` does.
 
     Raises:
-        ValueError: if the pixels have no fixed range.
+        ValueError: If the pixels have no fixed range.
     """
     from PIL import ImageOps
 

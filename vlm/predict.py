@@ -71,7 +71,7 @@ def read_picture(path: Path) -> Picture:
     """Read a picture of the user's, upright, as (height, width, 3) uint8 RGB.
 
     Raises:
-        UserError: if it cannot be read.
+        UserError: If it cannot be read.
     """
     return pictures.read(path, f"IMAGE {path}", upright=True)
 
@@ -80,17 +80,17 @@ def wording(question: str, task: Task, width: int, height: int) -> list[prompts.
     """Word a question as in training.
 
     Args:
-        question: in the user's words.
+        question: The question, in the user's words.
         task: "auto" asks for a caption without a question, and for a box if the question begins with "Where
             is".
-        width: of the picture, in pixels.
-        height: of the picture, in pixels.
+        width: Width of the picture, in pixels.
+        height: Height of the picture, in pixels.
 
     Returns:
         The prompt.
 
     Raises:
-        UserError: if a question is needed and missing, or has more than MOST_ASKED characters.
+        UserError: If a question is needed and missing, or has more than MOST_ASKED characters.
     """
     question = question.strip()
     if len(question) > MOST_ASKED:
@@ -119,13 +119,13 @@ def ask(
     """Answer a question about a picture.
 
     Args:
-        model: the trained model, without encoder.
-        run: its run.
-        out: folder of the runs, which has the encoder.
+        model: The trained model, without encoder.
+        run: Its run.
+        out: Folder of the runs, which has the encoder.
         picture: (height, width, 3) uint8, RGB.
-        question: in the user's words.
-        task: as for `wording`.
-        device: of the model.
+        question: The question, in the user's words.
+        task: As for `wording`.
+        device: Device of the model.
 
     Returns:
         The answer, without the end token.
@@ -145,8 +145,8 @@ def draw(
 
     Args:
         picture: (height, width, 3) uint8, RGB.
-        framed: boxes in pixels of the picture, their colours and labels. The frame lies around the box.
-        zoom: factor by which the picture is enlarged.
+        framed: Boxes in pixels of the picture, their colours and labels. The frame lies around the box.
+        zoom: Factor by which the picture is enlarged.
 
     Returns:
         A Pillow image.

@@ -52,8 +52,9 @@ def sentence(text: str, *, keep_case: bool = False) -> str:
     A text that ends in . ? or ! keeps its end.
 
     Args:
-        text: any text.
-        keep_case: for diagrams and documents (AI2D, DocVQA, InfographicVQA), whose capitals mean something.
+        text: Any text.
+        keep_case: Whether to keep the case, for diagrams and documents (AI2D, DocVQA, InfographicVQA), whose
+            capitals mean something.
 
     Returns:
         The sentence; "" stays "".
@@ -75,15 +76,15 @@ def box_text(box: Box, width: float, height: float) -> str:
     """Print a box as `[x_min,y_min,x_max,y_max]`, as shares of the image with two decimals.
 
     Args:
-        box: in pixels.
-        width: of the image, in pixels.
-        height: of the image, in pixels.
+        box: The box, in pixels.
+        width: Width of the image, in pixels.
+        height: Height of the image, in pixels.
 
     Returns:
         The text.
 
     Raises:
-        UserError: if a coordinate is negative, or the box or the image is empty.
+        UserError: If a coordinate is negative, or the box or the image is empty.
     """
     if width <= 0 or height <= 0:
         raise UserError(f"an image of {width} x {height} pixels has no boxes; give its size")
@@ -98,9 +99,9 @@ def parse_box(text: str, width: float, height: float) -> Box | None:
     """Read the box in an answer: the first closed pair of brackets, with four finite numbers in it.
 
     Args:
-        text: the answer.
-        width: of the image, in pixels.
-        height: of the image, in pixels.
+        text: The answer.
+        width: Width of the image, in pixels.
+        height: Height of the image, in pixels.
 
     Returns:
         The box in pixels; None if the answer has none, which counts as wrong.
@@ -127,9 +128,9 @@ def vqa(turns: Sequence[tuple[str, str | None]], *, ocr: str = "", keep_case: bo
     """Ask questions about one image.
 
     Args:
-        turns: questions and answers; an answer of None is to be generated.
-        ocr: words in the image (TextVQA).
-        keep_case: as for `sentence`.
+        turns: Questions and answers; an answer of None is to be generated.
+        ocr: Words in the image (TextVQA).
+        keep_case: As for `sentence`.
 
     Returns:
         The prompt.
@@ -152,8 +153,8 @@ def multiple_choice(
 
     Args:
         turns: (question, choices, index of the right one or None) about one image.
-        ocr: lines of text in the image (AI2D).
-        keep_case: as for `sentence`.
+        ocr: Lines of text in the image (AI2D).
+        keep_case: As for `sentence`.
 
     Returns:
         The prompt.
@@ -173,8 +174,8 @@ def pointing(
 
     Args:
         turns: (question, boxes in pixels, index of the right one or None) about one image.
-        width: of the image, in pixels.
-        height: of the image, in pixels.
+        width: Width of the image, in pixels.
+        height: Height of the image, in pixels.
 
     Returns:
         The prompt.
@@ -190,9 +191,9 @@ def grounding(turns: Sequence[tuple[str, Box | None]], width: float, height: flo
     """Ask for the boxes of phrases.
 
     Args:
-        turns: phrases and their boxes in pixels; a box of None is to be generated.
-        width: of the image, in pixels.
-        height: of the image, in pixels.
+        turns: Phrases and their boxes in pixels; a box of None is to be generated.
+        width: Width of the image, in pixels.
+        height: Height of the image, in pixels.
 
     Returns:
         The prompt.
@@ -209,9 +210,9 @@ def dense_captioning(turns: Sequence[tuple[Box, str | None]], width: float, heig
     """Ask what is in boxes; only the last description ends with the end token.
 
     Args:
-        turns: boxes in pixels and their descriptions; None is to be generated.
-        width: of the image, in pixels.
-        height: of the image, in pixels.
+        turns: Boxes in pixels and their descriptions; None is to be generated.
+        width: Width of the image, in pixels.
+        height: Height of the image, in pixels.
 
     Returns:
         The prompt.
@@ -237,17 +238,17 @@ def grounded_captioning(
     """Ask for a caption with the boxes of its phrases, `||phrase [box][box]||`.
 
     Args:
-        caption: the text.
+        caption: The text.
         spans: (start, stop, boxes) of its phrases, in any order. (The released code gave unsorted spans the
             wrong boxes.)
-        width: of the image, in pixels.
-        height: of the image, in pixels.
+        width: Width of the image, in pixels.
+        height: Height of the image, in pixels.
 
     Returns:
         Prompt and answer.
 
     Raises:
-        UserError: if spans overlap or leave the caption.
+        UserError: If spans overlap or leave the caption.
     """
     text, end = "", 0
     for start, stop, boxes in sorted(spans, key=lambda span: span[:2]):
@@ -272,7 +273,7 @@ def chat(turns: Sequence[tuple[str, str]]) -> list[Chunk]:
         The prompt.
 
     Raises:
-        UserError: if a role is unknown.
+        UserError: If a role is unknown.
     """
     chunks = []
     for i, (role, text) in enumerate(turns):
@@ -311,14 +312,14 @@ def image_place(chunks: Sequence[Chunk], layout: str) -> int:
     prompt whose answer follows its first chunk (captioning) has nothing else to put first.
 
     Args:
-        chunks: the prompt.
+        chunks: The prompt.
         layout: "agnostic", "instruction-first" or "query-first".
 
     Returns:
         A number from 0 on.
 
     Raises:
-        UserError: if the layout is unknown.
+        UserError: If the layout is unknown.
     """
     if layout not in LAYOUTS:
         raise UserError(f"layout {layout!r} is unknown; use {', '.join(LAYOUTS)}")

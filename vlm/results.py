@@ -65,7 +65,7 @@ def declared(sample: Sample) -> Scored:
     """How answers to a sample are scored, as its source declares it.
 
     Raises:
-        UserError: for a source that is none of the scenes' and no registered data set.
+        UserError: For a source that is none of the scenes' and no registered data set.
     """
     from vlm.data import registry
     from vlm.scenes.declared import SCENES
@@ -114,10 +114,10 @@ def write(out: Path, run: str, rows: Sequence[Mapping[str, Any]], answers: Seque
     """Write one run's rows as Parquet with exactly COLUMNS, and its answers.
 
     Args:
-        out: the folder of all stages.
-        run: the run's name.
-        rows: of the table.
-        answers: what was asked and answered, a row each.
+        out: The folder of all stages.
+        run: The run's name.
+        rows: Rows of the table.
+        answers: What was asked and answered, a row each.
 
     Returns:
         The table, as `read` gives it.
@@ -141,7 +141,7 @@ def read(path: Path) -> Any:
     """A table that `write` has made, as a data frame.
 
     Raises:
-        UserError: for a damaged one.
+        UserError: For a damaged one.
     """
     import pyarrow as pa
     from pyarrow import compute, parquet

@@ -76,8 +76,8 @@ def first_line(error: ValidationError, names: Sequence[str] = ()) -> str:
     """Describe the first violation: field, value, rule, and how many more there are.
 
     Args:
-        error: of pydantic.
-        names: of the fields, for values given by position.
+        error: Pydantic's error.
+        names: Names of the fields, for values given by position.
 
     Returns:
         One line.
@@ -111,16 +111,16 @@ def parsed(kind: type[T], content: bytes, path: Path, remedy: str) -> T:
     """Parse JSON as an instance of a checked class.
 
     Args:
-        kind: the class.
-        content: the JSON.
-        path: the file that errors name.
-        remedy: what errors say to do.
+        kind: The class.
+        content: The JSON.
+        path: The file that errors name.
+        remedy: What errors say to do.
 
     Returns:
         The instance.
 
     Raises:
-        UserError: naming file, field, value and remedy.
+        UserError: Naming file, field, value and remedy.
     """
     try:
         return _adapter(cast(Any, kind)).validate_json(content)
@@ -134,15 +134,15 @@ def read(kind: type[T], path: Path, remedy: str) -> T:
     """Read a file as `parsed` does.
 
     Args:
-        kind: the class.
-        path: the file.
-        remedy: what errors say to do.
+        kind: The class.
+        path: The file.
+        remedy: What errors say to do.
 
     Returns:
         The instance.
 
     Raises:
-        UserError: if the file is missing or damaged.
+        UserError: If the file is missing or damaged.
     """
     if not path.is_file():
         raise UserError(f"{path} is missing; {remedy}")
@@ -153,14 +153,14 @@ def tensors(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, Any]]
     """Read a file as `store.load_tensors` does.
 
     Args:
-        path: the file.
-        remedy: what errors say to do.
+        path: The file.
+        remedy: What errors say to do.
 
     Returns:
         The tensors by name, and the metadata.
 
     Raises:
-        UserError: if the file is missing or damaged.
+        UserError: If the file is missing or damaged.
     """
     if not path.is_file():
         raise UserError(f"{path} is missing; {remedy}")
@@ -171,13 +171,13 @@ def check_tensors(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str, 
     """Check that a file has all tensors of a model.
 
     Args:
-        path: the file that errors name.
-        found: its tensors.
-        wanted: the model's tensors.
-        remedy: what errors say to do.
+        path: The file that errors name.
+        found: Its tensors.
+        wanted: The model's tensors.
+        remedy: What errors say to do.
 
     Raises:
-        UserError: if a tensor is missing, has another shape, or holds numbers that are not finite.
+        UserError: If a tensor is missing, has another shape, or holds numbers that are not finite.
     """
     for name, target in wanted.items():
         if name not in found:

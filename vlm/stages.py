@@ -48,17 +48,17 @@ def train_stage(
     """Train one stage in its folder, from the weights of the stage before it; resumes what is there.
 
     Args:
-        run: whose stage it is.
-        number: of the stage, from 0 on.
-        out: the folder of all stages.
+        run: Run whose stage it is.
+        number: Number of the stage, from 0 on.
+        out: The folder of all stages.
         accelerator: accelerate's, which says how many processes there are and what they compute with.
-        listener: called with the row of every step.
-        should_stop: asked after every step.
+        listener: Called with the row of every step.
+        should_stop: Asked after every step.
 
     Raises:
-        Interrupted: if should_stop() turned true; the next call continues from there.
-        Diverged: if the loss or a weight is no finite number.
-        UserError: for what a config asks and cannot have, and for damaged files.
+        Interrupted: If should_stop() turned true; the next call continues from there.
+        Diverged: If the loss or a weight is no finite number.
+        UserError: For what a config asks and cannot have, and for damaged files.
     """
     stage, names = run.stages[number], run.stage_ids()
     folder = out / names[number]
@@ -108,16 +108,16 @@ class Session(session.Session[Progress, VLMBatch]):
     """One sitting of a stage.
 
     Args:
-        run: whose stage it is.
-        number: of the stage, from 0 on.
-        stage: with its steps settled.
-        folder: of the stage; it exists.
-        model: with the weights that the stage begins with.
+        run: Run whose stage it is.
+        number: Number of the stage, from 0 on.
+        stage: Stage with its steps settled.
+        folder: Folder of the stage; it exists.
+        model: Model with the weights that the stage begins with.
         accelerator: accelerate's.
-        listener: called with the row of every step.
+        listener: Called with the row of every step.
 
     Attributes:
-        batches: those of the steps to come. The caller gives them, because they begin where the folder's
+        batches: Those of the steps to come. The caller gives them, because they begin where the folder's
             checkpoint stands.
     """
 
@@ -225,9 +225,9 @@ def update(loss_of: nn.Module, optimizer: Any, batch: VLMBatch, stage: Stage, ac
 
     Args:
         loss_of: `Loss`, as accelerate wraps it.
-        optimizer: as accelerate wraps it.
-        batch: of all processes.
-        stage: whose parts and clipping count.
+        optimizer: As accelerate wraps it.
+        batch: Batch of all processes.
+        stage: Stage whose parts and clipping count.
         accelerator: accelerate's.
 
     Returns:

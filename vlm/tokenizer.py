@@ -40,7 +40,7 @@ class Text:
         """Ids of an image's begin and end, and of its row separator.
 
         Raises:
-            UserError: if the tokenizer splits a marker into several tokens.
+            UserError: If the tokenizer splits a marker into several tokens.
         """
         found = [self.encode(text) for text in ("###", "&&")]
         if [len(ids) for ids in found] != [1, 1]:
@@ -57,13 +57,13 @@ def from_words(texts: Iterable[str]) -> Text:
     """Make a tokenizer with a token for every piece of `texts` (see PIECES).
 
     Args:
-        texts: all text that it must read.
+        texts: All text that it must read.
 
     Returns:
         The tokenizer; the end token is id 0, and pieces that `texts` lack become one unknown token.
 
     Raises:
-        MissingPackage: if tokenizers is not installed.
+        MissingPackage: If tokenizers is not installed.
     """
     try:
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -104,14 +104,14 @@ def read(name: str) -> Text:
     """Read a tokenizer.
 
     Args:
-        name: a name on the hub, a folder with tokenizer.json, or such a file.
+        name: A name on the hub, a folder with tokenizer.json, or such a file.
 
     Returns:
         The tokenizer.
 
     Raises:
-        MissingPackage: if tokenizers is not installed.
-        UserError: if there is no such tokenizer.
+        MissingPackage: If tokenizers is not installed.
+        UserError: If there is no such tokenizer.
     """
     try:
         from tokenizers import Tokenizer

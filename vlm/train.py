@@ -74,7 +74,7 @@ def train_all(options: Options) -> int:
         The exit status.
 
     Raises:
-        UserError: for bad options and files.
+        UserError: For bad options and files.
     """
     from ssm_retrieval.ops.memory import keep_freed_memory
 
@@ -145,8 +145,8 @@ def helpers(options: Options, count: int, threads: int) -> Iterator[Callable[[],
     They stop as well when this process is killed (`watch_parent`).
 
     Args:
-        options: of the command.
-        count: how many processes.
+        options: Options of the command.
+        count: How many processes.
         threads: CPU threads of each.
 
     Yields:
@@ -175,8 +175,8 @@ def train_here(options: Options, runs: Sequence[Run], accelerator: Any) -> int:
     """What one process does of the runs.
 
     Args:
-        options: of the command.
-        runs: all of them.
+        options: Options of the command.
+        runs: All of them.
         accelerator: accelerate's.
 
     Returns:
@@ -205,8 +205,8 @@ def accelerate(runs: Sequence[Run]) -> Any:
     """accelerate's Accelerator for runs of one precision, which accumulate by themselves.
 
     Raises:
-        MissingPackage: if accelerate is missing.
-        UserError: if the runs have several precisions, or one that this machine has not.
+        MissingPackage: If accelerate is missing.
+        UserError: If the runs have several precisions, or one that this machine has not.
     """
     try:
         from accelerate import Accelerator
@@ -230,8 +230,8 @@ def shared_out(runs: Sequence[Run], out: Path, alone: bool = True) -> Iterator[t
     others.
 
     Args:
-        runs: whose stages they are.
-        out: the folder of all stages.
+        runs: Runs whose stages they are.
+        out: The folder of all stages.
         alone: False for the processes of one training, which go through all stages together, without locks.
 
     Yields:

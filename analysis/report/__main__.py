@@ -41,7 +41,7 @@ def write(options: Options) -> int:
     """Write the report that the options ask for, as `page` makes it; returns the exit status 0.
 
     Raises:
-        MissingPackage: plotly or Jinja2 is not installed.
+        MissingPackage: Plotly or Jinja2 is not installed.
     """
     try:
         from analysis.report.page import page

@@ -75,7 +75,7 @@ class Panel:
     Attributes:
         title: Text above it.
         alt: What it shows, for readers who do not see it.
-        figure: plotly's.
+        figure: Plotly's.
         height: In pixels.
         wide: As wide as its block, with no other panel beside it.
         moves: What the view's slider changes in it.

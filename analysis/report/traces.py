@@ -132,11 +132,11 @@ def curve(
         low: Lower ends of the intervals (points,); no interval where all are nan.
         high: Upper ends (points,).
         more: Further columns (points,) that hovering shows, by name.
-        dash: plotly's.
+        dash: Plotly's.
         alpha: Opacity.
         width: Of the line in pixels.
-        mode: plotly's.
-        symbol: plotly's; one that ends in "-open" is drawn larger.
+        mode: Plotly's.
+        symbol: Plotly's; one that ends in "-open" is drawn larger.
         bars: Draw intervals as bars, not as a band behind the line.
 
     Returns:
@@ -224,7 +224,7 @@ def heat(
         axes: What x, y and the values are.
         log: Colours follow the logarithm of the values.
         limits: Of the colours, in values.
-        colors: plotly's colour scale; by default viridis.
+        colors: Plotly's colour scale; by default viridis.
         x_texts: Names of the columns, for hovering.
 
     Returns:
@@ -256,7 +256,7 @@ def plot(traces: Sequence[Any], x: str, y: str, **layout: Any) -> go.Figure:
         traces: What it shows.
         x: Label of the x axis.
         y: Label of the y axis.
-        **layout: plotly's; `xaxis` and `yaxis` are added to the labels.
+        **layout: Plotly's; `xaxis` and `yaxis` are added to the labels.
 
     Returns:
         The figure.
@@ -275,7 +275,7 @@ def frame(axis: str, low: float, high: float, dash: str = "solid") -> dict[str, 
         axis: "x" for a column, "y" for a row.
         low: Where it begins.
         high: Where it ends; if that is `low`, the frame is a line.
-        dash: plotly's.
+        dash: Plotly's.
 
     Returns:
         A shape of plotly.

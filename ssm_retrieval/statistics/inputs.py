@@ -15,12 +15,12 @@ def require(table: pd.DataFrame, columns: Iterable[str], name: str) -> None:
     """Check that a table has rows and these columns.
 
     Args:
-        table: the table.
-        columns: names it must have.
-        name: what the error calls the table.
+        table: The table.
+        columns: Names it must have.
+        name: What the error calls the table.
 
     Raises:
-        UserError: if the table is empty or lacks a column.
+        UserError: If the table is empty or lacks a column.
     """
     missing = [column for column in columns if column not in table.columns]
     if missing:
@@ -35,7 +35,7 @@ def check_confidence(confidence: float) -> None:
     """Check that a confidence level lies between 0 and 1.
 
     Raises:
-        UserError: if it does not.
+        UserError: If it does not.
     """
     if not 0 < confidence < 1:
         raise UserError(f"confidence {confidence} must lie between 0 and 1, say 0.95")
@@ -45,7 +45,7 @@ def numbers(values: Any, name: str = "values") -> np.ndarray:
     """`values` as a float64 array of shape (n,), n >= 1; an error calls them `name`.
 
     Raises:
-        UserError: for another shape, no values, or values that are not finite.
+        UserError: For another shape, no values, or values that are not finite.
     """
     array = np.asarray(values, dtype=float)
     if array.ndim != 1 or not array.size:

@@ -21,9 +21,9 @@ def wilson(correct: int, count: int, z: float = 1.959963984540054) -> tuple[floa
     It contains correct / count. It reaches 0 or 1 exactly where that does, whatever the rounding.
 
     Args:
-        correct: successes.
-        count: trials.
-        z: quantile of the normal distribution; the default gives 95 %.
+        correct: Successes.
+        count: Trials.
+        z: Quantile of the normal distribution; the default gives 95 %.
 
     Returns:
         Low and high; (0, 1) for no trials.
@@ -54,16 +54,16 @@ def bootstrap(
 
     Args:
         values: [n] numbers.
-        statistic: function of an array and an `axis`.
-        confidence: level of the interval, between 0 and 1.
-        resamples: number of bootstrap samples.
-        seed: of the resampling.
+        statistic: Function of an array and an `axis`.
+        confidence: Level of the interval, between 0 and 1.
+        resamples: Number of bootstrap samples.
+        seed: Seed of the resampling.
 
     Returns:
         Estimate, low and high. Equal values give low = high = estimate, a single value nan for low and high.
 
     Raises:
-        UserError: for no values, missing ones, or a confidence outside (0, 1).
+        UserError: For no values, missing ones, or a confidence outside (0, 1).
     """
     data = numbers(values)
     check_confidence(confidence)
@@ -100,14 +100,14 @@ def mean_interval(
 
     Args:
         values: [n] numbers.
-        confidence: level of the interval, between 0 and 1.
-        bounds: the interval is cut to them; (0, 1) for accuracies.
+        confidence: Level of the interval, between 0 and 1.
+        bounds: The interval is cut to them; (0, 1) for accuracies.
 
     Returns:
         Mean, low and high. A single value gives nan for low and high.
 
     Raises:
-        UserError: for no values, missing ones, or a confidence outside (0, 1).
+        UserError: For no values, missing ones, or a confidence outside (0, 1).
     """
     data = numbers(values)
     check_confidence(confidence)
@@ -128,7 +128,7 @@ def geometric_mean_interval(values: Any, confidence: float = 0.95) -> tuple[floa
         Mean, low and high.
 
     Raises:
-        UserError: for no values, missing ones, or ones that are not positive.
+        UserError: For no values, missing ones, or ones that are not positive.
     """
     data = numbers(values)
     if (data <= 0).any():
@@ -147,13 +147,13 @@ def ratio_of_means(above: Any, below: Any, confidence: float = 0.95) -> tuple[fl
     Args:
         above: [n] numerators.
         below: [n] denominators, in the same order.
-        confidence: level of the interval, between 0 and 1.
+        confidence: Level of the interval, between 0 and 1.
 
     Returns:
         r, low and high; nan for all three if mean(below) is 0.
 
     Raises:
-        UserError: for no pairs, missing values, or unequal lengths.
+        UserError: For no pairs, missing values, or unequal lengths.
     """
     a, b = numbers(above, "above"), numbers(below, "below")
     if len(a) != len(b):
@@ -171,15 +171,15 @@ def share_interval(k: int, n: int, confidence: float = 0.95) -> tuple[float, flo
     and however small n. Student's interval of a few accuracies does not. 3 of 3 gives (0.29, 1).
 
     Args:
-        k: successes.
-        n: trials.
-        confidence: level of the interval, between 0 and 1.
+        k: Successes.
+        n: Trials.
+        confidence: Level of the interval, between 0 and 1.
 
     Returns:
         Low and high.
 
     Raises:
-        UserError: unless 0 <= k <= n and n >= 1, and for a confidence outside (0, 1).
+        UserError: Unless 0 <= k <= n and n >= 1, and for a confidence outside (0, 1).
     """
     check_confidence(confidence)
     if not 0 <= k <= n or n < 1:

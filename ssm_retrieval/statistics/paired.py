@@ -21,15 +21,15 @@ class PairedTest:
     """Does a value differ between a and b?
 
     Attributes:
-        a: level of the factor.
-        b: level it is compared with.
-        n: number of pairs.
-        difference: mean of a - b.
-        low: lower end of its bootstrap interval.
-        high: upper end.
-        p: exact two-sided sign-flip permutation test (`sign_flip_p`).
+        a: Level of the factor.
+        b: Level it is compared with.
+        n: Number of pairs.
+        difference: Mean of a - b.
+        low: Lower end of its bootstrap interval.
+        high: Upper end.
+        p: Exact two-sided sign-flip permutation test (`sign_flip_p`).
         p_wilcoxon: Wilcoxon's signed-rank test.
-        p_smallest: the smallest p that n pairs allow, 2 / 2^n; with 5 pairs or fewer it is above 0.05.
+        p_smallest: The smallest p that n pairs allow, 2 / 2^n; with 5 pairs or fewer it is above 0.05.
     """
 
     a: str
@@ -48,15 +48,15 @@ class SignTest:
     """Which of a and b gets there with less? n = a_first + b_first + ties + unknown.
 
     Attributes:
-        a: level of the factor.
-        b: level it is compared with.
-        n: number of pairs.
-        a_first: pairs in which a needed less.
-        b_first: pairs in which b needed less.
-        ties: pairs in which both needed the same.
-        unknown: pairs in which neither got there, or one did but needed more than the other had spent.
-        p: exact two-sided binomial test of a_first against b_first.
-        p_smallest: the smallest p that these pairs allow, 2 / 2^(a_first + b_first).
+        a: Level of the factor.
+        b: Level it is compared with.
+        n: Number of pairs.
+        a_first: Pairs in which a needed less.
+        b_first: Pairs in which b needed less.
+        ties: Pairs in which both needed the same.
+        unknown: Pairs in which neither got there, or one did but needed more than the other had spent.
+        p: Exact two-sided binomial test of a_first against b_first.
+        p_smallest: The smallest p that these pairs allow, 2 / 2^(a_first + b_first).
     """
 
     a: str
@@ -104,7 +104,7 @@ def sign_flip_p(differences: Any) -> float:
     Exact up to 13 differences (2^13 < 10,000 flips), otherwise from 10,000 random flips.
 
     Raises:
-        UserError: for no differences, or missing ones.
+        UserError: For no differences, or missing ones.
     """
     data = numbers(differences, "differences")
     if len(data) == 1 or not data.any():
@@ -140,20 +140,20 @@ def paired_test(
     seed but not a length count as independent.
 
     Args:
-        table: one row per run; rows without a partner are left out.
-        a: one level of the factor.
-        b: the other.
-        on: columns that make a pair, such as seed and seq_len.
-        value: column that is compared.
-        factor: column of a and b.
-        confidence: level of the interval of the difference.
-        seed: of the bootstrap.
+        table: One row per run; rows without a partner are left out.
+        a: One level of the factor.
+        b: The other.
+        on: Columns that make a pair, such as seed and seq_len.
+        value: Column that is compared.
+        factor: Column of a and b.
+        confidence: Level of the interval of the difference.
+        seed: Seed of the bootstrap.
 
     Returns:
         Mean difference a - b, its interval and p-values.
 
     Raises:
-        UserError: if nothing matches, a match is ambiguous, or `value` is censored (see `paired_sign_test`).
+        UserError: If nothing matches, a match is ambiguous, or `value` is censored (see `paired_sign_test`).
     """
     if value == "value" and "reached" in table and not table["reached"].all():
         raise UserError("value is censored where reached is False; use paired_sign_test")
@@ -186,19 +186,19 @@ def paired_sign_test(
     budget.
 
     Args:
-        table: one row per run; rows without a partner are left out.
-        a: one level of the factor.
-        b: the other.
-        on: columns that make a pair, such as seed and seq_len.
-        value: column of what was needed or spent.
-        reached: column, bool: whether the run got there.
-        factor: column of a and b.
+        table: One row per run; rows without a partner are left out.
+        a: One level of the factor.
+        b: The other.
+        on: Columns that make a pair, such as seed and seq_len.
+        value: Column of what was needed or spent.
+        reached: Column, bool: whether the run got there.
+        factor: Column of a and b.
 
     Returns:
         Counts of pairs and a p-value.
 
     Raises:
-        UserError: as `paired_test`.
+        UserError: As `paired_test`.
     """
     pairs = _matched(table, a, b, on, [value, reached], factor)
     time_a, time_b = (pairs[f"{value}_{side}"].to_numpy(float) for side in "ab")

@@ -27,7 +27,7 @@ def censored(value: Any, reached: Any) -> tuple[np.ndarray, np.ndarray]:
         first (Kaplan and Meier 1958).
 
     Raises:
-        UserError: for no runs, unequal lengths, and negative or missing values.
+        UserError: For no runs, unequal lengths, and negative or missing values.
     """
     values, flags = numbers(value, "value"), np.asarray(reached)
     if flags.shape != values.shape or not np.isin(flags, (0, 1)).all():
@@ -52,7 +52,7 @@ def kaplan_meier(value: Any, reached: Any) -> pd.DataFrame:
         runs with a value of at least t_i) and events (d_i, those of them that got there at t_i).
 
     Raises:
-        UserError: as `censored`.
+        UserError: As `censored`.
     """
     values, flags = censored(value, reached)
     time, first = np.unique(values, return_index=True)
@@ -79,7 +79,7 @@ def median_time(value: Any, reached: Any) -> float:
     It is inf if fewer than half of the runs get there, and the lower median if all do.
 
     Raises:
-        UserError: as `censored`.
+        UserError: As `censored`.
     """
     values, flags = censored(value, reached)
     return float(_medians(values[None], flags[None])[0])
@@ -96,15 +96,15 @@ def bootstrap_median_time(
     Args:
         value: [n] what each run needed, or spent without getting there; any unit.
         reached: [n] bool; whether it got there.
-        confidence: level of the interval, between 0 and 1.
-        resamples: number of bootstrap samples.
-        seed: of the resampling.
+        confidence: Level of the interval, between 0 and 1.
+        resamples: Number of bootstrap samples.
+        seed: Seed of the resampling.
 
     Returns:
         Median, low and high; each may be inf. A single run gives nan for low and high.
 
     Raises:
-        UserError: as `censored`, and for a confidence outside (0, 1).
+        UserError: As `censored`, and for a confidence outside (0, 1).
     """
     values, flags = censored(value, reached)
     check_confidence(confidence)
@@ -125,8 +125,8 @@ def turnbull(lower: Any, value: Any, reached: Any) -> pd.DataFrame:
     """Distribution of what runs need, if each is known only to lie between two evaluations (Turnbull 1976).
 
     The distribution of maximum likelihood puts all its mass on intervals from some run's lower end to the
-    next upper end; how it is spread within one, nobody can tell. With evaluations so dense that no two runs
-    share an interval it is that of Kaplan and Meier.
+    next upper end; the data do not say how it is spread within one. If evaluations are so dense that no two
+    runs share an interval, it is the one of Kaplan and Meier.
 
     Args:
         lower: [n] what the run had spent at its last evaluation without getting there.
@@ -138,7 +138,7 @@ def turnbull(lower: Any, value: Any, reached: Any) -> pd.DataFrame:
         the mass of runs that never got there.
 
     Raises:
-        UserError: as `censored`, and unless 0 <= lower < value for runs that got there.
+        UserError: As `censored`, and unless 0 <= lower < value for runs that got there.
     """
     left, right = _bounds(lower, value, reached)
     starts, ends = np.unique(left), np.unique(right)
@@ -173,7 +173,7 @@ def median_bounds(lower: Any, value: Any, reached: Any) -> tuple[float, float]:
         Lower and upper end; the upper one is inf if fewer than half of the runs get there.
 
     Raises:
-        UserError: as `turnbull`.
+        UserError: As `turnbull`.
     """
     table = turnbull(lower, value, reached)
     passed = table["probability"].cumsum() >= 0.5 - NOTHING

@@ -19,10 +19,10 @@ class Display:
     """A live bar on a terminal, a line that is kept up to date in a notebook, and lines elsewhere.
 
     Args:
-        title: what is trained.
-        console: where to show it; a quiet one shows nothing.
-        total: steps, or whatever `show` counts; None if only `show` knows it.
-        left: what stands before the time that remains.
+        title: What is trained.
+        console: Where to show it; a quiet one shows nothing.
+        total: Steps, or whatever `show` counts; None if only `show` knows it.
+        left: What stands before the time that remains.
     """
 
     def __init__(self, title: str, console: Console, total: int | None = None, left: str = "left"):
@@ -53,10 +53,10 @@ class Display:
         """Move the bar, or a notebook's line.
 
         Args:
-            done: how much of `total` is done.
-            numbers: how it goes: a loss, an accuracy.
-            total: if it was not known before.
-            at_once: whether a notebook's line changes even if it did a moment ago.
+            done: How much of `total` is done.
+            numbers: How it goes: a loss, an accuracy.
+            total: If it was not known before.
+            at_once: Whether a notebook's line changes even if it did a moment ago.
         """
         self.total = self.total if total is None else total
         self.bar.update(self.task, completed=done, total=self.total, numbers=numbers)

@@ -45,8 +45,8 @@ class World:
     """The processes of a training; a single one by default.
 
     Attributes:
-        rank: number of this process, from 0 on.
-        size: how many there are.
+        rank: Number of this process, from 0 on.
+        size: How many there are.
         strategy: "ddp" or "fsdp".
     """
 
@@ -116,14 +116,14 @@ def joined(strategy: str, plan: Sharded) -> Iterator[World]:
 
     Args:
         strategy: "ddp", "fsdp", or "auto": what accelerate's configuration asks for, else ddp.
-        plan: of the run that the processes share.
+        plan: Plan of the run that the processes share.
 
     Yields:
         The world, until the block ends in all processes.
 
     Raises:
-        UserError: for what cannot be sharded.
-        Lost: if the connection to another process breaks.
+        UserError: For what cannot be sharded.
+        Lost: If the connection to another process breaks.
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
@@ -185,7 +185,7 @@ def share(batch: Rows, world: World) -> Rows:
     """This process' rows of a batch, of any kind that has `input_ids` and can `split` itself.
 
     Raises:
-        UserError: if there are fewer rows than processes.
+        UserError: If there are fewer rows than processes.
     """
     if world.size == 1:
         return batch
@@ -232,10 +232,10 @@ def save(folder: Path, tensors: dict[str, Tensor], header: dict[str, Any], world
     """Write folder/checkpoint-<step>/ by all processes, and then say that it is the last whole one.
 
     Args:
-        folder: of the training.
-        tensors: by name, sharded or not.
+        folder: Folder of the training.
+        tensors: Tensors by name, sharded or not.
         header: JSON values to keep with them; it has the step.
-        world: the processes, which all call this.
+        world: The processes, which all call this.
     """
     from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
 
@@ -277,12 +277,12 @@ def load(place: Path, tensors: dict[str, Tensor], world: World) -> None:
     """Fill tensors with what any number of processes wrote.
 
     Args:
-        place: the folder of the checkpoint.
-        tensors: by name, sharded or not.
-        world: the processes, which all call this.
+        place: The folder of the checkpoint.
+        tensors: Tensors by name, sharded or not.
+        world: The processes, which all call this.
 
     Raises:
-        UserError: if the checkpoint is damaged.
+        UserError: If the checkpoint is damaged.
     """
     import warnings
 

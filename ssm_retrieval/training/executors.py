@@ -96,7 +96,7 @@ class Local:
     """A pool of processes here; one that dies takes only its own job with it. GPUs are dealt out in turn.
 
     Args:
-        workers: processes.
+        workers: Processes.
         threads: CPU threads of each.
     """
 
@@ -148,13 +148,13 @@ class Ray:
     """Tasks on a Ray cluster.
 
     Args:
-        workers: tasks at once, if a cluster is made here.
+        workers: Tasks at once, if a cluster is made here.
         threads: CPU threads of a task.
-        address: of an existing cluster; None makes one on this machine.
-        gpu: whether every task needs a GPU.
+        address: Address of an existing cluster; None makes one on this machine.
+        gpu: Whether every task needs a GPU.
 
     Raises:
-        Unavailable: if Ray is not installed, or there is no cluster at the address.
+        Unavailable: If Ray is not installed, or there is no cluster at the address.
     """
 
     def __init__(self, workers: int, threads: int, address: str | None, gpu: bool):
@@ -200,10 +200,10 @@ class Slurm:
         folder: submitit's own files go to a subfolder of it.
         threads: CPU threads of a job.
         parameters: submitit's (slurm_partition, timeout_min, ...); cluster="local" tries it without SLURM.
-        gpu: whether every job needs a GPU.
+        gpu: Whether every job needs a GPU.
 
     Raises:
-        Unavailable: if submitit is not installed, there is no SLURM, or it does not know a parameter.
+        Unavailable: If submitit is not installed, there is no SLURM, or it does not know a parameter.
     """
 
     def __init__(self, folder: Path, threads: int, parameters: Mapping[str, Any], gpu: bool):

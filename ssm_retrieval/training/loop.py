@@ -30,7 +30,7 @@ class CheckpointClock:
     """When a checkpoint is due: some seconds after the last one, and later where the disk is slow.
 
     Attributes:
-        every: seconds from the end of one checkpoint to the next. It grows until writing takes at most
+        every: Seconds from the end of one checkpoint to the next. It grows until writing takes at most
             `SHARE` of the time.
     """
 

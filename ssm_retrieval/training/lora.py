@@ -29,12 +29,12 @@ def add_adapters(model: LanguageModel, rank: int, seed: int) -> None:
     The global random state is left untouched.
 
     Args:
-        model: changed in place.
+        model: Changed in place.
         rank: r of the adapters.
-        seed: of their first weights.
+        seed: Seed of their first weights.
 
     Raises:
-        MissingPackage: if peft is missing.
+        MissingPackage: If peft is missing.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model

@@ -52,8 +52,8 @@ def make_optimizer(model: LanguageModel, plan: Settings) -> torch.optim.Optimize
     parameters of a recurrence may learn at a rate of their own, as in S4 (Gu et al. 2022, arXiv 2111.00396).
 
     Args:
-        model: whose parameters it gets.
-        plan: says which optimizer, with which learning rate, betas and weight decay. Its ssm_lr is the factor
+        model: Model whose parameters it gets.
+        plan: Says which optimizer, with which learning rate, betas and weight decay. Its ssm_lr is the factor
             on the rate of the recurrence.
 
     Returns:
@@ -61,7 +61,7 @@ def make_optimizer(model: LanguageModel, plan: Settings) -> torch.optim.Optimize
         two more, whose `lr_factor` it is (see `loop.set_rate`).
 
     Raises:
-        MissingPackage: if its library is missing.
+        MissingPackage: If its library is missing.
     """
     embeddings = {id(p) for part in (model.embedding, model.head) for p in part.parameters()}
 
@@ -123,9 +123,9 @@ def make_state(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) ->
     in its own form; so it does one on zero gradients.
 
     Args:
-        model: that the optimizer was made for.
-        optimizer: a new one.
-        step: how many steps the state stands for.
+        model: Model that the optimizer was made for.
+        optimizer: A new one.
+        step: How many steps the state stands for.
     """
     for _, parameter in trained(model):
         parameter.grad = torch.zeros_like(parameter)

@@ -62,9 +62,9 @@ def examples_to_threshold(
     its result, the final or else the last one at the goal, is >= threshold as well.
 
     Args:
-        evaluations: the tidy table.
-        threshold: accuracy that counts as learned.
-        by: what is counted, one of `SPENT`.
+        evaluations: The tidy table.
+        threshold: Accuracy that counts as learned.
+        by: What is counted, one of `SPENT`.
 
     Returns:
         One row per run: its configuration, value and reached (right-censored: a run that did not get there
@@ -73,7 +73,7 @@ def examples_to_threshold(
         evaluation, accuracy and chance of the final or else last evaluation at the goal.
 
     Raises:
-        UserError: for missing columns or entries, or a bad unit or threshold.
+        UserError: For missing columns or entries, or a bad unit or threshold.
     """
     _threshold(threshold)
     if by not in SPENT:
@@ -138,17 +138,17 @@ def summarise(
     """One row per cell, by default `CELL`; a missing value (d_state of a Transformer) is a group of its own.
 
     Args:
-        evaluations: the tidy table.
-        by: columns that make a cell; with it the caller decides what is pooled.
-        threshold: accuracy that counts as learned.
+        evaluations: The tidy table.
+        by: Columns that make a cell; with it the caller decides what is pooled.
+        threshold: Accuracy that counts as learned.
 
     Returns:
-        seeds, runs, finished, reached: counts. reached_low, reached_high: Clopper and Pearson's 95 % interval
+        Seeds, runs, finished, reached: counts. reached_low, reached_high: Clopper and Pearson's 95 % interval
         of the share of runs that get there. accuracy: mean; accuracy_min, accuracy_max: over runs. examples:
         censored median with its bootstrap interval, inf where half never got there. reachable_length: mean.
 
     Raises:
-        UserError: as `examples_to_threshold`, or if a default cell holds a seed twice, which means that it
+        UserError: As `examples_to_threshold`, or if a default cell holds a seed twice, which means that it
             mixes configurations (learning rates, say).
     """
     keys = list(CELL if by is None else by)

@@ -50,8 +50,8 @@ def record_of(fields: type, complete: bool = True) -> type[Record]:
     """The schema of a dataclass as JSON, without any other field.
 
     Args:
-        fields: a dataclass. `Annotated` types say what values may be, as `Count` does.
-        complete: whether a field with a default must be there as well.
+        fields: A dataclass. `Annotated` types say what values may be, as `Count` does.
+        complete: Whether a field with a default must be there as well.
 
     Returns:
         What `checked` takes.
@@ -90,8 +90,8 @@ def text_of(path: Path) -> str:
     """A file's text.
 
     Raises:
-        UserError: if it is no text.
-        OSError: as the system gives it.
+        UserError: If it is no text.
+        OSError: As the system gives it.
     """
     try:
         return path.read_text(encoding="utf-8")
@@ -103,15 +103,15 @@ def json_of(text: str, where: str, first_line: int = 1) -> Any:
     """The JSON value of a text.
 
     Args:
-        text: of a file or of a line.
-        where: the file.
-        first_line: the number of the text's first line in it.
+        text: Text of a file or of a line.
+        where: The file.
+        first_line: The number of the text's first line in it.
 
     Returns:
         Dictionaries, lists, strings and numbers.
 
     Raises:
-        UserError: naming the line, if it is no JSON.
+        UserError: Naming the line, if it is no JSON.
     """
     try:
         return json.loads(text)
@@ -132,16 +132,16 @@ def checked(value: Any, kind: type[Record], where: str, remedy: str = REMEDY) ->
     """`value` as it is, if `kind` describes it.
 
     Args:
-        value: parsed JSON.
-        kind: the schema.
-        where: the file, and the row in it.
-        remedy: what to do about it.
+        value: Parsed JSON.
+        kind: The schema.
+        where: The file, and the row in it.
+        remedy: What to do about it.
 
     Returns:
         The value.
 
     Raises:
-        UserError: for another kind of value, or naming the first field that is wrong.
+        UserError: For another kind of value, or naming the first field that is wrong.
     """
     if not isinstance(value, dict):
         raise UserError(f"{where} holds {short(value)} instead of an object with fields; {remedy}")
@@ -211,11 +211,11 @@ def use_modules(config: Row, path: Path) -> None:
     """Import again the modules of its user (`--import`) that a run was made with.
 
     Args:
-        config: what the run's config.json holds.
-        path: of that file.
+        config: What the run's config.json holds.
+        path: Path of the file.
 
     Raises:
-        UserError: if they are no list of names, or cannot be imported.
+        UserError: If they are no list of names, or cannot be imported.
     """
     asked = config.get("run")
     modules = asked.get("imports", []) if isinstance(asked, dict) else []

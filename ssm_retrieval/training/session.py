@@ -59,20 +59,20 @@ class Session(ABC, Generic[P, B]):
     """One sitting of a training; making one resumes what its folder holds.
 
     Args:
-        folder: of this training alone. Its latest checkpoint is loaded; rows of its metrics after it are
-            dropped, because they will be made again.
-        model: whose weights are saved and loaded.
-        optimizer: made for the model.
-        progress: where training starts if the folder has no checkpoint.
-        world: the processes that train together. All call every method; the first one writes.
-        limit: the most steps that there can be; None if there is no limit.
+        folder: Folder of this training alone. Its latest checkpoint is loaded; rows of its metrics after it
+            are dropped, because they will be made again.
+        model: Model whose weights are saved and loaded.
+        optimizer: The model's optimizer.
+        progress: Where training starts if the folder has no checkpoint.
+        world: The processes that train together. All call every method; the first one writes.
+        limit: The most steps that there can be; None if there is no limit.
 
     Attributes:
-        progress: where training stands.
-        kept: step of the latest checkpoint, -1 if there is none.
+        progress: Where training stands.
+        kept: Step of the latest checkpoint, -1 if there is none.
 
     Raises:
-        UserError: if the checkpoint is damaged or of another model.
+        UserError: If the checkpoint is damaged or of another model.
     """
 
     checkpoint_seconds = 3.0
@@ -151,15 +151,15 @@ class Session(ABC, Generic[P, B]):
         """Train to the end.
 
         Args:
-            should_stop: asked after every step; one process that says yes stops all.
+            should_stop: Asked after every step; one process that says yes stops all.
 
         Returns:
             What `finish` does.
 
         Raises:
-            Interrupted: if should_stop() turned true; the next session continues from there.
-            Diverged: if a loss or a weight is no finite number.
-            OSError: if a file cannot be written; the next session continues from the last checkpoint.
+            Interrupted: If should_stop() turned true; the next session continues from there.
+            Diverged: If a loss or a weight is no finite number.
+            OSError: If a file cannot be written; the next session continues from the last checkpoint.
         """
         while not self.done():
             self.step()
@@ -235,19 +235,19 @@ def resume(
     """Load the latest checkpoint of a folder, whether one process or several have written it.
 
     Args:
-        folder: of the training.
-        model: whose weights are replaced.
-        optimizer: made for the model; its state is replaced.
-        kind: of the checkpoint's `Progress`.
-        world: the processes that load it together.
-        remedy: what to do about a damaged checkpoint.
-        limit: the most steps that there can be.
+        folder: Folder of the training.
+        model: Model whose weights are replaced.
+        optimizer: The model's optimizer; its state is replaced.
+        kind: Kind of the checkpoint's `Progress`.
+        world: The processes that load it together.
+        remedy: What to do about a damaged checkpoint.
+        limit: The most steps that there can be.
 
     Returns:
         Where the checkpoint stands; None if there is none.
 
     Raises:
-        UserError: if the checkpoint is damaged or of another model.
+        UserError: If the checkpoint is damaged or of another model.
     """
     path, sharded = folder / store.CHECKPOINT, distributed.saved(folder)
     tensors: dict[str, Tensor] = {}

@@ -65,8 +65,8 @@ def prepare(folder: Path, settings: Row, threads: int) -> None:
     The caller holds the folder's lock. Temporary files that killed processes have left are removed.
 
     Args:
-        folder: of the run.
-        settings: for config.json.
+        folder: Folder of the run.
+        settings: Settings for config.json.
         threads: CPU threads of this session.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def run_folders(places: Iterable[str | Path]) -> list[Path]:
     """The folders of runs among `places`, each of which is one or holds some; each once, in their order.
 
     Raises:
-        UserError: for a place that is neither.
+        UserError: For a place that is neither.
     """
     found: dict[Path, Path] = {}
     for place in map(Path, places):
@@ -133,7 +133,7 @@ def read_rows(path: Path) -> list[Row]:
     """Rows of a JSON Lines file; a last line that a crash cut short is left out.
 
     Raises:
-        UserError: naming file and line, for damaged ones.
+        UserError: Naming file and line, for damaged ones.
     """
     if not path.exists():
         return []
@@ -150,12 +150,12 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Row) -> None
     It is written straight from the tensors: as bytes first, they would be in memory three times.
 
     Args:
-        path: of the file.
-        tensors: by name.
-        header: the JSON values.
+        path: Path of the file.
+        tensors: Tensors by name.
+        header: The JSON values.
 
     Raises:
-        OSError: if the disk is full, or the file cannot be written.
+        OSError: If the disk is full, or the file cannot be written.
     """
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     with replacing(path) as temporary:
@@ -171,14 +171,14 @@ def load_tensors(path: Path, remedy: str = "") -> tuple[dict[str, Tensor], Row]:
     """What `save_tensors` wrote.
 
     Args:
-        path: of the file.
-        remedy: what to do about a damaged file; by default `anew`.
+        path: Path of the file.
+        remedy: What to do about a damaged file; by default `anew`.
 
     Returns:
         The tensors by name, and the header.
 
     Raises:
-        UserError: for a damaged file.
+        UserError: For a damaged file.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -211,13 +211,13 @@ def restore(
     """Copy a checkpoint into a model, whole or sharded, and an optimizer made for it.
 
     Args:
-        model: whose parameters are filled.
-        optimizer: whose state is made and filled.
-        tensors: what `checkpoint_tensors` gave.
-        step: the number of optimizer steps that they stand at.
+        model: Model whose parameters are filled.
+        optimizer: Optimizer whose state is made and filled.
+        tensors: What `checkpoint_tensors` gave.
+        step: The number of optimizer steps that they stand at.
 
     Raises:
-        UserError: for a tensor that is missing, of another shape or kind, or holds NaN.
+        UserError: For a tensor that is missing, of another shape or kind, or holds NaN.
     """
     from ssm_retrieval.training.distributed import fill
 
@@ -245,7 +245,7 @@ def load_model(folder: str | Path) -> Any:
     """The trained model in runs/<id>/, ready for inference or probing: `models.load` of a folder.
 
     Raises:
-        UserError: if there is no finished run.
+        UserError: If there is no finished run.
     """
     from ssm_retrieval import models
 

@@ -40,7 +40,7 @@ def load(runs: str | Path | Iterable[str | Path], table: str = "results") -> pd.
     """All evaluations in one or several places, one row each, sorted by run and step.
 
     Args:
-        runs: a folder of runs (what --out names), or a Parquet file of the same columns, such as a study's
+        runs: A folder of runs (what --out names), or a Parquet file of the same columns, such as a study's
             committed results; or several of them.
         table: "results", or "targets" for right answers by part of the context (of a file results.parquet:
             targets.parquet beside it).
@@ -49,7 +49,7 @@ def load(runs: str | Path | Iterable[str | Path], table: str = "results") -> pd.
         Columns and their meaning: `synthetic.results.EVALUATION` and `TARGET`.
 
     Raises:
-        UserError: if there is nothing to read, a file is damaged, or it is not of the results store.
+        UserError: If there is nothing to read, a file is damaged, or it is not of the results store.
     """
     places = [runs] if isinstance(runs, (str, Path)) else list(runs)
     found = {path: read(path) for place in places for path in files(Path(place), table)}
@@ -81,7 +81,7 @@ def read(path: Path) -> pd.DataFrame:
     """The rows of a file of the results store, as `ssm_retrieval.tables.read`.
 
     Raises:
-        UserError: for a damaged file, numbers that are out of range, and models that are not registered.
+        UserError: For a damaged file, numbers that are out of range, and models that are not registered.
     """
     from pandas.api.types import is_numeric_dtype
 
@@ -120,14 +120,14 @@ def files(place: Path, table: str = "results") -> list[Path]:
     """The Parquet files of a table of a results store: of `synthetic.results`, or of `vlm.results`.
 
     Args:
-        place: a folder of runs or of a study's results, or a Parquet file.
+        place: A folder of runs or of a study's results, or a Parquet file.
         table: "results" or "targets".
 
     Returns:
         Their paths, sorted; none if nothing was evaluated yet.
 
     Raises:
-        UserError: if `place` is neither a folder nor a file.
+        UserError: If `place` is neither a folder nor a file.
     """
     if place.is_file():
         if table == "results":

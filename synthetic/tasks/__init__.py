@@ -41,7 +41,7 @@ def register(task: Kind) -> Kind:
     Registering a name again replaces the task, so a notebook's cell can be run again.
 
     Raises:
-        UserError: if the class has no name, version or help, or has the name of one of the toolkit's tasks.
+        UserError: If the class has no name, version or help, or has the name of one of the toolkit's tasks.
     """
     if not (isinstance(task, type) and issubclass(task, Task)):
         raise UserError(f"{task!r} is no class derived from synthetic.tasks.Task; derive one")
@@ -61,7 +61,7 @@ def options(name: str) -> list[str]:
     """Names of the options of task `name`.
 
     Raises:
-        UserError: if there is no such task.
+        UserError: If there is no such task.
     """
     return [field.name for field in fields(TASKS.find(name))]
 
@@ -70,7 +70,7 @@ def build(name: str, **chosen: Any) -> Task:
     """The task `name` with the options `chosen`.
 
     Raises:
-        UserError: for an unknown task or option (the error lists the valid ones), a missing option, and
+        UserError: For an unknown task or option (the error lists the valid ones), a missing option, and
             values that the task rejects.
     """
     known = options(name)

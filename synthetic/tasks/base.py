@@ -32,7 +32,7 @@ class Batch:
         target_index: [B, K] 0-based place of each query in x1..xN. The first K * answer_tokens labels are the
             answers to the queries, in order; further labels (supervise_bos) are trained but are no retrieval.
         length: N, the number of context symbols.
-        chance: accuracy of a guess that knows the possible answers and nothing else.
+        chance: Accuracy of a guess that knows the possible answers and nothing else.
         answer_tokens: r, tokens per answer; an answer is right only if all of them are.
         alternatives: [B, M, r] the M answers that are equally right, in the order of their place in the
             context, if a query has several; the labels are then one of them.
@@ -68,7 +68,7 @@ class Batch:
             answer_at: [A] or [B, A].
             target_index: [B, K].
             length: N.
-            chance: accuracy of a guess.
+            chance: Accuracy of a guess.
             answer_tokens: r.
             alternatives: [B, M, r].
 
@@ -121,10 +121,10 @@ class Course:
     """How a task's paper trains, for `--protocol paper`.
 
     Attributes:
-        schedule: of the learning rate.
-        warmup: the warm-up takes 1 / warmup of all steps.
-        evaluations: how many evaluations a run has, at equal distances.
-        switches: options of the task that are True with this protocol and False by default.
+        schedule: Schedule of the learning rate.
+        warmup: The warm-up takes 1 / warmup of all steps.
+        evaluations: How many evaluations a run has, at equal distances.
+        switches: Options of the task that are True with this protocol and False by default.
     """
 
     schedule: str
@@ -140,12 +140,12 @@ class Task(ABC):
     A subclass says how to draw contexts and targets (`draw`) and how to lay them out (`assemble`).
 
     Attributes:
-        name: registry key, used by `--task` and in the names of runs.
-        version: raise it whenever the same arguments would give other batches; part of a run's identity.
-        help: half a line for `--help`.
-        paper: how its paper trains; None means that `--protocol paper` is refused.
+        name: Registry key, used by `--task` and in the names of runs.
+        version: Raise it whenever the same arguments would give other batches; part of a run's identity.
+        help: Half a line for `--help`.
+        paper: How its paper trains; None means that `--protocol paper` is refused.
         seq_len: N, the longest context.
-        first_id: id of the vocabulary's first token; lower ids of a model's table belong to other tokens.
+        first_id: Id of the vocabulary's first token; lower ids of a model's table belong to other tokens.
     """
 
     name: ClassVar[str]
@@ -188,7 +188,7 @@ class Task(ABC):
         """Independent contexts and targets, of any split.
 
         Args:
-            rng: source of all randomness.
+            rng: Source of all randomness.
             rows: B.
             length: N.
             queries: K.
@@ -224,7 +224,7 @@ class Task(ABC):
         """Check that batches of this length with this many queries can be made.
 
         Raises:
-            UserError: if they cannot.
+            UserError: If they cannot.
         """
         num_symbols = self.vocabulary.num_symbols
         if not self.shortest <= length <= self.seq_len:
@@ -259,17 +259,17 @@ class Task(ABC):
 
         Args:
             batch_size: B, number of rows.
-            seed: of the stream.
-            index: number of the batch in the stream.
+            seed: Seed of the stream.
+            index: Number of the batch in the stream.
             split: "train", "validation" or "heldout".
             queries: K, queries per row, drawn without replacement; None: `usual_queries`.
-            length: context symbols, at most seq_len (for a curriculum); None: the task's own.
+            length: Context symbols, at most seq_len (for a curriculum); None: the task's own.
 
         Returns:
             The batch.
 
         Raises:
-            UserError: for arguments that the task cannot meet.
+            UserError: For arguments that the task cannot meet.
         """
         if batch_size < 1:
             raise UserError(f"batch_size {batch_size} must be at least 1")
@@ -298,19 +298,19 @@ class Task(ABC):
         draws.
 
         Args:
-            count: number of rows.
-            seed: of the stream.
+            count: Number of rows.
+            seed: Seed of the stream.
             split: "train", "validation" or "heldout".
-            length: context symbols.
+            length: Context symbols.
             queries: K, queries per row; None: `usual_queries`.
-            start: number of the first row.
-            batch_size: the most rows per batch.
+            start: Number of the first row.
+            batch_size: The most rows per batch.
 
         Yields:
             Batches of up to `batch_size` rows, in order.
 
         Raises:
-            UserError: for arguments that the task cannot meet.
+            UserError: For arguments that the task cannot meet.
         """
         for name, value, least in (("count", count, 1), ("batch_size", batch_size, 1), ("start", start, 0)):
             if value < least:
@@ -357,7 +357,7 @@ class Task(ABC):
         `synthetic.evaluate` tests with it how a model trained on short contexts extrapolates to longer ones.
 
         Raises:
-            UserError: if answers in longer contexts need tokens that the vocabulary lacks.
+            UserError: If answers in longer contexts need tokens that the vocabulary lacks.
         """
         if length <= self.seq_len:
             return self

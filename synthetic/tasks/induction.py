@@ -35,7 +35,7 @@ class Induction(Task):
         num_symbols: V; 16 in the paper. The special token, here `<query>`, is not one of them.
 
     Raises:
-        UserError: for options that the task cannot have.
+        UserError: For options that the task cannot have.
     """
 
     name: ClassVar[str] = "induction"

@@ -29,7 +29,7 @@ def suffix(
     models learn faster this way than with one before each (docs/learnability.md).
 
     Args:
-        vocabulary: of the markers.
+        vocabulary: Vocabulary of the markers.
         context: [B, N].
         queries: [B, K].
         answers: [B, K]; not used.
@@ -54,7 +54,7 @@ def prefix(
     p1 is predicted at xN, p2 at p1, and so on (teacher forcing, in the order of the queries).
 
     Args:
-        vocabulary: of the markers.
+        vocabulary: Vocabulary of the markers.
         context: [B, N].
         queries: [B, K].
         answers: [B, K].
@@ -81,7 +81,7 @@ def instruction(
     vision-language experiment.
 
     Args:
-        vocabulary: of the markers.
+        vocabulary: Vocabulary of the markers.
         context: [B, N].
         queries: [B, K].
         answers: [B, K]; not used.
@@ -112,7 +112,7 @@ def ngram_suffix(
     """`<bos> x1 .. xN <bos> <query> q1 .. qm <query> t1 .. t{r-1}` (teacher forcing).
 
     Args:
-        vocabulary: of the markers.
+        vocabulary: Vocabulary of the markers.
         context: [B, N].
         queries: [B, m].
         answers: [B, r].
@@ -131,7 +131,7 @@ def ngram_prefix(
     """`<query> q1 .. qm <bos> x1 .. xN <bos> <query> t1 .. t{r-1}` (teacher forcing).
 
     Args:
-        vocabulary: of the markers.
+        vocabulary: Vocabulary of the markers.
         context: [B, N].
         queries: [B, m].
         answers: [B, r].
@@ -150,7 +150,7 @@ def ngram_instruction(
     """`<task>` followed by the suffix layout.
 
     Args:
-        vocabulary: of the markers.
+        vocabulary: Vocabulary of the markers.
         context: [B, N].
         queries: [B, m].
         answers: [B, r].
@@ -174,7 +174,7 @@ def check_layout(layout: str) -> None:
     """Check that there is a layout of this name.
 
     Raises:
-        UserError: if there is none.
+        UserError: If there is none.
     """
     if layout not in LAYOUTS:
         raise UserError(f"unknown layout {layout!r}; valid: {', '.join(LAYOUTS)}")

@@ -43,11 +43,11 @@ class Mqar(Task):
             64.
         num_symbols: V; Zoology's default is 8192, and differences between architectures grow with it.
         num_pairs: D, fewer if the context is shorter than 4D; all are queried, or K of them.
-        power: a; 1 makes the gaps uniform.
+        power: A; 1 makes the gaps uniform.
         random_fillers: False puts `<white>` instead of random symbols.
 
     Raises:
-        UserError: for options that the task cannot have.
+        UserError: For options that the task cannot have.
     """
 
     name: ClassVar[str] = "mqar"
@@ -155,10 +155,10 @@ def power_law(
     Sorting exponential waiting times with these rates draws exactly so (Efraimidis and Spirakis 2006).
 
     Args:
-        rng: source of all randomness.
-        rows: number of independent draws.
-        size: integers per draw, at most `space`.
-        space: number of integers to draw from.
+        rng: Source of all randomness.
+        rows: Number of independent draws.
+        size: Integers per draw, at most `space`.
+        space: Number of integers to draw from.
         power: 1 makes them uniform; less favours small ones.
 
     Returns:

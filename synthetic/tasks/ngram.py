@@ -41,14 +41,14 @@ class Ngram(Task):
     Attributes:
         seq_len: N, the number of context symbols.
         num_symbols: V; 30 in the paper.
-        min_seq_len: if given, N is uniform on min_seq_len .. seq_len, drawn once per batch (the paper trains
+        min_seq_len: If given, N is uniform on min_seq_len .. seq_len, drawn once per batch (the paper trains
             on 50 .. 100 and tests at 100 and more); `batch(length=...)` overrides it.
         query_size: m; 2 in the paper.
         answer_size: r; 3 in the paper.
         layout: "suffix", "prefix" or "instruction", see `synthetic.tasks.layouts`.
 
     Raises:
-        UserError: for options that the task cannot have.
+        UserError: For options that the task cannot have.
     """
 
     name: ClassVar[str] = "ngram"
@@ -156,7 +156,7 @@ class NgramDuplicate(Ngram):
     original, the bare query may occur more often.
 
     Attributes:
-        blocks: number of blocks M; Retrievit intended 2, 3, 4, 5 and 10, at seq_len 100.
+        blocks: Number of blocks M; Retrievit intended 2, 3, 4, 5 and 10, at seq_len 100.
     """
 
     name: ClassVar[str] = "ngram-duplicate"

@@ -36,7 +36,7 @@ def read(path: Path, length: int) -> tuple[IntArray, IntArray]:
     """Contexts [B, N] and targets [B, 1] of one file; a symbol `<syn_i>` of the original is `<s{i}>` here.
 
     Raises:
-        UserError: naming file and defect, unless every sequence is `length` different integers >= 0 and every
+        UserError: Naming file and defect, unless every sequence is `length` different integers >= 0 and every
             target is a place in its sequence.
     """
 
@@ -90,7 +90,7 @@ class OriginalFiles(Position):
     data are no function of its options.
 
     Attributes:
-        folder: where the files are.
+        folder: Where the files are.
     """
 
     name: ClassVar[str] = "original-files"
@@ -105,7 +105,7 @@ class OriginalFiles(Position):
         """Contexts [B, N] and targets [B, 1] of the file of `split` (train, validation, test).
 
         Raises:
-            UserError: as `read`, for another split, and for symbols that the vocabulary lacks.
+            UserError: As `read`, for another split, and for symbols that the vocabulary lacks.
         """
         if split not in FILE_SPLITS:
             raise UserError(f"unknown split {split!r}; valid: {', '.join(FILE_SPLITS)}")

@@ -36,11 +36,11 @@ class Position(Task):
         num_symbols: V >= N symbols, from which each context draws N without repetition; default N, so that a
             context is a permutation of all symbols, as in the papers.
         layout: "suffix", "prefix" or "instruction", see `synthetic.tasks.layouts`.
-        supervise_bos: append the answer and train the `<bos>` that ends the sequence as a second target (the
+        supervise_bos: Append the answer and train the `<bos>` that ends the sequence as a second target (the
             papers' loss; single query only).
 
     Raises:
-        UserError: for options that the task cannot have.
+        UserError: For options that the task cannot have.
     """
 
     name: ClassVar[str] = "position"
@@ -132,7 +132,7 @@ class PositionVarlen(Position):
     > K.
 
     Attributes:
-        min_seq_len: if given, the number of distractors is uniform on min_seq_len .. seq_len - 1, drawn once
+        min_seq_len: If given, the number of distractors is uniform on min_seq_len .. seq_len - 1, drawn once
             per batch, so contexts have min_seq_len + 1 .. seq_len symbols (the original counts so);
             `batch(length=...)` overrides it.
     """

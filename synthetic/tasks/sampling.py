@@ -47,10 +47,10 @@ def sample_distinct(rng: np.random.Generator, rows: int, size: int, num: int) ->
     """Uniform ordered draws without replacement.
 
     Args:
-        rng: source of all randomness.
-        rows: number of independent draws.
-        size: integers per draw, at most `num`.
-        num: integers are drawn from 0 .. num - 1.
+        rng: Source of all randomness.
+        rows: Number of independent draws.
+        size: Integers per draw, at most `num`.
+        num: Integers are drawn from 0 .. num - 1.
 
     Returns:
         [rows, size] int64.
@@ -122,12 +122,12 @@ def require_contexts(log_contexts: float, length: int, num_symbols: int) -> None
     """Check that there are enough different contexts to hold some out.
 
     Args:
-        log_contexts: natural logarithm of their number.
+        log_contexts: Natural logarithm of their number.
         length: N, for the message.
         num_symbols: V, for the message.
 
     Raises:
-        UserError: if there are fewer than MIN_CONTEXTS.
+        UserError: If there are fewer than MIN_CONTEXTS.
     """
     if log_contexts < log(MIN_CONTEXTS):
         raise UserError(
@@ -144,16 +144,16 @@ def draw_split(
 
     Args:
         draw: draw(n) gives contexts [n, N] and targets [n, K].
-        rows: number of rows wanted.
+        rows: Number of rows wanted.
         split: "train", "validation" or "heldout".
-        row_cells: numbers that a candidate row takes in memory while it is drawn; many rows are drawn in
+        row_cells: Numbers that a candidate row takes in memory while it is drawn; many rows are drawn in
             several rounds.
 
     Returns:
         Contexts [rows, N] and targets [rows, K].
 
     Raises:
-        UserError: if the split seems to be empty.
+        UserError: If the split seems to be empty.
     """
     wanted_side, share = SPLITS.index(split), SHARES[split]
     contexts, targets, have, in_vain = [], [], 0, 0

@@ -35,11 +35,11 @@ class SelectiveCopy(Task):
     Attributes:
         seq_len: N, the symbols and the noise; 4096 in the paper.
         num_symbols: V, different symbols; the paper's 16 tokens are 14 symbols, the noise and the marker.
-        num_tokens: how many symbols are to be copied; 16 in the paper. They are drawn with replacement and
+        num_tokens: How many symbols are to be copied; 16 in the paper. They are drawn with replacement and
             stand at uniform places. A context shorter than this consists of symbols only.
 
     Raises:
-        UserError: for options that the task cannot have.
+        UserError: For options that the task cannot have.
     """
 
     name: ClassVar[str] = "selective-copy"

@@ -16,10 +16,10 @@ def source(name: str, folder: Path, rules: Rules | None = None, **options: str) 
     """Write the official files of CASES to a folder and return them as a source.
 
     Args:
-        name: of the data set.
-        folder: to write to.
-        rules: of the samples.
-        **options: of the source.
+        name: Name of the data set.
+        folder: Folder to write to.
+        rules: Rules of the samples.
+        **options: Options of the source.
 
     Returns:
         The source.

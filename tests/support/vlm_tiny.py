@@ -14,9 +14,9 @@ def tiny(lr: float = 1e-3, steps: int = 4, **more: Any) -> Run:
     """Return a run that learns to count in a few steps.
 
     Args:
-        lr: learning rate.
-        steps: of its stage.
-        **more: other fields of the stage.
+        lr: Learning rate.
+        steps: Steps of its stage.
+        **more: Other fields of the stage.
 
     Returns:
         The run.

@@ -258,7 +258,7 @@ def test_queries_and_curriculum_follow_the_task():
 
 
 def test_position_plans_name_no_option_of_other_tasks():
-    """But all of their own, settled: whoever asks for a default gets the run of who did not."""
+    """But all of their own options are settled: asking for a default gives the run of not asking."""
     config = RunConfig(seq_len=16, num_symbols=40, device="cpu", precision="float32")
     p = plan(config, "mamba")
     assert p.task_options == dict(seq_len=16, num_symbols=40, layout="suffix", supervise_bos=False)

@@ -41,9 +41,9 @@ def files(name: str, split: str, **more: object) -> Files:
     """Return a split of a data set in its folder below DATA.
 
     Args:
-        name: of the data set.
-        split: of the data set.
-        **more: other fields of `vlm.config.Files`.
+        name: Name of the data set.
+        split: Split of the data set.
+        **more: Other fields of `vlm.config.Files`.
 
     Returns:
         The samples' declaration.

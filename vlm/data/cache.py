@@ -60,9 +60,9 @@ class FeatureCache:
     same pictures share it.
 
     Args:
-        folder: of the arrays.
-        encoder_key: names everything but the picture that features depend on: encoder, weights, image size.
-        encode: pictures (height, width, 3) uint8, of any sizes -> (B, P, F).
+        folder: Folder of the arrays.
+        encoder_key: Names everything but the picture that features depend on: encoder, weights, image size.
+        encode: Pictures (height, width, 3) uint8, of any sizes -> (B, P, F).
         dtype: NumPy dtype of the stored features.
     """
 
@@ -85,13 +85,13 @@ class FeatureCache:
         Waits for another process that fills the same array.
 
         Args:
-            source: whose pictures to encode.
-            progress: whether to show a bar.
-            batch_size: pictures encoded together.
+            source: Source whose pictures to encode.
+            progress: Whether to show a bar.
+            batch_size: Pictures encoded together.
 
         Raises:
-            UserError: if a file is damaged, or `encode` returns another shape.
-            OSError: if the disk is full.
+            UserError: If a file is damaged, or `encode` returns another shape.
+            OSError: If the disk is full.
         """
         opened = self._open(source)
         keys = list(opened.rows)
@@ -124,14 +124,14 @@ class FeatureCache:
         """Return the features of pictures, in memory of their own.
 
         Args:
-            source: of the pictures.
+            source: Source of the pictures.
             images: B keys.
 
         Returns:
             (B, P, F).
 
         Raises:
-            UserError: if a picture is unknown or not encoded yet.
+            UserError: If a picture is unknown or not encoded yet.
         """
         opened = self._open(source)
         try:
@@ -222,8 +222,8 @@ class Uncached:
     last bits of features. With a cache on disk it cannot.
 
     Args:
-        encode: as for `FeatureCache`.
-        size: number of pictures whose features stay in memory.
+        encode: As for `FeatureCache`.
+        size: Number of pictures whose features stay in memory.
     """
 
     def __init__(self, encode: EncodePictures, size: int = 256):
@@ -234,9 +234,9 @@ class Uncached:
         """Do nothing.
 
         Args:
-            source: as for `FeatureCache.fill`.
-            progress: as for `FeatureCache.fill`.
-            batch_size: as for `FeatureCache.fill`.
+            source: As for `FeatureCache.fill`.
+            progress: As for `FeatureCache.fill`.
+            batch_size: As for `FeatureCache.fill`.
         """
 
     def get(self, source: Source, images: Sequence[str]) -> Tensor:

@@ -24,11 +24,11 @@ class Scenes:
     """Samples of rendered scenes, one image each (`vlm.scenes.source.SceneSource`).
 
     Attributes:
-        task: what is asked, one of `vlm.scenes.source.SOURCES`.
-        images: number of scenes.
+        task: What is asked, one of `vlm.scenes.source.SOURCES`.
+        images: Number of scenes.
         split: "train", "heldout" or "combination".
-        seed: of the scenes.
-        turns: questions about one image, for tasks that ask several.
+        seed: Seed of the scenes.
+        turns: Questions about one image, for tasks that ask several.
     """
 
     task: str
@@ -70,17 +70,17 @@ class Files:
     """Samples of official files (`vlm.data.sources.FileSource`).
 
     Attributes:
-        dataset: name in `vlm.data.registry`.
-        split: one of its splits.
-        annotations: folder of the official files.
-        images: folder of the pictures.
-        first: use only this many samples; 0 = all.
-        regions: what region descriptions ask for (`vlm.data.turns.Rules`).
-        every_slot: as in `vlm.data.turns.Rules`.
-        published: as in `vlm.data.turns.Rules`.
-        filtered: leave out what the published training data leave out (`vlm.data.filters`).
-        index: folder for an index on disk, for data sets that do not fit into memory.
-        options: of the data set's reader.
+        dataset: Name in `vlm.data.registry`.
+        split: One of its splits.
+        annotations: Folder of the official files.
+        images: Folder of the pictures.
+        first: Use only this many samples; 0 = all.
+        regions: What region descriptions ask for (`vlm.data.turns.Rules`).
+        every_slot: As in `vlm.data.turns.Rules`.
+        published: As in `vlm.data.turns.Rules`.
+        filtered: Leave out what the published training data leave out (`vlm.data.filters`).
+        index: Folder for an index on disk, for data sets that do not fit into memory.
+        options: Options of the data set's reader.
     """
 
     dataset: str

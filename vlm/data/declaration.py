@@ -23,11 +23,11 @@ class Scored:
     """How answers are scored, for official files and scenes alike.
 
     Attributes:
-        name: of the data set or the task; `Sample.source`.
-        metric: scores answers; None if there is none.
-        max_new_tokens: length limit of an answer. A run may allow fewer.
+        name: Name of the data set or the task; `Sample.source`.
+        metric: Scores answers; None if there is none.
+        max_new_tokens: Length limit of an answer. A run may allow fewer.
         blind: (training samples, questions) -> answers without the image; None if none can be learned.
-        chance: accuracy of a guess among the answers that a question allows; None if unknown.
+        chance: Accuracy of a guess among the answers that a question allows; None if unknown.
     """
 
     name: str
@@ -43,15 +43,15 @@ class DataSet(Scored):
 
     Attributes:
         reader: (folder, split, **options) -> records of the split, in the files' order.
-        splits: that the reader knows.
-        files: below the folder of annotations; {split}, SHARD, KEY and IMAGE stand for varying parts.
-        task: prompt, answer and target of a record.
-        images: folder of the pictures below the data set's own folder.
-        turns: largest number of questions in a training sample; 0 = all questions about an image.
-        scattered: whether the records of one image lie apart in the files.
+        splits: Splits that the reader knows.
+        files: Below the folder of annotations; {split}, SHARD, KEY and IMAGE stand for varying parts.
+        task: Prompt, answer and target of a record.
+        images: Folder of the pictures below the data set's own folder.
+        turns: Largest number of questions in a training sample; 0 = all questions about an image.
+        scattered: Whether the records of one image lie apart in the files.
         keep: (read, annotations, images) -> the records that the published training data keep; None = all.
         reword: (record, chunks) -> the prompt of the released evaluators, if it differs from training's.
-        asked: splits that the paper evaluates, the main one first.
+        asked: Splits that the paper evaluates, the main one first.
     """
 
     reader: Callable[..., Iterable[Record]]

@@ -109,7 +109,7 @@ def ocrvqa(folder: Path, split: str) -> Iterator[Question]:
     An image is `images/KEY` with the file ending of its address.
 
     Raises:
-        UserError: if a book has more questions than answers, or fewer.
+        UserError: If a book has more questions than answers, or fewer.
     """
     path = require(folder, "dataset.json", "OCR-VQA's dataset.json")
     number = {"train": 1, "val": 2, "test": 3}[split]

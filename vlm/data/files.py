@@ -21,15 +21,15 @@ def require(folder: str | Path, name: str, what: str) -> Path:
     """Return the path of an official file.
 
     Args:
-        folder: of the data set.
-        name: of the file.
-        what: what to download, in words.
+        folder: Folder of the data set.
+        name: Name of the file.
+        what: What to download, in words.
 
     Returns:
         `folder/name`.
 
     Raises:
-        MissingFile: if it does not exist.
+        MissingFile: If it does not exist.
     """
     path = Path(folder) / name
     if not path.exists():
@@ -42,7 +42,7 @@ def structure(path: Path) -> Iterator[None]:
     """Turn errors while entries of a file are read into a UserError of one line with its name.
 
     Raises:
-        UserError: if an entry lacks a field or has another structure.
+        UserError: If an entry lacks a field or has another structure.
     """
     try:
         yield
@@ -58,7 +58,7 @@ def load_json(path: Path) -> Any:
     """Return the content of a JSON file.
 
     Raises:
-        UserError: if it is not JSON.
+        UserError: If it is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -70,7 +70,7 @@ def json_lines(path: Path) -> Iterator[Any]:
     """Yield the entries of a file with one JSON value per line; blank lines are skipped.
 
     Raises:
-        UserError: if a line is not JSON.
+        UserError: If a line is not JSON.
     """
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
@@ -87,7 +87,7 @@ def load_plain_pickle(path: Path) -> Any:
     """Return the content of a pickle of plain containers, text and numbers; no code in it is executed.
 
     Raises:
-        UserError: if it is no pickle, or holds anything else.
+        UserError: If it is no pickle, or holds anything else.
     """
     content = path.read_bytes()
     try:

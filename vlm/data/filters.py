@@ -33,9 +33,9 @@ def small_regions(read: Read, annotations: Path, images: Path) -> Iterator[Groun
     """Keep regions of at most LARGEST_REGION square pixels.
 
     Args:
-        read: gives all records.
-        annotations: folder of the official files.
-        images: folder of the pictures.
+        read: Gives all records.
+        annotations: Folder of the official files.
+        images: Folder of the pictures.
 
     Yields:
         Records.
@@ -53,9 +53,9 @@ def balanced(read: Read, annotations: Path, images: Path) -> Iterator[GroundedCa
     keeps MOST of them, drawn by a hash of phrase and image. All phrases are held in memory.
 
     Args:
-        read: gives all records; called twice.
-        annotations: folder of the official files.
-        images: folder of the pictures.
+        read: Gives all records; called twice.
+        annotations: Folder of the official files.
+        images: Folder of the pictures.
 
     Yields:
         Records.
@@ -78,9 +78,9 @@ def legible(read: Read, annotations: Path, images: Path) -> Iterator[Record]:
     All pictures are opened.
 
     Args:
-        read: gives all records.
-        annotations: folder of the official files.
-        images: folder of the pictures.
+        read: Gives all records.
+        annotations: Folder of the official files.
+        images: Folder of the pictures.
 
     Yields:
         Records.

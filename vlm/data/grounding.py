@@ -44,8 +44,8 @@ def refcoco(folder: Path, split: str, expressions: str = "all") -> Iterator[Grou
     """Read RefCOCO, one record per expression.
 
     Args:
-        folder: with the official files.
-        split: of the data set.
+        folder: Folder with the official files.
+        split: Split of the data set.
         expressions: "all", or "last" for one expression per object, as in the paper.
 
     Returns:
@@ -58,8 +58,8 @@ def refcoco_plus(folder: Path, split: str, expressions: str = "all") -> Iterator
     """Read RefCOCO+, whose expressions have no words of place.
 
     Args:
-        folder: with the official files.
-        split: of the data set.
+        folder: Folder with the official files.
+        split: Split of the data set.
         expressions: "all", or "last" for one expression per object, as in the paper.
 
     Returns:
@@ -72,8 +72,8 @@ def refcocog(folder: Path, split: str, expressions: str = "all") -> Iterator[Gro
     """Read RefCOCOg, whose expressions are long (the split of UMD).
 
     Args:
-        folder: with the official files.
-        split: of the data set.
+        folder: Folder with the official files.
+        split: Split of the data set.
         expressions: "all", or "last" for one expression per object, as in the paper.
 
     Returns:
@@ -174,7 +174,7 @@ def grit(folder: Path, split: str) -> Iterator[GroundedCaption]:
     """Yield one record per image of the img2dataset shards; chunks with the same characters become one span.
 
     Raises:
-        MissingFile: if there is no image with its description.
+        MissingFile: If there is no image with its description.
     """
     empty = True
     for path in _grit_files(folder):

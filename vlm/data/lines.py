@@ -26,9 +26,9 @@ class Lines:
     """A sequence of JSON values.
 
     Args:
-        text: all lines.
+        text: All lines.
         ends: (N,) int64, where each line ends, in bytes.
-        path: of the mapped file; None in memory.
+        path: Path of the mapped file; None in memory.
     """
 
     def __init__(self, text: bytes | mmap.mmap, ends: npt.NDArray[np.int64], path: Path | None = None):
@@ -57,14 +57,14 @@ def on_disk(path: Path, values: Callable[[], Iterable[Any]]) -> Lines:
     """Return the lines in a file; if it does not exist, one process writes it first while others wait.
 
     Args:
-        path: the file (.jsonl).
-        values: gives the values; called only if they must be written.
+        path: The file (.jsonl).
+        values: Gives the values; called only if they must be written.
 
     Returns:
         The lines.
 
     Raises:
-        UserError: if a file is damaged.
+        UserError: If a file is damaged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
@@ -82,7 +82,7 @@ def opened(path: Path) -> Lines:
     """Return the lines that `on_disk` wrote.
 
     Raises:
-        UserError: if a file is damaged.
+        UserError: If a file is damaged.
     """
     try:
         ends = np.load(path.with_suffix(".npy"), mmap_mode="r")

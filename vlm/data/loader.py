@@ -87,28 +87,28 @@ def batches(
     a warning is logged.
 
     Args:
-        mixture: the sources.
-        features: of their images.
+        mixture: The sources.
+        features: Features of their images.
         batch_size: B, examples per batch.
-        start: number of the first batch.
-        stop: number after the last batch.
-        seed: of the order.
-        encode: text -> ids, without special tokens.
-        side: patches along one side of an image.
-        layout: as for `vlm.layout.sequence`. With several layouts consecutive windows (see `group`) take
+        start: Number of the first batch.
+        stop: Number after the last batch.
+        seed: Seed of the order.
+        encode: Text -> ids, without special tokens.
+        side: Patches along one side of an image.
+        layout: As for `vlm.layout.sequence`. With several layouts consecutive windows (see `group`) take
             turns.
-        markers: as for `vlm.layout.sequence`.
-        max_length: as for `vlm.layout.sequence`.
-        group: batches per window. The examples of a window are sorted by length and cut into batches, and
+        markers: As for `vlm.layout.sequence`.
+        max_length: As for `vlm.layout.sequence`.
+        group: Batches per window. The examples of a window are sorted by length and cut into batches, and
             these are shuffled.
-        workers: processes that prepare windows ahead. If processes are not forked, `mixture` and `encode`
+        workers: Processes that prepare windows ahead. If processes are not forked, `mixture` and `encode`
             must be picklable.
 
     Yields:
         Batches.
 
     Raises:
-        UserError: if `batch_size` or `group` is below 1, `start` is negative, or reading samples fails.
+        UserError: If `batch_size` or `group` is below 1, `start` is negative, or reading samples fails.
     """
     if min(batch_size, group) < 1 or start < 0:
         raise UserError(

@@ -32,11 +32,11 @@ class Mixture:
     evenly spread places, so any stretch of examples has the shares to within a few examples.
 
     Args:
-        sources: by name.
-        weights: share of the examples that each source gets, in any unit; weight 0 leaves a source out.
+        sources: Sources by name.
+        weights: Share of the examples that each source gets, in any unit; weight 0 leaves a source out.
 
     Raises:
-        UserError: if there are no sources, a source is empty, or weights are not shares of exactly these
+        UserError: If there are no sources, a source is empty, or weights are not shares of exactly these
             sources.
     """
 
@@ -59,15 +59,15 @@ class Mixture:
         """Return the examples numbered start .. stop - 1.
 
         Args:
-            seed: of the order.
-            start: first number.
-            stop: number after the last.
+            seed: Seed of the order.
+            start: First number.
+            stop: Number after the last.
 
         Returns:
             (source, index) of each example.
 
         Raises:
-            UserError: if `start` is negative.
+            UserError: If `start` is negative.
         """
         if start < 0:
             raise UserError(f"start={start}: examples are numbered from 0")
@@ -110,7 +110,7 @@ def permuted(places: Integers, length: int, keys: Keys) -> Integers:
 
     Args:
         places: int64, numbers to permute.
-        length: of the permutation.
+        length: Length of the permutation.
         keys: uint64, same shape as `places`; name the permutation.
 
     Returns:

@@ -132,16 +132,16 @@ def xywh_box(x: float, y: float, width: float, height: float) -> Box:
     """Return the corners of a box given by corner and size, in pixels; negative corners are clipped to 0.
 
     Args:
-        x: left edge.
-        y: upper edge.
-        width: of the box.
-        height: of the box.
+        x: Left edge.
+        y: Upper edge.
+        width: Width of the box.
+        height: Height of the box.
 
     Returns:
         x_min, y_min, x_max, y_max.
 
     Raises:
-        UserError: if nothing of the box is left, or a number is not finite.
+        UserError: If nothing of the box is left, or a number is not finite.
     """
     box = (max(0.0, float(x)), max(0.0, float(y)), float(x) + float(width), float(y) + float(height))
     if not all(map(math.isfinite, box)) or box[2] <= box[0] or box[3] <= box[1]:

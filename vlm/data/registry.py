@@ -21,7 +21,7 @@ def register(dataset: DataSet) -> DataSet:
         The same data set.
 
     Raises:
-        UserError: if the name is taken.
+        UserError: If the name is taken.
     """
     if dataset.name in DATASETS:
         raise UserError(f"data set {dataset.name!r} is registered already; give yours another name")
@@ -37,14 +37,14 @@ def check(name: str, split: str) -> DataSet:
     """Return the data set of a name, after checking that it has a split.
 
     Args:
-        name: of the data set.
-        split: that it must have.
+        name: Name of the data set.
+        split: Split that it must have.
 
     Returns:
         The declaration.
 
     Raises:
-        UserError: if the name or the split is unknown; lists the valid ones.
+        UserError: If the name or the split is unknown; lists the valid ones.
     """
     if name not in DATASETS:
         names = ", ".join(sorted(DATASETS))
@@ -62,7 +62,7 @@ def asked_for(dataset: DataSet, regions: str) -> DataSet:
     """Return the declaration for what regions ask for.
 
     Args:
-        dataset: a declaration.
+        dataset: A declaration.
         regions: "grounding", or "dense captioning", which asks for descriptions of boxes and has no metric.
 
     Returns:
@@ -77,16 +77,16 @@ def read(name: str, folder: str | Path, split: str, **options: str) -> Iterable[
     """Read one split of a data set, in the order of its official files.
 
     Args:
-        name: of the data set.
-        folder: with its official files.
-        split: of the data set.
-        **options: of the reader, such as `expressions="last"` of RefCOCO.
+        name: Name of the data set.
+        folder: Folder with its official files.
+        split: Split of the data set.
+        **options: Options of the reader, such as `expressions="last"` of RefCOCO.
 
     Returns:
         The records.
 
     Raises:
-        UserError: if the name or the split is unknown, or a file is missing or malformed. Errors of files may
+        UserError: If the name or the split is unknown, or a file is missing or malformed. Errors of files may
             come with the first record.
     """
     return check(name, split).reader(Path(folder), split, **options)

@@ -17,12 +17,12 @@ class Sample:
     """One sequence: the turns about one image.
 
     Attributes:
-        id: unique within its source.
-        source: name of its source.
-        image: key of its picture in the source.
-        task: kind of question, such as "grounding".
-        chunks: prompt and answers (`vlm.prompts`); without the last answer in evaluation.
-        target: what metrics need to know of the right answer, by name; JSON values only.
+        id: Unique within its source.
+        source: Name of its source.
+        image: Key of its picture in the source.
+        task: Kind of question, such as "grounding".
+        chunks: Prompt and answers (`vlm.prompts`); without the last answer in evaluation.
+        target: What metrics need to know of the right answer, by name; JSON values only.
     """
 
     id: str
@@ -37,8 +37,8 @@ class Source(Protocol):
     """Samples by number and their pictures by key; reading one must not depend on what was read before.
 
     Attributes:
-        name: of the source.
-        fingerprint: identifies the pictures (a seed and a split, a folder), so that a cache of features can
+        name: Name of the source.
+        fingerprint: Identifies the pictures (a seed and a split, a folder), so that a cache of features can
             tell two sources apart.
     """
 

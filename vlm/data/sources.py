@@ -39,17 +39,17 @@ class FileSource:
     by shard.)
 
     Args:
-        name: of the data set.
-        annotation_folder: with the official files.
-        image_folder: with the pictures, by the names that the official files use.
-        split: of the data set.
-        rules: how records become samples; for training by default.
-        filtered: leave out what the published training data leave out (`DataSet.keep`).
-        index_folder: for the lines on disk; None = in memory.
-        **options: of the reader, such as `expressions="last"`.
+        name: Name of the data set.
+        annotation_folder: Folder with the official files.
+        image_folder: Folder with the pictures, by the names that the official files use.
+        split: Split of the data set.
+        rules: How records become samples; for training by default.
+        filtered: Leave out what the published training data leave out (`DataSet.keep`).
+        index_folder: Folder for an index of the lines on disk; None = in memory.
+        **options: Options of the reader, such as `expressions="last"`.
 
     Raises:
-        UserError: if a name is unknown, or a file is missing or malformed.
+        UserError: If a name is unknown, or a file is missing or malformed.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class FileSource:
         """Return a picture as stored, (height, width, 3) uint8, RGB.
 
         Raises:
-            UserError: if it is missing or damaged.
+            UserError: If it is missing or damaged.
         """
         return pictures.read(self._picture_file(image), advice="download it again")
 

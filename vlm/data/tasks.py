@@ -51,7 +51,7 @@ class Task:
 
     Attributes:
         name: `Sample.task`.
-        record: the type of the records.
+        record: The type of the records.
         prompt: (records about one image, whether answers are told, size) -> chunks. Takes one record if
             answers are not told.
         target: (record, size) -> what metrics need to know of the right answer, as JSON values.
@@ -70,7 +70,7 @@ def known(record: Record, answer: T | None) -> T:
     """Return the answer of a record.
 
     Raises:
-        UserError: if it is hidden.
+        UserError: If it is hidden.
     """
     if answer is None:
         raise UserError(f"split {record.split!r} has no answers, so it can be used for evaluation only")
@@ -146,8 +146,9 @@ def questions(*, keep_case: bool = False, yes_no: bool = False) -> Task:
     """Make a task of open questions, trained on the most frequent answer.
 
     Args:
-        keep_case: of questions and answers, for documents, whose capitals mean something.
-        yes_no: add the label "yes" to the target.
+        keep_case: Whether to keep the case of questions and answers, for documents, whose capitals mean
+            something.
+        yes_no: Add the label "yes" to the target.
 
     Returns:
         The task.
@@ -213,8 +214,8 @@ def choices(*, keep_case: bool = False, moved: bool = False) -> Task:
     """Make a task that asks for the letter of one of several texts.
 
     Args:
-        keep_case: of questions, for diagrams.
-        moved: how training puts the right choice into another slot. True moves it there, as published for
+        keep_case: Whether to keep the case of questions, for diagrams.
+        moved: How training puts the right choice into another slot. True moves it there, as published for
             Visual7W; False swaps it with the choice that is there.
 
     Returns:

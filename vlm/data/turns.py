@@ -26,10 +26,10 @@ class Rules:
 
     Attributes:
         training: True for samples with answers and several turns, False for evaluation.
-        regions: what `Grounded` records ask for, "grounding" or "dense captioning".
-        every_slot: training shows a multiple-choice question once per choice, with the right one at another
+        regions: What `Grounded` records ask for, "grounding" or "dense captioning".
+        every_slot: Training shows a multiple-choice question once per choice, with the right one at another
             place each time, as published.
-        published: evaluation uses the wording of the released evaluators where it differs from training's
+        published: Evaluation uses the wording of the released evaluators where it differs from training's
             (POPE, GQA, TextVQA, pointing).
     """
 
@@ -47,16 +47,16 @@ def samples(records: Iterable[Record], dataset: DataSet, rules: Rules, size: Siz
     """Yield samples of a data set's records, in the order of the records' images.
 
     Args:
-        records: of one data set.
-        dataset: its declaration.
-        rules: how records become samples.
-        size: gives width and height of an image; called if the record lacks them and boxes need them.
+        records: Records of one data set.
+        dataset: Its declaration.
+        rules: How records become samples.
+        size: Gives width and height of an image; called if the record lacks them and boxes need them.
 
     Yields:
         Samples.
 
     Raises:
-        UserError: if a record for training has no answer, or a box is empty.
+        UserError: If a record for training has no answer, or a box is empty.
     """
 
     def sized(record: Record) -> tuple[int, int]:

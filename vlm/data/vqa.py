@@ -59,9 +59,9 @@ def shuffled(right: Any, wrong: list[Any], key: str) -> tuple[tuple[Any, ...], i
     """Mix right and wrong options in an order that depends on `key` only.
 
     Args:
-        right: the right option.
-        wrong: the other options.
-        key: decides the order.
+        right: The right option.
+        wrong: The other options.
+        key: Decides the order.
 
     Returns:
         The options, and the index of the right one.
@@ -94,7 +94,7 @@ def vsr(folder: Path, split: str) -> Iterator[Statement]:
     """Yield one record per caption, true or false of the image.
 
     Raises:
-        UserError: if a label is neither 0 nor 1.
+        UserError: If a label is neither 0 nor 1.
     """
     path = require(folder, f"{split}.jsonl", "the random split of VSR (train, dev and test jsonl)")
     with structure(path):
@@ -116,7 +116,7 @@ def pope(folder: Path, split: str) -> Iterator[Question]:
     """Yield one record per question; the splits are the three ways of choosing what is asked for.
 
     Raises:
-        UserError: if a label is neither yes nor no.
+        UserError: If a label is neither yes nor no.
     """
     path = require(folder, f"coco_pope_{split}.json", "POPE's questions on COCO")
     with structure(path):

@@ -41,8 +41,8 @@ def serve(options: Options) -> int:
     """Open the page; returns the exit status when it is stopped.
 
     Raises:
-        MissingPackage: if gradio is not installed.
-        UserError: if a run is not trained, or the port is invalid or taken.
+        MissingPackage: If gradio is not installed.
+        UserError: If a run is not trained, or the port is invalid or taken.
     """
     try:
         from vlm.demo import app

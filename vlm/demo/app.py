@@ -55,7 +55,7 @@ def read_upload(payload: Any) -> Picture | None:
     """Read a picture that the user uploads (`vlm.pictures.read`).
 
     Raises:
-        Error: gradio's, shown on the page, if the picture cannot be read or is too large.
+        Error: Gradio's, shown on the page, if the picture cannot be read or is too large.
     """
     if payload is None:
         return None
@@ -76,7 +76,7 @@ class Card:
 
     Args:
         number: 0 = left, 1 = right.
-        contestant: the model.
+        contestant: The model.
     """
 
     def __init__(self, number: int, contestant: Contestant):
@@ -126,8 +126,8 @@ class Card:
 
         Args:
             picture: (height, width, 3) uint8, RGB.
-            reply: the model's reply.
-            layer: of the heat maps.
+            reply: The model's reply.
+            layer: Layer of the heat maps.
 
         Returns:
             One value per component.
@@ -139,8 +139,8 @@ class Card:
 
         Args:
             picture: (height, width, 3) uint8, RGB.
-            reply: the model's reply.
-            layer: of the heat maps.
+            reply: The model's reply.
+            layer: Layer of the heat maps.
 
         Returns:
             One value per component.
@@ -185,9 +185,9 @@ def note(reply: Reply, layer: int, name: str) -> str:
     """Return HTML that says what a heat map shows and what its strongest colour stands for.
 
     Args:
-        reply: the model's reply.
-        layer: of the heat map.
-        name: of its quantity.
+        reply: The model's reply.
+        layer: Layer of the heat map.
+        name: Name of its quantity.
 
     Returns:
         HTML.
@@ -315,11 +315,11 @@ def serve(page: gr.Blocks, port: int) -> None:
     """Show the page on this machine until Ctrl-C; nothing is fetched or sent elsewhere.
 
     Args:
-        page: of `build`.
-        port: of the page.
+        page: Page of `build`.
+        port: Port of the page.
 
     Raises:
-        OSError: if the port is taken.
+        OSError: If the port is taken.
     """
     page.queue().launch(
         server_name="127.0.0.1",

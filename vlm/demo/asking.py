@@ -40,7 +40,7 @@ class Contestant:
         """Load a trained model.
 
         Raises:
-            UserError: if the folder is none that `vlm.train` wrote.
+            UserError: If the folder is none that `vlm.train` wrote.
         """
         run, out = saved_run(folder)
         return cls(run, out, load(run, out))
@@ -55,9 +55,9 @@ class Question:
     """A question about a picture.
 
     Attributes:
-        text: as asked.
-        sample: the prompt, and the right answer if it is known.
-        example: of a scene; None for a question of the user's.
+        text: As asked.
+        sample: The prompt, and the right answer if it is known.
+        example: Example of a scene; None for a question of the user's.
     """
 
     text: str
@@ -70,12 +70,12 @@ class Reply:
     """A model's answer, and what it read and wrote while answering.
 
     Attributes:
-        question: what was asked.
-        said: the answer.
-        maps: layer -> quantity -> (side, side), mean over the tokens of the answer.
-        ratios: layer -> quantity -> ratio of the target's patches to those of other shapes; {} unless the
+        question: What was asked.
+        said: The answer.
+        maps: Layer -> quantity -> (side, side), mean over the tokens of the answer.
+        ratios: Layer -> quantity -> ratio of the target's patches to those of other shapes; {} unless the
             question asks for the box of a scene's shape.
-        unknown: words of the question that the model cannot read.
+        unknown: Words of the question that the model cannot read.
     """
 
     question: Question
@@ -105,7 +105,7 @@ def typed(text: str, picture: Picture) -> Question:
     """Word a user's own question, whose answer is not known.
 
     Args:
-        text: the question; "" asks for a caption, as does CAPTION.
+        text: The question; "" asks for a caption, as does CAPTION.
         picture: (height, width, 3) uint8, RGB.
 
     Returns:
@@ -122,9 +122,9 @@ def ask(contestant: Contestant, picture: Picture, asked: Question) -> Reply:
     """Answer a question, and record what the model reads and writes while answering.
 
     Args:
-        contestant: the model.
+        contestant: The model.
         picture: (height, width, 3) uint8, RGB.
-        asked: the question.
+        asked: The question.
 
     Returns:
         The greedy answer and its maps.

@@ -52,7 +52,7 @@ def heat(picture: Picture, values: npt.NDArray[np.float64], boxes: Sequence[Box]
     Args:
         picture: (height, width, 3) uint8, RGB.
         values: (side, side), at least 0; the colours run from 0 to the largest value.
-        boxes: to be framed, in pixels of the picture.
+        boxes: Boxes to frame, in pixels of the picture.
 
     Returns:
         The drawn picture.

@@ -50,7 +50,7 @@ def measure(options: Options) -> int:
     """Write the table of the command line's runs and print the ratios; returns the exit status.
 
     Raises:
-        UserError: if no run is given, a run is not trained, or there are fewer than two examples.
+        UserError: If no run is given, a run is not trained, or there are fewer than two examples.
     """
     import pandas as pd
 

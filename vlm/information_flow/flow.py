@@ -64,7 +64,7 @@ def layer_flows(model: VLM, input_ids: Tensor, features: Tensor, at: Sequence[in
     """Measure every layer's flow of information from patches to positions, in one precision (no autocast).
 
     Args:
-        model: the model.
+        model: The model.
         input_ids: (B, L) int64 without padding, as `vlm.layout.sequence` makes them.
         features: (B, P, F).
         at: A positions that read, the same in all sequences. The last one of a prompt predicts its answer.
@@ -96,10 +96,10 @@ def scan_flow(scan: Scan, norm: Tensor, places: Tensor, at: Sequence[int]) -> Fl
     """Return the flow of an SSM layer.
 
     Args:
-        scan: the inputs of its recurrence.
+        scan: The inputs of its recurrence.
         norm: (B, A), of its state at the A positions.
         places: (B, P) int64, of the patches.
-        at: the A positions.
+        at: The A positions.
 
     Returns:
         All four quantities.

@@ -64,9 +64,9 @@ def patches_of(box: Box, size: int, side: int) -> npt.NDArray[np.bool_]:
     """Return the patches that a box covers by more than half, or the one it covers most if there are none.
 
     Args:
-        box: in pixels.
-        size: pixels a side of the image.
-        side: patches along one side.
+        box: The box, in pixels.
+        size: Pixels a side of the image.
+        side: Patches along one side.
 
     Returns:
         (side^2,) bool.
@@ -82,9 +82,9 @@ def group_weights(scene: Scene, target: Box, side: int) -> dict[str, npt.NDArray
     question asks for their boxes; only so is the target one of the shapes by chance.
 
     Args:
-        scene: the scene.
-        target: box of one of its shapes, in pixels.
-        side: patches along one side.
+        scene: The scene.
+        target: Box of one of its shapes, in pixels.
+        side: Patches along one side.
 
     Returns:
         "target", "distractor" and "background" -> (side^2,) float64, summing to 1.
@@ -103,16 +103,16 @@ def target_table(run: Run, out: Path, examples: int = 100, device: str = "cpu") 
     """Measure a trained run on grounding questions about held-out scenes, followed by the right answers.
 
     Args:
-        run: the run.
-        out: folder of the runs.
-        examples: number of questions.
-        device: of the model.
+        run: The run.
+        out: Folder of the runs.
+        examples: Number of questions.
+        device: Device of the model.
 
     Returns:
         COLUMNS; one row per example, layer, quantity and `at`.
 
     Raises:
-        UserError: if the run is not trained in `out`.
+        UserError: If the run is not trained in `out`.
     """
     import pandas as pd
 
@@ -177,9 +177,9 @@ def target_ratios(table: pd.DataFrame, by: Sequence[str] = KEYS, confidence: flo
     means over examples, because a mean of ratios exceeds 1 even if target and other shapes are alike.
 
     Args:
-        table: of `target_table`, for one run or several.
-        by: columns to group by.
-        confidence: of the intervals.
+        table: Result of `target_table`, for one run or several.
+        by: Columns to group by.
+        confidence: Confidence of the intervals.
 
     Returns:
         Columns `by`, ratio, low, high, raw, raw_low, raw_high, examples.

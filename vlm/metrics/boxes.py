@@ -21,7 +21,7 @@ def iou(predicted: ArrayLike, gold: ArrayLike) -> NDArray[np.float64]:
         (N,) float64.
 
     Raises:
-        UserError: if a shape is another one, or a gold box is no box.
+        UserError: If a shape is another one, or a gold box is no box.
     """
     p, g = np.asarray(predicted, np.float64), np.asarray(gold, np.float64)
     if p.shape != g.shape or p.ndim != 2 or p.shape[1] != 4:

@@ -52,8 +52,8 @@ def scores(
     """Score one caption per image, all images together.
 
     Args:
-        predicted: caption by image id.
-        references: captions by image id.
+        predicted: Caption by image id.
+        references: Captions by image id.
         tokenizer: "regex" (`words`), or "ptb", the official one, which needs Java. State which one you used
             next to a number.
 
@@ -61,8 +61,8 @@ def scores(
         bleu1 .. bleu4, rouge_l and cider; 1.0 is 100 in published tables.
 
     Raises:
-        UserError: if ids differ, an image has no reference, or the tokenizer is unknown or lacks Java.
-        MissingPackage: if pycocoevalcap is not installed.
+        UserError: If ids differ, an image has no reference, or the tokenizer is unknown or lacks Java.
+        MissingPackage: If pycocoevalcap is not installed.
     """
     if predicted.keys() != references.keys() or not predicted:
         raise UserError(
@@ -97,16 +97,16 @@ def by_domain(
     """Score NoCaps by domain, each domain by itself, and all images as "entire".
 
     Args:
-        predicted: caption by image id.
-        references: captions by image id.
-        domains: one of DOMAINS by image id.
-        tokenizer: as for `scores`.
+        predicted: Caption by image id.
+        references: Captions by image id.
+        domains: One of DOMAINS by image id.
+        tokenizer: As for `scores`.
 
     Returns:
         Scores by domain.
 
     Raises:
-        UserError: if an image has no domain or an unknown one.
+        UserError: If an image has no domain or an unknown one.
     """
     unknown = set(domains.values()) - set(DOMAINS)
     if unknown or domains.keys() != predicted.keys():

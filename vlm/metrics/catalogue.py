@@ -26,8 +26,8 @@ class Metric:
     """How answers are scored.
 
     Attributes:
-        name: of the main row.
-        rule: when an answer is right, in words.
+        name: Name of the main row.
+        rule: When an answer is right, in words.
         right: (target, answer) -> whether it is right; None if that is no matter of yes or no, or hidden.
         rows: (samples, answers) -> rows with metric, value and count, and ci_low and ci_high of shares; [] if
             the right answers are hidden.

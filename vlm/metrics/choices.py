@@ -21,7 +21,7 @@ def says_yes(text: str, rule: str = "official") -> bool:
     """Return whether an answer counts as yes.
 
     Args:
-        text: the answer.
+        text: The answer.
         rule: "official" (POPE): yes unless "no", "No" or "not" is a word of the first sentence. "published"
             (the paper's): yes unless the whole answer is "no", so that "No." counts as yes.
 
@@ -29,7 +29,7 @@ def says_yes(text: str, rule: str = "official") -> bool:
         True for yes.
 
     Raises:
-        UserError: if the rule is unknown.
+        UserError: If the rule is unknown.
     """
     if rule == "published":
         return text.strip().lower() != "no"

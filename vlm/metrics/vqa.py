@@ -108,14 +108,14 @@ def accuracy(prediction: str, answers: Sequence[str]) -> float:
     all annotators wrote the same; doing it always is what the text-VQA benchmarks do.)
 
     Args:
-        prediction: the answer.
-        answers: of the annotators.
+        prediction: The answer.
+        answers: Answers of the annotators.
 
     Returns:
         0 .. 1.
 
     Raises:
-        UserError: if there are no answers.
+        UserError: If there are no answers.
     """
     if not answers:
         raise UserError("answers is empty: a hidden test set has to be scored by its server")
@@ -131,14 +131,14 @@ def published_accuracy(prediction: str, answers: Sequence[str]) -> float:
     prediction is normalised, so answers written with capitals or articles cannot be matched.
 
     Args:
-        prediction: the answer.
-        answers: of the annotators.
+        prediction: The answer.
+        answers: Answers of the annotators.
 
     Returns:
         0 .. 1.
 
     Raises:
-        UserError: if there are no answers.
+        UserError: If there are no answers.
     """
     if not answers:
         raise UserError("answers is empty: a hidden test set has to be scored by its server")

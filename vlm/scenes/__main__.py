@@ -25,7 +25,7 @@ def contact_sheet(seed: int, split: str) -> Image.Image:
     """Draw scene k with a question of task k; the boxes of its answer are framed.
 
     Args:
-        seed: of the scenes.
+        seed: Seed of the scenes.
         split: "train", "heldout" or "combination".
 
     Returns:

@@ -53,7 +53,7 @@ class SceneEncoder(nn.Module):
     other sizes, as in large encoders.
 
     Args:
-        width: of the features.
+        width: Width of the features.
     """
 
     num_prefix_tokens = 0  # no class token (timm's name for it)
@@ -86,7 +86,7 @@ class Heads(nn.Module):
     """What is read off a patch's features in training: an answer to each of QUESTIONS, and the box.
 
     Args:
-        width: of the features.
+        width: Width of the features.
     """
 
     def __init__(self, width: int = WIDTH):
@@ -102,7 +102,7 @@ class Heads(nn.Module):
 
         Args:
             features: (B, P, width).
-            labels: by question, (B, P) int64; -1 = does not apply.
+            labels: (B, P) int64, a column per question; -1 = does not apply.
             boxes: (B, P, 4), as shares of the image.
 
         Returns:
@@ -123,8 +123,8 @@ def annotation(scene: Scene, side: int) -> tuple[dict[str, npt.NDArray[np.int64]
     A patch belongs to the object that covers most of it, if any covers a tenth.
 
     Args:
-        scene: the scene.
-        side: patches along one side.
+        scene: The scene.
+        side: Patches along one side.
 
     Returns:
         By question, (side^2,) int64, -1 = does not apply; and boxes (side^2, 4) float32, as shares of the
@@ -154,7 +154,7 @@ def coverage(box: Sequence[float], side: int) -> npt.NDArray[np.float64]:
 
     Args:
         box: x_min, y_min, x_max, y_max, as shares of the image.
-        side: patches along one side.
+        side: Patches along one side.
 
     Returns:
         (side, side), 0 .. 1.
@@ -199,15 +199,15 @@ def trained(folder: Path, *, images: int = IMAGES, progress: bool = True) -> Sce
     """Return the frozen encoder, from disk or trained first (about two minutes on two cores).
 
     Args:
-        folder: of the weights.
-        images: number of training scenes; each is seen EPOCHS times, at the sizes TRAINED in turn.
-        progress: whether to show a bar.
+        folder: Folder of the weights.
+        images: Number of training scenes; each is seen EPOCHS times, at the sizes TRAINED in turn.
+        progress: Whether to show a bar.
 
     Returns:
         The encoder.
 
     Raises:
-        UserError: if the file of the weights is damaged.
+        UserError: If the file of the weights is damaged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{key(images)}.safetensors"

@@ -27,12 +27,12 @@ class Example:
     """A question about a scene.
 
     Attributes:
-        scene: the scene.
-        task: name in TASKS.
-        question: its text.
-        answer: its text.
-        choices: the valid letters, or ().
-        boxes: of the answer; in pointing of the candidates A .. D. In pixels.
+        scene: The scene.
+        task: Name in TASKS.
+        question: Its text.
+        answer: Its text.
+        choices: The valid letters, or ().
+        boxes: Boxes of the answer; in pointing of the candidates A .. D. In pixels.
     """
 
     scene: Scene
@@ -47,14 +47,14 @@ def make_example(scene: Scene, task: str) -> Example:
     """Return the one example that a task makes of a scene.
 
     Args:
-        scene: the scene.
-        task: name in TASKS.
+        scene: The scene.
+        task: Name in TASKS.
 
     Returns:
         The example.
 
     Raises:
-        UserError: if the task is unknown.
+        UserError: If the task is unknown.
     """
     if task not in TASKS:
         raise UserError(f"unknown task {task!r}; valid: {', '.join(TASKS)}")
@@ -70,9 +70,9 @@ def balanced(scene: Scene, task: str, ways: int) -> int:
     The order is the task's own, so questions about one image do not share their answers.
 
     Args:
-        scene: the scene; its index decides the number.
-        task: name in TASKS.
-        ways: how many numbers there are.
+        scene: The scene; its index decides the number.
+        task: Name in TASKS.
+        ways: How many numbers there are.
 
     Returns:
         0 .. ways - 1.
@@ -103,9 +103,9 @@ def unique_phrases(scene: Scene, item: Object, attributes: Sequence[str] = _ATTR
     """Return the shortest phrases that fit one shape of a scene and no other.
 
     Args:
-        scene: the scene.
-        item: the shape.
-        attributes: that phrases may use.
+        scene: The scene.
+        item: The shape.
+        attributes: Attributes that phrases may use.
 
     Returns:
         The phrases; [] if none is unique.
@@ -238,8 +238,8 @@ def reading(scene: Scene, rng: np.random.Generator, kind: str) -> Example:
     """Ask for the digit or the word in a scene.
 
     Args:
-        scene: the scene.
-        rng: not used.
+        scene: The scene.
+        rng: Not used.
         kind: "digit" or "word".
 
     Returns:

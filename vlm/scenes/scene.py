@@ -30,12 +30,12 @@ class Object:
 
     Attributes:
         kind: "shape", "digit" or "word".
-        name: the shape, digit or word.
-        colour: one of COLOURS.
+        name: The shape, digit or word.
+        colour: One of COLOURS.
         size: "small" or "large".
         texture: "solid", "striped" or "dotted".
         box: x_min, y_min, x_max, y_max in whole pixels; x_max and y_max are the first pixels outside.
-        source: index of the digit's image; -1 for others.
+        source: Index of the digit's image; -1 for others.
     """
 
     kind: str
@@ -52,12 +52,12 @@ class Scene:
     """A scene.
 
     Attributes:
-        objects: in reading order of their cells.
-        size: pixels a side.
-        ground: grey level of the background.
-        seed: of the scene.
-        split: of the scene.
-        index: of the scene.
+        objects: The objects, in reading order of their cells.
+        size: Pixels a side.
+        ground: Grey level of the background.
+        seed: Seed of the scene.
+        split: Split of the scene.
+        index: Index of the scene.
     """
 
     objects: tuple[Object, ...]
@@ -77,15 +77,15 @@ def scene_stream(seed: int, split: str, index: int) -> np.random.Generator:
     """Return the random stream of a scene (`ssm_retrieval.streams.stream`).
 
     Args:
-        seed: of the scenes.
-        split: one of SPLITS.
-        index: of the scene.
+        seed: Seed of the scenes.
+        split: One of SPLITS.
+        index: Index of the scene.
 
     Returns:
         The generator.
 
     Raises:
-        UserError: if the split or the seed is invalid.
+        UserError: If the split or the seed is invalid.
     """
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}; valid: {', '.join(SPLITS)}")
@@ -111,16 +111,16 @@ def sample_scene(seed: int, split: str, index: int, size: int = 128) -> Scene:
     Colour and shape together identify one shape of a scene.
 
     Args:
-        seed: of the scenes.
-        split: one of SPLITS.
-        index: of the scene.
-        size: pixels a side.
+        seed: Seed of the scenes.
+        split: One of SPLITS.
+        index: Index of the scene.
+        size: Pixels a side.
 
     Returns:
         The scene.
 
     Raises:
-        UserError: if the split, seed or index is invalid, or the image is too small to read.
+        UserError: If the split, seed or index is invalid, or the image is too small to read.
     """
     if size < MIN_SIZE:
         raise UserError(f"size {size} is too small to read words in: give at least {MIN_SIZE} pixels")

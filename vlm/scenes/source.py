@@ -26,16 +26,16 @@ class SceneSource:
     """Samples of one task; sample i is about scene i.
 
     Args:
-        task: one of `vlm.scenes.TASKS`, or one that asks several questions about an image: "vqa" (questions
+        task: One of `vlm.scenes.TASKS`, or one that asks several questions about an image: "vqa" (questions
             of different kinds), "locate" (boxes of phrases), "describe" (descriptions of boxes).
-        images: number of scenes.
-        seed: of the scenes.
+        images: Number of scenes.
+        seed: Seed of the scenes.
         split: "train", "heldout" or "combination".
-        turns: questions about an image, for the tasks that ask several; the others ignore it.
-        answers: whether prompts contain the answers; if not, they are in `Sample.target`.
+        turns: Questions about an image, for the tasks that ask several; the others ignore it.
+        answers: Whether prompts contain the answers; if not, they are in `Sample.target`.
 
     Raises:
-        UserError: if the task is unknown.
+        UserError: If the task is unknown.
     """
 
     def __init__(

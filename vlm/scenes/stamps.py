@@ -42,8 +42,8 @@ def stamp(item: Object, size: int) -> tuple[Mask, Mask]:
     """Return the masks of an object.
 
     Args:
-        item: the object.
-        size: of the image, pixels a side.
+        item: The object.
+        size: Size of the image, pixels a side.
 
     Returns:
         (h, w) pixels of the object, and (h, w) those among them in its full colour.
@@ -128,7 +128,7 @@ def digit_images() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     """Return scikit-learn's handwritten digits: (1797, 8, 8) uint8 ink 0 .. 255, and (1797,) int64 digits.
 
     Raises:
-        MissingPackage: if scikit-learn is not installed.
+        MissingPackage: If scikit-learn is not installed.
     """
     try:
         from sklearn.datasets import load_digits

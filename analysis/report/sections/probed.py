@@ -79,8 +79,8 @@ def beside_untrained(
         axes: What x and y are.
         color: #rrggbb.
         more: What hovering shows of the trained rows, by name.
-        dash: plotly's, of trained weights.
-        symbol: plotly's.
+        dash: Plotly's, of trained weights.
+        symbol: Plotly's.
 
     Returns:
         The traces, and the trained rows.
