@@ -25,6 +25,7 @@ from ssm_retrieval.training.records import environment, finished
 from ssm_retrieval.training.store import Row
 from synthetic import records
 from synthetic.identity import Plan
+from synthetic.options import NO_OPTION
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -71,6 +72,7 @@ CONFIG = {
 }
 # Also of what was run, but younger than the tables of some studies, which lack these columns.
 RECIPE = {
+    "options": ("string", "NAME=VALUE of the task's options without a column; missing if it has none"),
     "heads": ("int64", "of attention, or of Mamba-2; missing for models without"),
     "d_conv": ("int64", "taps of the short convolution; missing for Transformers"),
     "ssm_init": ("string", "first weights of state space models; missing where there is no choice"),
@@ -262,11 +264,13 @@ def config_columns(plan: Row) -> Row:
 
     options, family = plan["task_options"], plan["family"]
     shape: Any = models.config(plan["model"], **plan["model_overrides"])
+    named = {*CONFIG, NO_OPTION}  # options that have a column, and what --init decides
     schemes = ARCHITECTURES[family].positions
     scheme = shape.position if schemes and {schemes[0], shape.position} != {"none"} else None
     return {name: plan[name] for name in CONFIG if name in plan} | {
         "task_options": json.dumps(options, sort_keys=True),
         "layout": options.get("layout"),
+        "options": " ".join(f"{n}={v}" for n, v in sorted(options.items()) if n not in named) or None,
         "num_symbols": _num_symbols(plan["task"], json.dumps(options)),
         "model": family,
         # models from one checkpoint are of one size, and to be told from those of a preset

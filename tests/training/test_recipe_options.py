@@ -279,3 +279,15 @@ def test_runs_of_two_recipes_are_not_pooled():
     cell = ["task", "model", "seq_len", "seed"]
     assert results.apart(table, cell) == ["schedule", "label_smoothing"]
     assert results.apart(table.drop(columns=list(results.RECIPE)), cell) == ["schedule"]
+
+
+def test_runs_of_other_task_options_are_not_pooled():
+    """Options with a flag but no column of their own, and those without a flag; columns tell the others."""
+    mqar = dict(task="mqar", seq_len=32, num_symbols=64)
+    asked = [dict(num_pairs=4), dict(num_pairs=8), dict(num_pairs=4, task_options={"power": 0.5})]
+    rows = [columns("mamba", **mqar, **one) | dict(seed=0) for one in asked]
+    assert len({row["options"] for row in rows}) == 3 and "num_pairs=4" in rows[0]["options"]
+    table = pd.DataFrame(rows).assign(parameters=1, parameters_without_embeddings=1, purpose="", commit="")
+    cell = ["task", "model", "seq_len", "seed"]
+    assert results.apart(table.assign(run=list("abc")), cell) == ["options"]
+    assert columns("mamba", num_symbols=50)["options"] == columns("mamba")["options"]
