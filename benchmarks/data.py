@@ -29,9 +29,9 @@ from benchmarks.common import command, machine, numpy_peak, parse, print_ratios,
 from ssm_retrieval.ops.memory import keep_freed_memory
 from synthetic import tasks
 from synthetic.config import RunConfig
+from synthetic.curricula import MIN_ROWS
 from synthetic.evaluate import autocast
 from synthetic.tasks import Batch, Task
-from synthetic.trainer import MIN_ROWS
 
 SYMBOLS = 1024  # at least; more where the context is longer
 PAIRS = 64  # of mqar, or as many as the context has room for

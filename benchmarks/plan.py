@@ -62,14 +62,14 @@ def updates(settled: Plan, steps: int) -> None:
     """Make optimizer steps of a run at full length."""
     from ssm_retrieval import models
     from ssm_retrieval.training.optimizers import make_optimizer
-    from synthetic import tasks, trainer
+    from synthetic import curricula, tasks, trainer
 
     model = models.build(settled.model, **settled.model_overrides)
     model.checkpointing = settled.checkpointing
     optimizer = make_optimizer(model, settled)
     task = tasks.build(settled.task, **settled.task_options)
     for i in range(steps):
-        batch = trainer.next_batch(task, settled, trainer.Progress(step=i, length=settled.seq_len))
+        batch = curricula.next_batch(task, settled, trainer.Progress(step=i, length=settled.seq_len))
         trainer.update(model, optimizer, batch, settled)
 
 

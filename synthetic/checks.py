@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ssm_retrieval.models.architecture import Architecture
     from synthetic.config import RunConfig
     from synthetic.identity import Plan
+    from synthetic.tasks import Task
 
 LARGE = 10**12  # steps or sequences: longer than any machine lasts, and far below what files can hold
 # Least and largest value of every number; None is always the default. Limits of the task and of the model
@@ -155,7 +156,7 @@ def check_values(config: RunConfig, paper: bool, schedule: str) -> None:
         f"--queries {config.queries} contradicts --protocol paper, which has 1; leave one of them out",
     )
     check(
-        not paper or config.schedule in ("constant", schedule),
+        not paper or config.schedule in (None, schedule),
         f"--schedule {config.schedule} contradicts --protocol paper, which has {schedule}; leave one out",
     )
     check(
@@ -225,21 +226,46 @@ def check_optimizer(plan: Plan) -> None:
 def position(config: RunConfig, architecture: Architecture) -> str:
     """The position scheme of a model: the one asked for, or else the protocol's or the model's default.
 
-    An SSM beside attention keeps its default with "rope", which `check_architecture` refuses for SSMs alone.
+    Positions are learned by default, so that no model is told more of the order than another; the papers give
+    them to attention alone. An SSM beside attention has none with "rope", which `check_architecture` refuses
+    for SSMs alone.
 
     Raises:
         UserError: If the model lacks the scheme asked for.
     """
     schemes = architecture.positions
-    default = "rope" if config.protocol == "paper" and "rope" in schemes else schemes[0]
-    chosen = config.position or default
-    if chosen == "rope" and default == "none":
-        chosen = default
+    usual = "rope" if config.protocol == "paper" else "learned"
+    chosen = config.position or (usual if usual in schemes else schemes[0])
+    if chosen == "rope" and schemes[0] == "none":
+        chosen = "none"
     check(
         chosen in schemes,
         f"--position {chosen} is none of --model {architecture.name}'s; use {', '.join(schemes)}",
     )
     return chosen
+
+
+def check_growth(growth: str, scheme: str, task: Task) -> None:
+    """Check that a model can know where its contexts lie, if answers say so.
+
+    Args:
+        growth: As in `synthetic.curricula`.
+        scheme: The model's position scheme.
+        task: What is trained on.
+
+    Raises:
+        UserError: If it cannot, or the task's contexts cannot be placed so.
+    """
+    answers = task.vocabulary.num_positions > 0
+    check(
+        growth != "window" or scheme == "learned" or not answers,
+        f"--growth window places contexts anywhere, and with --position {scheme} a model cannot tell where; "
+        "give --position learned, or --growth prefix",
+    )
+    check(
+        growth != "filled" or answers,
+        f"--growth filled is for tasks whose answers are positions, not --task {task.name}; use prefix",
+    )
 
 
 def check_particular(config: RunConfig) -> None:

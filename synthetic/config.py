@@ -16,7 +16,16 @@ import tyro
 from ssm_retrieval.cli import Imports
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.registry import ARCHITECTURES
-from synthetic.checks import PARTICULAR, check, check_names, check_optimizer, check_values, lacks, position
+from synthetic.checks import (
+    PARTICULAR,
+    check,
+    check_growth,
+    check_names,
+    check_optimizer,
+    check_values,
+    lacks,
+    position,
+)
 from synthetic.identity import TRAINING_VERSION, Plan, normal, run_id
 from synthetic.options import TaskOptions, chosen
 from synthetic.options import settled as settled_options
@@ -104,7 +113,7 @@ position-varlen. Each batch draws a length up to --seq-len; evaluation always us
     """Other options of the task, such as power=1 random_fillers=false for mqar. A wrong name lists them."""
     position: Annotated[
         Literal["learned", "rope", "none"] | None,
-        unset("{learned,rope,none}", "learned, or rope with --protocol paper; Mamba and Mamba-2: none"),
+        unset("{learned,rope,none}", "learned for every model; --protocol paper: rope, SSMs none"),
     ] = None
     """How a model learns the order of tokens: learned adds vectors to the embedding, rope is attention's."""
     rotary_pct: float = 0.25
@@ -125,7 +134,9 @@ task's tokens are added to its vocabulary."""
     """State size per channel of Mamba and Mamba-2, 1 to 256."""
     d_conv: Annotated[int | None, unset("INT", "the preset's")] = None
     """Taps of the short convolution before a state space: each token sees this many, itself included."""
-    ssm_init: Annotated[str | None, unset("STR", "default")] = None
+    ssm_init: Annotated[
+        str | None, unset("STR", "recall if answers are positions and --position is learned, else default")
+    ] = None
     """First weights of state space models. default: as published. recall: a memory that does not fade and \
 is read by what it was written with, which helps retrieval. A wrong name lists all, parts of recall too."""
     protocol: Literal["default", "paper"] = "default"
@@ -137,6 +148,13 @@ position-varlen's default is at most a quarter of its symbols."""
     curriculum: Annotated[int | None, unset("INT", "2, or the shortest that the task allows")] = None
     """Context length at the start of training; it doubles whenever training accuracy passes 0.95. 0: always \
 --seq-len."""
+    growth: Annotated[
+        Literal["prefix", "gap", "window", "filled", "mixed"] | None,
+        unset("{prefix,gap,window,filled,mixed}", "window with learned positions, else prefix"),
+    ] = None
+    """Where contexts shorter than --seq-len lie. prefix: at the first positions. window: at a random place, \
+so that every position is trained from the start. filled: the same, with <bos> at all other positions. \
+mixed: at the first positions, a random length for each batch instead of doubling."""
     lr: Annotated[
         float | None, unset("FLOAT", "2e-3 at width 128, falling with the square root of width")
     ] = None
@@ -169,7 +187,10 @@ dt (of Mamba-2 the bias only). S4 uses less than 1. 0: they keep their first val
         int | None, unset("INT", "50; --protocol paper: a tenth of all steps, n-grams a twentieth")
     ] = None
     """Steps in which the learning rate rises to its peak."""
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    schedule: Annotated[
+        Literal["constant", "cosine", "linear"] | None,
+        unset("{constant,cosine,linear}", "cosine; --protocol paper: the paper's"),
+    ] = None
     """Course of the learning rate until --steps or --budget; cosine and linear fall to 0."""
     flat: Annotated[int | None, unset("INT", "none: the decay begins with the first step")] = None
     """Steps at the peak between the warm-up and the decay, which takes the rest of --steps."""
@@ -227,9 +248,11 @@ PYTHONPATH. May be given several times."""
         architecture = ARCHITECTURES.find(family)
         lacking = [name for name in PARTICULAR if lacks(architecture, name)]
         lacking += [] if architecture.has("rotary_pct") else ["rotary_pct"]
-        if not architecture.positions or (self.position == "rope" and architecture.positions[0] == "none"):
-            lacking.append("position")
         own: dict[str, Any] = {name: getattr(RunConfig, name) for name in lacking}
+        if not architecture.positions:
+            own["position"] = None
+        elif self.position == "rope" and architecture.positions[0] == "none":
+            own["position"] = "none"  # what `checks.position` makes of it
         return replace(self, **own, model=(family,))
 
 
@@ -283,6 +306,9 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
         steps, budget = (None, PAPER_EXAMPLES) if paper else (DEFAULT_STEPS, None)
     batch_size = config.batch_size or (PAPER_BATCH if paper else None)
     total = steps or (budget or 0) // (batch_size or PAPER_BATCH)  # steps of a run by the papers' protocol
+    scheme = overrides.get("position", "none")
+    growth = config.growth or ("window" if scheme == "learned" and not paper else "prefix")
+    check_growth(growth, scheme, task)
     device = resolve_device(config.device, elsewhere)
     at, usual = (128, DEFAULT_LR) if start is None else (768, PRETRAINED_LR)
     default_lr = PAPER_LR if paper else usual * (at / width) ** 0.5
@@ -305,7 +331,7 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
         batch_size=batch_size,
         weight_decay=config.weight_decay,
         warmup=(total // recipe.warmup if recipe else 50) if config.warmup is None else config.warmup,
-        schedule=recipe.schedule if recipe else config.schedule,
+        schedule=recipe.schedule if recipe else config.schedule or "cosine",
         grad_clip=config.grad_clip,
         eval_every=config.eval_every or (max(1, total // recipe.evaluations) if recipe else 100),
         betas=config.betas or ((0.9, 0.999) if paper else (0.9, 0.98)),
@@ -321,6 +347,7 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
         label_smoothing=config.label_smoothing,
         ssm_lr=1.0 if lacks(ARCHITECTURES[family], "ssm_lr") else config.ssm_lr,
         flat=config.flat,
+        growth=growth,
         init=None if start is None else start.record,
     )
     check_optimizer(settled)
@@ -346,7 +373,8 @@ def _model(
         usual: Any = models.config(name)
     except ValueError as error:
         raise UserError(f"--preset {config.preset}: {error}") from error
-    changes = shape.changes(config, architecture, usual)
+    placed = overrides.get("position") == "learned" and not paper
+    changes = shape.changes(config, architecture, usual, task.ssm_init if placed else None)
     if overrides.get("position") == "rope":
         bare: Any = models.config(name, **changes, position="none")
         width = (bare.attention_config() if hasattr(bare, "attention_config") else bare).d_head

@@ -40,7 +40,7 @@ class Display(display.Display):
 
 
 def summary(results: list[dict[str, Any]]) -> Table:
-    """One line per model: size, cost, accuracy with its 95 % interval, longest length that was learned."""
+    """One line per model: size, cost, accuracy with its 95 % interval, longest length with 0.95."""
     length, count, chance = (results[0][key] for key in ("length", "count", "chance"))
     table = Table(
         title=f"Single-query accuracy at length {length} ({count} held-out, chance {chance:.4f})",
@@ -48,7 +48,7 @@ def summary(results: list[dict[str, Any]]) -> Table:
         padding=0,
     )
     table.add_column("model", no_wrap=True)
-    for name in ("size", "steps", "tokens", "seconds", "accuracy [95 % CI]", "learned up to"):
+    for name in ("size", "steps", "tokens", "seconds", "accuracy [95 % CI]", "0.95 up to"):
         table.add_column(Text(name), justify="right", no_wrap=True)
     for r in results:
         table.add_row(
@@ -58,8 +58,28 @@ def summary(results: list[dict[str, Any]]) -> Table:
             f"{r['tokens'] / 1e6:.1f} M",
             f"{r['seconds']:.0f}",
             Text(f"{r['accuracy']:.3f} [{r['ci_low']:.3f}, {r['ci_high']:.3f}]"),
-            str(r["longest_length"] or "-"),
+            str(r.get("recalled_length") or "-"),
         )
+    return table
+
+
+def by_length(scores: pd.DataFrame) -> Table:
+    """One line per model: accuracy on held-out sequences of every context length.
+
+    Args:
+        scores: Rows of by_length.jsonl of all runs.
+
+    Returns:
+        A table to print.
+    """
+    lengths = sorted(scores["length"].unique())
+    table = Table(title="Accuracy by context length", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("model", no_wrap=True)
+    for length in lengths:
+        table.add_column(str(length), justify="right", no_wrap=True)
+    for family, rows in scores.groupby("model", sort=False):
+        at = dict(zip(rows["length"], rows["accuracy"], strict=True))
+        table.add_row(NAMES[str(family)], *(f"{at[n]:.2f}" if n in at else "-" for n in lengths))
     return table
 
 

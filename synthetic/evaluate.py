@@ -22,6 +22,7 @@ from ssm_retrieval.statistics import wilson
 from ssm_retrieval.training import distributed
 from ssm_retrieval.training.distributed import World
 from synthetic.tasks import Batch, Task
+from synthetic.tasks.base import Place
 
 EVAL_SEED = 2409_05395  # of both streams; the same for every training seed, model and length
 EVAL_TOKENS = 32768  # per forward pass
@@ -104,7 +105,12 @@ def rows_at_once(task: Task, examples: int, length: int) -> int:
 
 
 def heldout(
-    task: Task, examples: int, length: int, split: str = "heldout", start: int = 0
+    task: Task,
+    examples: int,
+    length: int,
+    split: str = "heldout",
+    start: int = 0,
+    place: Place = "first",
 ) -> Iterator[Batch]:
     """Exactly `examples` sequences that no run trains on, from number `start`, about EVAL_TOKENS at a time.
 
@@ -116,6 +122,7 @@ def heldout(
         length: Context length.
         split: "heldout" or "validation".
         start: Number of the first one.
+        place: "first", or "gap" for models that were trained so (`synthetic.curricula`).
 
     Returns:
         Batches, in order.
@@ -127,6 +134,7 @@ def heldout(
         length=length,
         start=start,
         batch_size=rows_at_once(task, examples, length),
+        place=place,
     )
 
 
@@ -172,7 +180,11 @@ def score(model: LanguageModel, batches: Iterable[Batch], *, device: str, precis
     for batch in batches:
         asked = batch.retrieved
         with autocast(device, precision):
-            logits = model(batch.input_ids.to(device), logits_at=batch.answer_at[..., :asked].to(device))
+            logits = model(
+                batch.input_ids.to(device),
+                logits_at=batch.answer_at[..., :asked].to(device),
+                position_ids=None if batch.position_ids is None else batch.position_ids.to(device),
+            )
         logits, gold = logits.float().cpu(), batch.labels[:, :asked]
         correct.append(batch.right(logits.argmax(-1)).flatten().numpy())
         target.append(batch.target_index.flatten().numpy())

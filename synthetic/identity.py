@@ -62,6 +62,7 @@ class Plan:
     label_smoothing: float = 0.0
     ssm_lr: float = 1.0  # factor on the rate of a recurrence's own parameters
     flat: int | None = None  # steps at the peak before the decay; None: the decay begins with the first step
+    growth: str = "prefix"  # how short contexts grow (`synthetic.curricula`)
     init: dict[str, str] | None = None  # path and sha256 of the checkpoint that training starts from
 
     def __post_init__(self) -> None:
@@ -92,6 +93,8 @@ def normal(plan: Plan) -> Plan:
     changed: dict[str, Any] = {}
     if plan.curriculum >= plan.seq_len:
         changed["curriculum"] = 0  # either way training is at seq_len from the first step
+    if changed.get("curriculum", plan.curriculum) == 0:
+        changed["growth"] = "prefix"  # nothing grows
     if plan.warmup == 1:
         changed["warmup"] = 0  # the first step has the full rate either way
         changed["flat"] = None if plan.flat is None else plan.flat + 1  # and so the decay begins when it did

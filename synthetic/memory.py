@@ -25,8 +25,8 @@ from ssm_retrieval.style import NAMES
 from ssm_retrieval.training.lora import add_adapters
 from synthetic import tasks
 from synthetic.config import Plan
+from synthetic.curricula import PLACES, batch_shape, lengths
 from synthetic.evaluate import rows_at_once
-from synthetic.trainer import batch_shape
 
 REMEDY = "try --checkpointing, --accumulate or --optimizer adafactor"
 
@@ -42,13 +42,11 @@ def meta_model(plan: Plan) -> models.LanguageModel:
 def training_steps(plan: Plan) -> list[Step]:
     """The training step at every length of the curriculum, the longest last."""
     task = tasks.build(plan.task, **plan.task_options)
-    lengths = [plan.curriculum or plan.seq_len]
-    while lengths[-1] < plan.seq_len:
-        lengths.append(min(2 * lengths[-1], plan.seq_len))
     steps = []
-    for at in lengths:
+    for at in lengths(plan):
         rows, queries, length = batch_shape(task, plan, at)
-        row = task.batch(1, seed=plan.seed, index=0, queries=queries, length=length)
+        place = PLACES[plan.growth] if length is not None else "first"
+        row = task.batch(1, seed=plan.seed, index=0, queries=queries, length=length, place=place)
         steps.append(
             Step(
                 rows=rows,

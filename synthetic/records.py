@@ -3,6 +3,7 @@
     records.config(folder)        config.json: asked, settled (its plan), purpose
     records.metrics(folder)       metrics.jsonl, a row per evaluation
     records.by_position(folder)   by_position.jsonl
+    records.by_length(folder)     by_length.jsonl
     records.result(folder)        result.json
 
 All raise UserError, in one line, for what is damaged.
@@ -34,7 +35,7 @@ from ssm_retrieval.training.records import (
 )
 from synthetic.identity import Plan
 
-BY_POSITION = "by_position.jsonl"
+BY_POSITION, BY_LENGTH = "by_position.jsonl", "by_length.jsonl"
 # config.json; its plan has the fields of `Plan`, of which those with a default may be missing.
 _CONFIG: dict[str, Any] = dict(
     format=(int, 1),
@@ -45,16 +46,11 @@ _CONFIG: dict[str, Any] = dict(
 RunRecord = create_model("RunRecord", __base__=Record, **_CONFIG)
 
 
-class EvaluationRecord(Record):
-    """What every evaluation says."""
+class LengthRecord(Record):
+    """A row of by_length.jsonl: what every evaluation says."""
 
     model: str
     seed: int
-    step: int = Field(ge=0)
-    examples: int = Field(ge=0)
-    tokens: int = Field(ge=0)
-    seconds: float
-    train_length: int
     length: int = Field(ge=1)
     loss: float
     accuracy: float = Field(ge=0, le=1)
@@ -63,6 +59,16 @@ class EvaluationRecord(Record):
     ci_low: float
     ci_high: float
     chance: float
+
+
+class EvaluationRecord(LengthRecord):
+    """And when it was made."""
+
+    step: int = Field(ge=0)
+    examples: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+    seconds: float
+    train_length: int
     parameters: int | None = None
     parameters_without_embeddings: int | None = None
 
@@ -81,6 +87,7 @@ class ResultRecord(EvaluationRecord):
     format: int = 1
     reached: bool = False
     longest_length: int | None = None
+    recalled_length: int | None = None
 
 
 class PositionRecord(Record):
@@ -128,6 +135,11 @@ def metrics(folder: Path) -> list[Row]:
 def by_position(folder: Path) -> list[Row]:
     """A row per target position of the final evaluation."""
     return read_lines(folder / BY_POSITION, PositionRecord)
+
+
+def by_length(folder: Path) -> list[Row]:
+    """A row per context length of the final evaluation."""
+    return read_lines(folder / BY_LENGTH, LengthRecord)
 
 
 def result(folder: Path) -> Row:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Runs = dict[Path, Plan]  # by their folders, in the order asked for
 LOST = 1
-CURVE = "learning_curve.png"
+FIGURE = "outcome.png"
 BEFORE = "finished before; its numbers are reported again"
 
 
@@ -145,23 +145,24 @@ def _report(runs: Runs, console: Console, anew: bool = False) -> None:
     """Curve and table, and the figure if it is not there; anew: in any case."""
     from ssm_retrieval.training import store
     from synthetic import records
-    from synthetic.display import summary, terminal_curve
-    from synthetic.runs import Run, metrics_of
+    from synthetic.display import by_length, summary, terminal_curve
+    from synthetic.runs import Run, lengths_of, metrics_of
 
     found = [Run(folder) for folder in runs]
-    metrics, figure = metrics_of(found), store.view_of(list(runs)) / CURVE
+    metrics, figure = metrics_of(found), store.view_of(list(runs)) / FIGURE
     if anew or not figure.exists():
         import matplotlib
 
         matplotlib.use("Agg")
         from ssm_retrieval.style import save
-        from ssm_retrieval.training.learning_curve import learning_curve
+        from ssm_retrieval.training.learning_curve import outcome
 
         figure.parent.mkdir(exist_ok=True)
-        save(learning_curve(metrics), figure.with_suffix(""), ("png",))
+        save(outcome(lengths_of(found), metrics), figure.with_suffix(""), ("png",))
     print(terminal_curve(metrics, width=min(100, console.width)))
     console.print(summary([records.result(folder) for folder in runs]))
-    console.print(f"curve: {figure}", soft_wrap=True)
+    console.print(by_length(lengths_of(found)))
+    console.print(f"figure: {figure}", soft_wrap=True)
 
 
 if __name__ == "__main__":

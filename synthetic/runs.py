@@ -6,7 +6,8 @@ from synthetic import RunConfig
 run = synthetic.train(RunConfig(model="mamba", seq_len=64))
 run.metrics                        # DataFrame, a row per evaluation
 run.model()                        # the trained model
-synthetic.compare([run, other])    # their learning curves
+run.by_length                      # its final accuracy at every context length
+synthetic.compare([run, other])    # both, and their learning curves
 """
 
 from __future__ import annotations
@@ -68,6 +69,13 @@ class Run:
         return pd.DataFrame(records.by_position(self.folder))
 
     @property
+    def by_length(self) -> pd.DataFrame:
+        """Final accuracy by context length: length, accuracy, ci_low, ci_high, chance, ..."""
+        import pandas as pd
+
+        return pd.DataFrame(records.by_length(self.folder))
+
+    @property
     def result(self) -> dict[str, Any]:
         """The final evaluation: accuracy, ci_low, ci_high, step, tokens, parameters, ...
 
@@ -125,12 +133,12 @@ def train(config: RunConfig, progress: bool = True) -> Run:
 
 
 def compare(runs: Iterable[Run]) -> Figure:
-    """Learning curves of runs of different architectures, drawn together, as `synthetic.run` draws them.
+    """Runs of different architectures, drawn together, as `synthetic.run` draws them.
 
     Raises:
         UserError: For no run, runs of different lengths, or two of one architecture.
     """
-    from ssm_retrieval.training.learning_curve import learning_curve
+    from ssm_retrieval.training.learning_curve import outcome
 
     runs = list(runs)
     lengths = sorted({run.plan.seq_len for run in runs})
@@ -139,7 +147,17 @@ def compare(runs: Iterable[Run]) -> Figure:
         raise UserError(f"runs have the lengths {lengths}; compare runs of one length")
     if len(set(families)) != len(families):
         raise UserError(f"runs are of {', '.join(families)}; compare one of each architecture")
-    return learning_curve(metrics_of(runs))
+    return outcome(lengths_of(runs), metrics_of(runs))
+
+
+def lengths_of(runs: Iterable[Run]) -> pd.DataFrame:
+    """Final accuracies by context length of several runs, one below the other.
+
+    A run of before there was such a file has its one final evaluation.
+    """
+    import pandas as pd
+
+    return pd.DataFrame([row for run in runs for row in records.by_length(run.folder) or [run.result]])
 
 
 def metrics_of(runs: Iterable[Run]) -> pd.DataFrame:

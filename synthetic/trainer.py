@@ -7,6 +7,7 @@ evaluated and written.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,15 +28,15 @@ from ssm_retrieval.training.optimizers import make_optimizer
 from ssm_retrieval.training.records import FORMAT, Count, Row, finished
 from synthetic import pretrained, records, tasks
 from synthetic.config import Plan
+from synthetic.curricula import PASS, advance, lengths, longest_passed, next_batch, next_length
 from synthetic.evaluate import Evaluation, autocast, heldout, score_together
-from synthetic.tasks import Batch, Task
+from synthetic.tasks import Batch
+from synthetic.tasks.base import Place
 
 __all__ = ["Diverged", "Interrupted", "Session", "train"]
 
-# Whoever changes one of these three raises config.TRAINING_VERSION.
+# Whoever changes it raises config.TRAINING_VERSION.
 EMA = 0.9  # of the training accuracy that drives the curriculum
-PASS = 0.95  # training accuracy at which the context length doubles
-MIN_ROWS = 8  # sequences per batch, however long: fewer make a noisy gradient
 TARGET_BINS = 16  # equal parts of the context by which evaluations in training count right answers
 
 
@@ -67,7 +68,8 @@ def train(
 ) -> dict[str, Any]:
     """Train plan's model in `folder`, resuming what is there.
 
-    Evaluations go to folder/metrics.jsonl, the final accuracy by position to folder/by_position.jsonl.
+    Evaluations go to folder/metrics.jsonl, the final accuracy by position to folder/by_position.jsonl, and by
+    context length, for every length of the curriculum, to folder/by_length.jsonl.
 
     Args:
         plan: Plan of one model.
@@ -104,6 +106,8 @@ class Session(session.Session[Progress, Batch]):
     """
 
     model: LanguageModel
+    longest: bool
+    """Whether the batch of this step has the length that is being trained."""
 
     def __init__(self, plan: Plan, folder: Path, listener: Listener, world: World = ALONE):
         self.plan, self.listener, self.evaluate_every = plan, listener, plan.eval_every
@@ -116,7 +120,7 @@ class Session(session.Session[Progress, Batch]):
         if plan.lora:
             add_adapters(model, plan.lora, plan.seed)
         self.loss_of = distributed.spread(model, world)
-        progress = Progress(length=plan.curriculum or plan.seq_len)
+        progress = Progress(length=lengths(plan)[0])
         super().__init__(folder, model, make_optimizer(model, plan), progress, world)
 
     def done(self) -> bool:
@@ -131,6 +135,7 @@ class Session(session.Session[Progress, Batch]):
 
     def next_batch(self) -> Batch:
         """`next_batch` of the task, on the device."""
+        self.longest = next_length(self.plan, self.progress) == self.progress.length
         return next_batch(self.task, self.plan, self.progress).to(self.plan.device)
 
     def update(self, batch: Batch) -> Row:
@@ -142,7 +147,8 @@ class Session(session.Session[Progress, Batch]):
         """Count sequences and the running accuracy, tell the listener, and go on in the curriculum."""
         now = self.progress
         now.examples += batch.input_ids.shape[0]
-        now.accuracy = EMA * now.accuracy + (1 - EMA) * numbers["accuracy"]
+        if self.longest:
+            now.accuracy = EMA * now.accuracy + (1 - EMA) * numbers["accuracy"]
         if self.world.main:
             row = {**dataclasses.asdict(now), "loss": numbers["loss"], "model": self.plan.family}
             self.listener("step", row)
@@ -190,17 +196,17 @@ class Session(session.Session[Progress, Batch]):
 
     def _unseen(self, split: str, examples: int, length: int, start: int = 0) -> Evaluation:
         plan = self.plan
-        batches = heldout(self.task, examples, length, split, start)
+        place: Place = "gap" if plan.growth == "gap" and length < plan.seq_len else "first"
+        batches = heldout(self.task, examples, length, split, start, place)
         how = dict(device=plan.device, precision=plan.precision)
         return score_together(self.model, batches, self.world, **how)
 
     def _row(self, split: str, result: Evaluation, **more: Any) -> dict[str, Any]:
-        plan, now = self.plan, self.progress
-        hits, count = int(result.correct.sum()), len(result.correct)
-        low, high = wilson(hits, count)
+        now = self.progress
+        scores = self._scores(result)
         return dict(
-            model=plan.family,
-            seed=plan.seed,
+            model=scores.pop("model"),
+            seed=scores.pop("seed"),
             step=now.step,
             examples=now.examples,
             tokens=now.tokens,
@@ -208,6 +214,17 @@ class Session(session.Session[Progress, Batch]):
             train_length=now.length,
             **more,
             split=split,
+            **scores,
+            parameters=self.model.num_parameters(),
+            parameters_without_embeddings=self.model.num_parameters(embeddings=False),
+        )
+
+    def _scores(self, result: Evaluation) -> dict[str, Any]:
+        hits, count = int(result.correct.sum()), len(result.correct)
+        low, high = wilson(hits, count)
+        return dict(
+            model=self.plan.family,
+            seed=self.plan.seed,
             length=result.length,
             loss=result.loss,
             accuracy=result.accuracy,
@@ -216,8 +233,6 @@ class Session(session.Session[Progress, Batch]):
             ci_low=low,
             ci_high=high,
             chance=result.chance,
-            parameters=self.model.num_parameters(),
-            parameters_without_embeddings=self.model.num_parameters(embeddings=False),
         )
 
     def finish(self) -> Row:
@@ -226,7 +241,8 @@ class Session(session.Session[Progress, Batch]):
         self.checkpoint()
         if plan.lora:
             merge_adapters(self.model)
-        final = self._unseen("heldout", plan.final_eval_examples, plan.seq_len)
+        by_length = [self._unseen("heldout", plan.final_eval_examples, n) for n in lengths(plan)]
+        final = by_length[-1]
         self.require_finite(final.loss, "the held-out loss")
         weights = {name: distributed.full(p) for name, p in self.model.named_parameters()}
         result = self._row("heldout", final)
@@ -235,14 +251,15 @@ class Session(session.Session[Progress, Batch]):
             reached=now.stopped,
             heldout_reached=final.accuracy >= plan.stop_at,
             longest_length=longest_passed(plan, now),
+            recalled_length=recalled(by_length),
         )
         if self.world.main:
-            self._write(final, weights, result)
+            self._write(by_length, weights, result)
         self.world.barrier()
         return result
 
-    def _write(self, final: Evaluation, weights: dict[str, Tensor], result: dict[str, Any]) -> None:
-        plan, now = self.plan, self.progress
+    def _write(self, by_length: list[Evaluation], weights: dict[str, Tensor], result: dict[str, Any]) -> None:
+        plan, now, final = self.plan, self.progress, by_length[-1]
         rows = [
             dict(
                 model=plan.family,
@@ -255,8 +272,15 @@ class Session(session.Session[Progress, Batch]):
             for row in final.by_position()
         ]
         store.write_rows(self.folder / records.BY_POSITION, rows)
+        store.write_rows(self.folder / records.BY_LENGTH, [self._scores(found) for found in by_length])
         store.save_tensors(self.folder / store.WEIGHTS, weights, {"step": now.step})
         store.write_json(self.folder / store.RESULT, result)
+
+
+def recalled(by_length: list[Evaluation]) -> int:
+    """The longest context up to which accuracy is `PASS` or more at every length; 0 if there is none."""
+    good = itertools.takewhile(lambda found: found.accuracy >= PASS, by_length)
+    return max((found.length for found in good), default=0)
 
 
 def learning_rate(plan: Plan, now: Progress) -> float:
@@ -272,39 +296,6 @@ def learning_rate(plan: Plan, now: Progress) -> float:
     if plan.schedule == "linear":
         return warm * max(0.0, 1.0 - part)
     return warm * 0.5 * (1.0 + float(torch.cos(torch.tensor(torch.pi * min(1.0, part)))))
-
-
-def next_batch(task: Task, plan: Plan, now: Progress) -> Batch:
-    """The training batch of the next step: the same for every model at the same length.
-
-    Args:
-        task: What is trained on.
-        plan: Says how many rows and queries.
-        now: The step, and the context length in training.
-
-    Returns:
-        The batch, on the CPU.
-    """
-    rows, queries, length = batch_shape(task, plan, now.length)
-    return task.batch(rows, seed=plan.seed, index=now.step, queries=queries, length=length)
-
-
-def batch_shape(task: Task, plan: Plan, at: int) -> tuple[int, int, int | None]:
-    """The size of training batches.
-
-    Args:
-        task: What is trained on.
-        plan: Says how many tokens and queries.
-        at: Context length in training.
-
-    Returns:
-        Rows, queries, and the length to ask the task for.
-    """
-    # at full length the task draws its own: shorter ones, too, if it has a min_seq_len
-    length = at if at < plan.seq_len else None
-    queries = min(plan.queries, task.max_queries(length))
-    tokens = task.max_length(queries) - task.seq_len + at
-    return plan.batch_size or max(MIN_ROWS, plan.batch_tokens // tokens), queries, length
 
 
 def update(
@@ -344,6 +335,7 @@ def update(
                 part.input_ids,
                 labels=part.labels,
                 logits_at=part.answer_at,
+                position_ids=part.position_ids,
                 label_smoothing=plan.label_smoothing,
             )
         if len(parts) > 1 or world.size > 1:
@@ -360,23 +352,3 @@ def update(
         return total, right.float().mean().item()
     total, hits, count = world.sums(total, float(right.sum()), right.numel())
     return total, hits / count
-
-
-def advance(plan: Plan, now: Progress) -> None:
-    """Double the context once the running training accuracy passes."""
-    if now.length < plan.seq_len and now.accuracy > PASS:
-        now.length = min(2 * now.length, plan.seq_len)
-        now.accuracy = 0.0
-
-
-def longest_passed(plan: Plan, now: Progress) -> int:
-    """The longest context whose training accuracy passed; 0 if none did."""
-    if now.accuracy > PASS or now.stopped:
-        return now.length
-    start = plan.curriculum or plan.seq_len
-    if now.length == start:
-        return 0
-    length = start
-    while min(2 * length, plan.seq_len) < now.length:
-        length *= 2
-    return length

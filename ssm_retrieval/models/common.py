@@ -157,6 +157,7 @@ class LanguageModel(Hooked, nn.Module):
         inputs_embeds: Tensor | None = None,
         attention_mask: Tensor | None = None,
         seq_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
         logits_at: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
@@ -169,6 +170,8 @@ class LanguageModel(Hooked, nn.Module):
                 anywhere, with a cache too (`models.padding`); logits at padding are meaningless.
             seq_ids: (B, L) int, several sequences packed into one row (`models.packing`); not with a cache or
                 mask.
+            position_ids: (L,) or (B, L) int, the position of each token. Default: its index among the real
+                tokens, those in the cache included. Not with seq_ids.
             logits_at: Indices whose logits are wanted, (A,) int64, or (B, A) with others for every row.
                 Default: all.
             cache: From `init_cache`; the call continues from it and updates it in place.
@@ -184,6 +187,7 @@ class LanguageModel(Hooked, nn.Module):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             seq_ids=seq_ids,
+            position_ids=position_ids,
             at=logits_at,
             cache=cache,
         )
@@ -224,6 +228,7 @@ class LanguageModel(Hooked, nn.Module):
         inputs_embeds: Tensor | None = None,
         attention_mask: Tensor | None = None,
         seq_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
         at: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
@@ -234,6 +239,7 @@ class LanguageModel(Hooked, nn.Module):
             inputs_embeds: (B, L, D).
             attention_mask: (B, L).
             seq_ids: (B, L).
+            position_ids: (L,) or (B, L).
             at: `logits_at` of `forward`.
             cache: From `init_cache`.
 
@@ -241,12 +247,12 @@ class LanguageModel(Hooked, nn.Module):
             (B, L or A, D).
         """
         refuse_tracing(type(self).__name__)
-        tokens = self._checked(input_ids, inputs_embeds, attention_mask, seq_ids, at, cache)
+        tokens = self._checked(input_ids, inputs_embeds, attention_mask, seq_ids, position_ids, at, cache)
         if seq_ids is None or seq_ids.numel() == 0:
-            packing, batches = None, [self._stream(tokens, attention_mask, cache)]
+            packing, batches = None, [self._stream(tokens, attention_mask, position_ids, cache)]
         else:
             packing = Packing(seq_ids, one_batch=self.hook is not None)  # a name fires once per call
-            batches = [self._stream(rows, None, None) for rows in packing.unpack(tokens)]
+            batches = [self._stream(rows, None, None, None) for rows in packing.unpack(tokens)]
         if self.hook is not None:  # normalise all, so that the hook sees the axes of every other name
             batches = [self.tap("ln_final.hook_normalized", self.norm(x)) for x in batches]
         x = select_positions(batches[0] if packing is None else packing.pack(batches), at)
@@ -258,6 +264,7 @@ class LanguageModel(Hooked, nn.Module):
         inputs_embeds: Tensor | None,
         mask: Tensor | None,
         seq_ids: Tensor | None,
+        position_ids: Tensor | None,
         at: Tensor | None,
         cache: Cache | None,
     ) -> Tensor:
@@ -283,6 +290,11 @@ class LanguageModel(Hooked, nn.Module):
         for name, given in (("attention_mask", mask), ("seq_ids", seq_ids)):
             fits = given is None or (isinstance(given, Tensor) and given.shape == (B, L))
             require(fits, f"{name} must be {(B, L)}, for the tokens of this call; got {shape_of(given)}")
+        if position_ids is not None:
+            fits = isinstance(position_ids, Tensor) and position_ids.dtype in INTEGERS
+            fits = fits and position_ids.shape in ((L,), (B, L)) and seq_ids is None
+            wanted = f"an integer tensor {(L,)} or {(B, L)}, without seq_ids"
+            require(fits, f"position_ids must be {wanted}; got {shape_of(position_ids)}")
         if at is not None:
             fits = isinstance(at, Tensor) and at.dtype in INTEGERS and at.dim() in (1, 2)
             fits = fits and at.shape[:-1] in ((), (B,))
@@ -297,12 +309,14 @@ class LanguageModel(Hooked, nn.Module):
             )
         return tokens
 
-    def _stream(self, tokens: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
+    def _stream(
+        self, tokens: Tensor, mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None
+    ) -> Tensor:
         """The residual stream after the last block (B, L, D), for ids (B, L) or embeddings (B, L, D)."""
         if self.hook is not None:
             B, L = tokens.shape[:2]
             self.hook.begin(B, L, L if cache is None else L + cache.length)
-        context = self._context(tokens, mask, cache)
+        context = self._context(tokens, mask, position_ids, cache)
         embedded = tokens.dim() == 3
         x = tokens if embedded else self.embed(tokens, cast(Tensor, context.positions))
         if self.hook is not None and embedded:
@@ -318,7 +332,9 @@ class LanguageModel(Hooked, nn.Module):
                 x = block(x, context, None if cache is None else cache.layers[i])
         return x
 
-    def _context(self, tokens: Tensor, mask: Tensor | None, cache: Cache | None) -> Context:
+    def _context(
+        self, tokens: Tensor, mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None
+    ) -> Context:
         B, L = tokens.shape[:2]
         past = 0 if cache is None else cache.length
         positions = torch.arange(past, past + L, device=tokens.device)
@@ -333,6 +349,8 @@ class LanguageModel(Hooked, nn.Module):
             cache.length = past + L
         if key_mask is not None:  # positions count real tokens only, so padding shifts nothing
             positions = (key_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
+        if position_ids is not None:
+            positions = position_ids
         return Context(mask, key_mask, positions, cached=past > 0, kept=cache is not None)
 
     def hook_children(self) -> dict[str, Hooked]:

@@ -1,4 +1,4 @@
-"""The learning curve of one run, from the tidy table of `synthetic.run`."""
+"""What `synthetic.run` draws from its tidy tables: learning curves, and accuracy against context length."""
 
 from __future__ import annotations
 
@@ -68,10 +68,71 @@ def learning_curve(metrics: pd.DataFrame, title: str = "") -> Figure:
         figure, (top, bottom) = plt.subplots(
             2, 1, figsize=(7.2, 6.4), sharex=True, height_ratios=(2, 1), layout="constrained"
         )
-        _accuracy(full, top)
-        _lengths(full, bottom)
+        _learning(full, top, bottom)
         top.set_title(title or f"Retrieval of a position out of {int(full['length'].iloc[0])}")
     return figure
+
+
+def outcome(by_length: pd.DataFrame, metrics: pd.DataFrame) -> Figure:
+    """Draw what runs have learned beside how they got there.
+
+    Left is the held-out accuracy of the trained models at every context length, with its 95 % Wilson
+    interval; right are the learning curves of `learning_curve`.
+
+    Args:
+        by_length: Rows of by_length.jsonl of all runs (columns model, length, accuracy, ci_low, ci_high,
+            chance).
+        metrics: Rows of metrics.jsonl of all runs.
+
+    Returns:
+        The figure.
+
+    Raises:
+        UserError: There is no row in one of the tables.
+    """
+    import matplotlib.pyplot as plt
+    import seaborn
+
+    if metrics.empty or by_length.empty:
+        raise UserError("a run has no evaluations to draw; train it first")
+    full = curve_table(metrics)
+    with seaborn.axes_style("whitegrid"), seaborn.plotting_context("notebook"):
+        figure, axes = plt.subplot_mosaic(
+            [["length", "accuracy"], ["length", "training"]],
+            figsize=(11.5, 5.2),
+            height_ratios=(2, 1),
+            layout="constrained",
+        )
+        axes["accuracy"].sharex(axes["training"])
+        axes["accuracy"].tick_params(labelbottom=False)
+        _by_length(by_length, axes["length"])
+        _learning(full, axes["accuracy"], axes["training"])
+        axes["length"].set_title("What was learned")
+        axes["accuracy"].set_title("How it was learned")
+    return figure
+
+
+def _by_length(by_length: pd.DataFrame, axes: Axes) -> None:
+    places = {name: i for i, name in enumerate(FAMILIES)}
+    rows = by_length.assign(_place=by_length["model"].map(places)).sort_values(["_place", "length"])
+    for family, own in rows.groupby("model", sort=False):
+        color = family_colors()[str(family)]
+        axes.plot(own["length"], own["accuracy"], color=color, label=NAMES[str(family)], marker="o", ms=4)
+        axes.fill_between(own["length"], own["ci_low"], own["ci_high"], color=color, alpha=0.2, linewidth=0)
+    chance = rows.drop_duplicates("length").sort_values("length")
+    axes.plot(chance["length"], chance["chance"], **CONTROLS["chance"], label="chance")
+    axes.set_xscale("log", base=2)
+    ticks, (low, high) = length_axis(rows["length"])
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set(xlim=(low, high), ylim=(-0.03, 1.03), xlabel="context length (symbols)")
+    axes.set_ylabel("held-out accuracy (single query)")
+    axes.legend(loc="lower left", frameon=True)
+
+
+def _learning(full: pd.DataFrame, top: Axes, bottom: Axes) -> None:
+    _accuracy(full, top)
+    _lengths(full, bottom)
 
 
 def _accuracy(full: pd.DataFrame, axes: Axes) -> None:

@@ -9,7 +9,7 @@ A run trains one model:
               checkpoint.safetensors   weights, optimiser, progress: what resuming needs
               model.safetensors        final weights, which config.json says how to rebuild
               result.json              the final numbers; its presence means finished
-              learning_curve.png
+              outcome.png
 
 A comparison is a view of several: figures only, in runs/compare-<hash of the runs' names>/ (`view_of`).
 

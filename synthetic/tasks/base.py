@@ -1,119 +1,29 @@
-"""What every task shares: the `Batch` it makes and the interface that trainers use."""
+"""What every task shares: the interface that trainers use."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
 from ssm_retrieval.errors import UserError
 from synthetic.tasks import sampling
+from synthetic.tasks.batch import Batch as Batch
 from synthetic.tasks.sampling import IntArray
 from synthetic.vocab import Vocabulary
 
 if TYPE_CHECKING:  # torch takes seconds to import, which listing tasks for a help page can spare
     import torch
 
+# Where a context lies that is shorter than seq_len: at the first positions, or in each row at a random place,
+# with nothing around it or with `<bos>` at all other positions (`synthetic.curricula`).
+Place = Literal["first", "gap", "window", "filled"]
+
 # Rows that `Task.examples` draws from one random stream: few, because contexts can be a million symbols long.
 ROW_BLOCK = 16
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """Token sequences of one layout and length, so without padding or mask; tensors are int64.
-
-    Attributes:
-        input_ids: [B, T] token ids.
-        labels: [B, A] token ids; the logits at sequence index answer_at[j] are scored against labels[:, j].
-        answer_at: [A] indices into the T axis, or [B, A] where they differ from row to row.
-        target_index: [B, K] 0-based place of each query in x1..xN. The first K * answer_tokens labels are the
-            answers to the queries, in order; further labels (supervise_bos) are trained but are no retrieval.
-        length: N, the number of context symbols.
-        chance: Accuracy of a guess that knows the possible answers and nothing else.
-        answer_tokens: r, tokens per answer; an answer is right only if all of them are.
-        alternatives: [B, M, r] the M answers that are equally right, in the order of their place in the
-            context, if a query has several; the labels are then one of them.
-    """
-
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    answer_at: torch.Tensor
-    target_index: torch.Tensor
-    length: int
-    chance: float
-    answer_tokens: int = 1
-    alternatives: torch.Tensor | None = None
-
-    @classmethod
-    def from_numpy(
-        cls,
-        input_ids: IntArray,
-        labels: IntArray,
-        answer_at: IntArray,
-        target_index: IntArray,
-        *,
-        length: int,
-        chance: float,
-        answer_tokens: int = 1,
-        alternatives: IntArray | None = None,
-    ) -> Batch:
-        """A batch that shares the memory of int64 arrays.
-
-        Args:
-            input_ids: [B, T].
-            labels: [B, A].
-            answer_at: [A] or [B, A].
-            target_index: [B, K].
-            length: N.
-            chance: Accuracy of a guess.
-            answer_tokens: r.
-            alternatives: [B, M, r].
-
-        Returns:
-            The batch; its attributes say what the arguments mean.
-        """
-        import torch
-
-        return cls(
-            input_ids=torch.from_numpy(input_ids),
-            labels=torch.from_numpy(labels),
-            answer_at=torch.from_numpy(answer_at),
-            target_index=torch.from_numpy(target_index),
-            length=length,
-            chance=chance,
-            answer_tokens=answer_tokens,
-            alternatives=None if alternatives is None else torch.from_numpy(alternatives),
-        )
-
-    @property
-    def retrieved(self) -> int:
-        """How many labels, counted from the first, are answers to queries."""
-        return self.target_index.shape[1] * self.answer_tokens
-
-    def right(self, predicted: torch.Tensor) -> torch.Tensor:
-        """[B, K] bool: which answers are right in all their tokens, given ids [B, retrieved or more]."""
-        equal = predicted[:, : self.retrieved] == self.labels[:, : self.retrieved]
-        return equal.unflatten(1, (-1, self.answer_tokens)).all(-1)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The same batch with its tensors on `device`."""
-        moved = {n: t.to(device, non_blocking=non_blocking) for n, t in self._tensors().items()}
-        return replace(self, **moved)
-
-    def split(self, parts: int) -> list[Batch]:
-        """The rows in `parts` nearly equal shares, in order; the last are empty if rows are too few."""
-        shared = ("answer_at",) if self.answer_at.dim() == 1 else ()
-        pieces: dict[str, Any] = {
-            n: t.tensor_split(parts) for n, t in self._tensors().items() if n not in shared
-        }
-        return [replace(self, **{n: piece[i] for n, piece in pieces.items()}) for i in range(parts)]
-
-    def _tensors(self) -> dict[str, Any]:
-        names = ("input_ids", "labels", "answer_at", "target_index", "alternatives")
-        return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
 
 
 @dataclass(frozen=True)
@@ -144,6 +54,8 @@ class Task(ABC):
         version: Raise it whenever the same arguments would give other batches; part of a run's identity.
         help: Half a line for `--help`.
         paper: How its paper trains; None means that `--protocol paper` is refused.
+        ssm_init: First weights with which state space models learn it best if positions are learned
+            (`ssm_retrieval.models.ssm_init`).
         seq_len: N, the longest context.
         first_id: Id of the vocabulary's first token; lower ids of a model's table belong to other tokens.
     """
@@ -152,6 +64,7 @@ class Task(ABC):
     version: ClassVar[int]
     help: ClassVar[str]
     paper: ClassVar[Course | None] = None
+    ssm_init: ClassVar[str] = "default"
 
     seq_len: int  # N, the longest context
     first_id: int = 0  # of the vocabulary: how many ids of a model's table belong to other tokens
@@ -250,6 +163,8 @@ class Task(ABC):
         split: str = "train",
         queries: int | None = None,
         length: int | None = None,
+        place: Place = "first",
+        span: int | None = None,
     ) -> Batch:
         """Batch number `index` of the stream (seed, split).
 
@@ -264,6 +179,8 @@ class Task(ABC):
             split: "train", "validation" or "heldout".
             queries: K, queries per row, drawn without replacement; None: `usual_queries`.
             length: Context symbols, at most seq_len (for a curriculum); None: the task's own.
+            place: Where a context of `length` symbols lies; the contexts are the same whatever the place.
+            span: Among how many of the first positions it lies; None: all seq_len.
 
         Returns:
             The batch.
@@ -278,7 +195,68 @@ class Task(ABC):
         self.check(shortest, queries)
         rng = sampling.stream(seed, split, index)
         n = int(rng.integers(shortest, longest + 1)) if shortest < longest else longest
-        return self.assemble(*self._draw_side(rng, batch_size, split, n, queries))
+        context, target = self._draw_side(rng, batch_size, split, n, queries)
+        if place == "first":
+            return self.assemble(context, target)
+        if place == "gap":
+            return self.part(self.assemble(context, target))
+        unit = self.unit()[0]
+        start = unit * rng.integers(0, max(0, (span or self.seq_len) - n) // unit + 1, batch_size)
+        return self.fill(context, target, start) if place == "filled" else self.move(context, target, start)
+
+    def unit(self) -> tuple[int, int]:
+        """By how many symbols a context can be moved, and how many tokens these are."""
+        return 1, 1
+
+    def part(self, batch: Batch) -> Batch:
+        """The same batch, but what follows the contexts has the positions that it has after seq_len symbols.
+
+        Raises:
+            UserError: For tasks whose answers are no positions.
+        """
+        raise UserError(f"task {self.name} cannot part queries from contexts: its answers are no positions")
+
+    def move(self, context: IntArray, target: IntArray, start: IntArray) -> Batch:
+        """`assemble` as if `start` symbols stood before each context: in `position_ids` and in the answers.
+
+        Args:
+            context: [B, N'] 0-based symbols, N' <= seq_len.
+            target: [B, K].
+            start: [B] at most seq_len - N', multiples of the first number of `unit`.
+
+        Returns:
+            The batch, with as many tokens as `assemble` gives.
+        """
+        import torch
+
+        batch = self.assemble(context, target)
+        v, (symbols, tokens) = self.vocabulary, self.unit()
+        by = torch.from_numpy(start)[:, None]
+
+        def moved(ids: torch.Tensor) -> torch.Tensor:
+            answers = (v.first_position <= ids) & (ids < v.first_position + v.num_positions)
+            return ids + by * answers
+
+        places = torch.arange(batch.input_ids.shape[1]) + by // symbols * tokens
+        return replace(
+            batch, input_ids=moved(batch.input_ids), labels=moved(batch.labels), position_ids=places
+        )
+
+    def fill(self, context: IntArray, target: IntArray, start: IntArray) -> Batch:
+        """`assemble` with contexts of seq_len positions that hold `<bos>` where `context` does not lie.
+
+        Args:
+            context: [B, N'] 0-based symbols, N' <= seq_len.
+            target: [B, K].
+            start: [B] where in seq_len positions each context begins.
+
+        Returns:
+            The batch, with as many tokens as at full length; `length` is that of `context`.
+
+        Raises:
+            UserError: For tasks whose answers are no positions.
+        """
+        raise UserError(f"task {self.name} cannot be filled up to seq_len: its answers are no positions")
 
     def examples(
         self,
@@ -290,6 +268,7 @@ class Task(ABC):
         queries: int | None = None,
         start: int = 0,
         batch_size: int = 256,
+        place: Place = "first",
     ) -> Iterator[Batch]:
         """Rows start .. start + count - 1 of the stream (seed, split).
 
@@ -305,6 +284,7 @@ class Task(ABC):
             queries: K, queries per row; None: `usual_queries`.
             start: Number of the first row.
             batch_size: The most rows per batch.
+            place: "first" or "gap", as in `batch`.
 
         Yields:
             Batches of up to `batch_size` rows, in order.
@@ -331,7 +311,8 @@ class Task(ABC):
                 whole = have if last else have - have % batch_size
                 for at in range(0, whole, batch_size):
                     rows = slice(at, min(at + batch_size, whole))
-                    yield self.assemble(context[rows], target[rows])
+                    batch = self.assemble(context[rows], target[rows])
+                    yield self.part(batch) if place == "gap" else batch
                 contexts, targets, have = [context[whole:]], [target[whole:]], have - whole
 
     def _block(

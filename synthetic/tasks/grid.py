@@ -59,6 +59,10 @@ class Grid(Position):
             )
         super().settle()
 
+    def unit(self) -> tuple[int, int]:
+        """Rows: g patches, which are g + 1 tokens."""
+        return self.side, self.side + 1
+
     def _arrange(self, symbols: IntArray) -> IntArray:
         rows, n = symbols.shape
         patch = np.arange(n)

@@ -6,7 +6,7 @@ stands for 576 image patches), and its successor "Retrievit" (arXiv 2603.02874).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import lgamma, log
 from typing import ClassVar
@@ -18,6 +18,8 @@ from synthetic.tasks.base import Batch, Course, Task
 from synthetic.tasks.layouts import LAYOUTS, check_layout
 from synthetic.tasks.sampling import IntArray, sample_distinct
 from synthetic.vocab import Vocabulary
+
+BLANK = -1  # in a context: no symbol, but `<bos>`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,7 @@ class Position(Task):
     version: ClassVar[int] = 1
     help: ClassVar[str] = "place of the queried symbol; all symbols differ"
     paper: ClassVar[Course | None] = Course("cosine", 10, 100, switches=("supervise_bos",))
+    ssm_init: ClassVar[str] = "recall"
 
     seq_len: int
     num_symbols: int | None = None
@@ -83,7 +86,7 @@ class Position(Task):
 
     def assemble(self, context: IntArray, target: IntArray) -> Batch:
         vocabulary = self.vocabulary
-        symbols = context + vocabulary.first_symbol
+        symbols = np.where(context == BLANK, vocabulary.bos, context + vocabulary.first_symbol)
         answers = target + vocabulary.first_position
         queries = np.take_along_axis(symbols, target, axis=1)
         ids, answer_at = LAYOUTS[self.layout](vocabulary, self._arrange(symbols), queries, answers)
@@ -94,6 +97,23 @@ class Position(Task):
             labels = np.concatenate([answers, np.full_like(answers, vocabulary.bos)], axis=1)
         n = context.shape[1]
         return Batch.from_numpy(ids, labels, answer_at, target, length=n, chance=1 / n)
+
+    def part(self, batch: Batch) -> Batch:
+        import torch
+
+        rows, tokens = batch.input_ids.shape
+        queries = batch.target_index.shape[1]
+        behind = queries - 1 if self.layout == "prefix" else queries + 1  # tokens that follow the context
+        places = torch.arange(tokens).repeat(rows, 1)
+        places[:, tokens - behind :] += self.max_length(queries) - self.supervise_bos - tokens
+        return replace(batch, position_ids=places)
+
+    def fill(self, context: IntArray, target: IntArray, start: IntArray) -> Batch:
+        rows, n = context.shape
+        filled = np.full((rows, self.seq_len), BLANK, dtype=np.int64)
+        np.put_along_axis(filled, start[:, None] + np.arange(n), context, axis=1)
+        batch = self.assemble(filled, target + start[:, None])
+        return replace(batch, length=n, chance=1 / n)
 
     def check(self, length: int, queries: int) -> None:
         super().check(length, queries)

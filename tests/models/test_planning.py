@@ -15,7 +15,7 @@ from ssm_retrieval.models import block_memory, planning
 from ssm_retrieval.models.planning import Machine, Step, head_memory, step_memory
 from ssm_retrieval.ops import _scan_kernels
 from ssm_retrieval.training.optimizers import make_optimizer
-from synthetic import run, tasks, trainer
+from synthetic import curricula, run, tasks, trainer
 from synthetic.config import RunConfig, plan
 from synthetic.evaluate import autocast
 from synthetic.memory import meta_model, training_steps
@@ -77,7 +77,7 @@ def test_counts_are_exact(family, optimizer):
     p = plan(dataclasses.replace(SMALL, optimizer=optimizer), family)
     model = models.build(p.model, **p.model_overrides)
     real = make_optimizer(model, p)
-    batch = trainer.next_batch(tasks.build(p.task, **p.task_options), p, trainer.Progress(length=16))
+    batch = curricula.next_batch(tasks.build(p.task, **p.task_options), p, trainer.Progress(length=16))
     trainer.update(model, real, batch, p)
     memory = step_memory(meta_model(p), training_steps(p)[-1])
     state = {
@@ -96,7 +96,7 @@ def test_steps_are_those_of_training():
     p = plan(config, "mamba")
     task = tasks.build(p.task, **p.task_options)
     for length, step in zip((8, 16, 32, 64, 100), training_steps(p), strict=True):
-        batch = trainer.next_batch(task, p, trainer.Progress(length=length))
+        batch = curricula.next_batch(task, p, trainer.Progress(length=length))
         assert (step.rows, step.length) == tuple(batch.input_ids.shape)
         assert step.answers == batch.answer_at.shape[-1]
         assert step.at_once == max(len(part.labels) for part in batch.split(3))

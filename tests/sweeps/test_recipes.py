@@ -13,7 +13,7 @@ from ssm_retrieval import models
 from ssm_retrieval.errors import UserError
 from studies.recipes import report
 from studies.recipes.recall_law_linear import PUBLISHED
-from synthetic import results, tasks, trainer
+from synthetic import curricula, results, tasks, trainer
 from synthetic.config import plan, run_id
 from synthetic.grid import load
 
@@ -63,7 +63,7 @@ def test_the_law_has_the_published_cells(law):
 def test_the_law_trains_as_published(law):
     """config/MQAR__D_N__linear_trained__example.json5: 100 steps up, 400 at the peak, 1,500 down a cosine."""
     p = law[0]
-    batch = trainer.next_batch(tasks.build(p.task, **p.task_options), p, trainer.Progress(length=p.seq_len))
+    batch = curricula.next_batch(tasks.build(p.task, **p.task_options), p, trainer.Progress(length=p.seq_len))
     assert batch.input_ids.shape == (32, 64) and batch.labels.shape == (32, 16)
     rates = {
         step: trainer.learning_rate(p, trainer.Progress(step=step)) for step in (49, 99, 300, 500, 1250, 1625)

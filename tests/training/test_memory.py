@@ -15,7 +15,7 @@ from ssm_retrieval import models
 from ssm_retrieval.training import store
 from ssm_retrieval.training.lora import TARGETS, add_adapters, merge_adapters
 from ssm_retrieval.training.optimizers import make_optimizer, make_state, state_tensors
-from synthetic import results, run, tasks, trainer
+from synthetic import curricula, results, run, tasks, trainer
 from synthetic.config import RunConfig, plan, run_id
 from synthetic.evaluate import autocast
 
@@ -44,7 +44,7 @@ def test_parts_of_a_batch_give_its_gradient(task, options):
     p = plan(
         RunConfig(seq_len=24, task=task, precision="float32", curriculum=0, grad_clip=0, **options), "mamba"
     )
-    batch = trainer.next_batch(tasks.build(p.task, **p.task_options), p, trainer.Progress(length=24))
+    batch = curricula.next_batch(tasks.build(p.task, **p.task_options), p, trainer.Progress(length=24))
     batch.labels[0, 1:] = -100
     found = {}
     for parts in (1, 3, 500):
@@ -161,7 +161,7 @@ def test_optimizers_learn(optimizer):
     rate = 0.05 if optimizer == "adafactor" else 2e-3
     p = plan(dataclasses.replace(SMALL, optimizer=optimizer, lr=rate), "transformer")
     model = models.build(p.model, **p.model_overrides)
-    batch = trainer.next_batch(tasks.build(p.task, **p.task_options), p, trainer.Progress(length=16))
+    batch = curricula.next_batch(tasks.build(p.task, **p.task_options), p, trainer.Progress(length=16))
     optimizer_ = make_optimizer(model, p)
     losses = [trainer.update(model, optimizer_, batch, p)[0] for _ in range(5)]
     assert losses[-1] < 0.9 * losses[0]

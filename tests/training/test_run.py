@@ -20,7 +20,7 @@ from tiny_runs import by_family
 
 from ssm_retrieval.training import store
 from ssm_retrieval.training.optimizers import make_optimizer
-from synthetic import run, tasks, trainer
+from synthetic import curricula, run, tasks, trainer
 from synthetic.config import RunConfig, plan, run_id
 from synthetic.evaluate import evaluate
 from synthetic.runs import Run, metrics_of
@@ -94,7 +94,7 @@ def test_both_models_train_on_the_same_batches(finished, monkeypatch):
         p = plan(SMALL, family)
         task = tasks.build(p.task, **p.task_options)
         now = trainer.Progress(step=3, length=8)
-        seen[family] = [trainer.next_batch(task, p, now).input_ids]
+        seen[family] = [curricula.next_batch(task, p, now).input_ids]
     first, second = seen.values()
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -289,7 +289,7 @@ def test_evaluation_is_on_heldout_sequences():
     assert sum(len(b.input_ids) for b in batches) == 100
     for batch in batches:
         assert is_heldout(batch.input_ids[:, 1:17].numpy() - task.vocabulary.first_symbol).all()
-    trained = trainer.next_batch(task, plan(SMALL, "mamba"), trainer.Progress(length=16)).input_ids
+    trained = curricula.next_batch(task, plan(SMALL, "mamba"), trainer.Progress(length=16)).input_ids
     assert not is_heldout(trained[:, 1:17].numpy() - task.vocabulary.first_symbol).any()
 
 
@@ -298,12 +298,12 @@ def test_curriculum_doubles_when_training_accuracy_passes():
     lengths = []
     for accuracy in (0.95, 0.96, 0.5, 0.99, 0.99):
         now.accuracy = accuracy
-        trainer.advance(p, now)
+        curricula.advance(p, now)
         lengths.append(now.length)
     assert lengths == [4, 8, 8, 16, 16]
-    assert trainer.longest_passed(p, trainer.Progress(length=4, accuracy=0.9)) == 0
-    assert trainer.longest_passed(p, trainer.Progress(length=16, accuracy=0.9)) == 8
-    assert trainer.longest_passed(p, trainer.Progress(length=16, accuracy=0.99)) == 16
+    assert curricula.longest_passed(p, trainer.Progress(length=4, accuracy=0.9)) == 0
+    assert curricula.longest_passed(p, trainer.Progress(length=16, accuracy=0.9)) == 8
+    assert curricula.longest_passed(p, trainer.Progress(length=16, accuracy=0.99)) == 16
 
 
 def test_learning_rate_follows_the_schedule():

@@ -14,7 +14,7 @@ from ssm_retrieval import models
 from ssm_retrieval.ops.linear import Linear
 from ssm_retrieval.training import store
 from ssm_retrieval.training.records import FORMAT
-from synthetic import evaluate, tasks, trainer
+from synthetic import curricula, evaluate, tasks, trainer
 
 DECAYED = {  # by the last two parts of their names: matrices that weight decay pulls, and no others
     "transformer": {
@@ -185,7 +185,7 @@ def test_the_curriculum_doubles_when_the_running_accuracy_passes(tmp_path, monke
     assert running[29] == pytest.approx(0.1)  # it begins anew
     assert running[57] == pytest.approx(1 - 0.9**29)
     assert running[-1] == pytest.approx(1 - 0.9**42)  # but not at full length
-    assert trainer.longest_passed(work.plan, work.progress) == 12
+    assert curricula.longest_passed(work.plan, work.progress) == 12
     assert [events[i]["length"] for i in (0, 28, 29, 58)] == [4, 4, 8, 12]
     assert {(row["model"], row["loss"]) for row in events} == {("mamba", 0.5)}
     assert events[-1]["examples"] == sum(b.input_ids.shape[0] for b in batches)

@@ -11,7 +11,7 @@ from task_solvers import SOLVERS, answers_by_block, kinds, small
 
 from ssm_retrieval import models
 from ssm_retrieval.statistics import wilson
-from synthetic import run, tasks, trainer
+from synthetic import curricula, run, tasks, trainer
 from synthetic.config import RunConfig, plan, run_id
 from synthetic.evaluate import evaluate, evaluate_blocks, extrapolate, heldout, score
 
@@ -239,7 +239,7 @@ def test_lengths_vary_at_full_length_only():
     p = plan(RunConfig(task="ngram", seq_len=24, min_seq_len=18, curriculum=8, **CPU), "mamba")
     task = tasks.build(p.task, **p.task_options)
     lengths = {
-        n: {trainer.next_batch(task, p, trainer.Progress(step=i, length=n)).length for i in range(60)}
+        n: {curricula.next_batch(task, p, trainer.Progress(step=i, length=n)).length for i in range(60)}
         for n in (8, 16, 24)
     }
     assert lengths == {8: {8}, 16: {16}, 24: set(range(18, 25))}
