@@ -11,8 +11,8 @@ from ssm_retrieval.statistics import (
     agreement,
     median_bounds,
     median_interval,
-    over_seeds,
     share_interval,
+    summarise_seeds,
 )
 
 
@@ -63,7 +63,7 @@ def seeds(accuracy: Any, reached: Any) -> str:
         as many seeds as `ssm_retrieval.statistics.one_mode` asks for, its 95 % interval. Such as "2 of 3
         [0.09, 0.99]; 0.774 (0.402 to 0.990)"; a single seed has no range.
     """
-    found = over_seeds(accuracy, reached)
+    found = summarise_seeds(accuracy, reached)
     if found.student:
         mean = between(found.mean, found.low, found.high)
     else:

@@ -29,7 +29,7 @@ from ssm_retrieval.statistics.paired import (
     paired_test,
     sign_flip_p,
 )
-from ssm_retrieval.statistics.seeds import Agreement, OverSeeds, agreement, one_mode, over_seeds
+from ssm_retrieval.statistics.seeds import Agreement, SeedSummary, agreement, one_mode, summarise_seeds
 from ssm_retrieval.statistics.survival import (
     bootstrap_median_time,
     censored,
@@ -42,8 +42,8 @@ from ssm_retrieval.statistics.survival import (
 
 __all__ = [
     "Agreement",
-    "OverSeeds",
     "PairedTest",
+    "SeedSummary",
     "SignTest",
     "agreement",
     "bootstrap",
@@ -59,13 +59,13 @@ __all__ = [
     "median_interval",
     "median_time",
     "one_mode",
-    "over_seeds",
     "paired_sign_test",
     "paired_test",
     "ratio_of_means",
     "require",
     "share_interval",
     "sign_flip_p",
+    "summarise_seeds",
     "turnbull",
     "wilson",
 ]

@@ -23,7 +23,7 @@ MISSED = 0.05  # probability with which it may
 
 
 @dataclass(frozen=True)
-class OverSeeds:
+class SeedSummary:
     """Accuracies of the seeds of one cell.
 
     Attributes:
@@ -69,7 +69,7 @@ def one_mode(accuracy: Any) -> bool:
     return bool(enough and (np.diff(values) <= APART).all())
 
 
-def over_seeds(accuracy: Any, reached: Any, confidence: float = 0.95) -> OverSeeds:
+def summarise_seeds(accuracy: Any, reached: Any, confidence: float = 0.95) -> SeedSummary:
     """Sum up the seeds of a cell: k of n, and a mean with what `one_mode` lets stand beside it.
 
     Args:
@@ -92,7 +92,7 @@ def over_seeds(accuracy: Any, reached: Any, confidence: float = 0.95) -> OverSee
     student = one_mode(values)
     if not student:
         low, high = float(values.min()), float(values.max())
-    return OverSeeds(n, k, share_low, share_high, mean, low, high, student)
+    return SeedSummary(n, k, share_low, share_high, mean, low, high, student)
 
 
 @dataclass(frozen=True)

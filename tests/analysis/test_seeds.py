@@ -13,19 +13,19 @@ from scipy import stats
 
 from analysis import tables, vlm_plots
 from analysis.comparisons import comparisons
-from ssm_retrieval.statistics import agreement, mean_interval, one_mode, over_seeds
+from ssm_retrieval.statistics import agreement, mean_interval, one_mode, summarise_seeds
 
 # --- accuracies of seeds ---
 
 
 def test_few_seeds_have_a_range_and_many_alike_an_interval():
-    few = over_seeds([0.97, 0.31, 0.99], [True, False, True])
+    few = summarise_seeds([0.97, 0.31, 0.99], [True, False, True])
     assert (few.n, few.reached, few.student) == (3, 2, False)
     assert (few.mean, few.low, few.high) == (pytest.approx(0.7567, abs=1e-4), 0.31, 0.99)
     want = stats.beta.ppf([0.025, 0.975], [2, 3], [2, 1])  # Clopper and Pearson in closed form
     assert (few.share_low, few.share_high) == pytest.approx(tuple(want))
     values = np.linspace(0.8, 0.9, 29)
-    many = over_seeds(values, values > 0.85, confidence=0.8)
+    many = summarise_seeds(values, values > 0.85, confidence=0.8)
     want = stats.ttest_1samp(values, 0).confidence_interval(0.8)
     assert many.student and (many.low, many.high) == pytest.approx((want.low, want.high))
 
@@ -45,7 +45,7 @@ def test_an_interval_of_a_mean_is_given_only_where_it_holds(n, learned):
     truth, wrong, students, shares = 0.3 + 0.7 * learned, 0.0, 0.0, 0.0
     for k, chance in enumerate(stats.binom.pmf(np.arange(n + 1), n, learned)):
         accuracy = np.repeat([1.0, 0.3], [k, n - k])
-        found = over_seeds(accuracy, accuracy == 1)
+        found = summarise_seeds(accuracy, accuracy == 1)
         wrong += chance * (found.student and not found.low <= truth <= found.high)
         _, low, high = mean_interval(accuracy, bounds=(0, 1))
         students += chance * (not low <= truth <= high)
@@ -145,10 +145,10 @@ def test_tests_of_a_sweep_count_themselves():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: over_seeds([], []), "at least one number"),
-        (lambda: over_seeds([0.1, 0.2], [True]), "one truth value for each of the 2 accuracies"),
-        (lambda: over_seeds([0.1, 0.2], [True, 2]), "one truth value"),
-        (lambda: over_seeds([0.1], [True], confidence=95), "confidence 95"),
+        (lambda: summarise_seeds([], []), "at least one number"),
+        (lambda: summarise_seeds([0.1, 0.2], [True]), "one truth value for each of the 2 accuracies"),
+        (lambda: summarise_seeds([0.1, 0.2], [True, 2]), "one truth value"),
+        (lambda: summarise_seeds([0.1], [True], confidence=95), "confidence 95"),
         (lambda: one_mode([np.nan]), "accuracy must be finite"),
         (lambda: agreement([]), "holds no comparison"),
         (lambda: agreement([[0.1], []]), "differences must be a list of at least one number"),
