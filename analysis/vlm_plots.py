@@ -101,8 +101,8 @@ def over_seeds(
         if not student and len(values) > 1:
             low, high = float(values.min()), float(values.max())
         found = dict(mean=mean, low=low, high=high, seeds=len(values))
-        found |= dict(interval="Student" if student else "range")
-        rows.append(dict(zip(by, cell, strict=True)) | found)
+        words = dict(interval="Student" if student else "range")
+        rows.append(dict(zip(by, cell, strict=True)) | found | words)
     return pd.DataFrame(rows)
 
 

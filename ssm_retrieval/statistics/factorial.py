@@ -60,7 +60,8 @@ def factorial_effects(
     The interval is for other seeds. It is a bootstrap within cells: of a cell's n values n - 1 are drawn with
     replacement, whose mean varies as that of n independent runs does (McCarthy and Snowden 1985). Its
     distances from the effect are then stretched by Student's quantile over the normal one, with the degrees
-    of freedom of Welch and Satterthwaite, because few seeds do not know their scatter well.
+    of freedom of Welch and Satterthwaite, because few seeds do not know their scatter well. It has no width
+    where no cell varies, as where no run got there; that is a lack of knowledge, and no certainty.
 
     Args:
         table: One row per run.
