@@ -192,7 +192,7 @@ def _quantiles(values: np.ndarray, level: float) -> np.ndarray:
 
 def _freedom(scatter: np.ndarray, counts: np.ndarray) -> float:
     """Degrees of freedom of a sum of variances of means (Welch 1947); inf if nothing varies."""
-    below = float((scatter**2 / (counts - 1)).sum()) if (counts > 1).all() else np.nan
+    below = float((scatter**2 / (counts - 1)).sum())  # nan if a cell has a single run
     return float(scatter.sum() ** 2 / below) if below else np.inf
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import itertools
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import result_tables
 from hypothesis import given
 from hypothesis import strategies as st
+from result_tables import run_rows
 from scipy import stats
 
 from analysis import tables, vlm_plots
 from analysis.comparisons import comparisons
+from analysis.plots import sweep
 from ssm_retrieval.statistics import agreement, mean_interval, one_mode, summarise_seeds
 
 # --- accuracies of seeds ---
@@ -90,6 +94,17 @@ def test_words_about_costs():
     assert tables.cost(two.iloc[1:]) == "4,000 to 5,000 [4,000, ∞] 50 %"  # the lower median
     assert tables.cost(two.iloc[:1]) == "3,000 to 4,000"
     assert tables.cost(two.iloc[2:]) == "> 9,000"
+
+
+def test_a_figure_shows_between_which_evaluations_a_cost_lies():
+    """Evaluated every 1,000 sequences: passed at 2,000, at the first one, and never."""
+    runs = [run_rows("mamba", 16, seed, curve) for seed, curve in enumerate(([0.1, 1.0], [1.0], [0.1, 0.2]))]
+    table = sweep.threshold_table(result_tables.tables(runs)[0])
+    assert sorted(zip(table["lower"], table["value"], strict=True)) == [(0, 1000), (1000, 2000), (2000, 2000)]
+    (ax,) = sweep.cost_vs_length(table).axes
+    spans = [path.vertices[:, 1] for lines in ax.collections for path in lines.get_paths()]
+    np.testing.assert_allclose(spans, [[1000, 2000]])  # the first evaluation has none before
+    plt.close(ax.figure)
 
 
 # --- seeds that agree ---
