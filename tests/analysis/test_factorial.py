@@ -135,6 +135,17 @@ def test_the_interval_of_two_groups_is_welchs():
         assert (row["low_all"], row["high_all"]) == (row["low"], row["high"])  # a single comparison
 
 
+def test_few_seeds_of_one_cell_decide_how_wide_an_interval_is():
+    """6 and 60 normal quantiles of equal scatter: Welch has 6 degrees of freedom, not the 64 of all runs."""
+    a, b = (stats.norm.ppf((np.arange(n) + 0.5) / n) for n in (6, 60))
+    table = pd.DataFrame(dict(a=np.repeat([0, 1], [6, 60]), value=np.append(a / a.std(), b), reached=True))
+    row = factorial_effects(table, {"a": (0, 1)}).iloc[0]
+    want = stats.ttest_ind(b, a / a.std(), equal_var=False)
+    assert want.df == pytest.approx(6, abs=0.3)
+    width = np.ptp(want.confidence_interval(0.95))
+    assert row["high"] - row["low"] == pytest.approx(width, rel=0.06)
+
+
 def test_intervals_hold_the_truth_as_often_as_they_say():
     """Skewed outcomes of three seeds a cell, 40 designs of three effects each."""
     rng = np.random.default_rng(0)
@@ -212,7 +223,7 @@ def test_intervals_of_shares_hold_the_truth_exactly_enumerated():
         (lambda t: t[(t["a"] == 0) | (t["b"] == 0)], SQUARE, "no run with a 1, b 1; a full factorial needs"),
         (lambda t: t, {"a": (0, 1, 2), "b": (0, 1)}, "no run with a 2, b 0"),
         (lambda t: t, {"a": (0,), "b": (0, 1)}, "factor a needs two different levels or more"),
-        (lambda t: t, {"a": (0, 0), "b": (0, 1)}, "factor a needs two different levels"),
+        (lambda t: t, {"a": (0, 1, 1), "b": (0, 1)}, "factor a needs two different levels"),
         (lambda t: t.assign(a=t["a"] * 3), SQUARE, "table has runs with a 3; name that level, or drop"),
         (lambda t: t, {"c": (0, 1)}, "lacks the column.s. c"),
         (lambda t: t, {}, "factors names no column"),
