@@ -21,8 +21,9 @@ def comparisons(thresholds: pd.DataFrame) -> pd.DataFrame:
     Returns:
         A row per pair. Column kind is "variant" for architectures in the same setting, "layout" for layouts
         of the same architecture that differ in nothing else. Further columns are the fields of
-        `ssm_retrieval.statistics.SignTest`; p_holm corrects p over all rows of one kind. Pairs without common
-        runs are left out.
+        `ssm_retrieval.statistics.SignTest`; comparisons is the number of rows of one kind, over which p_holm
+        corrects p, and by_chance in how many of those all known pairs would agree if coins decided. Pairs
+        without common runs are left out.
     """
     table = thresholds.copy()
     parts = table["setting"].str.partition(", ")
@@ -38,6 +39,8 @@ def comparisons(thresholds: pd.DataFrame) -> pd.DataFrame:
                     continue
                 test = paired_sign_test(part, a, b, on=("seq_len", "seed"), factor=factor)
                 found.append({"kind": kind, "within": level, **dataclasses.asdict(test)})
+        known = [count for row in found if (count := row["a_first"] + row["b_first"])]
+        many = dict(comparisons=len(found), by_chance=sum(2.0 ** (1 - count) for count in known))
         for row, corrected in zip(found, holm([row["p"] for row in found]) if found else [], strict=True):
-            rows.append({**row, "p_holm": float(corrected)})
+            rows.append({**row, "p_holm": float(corrected), **many})
     return pd.DataFrame(rows)

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import published
-from ssm_retrieval.statistics import mean_interval
+from ssm_retrieval.statistics import mean_interval, one_mode
 from ssm_retrieval.style import DOUBLE, NAMES, SINGLE, family_colors
 
 if TYPE_CHECKING:
@@ -89,13 +89,20 @@ def over_seeds(
         bounds: Bounds of the interval, such as (0, 1) for shares.
 
     Returns:
-        Columns `by`, mean, low and high (95 % t interval), seeds.
+        Columns `by`, mean, low and high, seeds, interval. low and high are the 95 % t interval where
+        `ssm_retrieval.statistics.one_mode` allows it (interval "Student"), else lowest and highest seed
+        ("range"), nan for a single one.
     """
     rows = []
     for cell, part in results.groupby(by, sort=False):
         values = part.groupby("seed")["value"].mean().to_numpy()
         mean, low, high = mean_interval(values, bounds=bounds)
-        rows.append(dict(zip(by, cell, strict=True)) | dict(mean=mean, low=low, high=high, seeds=len(values)))
+        student = one_mode(values)
+        if not student and len(values) > 1:
+            low, high = float(values.min()), float(values.max())
+        found = dict(mean=mean, low=low, high=high, seeds=len(values))
+        words = dict(interval="Student" if student else "range")
+        rows.append(dict(zip(by, cell, strict=True)) | found | words)
     return pd.DataFrame(rows)
 
 

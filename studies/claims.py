@@ -16,7 +16,7 @@ import analysis
 from analysis import published, settings
 from analysis.comparisons import comparisons
 from analysis.plots import sweep
-from analysis.tables import between, by_seed, fill, share
+from analysis.tables import agreed, between, by_seed, fill, share
 from ssm_retrieval.statistics import bootstrap_median_time, geometric_mean_interval
 from ssm_retrieval.style import NAMES
 from ssm_retrieval.tables import markdown
@@ -111,10 +111,9 @@ def lengths(table: pd.DataFrame) -> str:
 
 def layouts(table: pd.DataFrame) -> str:
     """Query last against query first, one query per sequence, length 16; seeds that are faster so."""
-    table = table[(table["queries"] == 1) & table["usual_state"] & (table["seq_len"] == 16)]
+    table = single_queries(table)
     outcomes = sweep.threshold_table(table, "tokens")
-    tests = comparisons(outcomes)
-    tests = tests[tests["kind"] == "layout"].set_index("within")
+    tests = layout_tests(outcomes)
     rows = []
     for variant in settings.variants(table):
         mine = outcomes[outcomes["variant"] == variant]
@@ -127,6 +126,26 @@ def layouts(table: pd.DataFrame) -> str:
         )  # fmt: skip
     head = ["model", "tokens, query last", "accuracy, last", "tokens, query first", "accuracy, first"]
     return markdown([*head, "seeds faster with the query first and last"], rows)
+
+
+def single_queries(table: pd.DataFrame) -> pd.DataFrame:
+    """Evaluations of runs with one query per sequence of length 16."""
+    return table[(table["queries"] == 1) & table["usual_state"] & (table["seq_len"] == 16)]
+
+
+def layout_tests(outcomes: pd.DataFrame) -> pd.DataFrame:
+    """Paired tests of the two layouts, by architecture."""
+    tests = comparisons(outcomes)
+    return tests[tests["kind"] == "layout"].set_index("within")
+
+
+def layouts_by_chance(table: pd.DataFrame) -> str:
+    """How many architectures have all seeds on one side of `layouts`, and how many would by chance."""
+    tests = layout_tests(sweep.threshold_table(single_queries(table), "tokens")).to_dict("records")
+    signs = [
+        [1] * t["a_first"] + [-1] * t["b_first"] + [0] * (t["n"] - t["a_first"] - t["b_first"]) for t in tests
+    ]
+    return agreed(signs, "differences between query first and last are compared in this table")
 
 
 def states(table: pd.DataFrame) -> str:
@@ -147,7 +166,7 @@ def states(table: pd.DataFrame) -> str:
 
 def geometry() -> str:
     """Locality of position tokens by architecture: range over seeds, and how many lie above shuffled ones."""
-    table = pd.read_csv(RETRIEVAL / "figures" / "position_geometry.csv")
+    table = locality()
     names = {"readout": "output rows of position tokens", "learned": "learned position table"}
     rows = []
     for (variant, length, kind), part in table.groupby(["variant", "seq_len", "table"], sort=False):
@@ -155,6 +174,21 @@ def geometry() -> str:
         values = f"{part['locality'].min():.2f} to {part['locality'].max():.2f}"
         rows.append([variant, length, names[str(kind)], values, f"{above} of {len(part)}"])
     return markdown(["model", "length", "table", "locality, by seed", "seeds above shuffled positions"], rows)
+
+
+def locality() -> pd.DataFrame:
+    """Locality of position tokens, a row per model and table."""
+    return pd.read_csv(RETRIEVAL / "figures" / "position_geometry.csv")
+
+
+def geometry_by_chance() -> str:
+    """How many models of `geometry` lie above shuffled positions, and how many would by chance."""
+    table = locality()
+    above, n = int((table["locality"] > table["shuffled_high"]).sum()), len(table)
+    return (
+        f"{n} tables of position tokens are compared with the range of shuffled ones. {above} of them lie "
+        f"above it; chance would put one in forty there, {n / 40:.0f} of them."
+    )
 
 
 # --- studies/why_mamba_lags and studies/learnability -------------------------------------------------------
@@ -242,15 +276,20 @@ def rewritten(text: str) -> str:
         "published-scale": published_scale(),
         "lengths": lengths(table),
         "layouts": layouts(table),
+        "layouts-by-chance": layouts_by_chance(table),
         "states": states(table),
         "updates": updates(),
         "geometry": geometry(),
+        "geometry-by-chance": geometry_by_chance(),
         "positions": positions(),
         "vlm-families": summary.families(scenes),
         "vlm-captions": summary.captions(scenes),
         "vlm-floors": summary.floors(scenes),
         "vlm-layouts": summary.layouts(scenes),
         "vlm-sizes": summary.sizes(scenes),
+        "vlm-by-chance": agreed(
+            summary.compared(scenes), "differences of the VLMs are compared in claims 3, 5, 6 and 8"
+        ),
     }
     return fill(text, made)
 

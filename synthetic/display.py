@@ -109,7 +109,10 @@ def terminal_curve(metrics: pd.DataFrame, width: int = 80, height: int = 16) -> 
 
 
 def cells(evaluations: pd.DataFrame) -> Table:
-    """One line per cell of a sweep: its seeds, their mean accuracy and its range, cost of reaching 0.95.
+    """One line per cell of a sweep: its seeds, how many got there, their accuracies, the cost of 0.95.
+
+    Shares have Clopper and Pearson's 95 % interval. A mean accuracy has the range of its seeds, which is no
+    interval of the mean. The median cost lies between two evaluations.
 
     Args:
         evaluations: Rows of the results store (`training.tables.load`).
@@ -128,15 +131,14 @@ def cells(evaluations: pd.DataFrame) -> Table:
     table = Table(title="Held-out accuracy over seeds", box=box.SIMPLE_HEAD, padding=(0, 1))
     for name in varying:
         table.add_column(name.replace("_", " "), no_wrap=True)
-    for name in ("seeds", "accuracy [range]", "reached", "examples to 0.95", "learned up to"):
+    for name in ("at 0.95 [95 %]", "accuracy (range)", "examples to 0.95", "learned up to"):
         table.add_column(Text(name), justify="right", no_wrap=True)
     for _, row in rows.iterrows():
         table.add_row(
             *(Text(_word(row[name])) for name in varying),
-            str(row["seeds"]),
+            Text(_reached(row)),
             Text(f"{row['accuracy']:.3f}{_range(row)}"),
-            f"{row['reached']}/{row['seeds']}",
-            f"{row['examples']:,.0f}" if row["examples"] < float("inf") else "-",
+            _examples(row),
             f"{row['reachable_length']:g}",
         )
     return table
@@ -146,6 +148,17 @@ def _word(value: Any) -> str:
     return "-" if pd.isna(value) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def _reached(row: Any) -> str:
+    """How many runs got there, and the interval of the share that does."""
+    return f"{row['reached']}/{row['runs']} [{row['reached_low']:.2f}, {row['reached_high']:.2f}]"
+
+
 def _range(row: Any) -> str:
     """Lowest and highest seed; nothing for a single one."""
-    return "" if row["seeds"] == 1 else f" [{row['accuracy_min']:.3f}, {row['accuracy_max']:.3f}]"
+    return "" if row["seeds"] == 1 else f" ({row['accuracy_min']:.3f}-{row['accuracy_max']:.3f})"
+
+
+def _examples(row: Any) -> str:
+    """Between which evaluations the median lies, or what it is above."""
+    after, by = row["examples_after"], row["examples"]
+    return f"> {after:,.0f}" if by == float("inf") else f"{after:,.0f}-{by:,.0f}"

@@ -97,7 +97,10 @@ def scaling_table(evaluations: pd.DataFrame) -> pd.DataFrame:
 
 
 def cost_vs_length(table: pd.DataFrame) -> Figure:
-    """log-log: filled points reached 0.95, hollow triangles had not when they ended; fitted power laws."""
+    """log-log: filled points reached 0.95, hollow triangles had not when they ended; fitted power laws.
+
+    The line below a point goes down to the evaluation before, since the cost lies between the two.
+    """
     looks = settings.looks(table)
     laws = fit_power_laws(table, by=("variant", "setting")).set_index(["variant", "setting"])
     columns = sorted(table["setting"].unique(), key=_setting_order)
@@ -134,6 +137,8 @@ def _runs(ax: Axes, cell: pd.DataFrame, look: dict[str, Any], shift: float) -> N
     got, lost = cell[cell["reached"]], cell[~cell["reached"]]
     style = dict(color=look["color"], linestyle="", markersize=5, alpha=0.75)
     ax.plot(got["seq_len"] * shift, got["value"], marker=look["marker"], **style)
+    known = got[got["lower"] > 0]  # else there was no evaluation before, and a log axis has no 0
+    ax.vlines(known["seq_len"] * shift, known["lower"], known["value"], color=look["color"], lw=1, alpha=0.75)
     ax.plot(lost["seq_len"] * shift, lost["value"], marker="^", mfc="none", **style)
 
 
@@ -151,7 +156,7 @@ def state_table(evaluations: pd.DataFrame) -> pd.DataFrame:
     outcomes = outcomes.merge(reach.rename(columns={"value": "longest"}), on=["run", "model"])
     cell = ["variant", "setting", "seq_len"]
     outcomes = outcomes[outcomes.groupby(cell)["d_state"].transform("nunique") > 1]
-    columns = [*KEYS, "seq_len", "d_state", "seed", "run", "longest", "value", "reached", "accuracy"]
+    columns = [*KEYS, "seq_len", "d_state", "seed", "run", "longest", "lower", "value", "reached", "accuracy"]
     return outcomes[columns].reset_index(drop=True)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.statistics.inputs import check_confidence, numbers
@@ -184,5 +184,7 @@ def share_interval(k: int, n: int, confidence: float = 0.95) -> tuple[float, flo
     check_confidence(confidence)
     if not 0 <= k <= n or n < 1:
         raise UserError(f"{k} of {n} is no share; give 0 <= k <= n and at least one trial")
-    found = stats.binomtest(int(k), int(n)).proportion_ci(confidence, method="exact")
-    return float(found.low), float(found.high)
+    tail = (1 - confidence) / 2
+    low = special.betaincinv(k, n - k + 1, tail) if k else 0.0
+    high = special.betaincinv(k + 1, n - k, 1 - tail) if k < n else 1.0
+    return float(low), float(high)

@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from ssm_retrieval.errors import UserError
-from ssm_retrieval.statistics import bootstrap_median_time, require, share_interval
+from ssm_retrieval.statistics import median_bounds, median_interval, require, share_interval
 
 RUN = ["run", "model"]
 CELL = ("task", "layout", "seq_len", "model", "preset", "position", "d_state", "n_layer")
@@ -144,8 +144,11 @@ def summarise(
 
     Returns:
         Seeds, runs, finished, reached: counts. reached_low, reached_high: Clopper and Pearson's 95 % interval
-        of the share of runs that get there. accuracy: mean; accuracy_min, accuracy_max: over runs. examples:
-        censored median with its bootstrap interval, inf where half never got there. reachable_length: mean.
+        of the share of runs that get there. accuracy: mean; accuracy_min, accuracy_max: over runs.
+        examples_after, examples: between which evaluations the median of what runs need lies
+        (`ssm_retrieval.statistics.median_bounds`); examples_low, examples_high, examples_confidence: interval
+        of the median and the level that so few runs allow (`median_interval`). inf where runs never got
+        there. reachable_length: mean.
 
     Raises:
         UserError: As `examples_to_threshold`, or if a default cell holds a seed twice, which means that it
@@ -170,7 +173,9 @@ def summarise(
                 "filter the table or name that column in by"
             )
         low, high = share_interval(int(group["reached"].sum()), len(group))
-        examples, examples_low, examples_high = bootstrap_median_time(group["value"], group["reached"])
+        spent = group["lower"], group["value"], group["reached"]
+        examples_after, examples = median_bounds(*spent)
+        examples_low, examples_high, level = median_interval(*spent)
         rows.append(
             named
             | dict(
@@ -184,9 +189,11 @@ def summarise(
                 accuracy_min=float(group["accuracy"].min()),
                 accuracy_max=float(group["accuracy"].max()),
                 chance=float(group["chance"].mean()),
+                examples_after=examples_after,
                 examples=examples,
                 examples_low=examples_low,
                 examples_high=examples_high,
+                examples_confidence=level,
                 reachable_length=float(group["longest"].mean()),
             )
         )

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.tables import by_seed, fill
+from analysis.tables import agreed, by_seed, fill
 from analysis.vlm_plots import main_rows
 from ssm_retrieval.statistics import geometric_mean_interval
 from ssm_retrieval.style import NAMES, save, theme
@@ -153,7 +153,7 @@ def filled(text: str) -> str:
             "layouts": layouts(results),
             "sizes": sizes(results),
             "captions": captions(results),
-            "agreement": agreement(results),
+            "agreement": agreed(compared(results)),
             "floors": floors(results),
             "looks": looked(looks),
             "cost": cost(results),
@@ -304,8 +304,8 @@ def _range(part: pd.DataFrame) -> list[float]:
     return [float(end[family]) for family in FAMILIES for end in (values.min(), values.max())]
 
 
-def agreement(results: pd.DataFrame) -> str:
-    """How many differences of the tables have one sign in all seeds, and how many would by chance."""
+def compared(results: pd.DataFrame) -> list[np.ndarray[Any, Any]]:
+    """The differences of every comparison of the tables, by seed."""
     shares, scores = main_rows(results), results[results["metric"] == "cider"]
     size, higher = (f(shares["image_size"]) for f in (min, max))
     base = (LAYOUTS[0], size)
@@ -313,14 +313,7 @@ def agreement(results: pd.DataFrame) -> str:
     others = [*((layout, size) for layout in LAYOUTS[1:]), (LAYOUTS[0], higher)]
     alone = [(base, cell, (family, family)) for cell in others for family in FAMILIES]
     found = [apart(part, *pair) for _, part in shares.groupby("task") for pair in (*pairs, *alone)]
-    found += [apart(scores, *pair) for pair in pairs]
-    same = sum(bool((values > 0).all() or (values < 0).all()) for values in found)
-    seeds = len(found[0])
-    return (
-        f"{len(found)} differences are compared on this page. {same} of them have the same sign in all "
-        f"{seeds} seeds; coins would give {len(found) * 2.0 ** (1 - seeds):.0f}. Nothing is corrected for "
-        f"that, and no single difference of {seeds} pairs can have p below {2.0 ** (1 - seeds):.2f}."
-    )
+    return found + [apart(scores, *pair) for pair in pairs]
 
 
 def ratio(values: Any) -> str:

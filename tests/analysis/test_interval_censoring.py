@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import optimize
+from scipy import optimize, stats
 
-from ssm_retrieval.statistics import kaplan_meier, median_bounds, median_time, turnbull
+from ssm_retrieval.statistics import kaplan_meier, median_bounds, median_interval, median_time, turnbull
 
 NEVER = np.inf
 # (lower, value, reached) of runs on a grid of evaluations; a run that never got there has spent `lower`
@@ -106,6 +106,48 @@ def test_the_bounds_hold_the_median_that_the_grid_hides(drawn):
     assert low < truth <= high and (high - low == 1 or (low, high) == (8, NEVER))
 
 
+@pytest.mark.parametrize("n", range(2, 13))
+def test_the_interval_of_a_median_has_the_level_that_it_says(n):
+    """All orders of n exact costs against their median are enumerated: runs below it are a fair coin each."""
+    value = np.arange(1.0, n + 1)
+    for confidence in (0.5, 0.8, 0.95):
+        low, high, level = median_interval(value, value + 0.5, [True] * n, confidence)
+        d = int(low)  # the d-th smallest and the d-th largest
+        assert high == n + 1 - d + 0.5
+        below = stats.binom.pmf(np.arange(n + 1), n, 0.5)  # of so many runs below the median
+        assert level == pytest.approx(below[d : n - d + 1].sum())
+        assert level >= confidence or d == 1
+        narrower = below[d + 1 : n - d].sum()
+        assert narrower < confidence  # no narrower one would do
+
+
+def test_the_interval_of_a_median_by_hand():
+    lower, value, reached = [300, 400, 1000], [400, 500, 1000], [True, True, False]
+    assert median_interval(lower, value, reached) == (300, np.inf, 0.75)
+    assert median_interval(lower[:2], value[:2], reached[:2]) == (300, 500, 0.5)
+    assert median_interval([300], [400], [True]) == (300, 400, 0)
+    # a run that stopped early tells little from above, and its end is what it spent
+    assert median_interval([10, 400, 300], [10, 500, 400], [False, True, True]) == (10, np.inf, 0.75)
+    with pytest.raises(ValueError, match="confidence 95 must lie between 0 and 1"):
+        median_interval(lower, value, reached, 95)
+
+
+@pytest.mark.parametrize("n", [3, 5, 8])
+def test_the_interval_of_a_median_covers_it_whatever_the_grid_and_the_budget(n):
+    """Costs of a wide distribution, seen every 100 steps up to a budget that a third of the runs exceed."""
+    rng = np.random.default_rng(n)
+    need = rng.lognormal(6, 1, (300, n))
+    budget = np.exp(6 + stats.norm.ppf(2 / 3))
+    reached = need <= budget - budget % 100
+    value = np.where(reached, np.ceil(need / 100) * 100, budget)
+    found = [
+        median_interval(np.where(got, v - 100, v), v, got) for v, got in zip(value, reached, strict=True)
+    ]
+    low, high, level = np.array(found).T
+    covered = ((low < np.exp(6)) & (np.exp(6) <= high)).mean()
+    assert covered >= level[0] - 3 * (level[0] * (1 - level[0]) / 300) ** 0.5
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -117,7 +159,7 @@ def test_the_bounds_hold_the_median_that_the_grid_hides(drawn):
     ],
 )
 def test_bad_input_is_one_clear_line(arguments, message):
-    for function in (turnbull, median_bounds):
+    for function in (turnbull, median_bounds, median_interval):
         with pytest.raises(ValueError, match=message) as error:
             function(*arguments)
         assert "\n" not in str(error.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 import sys
@@ -193,6 +194,22 @@ def test_differences_between_runs_are_marked(probed_run, bare):
     assert marked == {"seed": ["0", "0", "1"], "task_options.layout": ["suffix", "suffix", "instruction"]}
     plain = [row[0] for i, row in enumerate(differing.rows) if i not in differing.marked]
     assert "model" in plain and not any(name.startswith("≠") for name in plain)
+
+
+def test_runs_that_differ_in_the_seed_alone_are_summed_up(probed_run):
+    """Two Mambas of one seed more, and one whose learning rate differs, too."""
+    (run,) = read_all([probed_run])
+    runs = []
+    for letter, seed, lr, accuracy in (("A", 2, 1e-3, 0.97), ("B", 0, 1e-3, 0.25), ("C", 1, 2e-3, 0.5)):
+        plans = {"mamba": run.plans["mamba"] | dict(seed=seed, lr=lr)}
+        results = {"mamba": run.results["mamba"] | dict(accuracy=accuracy)}
+        runs.append(dataclasses.replace(run, letter=letter, plans=plans, results=results))
+    (found,) = (t for t in config.section(runs).tables if t.caption.startswith("Over seeds"))
+    # by seed: 0 and 2; Clopper and Pearson of 1 of 2: 1 - 0.975^(1/2), and one minus that
+    words = "1 of 2 [0.01, 0.99]; 0.610 (0.250 to 0.970)"
+    assert found.rows == [["Mamba", "B, A", words, "0.250, 0.970"]]
+    unfinished = [runs[0], dataclasses.replace(runs[1], results={}), runs[2]]
+    assert not any(t.caption.startswith("Over seeds") for t in config.section(unfinished).tables)
 
 
 def test_commands_lead_to_the_same_runs(probed_run, bare):

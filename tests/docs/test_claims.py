@@ -193,7 +193,23 @@ def test_the_vlm_study_counts_its_comparisons():
             compared, agree = compared + 1, agree + (len(signs) == 1 and signs != {0})
     text = (study / "README.md").read_text(encoding="utf-8")
     assert f"{compared} differences are compared on this page. {agree} of them have the same sign" in text
+    words = f"{compared} differences of the VLMs are compared in claims 3, 5, 6 and 8. {agree} of them"
+    assert words in BODIES["3. Task-aware encoding helps grounding only marginally"]
     assert agree <= 1.5 * compared / 4
+
+
+def test_seeds_that_agree_stand_beside_what_chance_gives():
+    """Four architectures of three pairs: coins agree once in four. One table in forty is above 97.5 %."""
+    by_chance = PAGE.split("<!-- layouts-by-chance -->\n")[1].splitlines()[0]
+    assert len(table("layouts")) == 4
+    assert by_chance.startswith(
+        "4 differences between query first and last are compared in this table. 4 of them"
+    )
+    assert "in all 3 seeds; coins would give 1." in by_chance
+    above, models = np.array([numbers(cell) for cell in table("geometry").iloc[:, -1]]).sum(axis=0)
+    by_chance = PAGE.split("<!-- geometry-by-chance -->\n")[1].splitlines()[0]
+    assert by_chance.startswith(f"{models:.0f} tables") and f"{above:.0f} of them lie above" in by_chance
+    assert by_chance.endswith("one in forty there, 1 of them.") and round(models / 40) == 1
 
 
 @pytest.mark.slow

@@ -115,9 +115,10 @@ def test_cells_show_what_differs_and_the_range_of_seeds():
     assert "d state" in head and "seq len" not in head and "n layer" not in head
     found = [line.split() for line in lines if line.strip().startswith(("mamba", "transformer"))]
     assert [row[:3] for row in found] == [
-        ["mamba", "4", "2"],
-        ["mamba", "16", "2"],
-        ["transformer", "-", "1"],
+        ["mamba", "4", "2/2"],
+        ["mamba", "16", "2/2"],
+        ["transformer", "-", "0/1"],
     ]
-    assert found[0][3:] == ["0.960", "[0.960,", "0.960]", "2/2", "1,000", "8"]
-    assert found[2][3:] == ["0.500", "0/1", "-", "0"]  # one seed has no range
+    # Clopper and Pearson: 2 of 2 is 0.025^(1/2) and more, 0 of 1 is 0.975 and less
+    assert " ".join(found[0][3:]) == "[0.16, 1.00] 0.960 (0.960-0.960) 0-1,000 8"
+    assert " ".join(found[2][3:]) == "[0.00, 0.97] 0.500 > 1,000 0"  # one seed has no range

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from analysis.plots.sweep import THRESHOLD
 from analysis.report.parts import Section, Table
 from analysis.report.runs import Run
+from analysis.tables import by_seed, seeds
+from ssm_retrieval.style import NAMES
 
 READING = (
-    "The first table has what every model reached on held-out sequences after training. The second lists "
-    "every option that is not the same in all columns; highlighted and marked with ≠ are those that differ "
-    "between runs for the same family, so that they, and not the architecture, may be behind a difference "
-    "further down. What all columns share is in the folded table."
+    "The first table has what every model reached on held-out sequences after training. Runs that differ in "
+    "nothing but the seed have a table of their own: how many of them ended at 0.95 or above, with the "
+    "interval of Clopper and Pearson, and their mean with its range, which is no interval of the mean. "
+    "Another table lists every option that is not the same in all columns; highlighted and marked with ≠ are "
+    "those that differ between runs for the same family, so that they, and not the architecture, may be "
+    "behind a difference further down. What all columns share is in the folded table."
 )
 
 
@@ -27,7 +35,7 @@ def section(runs: Sequence[Run]) -> Section:
     headers = ["option", *(run.title(family) for run, family in columns)]
     differing = [[f"≠ {name}" if name in between else name, *rows[name]] for name in differs]
     shared = [[name, rows[name][0]] for name in names if len(set(rows[name])) == 1]
-    tables = [_results(columns), _folders(runs)]
+    tables = [_results(columns), *_repeated(columns), _folders(runs)]
     if differing:
         marked = frozenset(i for i, name in enumerate(differs) if name in between)
         caption = "Options that are not the same everywhere"
@@ -73,6 +81,25 @@ def _results(columns: Sequence[tuple[Run, str]]) -> Table:
     return Table(
         "Final held-out accuracy at the full length (Wilson intervals over sequences)", headers, rows
     )
+
+
+def _repeated(columns: Sequence[tuple[Run, str]]) -> Iterator[Table]:
+    """What finished runs came to that differ in nothing but the seed, if there are any."""
+    alike: dict[str, list[tuple[Run, str]]] = {}
+    for run, family in columns:
+        if family in run.results:
+            plan = {name: value for name, value in run.plans[family].items() if name != "seed"}
+            alike.setdefault(json.dumps(plan, sort_keys=True), []).append((run, family))
+    rows = []
+    for group in alike.values():
+        if len(group) > 1:
+            group.sort(key=lambda column: column[0].plans[column[1]]["seed"])
+            accuracy = np.array([run.results[family]["accuracy"] for run, family in group])
+            family, letters = group[0][1], ", ".join(run.letter for run, _ in group)
+            rows.append([NAMES[family], letters, seeds(accuracy, accuracy >= THRESHOLD), by_seed(accuracy)])
+    if rows:
+        headers = ["model", "runs", f"ended at {THRESHOLD} [95 %]; mean (range)", "accuracy, by seed"]
+        yield Table("Over seeds: runs that differ in nothing else", headers, rows)
 
 
 def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
