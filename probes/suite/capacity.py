@@ -109,9 +109,9 @@ def doublings(longest: int) -> list[int]:
 
 
 def shown_symbols(task: Position, batch: Batch) -> Tensor:
-    """(B, N) the 0-based context symbols of a batch, without the markers among them."""
+    """(B, N) the 0-based context symbols of a batch, each once, without the markers among them."""
     ids = batch.input_ids[:, : answer_at(batch)] - task.vocabulary.first_symbol
-    return ids[:, (ids[0] >= 0) & (ids[0] < task.vocabulary.num_symbols)]
+    return ids[:, (ids[0] >= 0) & (ids[0] < task.vocabulary.num_symbols)][:, : batch.length]
 
 
 def questions_after(task: Position, context: Tensor) -> tuple[Tensor, Tensor]:

@@ -144,6 +144,9 @@ class Task(ABC):
         version: Raise it whenever the same arguments would give other batches; part of a run's identity.
         help: Half a line for `--help`.
         paper: How its paper trains; None means that `--protocol paper` is refused.
+        layouts: Values of the option `layout`, see `synthetic.tasks.layouts`; empty without such an option.
+        younger: Options that came after runs of the task, which keep their names: at its default such an
+            option is no part of a run's identity.
         seq_len: N, the longest context.
         first_id: Id of the vocabulary's first token; lower ids of a model's table belong to other tokens.
     """
@@ -152,6 +155,8 @@ class Task(ABC):
     version: ClassVar[int]
     help: ClassVar[str]
     paper: ClassVar[Course | None] = None
+    layouts: ClassVar[tuple[str, ...]] = ()
+    younger: ClassVar[tuple[str, ...]] = ()
 
     seq_len: int  # N, the longest context
     first_id: int = 0  # of the vocabulary: how many ids of a model's table belong to other tokens
