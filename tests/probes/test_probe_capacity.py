@@ -43,6 +43,9 @@ class Window:
         self.task, self.k = task, k
         self.config = SimpleNamespace(vocab_size=task.vocab_size, d_model=1, n_layer=1)
 
+    def hook_names(self):
+        return []
+
     def init_cache(self):
         return Cache([{}])
 
