@@ -90,7 +90,7 @@ def draw_projection(table: pd.DataFrame) -> Figure | None:
     figure, axes = layer_panels(maps, rows=1, size=(2.9, 2.7))
     right = table[(table["part"] == "projection") & (table["weights"] == "trained")]
     accuracy = right.set_index(["family", "layer"])["value"]
-    image = None
+    image: Any = None
     for i, family in enumerate(families(maps)):
         for j, (layer, part) in enumerate(maps[maps["family"] == family].groupby("layer")):
             grid = part.pivot_table(index="place", columns="answer", values="value", dropna=False)
@@ -99,7 +99,7 @@ def draw_projection(table: pd.DataFrame) -> Figure | None:
             image = ax.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="equal", interpolation="nearest")
             for axis, edges in ((ax.yaxis, grid.index), (ax.xaxis, grid.columns)):
                 chosen = range(0, len(edges), -(-len(edges) // 5))
-                axis.set_ticks(chosen, [f"{edges[k] + 1:g}" for k in chosen])
+                axis.set_ticks(chosen, [f"{float(edges[k]) + 1:g}" for k in chosen])
             ax.tick_params(labelbottom=True, labelleft=True)
             ax.grid(False)
             ax.set_title(f"{NAMES[family]}, layer {layer:g}: {accuracy[family, layer]:.2f} right", fontsize=9)

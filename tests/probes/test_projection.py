@@ -1,4 +1,4 @@
-"""What a state answers by itself: against logits of models in which nothing else answers, and interventions."""
+"""What a state answers by itself: against logits of models in which nothing else answers, and edits."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_in_a_linear_layer_it_is_all_but_what_the_question_gives_itself(d_conv):
 
 @pytest.mark.parametrize("family", ["mamba", "mamba2", "linear", "hybrid-mamba", "hybrid-mamba2"])
 def test_it_is_what_a_layer_reads_of_its_state_alone(family):
-    """The layer's output where its skip and its gate stay, but what is written by the question is taken out."""
+    """The layer's output with its gate, but without its skip and what the question writes."""
     model, asked = build(family), QUESTIONS[:, 0]
     with torch.no_grad():
         for block in model.blocks:
