@@ -212,9 +212,9 @@ def _probed(
 
 def _shares(x: Tensor, labels: Tensor, plan: Plan, seed: int, numbers: int) -> Iterator[dict[str, float]]:
     """Capacities by the number n of training sequences, of probes that each see another share of all."""
-    for parts in SHARES_OF_ALL:
-        size = len(x) // parts
-        for k in range(min(parts, MOST_SHARES) if size >= LEAST else 0):
+    for count in SHARES_OF_ALL:
+        size = len(x) // count
+        for k in range(min(count, MOST_SHARES) if size >= LEAST else 0):
             rows, where = slice(k * size, (k + 1) * size), split(size, seed)
             found = probe(x[rows], labels[rows], plan.classes, where).assign(shuffled=0.0)
             yield dict(n=len(where.train), value=_capacity(found, plan, numbers)["value"])
@@ -253,7 +253,7 @@ def summary(table: pd.DataFrame) -> str:
         f"{WIDTH} features. A capacity is a lower bound that grows with the sequences that train the probe: "
         "compare capacities with the same n and features, and see how far half of the sequences gets. Limit: "
         "where the curve over halves, quarters and eighths of the sequences ends by a power law, with the 95 "
-        "% interval of the fit; none where the curve may as well go on to all symbols."
+        "% interval of the fit; only its lower end where the curve may as well go on to all symbols."
     )
     text = [words, "Which part of the context holds the target:"]
     keys = ["family", "site", "layer"]
@@ -281,8 +281,9 @@ def summary(table: pd.DataFrame) -> str:
 def _sample(row: dict[Any, Any]) -> list[str]:
     """What a capacity rests on: with half the sequences and with any number of them, sequences, features,
     numbers before projection."""
-    known = np.isfinite(row["limit"])
-    end = f"{row['limit']:.3g} [{row['limit_low']:.3g}, {row['limit_high']:.3g}]" if known else "none"
+    end = f"at least {row['limit_low']:.3g}" if np.isfinite(row["limit_low"]) else ""
+    if np.isfinite(row["limit"]):
+        end = f"{row['limit']:.3g} [{row['limit_low']:.3g}, {row['limit_high']:.3g}]"
     return [f"{row['half']:.3g}", end, *(f"{row[name]:.0f}" for name in ("n", "features", "numbers"))]
 
 
