@@ -204,7 +204,9 @@ def _probes(places: dict[str, Path], own: Path, out: Path | None) -> Iterator[st
             if table is None:
                 continue
             for suffix, draw in draws.items():
-                save(draw(table), out / f"{name}{suffix}")
+                if (figure := draw(table)) is None:
+                    continue
+                save(figure, out / f"{name}{suffix}")
                 drawn = True
                 yield f"{out / name}{suffix}.png .pdf"
     if not drawn:

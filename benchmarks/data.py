@@ -56,7 +56,7 @@ def kinds() -> list[tuple[str, str, str]]:
     return [
         (name, split, layout)
         for name, split in itertools.product(tasks.names(), ("train", "heldout"))
-        for layout in (tasks.LAYOUTS if "layout" in tasks.options(name) else ("-",))
+        for layout in (tasks.TASKS[name].layouts or ("-",))
     ]
 
 

@@ -25,8 +25,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "selective-copy": dict(seq_len=9, num_symbols=10, num_tokens=3),
     "induction": dict(seq_len=12, num_symbols=10),
 }
+# The same for contexts that come twice.
+TWICE: dict[str, dict[str, Any]] = OPTIONS | {
+    "position": dict(seq_len=7),
+    "position-varlen": dict(seq_len=7, num_symbols=6),
+    "grid": dict(seq_len=4, num_symbols=6),
+    "ngram": dict(seq_len=6, num_symbols=10, query_size=1, answer_size=2),
+    "ngram-duplicate": dict(seq_len=6, num_symbols=10, query_size=1, answer_size=1, blocks=2),
+    "mqar": dict(seq_len=14, num_symbols=10, num_pairs=3),
+    "selective-copy": dict(seq_len=5, num_symbols=10, num_tokens=3),
+    "induction": dict(seq_len=9, num_symbols=10),
+}
 EXAMPLE = re.compile(
-    r"<!-- example (?P<name>\S+)(?: (?P<layout>[a-z]+))?(?: K=(?P<queries>\d+))? -->\n"
+    r"<!-- example (?P<name>\S+)(?: (?P<layout>[a-z][a-z-]*))?(?: K=(?P<queries>\d+))? -->\n"
     r".*?<!-- /example -->",
     flags=re.DOTALL,
 )
@@ -46,14 +57,14 @@ def example(name: str, layout: str | None = None, queries: int | None = None) ->
     Raises:
         ValueError: For what the task cannot do, and if a line is too wide for the page.
     """
-    options = OPTIONS[name] | ({} if layout is None else dict(layout=layout))
-    task = tasks.build(name, **options)
+    small = TWICE[name] if layout == "two-pass" else OPTIONS[name]
+    task = tasks.build(name, **small, **({} if layout is None else dict(layout=layout)))
     batch = task.batch(1, seed=0, index=1, queries=queries)
     drawn = task.render(batch)
     widest = max(map(len, drawn.splitlines()))
     if widest > WIDTH:
-        raise ValueError(f"example {name} {layout} is {widest} columns wide; make OPTIONS smaller")
-    made = ", ".join([f'"{name}"', *(f"{k}={v}" for k, v in OPTIONS[name].items())])
+        raise ValueError(f"example {name} {layout} is {widest} columns wide; make its options smaller")
+    made = ", ".join([f'"{name}"', *(f"{k}={v}" for k, v in small.items())])
     made += "" if layout is None else f', layout="{layout}"'
     asked = batch.target_index.shape[1]
     title = f"{asked} {'query' if asked == 1 else 'queries'}, chance {batch.chance:.3f}"

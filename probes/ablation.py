@@ -4,17 +4,20 @@ The vector that a mixer's last projection reads, (B, L, W), is split: by heads i
 equal groups of channels in SSM layers (y silu(z) of Mamba, the gated norm's output of Mamba-2, W = E). A part
 is replaced at all positions, by zero or by its mean over the sequences at each position. The second ("mean
 ablation", Wang et al. 2022, arXiv 2211.00593) keeps what the part says whatever the sequence.
+
+`knock_out` takes parts away one at a time. `knock_out_together` takes a set away, and beside it random sets
+of as many of the other parts: a set said to be responsible must hurt more than these (arXiv 2606.00930).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from probes.patch_sites import Heads, captured, context_of, residuals, run_from
 from ssm_retrieval.errors import UserError
@@ -128,6 +131,147 @@ def knock_out(
             table.append(_row(part, name, replacement, intact, right))
     frame = pd.DataFrame(table).astype(dict(number="Int64", low="Int64", high="Int64"))
     return frame.assign(accuracy_intact=float(intact.double().mean()))
+
+
+@dataclass(frozen=True)
+class Together:
+    """What a set of parts is worth, beside random sets of as many others.
+
+    Attributes:
+        accuracy_intact: Accuracy of the whole model.
+        accuracy: Accuracy without the set.
+        drop: Mean over sequences of the fraction right before minus after, with Student's interval.
+        drop_low: Its lower end.
+        drop_high: Its upper end.
+        controls: Drop without each of the random sets.
+        share: Share of the random sets whose drop is at least as large.
+        p: (1 + how many) / (1 + sets), the p-value of the randomisation test; never 0.
+    """
+
+    accuracy_intact: float
+    accuracy: float
+    drop: float
+    drop_low: float
+    drop_high: float
+    controls: tuple[float, ...]
+    share: float
+    p: float
+
+
+@torch.no_grad()
+def knock_out_together(
+    model: LanguageModel,
+    batch: Batch,
+    chosen: Sequence[Part],
+    among: Iterable[Part] | None = None,
+    *,
+    sets: int = 20,
+    replacement: str = "mean",
+    rows: int = 64,
+    seed: int = 0,
+) -> Together:
+    """Accuracy without a set of parts, beside random sets of as many parts of the rest.
+
+    A random set has as many parts of each width as the chosen one, so that it loses as many dimensions. Its
+    parts may be of other layers.
+
+    Args:
+        model: The model.
+        batch: Sequences with answers.
+        chosen: The set, taken away at once.
+        among: The parts that are compared with, the set itself left out. None: all parts of all layers.
+        sets: Random sets.
+        replacement: "mean" or "zero"; means are those of the intact model.
+        rows: Sequences that run side by side.
+        seed: Of the random sets.
+
+    Returns:
+        The drop of the set and of its controls.
+
+    Raises:
+        UserError: The replacement is unknown, the set is empty, a number is below 1, or the rest has fewer
+            parts of a width than the set.
+    """
+    if replacement not in REPLACEMENTS:
+        raise UserError(f"unknown replacement {replacement!r}; valid: {', '.join(REPLACEMENTS)}")
+    if not chosen or min(sets, rows) < 1:
+        raise UserError(f"{len(chosen)} parts, sets {sets} and rows {rows} must all be at least 1")
+    rest = [part for part in (_all_parts(model) if among is None else among) if part not in chosen]
+    generator = torch.Generator().manual_seed(seed)
+    trials = [list(chosen), *(_like(chosen, rest, generator) for _ in range(sets))]
+    x = residuals(model, batch.input_ids)
+    means = {
+        layer: _Mixer(model, layer, x[layer], replacement).base
+        for layer in sorted({part.layer for trial in trials for part in trial})
+    }
+    at = batch.answer_at[..., : batch.retrieved]
+    intact = _right(model, model.config.n_layer, x[-1], batch, at, rows)
+    right = [_right_without(model, trial, means, batch, at, rows) for trial in trials]
+    drops = [(intact.double() - found.double()).mean(1) for found in right]
+    drop, low, high = mean_interval(drops[0].cpu().numpy(), bounds=(-1, 1))
+    controls = tuple(float(each.mean()) for each in drops[1:])
+    as_large = sum(control >= drop for control in controls)
+    return Together(
+        accuracy_intact=float(intact.double().mean()), accuracy=float(right[0].double().mean()),
+        drop=drop, drop_low=low, drop_high=high,
+        controls=controls, share=as_large / sets, p=(1 + as_large) / (1 + sets),
+    )  # fmt: skip
+
+
+def _like(chosen: Sequence[Part], rest: Sequence[Part], generator: torch.Generator) -> list[Part]:
+    """As many random parts of the rest as are chosen, width by width."""
+    found = []
+    for width in sorted({part.high - part.low for part in chosen}):
+        wanted = sum(part.high - part.low == width for part in chosen)
+        pool = [part for part in rest if part.high - part.low == width]
+        if len(pool) < wanted:
+            raise UserError(
+                f"{wanted} parts of {width} channels leave {len(pool)} others to compare with; "
+                f"give at most {(wanted + len(pool)) // 2}, or split the layers into more groups"
+            )
+        found += [pool[i] for i in torch.randperm(len(pool), generator=generator)[:wanted].tolist()]
+    return found
+
+
+def _right_without(
+    model: LanguageModel,
+    gone: Sequence[Part],
+    means: Mapping[int, Tensor],
+    batch: Batch,
+    at: Tensor,
+    rows: int,
+) -> Tensor:
+    """(B, K) bool: which answers are right in forward passes without some parts.
+
+    Every block runs on what the blocks before it put out without theirs. `means` has (L, W) by layer.
+    """
+
+    def replaced(base: Tensor, parts: Sequence[Part]) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            read = inputs[0].clone()
+            for part in parts:
+                read[..., part.low : part.high] = base[:, part.low : part.high].to(read.dtype)
+            return read, *inputs[1:]
+
+        return hook
+
+    handles = []
+    for layer in sorted({part.layer for part in gone}):
+        block: Any = model.blocks[layer]
+        last = block.attention.dense if isinstance(block, TransformerBlock) else block.mixer.out_proj
+        mine = [part for part in gone if part.layer == layer]
+        handles.append(last.register_forward_pre_hook(replaced(means[layer], mine)))
+    try:
+        found = []
+        for begin in range(0, len(batch.input_ids), rows):
+            some = slice(begin, begin + rows)
+            x = residuals(model, batch.input_ids[some])[-1]
+            places = at if at.dim() == 1 else at[some]
+            found.append(run_from(model, model.config.n_layer, x[None], None, places)[0].argmax(-1))
+        return batch.right(torch.cat(found))
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _all_parts(model: LanguageModel) -> list[Part]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from probes.token_roles import target_at, token_roles
+from probes.token_roles import targets_at, token_roles
 from ssm_retrieval.errors import UserError
 from synthetic.tasks import Batch, Task, sampling
 from synthetic.tasks.position import Position
@@ -33,9 +33,11 @@ class Pairs:
         corrupted: The corrupted sequences, of the same shape.
         answer: (B,) int64 token ids, the clean sequences' answers.
         corrupted_answer: (B,) int64 token ids of the corrupted sequences; never equal to `answer`.
-        changed: (B, C) int64, the positions at which the two differ, increasing; C is 1 (kind "query") or 2.
+        changed: (B, C) int64, the positions at which the two differ, increasing; C is 1 (kind "query") or 2,
+            and 4 if the context comes twice.
         roles: (B, L) int64, roles of the clean tokens (`probes.token_roles`).
-        partner: (B,) int64, position of the context symbol that the corrupted sequence asks for.
+        partner: (B, R) int64, positions of the context symbol that the corrupted sequence asks for; R is how
+            often the context is read, 1 or 2.
     """
 
     kind: str
@@ -103,7 +105,7 @@ def contrast_pairs(
         corrupted_answer=corrupted.labels[:, 0],
         changed=differs.nonzero()[:, 1].view(examples, -1),
         roles=token_roles(task, clean),
-        partner=target_at(token_roles(task, corrupted)),
+        partner=targets_at(token_roles(task, corrupted)),
     )
 
 

@@ -53,7 +53,7 @@ def target_and_partner(pairs: Pairs) -> Cell:
     """
     roles = pairs.roles[:, : pairs.answer_at + 1]
     places = torch.arange(roles.shape[1], device=roles.device)
-    where = (roles == role("target")) | (places == pairs.partner[:, None])
+    where = (roles == role("target")) | (places == pairs.partner[..., None]).any(1)
     return Cell("target+partner", *_span(where), where)
 
 
@@ -61,7 +61,8 @@ def patch_cells(pairs: Pairs, max_positions: int = 64) -> list[Cell]:
     """Every token up to the answer, by roles and windows.
 
     Tokens with a role of their own are patched exactly, wherever they stand: the target, its partner, the
-    markers, the query, the last token. Row separators are one cell. Distractors are patched one position at a
+    markers, the query, the last token. Row separators are one cell, and so are the two places of a symbol
+    whose context is read twice. Distractors are patched one position at a
     time if the sequence has up to `max_positions` tokens, else in windows of equal size (the last may be
     shorter); a window leaves out the tokens of other roles in it.
 
@@ -80,7 +81,7 @@ def patch_cells(pairs: Pairs, max_positions: int = 64) -> list[Cell]:
     L = pairs.answer_at + 1
     roles = pairs.roles[:, :L]
     places = torch.arange(L, device=roles.device)
-    partner = places == pairs.partner[:, None]
+    partner = (places == pairs.partner[..., None]).any(1)
     exact = [(name, roles == role(name)) for name in ROLES if name != "distractor"]
     exact.insert(1, ("partner", partner))
     if bool((roles[:, -1] != role("query")).any()):

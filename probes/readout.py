@@ -26,10 +26,12 @@ class Readout:
     Attributes:
         predicted: (B, Q) int64, the likeliest token after each question.
         numbers: Numbers in the cache that one sequence's questions continue from.
+        cache: This cache, of B sequences, for further questions.
     """
 
     predicted: Tensor
     numbers: int
+    cache: Cache
 
 
 def fork(cache: Cache, rows: Tensor) -> Cache:
@@ -97,7 +99,7 @@ def read_out(
             read = until
         ready = fork(cache, everyone)
         model(prompt[:, read:], cache=ready, logits_at=torch.tensor([-1]))
-        yield Readout(ask(model, ready, asked, budget), ready.num_elements() // len(whole))
+        yield Readout(ask(model, ready, asked, budget), ready.num_elements() // len(whole), ready)
 
 
 def _shared(prompt: Tensor, whole: Tensor) -> int:

@@ -27,7 +27,8 @@ def token_roles(task: Task, batch: Batch) -> Tensor:
 
     "target" is the context symbol that the query asks for, "distractor" every other one; "separator" are the
     markers of an image's rows and frame (grid); "answer" is a position token that is fed in
-    (`supervise_bos`); `<bos>` is "bos" wherever it stands.
+    (`supervise_bos`); `<bos>` is "bos" wherever it stands. In layout two-pass a symbol has the same role both
+    times.
 
     Args:
         task: A task of position type.
@@ -56,7 +57,7 @@ def token_roles(task: Task, batch: Batch) -> Tensor:
     result[symbol] = role("distractor")
     result[query] = role("query")
     context = symbol & ~query
-    place = context.cumsum(1) - 1  # 0-based number of a context symbol
+    place = (context.cumsum(1) - 1) % batch.length  # 0-based number of a context symbol, in either pass
     result[context & (place == batch.target_index)] = role("target")
     return result
 
@@ -67,5 +68,17 @@ def is_context(roles: Tensor) -> Tensor:
 
 
 def target_at(roles: Tensor) -> Tensor:
-    """Position of the target in every sequence, (B,) int64, of roles (B, L) from `token_roles`."""
+    """Position at which each sequence first reads its target, (B,) int64, of `token_roles` (B, L)."""
     return (roles == role("target")).int().argmax(1)
+
+
+def targets_at(roles: Tensor) -> Tensor:
+    """All positions of the target in every sequence.
+
+    Args:
+        roles: (B, L) from `token_roles`.
+
+    Returns:
+        (B, 1) int64, of layout two-pass (B, 2), increasing.
+    """
+    return (roles == role("target")).nonzero()[:, 1].view(len(roles), -1)

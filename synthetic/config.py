@@ -87,9 +87,9 @@ class RunConfig:
     """Model size: tiny (about 0.5 M parameters), 14m, 31m and 70m (Transformer only), 130m or 160m, 150m, \
 370m or 410m, 790m or 1b, 1.4b, 2.8b. A family that lacks a size lists those it has."""
     task: Annotated[str, TASK_NAMES] = "position"
-    layout: Literal["suffix", "prefix", "instruction"] = "suffix"
+    layout: Literal["suffix", "prefix", "instruction", "two-pass"] = "suffix"
     """Where the query stands. suffix: after the context. prefix: before it. instruction: after it, and the \
-sequence begins with a generic task token."""
+sequence begins with a generic task token. two-pass: after the context, which comes twice."""
     num_symbols: Annotated[
         int | None, unset("INT", "--seq-len if answers are positions, else as in the task's paper")
     ] = None

@@ -150,9 +150,10 @@ def _as(value: Any, kind: Any) -> Any:
 def settled(task: Task, config: RunConfig) -> dict[str, Any]:
     """The options that are part of a run's identity: asking for a default gives the run of not asking.
 
-    Those without a flag are left out at their default, so a new option with one keeps the names of runs.
+    Those without a flag are left out at their default, so a new option with one keeps the names of runs. So
+    are those that are younger than the task's runs.
     """
-    always = {*flags(config), *(task.paper.switches if task.paper else ())}
+    always = {*flags(config), *(task.paper.switches if task.paper else ())} - {*task.younger}
     options = {
         field.name: getattr(task, field.name)
         for field in fields(task)

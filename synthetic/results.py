@@ -42,7 +42,7 @@ CONFIG = {
     "purpose": ("string", "report, or validation for runs that chose a learning rate"),
     "task": ("string", "registry name of the task"),
     "task_options": ("string", "all options of the task, as JSON"),
-    "layout": ("string", "suffix, prefix or instruction; missing for tasks that have one"),
+    "layout": ("string", "suffix, prefix, instruction or two-pass; missing for a task's own"),
     "seq_len": ("int64", "context symbols, the goal of the run"),
     "num_symbols": ("int64", "different symbols"),
     "model": ("string", "architecture: transformer, mamba, mamba2, hybrid, or a user's own"),

@@ -1,4 +1,5 @@
-"""Draws the tables of `probes.suite.capacity`: facts answered of those shown, and where these stand."""
+"""Draws the tables of `probes.suite.capacity`: facts answered of those shown, where these stand, and what
+each layer's state answers by itself."""
 
 from __future__ import annotations
 
@@ -6,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from analysis.plots.common import BELOW, SHARES, families, family_looks, shown
-from ssm_retrieval.style import CONTROLS, FAMILIES, NEUTRAL, family_colors, legend, panels
+from analysis.plots.common import BELOW, SHARES, families, family_looks, layer_panels, shown
+from ssm_retrieval.style import CONTROLS, FAMILIES, NAMES, NEUTRAL, family_colors, legend, panels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,4 +71,40 @@ def draw(table: pd.DataFrame) -> Figure:
     looks = family_looks(families(parts["facts"]), marker="o")
     looks["untrained weights"] = CONTROLS["untrained weights"] | dict(marker="o", mfc="none")
     legend(figure, looks | {"all of them": ALL, "chance": CONTROLS["chance"]})
+    return figure
+
+
+def projection_table(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `draw_projection`: maps of trained weights, by family and layer; none without states."""
+    return shown(table, ["layer", "place", "answer"], part=["map"], family=FAMILIES, weights=["trained"])
+
+
+def draw_projection(table: pd.DataFrame) -> Figure | None:
+    """What each state answers by itself: symbol asked for by place answered, a panel per layer.
+
+    On the diagonal it is right. None if no family has states.
+    """
+    maps = projection_table(table)
+    if maps.empty:
+        return None
+    figure, axes = layer_panels(maps, rows=1, size=(2.9, 2.7))
+    right = table[(table["part"] == "projection") & (table["weights"] == "trained")]
+    accuracy = right.set_index(["family", "layer"])["value"]
+    image: Any = None
+    for i, family in enumerate(families(maps)):
+        for j, (layer, part) in enumerate(maps[maps["family"] == family].groupby("layer")):
+            grid = part.pivot_table(index="place", columns="answer", values="value", dropna=False)
+            ax = axes[i, j]
+            ax.set_axis_on()
+            image = ax.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="equal", interpolation="nearest")
+            for axis, edges in ((ax.yaxis, grid.index), (ax.xaxis, grid.columns)):
+                chosen = range(0, len(edges), -(-len(edges) // 5))
+                axis.set_ticks(chosen, [f"{float(edges[k]) + 1:g}" for k in chosen])
+            ax.tick_params(labelbottom=True, labelleft=True)
+            ax.grid(False)
+            ax.set_title(f"{NAMES[family]}, layer {layer:g}: {accuracy[family, layer]:.2f} right", fontsize=9)
+            ax.set_xlabel("place that its state answers")
+            if j == 0:
+                ax.set_ylabel("place of the symbol asked for")
+    figure.colorbar(image, ax=axes, shrink=0.8, aspect=30, label="share of the answers")
     return figure

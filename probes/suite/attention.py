@@ -28,7 +28,7 @@ from probes.suite.common import (
     interval,
     map_rows,
 )
-from probes.token_roles import target_at, token_roles
+from probes.token_roles import targets_at, token_roles
 from ssm_retrieval.models.common import LanguageModel
 from ssm_retrieval.tables import markdown
 from synthetic.tasks import Batch, Task
@@ -92,7 +92,7 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
             if layer not in first:
                 first[layer] = pattern[0].clone()
         if target is None and match is not None:
-            target = int(match[0])
+            target = int(match[0, 0])
     table: list[dict[str, Any]] = []
     best: dict[int, int] = {}
     for (layer, name), parts in scores.items():
@@ -116,10 +116,10 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
 
 
 def _target(task: Task, batch: Batch) -> Tensor | None:
-    """(B,) positions of the target symbols; None where tokens have no roles."""
+    """(B, 1) positions of the targets, (B, 2) if they are read twice; None where tokens have no roles."""
     if not isinstance(task, Position):
         return None
-    return target_at(token_roles(task, batch))
+    return targets_at(token_roles(task, batch))
 
 
 def summary(table: pd.DataFrame) -> str:

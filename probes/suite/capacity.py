@@ -12,6 +12,13 @@ sequences. Parts of the table, all by `shown` = n:
     accuracy  of all questions
     place     of the questions for `size` symbols from `place` on: one each, or the cells of a long context
 
+After the whole context also, by `layer`, what a state answers by itself, without the rest of the model
+(`probes.projection`):
+
+    projection  accuracy of all questions
+    map         of the questions for the symbols from `place` on, the share that is answered with one of the
+                places from `answer` on, each of `size` symbols; what is missing to 1 are no places
+
 A model that was trained at one length only may fail at all others; `shown` = N is what it was trained for.
 """
 
@@ -26,6 +33,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from probes.projection import state_answers
 from probes.readout import read_out
 from probes.suite.common import (
     NotApplicable,
@@ -33,6 +41,7 @@ from probes.suite.common import (
     Probe,
     answer_at,
     batches,
+    beside,
     interval,
     rows_within,
 )
@@ -58,7 +67,8 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
         options: Sequences, seed and progress.
 
     Returns:
-        Rows by shown, with chance: facts that a guess among the n places gets right, or its accuracy.
+        Rows by shown, with chance: facts that a guess among the n places gets right, or its accuracy. Layer
+        is the model's depth, of projections the block that has the state.
 
     Raises:
         NotApplicable: The task asks for something else, or before the context.
@@ -69,6 +79,7 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
     right: dict[int, list[Tensor]] = {n: [] for n in lengths}
     once: dict[int, list[Tensor]] = {n: [] for n in lengths}
     numbers: dict[int, int] = {}
+    alone: dict[int, list[Tensor]] = {}  # answers of each layer's state after the whole context
     rows = rows_within(task, 4 * model.config.d_model * (16 + 2 * model.config.n_layer))
     for batch in batches(task, examples, rows, options):
         context = shown_symbols(task, batch)
@@ -78,9 +89,13 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
             once[n].append(occur_once(context[:, :n]))
             right[n].append((found.predicted == places) & once[n][-1])
             numbers[n] = found.numbers
+        for i, answered in state_answers(model, found.cache, questions[-1]).items():
+            alone.setdefault(i, []).append(answered - task.vocabulary.first_position)
+    asked = torch.cat(once[task.seq_len]).numpy()
     rows_of = [_rows(torch.cat(right[n]).numpy(), torch.cat(once[n]).numpy(), numbers[n]) for n in lengths]
-    table = pd.DataFrame([row for rows in rows_of for row in rows])
-    return table.assign(layer=model.config.n_layer)
+    rows_of += [_projected(torch.cat(parts).numpy(), asked, i) for i, parts in alone.items()]
+    table = pd.DataFrame([dict(layer=model.config.n_layer) | row for rows in rows_of for row in rows])
+    return table.assign(layer=table["layer"].astype(int))
 
 
 def asked_after(task: Task) -> Position:
@@ -109,9 +124,9 @@ def doublings(longest: int) -> list[int]:
 
 
 def shown_symbols(task: Position, batch: Batch) -> Tensor:
-    """(B, N) the 0-based context symbols of a batch, without the markers among them."""
+    """(B, N) the 0-based context symbols of a batch, each once, without the markers among them."""
     ids = batch.input_ids[:, : answer_at(batch)] - task.vocabulary.first_symbol
-    return ids[:, (ids[0] >= 0) & (ids[0] < task.vocabulary.num_symbols)]
+    return ids[:, (ids[0] >= 0) & (ids[0] < task.vocabulary.num_symbols)][:, : batch.length]
 
 
 def questions_after(task: Position, context: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,6 +172,23 @@ def _rows(right: np.ndarray, once: np.ndarray, numbers: int) -> list[dict[str, A
         if once[:, start:end].any():
             found = share(right[:, start:end], once[:, start:end]) | dict(place=start, size=end - start)
             rows.append(shared | found | dict(part="place", quantity="accuracy", chance=chance))
+    return rows
+
+
+def _projected(answered: np.ndarray, once: np.ndarray, layer: int) -> list[dict[str, Any]]:
+    """What one layer's state answers by itself to (B, n) questions: its accuracy and its map."""
+    n = once.shape[1]
+    if not once.any():
+        return []
+    shared: Any = dict(layer=layer, shown=n, n=len(once))
+    found = share((answered == np.arange(n)) & once, once)
+    rows = [shared | found | dict(part="projection", quantity="accuracy", chance=1 / n)]
+    for start, end in pairwise(cells(n)):
+        given = answered[:, start:end][once[:, start:end]]
+        for low, high in pairwise(cells(n)):
+            value = float(((given >= low) & (given < high)).mean()) if len(given) else np.nan
+            more = dict(part="map", quantity="answered", place=start, size=end - start, answer=low)
+            rows.append(shared | more | dict(value=value))
     return rows
 
 
@@ -215,14 +247,24 @@ def summary(table: pd.DataFrame) -> str:
         more += [f"{row['recent']:.3g}" if round(row["known"]) else ""]
         more += [f"{row[name]:,.0f}" for name in ("bits", "numbers")]
         rows.append([row["family"], f"{row['shown']:.0f}", interval(row, digits=4), *more])
-    return f"{words}\n\n" + markdown(
+    text = f"{words}\n\n" + markdown(
         [*keys, "facts", "untrained", "chance", "known", "recent", "bits", "numbers"], rows
     )
+    alone = table[table["part"] == "projection"]
+    if alone.empty:
+        return text
+    said = (
+        "What each layer's state answers by itself after the whole context: read with the C of the question, "
+        "then the layer's gate and output projection, the last norm and the head, without the residual "
+        "stream and the other layers. Accuracy over all symbols that can be asked:"
+    )
+    return f"{text}\n\n{said}\n\n{beside(alone, ['family', 'layer'])}"
 
 
 PROBE = Probe(
     "How many symbols can the model still find when it is asked for each?",
     measure,
     summary,
-    columns=("shown", "asked", "place", "size", "chance", "known", "bits", "numbers", "recent"),
+    version=2,
+    columns=("shown", "asked", "place", "size", "chance", "known", "bits", "numbers", "recent", "answer"),
 )

@@ -8,7 +8,9 @@ number of tokens that can be recovered, from the accuracies at all lags).
 A probe with more features than sequences measures its sequences. So more than `WIDTH` numbers are first
 projected at random to `WIDTH`, which makes states of different size comparable, and there are at least four
 training sequences for each feature wherever that is affordable. Even so a capacity is a lower bound that
-grows with the sequences: the column `half` has what half of them give.
+grows with the sequences. Part "samples" has it for halves, quarters and eighths of them, each share a probe
+of its own; column `half` is the mean of the halves, and `limit` is where this curve ends
+(`probes.extrapolation`), nan where nothing says that it ends below all symbols.
 
 There are as many symbols as places, far too many classes for a probe. Where there are more than 64, each
 probed place gets one of a few symbols of its own in every sequence (they change places with what was there,
@@ -18,6 +20,7 @@ context, so knowing which symbols occur does not help.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +30,8 @@ import torch
 from torch import Tensor
 
 from probes.cache import recorded
-from probes.linear import capacity, controlled, project, split
+from probes.extrapolation import limit
+from probes.linear import capacity, controlled, probe, project, split
 from probes.scan import layers_with
 from probes.suite.common import (
     NotApplicable,
@@ -54,6 +58,8 @@ FEW = 64  # symbols up to which all of them are classes
 POOL = 16  # symbols of a probed place, and parts of the context, otherwise
 ENDS = 10  # places probed from each end of a long context
 LEAST = 20  # sequences that can be split in three
+SHARES_OF_ALL = (2, 4, 8)  # equal shares of the sequences, for the learning curve
+MOST_SHARES = 3  # of each size that train a probe
 SITES = {"residual": "blocks.{}.hook_resid_post", "state": "blocks.{}.mixer.hook_ssm_state"}
 
 
@@ -138,8 +144,10 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
 
     Returns:
         Rows by site and layer, with the accuracy of shuffled labels and chance beside each. Capacity rows
-        have n, the training sequences; features of the probe; numbers of the site before the projection; and
-        half, the same with half of the sequences (nan where those are too few).
+        have n, the training sequences; features of the probe; numbers of the site before the projection;
+        half, the same with half of the sequences (nan where those are too few); and limit, what any number
+        of sequences would come to, with its interval limit_low, limit_high. Rows "samples" have n and value
+        of every share.
 
     Raises:
         NotApplicable: The task has no roles or too few symbols, or there are too few sequences to split.
@@ -192,11 +200,24 @@ def _probed(
     answer = answer.assign(part="answer", quantity="accuracy", chance=1 / spans)
     table = pd.concat([tokens, answer]).rename(columns=dict(accuracy="value", count="n"))
     row: dict[str, Any] = _capacity(tokens, plan, numbers) | dict(part="capacity", quantity="expected tokens")
-    few, half = len(x) // 2, float("nan")
-    if few >= LEAST:
-        half = _capacity(controlled(x[:few], labels[:few], plan.classes, seed), plan, numbers)["value"]
-    row |= dict(n=len(split(len(x), seed).train), features=x.shape[1], numbers=numbers, half=half)
-    return pd.concat([table.drop(columns="penalty"), pd.DataFrame([row])], ignore_index=True)
+    row |= dict(n=len(split(len(x), seed).train), features=x.shape[1], numbers=numbers)
+    shares = [dict(n=row["n"], value=row["value"]), *_shares(x, labels, plan, seed, numbers)]
+    halves = [share["value"] for share in shares if share["n"] == len(split(len(x) // 2, seed).train)]
+    end = limit([s["n"] for s in shares], [s["value"] for s in shares], int(plan.lags.max()) + 1)
+    row |= dict(half=np.mean(halves) if halves else np.nan)
+    row |= dict(limit=end.value, limit_low=end.low, limit_high=end.high)
+    rows = [row, *(s | dict(part="samples", quantity="expected tokens") for s in shares)]
+    return pd.concat([table.drop(columns="penalty"), pd.DataFrame(rows)], ignore_index=True)
+
+
+def _shares(x: Tensor, labels: Tensor, plan: Plan, seed: int, numbers: int) -> Iterator[dict[str, float]]:
+    """Capacities by the number n of training sequences, of probes that each see another share of all."""
+    for count in SHARES_OF_ALL:
+        size = len(x) // count
+        for k in range(min(count, MOST_SHARES) if size >= LEAST else 0):
+            rows, where = slice(k * size, (k + 1) * size), split(size, seed)
+            found = probe(x[rows], labels[rows], plan.classes, where).assign(shuffled=0.0)
+            yield dict(n=len(where.train), value=_capacity(found, plan, numbers)["value"])
 
 
 def _capacity(tokens: pd.DataFrame, plan: Plan, size: int) -> dict[str, float]:
@@ -230,7 +251,9 @@ def summary(table: pd.DataFrame) -> str:
         "interpolated between the lags probed, where only those above chance count; its bounds are those of "
         f"all accuracies at once, so wider than 95 %. More than {WIDTH} numbers are projected at random to "
         f"{WIDTH} features. A capacity is a lower bound that grows with the sequences that train the probe: "
-        "compare capacities with the same n and features, and see how far half of the sequences gets."
+        "compare capacities with the same n and features, and see how far half of the sequences gets. Limit: "
+        "where the curve over halves, quarters and eighths of the sequences ends by a power law, with the 95 "
+        "% interval of the fit; only its lower end where the curve may as well go on to all symbols."
     )
     text = [words, "Which part of the context holds the target:"]
     keys = ["family", "site", "layer"]
@@ -243,7 +266,7 @@ def summary(table: pd.DataFrame) -> str:
             key = tuple(row[k] for k in keys)
             more = [f"{row['chance']:.3g}"] if part == "answer" else _sample(row)
             rows.append([*key, interval(row), f"{untrained[key]:.3g}", f"{row['shuffled']:.3g}", *more])
-        more = ["chance"] if part == "answer" else ["half of n", "n", "features", "of numbers"]
+        more = ["chance"] if part == "answer" else ["half of n", "limit", "n", "features", "of numbers"]
         text.append(markdown([*keys, name, "untrained", "shuffled", *more], rows))
         if part == "answer":
             text.append("How many context symbols can be read off:")
@@ -256,15 +279,19 @@ def summary(table: pd.DataFrame) -> str:
 
 
 def _sample(row: dict[Any, Any]) -> list[str]:
-    """What a capacity rests on: with half the sequences, sequences, features, numbers before projection."""
-    return [f"{row['half']:.3g}", *(f"{row[name]:.0f}" for name in ("n", "features", "numbers"))]
+    """What a capacity rests on: with half the sequences and with any number of them, sequences, features,
+    numbers before projection."""
+    end = f"at least {row['limit_low']:.3g}" if np.isfinite(row["limit_low"]) else ""
+    if np.isfinite(row["limit"]):
+        end = f"{row['limit']:.3g} [{row['limit_low']:.3g}, {row['limit_high']:.3g}]"
+    return [f"{row['half']:.3g}", end, *(f"{row[name]:.0f}" for name in ("n", "features", "numbers"))]
 
 
 PROBE = Probe(
     "What can be read off the state linearly?",
     measure,
     summary,
-    version=4,
+    version=5,
     columns=(
         "site",
         "lag",
@@ -273,5 +300,8 @@ PROBE = Probe(
         "features",
         "numbers",
         "half",
+        "limit",
+        "limit_low",
+        "limit_high",
     ),
 )

@@ -56,6 +56,9 @@ class Task(ABC):
         paper: How its paper trains; None means that `--protocol paper` is refused.
         ssm_init: First weights with which state space models learn it best if positions are learned
             (`ssm_retrieval.models.ssm_init`).
+        layouts: Values of the option `layout`, see `synthetic.tasks.layouts`; empty without such an option.
+        younger: Options that came after runs of the task, which keep their names: at its default such an
+            option is no part of a run's identity.
         seq_len: N, the longest context.
         first_id: Id of the vocabulary's first token; lower ids of a model's table belong to other tokens.
     """
@@ -65,6 +68,8 @@ class Task(ABC):
     help: ClassVar[str]
     paper: ClassVar[Course | None] = None
     ssm_init: ClassVar[str] = "default"
+    layouts: ClassVar[tuple[str, ...]] = ()
+    younger: ClassVar[tuple[str, ...]] = ()
 
     seq_len: int  # N, the longest context
     first_id: int = 0  # of the vocabulary: how many ids of a model's table belong to other tokens

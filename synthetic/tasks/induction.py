@@ -14,6 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from synthetic.tasks.base import Batch, Task
+from synthetic.tasks.layouts import OWN_LAYOUTS, check_layout
 from synthetic.tasks.sampling import IntArray
 from synthetic.vocab import Vocabulary
 
@@ -27,12 +28,14 @@ class Induction(Task):
         input  <s3> <s1> <query> <s5> <s1> <s7> <query>
         label     .    .       .    .    .    .    <s5>
 
-    The question is part of the sequence, so there are no layouts. A guess is right with chance 1 / V.
+    The question is part of the sequence. In layout "two-pass" the first N tokens come twice. A guess is right
+    with chance 1 / V.
 
     Attributes:
         seq_len: N, the symbols and the first special token, whose place is uniform on 0 .. N-2. The paper
             trains at 256 and tests up to 2^20 (`at(length)`).
         num_symbols: V; 16 in the paper. The special token, here `<query>`, is not one of them.
+        layout: "suffix" or "two-pass".
 
     Raises:
         UserError: For options that the task cannot have.
@@ -41,8 +44,14 @@ class Induction(Task):
     name: ClassVar[str] = "induction"
     version: ClassVar[int] = 1
     help: ClassVar[str] = "symbol that followed a special token (Mamba)"
+    layouts: ClassVar[tuple[str, ...]] = OWN_LAYOUTS
+    younger: ClassVar[tuple[str, ...]] = ("layout",)
 
     num_symbols: int = 16
+    layout: str = "suffix"
+
+    def settle(self) -> None:
+        check_layout(self.name, self.layout, self.layouts)
 
     @property
     def shortest(self) -> int:
@@ -53,7 +62,7 @@ class Induction(Task):
         return Vocabulary(self.num_symbols, num_positions=0, first_id=self.first_id)
 
     def max_length(self, queries: int = 1) -> int:
-        return self.seq_len + 1
+        return self.seq_len * (1 + (self.layout == "two-pass")) + 1
 
     def draw(
         self, rng: np.random.Generator, rows: int, length: int, queries: int
@@ -70,7 +79,9 @@ class Induction(Task):
         ids = np.full((rows, n + 1), vocabulary.query, dtype=np.int64)
         ids[:, :n] = np.where(context < self.num_symbols, context + vocabulary.first_symbol, vocabulary.query)
         labels = np.take_along_axis(ids, target + 1, axis=1)
-        answer_at = np.array([n], dtype=np.int64)
+        if self.layout == "two-pass":
+            ids = np.concatenate([ids[:, :n], ids], axis=1)
+        answer_at = np.array([ids.shape[1] - 1], dtype=np.int64)
         return Batch.from_numpy(ids, labels, answer_at, target, length=n, chance=1 / self.num_symbols)
 
     def log_contexts(self, length: int) -> float:

@@ -3,12 +3,13 @@
     layout(vocabulary, context, queries, answers) -> input_ids, answer_at
 
 All arrays are int64 token ids; the logits at answer_at[j] are to predict answers[:, j]. N-grams have layouts
-of their own, for one query of m tokens and its answer of r tokens.
+of their own, for one query of m tokens and its answer of r tokens. Tasks whose question is part of the
+sequence lay it out themselves, in one of `OWN_LAYOUTS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 
@@ -94,6 +95,26 @@ def instruction(
     return np.concatenate([first, ids], axis=1), answer_at + 1
 
 
+def two_pass(
+    vocabulary: Vocabulary, context: IntArray, queries: IntArray, answers: IntArray
+) -> tuple[IntArray, IntArray]:
+    """Task-agnostic, the context twice: `<bos> x1 .. xN <bos> x1 .. xN <query> q1 .. qK`.
+
+    When a recurrent model reads a context again, it knows what else is in it, and can choose better what to
+    keep (Just Read Twice, arXiv 2407.05483).
+
+    Args:
+        vocabulary: Vocabulary of the markers.
+        context: [B, N].
+        queries: [B, K].
+        answers: [B, K]; not used.
+
+    Returns:
+        input_ids [B, T] and answer_at [K].
+    """
+    return suffix(vocabulary, _join(context, vocabulary.bos, context), queries, answers)
+
+
 def _join(*parts: int | IntArray) -> IntArray:
     """Arrays of rows side by side; an int is a column of that token."""
     rows = next(len(part) for part in parts if not isinstance(part, int))
@@ -162,19 +183,48 @@ def ngram_instruction(
     return _join(vocabulary.task, ids), answer_at + 1
 
 
-LAYOUTS: dict[str, Layout] = {"suffix": suffix, "prefix": prefix, "instruction": instruction}
+def ngram_two_pass(
+    vocabulary: Vocabulary, context: IntArray, queries: IntArray, answers: IntArray
+) -> tuple[IntArray, IntArray]:
+    """`<bos> x1 .. xN <bos> x1 .. xN <bos> <query> q1 .. qm <query> t1 .. t{r-1}`, see `two_pass`.
+
+    Args:
+        vocabulary: Vocabulary of the markers.
+        context: [B, N].
+        queries: [B, m].
+        answers: [B, r].
+
+    Returns:
+        input_ids [B, T] and answer_at [r].
+    """
+    return ngram_suffix(vocabulary, _join(context, vocabulary.bos, context), queries, answers)
+
+
+LAYOUTS: dict[str, Layout] = {
+    "suffix": suffix,
+    "prefix": prefix,
+    "instruction": instruction,
+    "two-pass": two_pass,
+}
 NGRAM_LAYOUTS: dict[str, Layout] = {
     "suffix": ngram_suffix,
     "prefix": ngram_prefix,
     "instruction": ngram_instruction,
+    "two-pass": ngram_two_pass,
 }
+OWN_LAYOUTS = ("suffix", "two-pass")  # of tasks whose question is part of the sequence
 
 
-def check_layout(layout: str) -> None:
-    """Check that there is a layout of this name.
+def check_layout(name: str, layout: str, layouts: Collection[str]) -> None:
+    """Check that a task has a layout.
+
+    Args:
+        name: Of the task, for the message.
+        layout: Name of the layout.
+        layouts: Those that the task has.
 
     Raises:
-        UserError: If there is none.
+        UserError: If it is none of these.
     """
-    if layout not in LAYOUTS:
-        raise UserError(f"unknown layout {layout!r}; valid: {', '.join(LAYOUTS)}")
+    if layout not in layouts:
+        raise UserError(f"unknown layout {layout!r} of task {name}; valid: {', '.join(layouts)}")

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from ssm_retrieval.errors import UserError
 from synthetic.tasks.base import Batch, Task
+from synthetic.tasks.layouts import OWN_LAYOUTS, check_layout
 from synthetic.tasks.sampling import IntArray, sample_distinct
 from synthetic.vocab import WHITE, Vocabulary
 
@@ -35,16 +36,17 @@ class Mqar(Task):
     bigrams in text. Fillers are uniform over all symbols except the row's keys, which Zoology's may repeat by
     accident.
 
-    Query and answer are part of the sequence, so there are no layouts. One of the D values is right, so a
-    guess has chance 1 / D.
+    Query and answer are part of the sequence. In layout "two-pass" the pairs come twice before the rest
+    (Zoology's `num_passes`). One of the D values is right, so a guess has chance 1 / D.
 
     Attributes:
-        seq_len: N, the whole sequence: nothing precedes or follows it. Zoology: 64 with 4 pairs to 512 with
-            64.
+        seq_len: N, the whole sequence with its pairs once: nothing precedes or follows it. Zoology: 64 with 4
+            pairs to 512 with 64.
         num_symbols: V; Zoology's default is 8192, and differences between architectures grow with it.
         num_pairs: D, fewer if the context is shorter than 4D; all are queried, or K of them.
         power: A; 1 makes the gaps uniform.
         random_fillers: False puts `<white>` instead of random symbols.
+        layout: "suffix" or "two-pass", which makes the sequence 2 D tokens longer.
 
     Raises:
         UserError: For options that the task cannot have.
@@ -53,13 +55,17 @@ class Mqar(Task):
     name: ClassVar[str] = "mqar"
     version: ClassVar[int] = 1
     help: ClassVar[str] = "values of many keys (Zoology)"
+    layouts: ClassVar[tuple[str, ...]] = OWN_LAYOUTS
+    younger: ClassVar[tuple[str, ...]] = ("layout",)
 
     num_symbols: int = 8192
     num_pairs: int = 8
     power: float = 0.01
     random_fillers: bool = True
+    layout: str = "suffix"
 
     def settle(self) -> None:
+        check_layout(self.name, self.layout, self.layouts)
         if self.num_pairs < 1:
             raise UserError(f"num_pairs {self.num_pairs} must be at least 1")
         if 4 * self.num_pairs > self.seq_len:
@@ -94,7 +100,11 @@ class Mqar(Task):
         return self.pairs(length)
 
     def max_length(self, queries: int = 1) -> int:
-        return self.seq_len
+        return self.seq_len + self._again(self.pairs())
+
+    def _again(self, pairs: int) -> int:
+        """How many tokens are read a second time."""
+        return 2 * pairs if self.layout == "two-pass" else 0
 
     def draw(
         self, rng: np.random.Generator, rows: int, length: int, queries: int
@@ -138,7 +148,9 @@ class Mqar(Task):
         white = vocabulary.marker(WHITE)
         ids = np.where(context < self.num_symbols, context + vocabulary.first_symbol, white)
         labels = np.take_along_axis(ids, target + 1, axis=1)
-        return Batch.from_numpy(ids, labels, answer_at, target, length=n, chance=1 / self.pairs(n))
+        again = self._again(self.pairs(n))
+        ids = np.concatenate([ids[:, :again], ids], axis=1)
+        return Batch.from_numpy(ids, labels, answer_at + again, target, length=n, chance=1 / self.pairs(n))
 
     def log_contexts(self, length: int) -> float:
         d, half = self.pairs(length), self.num_symbols // 2

@@ -45,7 +45,7 @@ class Ngram(Task):
             on 50 .. 100 and tests at 100 and more); `batch(length=...)` overrides it.
         query_size: m; 2 in the paper.
         answer_size: r; 3 in the paper.
-        layout: "suffix", "prefix" or "instruction", see `synthetic.tasks.layouts`.
+        layout: "suffix", "prefix", "instruction" or "two-pass", see `synthetic.tasks.layouts`.
 
     Raises:
         UserError: For options that the task cannot have.
@@ -55,6 +55,7 @@ class Ngram(Task):
     version: ClassVar[int] = 1
     help: ClassVar[str] = "symbols that follow the queried ones"
     paper: ClassVar[Course | None] = Course("linear", 20, 1000)
+    layouts: ClassVar[tuple[str, ...]] = tuple(NGRAM_LAYOUTS)
 
     num_symbols: int = 30
     min_seq_len: int | None = None
@@ -63,7 +64,7 @@ class Ngram(Task):
     layout: str = "suffix"
 
     def settle(self) -> None:
-        check_layout(self.layout)
+        check_layout(self.name, self.layout, self.layouts)
         for option, least in (("num_symbols", 2), ("query_size", 1), ("answer_size", 1)):
             if getattr(self, option) < least:
                 raise UserError(f"{option} {getattr(self, option)} must be at least {least}")
@@ -84,7 +85,8 @@ class Ngram(Task):
         return self.seq_len if self.min_seq_len is None else self.min_seq_len, self.seq_len
 
     def max_length(self, queries: int = 1) -> int:
-        return self.seq_len + self.query_size + self.answer_size + 3 + (self.layout == "instruction")
+        context = 2 * self.seq_len + 1 if self.layout == "two-pass" else self.seq_len
+        return context + self.query_size + self.answer_size + 3 + (self.layout == "instruction")
 
     def check(self, length: int, queries: int) -> None:
         super().check(length, queries)

@@ -37,7 +37,7 @@ class Position(Task):
         seq_len: N, the number of context symbols and of position tokens.
         num_symbols: V >= N symbols, from which each context draws N without repetition; default N, so that a
             context is a permutation of all symbols, as in the papers.
-        layout: "suffix", "prefix" or "instruction", see `synthetic.tasks.layouts`.
+        layout: "suffix", "prefix", "instruction" or "two-pass", see `synthetic.tasks.layouts`.
         supervise_bos: Append the answer and train the `<bos>` that ends the sequence as a second target (the
             papers' loss; single query only).
 
@@ -50,6 +50,7 @@ class Position(Task):
     help: ClassVar[str] = "place of the queried symbol; all symbols differ"
     paper: ClassVar[Course | None] = Course("cosine", 10, 100, switches=("supervise_bos",))
     ssm_init: ClassVar[str] = "recall"
+    layouts: ClassVar[tuple[str, ...]] = tuple(LAYOUTS)
 
     seq_len: int
     num_symbols: int | None = None
@@ -57,7 +58,7 @@ class Position(Task):
     supervise_bos: bool = False
 
     def settle(self) -> None:
-        check_layout(self.layout)
+        check_layout(self.name, self.layout, self.layouts)
         if self.num_symbols is None:
             object.__setattr__(self, "num_symbols", self.seq_len)
         self._check_symbols()

@@ -15,6 +15,7 @@ import numpy as np
 
 from ssm_retrieval.errors import UserError
 from synthetic.tasks.base import Batch, Task
+from synthetic.tasks.layouts import OWN_LAYOUTS, check_layout
 from synthetic.tasks.sampling import IntArray, sample_distinct
 from synthetic.vocab import COPY, WHITE, Vocabulary
 
@@ -29,14 +30,15 @@ class SelectiveCopy(Task):
         label        .    .       .       .    .    .   <s5>   <s2>   <s9>
 
     Every symbol counts as a query of its own, so accuracy is the share of symbols copied rightly, and "by
-    position" means by place in the context. The question is part of the sequence, so there are no layouts. A
-    guess is right with chance 1 / V.
+    position" means by place in the context. The question is part of the sequence. In layout "two-pass"
+    symbols and noise come twice before the markers. A guess is right with chance 1 / V.
 
     Attributes:
         seq_len: N, the symbols and the noise; 4096 in the paper.
         num_symbols: V, different symbols; the paper's 16 tokens are 14 symbols, the noise and the marker.
         num_tokens: How many symbols are to be copied; 16 in the paper. They are drawn with replacement and
             stand at uniform places. A context shorter than this consists of symbols only.
+        layout: "suffix" or "two-pass".
 
     Raises:
         UserError: For options that the task cannot have.
@@ -45,11 +47,15 @@ class SelectiveCopy(Task):
     name: ClassVar[str] = "selective-copy"
     version: ClassVar[int] = 1
     help: ClassVar[str] = "symbols that stand among noise, in order (Mamba)"
+    layouts: ClassVar[tuple[str, ...]] = OWN_LAYOUTS
+    younger: ClassVar[tuple[str, ...]] = ("layout",)
 
     num_symbols: int = 14
     num_tokens: int = 16
+    layout: str = "suffix"
 
     def settle(self) -> None:
+        check_layout(self.name, self.layout, self.layouts)
         if not 1 <= self.num_tokens <= self.seq_len:
             raise UserError(f"num_tokens {self.num_tokens} must be in 1 .. seq_len {self.seq_len}")
 
@@ -64,7 +70,7 @@ class SelectiveCopy(Task):
         return self.max_queries(length)
 
     def max_length(self, queries: int = 1) -> int:
-        return self.seq_len + self.num_tokens
+        return self.seq_len * (1 + (self.layout == "two-pass")) + self.num_tokens
 
     def check(self, length: int, queries: int) -> None:
         super().check(length, queries)
@@ -90,7 +96,9 @@ class SelectiveCopy(Task):
         ids[:, :n] = np.where(context < self.num_symbols, context + vocabulary.first_symbol, noise)
         ids[:, n:] = vocabulary.marker(COPY)
         labels = np.take_along_axis(ids, target, axis=1)
-        answer_at = n + np.arange(k, dtype=np.int64)
+        if self.layout == "two-pass":
+            ids = np.concatenate([ids[:, :n], ids], axis=1)
+        answer_at = ids.shape[1] - k + np.arange(k, dtype=np.int64)
         return Batch.from_numpy(ids, labels, answer_at, target, length=n, chance=1 / self.num_symbols)
 
     def log_contexts(self, length: int) -> float:

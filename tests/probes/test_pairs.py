@@ -9,7 +9,7 @@ from task_solvers import SMALL, read, small, solve_position
 
 from probes.contrast_pairs import KINDS, contrast_pairs
 from probes.patch_cells import chunks, everything, patch_cells, target_and_partner
-from probes.token_roles import ROLES, role, token_roles
+from probes.token_roles import ROLES, role, target_at, targets_at, token_roles
 from synthetic import tasks
 from synthetic.tasks import sampling
 
@@ -43,7 +43,9 @@ def test_roles_of_rendered_tokens(name, layout):
             tokens, _ = read(task, batch, row)
             names = [role_of(token, i, tokens) for i, token in enumerate(tokens)]
             assert [ROLES[i] for i in found[row].tolist()] == names
-            assert names.count("target") == 1
+            assert names.count("target") == 1 + (layout == "two-pass")
+            assert targets_at(found)[row].tolist() == [i for i, name in enumerate(names) if name == "target"]
+            assert target_at(found)[row] == names.index("target")
 
 
 def test_roles_are_refused_where_there_is_no_single_target():
@@ -69,19 +71,20 @@ def test_pairs_are_examples_that_differ_where_they_say(name, layout, kind):
         differs = (clean.input_ids[row] != corrupted.input_ids[row]).nonzero().flatten()
         assert differs.tolist() == made.changed[row].tolist()
         changed = sorted(ROLES[i] for i in made.roles[row, differs].tolist())
-        assert changed == (["query"] if kind == "query" else ["distractor", "target"])
+        twice = 1 + (layout == "two-pass")
+        assert changed == (["query"] if kind == "query" else ["distractor"] * twice + ["target"] * twice)
     assert (made.answer != made.corrupted_answer).all()
-    rows = torch.arange(40)
-    asked = clean.input_ids[made.roles == role("query")]
+    asked, other = (batch.input_ids[made.roles == role("query")] for batch in (clean, corrupted))
     if kind == "target":  # the partner's place is where the queried symbol went
-        assert (corrupted.input_ids[rows, made.partner] == asked).all()
-        assert (corrupted.input_ids[made.roles == role("query")] == asked).all()
+        assert (corrupted.input_ids.gather(1, made.partner) == asked[:, None]).all()
+        assert (other == asked).all()
     else:
-        assert (clean.input_ids[rows, made.partner] == corrupted.input_ids[made.roles == role("query")]).all()
+        assert (clean.input_ids.gather(1, made.partner) == other[:, None]).all()
+    assert made.partner.shape == (40, twice) and (made.partner[:, 1:] > made.partner[:, :-1]).all()
     for batch in (clean, corrupted):
         ids = batch.input_ids - task.vocabulary.first_symbol
         context = (made.roles == role("target")) | (made.roles == role("distractor"))
-        assert sampling.is_heldout(ids[context].view(40, 13).numpy()).all()
+        assert sampling.is_heldout(ids[context].view(40, -1)[:, :13].numpy()).all()
     assert len({tuple(ids) for ids in clean.input_ids.tolist()}) > 35
     again = contrast_pairs(task, 40, 13, kind, seed=3)
     assert torch.equal(again.corrupted.input_ids, corrupted.input_ids)
@@ -141,8 +144,8 @@ def test_the_joint_cell_and_the_spans_of_cells(layout, kind):
     length = made.answer_at + 1
     joint, whole = target_and_partner(made), everything(made)
     for row in range(20):
-        target = (made.roles[row] == role("target")).nonzero().item()
-        wanted = sorted({target, made.partner[row].item()})
+        target = (made.roles[row] == role("target")).nonzero().flatten().tolist()
+        wanted = sorted({*target, *made.partner[row].tolist()})
         assert joint.where[row].nonzero().flatten().tolist() == wanted
     assert (joint.role, joint.low, joint.high) == ("target+partner", None, None)
     assert (whole.role, whole.low, whole.high) == ("everything", 0, length)

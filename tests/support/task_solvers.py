@@ -22,11 +22,7 @@ SMALL = {
 
 def kinds() -> list[tuple[str, str | None]]:
     """(name, layout) of every task of the registry; tasks without layouts once, with None."""
-    return [
-        (name, layout)
-        for name in tasks.names()
-        for layout in (tasks.LAYOUTS if "layout" in tasks.options(name) else (None,))
-    ]
+    return [(name, layout) for name in tasks.names() for layout in (tasks.TASKS[name].layouts or (None,))]
 
 
 def small(name: str, layout: str | None = None, **changes: object) -> Task:
@@ -46,11 +42,20 @@ def occurrences(context: list[str], query: list[str]) -> list[int]:
     return [i for i in range(len(context) - m + 1) if context[i : i + m] == query]
 
 
+def read_once(tokens: list[str], task: Task, between: tuple[str, ...] = ()) -> list[str]:
+    """The context; what layout two-pass repeats must be the same, behind the tokens between the two."""
+    if task.layout != "two-pass":
+        return tokens
+    half = (len(tokens) - len(between)) // 2
+    assert tokens == tokens[:half] + list(between) + tokens[:half]
+    return tokens[:half]
+
+
 def solve_position(tokens: list[str], task: Task) -> dict[int, str]:
     """One query, in any layout; image markers, if any, must frame rows of `side` patches."""
     begin = tokens.index("<bos>") + 1
     asked = tokens.index("<query>")
-    context = tokens[begin:asked] if asked > begin else tokens[begin:]
+    context = read_once(tokens[begin:asked] if asked > begin else tokens[begin:], task, ("<bos>",))
     if "###" in context:
         assert context[0] == context[-1] == "###" and context.count("###") == 2
         rows = " ".join(context[1:-1]).split(" && ")
@@ -68,10 +73,11 @@ def solve_position(tokens: list[str], task: Task) -> dict[int, str]:
 def ngram_parts(tokens: list[str], task: Task) -> tuple[list[str], list[str], int]:
     """Context, query, place of the last <query>."""
     m = task.query_size
-    begin = tokens.index("<bos>") + 1
-    context = tokens[begin : tokens.index("<bos>", begin)]
+    begin, end = (f(i for i, token in enumerate(tokens) if token == "<bos>") for f in (min, max))
+    context = read_once(tokens[begin + 1 : end], task, ("<bos>",))
+    assert "<bos>" not in context and tokens[end + 1 :].count("<query>") == 2 - (task.layout == "prefix")
     first, last = (i for i, token in enumerate(tokens) if token == "<query>")
-    assert tokens[begin + len(context) + 1] == "<query>"
+    assert tokens[end + 1] == "<query>"
     assert (tokens[0] == "<task>") == (task.layout == "instruction")
     return context, tokens[first + 1 : first + 1 + m], last
 
@@ -103,23 +109,26 @@ def solve_duplicate(tokens: list[str], task: Task) -> dict[int, str]:
 
 
 def solve_mqar(tokens: list[str], task: Task) -> dict[int, str]:
-    d = min(task.num_pairs, len(tokens) // 4)
-    value = dict(zip(tokens[0 : 2 * d : 2], tokens[1 : 2 * d : 2], strict=True))
+    passes = 2 if task.layout == "two-pass" else 1
+    d = max(d for d in range(1, task.num_pairs + 1) if 2 * d * (passes + 1) <= len(tokens))
+    end = 2 * d * passes
+    pairs = read_once(tokens[:end], task)
+    value = dict(zip(pairs[::2], pairs[1::2], strict=True))
     assert len(value) == len(set(value.values())) == d
-    return {i: value[token] for i, token in enumerate(tokens) if i >= 2 * d and token in value}
+    return {i: value[token] for i, token in enumerate(tokens) if i >= end and token in value}
 
 
 def solve_selective_copy(tokens: list[str], task: Task) -> dict[int, str]:
     end = tokens.index("<copy>")
-    data = [token for token in tokens[:end] if token != "<white>"]
+    data = [token for token in read_once(tokens[:end], task) if token != "<white>"]
     assert tokens[end:] == ["<copy>"] * len(data)
     return {end + i: token for i, token in enumerate(data)}
 
 
 def solve_induction(tokens: list[str], task: Task) -> dict[int, str]:
-    first, last = (i for i, token in enumerate(tokens) if token == "<query>")
-    assert last == len(tokens) - 1
-    return {last: tokens[first + 1]}
+    (first,) = (i for i, token in enumerate(read_once(tokens[:-1], task)) if token == "<query>")
+    assert tokens[-1] == "<query>"
+    return {len(tokens) - 1: tokens[first + 1]}
 
 
 SOLVERS = {

@@ -99,7 +99,7 @@ def test_integers_and_numbers_of_numpy_are_plain_numbers():
 BAD = [
     (
         {"deepth": 2},
-        "no option 'deepth' .did you mean 'depth'..; it has depth, share, .*--seq-len, --num-sym",
+        "no option 'deepth' .did you mean 'depth'..; it has depth, share, .*--seq-len, --layout, --num-sym",
     ),
     ({"depth": "x"}, "--task-options depth=x is not valid for task many; give an integer$"),
     ({"depth": 2.0}, "give an integer$"),

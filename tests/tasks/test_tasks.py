@@ -179,11 +179,23 @@ EXPECTED = {
         "<query> <s2> <s4> <s0> <bos> <s4> <s0> <s2> <p2> <p0>",
         "   .      .    .    .    .     .    .  <p2> <p0> <p1>",
     ),
+    ("two-pass", 1): (
+        "<bos> <s4> <s0> <s2> <bos> <s4> <s0> <s2> <query> <s2>",
+        "  .     .    .    .    .     .    .    .     .    <p2>",
+    ),
+    ("two-pass", 3): (
+        "<bos> <s4> <s0> <s2> <bos> <s4> <s0> <s2> <query> <s2> <s4> <s0>",
+        "  .     .    .    .    .     .    .    .     .    <p2> <p0> <p1>",
+    ),
 }
 EXPECTED_BOS = {  # facts: `<bos> x1 .. xN <query> q | <p_k> <bos>`; the last <bos> is only predicted
     "suffix": ("<bos> <s4> <s0> <s2> <query> <s2> <p2>", ". . . . . <p2> <bos>"),
     "instruction": ("<task> <bos> <s4> <s0> <s2> <query> <s2> <p2>", ". . . . . . <p2> <bos>"),
     "prefix": ("<query> <s2> <bos> <s4> <s0> <s2> <p2>", ". . . . . <p2> <bos>"),
+    "two-pass": (
+        "<bos> <s4> <s0> <s2> <bos> <s4> <s0> <s2> <query> <s2> <p2>",
+        ". . . . . . . . . <p2> <bos>",
+    ),
 }
 
 
@@ -275,7 +287,11 @@ def test_varlen_repeats_symbols_and_may_have_fewer_than_places():
 
 BAD_OPTIONS = [
     ("nothing", dict(seq_len=8), "unknown task 'nothing'; valid: position, position-varlen"),
-    ("position", dict(seq_len=8, layout="infix"), "unknown layout 'infix'; valid: suffix, prefix, instr"),
+    (
+        "position",
+        dict(seq_len=8, layout="infix"),
+        "unknown layout 'infix' of task position; valid: suffix, prefix, ins",
+    ),
     (
         "position",
         dict(seq_len=8, seqlen=8),

@@ -56,7 +56,7 @@ def jobs(draw):
     name = draw(st.sampled_from(NEW))
     options = options_of(name, draw)
     if "layout" in tasks.options(name):
-        options["layout"] = draw(st.sampled_from(list(tasks.LAYOUTS)))
+        options["layout"] = draw(st.sampled_from(tasks.TASKS[name].layouts))
     try:
         task = tasks.build(name, **options)
         length = draw(st.none() | st.integers(task.shortest, task.seq_len))
@@ -136,7 +136,7 @@ def test_streams_and_splits_differ(name, layout):
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(batches, 2))
 
 
-# Where a row holds what `draw` made, in the suffix layout or the only one: (first place, length).
+# Where a row holds what `draw` made, in the suffix layout: (first place, length).
 CONTEXTS = {
     "grid": (2, 19),
     "ngram": (1, 16),
@@ -246,6 +246,27 @@ EXPECTED = {  # facts 1.4, and 2.5 for the image
         "<task> <bos> <s4> <s1> <s7> <s2> <s5> <s1> <bos> <query> <s1> <s7> <query> <s2> <s5>",
         ". . . . . . . . . . . . <s2> <s5> <s1>",
     ),
+    ("ngram", "two-pass"): (
+        "<bos> <s4> <s1> <s7> <s2> <s5> <s1> <bos> <s4> <s1> <s7> <s2> <s5> <s1> <bos> "
+        "<query> <s1> <s7> <query> <s2> <s5>",
+        ". . . . . . . . . . . . . . . . . . <s2> <s5> <s1>",
+    ),
+    ("mqar", "two-pass"): (
+        "<s1> <s4> <s3> <s7> <s1> <s4> <s3> <s7> <s3> <white> <white> <white> <s1> <white> <white> <white>",
+        ". . . . . . . . <s7> . . . <s4> . . .",
+    ),
+    ("selective-copy", "two-pass"): (
+        "<white> <s5> <white> <white> <s2> <s9> <white> <s5> <white> <white> <s2> <s9> <copy> <copy> <copy>",
+        ". . . . . . . . . . . . <s5> <s2> <s9>",
+    ),
+    ("induction", "two-pass"): (
+        "<s3> <s1> <query> <s5> <s1> <s7> <s3> <s1> <query> <s5> <s1> <s7> <query>",
+        ". . . . . . . . . . . . <s5>",
+    ),
+    ("grid", "two-pass"): (
+        "<bos> ### <s5> <s1> && <s2> <s4> ### <bos> ### <s5> <s1> && <s2> <s4> ### <query> <s2>",
+        ". . . . . . . . . . . . . . . . . <p2>",
+    ),
     ("grid", "suffix"): (
         "<bos> ### <s5> <s1> && <s2> <s4> ### <query> <s2>",
         ". . . . . . . . . <p2>",
@@ -284,13 +305,26 @@ def test_original_lengths_and_vocabularies():
     assert tasks.build("mqar", seq_len=64).vocabulary.num_symbols == 8192
 
 
-@pytest.mark.parametrize("name", NEW)
-def test_max_length_is_that_of_the_longest_batch(name):
+@pytest.mark.parametrize("name, layout", [kind for kind in kinds() if kind[0] in NEW])
+def test_max_length_is_that_of_the_longest_batch(name, layout):
     """No token too many in a table of positions."""
-    task = small(name, **(dict(seq_len=30) if name == "ngram-duplicate" else {}))  # whole blocks
+    task = small(name, layout, **(dict(seq_len=30) if name == "ngram-duplicate" else {}))  # whole blocks
     for queries in {task.usual_queries(), task.max_queries()}:
         batch = task.batch(2, seed=0, index=0, queries=queries, length=task.seq_len)
         assert batch.input_ids.shape[1] == task.max_length(queries)
+
+
+@pytest.mark.parametrize("name", tasks.names())
+def test_the_second_pass_changes_nothing_else(name):
+    """Contexts, questions and answers are those of the suffix layout, at every length of a curriculum."""
+    once, twice = small(name, "suffix"), small(name, "two-pass")
+    for length in (once.seq_len * 3 // 4, once.seq_len):
+        a, b = (task.batch(5, seed=2, index=3, length=length) for task in (once, twice))
+        for field in ("labels", "target_index", "alternatives"):
+            mine, other = getattr(a, field), getattr(b, field)
+            assert (mine is None and other is None) or torch.equal(mine, other)
+        added = b.input_ids.shape[1] - a.input_ids.shape[1]
+        assert torch.equal(b.answer_at, a.answer_at + added) and (a.length, a.chance) == (b.length, b.chance)
 
 
 @pytest.mark.parametrize("name", ["induction", "selective-copy"])
@@ -330,7 +364,11 @@ BAD_OPTIONS = [
     ("ngram", dict(seq_len=16, num_symbols=1), "num_symbols 1 must be at least 2"),
     ("ngram", dict(seq_len=16, query_size=0), "query_size 0 must be at least 1"),
     ("ngram", dict(seq_len=16, answer_size=0), "answer_size 0 must be at least 1"),
-    ("ngram", dict(seq_len=16, layout="infix"), "unknown layout 'infix'; valid: suffix, prefix, instr"),
+    (
+        "ngram",
+        dict(seq_len=16, layout="infix"),
+        "unknown layout 'infix' of task ngram; valid: suffix, prefix, ins",
+    ),
     ("ngram", dict(seq_len=16, min_seq_len=17), r"min_seq_len 17 must be in 5 \.\. seq_len 16"),
     ("ngram", dict(seq_len=16, min_seq_len=4), r"min_seq_len 4 must be in 5 \.\. seq_len 16"),
     ("ngram", dict(seq_len=400, num_symbols=5), "num_symbols 5 .* length 400: give num_symbols >= 12"),
@@ -346,10 +384,10 @@ BAD_OPTIONS = [
     ("mqar", dict(seq_len=64, num_symbols=15), "num_symbols 15 .* give num_symbols >= 16"),
     ("mqar", dict(seq_len=64, power=0.0), "power 0.0 must be positive"),
     ("mqar", dict(seq_len=64, num_pairs=0), "num_pairs 0 must be at least 1"),
-    ("mqar", dict(seq_len=64, layout="prefix"), "task mqar has no option 'layout'; valid: seq_len"),
-    ("selective-copy", dict(seq_len=64, layout="prefix"), "task selective-copy has no option 'layout'"),
+    ("mqar", dict(seq_len=64, layout="prefix"), "layout 'prefix' of task mqar; valid: suffix, two-pass"),
+    ("selective-copy", dict(seq_len=64, layout="prefix"), "'prefix' of task selective-copy; valid: suffix,"),
     ("selective-copy", dict(seq_len=8), r"num_tokens 16 must be in 1 \.\. seq_len 8"),
-    ("induction", dict(seq_len=64, layout="prefix"), "task induction has no option 'layout'"),
+    ("induction", dict(seq_len=64, layout="prefix"), "'prefix' of task induction; valid: suffix, two"),
     ("induction", dict(seq_len=1), "seq_len 1 must be at least 2"),
     ("induction", dict(seq_len=8, num_symbols=0), "num_symbols 0 must be at least 1"),
     ("induction", dict(seq_len=3, num_symbols=4), "num_symbols 4 gives only about 32 contexts"),

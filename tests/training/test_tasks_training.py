@@ -270,12 +270,15 @@ def test_position_plans_name_no_option_of_other_tasks():
     other = plan(RunConfig(task="induction", seq_len=16, device="cpu", precision="float32"), "mamba")
     assert run_id(other).startswith("induction-L16-mamba-s0-")
     assert other.task_options == dict(seq_len=16, num_symbols=16)
+    twice = plan(dataclasses.replace(config, task="induction", num_symbols=None, layout="two-pass"), "mamba")
+    assert twice.task_options == dict(seq_len=16, num_symbols=16, layout="two-pass")
+    assert run_id(twice).startswith("induction-two-pass-L16-mamba-s0-")
 
 
 BAD = [
     (
         ["--task", "mqar", "--seq-len", "64", "--layout", "prefix"],
-        "--layout prefix is no option of --task mqar",
+        "unknown layout 'prefix' of task mqar; valid: suffix, two-pass",
     ),
     (["--task", "position", "--min-seq-len", "8"], "--min-seq-len 8 is no option of --task position"),
     (["--task", "ngram", "--blocks", "3"], "--blocks 3 is no option of --task ngram"),
