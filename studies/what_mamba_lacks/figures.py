@@ -139,5 +139,6 @@ def growth(grown: pd.DataFrame) -> Any:
                 axes[i, j].set_ylabel(label, fontsize=8)
         axes[0, j].set_title(NAMES[model], fontsize=10)
         axes[0, j].set_yscale("log", base=2)
+        axes[0, j].yaxis.set_major_formatter("{x:.0f}")
         axes[-1, j].set_xlabel("step")
     return figure

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,20 @@ from synthetic import results
 HERE = Path(__file__).parent
 RESULTS, RATES = HERE / "results.parquet", HERE / "learning_rates.json"
 MISSING = "These runs have not been made yet."
+PICTURES = (
+    "![Steps to 0.95 of every cell: the median lies on the bar, an arrow is the limit of steps](steps.png)",
+    "![Main effects of the ingredients, with 95 % intervals](effects.png)",
+    "![Ingredients that training builds from the published first weights, a line per seed](built.png)",
+)
 NAMED: dict[str, Cell] = {
-    "all four": ALL,
-    **dict(zip((f"all but {name}" for name in LEVELS), ONE_REMOVED, strict=True)),
-    "all, and no convolution": WITHOUT_CONVOLUTION,
-    "positions alone": POSITIONS_ALONE,
-    "none": NOTHING,
+    "with all four ingredients": ALL,
+    "without positions": ONE_REMOVED[0],
+    "with the published convolution": ONE_REMOVED[1],
+    "with the published memory": ONE_REMOVED[2],
+    "with C apart from B": ONE_REMOVED[3],
+    "without a convolution": WITHOUT_CONVOLUTION,
+    "with positions alone": POSITIONS_ALONE,
+    "with none": NOTHING,
 }
 # Ingredient: its column of `growth`, and the value from which it counts as there. C = B gives a gap of about
 # 0.46 at first, because the vectors of positions differ between context and query.
@@ -130,15 +139,20 @@ def filled(text: str, runs: pd.DataFrame, chosen: list[dict[str, Any]], grown: p
     """
     made = dict(
         findings=findings(runs, grown),
-        removed=removed(runs),
-        effects=effects_table(runs),
+        removed=_with(PICTURES[0], removed(runs)),
+        effects=_with(PICTURES[1], effects_table(runs)),
         families=families(runs),
-        built=built_table(grown),
+        built=_with(PICTURES[2], built_table(grown)),
         cells=cells_table(runs),
         rates=rates_table(chosen),
         cost=cost(runs),
     )
     return fill(text, {name: content or MISSING for name, content in made.items()})
+
+
+def _with(picture: str, table: str) -> str:
+    """A table and the figure of the same numbers; nothing if there are none."""
+    return f"{table}\n\n{picture}" if table else ""
 
 
 # --- cells --------------------------------------------------------------------------------------------------
@@ -207,10 +221,10 @@ def effects_table(runs: pd.DataFrame) -> str:
         chosen = factorial(runs[runs["seq_len"] == LENGTH], model)
         if chosen.empty:
             continue
-        found = effects(chosen, model).set_index(["contrast", "outcome"])
+        found = effects(chosen, model)
         rows = [
-            [contrast, *(_effect(found.loc[(contrast, outcome)]) for outcome in OUTCOMES)]
-            for contrast in dict.fromkeys(found.index.get_level_values("contrast"))
+            [f"{term}: {contrast}", *(_effect(row) for row in part.to_dict("records"))]
+            for (term, contrast), part in found.groupby(["term", "contrast"], sort=False)
         ]
         count = int(found["comparisons"].iloc[0])
         parts.append(f"{NAMES[model]}, {len(chosen)} runs, {count} effects on each outcome:\n")
@@ -218,7 +232,7 @@ def effects_table(runs: pd.DataFrame) -> str:
     return "\n".join(parts).rstrip("\n")
 
 
-def _effect(row: pd.Series) -> str:
+def _effect(row: Mapping[Hashable, Any]) -> str:
     """The effect, its interval, and a star if the interval that holds for all effects excludes 0."""
     sure = row["low_all"] > 0 or row["high_all"] < 0
     return between(row["effect"], row["low"], row["high"], 2) + ("*" if sure else "")
@@ -272,12 +286,9 @@ def findings(runs: pd.DataFrame, grown: pd.DataFrame) -> str:
 
 
 def _needed(found: dict[Cell, pd.DataFrame]) -> str:
-    """The cell with everything, and what becomes of it without each ingredient."""
-    names = dict(zip(ONE_REMOVED, LEVELS, strict=True))
-    said = [f"With all four ingredients {_reached(found[ALL])}."]
-    said += [f"Without {name} {_reached(found[cell])}." for cell, name in names.items() if cell in found]
-    said += [f"With none of them {_reached(found[NOTHING])}."] if NOTHING in found else []
-    return " ".join(said)
+    """What became of the cell with everything, of those without one ingredient, and of that with none."""
+    there = {name: _reached(found[cell]) for name, cell in NAMED.items() if cell in found}
+    return " ".join(f"{name[0].upper()}{name[1:]}, {said}." for name, said in there.items())
 
 
 def _reached(cell: pd.DataFrame) -> str:
