@@ -109,7 +109,9 @@ def collect(runs: Path) -> None:
 
 def finished() -> pd.DataFrame:
     """`outcomes` of the committed results; no rows if there are none."""
-    return outcomes(read(RESULTS)) if RESULTS.exists() else pd.DataFrame(columns=["model", "seq_len"])
+    if not RESULTS.exists():
+        return pd.DataFrame(columns=["model", "seq_len", *LEVELS])
+    return outcomes(read(RESULTS))
 
 
 def rates() -> list[dict[str, Any]]:
