@@ -16,7 +16,15 @@ from readme_commands import ROOT
 from ssm_retrieval import models
 from ssm_retrieval.errors import UserError
 from studies.what_mamba_lacks import built, config, effects, report
-from studies.what_mamba_lacks.config import ALL, LEVELS, NOTHING, ONE_REMOVED, POSITIONS_ALONE, Cell
+from studies.what_mamba_lacks.config import (
+    ALL,
+    LEVELS,
+    NOTHING,
+    ONE_REMOVED,
+    POSITIONS_ALONE,
+    WITHOUT_CONVOLUTION,
+    Cell,
+)
 from synthetic import tasks
 from synthetic.config import plan, run_id
 from synthetic.evaluate import heldout
@@ -195,12 +203,13 @@ def rows_of(name: str, cell: dict, seed: int, at: int | None, longest: int, **mo
 
 
 def two_cells() -> pd.DataFrame:
-    """All ingredients: steps 200, 200, never. None: never, never, and one run without an end."""
+    """All ingredients: 200, 200, never; with 1 tap: 100. None: never, never, and a run without an end."""
     rows = [
         row
         for seed, at in enumerate((200, 200, None))
         for row in rows_of("all", ALL.options(), seed, at, 64 if at else 16)
     ]
+    rows += rows_of("tap", WITHOUT_CONVOLUTION.options(), 0, 100, 64)
     none = dict(NOTHING.options(), position=None)  # the store leaves "none" of a plain SSM out
     for seed in range(3):
         rows += rows_of("none", none, seed, None, 4)
@@ -216,20 +225,20 @@ def line(table: str, begin: str) -> list[str]:
 
 def test_numbers_of_the_page_follow_from_its_runs():
     runs = effects.outcomes(two_cells())
-    assert len(runs) == 5
+    assert len(runs) == 6
     table = report.removed(runs)
     with_all = line(table, "Mamba | 64 | with all four ingredients")[3:]
     # 2 of 3, exact interval: scipy.stats.binomtest(2, 3).proportion_ci()
     assert with_all == ["2 of 3 [0.09, 0.99]", "(100, 200]", "64, 64, 16", "1.00, 1.00, 0.50", "0.002"]
+    assert line(table, "Mamba | 64 | without a convolution")[3:5] == ["1 of 1 [0.03, 1.00]", "(0, 100]"]
     none = line(table, "Mamba | 64 | with none")[3:]
     assert none == ["0 of 2 [0.00, 0.84]", "more than 300", "4, 4", "0.50, 0.50", "0.002"]
     assert line(report.cells_table(runs), "Mamba | 64 | none | default | default | random")[6:] == none
     assert line(report.families(runs), "Mamba | none | published")[3:] == none
     said = report.findings(runs, pd.DataFrame(columns=["model"]))
-    assert (
-        "ingredients, 2 of 3 seeds reach 0.95, the median after 100 to 200 steps. With none, 0 of 2" in said
-    )
-    assert line(report.cost(runs), "Mamba | 64")[2:] == ["5", "2"]  # 20 + 20 + 3 x 30 s
+    assert "ingredients, 2 of 3 seeds reach 0.95, the median after 100 to 200 steps. Without" in said
+    assert "With none, 0 of 2 seeds reach 0.95 in 300 steps." in said
+    assert line(report.cost(runs), "Mamba | 64")[2:] == ["6", "2"]  # 10 + 20 + 20 + 3 x 30 s
 
 
 def test_an_incomplete_factorial_has_no_effects():
