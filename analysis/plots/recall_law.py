@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from scipy.special import ndtri
 
 from analysis.capacity_law import CELL, facts_at, fit_constants, load, recall_at_load
 from analysis.plots.common import SHARES, family_looks, plain_log
@@ -107,10 +108,12 @@ def recalled(n_facts: Any, accuracy: Any, wanted: float = CAPACITY) -> tuple[flo
         wanted: The accuracy, from 0 to 1.
 
     Returns:
-        Where the curve first falls below `wanted`, interpolated in log n_facts; 0 if it begins below. The
-        second value says whether it never does: the model then recalls at least as many as were tried.
+        Where the curve first falls below `wanted`, interpolated between the probits of the accuracies in log
+        n_facts, because both are nearly straight under the law; 0 if it begins below. The second value says
+        whether it never does: the model then recalls at least as many as were tried.
     """
-    n, hits = np.asarray(n_facts, float), np.asarray(accuracy, float)
+    n = np.asarray(n_facts, float)
+    hits, wanted = ndtri(np.clip(accuracy, 1e-3, 1 - 1e-3)), ndtri(wanted)
     low = hits < wanted
     if not low.any():
         return float(n[-1]), True

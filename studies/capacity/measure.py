@@ -4,7 +4,7 @@
 
 A training gives a whole curve: `measured.csv` beside this file has a row for each run and number of facts.
 Runs that are already there are not measured again, so the command may be given while a sweep is going on.
-Rows of runs that are in none of the folders stay.
+Rows of runs that are in none of the folders are dropped.
 
 position: contexts of the lengths that the training mixed, one question a sequence.
 mqar:     n pairs in 4 n tokens, all of them queried, as in training, which had one n. Models with position
@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 
+from analysis.plots.recall_law import SHAPE
 from ssm_retrieval.cli import guarded, use_threads
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.models import LanguageModel
@@ -52,24 +52,21 @@ def main(*folders: str) -> int:
     if not folders:
         raise UserError("RUNS is missing; give folders of runs, such as runs/capacity")
     use_threads(1)
+    runs = {run.name: run for folder in folders for run in _finished(Path(folder))}
     known = pd.read_csv(MEASURED) if MEASURED.exists() else pd.DataFrame(columns=list(COLUMNS))
-    for folder in _unmeasured(folders, set(known["run"])):
-        known = pd.concat([known, pd.DataFrame(curve(Run(folder)), columns=list(COLUMNS))], ignore_index=True)
-        known = known.sort_values(
-            ["task", "model", "n_layer", "d_model", "d_state", "seed", "n_facts"], ignore_index=True
-        )
+    known = known[known["run"].isin(runs)]
+    for name in runs.keys() - set(known["run"]):
+        known = pd.concat([known, pd.DataFrame(curve(Run(runs[name])))], ignore_index=True)[list(COLUMNS)]
+        known = known.sort_values([*SHAPE, "seed", "n_facts"], ignore_index=True)
         store.write_bytes(MEASURED, known.to_csv(index=False).encode())
-        print(folder.name, flush=True)
+        print(name, flush=True)
     return 0
 
 
-def _unmeasured(folders: tuple[str, ...], known: set[str]) -> Iterator[Path]:
-    for folder in map(Path, folders):
-        if not folder.is_dir():
-            raise UserError(f"RUNS {folder} does not exist; run the sweep first")
-        for run in sorted(folder.iterdir()):
-            if run.name not in known and finished(run):
-                yield run
+def _finished(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise UserError(f"RUNS {folder} does not exist; run the sweep first")
+    return [run for run in sorted(folder.iterdir()) if finished(run)]
 
 
 def curve(run: Run) -> list[dict[str, Any]]:
