@@ -80,7 +80,7 @@ def test_a_question_has_so_many_pairs_and_asks_for_all(n):
 def test_other_tasks_and_missing_folders_are_refused(tmp_path):
     with pytest.raises(UserError, match="task induction is not of this study; give runs of position or mqar"):
         measure.trained_facts(tasks.build("induction", seq_len=16))
-    with pytest.raises(UserError, match="RUNS .*gone does not exist; run the sweep first"):
+    with pytest.raises(UserError, match=r"RUNS .*gone does not exist; run the sweep first"):
         measure.main(str(tmp_path / "gone"))
     with pytest.raises(UserError, match="RUNS is missing"):
         measure.main()
