@@ -66,6 +66,7 @@ def filled(text: str, measured: pd.DataFrame) -> str:
     tables = {
         "runs": runs_table(measured),
         "fits": fits_table(law),
+        "collapse": collapse_figures(law),
         "cells": cells_table(law),
         "prediction": prediction_table(fit_constants(law, by=("task", "model"))),
     }
@@ -105,6 +106,14 @@ def fits_table(law: pd.DataFrame) -> str:
         ])  # fmt: skip
     header = ["task", "model", "published a", "a [95 %]", "lapses", "seeds", "rms misfit", "worst misfit"]
     return markdown(header, rows)
+
+
+def collapse_figures(law: pd.DataFrame) -> str:
+    """Markdown: the figure of each task that has runs."""
+    return "\n\n".join(
+        f"![Accuracy against facts / (layers N D), {task}](collapse-{task}.png)"
+        for task in sorted(law["task"].unique())
+    )
 
 
 def cells_table(law: pd.DataFrame) -> str:
