@@ -17,6 +17,7 @@ from synthetic.config import RunConfig
 from synthetic.grid import Sweep, grid
 
 SEEDS = range(5)
+CELL = ("d_model", "d_state")
 PUBLISHED = {  # (d_model, d_state): accuracy
     (16, 8): 0.24, (16, 16): 0.32,
     (32, 8): 0.64, (32, 16): 0.89, (32, 24): 0.94, (32, 32): 0.95,

@@ -3,15 +3,18 @@
     python -m studies.recipes.report                          # from the committed CSV files
     python -m studies.recipes.report runs/recall_law_linear   # after that sweep: its CSV file, too
 
-NAME.csv beside NAME.py has one row per finished run. A cell without runs has a dash.
+NAME.csv beside NAME.py has one row per finished run. A cell without runs, or without a published number,
+has a dash. A recipe says in `CELL` which columns of the results store tell its cells apart, and in
+`PUBLISHED` which accuracy each cell should have.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -20,21 +23,24 @@ from analysis.tables import between, by_seed, fill
 from ssm_retrieval.cli import guarded
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.statistics import mean_interval
+from ssm_retrieval.style import NAMES
 from ssm_retrieval.tables import markdown
 from ssm_retrieval.training import store
 
 HERE = Path(__file__).parent
-RECIPES = ("recall_law_linear",)
-COLUMNS = ["d_model", "d_state", "seed", "accuracy", "correct", "count", "seconds", "commit"]
-HEADER = [
-    "width D",
-    "states N",
-    "published",
-    "ours, mean [95 %]",
-    "by seed",
-    "ours - published",
-    "median seconds",
-]
+RECIPES = (
+    "recall_law_linear",
+    "recall_law_mamba",
+    "recall_law_mamba_long",
+    "zoology_figure2",
+    "mamba_induction",
+    "mamba_selective_copy",
+    "mad_recall",
+    "repeat_after_me",
+)
+COLUMNS = ["seed", "accuracy", "correct", "count", "seconds", "commit"]
+WORDS = {"model": "model", "d_model": "width D", "d_state": "states N", "seq_len": "context"}
+HEADER = ["published", "ours, mean [95 %]", "by seed", "ours - published", "median seconds"]
 
 
 def main(runs: str | None = None) -> int:
@@ -47,48 +53,59 @@ def main(runs: str | None = None) -> int:
         name = Path(runs).resolve().name
         if name not in RECIPES:
             raise UserError(f"RUNS {runs} is of no recipe; its name must be one of {', '.join(RECIPES)}")
-        store.write_bytes(HERE / f"{name}.csv", finished(analysis.load(runs)).to_csv(index=False).encode())
+        found = finished(analysis.load(runs), recipe(name).CELL)
+        store.write_bytes(HERE / f"{name}.csv", found.to_csv(index=False).encode())
     text = (HERE / "README.md").read_text(encoding="utf-8")
     store.write_bytes(HERE / "README.md", filled(text).encode())
     return 0
 
 
-def finished(results: pd.DataFrame) -> pd.DataFrame:
-    """The last, held-out evaluation of every run: `COLUMNS`, sorted by cell and seed."""
+def recipe(name: str) -> Any:
+    """The module of a recipe."""
+    return importlib.import_module(f"studies.recipes.{name}")
+
+
+def finished(results: pd.DataFrame, cell: Sequence[str]) -> pd.DataFrame:
+    """The last, held-out evaluation of every run: columns `cell` and `COLUMNS`, sorted by cell and seed."""
     final = results[(results["kind"] == "final") & (results["purpose"] == "report")]
-    return final[COLUMNS].sort_values(COLUMNS[:3]).reset_index(drop=True)
+    return final[[*cell, *COLUMNS]].sort_values([*cell, "seed"]).reset_index(drop=True)
 
 
 def filled(text: str) -> str:
     """README with its tables made anew."""
     tables = {}
     for name in RECIPES:
-        published = importlib.import_module(f"studies.recipes.{name}").PUBLISHED
-        file = HERE / f"{name}.csv"
-        tables[name] = cells(published, pd.read_csv(file) if file.exists() else pd.DataFrame(columns=COLUMNS))
+        file, cell = HERE / f"{name}.csv", recipe(name).CELL
+        runs = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=[*cell, *COLUMNS])
+        tables[name] = cells(recipe(name).PUBLISHED, runs, cell)
     return fill(text, tables)
 
 
-def cells(published: Mapping[tuple[int, int], float], runs: pd.DataFrame) -> str:
+def cells(published: Mapping[tuple[Any, ...], float | None], runs: pd.DataFrame, cell: Sequence[str]) -> str:
     """Markdown, a line per published cell.
 
     Args:
-        published: (d_model, d_state) to accuracy.
-        runs: Columns as in `COLUMNS`.
+        published: Values of the columns `cell` to accuracy; None if no number is at hand.
+        runs: The columns `cell` and `COLUMNS`.
+        cell: Columns that tell cells apart, keys of `WORDS`.
 
     Returns:
         The table.
     """
     rows = []
-    for (d_model, d_state), wanted in published.items():
-        cell = runs[(runs["d_model"] == d_model) & (runs["d_state"] == d_state)].sort_values("seed")
+    for values, wanted in published.items():
+        same = runs[list(cell)] == pd.Series(dict(zip(cell, values, strict=True)))
+        mine = runs[same.all(axis=1)].sort_values("seed")
         ours = ["–"] * 4
-        if len(cell):
-            mean, low, high = mean_interval(cell["accuracy"], bounds=(0, 1))
-            ours = [between(mean, low, high) if len(cell) > 1 else f"{mean:.3f}", by_seed(cell["accuracy"])]
-            ours += [f"{mean - wanted:+.3f}", f"{cell['seconds'].median():.0f}"]
-        rows.append([str(d_model), str(d_state), f"{wanted:.2f}", *ours])
-    return markdown(HEADER, rows)
+        if len(mine):
+            mean, low, high = mean_interval(mine["accuracy"], bounds=(0, 1))
+            ours = [between(mean, low, high) if len(mine) > 1 else f"{mean:.3f}", by_seed(mine["accuracy"])]
+            ours += ["–" if wanted is None else f"{mean - wanted:+.3f}", f"{mine['seconds'].median():.0f}"]
+        names = [
+            NAMES[value] if name == "model" else str(value) for name, value in zip(cell, values, strict=True)
+        ]
+        rows.append([*names, "–" if wanted is None else f"{wanted:.2f}", *ours])
+    return markdown([*(WORDS[name] for name in cell), *HEADER], rows)
 
 
 if __name__ == "__main__":

@@ -82,18 +82,34 @@ def test_a_table_has_every_cell_and_its_seeds_in_order():
         [(32, 8, 1, 0.6, 9.0), (32, 8, 0, 0.7, 11.0), (64, 8, 0, 0.875, 30.0)],
         columns=["d_model", "d_state", "seed", "accuracy", "seconds"],
     )
-    lines = report.cells({(32, 8): 0.64, (64, 8): 0.89, (64, 16): 1.0}, runs).splitlines()[2:]
+    lines = report.cells(
+        {(32, 8): 0.64, (64, 8): 0.89, (64, 16): None}, runs, ["d_model", "d_state"]
+    ).splitlines()[2:]
     # t quantile of one degree of freedom: 12.706 * 0.05 = 0.635 on either side, cut to [0, 1]
     assert lines == [
         "| 32 | 8 | 0.64 | 0.650 [0.015, 1.000] | 0.700, 0.600 | +0.010 | 10 |",
         "| 64 | 8 | 0.89 | 0.875 | 0.875 | -0.015 | 30 |",
-        "| 64 | 16 | 1.00 | – | – | – | – |",
+        "| 64 | 16 | – | – | – | – | – |",
+    ]
+
+
+def test_a_cell_is_told_by_the_recipe_s_columns():
+    """Families by their label; of a cell without a published number there is no difference."""
+    runs = pd.DataFrame(
+        [("mamba", 64, 0, 0.5, 7.0)], columns=["model", "seq_len", "seed", "accuracy", "seconds"]
+    )
+    lines = report.cells({("mamba", 64): None, ("mamba2", 64): 0.9}, runs, ["model", "seq_len"]).splitlines()
+    assert lines[0].startswith("| model | context | published |")
+    assert lines[2:] == [
+        "| Mamba | 64 | – | 0.500 | 0.500 | – | 7 |",
+        "| Mamba-2 | 64 | 0.90 | – | – | – | – |",
     ]
 
 
 def test_rows_are_the_last_evaluations_of_reported_runs():
-    assert set(report.COLUMNS) < set(results.EVALUATION)
-    numbers = dict.fromkeys(report.COLUMNS, 0)
+    cell = ["d_model", "d_state"]
+    assert {*cell, *report.COLUMNS} < set(results.EVALUATION)
+    numbers = dict.fromkeys([*cell, *report.COLUMNS], 0)
     rows = [
         dict(numbers, d_model=64, seed=1, accuracy=0.9, kind="final", purpose="report"),
         dict(numbers, d_model=64, seed=0, accuracy=0.8, kind="final", purpose="report"),
@@ -101,8 +117,28 @@ def test_rows_are_the_last_evaluations_of_reported_runs():
         dict(numbers, d_model=64, seed=9, accuracy=0.2, kind="final", purpose="validation"),
         dict(numbers, d_model=32, seed=5, accuracy=0.7, kind="final", purpose="report"),
     ]
-    found = report.finished(pd.DataFrame(rows))
-    assert list(found) == report.COLUMNS and found["accuracy"].tolist() == [0.7, 0.8, 0.9]
+    found = report.finished(pd.DataFrame(rows), cell)
+    assert list(found) == [*cell, *report.COLUMNS] and found["accuracy"].tolist() == [0.7, 0.8, 0.9]
+
+
+def test_the_law_s_full_mamba_is_the_published_configuration():
+    """config/MQAR__D_N__full_trained__regime_0.json5, with the widths and states of its example."""
+    runs = load(FOLDER / "recall_law_mamba.py").runs
+    p = plan(runs[0], "mamba")
+    assert (p.steps, p.batch_size, p.warmup, p.flat, p.schedule) == (20000, 128, 100, 5900, "cosine")
+    assert (p.lr, p.betas, p.weight_decay, p.label_smoothing) == (1e-2, (0.9, 0.95), 0.0, 0.1)
+    assert (p.grad_clip, p.stop_at, p.precision, p.eval_every) == (0.75, 0.999, "float32", 1000)
+    shape = models.config(p.model, **p.model_overrides)
+    assert (shape.n_layer, shape.d_conv, shape.expand, shape.norm, shape.ssm_init) == (
+        1,
+        2,
+        2,
+        "rms",
+        "default",
+    )
+    assert {(run.d_model, run.d_state) for run in runs} == set(PUBLISHED)
+    small = load(FOLDER / "recall_law_mamba_long.py").runs
+    assert {(r.d_model, r.d_state, r.seed) for r in small} == {(r.d_model, r.d_state, r.seed) for r in runs}
 
 
 def test_a_folder_of_another_name_is_refused(tmp_path):

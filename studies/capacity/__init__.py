@@ -1,0 +1,1 @@
+"""How many facts a state holds, against the recall scaling law of Mamba (arXiv 2609.07681)."""

@@ -1,0 +1,138 @@
+"""The study of what a state holds: its grid, what a model is asked, and the page's tables."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+from readme_commands import ROOT
+
+from analysis.capacity_law import recall_probability
+from ssm_retrieval import models
+from ssm_retrieval.errors import UserError
+from studies.capacity import config, measure, report
+from synthetic import tasks
+from synthetic.config import plan, run_id
+
+TOKENS = dict(vocab_size=40, max_position_embeddings=40)
+SMALL = {
+    "linear": dict(d_model=16, d_state=4, d_conv=2),
+    "mamba": dict(d_model=16, d_state=4, d_conv=2, n_layer=1),
+    "mamba2": dict(d_model=16, d_state=4, d_conv=2, n_layer=1, headdim=32),
+    "transformer": dict(d_model=16, n_layer=2, n_head=1),
+    "hybrid": dict(d_model=16, d_state=4, n_layer=3, pattern="M M A", n_head=1),
+}
+
+
+@pytest.fixture(scope="module")
+def runs():
+    return config.get_config().runs
+
+
+def test_every_family_has_every_shape_and_five_seeds(runs):
+    plans = [plan(run, run.model[0]) for run in runs]
+    assert len({run_id(p) for p in plans}) == len(runs)
+    table = pd.DataFrame([(r.task, r.model[0], r.d_model, r.d_state, r.seed) for r in runs],
+                         columns=["task", "model", "D", "N", "seed"])  # fmt: skip
+    assert (table.groupby(["task", "model", "D", "N"], dropna=False)["seed"].nunique() == 5).all()
+    position = table[table["task"] == "position"].groupby("model")["seed"].size()
+    assert position.to_dict() == dict(linear=30, mamba=30, mamba2=30, transformer=10, hybrid=10)
+    assert set(table["model"][table["task"] == "mqar"]) == {"mamba2", "transformer", "hybrid"}
+    first = table[table["seed"] == 0]
+    assert len(first) * 5 == len(table) and first.index.max() + 1 == len(first)  # seed after seed
+
+
+@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize("task", ["position", "mqar"])
+def test_numbers_are_those_of_the_architecture_s_formula(family, task):
+    """Counted in the cache after n facts: n symbols and `<bos>`, or n pairs."""
+    positions = {} if family in ("linear", "mamba", "mamba2") else {"position": "learned"}
+    model = models.build(f"{family}-tiny", **TOKENS, **SMALL[family], **positions)
+    asked = tasks.build(task, seq_len=32, **({"num_symbols": 32} if task == "mqar" else {}))
+    for n in (2, 8):
+        read = 2 * n if task == "mqar" else n + 1
+        assert measure.numbers_held(model, asked, n) == models.state_size(model.config, read)
+
+
+def test_numbers_of_facts_that_a_model_can_be_asked_about():
+    position = tasks.build("position", seq_len=32)
+    mqar = tasks.build("mqar", seq_len=64, num_symbols=128, num_pairs=16)
+    assert measure.facts(position, 4, True) == [4, 8, 16, 32]  # what training mixed
+    assert measure.facts(position, 0, True) == [32]
+    assert measure.facts(mqar, 0, True) == [2, 3, 4, 6, 8, 12, 16]
+    assert measure.facts(mqar, 0, False) == [*measure.facts(mqar, 0, True), 24, 32, 48, 64, 96, 128]
+
+
+@pytest.mark.parametrize("n", [2, 16, 24])
+def test_a_question_has_so_many_pairs_and_asks_for_all(n):
+    asked, length = measure.question(tasks.build("mqar", seq_len=64, num_symbols=128, num_pairs=16), n)
+    batch = next(iter(asked.examples(5, seed=0, split="heldout", length=length)))
+    assert batch.input_ids.shape == (5, 4 * n) and batch.labels.shape == (5, n)
+    for row, at, labels in zip(
+        *(t.tolist() for t in (batch.input_ids, batch.answer_at, batch.labels)), strict=True
+    ):
+        facts = dict(zip(row[: 2 * n : 2], row[1 : 2 * n : 2], strict=True))
+        assert len(facts) == n and [facts[row[i]] for i in at] == labels
+
+
+def test_other_tasks_and_missing_folders_are_refused(tmp_path):
+    with pytest.raises(UserError, match="task induction is not of this study; give runs of position or mqar"):
+        measure.trained_facts(tasks.build("induction", seq_len=16))
+    with pytest.raises(UserError, match=r"RUNS .*gone does not exist; run the sweep first"):
+        measure.main(str(tmp_path / "gone"))
+    with pytest.raises(UserError, match="RUNS is missing"):
+        measure.main()
+
+
+def observations(a=0.5, failed=("mamba", 64, 8, 0)):
+    """Answers of models that obey the law, and of one run that learned nothing."""
+    rows = []
+    for model, D, N, seed in [("mamba", D, N, s) for D in (32, 64) for N in (4, 8) for s in range(3)]:
+        for n in (2, 4, 8, 16, 32, 64):
+            p = 1 / n if (model, D, N, seed) == failed else float(recall_probability(n, D, N, 131, a=a))
+            rows.append(dict(
+                task="position", model=model, n_layer=1, d_model=D, d_state=N, vocab_size=131, seed=seed,
+                trained_facts=64, n_facts=n, numbers=2 * D * (N + 1), correct=round(4096 * p), count=4096,
+                chance=1 / n, seconds=30.0, run=f"{model}-{D}-{N}-{seed}", commit="c",
+            ))  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_a_run_that_learned_nothing_is_counted_and_left_out():
+    table = observations()
+    assert set(table["run"]) - set(report.learned(table)["run"]) == {"mamba-64-8-0"}
+    lines = report.runs_table(table).splitlines()
+    cell = "| position | Mamba | 1 | 64 | 8 | 2 of 3 [0.09, 0.99] | "
+    (facts,) = (line.removeprefix(cell) for line in lines if line.startswith(cell))
+    assert re.fullmatch(r"4\d, 4\d \| 30 \|", facts)  # the law: 44.7
+    fitted = report.fits_table(report.learned(table)).splitlines()[-1].split(" | ")
+    assert fitted[1:3] == ["Mamba", "0.5"] and fitted[3].startswith("0.50 [")
+
+
+def test_curves_that_collapse_have_one_constant_in_every_cell():
+    cells = report.cells_table(report.learned(observations())).splitlines()[2:]
+    constants = [float(found) for line in cells for found in re.findall(r"(\d\.\d\d) \[", line)]
+    assert len(cells) == 2 and len(constants) == 4 and constants == pytest.approx([0.5] * 4, abs=0.02)
+
+
+def test_the_prediction_is_the_law_s_at_the_published_shapes():
+    """790 M: 48 layers of 16 states and width 1,536. By hand: m_V = 4.085, need = 5.730, one layer
+    (0.03046 - 0.00065) 16 * 1536 / 0.5 = 1,465 or 1,444 without rounding."""
+    lines = report.prediction_table(pd.DataFrame(columns=["task", "model"])).splitlines()
+    assert len(lines) == 2 + 3 * 2
+    first = [cell.strip() for cell in lines[2].strip("|").split("|")]
+    assert first[:3] == ["mamba-790m", "48 × 16 × 1536", "0.50 (published, trained Mamba)"]
+    assert float(first[3].replace(",", "")) == pytest.approx(1450, rel=0.02)
+    assert float(first[4].replace(",", "")) == pytest.approx(48 * float(first[3].replace(",", "")), rel=0.01)
+    recalls = np.array(first[5:], float)
+    assert (recalls[:2] > 0.95).all() and (recalls[2:] > 0.99).all()
+
+
+def test_tables_of_the_page_are_its_results():
+    """If not: `python -m studies.capacity.report`."""
+    page = (report.HERE / "README.md").read_text(encoding="utf-8")
+    assert report.filled(page, pd.read_csv(report.MEASURED)) == page
+    for file in ROOT.joinpath("studies", "capacity").glob("*.png"):
+        assert f"]({file.name})" in page
