@@ -258,13 +258,12 @@ def check_growth(growth: str, scheme: str, task: Task) -> None:
     """
     answers = task.vocabulary.num_positions > 0
     check(
-        growth != "window" or scheme == "learned" or not answers,
-        f"--growth window places contexts anywhere, and with --position {scheme} a model cannot tell where; "
-        "give --position learned, or --growth prefix",
+        growth not in ("gap", "window") or scheme == "learned",
+        f"--growth {growth} needs --position learned, and the model has {scheme}; give --growth prefix",
     )
     check(
-        growth != "filled" or answers,
-        f"--growth filled is for tasks whose answers are positions, not --task {task.name}; use prefix",
+        growth not in ("gap", "filled") or answers,
+        f"--growth {growth} is for tasks whose answers are positions, not --task {task.name}; use prefix",
     )
 
 

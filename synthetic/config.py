@@ -46,10 +46,14 @@ TASK_NAMES = tyro.conf.arg(
 # What serves every family best at the tiny preset (docs/learnability.md). The learning rate falls with
 # sqrt(width) for wider models.
 DEFAULT_LR = 2e-3
+RECALL_LR = 4e-3  # of state space models that begin ready to recall
 ADAFACTOR_LR = (1e-2, 1e-3)  # torch's own for random weights; less with --init
 PRETRAINED_LR = 1e-4  # with --init, at width 768, where pretraining peaks at 6e-4 or more
 DEFAULT_CURRICULUM = 2
-DEFAULT_STEPS = 3000
+# One layer with room for hundreds of symbols learns to retrieve positions; the preset's four, of 16 states a
+# channel, take longer.
+RECALL: dict[str, dict[str, Any]] = {"mamba-tiny": dict(n_layer=1, d_state=128)}
+DEFAULT_STEPS = 2500
 PAPER_EXAMPLES = 20_000_000  # training budget, batch and learning rate of Retrievit's position scripts
 PAPER_BATCH = 128
 PAPER_LR = 5e-5
@@ -150,17 +154,20 @@ position-varlen's default is at most a quarter of its symbols."""
 --seq-len."""
     growth: Annotated[
         Literal["prefix", "gap", "window", "filled", "mixed"] | None,
-        unset("{prefix,gap,window,filled,mixed}", "window with learned positions, else prefix"),
+        unset("{prefix,gap,window,filled,mixed}", "gap if answers are learned positions, else prefix"),
     ] = None
-    """Where contexts shorter than --seq-len lie. prefix: at the first positions. window: at a random place, \
-so that every position is trained from the start. filled: the same, with <bos> at all other positions. \
-mixed: at the first positions, a random length for each batch instead of doubling."""
+    """Where contexts shorter than --seq-len lie. prefix: at the first positions, queries right behind. gap: \
+the same, with queries where they stand at --seq-len. window: at a random place. filled: the same, with \
+<bos> at all other positions. mixed: as prefix, but half of the batches are shorter than the rest."""
     lr: Annotated[
-        float | None, unset("FLOAT", "2e-3 at width 128, falling with the square root of width")
+        float | None,
+        unset(
+            "FLOAT", "2e-3 at width 128, 4e-3 with --ssm-init recall, falling with the square root of width"
+        ),
     ] = None
     """Peak learning rate. Other defaults: 1e-4 at width 768 with --init; 1e-2 with adafactor, 1e-3 with \
 both; 5e-5 with --protocol paper."""
-    steps: Annotated[int | None, unset("INT", "3000")] = None
+    steps: Annotated[int | None, unset("INT", "2500")] = None
     """Optimiser steps at most."""
     budget: Annotated[int | None, unset("INT", "none; 20 million with --protocol paper")] = None
     """Training sequences at most, instead of --steps."""
@@ -307,10 +314,12 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
     batch_size = config.batch_size or (PAPER_BATCH if paper else None)
     total = steps or (budget or 0) // (batch_size or PAPER_BATCH)  # steps of a run by the papers' protocol
     scheme = overrides.get("position", "none")
-    growth = config.growth or ("window" if scheme == "learned" and not paper else "prefix")
+    answers = task.vocabulary.num_positions > 0
+    growth = config.growth or ("gap" if answers and scheme == "learned" and not paper else "prefix")
     check_growth(growth, scheme, task)
     device = resolve_device(config.device, elsewhere)
-    at, usual = (128, DEFAULT_LR) if start is None else (768, PRETRAINED_LR)
+    recalls = overrides.get("ssm_init") == "recall" and ARCHITECTURES[family].positions[:1] == ("none",)
+    at, usual = (128, RECALL_LR if recalls else DEFAULT_LR) if start is None else (768, PRETRAINED_LR)
     default_lr = PAPER_LR if paper else usual * (at / width) ** 0.5
     if config.optimizer == "adafactor":
         default_lr = ADAFACTOR_LR[start is not None]  # relative to the size of the weights, so of no width
@@ -373,8 +382,13 @@ def _model(
         usual: Any = models.config(name)
     except ValueError as error:
         raise UserError(f"--preset {config.preset}: {error}") from error
-    placed = overrides.get("position") == "learned" and not paper
-    changes = shape.changes(config, architecture, usual, task.ssm_init if placed else None)
+    if overrides.get("position") == "learned" and not paper:
+        ready = {"ssm_init": task.ssm_init} if architecture.has("ssm_init") else {}
+        if task.ssm_init == "recall":
+            ready |= RECALL.get(name, {})
+        overrides |= ready
+        usual = usual.replace(**ready)
+    changes = shape.changes(config, architecture, usual)
     if overrides.get("position") == "rope":
         bare: Any = models.config(name, **changes, position="none")
         width = (bare.attention_config() if hasattr(bare, "attention_config") else bare).d_head

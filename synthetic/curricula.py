@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 PASS = 0.95  # training accuracy at which the context length doubles
 REPEATS = 0.5  # share of the batches of "mixed" whose length was passed before
 MIN_ROWS = 8  # sequences per batch, however long: fewer make a noisy gradient
-SPAN = int(__import__("os").environ.get("SPAN", 4))
 PLACES: dict[str, Place] = {
     "prefix": "first",
     "gap": "gap",
@@ -69,15 +68,7 @@ def next_batch(task: Task, plan: Plan, now: Progress) -> Batch:
     at = next_length(plan, now)
     rows, queries, length = batch_shape(task, plan, at)
     place = "first" if length is None else PLACES[plan.growth]
-    return task.batch(
-        rows,
-        seed=plan.seed,
-        index=now.step,
-        queries=queries,
-        length=length,
-        place=place,
-        span=min(SPAN * at, plan.seq_len),
-    )
+    return task.batch(rows, seed=plan.seed, index=now.step, queries=queries, length=length, place=place)
 
 
 def batch_shape(task: Task, plan: Plan, at: int) -> tuple[int, int, int | None]:

@@ -22,19 +22,16 @@ FIELDS = {
 }
 
 
-def changes(
-    config: RunConfig, architecture: Architecture, usual: Any, ssm_init: str | None = None
-) -> dict[str, Any]:
-    """Fields in which a model differs from its preset.
+def changes(config: RunConfig, architecture: Architecture, usual: Any) -> dict[str, Any]:
+    """Fields in which a model differs from the usual one.
 
-    A value that equals the preset's leads to the same run as leaving it out. An option that the architecture
+    A value that equals the usual one leads to the same run as leaving it out. An option that the architecture
     lacks is for another model of the same command (`checks.check_architecture`).
 
     Args:
         config: What the user asks for.
         architecture: Architecture of the model.
-        usual: The preset's config.
-        ssm_init: First weights of a state space model if the user asks for none; None: the preset's.
+        usual: The config if the user asks for nothing: the preset's, or what suits the task better.
 
     Returns:
         New values by field.
@@ -43,8 +40,6 @@ def changes(
         UserError: If heads do not divide the width, or the architecture cannot have a value.
     """
     asked = {field: getattr(config, name) for name, field in FIELDS.items() if architecture.has(field)}
-    if architecture.has("ssm_init"):
-        asked["ssm_init"] = config.ssm_init or ssm_init
     asked |= _heads(config, architecture, usual)
     found = {name: value for name, value in asked.items() if value not in (None, getattr(usual, name))}
     bare = {"position": "none"} if architecture.positions else {}  # `config.plan` checks what RoPE needs

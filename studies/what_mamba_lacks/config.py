@@ -48,7 +48,7 @@ RATES = (1e-3, 2.5e-3, 6.3e-3, 1.6e-2)
 LENGTH, LONG_LENGTH = 64, 128
 STEPS, LONG_STEPS, TUNING_STEPS = 800, 1200, 400
 # The same growth of contexts in every cell: only learned positions allow another than the first n places.
-GROWTH: dict[str, Any] = dict(curriculum=2)
+GROWTH: dict[str, Any] = dict(curriculum=2, growth="prefix")
 BASE = RunConfig(
     seq_len=LENGTH,
     d_model=64,

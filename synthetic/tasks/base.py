@@ -18,8 +18,8 @@ from synthetic.vocab import Vocabulary
 if TYPE_CHECKING:  # torch takes seconds to import, which listing tasks for a help page can spare
     import torch
 
-# Where a context lies that is shorter than seq_len: at the first positions, or in each row at a random place,
-# with nothing around it or with `<bos>` at all other positions (`synthetic.curricula`).
+# Where a context lies that is shorter than seq_len (`synthetic.curricula`): at the first positions, with
+# queries right behind or where they are at full length; or at a random place, alone or among `<bos>`.
 Place = Literal["first", "gap", "window", "filled"]
 
 # Rows that `Task.examples` draws from one random stream: few, because contexts can be a million symbols long.
@@ -169,7 +169,6 @@ class Task(ABC):
         queries: int | None = None,
         length: int | None = None,
         place: Place = "first",
-        span: int | None = None,
     ) -> Batch:
         """Batch number `index` of the stream (seed, split).
 
@@ -185,7 +184,6 @@ class Task(ABC):
             queries: K, queries per row, drawn without replacement; None: `usual_queries`.
             length: Context symbols, at most seq_len (for a curriculum); None: the task's own.
             place: Where a context of `length` symbols lies; the contexts are the same whatever the place.
-            span: Among how many of the first positions it lies; None: all seq_len.
 
         Returns:
             The batch.
@@ -206,7 +204,7 @@ class Task(ABC):
         if place == "gap":
             return self.part(self.assemble(context, target))
         unit = self.unit()[0]
-        start = unit * rng.integers(0, max(0, (span or self.seq_len) - n) // unit + 1, batch_size)
+        start = unit * rng.integers(0, (self.seq_len - n) // unit + 1, batch_size)
         return self.fill(context, target, start) if place == "filled" else self.move(context, target, start)
 
     def unit(self) -> tuple[int, int]:

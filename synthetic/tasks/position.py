@@ -102,11 +102,14 @@ class Position(Task):
     def part(self, batch: Batch) -> Batch:
         import torch
 
-        rows, tokens = batch.input_ids.shape
-        queries = batch.target_index.shape[1]
-        behind = queries - 1 if self.layout == "prefix" else queries + 1  # tokens that follow the context
+        (rows, tokens), queries = batch.input_ids.shape, batch.target_index.shape[1]
+        gap = self.max_length(queries) - tokens
+        # how many tokens follow the context
+        behind = (queries - 1 if self.layout == "prefix" else queries + 1) + self.supervise_bos
         places = torch.arange(tokens).repeat(rows, 1)
-        places[:, tokens - behind :] += self.max_length(queries) - self.supervise_bos - tokens
+        places[:, tokens - behind :] += gap
+        if self.layout == "two-pass":  # each reading is followed by half of the gap
+            places[:, (tokens - behind) // 2 : tokens - behind] += gap // 2
         return replace(batch, position_ids=places)
 
     def fill(self, context: IntArray, target: IntArray, start: IntArray) -> Batch:

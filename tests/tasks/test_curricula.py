@@ -117,21 +117,57 @@ def test_filled_contexts_have_the_full_length_and_true_answers(name):
             assert context[batch.labels[row, k] - v.first_position] == ids[row, -2 + k]
 
 
-def test_mixed_batches_have_every_length_and_all_models_the_same():
+def test_mixed_batches_repeat_the_lengths_that_were_passed():
     p = plan(dataclasses.replace(RUN, growth="mixed"), "transformer")
     task = tasks.build(p.task, **p.task_options)
-    now = trainer.Progress(length=curricula.first_length(p))
-    seen = [curricula.next_batch(task, p, dataclasses.replace(now, step=i)).length for i in range(200)]
-    assert set(seen) == {4, 8, 16, 32}
-    assert min(seen.count(n) for n in set(seen)) > 25
+    now = trainer.Progress(length=16)
+    seen = [curricula.next_batch(task, p, dataclasses.replace(now, step=i)).length for i in range(400)]
+    assert set(seen) == {4, 8, 16}
+    assert 160 < seen.count(16) < 240 and abs(seen.count(4) - seen.count(8)) < 60  # four sigma each
     other = plan(dataclasses.replace(RUN, growth="mixed"), "mamba")
-    assert seen[:20] == [
-        curricula.next_batch(task, other, dataclasses.replace(now, step=i)).length for i in range(20)
-    ]
-    assert curricula.longest_passed(p, now) == 0
+    again = [curricula.next_length(other, dataclasses.replace(now, step=i)) for i in range(400)]
+    assert seen == again
+    first = trainer.Progress(length=4)
+    assert {curricula.next_length(p, dataclasses.replace(first, step=i)) for i in range(20)} == {4}
 
 
-@pytest.mark.parametrize("growth", ["prefix", "window", "filled"])
+def test_repeated_lengths_do_not_count_for_the_next_doubling(tmp_path):
+    p = plan(dataclasses.replace(RUN, growth="mixed", steps=30), "transformer")
+    session = trainer.Session(p, tmp_path, lambda event, row: None)
+    session.progress.length = 16
+    batch = session.next_batch()
+    for _ in range(20):  # all right, at whatever length
+        before, repeated = session.progress.accuracy, not session.longest
+        session.stepped(batch, {"loss": 1.0, "accuracy": 0.5})
+        assert (session.progress.accuracy == before) == repeated
+        session.progress.step += 1
+        batch = session.next_batch()
+
+
+@pytest.mark.parametrize("name", ["position", "position-varlen", "grid"])
+@pytest.mark.parametrize("layout", ["suffix", "instruction", "prefix", "two-pass"])
+def test_behind_a_gap_queries_stand_where_they_do_at_full_length(name, layout):
+    task = tasks.build(name, seq_len=36, num_symbols=40, layout=layout)
+    short = task.batch(8, seed=0, index=0, queries=3, length=12, place="gap")
+    plain = task.batch(8, seed=0, index=0, queries=3, length=12)
+    full = task.batch(8, seed=0, index=0, queries=3)
+    assert torch.equal(short.input_ids, plain.input_ids) and torch.equal(short.labels, plain.labels)
+    v, places = task.vocabulary, short.position_ids[0].tolist()
+    kind = lambda ids: ["symbol" if v.first_symbol <= i < v.first_position else "other" for i in ids]  # noqa: E731
+    queries = slice(1, 4) if layout == "prefix" else slice(-3, None)
+    at = torch.arange(full.input_ids.shape[1])
+    assert places[queries] == at[queries].tolist()
+    # the first symbols of every reading are where they are in a full context
+    of_full = [i for i, k in enumerate(kind(full.input_ids[0].tolist())) if k == "symbol"]
+    of_short = [p for p, k in zip(places, kind(short.input_ids[0].tolist()), strict=True) if k == "symbol"]
+    readings = 2 if layout == "two-pass" else 1
+    begin = 3 if layout == "prefix" else 0
+    for i in range(readings):
+        assert of_short[begin + 12 * i :][:12] == of_full[begin + 36 * i :][:12]
+    assert len(set(places)) == len(places) and max(places) == int(at[-1])
+
+
+@pytest.mark.parametrize("growth", ["prefix", "gap", "window", "filled"])
 def test_growth_ends_at_the_full_length_with_ordinary_contexts(growth):
     p = plan(dataclasses.replace(RUN, growth=growth), "mamba")
     task, now = tasks.build(p.task, **p.task_options), trainer.Progress(length=32)
@@ -185,7 +221,7 @@ def test_position_ids_that_do_not_fit_are_refused():
 def test_every_family_is_told_positions_alike():
     plans = {name: plan(RUN, name) for name in ("transformer", "mamba", "mamba2", "linear", "hybrid")}
     assert {p.model_overrides["position"] for p in plans.values()} == {"learned"}
-    assert {p.growth for p in plans.values()} == {"window"}
+    assert {p.growth for p in plans.values()} == {"gap"}
     first = {name: p.model_overrides.get("ssm_init") for name, p in plans.items()}
     assert first["mamba"] == first["mamba2"] == "recall" and first["transformer"] is None
 
@@ -197,7 +233,7 @@ def test_first_weights_are_as_published_unless_answers_are_learned_positions():
         RunConfig(task="mqar", seq_len=32, num_pairs=4),
         RunConfig(seq_len=32, protocol="paper"),
     ):
-        assert "ssm_init" not in plan(config, "mamba").model_overrides
+        assert plan(config, "mamba").model_overrides.get("ssm_init", "default") == "default"
 
 
 def test_the_papers_give_positions_to_attention_alone():
@@ -215,8 +251,12 @@ def test_beside_rope_a_state_space_model_has_no_positions():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (dict(growth="window", position="none"), "--growth window places contexts anywhere"),
-        (dict(growth="window", position="rope", model=("transformer",)), "give --position learned"),
+        (dict(growth="window", position="none"), "--growth window needs --position learned"),
+        (dict(growth="gap", position="rope", model=("transformer",)), "the model has rope; give --growth"),
+        (
+            dict(growth="gap", task="mqar", num_symbols=None, position="learned"),
+            "not --task mqar; use prefix",
+        ),
         (dict(growth="filled", task="mqar", num_symbols=None), "--growth filled is for tasks whose answers"),
     ],
 )
@@ -229,6 +269,6 @@ def test_growth_that_hides_the_answer_is_refused(changed, message):
 def test_without_a_curriculum_nothing_grows():
     plans = [
         plan(dataclasses.replace(RUN, curriculum=0, growth=g), "mamba")
-        for g in (None, "prefix", "window", "filled", "mixed")
+        for g in (None, "prefix", "gap", "window", "filled", "mixed")
     ]
     assert len({str(p) for p in plans}) == 1
