@@ -35,6 +35,8 @@ BASE = RunConfig(
     final_eval_examples=512,
     device="cpu",
     precision="bfloat16",
+    schedule="constant",
+    growth="prefix",
 )
 
 # name: (family, options)
@@ -45,9 +47,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "Transformer, no positions": ("transformer", dict(position="none")),
     "Transformer, RoPE 25 %, 4 layers": ("transformer", dict(position="rope", rotary_pct=0.25, layers=4)),
     "Transformer, no positions, 4 layers": ("transformer", dict(position="none", layers=4)),
-    "Mamba": ("mamba", {}),
-    "Mamba-2": ("mamba2", {}),
-    "Hybrid, learned positions": ("hybrid", dict(position="learned")),
+    "Mamba": ("mamba", dict(position="none")),
+    "Mamba-2": ("mamba2", dict(position="none")),
+    "Hybrid, learned positions": ("hybrid", dict(position="learned", ssm_init="default")),
 }
 DIETS: dict[str, dict[str, Any]] = {
     "K=64, curriculum from 2": dict(queries=64, curriculum=2),

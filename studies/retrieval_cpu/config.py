@@ -14,7 +14,21 @@ from synthetic.config import RunConfig
 from synthetic.grid import Sweep, grid
 
 SEEDS = (0, 1, 2)
-BASE = RunConfig(steps=1000, eval_every=50, final_eval_examples=512, device="cpu", precision="bfloat16")
+BASE = RunConfig(
+    steps=1000,
+    eval_every=50,
+    final_eval_examples=512,
+    device="cpu",
+    precision="bfloat16",
+    schedule="constant",
+    growth="prefix",
+)
+# As published: state space models without positions, and with their authors' first weights.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "mamba": dict(position="none"),
+    "mamba2": dict(position="none"),
+    "hybrid": dict(ssm_init="default"),
+}
 LONG: dict[str, Any] = dict(eval_every=100)  # evaluations of long contexts cost as much as many steps
 SINGLE: dict[str, Any] = dict(queries=1)
 ROPE: dict[str, Any] = dict(model="transformer", position="rope", rotary_pct=0.25)
@@ -24,7 +38,8 @@ def runs(seed: int) -> list[RunConfig]:
     """All runs of one seed, the longest first."""
 
     def some(**axes: Any) -> list[RunConfig]:
-        return grid(BASE, seed=seed, **axes)
+        found = grid(BASE, seed=seed, **axes)
+        return [dataclasses.replace(run, **PUBLISHED.get(run.model[0], {})) for run in found]
 
     attention, ssm = ("transformer", "hybrid"), ("mamba", "mamba2")
     return [
