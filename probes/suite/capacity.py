@@ -95,7 +95,8 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
     rows_of = [_rows(torch.cat(right[n]).numpy(), torch.cat(once[n]).numpy(), numbers[n]) for n in lengths]
     rows_of += [_projected(torch.cat(parts).numpy(), asked, i) for i, parts in alone.items()]
     table = pd.DataFrame([dict(layer=model.config.n_layer) | row for rows in rows_of for row in rows])
-    return table.assign(layer=table["layer"].astype(int))
+    answer = table.get("answer", np.nan)  # without states there is no map, but every table has its columns
+    return table.assign(layer=table["layer"].astype(int), answer=answer)
 
 
 def asked_after(task: Task) -> Position:
