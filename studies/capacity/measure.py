@@ -57,6 +57,7 @@ def main(*folders: str) -> int:
     runs = {run.name: run for folder in folders for run in _finished(Path(folder))}
     known = pd.read_csv(MEASURED) if MEASURED.exists() else pd.DataFrame(columns=list(COLUMNS))
     known = known[known["run"].isin(runs)]
+    store.write_bytes(MEASURED, known.to_csv(index=False).encode())
     for name in runs.keys() - set(known["run"]):
         known = pd.concat([known, curve(Run(runs[name]))], ignore_index=True)[list(COLUMNS)]
         known = known.sort_values([*SHAPE, "seed", "n_facts"], ignore_index=True)

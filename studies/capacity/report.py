@@ -19,12 +19,12 @@ import pandas as pd
 from analysis.capacity_law import CONSTANTS, facts_at, fit_constants, recall_probability
 from analysis.plots.recall_law import collapse_table, draw_collapse, draw_frontier, frontier_table, recalled
 from analysis.tables import fill, share
+from ssm_retrieval import models
 from ssm_retrieval.cli import guarded
-from ssm_retrieval.models import config
 from ssm_retrieval.style import FAMILIES, NAMES, save, theme
 from ssm_retrieval.tables import markdown
 from ssm_retrieval.training import store
-from studies.capacity.config import get_config
+from studies.capacity import config
 
 HERE = Path(__file__).parent
 MEASURED = HERE / "measured.csv"
@@ -100,7 +100,7 @@ def _curves(rows: pd.DataFrame) -> list[pd.DataFrame]:
 def not_run(measured: pd.DataFrame) -> str:
     """A line that names the families without a finished run, by task; empty if all have one."""
     planned = {("mqar", "linear"), ("mqar", "mamba")}  # recipes
-    planned |= {(run.task, run.model[0]) for run in get_config().runs}
+    planned |= {(run.task, run.model[0]) for run in (*config.position(0), *config.mqar(0))}
     done = set(measured[["task", "model"]].itertuples(index=False, name=None))
     words = [
         f"{task}: {', '.join(NAMES[name] for name in FAMILIES if (task, name) in planned - done)}"
@@ -162,12 +162,12 @@ def prediction(fits: pd.DataFrame) -> str:
     Returns:
         The table and a sentence or two.
     """
-    shapes = [config(size) for size in SIZES]
+    shapes = [models.config(size) for size in SIZES]
     held = [float(facts_at(s.d_model, s.d_state, VOCAB, 1, CONSTANTS["linear", "ar"])) for s in shapes]
     words = (
-        f"With the published constants, one layer holds {min(held):,.0f} facts or more at 0.95, and a picture "
-        f"has {PATCHES[0]} patches. The constants are of small models that were trained for recall; whether they "
-        "hold for pretrained ones is not measured here."
+        f"With the published constants, one layer holds {min(held):,.0f} facts or more at 0.95, and a "
+        f"picture has {PATCHES[0]} patches. The constants are of small models that were trained for recall. "
+        "Whether they hold for pretrained ones is not measured here."
     )
     if not len(of_mamba(fits)):
         words += " This study has not fitted a constant of its own to Mamba on the position task yet."
@@ -198,7 +198,7 @@ def prediction_table(fits: pd.DataFrame) -> str:
         constants[f"fitted {words}"] = float(ours[name].iloc[0])
     rows = []
     for size, (words, a) in itertools.product(SIZES, constants.items()):
-        shape = config(size)
+        shape = models.config(size)
         D, N, layers = shape.d_model, shape.d_state, shape.n_layer
         held = [float(facts_at(D, N, VOCAB, used, a)) for used in (1, layers)]
         recall = [recall_probability(n, D, N, VOCAB, used, a) for used in (1, layers) for n in PATCHES]

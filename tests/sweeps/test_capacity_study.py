@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,8 +17,7 @@ from ssm_retrieval import models
 from ssm_retrieval.errors import UserError
 from studies.capacity import config, measure, report
 from synthetic import tasks
-from synthetic.config import RunConfig, plan, run_id
-from synthetic.runs import Run, train
+from synthetic.config import plan, run_id
 
 TOKENS = dict(vocab_size=40, max_position_embeddings=40)
 SMALL = {
@@ -29,24 +29,22 @@ SMALL = {
 }
 
 
-@pytest.fixture(scope="module")
-def runs():
-    return config.get_config().runs
-
-
-def test_every_family_has_every_shape_and_five_seeds(runs):
+def test_every_family_has_every_shape_and_every_seed(monkeypatch):
+    assert range(5) == config.SEEDS
+    monkeypatch.setattr(config, "SEEDS", range(2))  # five take seconds
+    runs = config.get_config().runs
     plans = [plan(run, run.model[0]) for run in runs if run.seed == 0]
     assert len({run_id(p) for p in plans}) == len(plans)
     grown = {(p.growth, p.curriculum, p.seq_len) for p in plans if p.task == "position"}
     assert grown == {("gap", 4, 64)}
     table = pd.DataFrame([(r.task, r.model[0], r.d_model, r.d_state, r.seed) for r in runs],
                          columns=["task", "model", "D", "N", "seed"])  # fmt: skip
-    assert (table.groupby(["task", "model", "D", "N"], dropna=False)["seed"].nunique() == 5).all()
+    assert (table.groupby(["task", "model", "D", "N"], dropna=False)["seed"].nunique() == 2).all()
     position = table[table["task"] == "position"].groupby("model")["seed"].size()
-    assert position.to_dict() == dict(linear=30, mamba=30, mamba2=30, transformer=10, hybrid=10)
+    assert position.to_dict() == dict(linear=12, mamba=12, mamba2=12, transformer=4, hybrid=4)
     assert set(table["model"][table["task"] == "mqar"]) == {"mamba2", "transformer", "hybrid"}
     first = table[table["seed"] == 0]
-    assert len(first) * 5 == len(table) and first.index.max() + 1 == len(first)  # seed after seed
+    assert len(first) * 2 == len(table) and first.index.max() + 1 == len(first)  # seed after seed
 
 
 @pytest.mark.parametrize("family", SMALL)
@@ -93,31 +91,59 @@ def test_a_question_has_n_pairs_and_asks_for_all(monkeypatch):
     assert measure.asked(Lookup("learned", room=5), task)["n_facts"].max() == 16
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A run of two steps that has come to eight facts of its sixteen."""
-    tiny = dict(model=("mamba",), layers=1, d_model=16, d_state=4, steps=2, batch_size=8, eval_every=2)
-    out = tmp_path_factory.mktemp("runs")
-    short = dict(task="position", seq_len=16, position="learned", growth="gap", curriculum=8, device="cpu")
-    run = train(RunConfig(**tiny, **short, eval_examples=16, final_eval_examples=24, out=str(out)), False)
-    return run.folder
+@pytest.fixture
+def run(monkeypatch):
+    """A run of the position task that has come to eight facts of its sixteen."""
+    monkeypatch.setattr(
+        measure, "environment", lambda folder: {"sessions": [{"commit": "old"}, {"commit": "c"}]}
+    )
+    sizes = dict(vocab_size=40, max_position_embeddings=20, position="learned")
+    rows = [(4, 24, 1 / 4), (8, 18, 1 / 8), (16, 2, 1 / 16)]
+    by_length = pd.DataFrame(rows, columns=["length", "correct", "chance"]).assign(count=24)
+    return SimpleNamespace(
+        folder=Path("some/position-run"),
+        plan=SimpleNamespace(task="position", family="mamba", seed=3),
+        task=tasks.build("position", seq_len=16),
+        model=lambda: models.build("mamba-tiny", **SMALL["mamba"], **sizes),
+        result=dict(seconds=2.5, train_length=8),
+        by_length=by_length,
+    )
 
 
-def test_the_position_task_is_read_from_the_run_up_to_the_length_of_its_training(folder):
-    run = Run(folder)
-    (row,) = measure.curve(run).to_dict("records")
-    accuracy = run.by_length.set_index("length").loc[8]
-    assert (row["n_facts"], row["trained_facts"], row["count"], row["chance"]) == (8, 8, 24, 1 / 8)
-    assert row["correct"] / row["count"] == pytest.approx(accuracy["accuracy"])
-    assert row["numbers"] == models.state_size(run.model().config, 9) and row["run"] == folder.name
+def test_the_position_task_is_read_from_the_run_up_to_the_length_of_its_training(run):
+    found = measure.curve(run)
+    assert found[["n_facts", "correct", "count", "chance", "trained_facts"]].to_numpy().tolist() == [
+        [4, 24, 24, 1 / 4, 8],
+        [8, 18, 24, 1 / 8, 8],
+    ]
+    shape = run.model().config
+    assert found["numbers"].tolist() == [models.state_size(shape, 5), models.state_size(shape, 9)]
+    same = found[
+        ["task", "model", "n_layer", "d_model", "d_state", "vocab_size", "seed", "seconds", "run", "commit"]
+    ]
+    assert same.drop_duplicates().to_numpy().tolist() == [
+        ["position", "mamba", 1, 16, 4, 40, 3, 2.5, "position-run", "c"]
+    ]
 
 
-def test_a_run_is_measured_once_and_dropped_with_its_folder(folder, tmp_path, monkeypatch, capsys):
+def test_a_run_is_measured_once_and_dropped_with_its_folder(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "MEASURED", tmp_path / "measured.csv")
-    for printed in (f"{folder.name}\n", ""):
-        measure.main(str(folder.parent))
-        assert capsys.readouterr().out == printed
-        assert pd.read_csv(tmp_path / "measured.csv")["run"].tolist() == [folder.name]
+    monkeypatch.setattr(measure, "use_threads", lambda n: None)
+    finished = [tmp_path / "a", tmp_path / "b"]
+    monkeypatch.setattr(measure, "_finished", lambda folder: finished)
+    monkeypatch.setattr(measure, "Run", lambda folder: SimpleNamespace(**vars(run) | {"folder": folder}))
+    for printed, kept in ((["a", "b"], "ab"), ([], "ab"), ([], "b")):
+        if kept == "b":
+            del finished[0]
+        measure.main("runs")
+        assert sorted(capsys.readouterr().out.split()) == printed
+        assert sorted(set(pd.read_csv(tmp_path / "measured.csv")["run"])) == list(kept)
+
+
+def test_other_tasks_are_refused(run):
+    run.task = tasks.build("induction", seq_len=16)
+    with pytest.raises(UserError, match="task induction is not of this study; give runs of position or mqar"):
+        measure.curve(run)
 
 
 def test_missing_folders_are_refused(tmp_path):

@@ -15,15 +15,23 @@ from studies.recipes import GOAL, report
 from studies.recipes.recall_law_linear import PUBLISHED
 from synthetic import curricula, results, tasks, trainer
 from synthetic.config import plan, run_id
-from synthetic.grid import load
 
 FOLDER = ROOT / "studies" / "recipes"
 FILES = sorted(file for file in FOLDER.glob("*.py") if file.stem not in ("__init__", "report"))
 
 
+def of_a_seed(name, monkeypatch):
+    """The reported runs of one of the five seeds: all of them take seconds to make."""
+    module = report.recipe(name)
+    assert range(5) == module.SEEDS
+    monkeypatch.setattr(module, "SEEDS", range(1))
+    return module.get_config().runs
+
+
 @pytest.fixture(scope="module")
 def law():
-    return [plan(run, "linear") for run in load(FOLDER / "recall_law_linear.py").runs if run.seed == 0]
+    with pytest.MonkeyPatch.context() as patch:
+        return [plan(run, "linear") for run in of_a_seed("recall_law_linear", patch)]
 
 
 def test_every_recipe_is_on_the_page_and_in_the_report():
@@ -35,12 +43,13 @@ def test_every_recipe_is_on_the_page_and_in_the_report():
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_every_run_can_be_planned_and_has_a_name_of_its_own(file):
-    runs = load(file).runs
-    first = [run for run in runs if run.seed == 0]
-    names = {run_id(plan(run, run.model[0])) for run in first}
-    assert len(names) == len(first) and 5 * len(first) == len(runs)
-    assert {run.seed for run in runs} == set(range(5))
+def test_every_run_can_be_planned_and_has_a_name_of_its_own(file, monkeypatch):
+    runs = of_a_seed(file.stem, monkeypatch)
+    names = {run_id(plan(run, run.model[0])) for run in runs}
+    assert len(names) == len(runs) and {run.seed for run in runs} == {0}
+    cells = {tuple(run.model[0] if c == "model" else getattr(run, c) for c in report.recipe(file.stem).CELL)
+             for run in runs}  # fmt: skip
+    assert len(cells) == len(runs) and cells <= set(report.recipe(file.stem).PUBLISHED)
 
 
 def test_tables_of_the_page_are_its_results():
@@ -128,9 +137,9 @@ def test_rows_are_the_last_evaluations_of_reported_runs():
     assert list(found) == [*cell, *report.COLUMNS] and found["accuracy"].tolist() == [0.7, 0.8, 0.9]
 
 
-def test_the_law_s_full_mamba_is_the_published_configuration():
+def test_the_law_s_full_mamba_is_the_published_configuration(monkeypatch):
     """config/MQAR__D_N__full_trained__regime_0.json5, with the widths and states of its example."""
-    runs = load(FOLDER / "recall_law_mamba.py").runs
+    runs = of_a_seed("recall_law_mamba", monkeypatch)
     p = plan(runs[0], "mamba")
     assert (p.steps, p.batch_size, p.warmup, p.flat, p.schedule) == (20000, 128, 100, 5900, "cosine")
     assert (p.lr, p.betas, p.weight_decay, p.label_smoothing) == (1e-2, (0.9, 0.95), 0.0, 0.1)
@@ -144,8 +153,8 @@ def test_the_law_s_full_mamba_is_the_published_configuration():
         "default",
     )
     assert {(run.d_model, run.d_state) for run in runs} == set(PUBLISHED)
-    small = load(FOLDER / "recall_law_mamba_long.py").runs
-    assert {(r.d_model, r.d_state, r.seed) for r in small} == {(r.d_model, r.d_state, r.seed) for r in runs}
+    small = of_a_seed("recall_law_mamba_long", monkeypatch)
+    assert {(r.d_model, r.d_state) for r in small} == {(r.d_model, r.d_state) for r in runs}
 
 
 def test_a_folder_of_another_name_is_refused(tmp_path):
