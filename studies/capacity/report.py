@@ -79,17 +79,22 @@ def runs_table(measured: pd.DataFrame) -> str:
     """Markdown: what was trained, how many seeds learned it, and how many facts each of these recalls."""
     good, rows = learned(measured), []
     for (task, name, layers, D), of_width in measured.groupby(["task", "model", "n_layer", "d_model"]):
-        for N, cell in of_width.groupby("d_state", dropna=False):
+        for _, cell in of_width.groupby("d_state", dropna=False):
             curves = _curves(cell[cell["run"].isin(good["run"])])
             facts = [recalled(c["n_facts"], c["correct"] / c["count"]) for c in curves]
             words = ", ".join(f"{'≥ ' if beyond else ''}{n:.0f}" for n, beyond in facts)
             rows.append([
-                task, NAMES[str(name)], str(layers), str(D), "–" if pd.isna(N) else f"{N:.0f}",
+                task, NAMES[str(name)], str(layers), str(D), _whole(cell["d_state"].iloc[0]),
                 share(len(facts), cell["run"].nunique()), words or "–",
                 f"{cell.groupby('run')['seconds'].first().median():.0f}",
             ])  # fmt: skip
     header = ["task", "model", "layers", "D", "N", "seeds that learned", "facts at 0.95, by seed", "seconds"]
     return markdown(header, rows)
+
+
+def _whole(states: float) -> str:
+    """d_state of a model; a dash if it has none, which the table says with nan."""
+    return "–" if np.isnan(states) else f"{states:.0f}"
 
 
 def _curves(rows: pd.DataFrame) -> list[pd.DataFrame]:
