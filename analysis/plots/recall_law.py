@@ -88,7 +88,8 @@ def draw_collapse(table: pd.DataFrame) -> Figure:
         ax.set(xscale="log", ylim=SHARES)
         if i == 0 and len(mine):
             fit = mine.iloc[0]
-            words = f"a = {fit['a']:.3g} [{fit['a_low']:.3g}, {fit['a_high']:.3g}]"
+            words = f"a = {fit['a']:.3g}"
+            words += "" if np.isnan(fit["a_low"]) else f" [{fit['a_low']:.3g}, {fit['a_high']:.3g}]"
             ax.set_title(f"{NAMES[models[j]]}\n{words}", fontsize=9)
         if i == len(vocabularies) - 1:
             ax.set_xlabel(LOAD)
@@ -113,14 +114,15 @@ def recalled(n_facts: Any, accuracy: Any, wanted: float = CAPACITY) -> tuple[flo
         whether it never does: the model then recalls at least as many as were tried.
     """
     n = np.asarray(n_facts, float)
-    hits, wanted = ndtri(np.clip(accuracy, 1e-3, 1 - 1e-3)), ndtri(wanted)
-    low = hits < wanted
+    hits = ndtri(np.clip(np.asarray(accuracy, float), 1e-3, 1 - 1e-3))
+    least = float(ndtri(wanted))
+    low = hits < least
     if not low.any():
         return float(n[-1]), True
     i = int(low.argmax())
     if i == 0:
         return 0.0, False
-    share = (hits[i - 1] - wanted) / (hits[i - 1] - hits[i])
+    share = (hits[i - 1] - least) / (hits[i - 1] - hits[i])
     return float(n[i - 1] * (n[i] / n[i - 1]) ** share), False
 
 
@@ -142,8 +144,8 @@ def frontier_table(measured: pd.DataFrame, constants: pd.DataFrame | None = None
     for shape, runs in ordered.groupby(SHAPE, dropna=False):
         found = []
         for _, curve in runs.groupby("seed"):
-            facts, beyond = recalled(curve["n_facts"], curve["accuracy"])
-            found.append((facts, float(np.interp(facts, curve["n_facts"], curve["numbers"])), beyond))
+            n, more = recalled(curve["n_facts"], curve["accuracy"])
+            found.append((n, float(np.interp(n, curve["n_facts"], curve["numbers"])), more))
         facts, numbers, beyond = map(np.array, zip(*found, strict=True))
         values = dict(facts=np.median(facts), low=facts.min(), high=facts.max(), numbers=np.median(numbers))
         rows.append(

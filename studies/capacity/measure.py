@@ -1,4 +1,4 @@
-"""Ask the trained models of this study about fewer and more facts than they were trained with.
+"""How many facts the trained models of this study recall, of few and of many.
 
     python -m studies.capacity.measure runs/capacity runs/recall_law_linear
 
@@ -6,7 +6,8 @@ A training gives a whole curve: `measured.csv` beside this file has a row for ea
 Runs that are already there are not measured again, so the command may be given while a sweep is going on.
 Rows of runs that are in none of the folders are dropped.
 
-position: contexts of the lengths that the training mixed, one question a sequence.
+position: what a run found at its end: contexts of every length that training came to, one question a
+          sequence. Lengths that it did not come to say nothing of the room in a state, and are left out.
 mqar:     n pairs in 4 n tokens, all of them queried, as in training, which had one n. Models with position
           vectors are asked up to the length of their training.
 """
@@ -35,8 +36,9 @@ from synthetic.tasks.position import Position
 
 HERE = Path(__file__).parent
 MEASURED = HERE / "measured.csv"
-FACTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-SEQUENCES = 512  # a number of facts; the position task asks each for one, mqar for all
+PAIRS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+SEQUENCES = 512  # of mqar, for each number of pairs
+ANSWERS = ("n_facts", "correct", "count", "chance")
 COLUMNS = (
     "task", "model", "n_layer", "d_model", "d_state", "vocab_size", "seed", "trained_facts", "n_facts",
     "numbers", "correct", "count", "chance", "seconds", "run", "commit",
@@ -55,8 +57,9 @@ def main(*folders: str) -> int:
     runs = {run.name: run for folder in folders for run in _finished(Path(folder))}
     known = pd.read_csv(MEASURED) if MEASURED.exists() else pd.DataFrame(columns=list(COLUMNS))
     known = known[known["run"].isin(runs)]
+    store.write_bytes(MEASURED, known.to_csv(index=False).encode())
     for name in runs.keys() - set(known["run"]):
-        known = pd.concat([known, pd.DataFrame(curve(Run(runs[name])))], ignore_index=True)[list(COLUMNS)]
+        known = pd.concat([known, curve(Run(runs[name]))], ignore_index=True)[list(COLUMNS)]
         known = known.sort_values([*SHAPE, "seed", "n_facts"], ignore_index=True)
         store.write_bytes(MEASURED, known.to_csv(index=False).encode())
         print(name, flush=True)
@@ -69,15 +72,16 @@ def _finished(folder: Path) -> list[Path]:
     return [run for run in sorted(folder.iterdir()) if finished(run)]
 
 
-def curve(run: Run) -> list[dict[str, Any]]:
+def curve(run: Run) -> pd.DataFrame:
     """Right answers of a trained model by the number of facts.
 
     Args:
         run: A finished run of the tasks position or mqar.
 
     Returns:
-        A row per number of facts, with `COLUMNS`. `numbers` is what the cache holds when the context has been
-        read and no question yet; n_layer counts all blocks; seconds are those of the training.
+        A row per number of facts, with `COLUMNS`. `trained_facts` is the most that training came to, and
+        `numbers` what the cache holds when the context has been read and no question yet; n_layer counts all
+        blocks; seconds are those of the training.
 
     Raises:
         UserError: If the run is of another task.
@@ -92,55 +96,41 @@ def curve(run: Run) -> list[dict[str, Any]]:
         d_state=getattr(shape, "d_state", None),
         vocab_size=shape.vocab_size,
         seed=run.plan.seed,
-        trained_facts=trained_facts(task),
         seconds=run.result["seconds"],
         run=run.folder.name,
         commit=environment(run.folder)["sessions"][-1].get("commit"),
     )
-    rows = []
-    for n in facts(task, run.plan.curriculum, hasattr(model, "embed_pos")):
-        asked, length = question(task, n)
-        found = evaluate(model, asked, examples=SEQUENCES, length=length, device="cpu", precision="float32")
-        numbers = dict(n_facts=n, numbers=numbers_held(model, task, n), chance=found.chance)
-        rows.append(fixed | numbers | dict(correct=int(found.correct.sum()), count=len(found.correct)))
-    return rows
-
-
-def trained_facts(task: Task) -> int:
-    """The most facts in a sequence of training.
-
-    Raises:
-        UserError: If the task is neither position nor mqar.
-    """
     if isinstance(task, Mqar):
-        return task.num_pairs
-    if isinstance(task, Position):
-        return task.seq_len
-    raise UserError(f"task {task.name} is not of this study; give runs of position or mqar")
+        trained, found = task.num_pairs, asked(model, task)
+    elif isinstance(task, Position):
+        trained, found = run.result["train_length"], run.by_length.rename(columns={"length": "n_facts"})
+        found = found.loc[found["n_facts"] <= trained, list(ANSWERS)]
+    else:
+        raise UserError(f"task {task.name} is not of this study; give runs of position or mqar")
+    numbers = [numbers_held(model, task, n) for n in found["n_facts"]]
+    return found.assign(**fixed, trained_facts=trained, numbers=numbers)[list(COLUMNS)]
 
 
-def facts(task: Task, shortest: int, embedded: bool) -> list[int]:
-    """Numbers of facts that a model can be asked about.
+def asked(model: LanguageModel, task: Mqar) -> pd.DataFrame:
+    """Right answers of a model by the number of pairs.
 
     Args:
+        model: What answers.
         task: What it was trained on.
-        shortest: The shortest context of its training; 0 if there was one length.
-        embedded: Whether it has position vectors, which end where training did.
 
     Returns:
-        The numbers, ascending.
+        A row per number of pairs: up to `task.num_pairs` if the model has position vectors, which end where
+        training did.
     """
-    most = trained_facts(task)
-    if isinstance(task, Position):
-        return [n for n in FACTS if (shortest or most) <= n <= most and most % n == 0]
-    return [n for n in FACTS if n <= most or not embedded]
-
-
-def question(task: Task, n: int) -> tuple[Task, int]:
-    """The task with n facts in a sequence, and the length of such a context."""
-    if isinstance(task, Mqar):
-        return dataclasses.replace(task, num_pairs=n, seq_len=4 * n), 4 * n
-    return task, n
+    shape: Any = model.config
+    rows = []
+    for n in PAIRS:
+        if n > task.num_pairs and shape.position == "learned":
+            break
+        longer = dataclasses.replace(task, num_pairs=n, seq_len=4 * n)
+        found = evaluate(model, longer, examples=SEQUENCES, length=4 * n, device="cpu", precision="float32")
+        rows.append((n, int(found.correct.sum()), len(found.correct), found.chance))
+    return pd.DataFrame(rows, columns=list(ANSWERS))
 
 
 @torch.no_grad()

@@ -19,11 +19,12 @@ import pandas as pd
 from analysis.capacity_law import CONSTANTS, facts_at, fit_constants, recall_probability
 from analysis.plots.recall_law import collapse_table, draw_collapse, draw_frontier, frontier_table, recalled
 from analysis.tables import fill, share
+from ssm_retrieval import models
 from ssm_retrieval.cli import guarded
-from ssm_retrieval.models import config
-from ssm_retrieval.style import NAMES, save, theme
+from ssm_retrieval.style import FAMILIES, NAMES, save, theme
 from ssm_retrieval.tables import markdown
 from ssm_retrieval.training import store
+from studies.capacity import config
 
 HERE = Path(__file__).parent
 MEASURED = HERE / "measured.csv"
@@ -64,11 +65,12 @@ def filled(text: str, measured: pd.DataFrame) -> str:
     good = learned(measured)
     law = good[good["model"].isin(LAW)]
     tables = {
-        "runs": runs_table(measured),
+        "runs": f"{runs_table(measured)}\n\n{not_run(measured)}".rstrip(),
+        "frontier": frontier_figure(good),
         "fits": fits_table(law),
         "collapse": collapse_figures(law),
         "cells": cells_table(law),
-        "prediction": prediction_table(fit_constants(law, by=("task", "model"))),
+        "prediction": prediction(fit_constants(law, by=("task", "model"))),
     }
     return fill(text, tables)
 
@@ -77,12 +79,12 @@ def runs_table(measured: pd.DataFrame) -> str:
     """Markdown: what was trained, how many seeds learned it, and how many facts each of these recalls."""
     good, rows = learned(measured), []
     for (task, name, layers, D), of_width in measured.groupby(["task", "model", "n_layer", "d_model"]):
-        for N, cell in of_width.groupby("d_state", dropna=False):
+        for _, cell in of_width.groupby("d_state", dropna=False):
             curves = _curves(cell[cell["run"].isin(good["run"])])
             facts = [recalled(c["n_facts"], c["correct"] / c["count"]) for c in curves]
             words = ", ".join(f"{'≥ ' if beyond else ''}{n:.0f}" for n, beyond in facts)
             rows.append([
-                task, NAMES[name], str(layers), str(D), "–" if np.isnan(N) else f"{N:.0f}",
+                task, NAMES[str(name)], str(layers), str(D), _whole(cell["d_state"].iloc[0]),
                 share(len(facts), cell["run"].nunique()), words or "–",
                 f"{cell.groupby('run')['seconds'].first().median():.0f}",
             ])  # fmt: skip
@@ -90,18 +92,41 @@ def runs_table(measured: pd.DataFrame) -> str:
     return markdown(header, rows)
 
 
+def _whole(states: float) -> str:
+    """d_state of a model; a dash if it has none, which the table says with nan."""
+    return "–" if np.isnan(states) else f"{states:.0f}"
+
+
 def _curves(rows: pd.DataFrame) -> list[pd.DataFrame]:
     """The rows of each run by number of facts, runs by seed."""
     return [curve for _, curve in rows.sort_values(["seed", "n_facts"]).groupby(["seed", "run"])]
+
+
+def not_run(measured: pd.DataFrame) -> str:
+    """A line that names the families without a finished run, by task; empty if all have one."""
+    planned = {("mqar", "linear"), ("mqar", "mamba")}  # recipes
+    planned |= {(run.task, run.model[0]) for run in (*config.position(0), *config.mqar(0))}
+    done = set(measured[["task", "model"]].itertuples(index=False, name=None))
+    words = [
+        f"{task}: {', '.join(NAMES[name] for name in FAMILIES if (task, name) in planned - done)}"
+        for task in sorted({task for task, _ in planned - done}, reverse=True)
+    ]
+    return f"Not run yet: {'; '.join(words)}." if words else ""
+
+
+def frontier_figure(good: pd.DataFrame) -> str:
+    """Markdown: the figure, with the families that it has."""
+    names = ", ".join(NAMES[name] for name in FAMILIES if name in set(good["model"]))
+    return f"![Facts recalled against numbers held: {names}](frontier.png)" if names else "Not run yet."
 
 
 def fits_table(law: pd.DataFrame) -> str:
     """Markdown: the law's constant of each task and family, beside the published one."""
     rows = []
     for fit in fit_constants(law, by=("task", "model")).itertuples():
-        known = CONSTANTS.get((fit.model, PUBLISHED[fit.task]))
+        known = CONSTANTS.get((str(fit.model), PUBLISHED[str(fit.task)]))
         rows.append([
-            fit.task, NAMES[fit.model], "–" if known is None else f"{known:.3g}", interval(fit),
+            fit.task, NAMES[str(fit.model)], "–" if known is None else f"{known:.3g}", interval(fit),
             f"{fit.lapse:.3f}", str(fit.seeds), f"{fit.rmse:.3f}", f"{fit.worst:+.3f}",
         ])  # fmt: skip
     header = ["task", "model", "published a", "a [95 %]", "lapses", "seeds", "rms misfit", "worst misfit"]
@@ -123,7 +148,7 @@ def cells_table(law: pd.DataFrame) -> str:
     rows = []
     for (task, model, D), part in fits.groupby(["task", "model", "d_model"]):
         own = {fit.d_state: interval(fit) for fit in part.itertuples()}
-        rows.append([task, NAMES[model], str(D), *(own.get(N, "–") for N in states)])
+        rows.append([task, NAMES[str(model)], str(D), *(own.get(N, "–") for N in states)])
     return markdown(["task", "model", "D", *(f"N = {N:.0f}" for N in states)], rows)
 
 
@@ -131,6 +156,32 @@ def interval(fit: object) -> str:
     """A fitted constant with its interval, if there is one."""
     a, low, high = (getattr(fit, name) for name in ("a", "low", "high"))
     return f"{a:.2f}" if np.isnan(low) else f"{a:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def prediction(fits: pd.DataFrame) -> str:
+    """Markdown: `prediction_table`, and whose constants it has.
+
+    Args:
+        fits: As for `prediction_table`.
+
+    Returns:
+        The table and a sentence or two.
+    """
+    shapes = [models.config(size) for size in SIZES]
+    held = [float(facts_at(s.d_model, s.d_state, VOCAB, 1, CONSTANTS["linear", "ar"])) for s in shapes]
+    words = (
+        f"With the published constants, one layer holds {min(held):,.0f} facts or more at 0.95, and a "
+        f"picture has {PATCHES[0]} patches. The constants are of small models that were trained for recall. "
+        "Whether they hold for pretrained ones is not measured here."
+    )
+    if not len(of_mamba(fits)):
+        words += " This study has not fitted a constant of its own to Mamba on the position task yet."
+    return f"{prediction_table(fits)}\n\n{words}"
+
+
+def of_mamba(fits: pd.DataFrame) -> pd.DataFrame:
+    """The fit that speaks of the paper's models and task."""
+    return fits[(fits["model"] == "mamba") & (fits["task"] == "position")]
 
 
 def prediction_table(fits: pd.DataFrame) -> str:
@@ -146,13 +197,13 @@ def prediction_table(fits: pd.DataFrame) -> str:
         "published, trained Mamba": CONSTANTS["mamba", "ar"],
         "published, linear": CONSTANTS["linear", "ar"],
     }
-    ours = fits[(fits["model"] == "mamba") & (fits["task"] == "position")]
+    ours = of_mamba(fits)
     for name in ("a", "low", "high") if len(ours) else ():
         words = {"a": "here", "low": "here, lower end", "high": "here, upper end"}[name]
         constants[f"fitted {words}"] = float(ours[name].iloc[0])
     rows = []
     for size, (words, a) in itertools.product(SIZES, constants.items()):
-        shape = config(size)
+        shape = models.config(size)
         D, N, layers = shape.d_model, shape.d_state, shape.n_layer
         held = [float(facts_at(D, N, VOCAB, used, a)) for used in (1, layers)]
         recall = [recall_probability(n, D, N, VOCAB, used, a) for used in (1, layers) for n in PATCHES]

@@ -26,6 +26,7 @@ PUBLISHED = {  # (d_model, d_state): accuracy
 }  # fmt: skip
 BASE = RunConfig(
     model=("linear",),
+    position="none",
     task="mqar",
     seq_len=64,
     num_symbols=512,

@@ -3,8 +3,8 @@
     python -m studies.recipes.report                          # from the committed CSV files
     python -m studies.recipes.report runs/recall_law_linear   # after that sweep: its CSV file, too
 
-NAME.csv beside NAME.py has one row per finished run. A cell without runs, or without a published number,
-has a dash. A recipe says in `CELL` which columns of the results store tell its cells apart, and in
+NAME.csv beside NAME.py has one row per finished run. A cell without runs says so, and one without a published
+number has a dash. A recipe says in `CELL` which columns of the results store tell its cells apart, and in
 `PUBLISHED` which accuracy each cell should have.
 """
 
@@ -40,7 +40,7 @@ RECIPES = (
 )
 COLUMNS = ["seed", "accuracy", "correct", "count", "seconds", "commit"]
 WORDS = {"model": "model", "d_model": "width D", "d_state": "states N", "seq_len": "context"}
-HEADER = ["published", "ours, mean [95 %]", "by seed", "ours - published", "median seconds"]
+HEADER = ["published, or goal", "ours, mean [95 %]", "by seed", "ours - published", "median seconds"]
 
 
 def main(runs: str | None = None) -> int:
@@ -81,11 +81,14 @@ def filled(text: str) -> str:
     return fill(text, tables)
 
 
-def cells(published: Mapping[tuple[Any, ...], float | None], runs: pd.DataFrame, cell: Sequence[str]) -> str:
+def cells(
+    published: Mapping[tuple[Any, ...], float | str | None], runs: pd.DataFrame, cell: Sequence[str]
+) -> str:
     """Markdown, a line per published cell.
 
     Args:
-        published: Values of the columns `cell` to accuracy; None if no number is at hand.
+        published: Values of the columns `cell` to accuracy; words where the paper has no number for it; None
+            if nothing is at hand.
         runs: The columns `cell` and `COLUMNS`.
         cell: Columns that tell cells apart, keys of `WORDS`.
 
@@ -96,15 +99,18 @@ def cells(published: Mapping[tuple[Any, ...], float | None], runs: pd.DataFrame,
     for values, wanted in published.items():
         same = runs[list(cell)] == pd.Series(dict(zip(cell, values, strict=True)))
         mine = runs[same.all(axis=1)].sort_values("seed")
-        ours = ["–"] * 4
+        ours = ["not run yet", "–", "–", "–"]
         if len(mine):
             mean, low, high = mean_interval(mine["accuracy"], bounds=(0, 1))
             ours = [between(mean, low, high) if len(mine) > 1 else f"{mean:.3f}", by_seed(mine["accuracy"])]
-            ours += ["–" if wanted is None else f"{mean - wanted:+.3f}", f"{mine['seconds'].median():.0f}"]
+            ours += [
+                f"{mean - wanted:+.3f}" if isinstance(wanted, float) else "–",
+                f"{mine['seconds'].median():.0f}",
+            ]
         names = [
             NAMES[value] if name == "model" else str(value) for name, value in zip(cell, values, strict=True)
         ]
-        rows.append([*names, "–" if wanted is None else f"{wanted:.2f}", *ours])
+        rows.append([*names, f"{wanted:.2f}" if isinstance(wanted, float) else wanted or "–", *ours])
     return markdown([*(WORDS[name] for name in cell), *HEADER], rows)
 
 

@@ -42,6 +42,8 @@ def curve(model, D, N, seed, a=0.5, V=128, numbers=None):
 )
 def test_a_curve_is_read_where_it_first_falls(accuracy, wanted):
     assert recalled([4, 8, 16], accuracy) == (pytest.approx(wanted[0], rel=1e-3), wanted[1])
+    of_table = pd.Series(accuracy, index=[7, 3, 5])  # rows of a table that was sorted
+    assert recalled(pd.Series([4, 8, 16], index=[7, 3, 5]), of_table) == recalled([4, 8, 16], accuracy)
 
 
 def test_facts_are_those_that_the_law_was_asked_for():
