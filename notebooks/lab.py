@@ -34,8 +34,8 @@ N = 12  # context symbols
 SHARED: dict[str, Any] = dict(
     seq_len=N, queries=1, batch_tokens=1024, schedule="linear", seed=0, eval_every=25, growth="prefix"
 )
-# Mamba as its authors publish it: no positions, four layers, their first weights. docs/learnability.md says what
-# the toolkit's defaults change, and why.
+# Mamba as its authors publish it: no positions, four layers, their first weights. docs/learnability.md says
+# what the defaults of the toolkit change, and why.
 OWN: dict[str, dict[str, Any]] = {
     "transformer": dict(steps=300, position="learned"),
     "mamba": dict(steps=600, lr=4e-3, position="none", ssm_init="default"),

@@ -382,10 +382,8 @@ def _model(
         usual: Any = models.config(name)
     except ValueError as error:
         raise UserError(f"--preset {config.preset}: {error}") from error
-    if overrides.get("position") == "learned" and not paper:
-        ready = {"ssm_init": task.ssm_init} if architecture.has("ssm_init") else {}
-        if task.ssm_init == "recall":
-            ready |= RECALL.get(name, {})
+    if task.recall and overrides.get("position") == "learned" and architecture.has("ssm_init") and not paper:
+        ready = {"ssm_init": "recall", **RECALL.get(name, {})}
         overrides |= ready
         usual = usual.replace(**ready)
     changes = shape.changes(config, architecture, usual)

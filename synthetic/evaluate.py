@@ -180,11 +180,8 @@ def score(model: LanguageModel, batches: Iterable[Batch], *, device: str, precis
     for batch in batches:
         asked = batch.retrieved
         with autocast(device, precision):
-            logits = model(
-                batch.input_ids.to(device),
-                logits_at=batch.answer_at[..., :asked].to(device),
-                position_ids=None if batch.position_ids is None else batch.position_ids.to(device),
-            )
+            at = batch.answer_at[..., :asked].to(device)
+            logits = model(batch.input_ids.to(device), logits_at=at, **batch.to(device).places())
         logits, gold = logits.float().cpu(), batch.labels[:, :asked]
         correct.append(batch.right(logits.argmax(-1)).flatten().numpy())
         target.append(batch.target_index.flatten().numpy())

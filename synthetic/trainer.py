@@ -335,8 +335,8 @@ def update(
                 part.input_ids,
                 labels=part.labels,
                 logits_at=part.answer_at,
-                position_ids=part.position_ids,
                 label_smoothing=plan.label_smoothing,
+                **part.places(),
             )
         if len(parts) > 1 or world.size > 1:
             loss = loss * (int((part.labels != IGNORE).sum()) / labels)

@@ -6,6 +6,7 @@ A run trains one model:
               environment.json         versions, hardware, commit: of the latest session, and of all in order
               metrics.jsonl            tidy: one line per evaluation
               by_position.jsonl        tidy: the final accuracy by target position
+              by_length.jsonl          tidy: the final accuracy by context length
               checkpoint.safetensors   weights, optimiser, progress: what resuming needs
               model.safetensors        final weights, which config.json says how to rebuild
               result.json              the final numbers; its presence means finished

@@ -54,8 +54,8 @@ class Task(ABC):
         version: Raise it whenever the same arguments would give other batches; part of a run's identity.
         help: Half a line for `--help`.
         paper: How its paper trains; None means that `--protocol paper` is refused.
-        ssm_init: First weights with which state space models learn it best if positions are learned
-            (`ssm_retrieval.models.ssm_init`).
+        recall: Whether state space models with learned positions learn it best from `ssm_init="recall"`
+            (`ssm_retrieval.models.ssm_init`): where the answer is what the queried token was stored with.
         layouts: Values of the option `layout`, see `synthetic.tasks.layouts`; empty without such an option.
         younger: Options that came after runs of the task, which keep their names: at its default such an
             option is no part of a run's identity.
@@ -67,7 +67,7 @@ class Task(ABC):
     version: ClassVar[int]
     help: ClassVar[str]
     paper: ClassVar[Course | None] = None
-    ssm_init: ClassVar[str] = "default"
+    recall: ClassVar[bool] = False
     layouts: ClassVar[tuple[str, ...]] = ()
     younger: ClassVar[tuple[str, ...]] = ()
 

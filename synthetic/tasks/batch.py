@@ -85,6 +85,10 @@ class Batch:
         """How many labels, counted from the first, are answers to queries."""
         return self.target_index.shape[1] * self.answer_tokens
 
+    def places(self) -> dict[str, torch.Tensor]:
+        """`position_ids` as an argument of a model; nothing if they are 0 .. T - 1."""
+        return {} if self.position_ids is None else {"position_ids": self.position_ids}
+
     def right(self, predicted: torch.Tensor) -> torch.Tensor:
         """[B, K] bool: which answers are right in all their tokens, given ids [B, retrieved or more]."""
         equal = predicted[:, : self.retrieved] == self.labels[:, : self.retrieved]

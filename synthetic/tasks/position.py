@@ -49,7 +49,7 @@ class Position(Task):
     version: ClassVar[int] = 1
     help: ClassVar[str] = "place of the queried symbol; all symbols differ"
     paper: ClassVar[Course | None] = Course("cosine", 10, 100, switches=("supervise_bos",))
-    ssm_init: ClassVar[str] = "recall"
+    recall: ClassVar[bool] = True
     layouts: ClassVar[tuple[str, ...]] = tuple(LAYOUTS)
 
     seq_len: int

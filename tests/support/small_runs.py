@@ -8,6 +8,7 @@ from pathlib import Path
 from ssm_retrieval.training import store
 from synthetic.config import RunConfig
 
+JSON_LINES = ("metrics.jsonl", "by_position.jsonl", "by_length.jsonl")
 SMALL = RunConfig(
     seq_len=16,
     num_symbols=40,
@@ -38,7 +39,7 @@ def command(config: RunConfig) -> list[str]:
 
 def numbers(folder: Path) -> dict:
     """Everything a run reports except what the clock decides."""
-    found = {name: store.read_rows(folder / name) for name in ("metrics.jsonl", "by_position.jsonl")}
+    found = {name: store.read_rows(folder / name) for name in JSON_LINES}
     found["result"] = [store.read_json(folder / "result.json")]
     for rows in found.values():
         for row in rows:

@@ -49,7 +49,7 @@ def outcome(out: Path) -> dict[str, object]:
     found: dict[str, object] = {}
     for folder in store.runs_in(out):
         name = folder.name
-        for file in ("metrics.jsonl", "by_position.jsonl"):
+        for file in ("metrics.jsonl", "by_position.jsonl", "by_length.jsonl"):
             rows = store.read_rows(folder / file)
             found[f"{name} {file}"] = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
         found[f"{name} weights"] = (folder / "model.safetensors").read_bytes()

@@ -33,7 +33,7 @@ def named(page: str, flag: str) -> float:
 
 
 def test_defaults_that_depend_are_named_rightly(page):
-    p = plan(RunConfig(model="mamba", device="cpu", precision="float32"), "mamba")
+    p = plan(RunConfig(model="transformer", device="cpu", precision="float32"), "transformer")
     for name in ("steps", "stop_at", "warmup", "eval_every", "curriculum", "queries", "lr"):
         assert named(page, name.replace("_", "-")) == getattr(p, name), name
     for task, names in {

@@ -58,4 +58,4 @@ def test_a_run_in_a_folder_with_packages_of_its_own(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert list((tmp_path / "runs").glob("*/learning_curve.png"))
+    assert list((tmp_path / "runs").glob("*/outcome.png"))

@@ -29,7 +29,7 @@ def gradients(model, loss) -> dict[str, torch.Tensor]:
 def test_runs_of_before_keep_their_names():
     """Of TRAINING_VERSION 2; what is at its default is no part of a name."""
     fixed = dict(device="cpu", precision="float32")
-    wish = RunConfig(**fixed, task="ngram", seq_len=50)
+    wish = RunConfig(**fixed, task="ngram", seq_len=50, steps=3000, schedule="constant")
     assert run_id(plan(wish, "hybrid")).endswith("17bd9416")
     names = {run_id(plan(dataclasses.replace(SMALL, **new), "mamba")) for new in (
         {}, dict(optimizer="adafactor"), dict(accumulate=2), dict(checkpointing=True), dict(lora=4),

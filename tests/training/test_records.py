@@ -41,6 +41,7 @@ READ = {
     "environment.json": lambda folder: environment(folder),
     "metrics.jsonl": lambda folder: records.metrics(folder),
     "by_position.jsonl": lambda folder: records.by_position(folder),
+    "by_length.jsonl": lambda folder: records.by_length(folder),
     "result.json": records.result,
 }
 FIELD = {  # a field that each kind cannot do without
@@ -48,6 +49,7 @@ FIELD = {  # a field that each kind cannot do without
     "environment.json": "sessions",
     "metrics.jsonl": "accuracy",
     "by_position.jsonl": "rate",
+    "by_length.jsonl": "accuracy",
     "result.json": "loss",
 }
 

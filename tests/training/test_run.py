@@ -39,6 +39,7 @@ def finished(tmp_path_factory) -> Path:
 
 def test_folder_holds_what_the_readme_promises(finished):
     names = {"config.json", "environment.json", "metrics.jsonl", "by_position.jsonl", "result.json"}
+    names |= {"by_length.jsonl"}
     names |= {"checkpoint.safetensors", "model.safetensors", ".lock"}
     runs = by_family(finished)
     assert runs.keys() == set(SMALL.model)
@@ -49,8 +50,8 @@ def test_folder_holds_what_the_readme_promises(finished):
         asked = store.read_json(folder / "config.json")["run"]
         assert (asked["seq_len"], asked["seed"], asked["model"]) == (16, 0, [family])
     (view,) = finished.glob("compare-*")
-    assert [path.name for path in view.iterdir()] == ["learning_curve.png"]
-    assert (view / "learning_curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert [path.name for path in view.iterdir()] == ["outcome.png"]
+    assert (view / "outcome.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert view == store.view_of(list(runs.values())) == store.view_of(list(runs.values())[::-1])
 
 

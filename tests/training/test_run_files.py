@@ -84,7 +84,7 @@ def test_a_finished_run_is_shown_while_its_folder_is_locked(out, capsys):
     assert "finished before" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("lost", ["results", "targets", "learning_curve.png"])
+@pytest.mark.parametrize("lost", ["results", "targets", "outcome.png"])
 def test_what_a_kill_left_out_is_made_when_the_command_is_repeated(out, lost):
     folder = folder_of(out)
     before = records.result(folder)
@@ -207,7 +207,7 @@ def test_a_finished_run_names_its_folder(made, tmp_path, capsys, name):
     place = shutil.copytree(made, tmp_path / name)
     assert run.main(command(place)) == 0
     said = capsys.readouterr().out
-    assert str(folder_of(place)) in said.splitlines() and f"curve: {folder_of(place)}" in said
+    assert str(folder_of(place)) in said.splitlines() and f"figure: {folder_of(place)}" in said
 
 
 def test_a_run_and_a_sweep_in_a_folder_with_brackets(tmp_path, capsys):

@@ -54,7 +54,10 @@ RECIPES = [
         ["--batch-size", "9", "--batch-tokens", "99"],
         "--batch-size 9 and --batch-tokens 99 exclude",
     ),
-    (["--flat", "9"], "--flat 9 has no effect with --schedule constant; give --schedule cosine or linear"),
+    (
+        ["--flat", "9", "--schedule", "constant"],
+        "--flat 9 has no effect with --schedule constant; give --schedule cosine or linear",
+    ),
     (
         ["--flat", "9", "--schedule", "cosine", "--budget", "99"],
         "--flat 9 needs a number of steps",

@@ -65,8 +65,8 @@ def test_adding_a_model_trains_that_model_only(out, capsys, monkeypatch):
     assert "mamba: finished before" in said and all(NAMES[f] in said for f in ("mamba", "mamba2"))
     runs = by_family(out)
     assert runs.keys() == {"mamba", "mamba2"}
-    assert (store.view_of([*runs.values()]) / "learning_curve.png").exists()
-    assert (first / "learning_curve.png").exists() and not (runs["mamba2"] / "learning_curve.png").exists()
+    assert (store.view_of([*runs.values()]) / "outcome.png").exists()
+    assert (first / "outcome.png").exists() and not (runs["mamba2"] / "learning_curve.png").exists()
     table = pd.read_parquet(out / "results")
     assert table.groupby(["run", "model"]).size().to_dict() == {
         (folder.name, family): 5 for family, folder in runs.items()
@@ -81,7 +81,7 @@ def test_a_run_keeps_the_options_that_its_architecture_has():
     )
     for family in both.model:
         assert plan(both.of(family), family) == plan(both, family)
-    assert both.of("mamba") == dataclasses.replace(SMALL, d_state=4)
+    assert both.of("mamba") == dataclasses.replace(SMALL, d_state=4, position="none")
     assert (both.of("transformer").position, both.of("transformer").d_state) == ("rope", None)
 
 
@@ -123,11 +123,15 @@ def test_what_is_not_one_model_or_not_there(tmp_path):
 def test_compare_draws_every_run(out):
     assert run.main(command(out, "mamba", "transformer")) == 0
     runs = [synthetic.Run(by_family(out)[family]) for family in ("mamba", "transformer")]
-    (top, _) = synthetic.compare(runs).axes
-    drawn = {line.get_label(): list(line.get_ydata()) for line in top.get_lines()}
+    by_length, learning, _ = synthetic.compare(runs).axes
+    drawn = {line.get_label(): list(line.get_ydata()) for line in learning.get_lines()}
+    found = {line.get_label(): line.get_xydata().tolist() for line in by_length.get_lines()}
     for one in runs:
         full = one.metrics[one.metrics["length"] == 8]
         assert drawn[NAMES[one.plan.family]] == full["accuracy"].tolist()
+        lengths = one.by_length[["length", "accuracy"]].astype(float)
+        assert found[NAMES[one.plan.family]] == lengths.to_numpy().tolist()
+        assert lengths["accuracy"].iloc[-1] == one.result["accuracy"]
     with pytest.raises(UserError, match="compare one of each architecture"):
         synthetic.compare([runs[0], runs[0]])
     with pytest.raises(UserError, match="lengths"):

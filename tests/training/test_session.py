@@ -114,7 +114,8 @@ def test_small_gradients_and_grad_clip_0_are_left_as_they_are(tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_three_steps_are_adamw_of_the_paper(tmp_path, family):
     """Loshchilov & Hutter 2019, algorithm 2, with warm-up, clipping, decay and betas, in plain PyTorch."""
-    p = small(family, weight_decay=0.5, grad_clip=0.5, betas=(0.7, 0.8), lr=0.01, warmup=2)
+    decay = dict(weight_decay=0.5, grad_clip=0.5, betas=(0.7, 0.8))
+    p = small(family, lr=0.01, warmup=2, schedule="constant", **decay)
     work = session(p, tmp_path)
     mine = models.build(p.model, seed=p.seed, **p.model_overrides).double()
     first = {name: w.detach().clone() for name, w in mine.named_parameters()}
@@ -313,11 +314,12 @@ def batch_of(p, index: int, length: int | None) -> tasks.Batch:
     """Training batch number `index` of a plan, asked of the task by hand."""
     task = tasks.build(p.task, **p.task_options)
     rows = max(8, p.batch_tokens // (task.max_length(p.queries) - p.seq_len + (length or p.seq_len)))
-    return task.batch(rows, seed=p.seed, index=index, queries=p.queries, length=length)
+    place = "first" if length is None else p.growth
+    return task.batch(rows, seed=p.seed, index=index, queries=p.queries, length=length, place=place)
 
 
 def cross_entropy(model, batch: tasks.Batch) -> torch.Tensor:
     """Mean over all answers, from the logits of every token."""
-    logits = model(batch.input_ids)
+    logits = model(batch.input_ids, **batch.places())
     assert batch.answer_at.dim() == 1
     return F.cross_entropy(logits[:, batch.answer_at].flatten(0, 1), batch.labels.flatten())

@@ -85,9 +85,9 @@ def test_the_second_look_is_at_other_validation_sequences(tmp_path, monkeypatch)
     """And the last evaluation is at held-out ones, so nothing that is reported has decided anything."""
     asked = []
 
-    def spy(task, examples, length, split="heldout", start=0):
+    def spy(task, examples, length, split="heldout", start=0, place="first"):
         asked.append((split, examples, length, start))
-        return heldout(task, examples, length, split, start)
+        return heldout(task, examples, length, split, start, place)
 
     monkeypatch.setattr(trainer, "heldout", spy)
     monkeypatch.setattr(Evaluation, "accuracy", 1.0)
