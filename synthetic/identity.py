@@ -18,8 +18,8 @@ TRAINING_VERSION = 2  # 2: a validation split decides when training stops, and i
 NEVER = 1.01  # a --stop-at that no accuracy reaches
 # Fields of a plan that its architecture settles, and options that decide some of them: runs that agree in all
 # other fields, and in these options, are one comparison of architectures.
-OF_A_MODEL = ("family", "model", "model_overrides", "lr", "ssm_lr", "init")
-ASKED_OF_A_MODEL = ("lr", "preset", "d_model", "layers", "init")
+OF_A_MODEL = ("family", "model", "model_overrides", "lr", "ssm_lr", "growth", "init")
+ASKED_OF_A_MODEL = ("lr", "preset", "d_model", "layers", "growth", "init")
 
 
 @dataclass(frozen=True)

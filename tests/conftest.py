@@ -68,7 +68,8 @@ def probed_run(tmp_path_factory):
     from probes import run
 
     folder = tmp_path_factory.mktemp("runs")
-    tiny_runs(folder, "position", "--seq-len", "8", "--model", "transformer", "mamba")
+    # beside RoPE, Mamba has no positions and four layers, so that probes have several to look at
+    tiny_runs(folder, "position", "--seq-len", "8", "--model", "transformer", "mamba", "--position", "rope")
     assert run.main([str(folder), "--examples", "24"]) == 0
     return folder
 

@@ -127,7 +127,7 @@ def _by_length(by_length: pd.DataFrame, axes: Axes) -> None:
     axes.minorticks_off()
     axes.set(xlim=(low, high), ylim=(-0.03, 1.03), xlabel="context length (symbols)")
     axes.set_ylabel("held-out accuracy (single query)")
-    axes.legend(loc="lower left", frameon=True)
+    axes.legend(loc="center left", frameon=True)
 
 
 def _learning(full: pd.DataFrame, top: Axes, bottom: Axes) -> None:

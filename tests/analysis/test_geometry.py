@@ -75,7 +75,10 @@ def test_locality_does_not_depend_on_the_direction(seed):
 
 def finished_run(out, model: str, seed: int, **overrides):
     """A run that was never trained but says it learned everything; returns its folder and its model."""
-    config = grid(model=model, seq_len=8, num_symbols=30, steps=1, seed=seed, device="cpu")[0]
+    scheme = "learned" if model == "transformer" else "none"
+    config = grid(model=model, seq_len=8, num_symbols=30, steps=1, seed=seed, device="cpu", position=scheme)[
+        0
+    ]
     p = plan(config, model)
     folder = out / run_id(p)
     p = dataclasses.replace(p, model_overrides=p.model_overrides | overrides)

@@ -28,6 +28,7 @@ N = 8  # context symbols of the run
 def bare(tmp_path_factory):
     """Another run, with another seed and layout and no probes."""
     more = ("--seq-len", str(N), "--model", "mamba", "--seed", "1", "--layout", "instruction")
+    more += ("--position", "none")
     return tiny_run(tmp_path_factory.mktemp("more"), "position", *more)
 
 

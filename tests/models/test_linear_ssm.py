@@ -155,12 +155,12 @@ def test_its_blocks_stand_in_hybrids():
 
 
 def test_runs_choose_its_positions_and_its_state():
-    for position, wanted in (({}, "none"), (dict(position="learned"), "learned")):
+    for position, wanted in ((dict(position="none"), "none"), ({}, "learned")):
         p = plan(RunConfig(model="linear", seq_len=16, d_state=8, device="cpu", **position), "linear")
         config = models.config(p.model, **p.model_overrides)
         assert (config.position, config.d_state, config.n_layer, config.residual) == (wanted, 8, 1, False)
         assert "embedding_std" not in p.model_overrides and config.embedding_std == 1.0  # the paper's code's
-        assert position == {} or config.max_position_embeddings >= 16 + p.queries
+        assert wanted == "none" or config.max_position_embeddings >= 16 + p.queries
     with pytest.raises(UserError, match="--position rope is for attention, which --model linear lacks; use"):
         plan(RunConfig(model="linear", position="rope", rotary_pct=1.0), "linear")
     with pytest.raises(UserError, match="position='rope' is not a linear SSM's; use"):
