@@ -150,7 +150,10 @@ def read(folders: Mapping[str, Path], letter: str = "") -> Run:
     saved = {family: records.config(folder) for family, folder in folders.items()}
     asked: Row = {"model": list(saved)}
     for one in saved.values():  # options that an architecture lacks stand at their default in its run
-        asked |= {k: v for k, v in one["run"].items() if k != "model" and v != getattr(RunConfig, k, None)}
+        given = {k: v for k, v in one["run"].items() if k != "model" and v != getattr(RunConfig, k, None)}
+        if given.get("position") == "none" and asked.get("position") == "rope":
+            del given["position"]  # what `RunConfig.of` makes of rope for a state space model
+        asked |= given
     sessions = [
         environment(folder)["sessions"][-1]
         for folder in folders.values()
