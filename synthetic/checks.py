@@ -256,13 +256,12 @@ def check_growth(growth: str, scheme: str, task: Task) -> None:
     Raises:
         UserError: If it cannot, or the task's contexts cannot be placed so.
     """
-    answers = task.vocabulary.num_positions > 0
     check(
         growth not in ("gap", "window") or scheme == "learned",
         f"--growth {growth} needs --position learned, and the model has {scheme}; give --growth prefix",
     )
     check(
-        growth not in ("gap", "filled") or answers,
+        growth not in ("gap", "filled") or task.positional,
         f"--growth {growth} is for tasks whose answers are positions, not --task {task.name}; use prefix",
     )
 

@@ -24,7 +24,6 @@ from synthetic.checks import (
     check_optimizer,
     check_values,
     lacks,
-    position,
 )
 from synthetic.identity import TRAINING_VERSION, Plan, normal, run_id
 from synthetic.options import TaskOptions, chosen
@@ -32,7 +31,7 @@ from synthetic.options import settled as settled_options
 from synthetic.tasks import TASKS, Task
 
 if TYPE_CHECKING:  # torch takes seconds to import, which a help page can spare
-    from ssm_retrieval.models.architecture import Architecture
+    pass
 
 __all__ = ["TRAINING_VERSION", "Plan", "RunConfig", "check", "check_names", "plan", "run_id"]
 
@@ -50,9 +49,6 @@ RECALL_LR = 4e-3  # of state space models that begin ready to recall
 ADAFACTOR_LR = (1e-2, 1e-3)  # torch's own for random weights; less with --init
 PRETRAINED_LR = 1e-4  # with --init, at width 768, where pretraining peaks at 6e-4 or more
 DEFAULT_CURRICULUM = 2
-# One layer with room for hundreds of symbols learns to retrieve positions; the preset's four, of 16 states a
-# channel, take longer.
-RECALL: dict[str, dict[str, Any]] = {"mamba-tiny": dict(n_layer=1, d_state=128)}
 DEFAULT_STEPS = 2500
 PAPER_EXAMPLES = 20_000_000  # training budget, batch and learning rate of Retrievit's position scripts
 PAPER_BATCH = 128
@@ -277,7 +273,7 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
     Raises:
         UserError: With one line, for values that are impossible or contradict each other.
     """
-    from synthetic import pretrained, tasks
+    from synthetic import pretrained, shape, tasks
     from synthetic.device import resolve_device, resolve_precision
 
     check_names(config)
@@ -298,7 +294,7 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
     queries = 1 if paper else config.queries or task.dense_queries()
     task.check(config.seq_len, queries)
     name, overrides, width = (
-        _model(config, ARCHITECTURES.find(family), task, queries) if start is None else start.model(task)
+        shape.model(config, ARCHITECTURES.find(family), task, queries) if start is None else start.model(task)
     )
     curriculum = config.curriculum
     if curriculum is None:
@@ -314,8 +310,7 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
     batch_size = config.batch_size or (PAPER_BATCH if paper else None)
     total = steps or (budget or 0) // (batch_size or PAPER_BATCH)  # steps of a run by the papers' protocol
     scheme = overrides.get("position", "none")
-    answers = task.vocabulary.num_positions > 0
-    growth = config.growth or ("gap" if answers and scheme == "learned" and not paper else "prefix")
+    growth = config.growth or ("gap" if task.positional and scheme == "learned" and not paper else "prefix")
     check_growth(growth, scheme, task)
     device = resolve_device(config.device, elsewhere)
     recalls = overrides.get("ssm_init") == "recall" and ARCHITECTURES[family].positions[:1] == ("none",)
@@ -361,49 +356,6 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
     )
     check_optimizer(settled)
     return normal(settled)
-
-
-def _model(
-    config: RunConfig, architecture: Architecture, task: Task, queries: int
-) -> tuple[str, dict[str, Any], int]:
-    """Registry name, overrides and width of a model that starts from random weights."""
-    from ssm_retrieval import models
-    from ssm_retrieval.models.registry import preset_of
-    from synthetic import shape
-
-    paper = config.protocol == "paper"
-    overrides: dict[str, Any] = {"vocab_size": task.vocab_size}
-    scheme = position(config, architecture) if architecture.positions else "none"
-    if scheme != "none" or architecture.positions[:1] not in ((), ("none",)):
-        # the longest evaluation and training sequence, whichever layout
-        overrides |= {"max_position_embeddings": task.max_length(queries) + 1, "position": scheme}
-    try:
-        name = preset_of(architecture.name, config.preset)
-        usual: Any = models.config(name)
-    except ValueError as error:
-        raise UserError(f"--preset {config.preset}: {error}") from error
-    if task.recall and overrides.get("position") == "learned" and architecture.has("ssm_init") and not paper:
-        ready = {"ssm_init": "recall", **RECALL.get(name, {})}
-        overrides |= ready
-        usual = usual.replace(**ready)
-    changes = shape.changes(config, architecture, usual)
-    if overrides.get("position") == "rope":
-        bare: Any = models.config(name, **changes, position="none")
-        width = (bare.attention_config() if hasattr(bare, "attention_config") else bare).d_head
-        check(
-            int(width * config.rotary_pct) >= 2,  # RoPE rotates pairs of dimensions
-            f"--rotary-pct {config.rotary_pct} rotates none of the {width} dimensions of a head; "
-            f"use at least {2 / width:g}, or --position none",
-        )
-        overrides["rotary_pct"] = config.rotary_pct
-    overrides |= changes
-    width = models.config(name, **overrides).d_model
-    if not paper:
-        if architecture.has("embedding_std"):
-            overrides["embedding_std"] = 0.1
-        if architecture.has("init_std"):  # as wide as torch's default, which the SSM blocks have
-            overrides["init_std"] = round((3 * width) ** -0.5, 6)
-    return name, overrides, width
 
 
 def first_length(task: Task) -> int:

@@ -13,7 +13,7 @@ n begins at `curriculum` and doubles whenever the running training accuracy at n
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -28,13 +28,6 @@ if TYPE_CHECKING:
 PASS = 0.95  # training accuracy at which the context length doubles
 REPEATS = 0.5  # share of the batches of "mixed" whose length was passed before
 MIN_ROWS = 8  # sequences per batch, however long: fewer make a noisy gradient
-PLACES: dict[str, Place] = {
-    "prefix": "first",
-    "gap": "gap",
-    "window": "window",
-    "filled": "filled",
-    "mixed": "first",
-}
 
 
 def lengths(plan: Plan) -> list[int]:
@@ -43,6 +36,12 @@ def lengths(plan: Plan) -> list[int]:
     while found[-1] < plan.seq_len:
         found.append(min(2 * found[-1], plan.seq_len))
     return found
+
+
+def place(plan: Plan, length: int | None) -> Place:
+    """Where contexts of `length` symbols lie in training and in evaluations of it; None: of full length."""
+    whole = length is None or length >= plan.seq_len
+    return "first" if whole or plan.growth in ("prefix", "mixed") else cast(Place, plan.growth)
 
 
 def next_length(plan: Plan, now: Progress) -> int:
@@ -67,8 +66,8 @@ def next_batch(task: Task, plan: Plan, now: Progress) -> Batch:
     """
     at = next_length(plan, now)
     rows, queries, length = batch_shape(task, plan, at)
-    place = "first" if length is None else PLACES[plan.growth]
-    return task.batch(rows, seed=plan.seed, index=now.step, queries=queries, length=length, place=place)
+    where = place(plan, length)
+    return task.batch(rows, seed=plan.seed, index=now.step, queries=queries, length=length, place=where)
 
 
 def batch_shape(task: Task, plan: Plan, at: int) -> tuple[int, int, int | None]:

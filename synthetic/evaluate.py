@@ -139,7 +139,14 @@ def heldout(
 
 
 def evaluate(
-    model: LanguageModel, task: Task, *, examples: int, length: int, device: str, precision: str
+    model: LanguageModel,
+    task: Task,
+    *,
+    examples: int,
+    length: int,
+    device: str,
+    precision: str,
+    place: Place = "first",
 ) -> Evaluation:
     """Accuracy of the arg-max over the whole vocabulary at the answers of `examples` sequences.
 
@@ -153,11 +160,13 @@ def evaluate(
         length: Context length.
         device: "cpu", "cuda" or "mps".
         precision: "float32" or "bfloat16".
+        place: As in `heldout`; of a run's model `curricula.place(run.plan, length)`.
 
     Returns:
         Every answer, and the mean loss.
     """
-    return score(model, heldout(task, examples, length), device=device, precision=precision)
+    batches = heldout(task, examples, length, place=place)
+    return score(model, batches, device=device, precision=precision)
 
 
 @torch.no_grad()
@@ -180,8 +189,8 @@ def score(model: LanguageModel, batches: Iterable[Batch], *, device: str, precis
     for batch in batches:
         asked = batch.retrieved
         with autocast(device, precision):
-            at = batch.answer_at[..., :asked].to(device)
-            logits = model(batch.input_ids.to(device), logits_at=at, **batch.to(device).places())
+            there = batch.to(device)
+            logits = model(there.input_ids, logits_at=there.answer_at[..., :asked], **there.places())
         logits, gold = logits.float().cpu(), batch.labels[:, :asked]
         correct.append(batch.right(logits.argmax(-1)).flatten().numpy())
         target.append(batch.target_index.flatten().numpy())

@@ -9,9 +9,9 @@
             validation_seeds=(100,),
         )
 
-The learning rate is chosen among the candidates once per task, family and size (and position scheme and
-depth, if a sweep has several). Runs with the validation seeds decide; these seeds must not be among those
-reported."""
+The learning rate is chosen among the candidates once for each `Group`: task, family, size, position scheme
+and the like. Runs with the validation seeds decide; these seeds must not be among those reported.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -178,14 +178,25 @@ def default_out(file: Path) -> str:
     return f"runs/{stem}"
 
 
-Group = tuple[str, str, str, str | None, int | None, int | None, int | None, str | None]
+class Group(NamedTuple):
+    """What runs with one learning rate share; the fields are those of `RunConfig`."""
+
+    task: str
+    model: str
+    preset: str  # or the checkpoint of --init
+    position: str | None
+    layers: int | None
+    d_model: int | None
+    d_conv: int | None
+    ssm_init: str | None
+    rotary_pct: float
+    growth: str | None
 
 
 def group(run: RunConfig) -> Group:
-    """What runs with one learning rate share: task, family, size or checkpoint, positions, depth, width,
-    convolution, first weights."""
-    size = run.init or run.preset
-    return run.task, run.model[0], size, run.position, run.layers, run.d_model, run.d_conv, run.ssm_init
+    """The group of a run."""
+    named = {name: getattr(run, name) for name in Group._fields}
+    return Group(**named | {"model": run.model[0], "preset": run.init or run.preset})
 
 
 def validation_runs(sweep: Sweep) -> dict[Group, dict[float, list[RunConfig]]]:

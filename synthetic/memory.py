@@ -25,7 +25,7 @@ from ssm_retrieval.style import NAMES
 from ssm_retrieval.training.lora import add_adapters
 from synthetic import tasks
 from synthetic.config import Plan
-from synthetic.curricula import PLACES, batch_shape, lengths
+from synthetic.curricula import batch_shape, lengths, place
 from synthetic.evaluate import rows_at_once
 
 REMEDY = "try --checkpointing, --accumulate or --optimizer adafactor"
@@ -45,8 +45,8 @@ def training_steps(plan: Plan) -> list[Step]:
     steps = []
     for at in lengths(plan):
         rows, queries, length = batch_shape(task, plan, at)
-        place = PLACES[plan.growth] if length is not None else "first"
-        row = task.batch(1, seed=plan.seed, index=0, queries=queries, length=length, place=place)
+        where = place(plan, length)
+        row = task.batch(1, seed=plan.seed, index=0, queries=queries, length=length, place=where)
         steps.append(
             Step(
                 rows=rows,

@@ -81,7 +81,9 @@ RECIPE = {
     "betas": ("string", "of AdamW"),
     "ssm_lr": ("float64", "factor on the learning rate of a state space's own parameters"),
     "flat": ("int64", "steps between warm-up and decay; missing if the decay begins with the first step"),
+    "growth": ("string", "how short contexts grow (`synthetic.curricula`); prefix without a curriculum"),
 }
+YOUNGER = ("label_smoothing", "ssm_lr", "flat", "growth")  # which plans leave out at their defaults
 PROGRESS = {
     "kind": ("string", "during: in training; final: after it, on more sequences"),
     "split": ("string", "validation in training, heldout in final rows; they share no sequence"),
@@ -284,7 +286,7 @@ def config_columns(plan: Row) -> Row:
         **{name: getattr(shape, name, None) for name in ("d_conv", "ssm_init")},
         "batch_size": plan["batch_size"],
         "betas": " ".join(map(str, plan["betas"])),
-        **{name: plan.get(name, getattr(Plan, name)) for name in ("label_smoothing", "ssm_lr", "flat")},
+        **{name: plan.get(name, getattr(Plan, name)) for name in YOUNGER},
     }
 
 

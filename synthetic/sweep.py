@@ -288,18 +288,20 @@ def _report_rates(
     lost = {job.folder for job, _ in failed}
     rows: list[dict[str, Any]] = []
     for name, candidates in tuning.items():
-        task, model, preset, position, layers, d_model, d_conv, ssm_init = name
-        row = dict(
-            task=task, model=model, preset=preset, position=position, layers=layers, d_model=d_model,
-            d_conv=d_conv, ssm_init=ssm_init, lr=rates.get(name),
-        )  # fmt: skip
+        row = {**name._asdict(), "lr": rates.get(name)}
         for lr, jobs in candidates.items():
             scores = [_score(job) for job in jobs if job.folder not in lost]
             rows.append({**row, "candidate": lr, "scores": scores, "runs": [job.folder.name for job in jobs]})
-        shape = (layers and f"{layers} layers", d_model and f"width {d_model}", d_conv and f"{d_conv} taps")
-        words = " ".join(str(part) for part in (model, preset, position, *shape, ssm_init) if part)
+        rotated = name.position == "rope" and f"{name.rotary_pct:g} of each head"
+        shape = (
+            name.layers and f"{name.layers} layers",
+            name.d_model and f"width {name.d_model}",
+            name.d_conv and f"{name.d_conv} taps",
+        )
+        said = (name.model, name.preset, name.position, rotated, *shape, name.ssm_init, name.growth)
+        words = " ".join(str(part) for part in said if part)
         chosen = f"learning rate {rates[name]:g}" if name in rates else "no learning rate: its runs failed"
-        console.print(f"{words} ({task}): {chosen}", soft_wrap=True)
+        console.print(f"{words} ({name.task}): {chosen}", soft_wrap=True)
     store.write_json(out / "learning_rates.json", rows)
 
 

@@ -31,9 +31,14 @@ def curve_table(metrics: pd.DataFrame, length: int | None = None) -> pd.DataFram
         millions is the x axis.
     """
     rows = metrics[metrics["length"] == (metrics["length"].max() if length is None else length)]
+    return in_order(rows.assign(millions=rows["tokens"] / 1e6), "tokens")
+
+
+def in_order(rows: pd.DataFrame, by: str) -> pd.DataFrame:
+    """Rows model by model, in the order of every figure, and sorted by a column within each."""
     places = {name: i for i, name in enumerate(FAMILIES)}
-    rows = rows.assign(_place=rows["model"].map(places), millions=rows["tokens"] / 1e6)
-    return rows.sort_values(["_place", "tokens"], kind="stable", ignore_index=True).drop(columns="_place")
+    rows = rows.assign(_place=rows["model"].map(places))
+    return rows.sort_values(["_place", by], kind="stable", ignore_index=True).drop(columns="_place")
 
 
 def length_axis(lengths: Iterable[int]) -> tuple[list[int], tuple[float, float]]:
@@ -113,8 +118,7 @@ def outcome(by_length: pd.DataFrame, metrics: pd.DataFrame) -> Figure:
 
 
 def _by_length(by_length: pd.DataFrame, axes: Axes) -> None:
-    places = {name: i for i, name in enumerate(FAMILIES)}
-    rows = by_length.assign(_place=by_length["model"].map(places)).sort_values(["_place", "length"])
+    rows = in_order(by_length, "length")
     for family, own in rows.groupby("model", sort=False):
         color = family_colors()[str(family)]
         axes.plot(own["length"], own["accuracy"], color=color, label=NAMES[str(family)], marker="o", ms=4)

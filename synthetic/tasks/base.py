@@ -54,8 +54,6 @@ class Task(ABC):
         version: Raise it whenever the same arguments would give other batches; part of a run's identity.
         help: Half a line for `--help`.
         paper: How its paper trains; None means that `--protocol paper` is refused.
-        recall: Whether state space models with learned positions learn it best from `ssm_init="recall"`
-            (`ssm_retrieval.models.ssm_init`): where the answer is what the queried token was stored with.
         layouts: Values of the option `layout`, see `synthetic.tasks.layouts`; empty without such an option.
         younger: Options that came after runs of the task, which keep their names: at its default such an
             option is no part of a run's identity.
@@ -67,7 +65,6 @@ class Task(ABC):
     version: ClassVar[int]
     help: ClassVar[str]
     paper: ClassVar[Course | None] = None
-    recall: ClassVar[bool] = False
     layouts: ClassVar[tuple[str, ...]] = ()
     younger: ClassVar[tuple[str, ...]] = ()
 
@@ -78,6 +75,11 @@ class Task(ABC):
     @abstractmethod
     def vocabulary(self) -> Vocabulary:
         """Token strings and ids."""
+
+    @property
+    def positional(self) -> bool:
+        """Whether answers are positions."""
+        return self.vocabulary.num_positions > 0
 
     def lengths(self) -> tuple[int, int]:
         """Shortest and longest context that `batch` draws if it is given no `length`."""
@@ -345,7 +347,7 @@ class Task(ABC):
         """
         if length <= self.seq_len:
             return self
-        if self.vocabulary.num_positions:
+        if self.positional:
             raise UserError(
                 f"task {self.name} with seq_len {self.seq_len} has no answer tokens for length {length}: "
                 f"build it with seq_len={length} and train with batch(length={self.seq_len})"

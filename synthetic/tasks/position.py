@@ -49,7 +49,6 @@ class Position(Task):
     version: ClassVar[int] = 1
     help: ClassVar[str] = "place of the queried symbol; all symbols differ"
     paper: ClassVar[Course | None] = Course("cosine", 10, 100, switches=("supervise_bos",))
-    recall: ClassVar[bool] = True
     layouts: ClassVar[tuple[str, ...]] = tuple(LAYOUTS)
 
     seq_len: int

@@ -123,9 +123,8 @@ def test_results_of_the_retrieval_study_are_all_of_its_runs_and_no_others():
         dataclasses.replace(run, position=None if run.position == "none" else run.position, ssm_init=None)
         for run in wanted.runs
     ]
-    runs = [
-        dataclasses.replace(run, lr=chosen[group(old)]) for run, old in zip(wanted.runs, then, strict=True)
-    ]
+    rates_of = [chosen[group(run)[: len(shared)]] for run in then]
+    runs = [dataclasses.replace(run, lr=lr) for run, lr in zip(wanted.runs, rates_of, strict=True)]
     table = analysis.load(folder / "results.parquet")
     reported = table[table["purpose"] == "report"].drop_duplicates("run")
     # by what was asked, not by name: a TRAINING_VERSION later a run of the same plan has another name

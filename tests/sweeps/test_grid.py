@@ -154,3 +154,13 @@ def test_runs_of_another_shape_have_a_learning_rate_of_their_own():
     shapes = [{}, dict(d_model=64), dict(d_conv=2), dict(ssm_init="recall"), dict(layers=2)]
     groups = {group(run) for shape in shapes for run in grid(model="mamba", d_state=(4, 64), **shape)}
     assert len(groups) == len(shapes)
+
+
+@pytest.mark.parametrize(
+    "changed", [dict(growth="prefix"), dict(rotary_pct=1.0), dict(position="none"), dict(d_model=64)]
+)
+def test_a_rate_is_chosen_for_one_recipe(changed):
+    """Seeds and lengths share it; what else may ask for another rate does not."""
+    run = RunConfig(model="transformer", position="rope", growth="filled")
+    assert group(dataclasses.replace(run, seed=3, seq_len=16)) == group(run)
+    assert group(dataclasses.replace(run, **changed)) != group(run)

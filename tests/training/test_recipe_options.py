@@ -291,3 +291,11 @@ def test_runs_of_other_task_options_are_not_pooled():
     cell = ["task", "model", "seq_len", "seed"]
     assert results.apart(table.assign(run=list("abc")), cell) == ["options"]
     assert columns("mamba", num_symbols=50)["options"] == columns("mamba")["options"]
+
+
+def test_runs_that_grow_otherwise_are_not_pooled():
+    rows = [columns("mamba", growth=growth) for growth in ("prefix", "gap", None)]
+    assert [row["growth"] for row in rows] == ["prefix", "gap", "gap"]
+    more = dict(parameters=1, parameters_without_embeddings=1, purpose="", commit="", seed=0)
+    table = pd.DataFrame(rows[:2]).assign(run=list("ab"), **more)
+    assert results.apart(table, ["task", "model", "seq_len", "seed"]) == ["growth"]

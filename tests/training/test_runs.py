@@ -6,6 +6,7 @@ import dataclasses
 import io
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import matplotlib
 
@@ -13,16 +14,18 @@ matplotlib.use("Agg")
 
 import pandas as pd
 import pytest
+import torch
 from rich.console import Console
 from tiny_runs import by_family
+from torch.nn import functional as F
 
 import synthetic
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.style import NAMES
 from ssm_retrieval.training import store
-from synthetic import run, trainer
+from synthetic import evaluate, run, trainer
 from synthetic.config import RunConfig, plan
-from synthetic.display import Display
+from synthetic.display import Display, by_length
 
 SMALL = RunConfig(
     seq_len=8, layers=1, queries=4, steps=4, eval_every=2, eval_examples=8, final_eval_examples=16,
@@ -118,6 +121,40 @@ def test_what_is_not_one_model_or_not_there(tmp_path):
         _ = synthetic.Run(tmp_path).result
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         _ = synthetic.trian
+
+
+def test_every_length_is_scored_with_queries_where_they_are_at_full_length(out):
+    """By hand: `<bos>` and n symbols at 0 .. n, `<query>` and the symbol asked for behind 8 symbols."""
+    one = synthetic.Run(by_family(out)["mamba"])
+    model, task = one.model(), one.task
+    rows = one.by_length.set_index("length")
+    assert list(rows.index) == [3, 6, 8] and one.plan.growth == "gap"
+    for n, row in rows.iterrows():
+        batches = list(task.examples(16, seed=evaluate.EVAL_SEED, split="heldout", length=n))
+        ids, labels = (torch.cat([getattr(b, name) for b in batches]) for name in ("input_ids", "labels"))
+        places = torch.tensor([*range(n + 1), 9, 10])
+        with torch.no_grad():
+            logits = model(ids, position_ids=places)[:, -1]
+        assert int((logits.argmax(-1) == labels[:, 0]).sum()) == row["correct"] and len(ids) == row["count"]
+        assert F.cross_entropy(logits, labels[:, 0]).item() == pytest.approx(row["loss"], rel=1e-5)
+
+
+def test_what_is_recalled_ends_with_the_first_length_that_fails():
+    def found(*accuracies):
+        return trainer.recalled([SimpleNamespace(length=2**i, accuracy=a) for i, a in enumerate(accuracies)])
+
+    assert found(1.0, 0.95, 0.96) == 4 and found(1.0, 0.94, 1.0) == 1 and found(0.9, 1.0) == 0
+
+
+def test_the_table_of_lengths_has_every_model_and_says_what_is_missing():
+    scores = pd.DataFrame(
+        dict(model=["mamba", "mamba", "hybrid"], length=[8, 2, 8], accuracy=[0.256, 1, 0.5])
+    )
+    console = Console(file=io.StringIO(), width=60)
+    console.print(by_length(scores))
+    lines = [line.split() for line in console.file.getvalue().splitlines()]
+    for wanted in (["model", "2", "8"], ["Mamba", "1.00", "0.26"], ["Hybrid", "-", "0.50"]):
+        assert wanted in lines
 
 
 def test_compare_draws_every_run(out):
