@@ -26,7 +26,7 @@ def label(table: pd.DataFrame) -> pd.DataFrame:
     Returns:
         A copy with the columns variant (architecture, position scheme, and whatever else it takes to tell
         runs apart), setting (layout and number of queries per training sequence) and usual_state (False for
-        state sizes other than the preset's).
+        state sizes other than the preset's or, if no run of a model has that, the commonest).
 
     Raises:
         UserError: A column of the results store is missing, or there are no rows.
@@ -48,20 +48,25 @@ def label(table: pd.DataFrame) -> pd.DataFrame:
                 lambda v: f"{v:g}" if is_number(v) else str(v)
             )
             table.loc[differs, "variant"] += words
-    sizes = table[["model", "preset"]].drop_duplicates().itertuples(index=False, name=None)
-    usual = {(model, preset): _usual_state(model, preset) for model, preset in sizes}
-    state = pd.Series([usual[key] for key in zip(table["model"], table["preset"], strict=True)], table.index)
-    table["usual_state"] = table["d_state"].isna() | (table["d_state"] == state)
+    groups = table.groupby(["model", "preset"], dropna=False)["d_state"]
+    table["usual_state"] = table["d_state"].isna() | (table["d_state"] == groups.transform(_usual_state))
     return table
 
 
-def _usual_state(model: str, preset: str) -> float | None:
+def _usual_state(states: pd.Series) -> float:
+    """The preset's state size where runs have it, else the commonest; nan for models without a state.
+
+    State space models that retrieve positions have a state of their own (`synthetic.shape`).
+    """
     from ssm_retrieval import models
 
+    model, preset = states.name
     try:
-        return getattr(models.config(f"{model}-{preset}"), "d_state", None)
+        own = getattr(models.config(f"{model}-{preset}"), "d_state", None)
     except ValueError:  # a preset of another version
-        return None
+        own = None
+    known = states.dropna()
+    return own if own in set(known) else float(known.mode().max()) if len(known) else float("nan")
 
 
 def _variant(row: dict[Any, Any]) -> str:

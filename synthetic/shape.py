@@ -21,9 +21,11 @@ FIELDS = {
     "d_conv": "d_conv",
     "ssm_init": "ssm_init",
 }
-# What suits position retrieval better than the preset: one layer with room for hundreds of symbols. The
-# preset's four layers of 16 states a channel were not tried with the other defaults of today.
+# What suits position retrieval better than the preset: room for hundreds of symbols in one layer. It answers
+# a query behind the context from its state. If the query comes first, one layer can only find out, at each
+# symbol, whether it is the one asked for; a second has to carry its place to the end.
 RECALL: dict[str, dict[str, Any]] = {"mamba-tiny": dict(n_layer=1, d_state=128)}
+RECALL_TOLD: dict[str, dict[str, Any]] = {"mamba-tiny": dict(n_layer=2, d_state=64)}  # --layout prefix
 
 
 def model(
@@ -59,7 +61,8 @@ def model(
         raise UserError(f"--preset {config.preset}: {error}") from error
     learned = overrides.get("position") == "learned"
     if task.positional and learned and architecture.has("ssm_init") and not paper:
-        ready = {"ssm_init": "recall", **RECALL.get(name, {})}
+        shapes = RECALL_TOLD if config.layout == "prefix" else RECALL
+        ready = {"ssm_init": "recall", **shapes.get(name, {})}
         overrides |= ready
         usual = usual.replace(**ready)
     changed = changes(config, architecture, usual)
