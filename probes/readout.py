@@ -50,7 +50,13 @@ def fork(cache: Cache, rows: Tensor) -> Cache:
 
 
 @torch.no_grad()
-def ask(model: LanguageModel, cache: Cache, questions: Tensor, budget: int = BUDGET) -> Tensor:
+def ask(
+    model: LanguageModel,
+    cache: Cache,
+    questions: Tensor,
+    budget: int = BUDGET,
+    position: int | None = None,
+) -> Tensor:
     """Put questions of one token each to sequences that have been read, none of which sees another.
 
     Args:
@@ -58,6 +64,7 @@ def ask(model: LanguageModel, cache: Cache, questions: Tensor, budget: int = BUD
         cache: What it remembers of B sequences; left as it is.
         questions: (B, Q) int64.
         budget: Bytes that may be used at once, about.
+        position: Of every question. None: behind what was read.
 
     Returns:
         (B, Q) int64, the likeliest token after each question.
@@ -68,13 +75,21 @@ def ask(model: LanguageModel, cache: Cache, questions: Tensor, budget: int = BUD
     owner = torch.arange(B).repeat_interleave(Q)
     size = max(1, budget // each)
     asked = zip(questions.flatten().split(size), owner.split(size), strict=True)
-    found = [model.step(tokens, fork(cache, rows)).argmax(-1) for tokens, rows in asked]
+    at = torch.tensor([cache.length if position is None else position])
+    found = [
+        model(tokens[:, None], cache=fork(cache, rows), position_ids=at)[:, -1].argmax(-1)
+        for tokens, rows in asked
+    ]
     return torch.cat(found).view(B, Q)
 
 
 @torch.no_grad()
 def read_out(
-    model: LanguageModel, prompts: Sequence[Tensor], questions: Sequence[Tensor], budget: int = BUDGET
+    model: LanguageModel,
+    prompts: Sequence[Tensor],
+    questions: Sequence[Tensor],
+    budget: int = BUDGET,
+    positions: Sequence[Tensor] | None = None,
 ) -> Iterator[Readout]:
     """Ask after each of several prompts, which are longer and longer views of the same sequences.
 
@@ -86,23 +101,23 @@ def read_out(
         prompts: (B, T) int64 each, from the shortest to the longest.
         questions: (B, Q) int64 for each prompt.
         budget: Bytes of the questions that are asked at once, about.
+        positions: (T + 1,) int64 for each prompt, the positions of its tokens and of the question. None: they
+            are counted from 0.
 
     Yields:
         The answers after each prompt.
     """
+    if positions is None:
+        positions = [torch.arange(prompt.shape[1] + 1) for prompt in prompts]
     whole, cache, read = prompts[-1], model.init_cache(), 0
-    everyone = torch.arange(len(whole))
-    for prompt, asked in zip(prompts, questions, strict=True):
-        until = min(_shared(prompt, whole), prompt.shape[1] - 1)
+    everyone, last = torch.arange(len(whole)), torch.tensor([-1])
+    for prompt, asked, at in zip(prompts, questions, positions, strict=True):
+        same = (prompt == whole[:, : prompt.shape[1]]).all(0) & (at[:-1] == positions[-1][: len(at) - 1])
+        until = min(int(same.cumprod(0).sum()), prompt.shape[1] - 1)
         if until > read:
-            model(whole[:, read:until], cache=cache, logits_at=torch.tensor([-1]))
+            model(whole[:, read:until], cache=cache, logits_at=last, position_ids=at[read:until])
             read = until
         ready = fork(cache, everyone)
-        model(prompt[:, read:], cache=ready, logits_at=torch.tensor([-1]))
-        yield Readout(ask(model, ready, asked, budget), ready.num_elements() // len(whole), ready)
-
-
-def _shared(prompt: Tensor, whole: Tensor) -> int:
-    """How many tokens two batches have in common from the start."""
-    same = (prompt == whole[:, : prompt.shape[1]]).all(0)
-    return int(same.cumprod(0).sum())
+        model(prompt[:, read:], cache=ready, logits_at=last, position_ids=at[read:-1])
+        answers = ask(model, ready, asked, budget, int(at[-1]))
+        yield Readout(answers, ready.num_elements() // len(whole), ready)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from probes.suite import Probe
     from synthetic.tasks import Task
+    from synthetic.tasks.base import Place
 
 COLUMNS = ("family", "weights", "layer", "part", "quantity", "value", "low", "high", "n")  # of every table
 STOPPED = "stopped; finished probes are kept, the same command goes on"
@@ -308,6 +309,7 @@ def _measure(
     from synthetic import records
 
     plan = records.config(trained.folder)["plan"]
+    place: Place = "gap" if plan.get("growth") == "gap" else "first"  # other growths begin at the first, too
     models = {"trained": store.load_model(trained.folder)}
     if probe.untrained:
         models["untrained"] = build(plan["model"], **plan["model_overrides"], seed=options.seed).eval()
@@ -317,7 +319,8 @@ def _measure(
         def share(x: float, i: int = i) -> None:
             progress((i + x) / len(models))
 
-        made = probe.measure(model, trained.task, ProbeOptions(options.examples, options.seed, share))
+        told = ProbeOptions(options.examples, options.seed, share, place)
+        made = probe.measure(model, trained.task, told)
         made.insert(0, "weights", weights)
         tables.append(made)
     return pd.concat(tables, ignore_index=True)

@@ -19,7 +19,8 @@ After the whole context also, by `layer`, what a state answers by itself, withou
     map         of the questions for the symbols from `place` on, the share that is answered with one of the
                 places from `answer` on, each of `size` symbols; what is missing to 1 are no places
 
-A model that was trained at one length only may fail at all others; `shown` = N is what it was trained for.
+Questions stand at the positions that training gave them (`--growth`). A model that was trained at one length
+only may fail at all others; `shown` = N is what it was trained for.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ from ssm_retrieval.models.common import LanguageModel
 from ssm_retrieval.statistics import ratio_of_means, wilson
 from ssm_retrieval.tables import markdown
 from synthetic.tasks import Batch, Task
+from synthetic.tasks.base import Place
 from synthetic.tasks.position import Position
 
 EXAMPLES = 128  # sequences
@@ -83,8 +85,10 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
     rows = rows_within(task, 4 * model.config.d_model * (16 + 2 * model.config.n_layer))
     for batch in batches(task, examples, rows, options):
         context = shown_symbols(task, batch)
-        prompts, questions = zip(*(questions_after(task, context[:, :n]) for n in lengths), strict=True)
-        for n, found in zip(lengths, read_out(model, prompts, questions), strict=True):
+        asked_for = [questions_after(task, context[:, :n], options.place) for n in lengths]
+        prompts, questions, positions = zip(*asked_for, strict=True)
+        found_after = read_out(model, prompts, questions, positions=positions)
+        for n, found in zip(lengths, found_after, strict=True):
             places = task.vocabulary.first_position + torch.arange(n)
             once[n].append(occur_once(context[:, :n]))
             right[n].append((found.predicted == places) & once[n][-1])
@@ -130,18 +134,24 @@ def shown_symbols(task: Position, batch: Batch) -> Tensor:
     return ids[:, (ids[0] >= 0) & (ids[0] < task.vocabulary.num_symbols)][:, : batch.length]
 
 
-def questions_after(task: Position, context: Tensor) -> tuple[Tensor, Tensor]:
+def questions_after(task: Position, context: Tensor, place: Place = "first") -> tuple[Tensor, Tensor, Tensor]:
     """What the model reads, and every question that can follow.
 
     Args:
         task: What lays them out.
         context: (B, n) 0-based symbols.
+        place: Where contexts lay in training. With "gap" the question stands where it stands behind the
+            longest context, because nothing else was trained.
 
     Returns:
-        (B, T) tokens up to the question, and (B, n) questions, in the order of the context.
+        (B, T) tokens up to the question, (B, n) questions, in the order of the context, and (T + 1,) the
+        positions of the tokens and of the question.
     """
     batch = task.assemble(context.numpy(), np.zeros((len(context), 1), dtype=np.int64))
-    return batch.input_ids[:, : answer_at(batch)], context + task.vocabulary.first_symbol
+    batch = task.part(batch) if place == "gap" else batch
+    end = answer_at(batch)
+    positions = torch.arange(end + 1) if batch.position_ids is None else batch.position_ids[0, : end + 1]
+    return batch.input_ids[:, :end], context + task.vocabulary.first_symbol, positions
 
 
 def occur_once(context: Tensor) -> Tensor:
@@ -266,6 +276,6 @@ PROBE = Probe(
     "How many symbols can the model still find when it is asked for each?",
     measure,
     summary,
-    version=2,
+    version=3,
     columns=("shown", "asked", "place", "size", "chance", "known", "bits", "numbers", "recent", "answer"),
 )

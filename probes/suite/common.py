@@ -30,6 +30,7 @@ from ssm_retrieval.models.common import LanguageModel
 from ssm_retrieval.statistics import mean_interval
 from ssm_retrieval.tables import markdown
 from synthetic.tasks import Batch, Task
+from synthetic.tasks.base import Place
 from synthetic.tasks.position import Position
 
 BUDGET = 192 * 2**20  # bytes of recorded tensors of one batch
@@ -50,11 +51,13 @@ class Options:
         examples: Sequences to measure. None: the probe's own number.
         seed: Of the held-out stream they are drawn from.
         progress: Is told the share that is done, 0 .. 1.
+        place: Where contexts shorter than seq_len lay in training; "gap" parts queries from them.
     """
 
     examples: int | None = None
     seed: int = 0
     progress: Callable[[float], None] = lambda share: None
+    place: Place = "first"
 
 
 @dataclass(frozen=True)

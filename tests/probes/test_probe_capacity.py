@@ -21,7 +21,7 @@ from tiny_runs import by_family, tiny_run
 from analysis.plots import capacity as plots
 from probes import run as cli
 from probes.readout import ask, fork, read_out
-from probes.suite import NotApplicable, Options, capacity
+from probes.suite import NotApplicable, Options, Probe, capacity
 from ssm_retrieval import models
 from ssm_retrieval.models import Cache
 from ssm_retrieval.statistics import mean_interval, wilson
@@ -49,17 +49,17 @@ class Window:
     def init_cache(self):
         return Cache([{}])
 
-    def __call__(self, ids, *, cache, logits_at):
+    def __call__(self, ids, *, cache, position_ids, logits_at=None):
         (layer,) = cache.layers
         layer["ids"] = torch.cat([layer["ids"], ids], dim=1) if layer else ids
         cache.length += ids.shape[1]
-
-    def step(self, tokens, cache):
-        context = cache.layers[0]["ids"][:, 1:-1]  # without <bos> and <query>
-        here = context == tokens[:, None]
-        here[:, : -self.k] = False
-        place = here.int().argmax(1)  # 0 where there is none
-        return torch.nn.functional.one_hot(place + self.task.vocabulary.first_position, self.task.vocab_size)
+        if logits_at is None:  # a question
+            context = layer["ids"][:, 1:-2]  # without <bos>, <query> and the question
+            here = context == ids
+            here[:, : -self.k] = False
+            place = here.int().argmax(1, keepdim=True)  # 0 where there is none
+            answer = place + self.task.vocabulary.first_position
+            return torch.nn.functional.one_hot(answer, self.task.vocab_size)
 
 
 def contexts(task, count=3, seed=0):
@@ -69,23 +69,31 @@ def contexts(task, count=3, seed=0):
     return torch.stack([torch.randperm(v, generator=generator)[:n] for _ in range(count)])
 
 
+@pytest.mark.parametrize("place", ["first", "gap"])
 @pytest.mark.parametrize("name", TASKS)
-def test_a_copy_of_the_cache_answers_as_the_whole_sequence_does(model, name):
-    """Every question after every length, with caches of one question, of several, and of all at once."""
+def test_a_copy_of_the_cache_answers_as_the_whole_sequence_does(model, name, place):
+    """Every question after every length, with caches of one question, of several, and of all at once.
+
+    Questions stand where they do in the task's own batches, whose contexts begin first or end in a gap.
+    """
     task = tasks.build("position" if name == "two-pass" else name, **TASKS[name])
     assert task.vocab_size <= VOCAB
     context, lengths = contexts(task), capacity.doublings(task.seq_len)
-    prompts, questions = zip(*(capacity.questions_after(task, context[:, :n]) for n in lengths), strict=True)
+    asked_for = [capacity.questions_after(task, context[:, :n], place) for n in lengths]
+    prompts, questions, positions = zip(*asked_for, strict=True)
     whole, tokens = [], []
     for n in lengths:
-        asked = [task.assemble(context[:, :n].numpy(), np.full((3, 1), place)) for place in range(n)]
+        asked = [task.assemble(context[:, :n].numpy(), np.full((3, 1), i)) for i in range(n)]
+        asked = [task.part(batch) for batch in asked] if place == "gap" else asked
+        where = {} if place == "first" else {"position_ids": torch.cat([b.position_ids for b in asked])}
         (at,) = asked[0].answer_at
         with torch.no_grad():  # (n, 3) sequences, all at once
-            logits = model(torch.cat([batch.input_ids for batch in asked]), logits_at=asked[0].answer_at)
+            tokens_of = torch.cat([batch.input_ids for batch in asked])
+            logits = model(tokens_of, logits_at=asked[0].answer_at, **where)
         whole.append(logits[:, 0].argmax(-1).view(n, 3).T)
         tokens.append(int(at))
     for budget in (1, 40_000, 2**28):
-        found = list(read_out(model, prompts, questions, budget))
+        found = list(read_out(model, prompts, questions, budget, positions))
         assert [readout.numbers for readout in found] == [models.state_size(model.config, t) for t in tokens]
         for readout, answers in zip(found, whole, strict=True):
             assert torch.equal(readout.predicted, answers)
@@ -222,9 +230,24 @@ def test_the_answer_to_the_runs_own_question_is_the_one_it_was_scored_for(layout
         scored = model(batch.input_ids, logits_at=batch.answer_at[:1])[:, 0].argmax(-1)
     asked = capacity.asked_after(task)
     context = capacity.shown_symbols(asked, batch)
-    prompt, questions = capacity.questions_after(asked, context)
+    prompt, questions, _ = capacity.questions_after(asked, context)
     (found,) = read_out(model, [prompt], [questions])
     assert torch.equal(found.predicted.gather(1, batch.target_index)[:, 0], scored)
+
+
+@pytest.mark.parametrize("growth, place", [("gap", "gap"), ("window", "first"), ("prefix", "first")])
+def test_a_probe_is_told_where_contexts_lay_in_training(tmp_path, growth, place):
+    more = ["--model", "mamba", "--layers", "1", "--d-state", "4", "--steps", "1", "--growth", growth]
+    folder, seen = tiny_run(tmp_path, "position", "--seq-len", "8", *more), []
+
+    def measure(model, task, options):
+        seen.append(options.place)
+        return pd.DataFrame({"layer": [0]})
+
+    trained = cli.Model(folder, tmp_path, tasks.build("position", seq_len=8))
+    probe = Probe("?", measure, lambda table: "")
+    cli._measure(probe, cli.Options((folder,)), trained, lambda share: None)
+    assert seen == [place, place]  # of the trained weights and of untrained ones
 
 
 @pytest.mark.slow
