@@ -135,7 +135,7 @@ task's tokens are added to its vocabulary."""
     d_conv: Annotated[int | None, unset("INT", "the preset's")] = None
     """Taps of the short convolution before a state space: each token sees this many, itself included."""
     ssm_init: Annotated[
-        str | None, unset("STR", "recall if answers are positions and --position is learned, else default")
+        str | None, unset("STR", "recall for pure SSMs if answers are learned positions, else default")
     ] = None
     """First weights of state space models. default: as published. recall: a memory that does not fade and \
 is read by what it was written with, which helps retrieval. A wrong name lists all, parts of recall too."""

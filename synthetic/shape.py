@@ -60,7 +60,9 @@ def model(
     except ValueError as error:
         raise UserError(f"--preset {config.preset}: {error}") from error
     learned = overrides.get("position") == "learned"
-    if task.positional and learned and architecture.has("ssm_init") and not paper:
+    # Not of hybrids: their attention retrieves, and learns it later beside layers that sum up the context.
+    recalls = architecture.has("ssm_init") and architecture.positions[:1] == ("none",)
+    if task.positional and learned and recalls and not paper:
         shapes = RECALL_TOLD if config.layout == "prefix" else RECALL
         ready = {"ssm_init": "recall", **shapes.get(name, {})}
         overrides |= ready

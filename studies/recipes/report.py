@@ -110,7 +110,7 @@ def cells(
             mean, low, high = accuracy.mean(), accuracy.min(), accuracy.max()
             ours = [between(mean, low, high) if len(mine) > 1 else f"{mean:.3f}", by_seed(accuracy)]
             ours += [
-                f"{mean - wanted:+.3f}" if isinstance(wanted, float) else "–",
+                f"{round(mean - wanted, 3) + 0:+.3f}" if isinstance(wanted, float) else "–",  # no -0.000
                 f"{mine['seconds'].median():.0f}",
             ]
         names = [
