@@ -26,7 +26,7 @@ def label(table: pd.DataFrame) -> pd.DataFrame:
     Returns:
         A copy with the columns variant (architecture, position scheme, and whatever else it takes to tell
         runs apart), setting (layout and number of queries per training sequence) and usual_state (False for
-        state sizes other than the preset's or, if no run of a model has that, the commonest).
+        state sizes other than the preset's or, if no run of a variant has that, the commonest).
 
     Raises:
         UserError: A column of the results store is missing, or there are no rows.
@@ -48,7 +48,7 @@ def label(table: pd.DataFrame) -> pd.DataFrame:
                 lambda v: f"{v:g}" if is_number(v) else str(v)
             )
             table.loc[differs, "variant"] += words
-    groups = table.groupby(["model", "preset"], dropna=False)["d_state"]
+    groups = table.groupby(["model", "preset", "variant"], dropna=False)["d_state"]
     table["usual_state"] = table["d_state"].isna() | (table["d_state"] == groups.transform(_usual_state))
     return table
 
@@ -60,7 +60,7 @@ def _usual_state(states: pd.Series) -> float:
     """
     from ssm_retrieval import models
 
-    model, preset = states.name
+    model, preset, _ = states.name
     try:
         own = getattr(models.config(f"{model}-{preset}"), "d_state", None)
     except ValueError:  # a preset of another version

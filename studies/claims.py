@@ -110,32 +110,33 @@ def lengths(table: pd.DataFrame) -> str:
 
 
 def layouts(table: pd.DataFrame) -> str:
-    """Query last against query first, one query per sequence, length 16; seeds that are faster so."""
+    """Query last, first, and behind two readings of 64 symbols: one query each; seeds that are faster."""
     table = single_queries(table)
     outcomes = sweep.threshold_table(table, "tokens")
     tests = layout_tests(outcomes)
     rows = []
     for variant in settings.variants(table):
         mine = outcomes[outcomes["variant"] == variant]
-        last, first = (mine[mine["setting"] == f"{layout}, single query"] for layout in ("suffix", "prefix"))
+        cells = [
+            mine[mine["setting"] == f"{name}, single query"] for name in ("suffix", "prefix", "two-pass")
+        ]
         test = tests.loc[f"{variant}, single query"]
         faster = {test["a"]: test["a_first"], test["b"]: test["b_first"]}
-        rows.append(
-            [variant, cost(last), accuracy(table, last), cost(first), accuracy(table, first),
-             f"{faster['prefix']} and {faster['suffix']} of {test['n']}"]
-        )  # fmt: skip
-    head = ["model", "tokens, query last", "accuracy, last", "tokens, query first", "accuracy, first"]
-    return markdown([*head, "seeds faster with the query first and last"], rows)
+        found = [text for cell in cells for text in (cost(cell), accuracy(table, cell))]
+        rows.append([variant, *found, f"{faster['prefix']} and {faster['suffix']} of {test['n']}"])
+    ways = ("query last", "query first", "context twice")
+    head = [f"{what}, {way}" for way in ways for what in ("tokens", "accuracy")]
+    return markdown(["model", *head, "seeds faster with the query first and last"], rows)
 
 
 def single_queries(table: pd.DataFrame) -> pd.DataFrame:
-    """Evaluations of runs with one query per sequence of length 16."""
-    return table[(table["queries"] == 1) & table["usual_state"] & (table["seq_len"] == 16)]
+    """Evaluations of runs with one query per sequence of length 64."""
+    return table[(table["queries"] == 1) & table["usual_state"] & (table["seq_len"] == 64)]
 
 
 def layout_tests(outcomes: pd.DataFrame) -> pd.DataFrame:
-    """Paired tests of the two layouts, by architecture."""
-    tests = comparisons(outcomes)
+    """Paired tests of query first against query last, by architecture."""
+    tests = comparisons(outcomes[~outcomes["setting"].str.startswith("two-pass")])
     return tests[tests["kind"] == "layout"].set_index("within")
 
 
@@ -146,22 +147,6 @@ def layouts_by_chance(table: pd.DataFrame) -> str:
         [1] * t["a_first"] + [-1] * t["b_first"] + [0] * (t["n"] - t["a_first"] - t["b_first"]) for t in tests
     ]
     return agreed(signs, "differences between query first and last are compared in this table")
-
-
-def states(table: pd.DataFrame) -> str:
-    """State size at length 16: seeds at 0.95, accuracy, and how many symbols a linear probe finds in it."""
-    found = sweep.state_table(table)
-    wanted = dict(quantity="tokens", site="state", seq_len=16, queries="dense", weights="trained")
-    decodable = contrasts.best_layer(contrasts.cells(probes(), any_state=True, layout="suffix", **wanted), [])
-    decodable["variant"] = decodable["model"].astype(str).map(NAMES)
-    rows = []
-    for (variant, state), cell in found.groupby(["variant", "d_state"]):
-        mine = decodable[(decodable["variant"] == variant) & (decodable["d_state"] == state)]
-        seeds = share(cell["reached"].sum(), len(cell))
-        right = by_seed(cell.sort_values("seed")["accuracy"])
-        rows.append([variant, f"{state:g}", seeds, right, by_seed(mine.sort_values("seed")["value"], 1)])
-    head = ["model", "states per channel", "seeds at 0.95 [95 %]", "accuracy at 16, by seed"]
-    return markdown([*head, "symbols of 16 in the state, linear probe, by seed"], rows)
 
 
 def geometry() -> str:
@@ -195,12 +180,12 @@ def geometry_by_chance() -> str:
 
 
 def updates() -> str:
-    """What the last layer does with the target, over what it does with a distractor: length 16, one query."""
+    """What the last layer does with the target, over what it does with a distractor: length 64, one query."""
     rows = []
     for model in contrasts.USUAL_STATE:
         for quantity, words in contrasts.WORDS.items():
             part = contrasts.cells(
-                probes(), model=model, quantity=quantity, seq_len=16, queries="single", weights="trained"
+                probes(), model=model, quantity=quantity, seq_len=64, queries="single", weights="trained"
             )
             part = part[part["layer"] == part["layer"].max()]
             ratios = [ratio(part.loc[part["layout"] == name, "value"]) for name in ("suffix", "prefix")]
@@ -240,6 +225,8 @@ def ratio(values: pd.Series) -> str:
 
 def cost(cell: pd.DataFrame) -> str:
     """Tokens to 0.95: median and range over seeds; ∞ for more than a run had."""
+    if cell.empty:
+        return "–"
     values = bootstrap_median_time(cell["value"], cell["reached"])
     median, low, high = ("∞" if value == float("inf") else f"{value:,.0f}" for value in values)
     return f"{median} [{low}, {high}]"
@@ -248,7 +235,7 @@ def cost(cell: pd.DataFrame) -> str:
 def accuracy(table: pd.DataFrame, cell: pd.DataFrame) -> str:
     """Final held-out accuracy of every seed."""
     final = table[table["kind"] == "final"].set_index("run")["accuracy"]
-    return by_seed(final[cell.sort_values("seed")["run"]])
+    return by_seed(final[cell.sort_values("seed")["run"]]) or "–"
 
 
 def verdicts(text: str) -> str:
@@ -277,7 +264,6 @@ def rewritten(text: str) -> str:
         "lengths": lengths(table),
         "layouts": layouts(table),
         "layouts-by-chance": layouts_by_chance(table),
-        "states": states(table),
         "updates": updates(),
         "geometry": geometry(),
         "geometry-by-chance": geometry_by_chance(),

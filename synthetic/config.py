@@ -46,6 +46,7 @@ TASK_NAMES = tyro.conf.arg(
 # sqrt(width) for wider models.
 DEFAULT_LR = 2e-3
 RECALL_LR = 4e-3  # of state space models that begin ready to recall
+GAP_LR = 1e-3  # of attention with --growth gap: with more, one seed in three is stuck on the way to 1,024
 ADAFACTOR_LR = (1e-2, 1e-3)  # torch's own for random weights; less with --init
 PRETRAINED_LR = 1e-4  # with --init, at width 768, where pretraining peaks at 6e-4 or more
 DEFAULT_CURRICULUM = 2
@@ -158,7 +159,9 @@ the same, with queries where they stand at --seq-len. window: at a random place.
     lr: Annotated[
         float | None,
         unset(
-            "FLOAT", "2e-3 at width 128, 4e-3 with --ssm-init recall, falling with the square root of width"
+            "FLOAT",
+            "2e-3 at width 128, pure SSMs 4e-3 with --ssm-init recall, Transformers 1e-3 with "
+            "--growth gap; falling with the square root of width",
         ),
     ] = None
     """Peak learning rate. Other defaults: 1e-4 at width 768 with --init; 1e-2 with adafactor, 1e-3 with \
@@ -313,8 +316,7 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
     growth = config.growth or ("gap" if task.positional and scheme == "learned" and not paper else "prefix")
     check_growth(growth, scheme, task)
     device = resolve_device(config.device, elsewhere)
-    recalls = overrides.get("ssm_init") == "recall" and ARCHITECTURES[family].positions[:1] == ("none",)
-    at, usual = (128, RECALL_LR if recalls else DEFAULT_LR) if start is None else (768, PRETRAINED_LR)
+    at, usual = (128, _usual_lr(family, overrides, growth)) if start is None else (768, PRETRAINED_LR)
     default_lr = PAPER_LR if paper else usual * (at / width) ** 0.5
     if config.optimizer == "adafactor":
         default_lr = ADAFACTOR_LR[start is not None]  # relative to the size of the weights, so of no width
@@ -356,6 +358,15 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
     )
     check_optimizer(settled)
     return normal(settled)
+
+
+def _usual_lr(family: str, overrides: Mapping[str, Any], growth: str) -> float:
+    """The default learning rate at width 128."""
+    architecture = ARCHITECTURES[family]
+    pure = architecture.positions[:1] in ((), ("none",))  # a state space model, without attention
+    if pure:
+        return RECALL_LR if overrides.get("ssm_init") == "recall" else DEFAULT_LR
+    return GAP_LR if growth == "gap" and not architecture.has("ssm_init") else DEFAULT_LR
 
 
 def first_length(task: Task) -> int:

@@ -23,6 +23,7 @@ from analysis.comparisons import comparisons
 from analysis.plots import sweep
 from analysis.tables import between, by_seed, fill, share
 from ssm_retrieval.statistics import bootstrap_median_time
+from ssm_retrieval.style import NAMES
 from ssm_retrieval.tables import markdown
 from ssm_retrieval.training import store
 from ssm_retrieval.training.outcomes import reachable_length
@@ -52,7 +53,6 @@ def filled(text: str) -> str:
         "rates": rates(json.loads(RATES.read_text())),
         "lengths": cells(table[table["queries"] > 1], usual=True),
         "layouts": cells(table[table["queries"] == 1], usual=True),
-        "states": states(table),
         "exponents": exponents(table),
         "layout-tests": layout_tests(table),
         "cost": cost(everything),
@@ -90,26 +90,6 @@ def cells(table: pd.DataFrame, usual: bool) -> str:
             ]
         )
     header = ["model", "setting", "length", "seeds at 0.95 [95 %]", "tokens to 0.95, median [range]"]
-    return markdown([*header, "final accuracy, by seed", "longest length learned, by seed"], rows)
-
-
-def states(table: pd.DataFrame) -> str:
-    """A line per architecture and state size: seeds that got there, cost, accuracy."""
-    found = sweep.state_table(table)
-    rows = []
-    for (variant, state), cell in found.groupby(["variant", "d_state"]):
-        median = bootstrap_median_time(cell["value"], cell["reached"])
-        rows.append(
-            [
-                str(variant),
-                f"{state:g}",
-                share(cell["reached"].sum(), len(cell)),
-                f"{number(median[0])} [{number(median[1])}, {number(median[2])}]",
-                by_seed(cell.sort_values("seed")["accuracy"]),
-                ", ".join(str(n) for n in cell.sort_values("seed")["longest"]),
-            ]
-        )
-    header = ["model", "states per channel", "seeds at 0.95 [95 %]", "tokens to 0.95, median [range]"]
     return markdown([*header, "final accuracy, by seed", "longest length learned, by seed"], rows)
 
 
@@ -160,12 +140,12 @@ def cost(table: pd.DataFrame) -> str:
 
 def rates(rows: list[dict]) -> str:
     """The scores of all learning rates, and which one was chosen."""
-    names = {"rope": ", RoPE 25 %", None: ""}
+    names = {"rope": ", RoPE 25 %", "none": ", no positions"}
     lines = []
     for key in dict.fromkeys((row["model"], row["position"]) for row in rows):
         mine = [row for row in rows if (row["model"], row["position"]) == key]
         scores = [", ".join(f"{score:.3f}" for score in r["scores"]) for r in mine]
-        lines.append([key[0] + names[key[1]], *scores, f"{mine[0]['lr']:g}"])
+        lines.append([NAMES[key[0]] + names.get(key[1], ""), *scores, f"{mine[0]['lr']:g}"])
     candidates = list(dict.fromkeys(f"{row['candidate']:g}" for row in rows))
     return markdown(["model", *(f"scores at {c}" for c in candidates), "chosen"], lines)
 

@@ -7,7 +7,8 @@ RUNS is the folder of that sweep, PROBES one with the output of
 file (one row per run, weights, site, layer, quantity, role and lag), the figures (figures.py) and what stands
 between `<!-- NAME -->` and `<!-- /NAME -->` in README.md. Without arguments it starts from measured.parquet.
 
-Runs are the units: tables show every seed; intervals of ratios and differences are Student's 95 % over three.
+Runs are the units: tables show every seed. So few seeds have no interval of their mean; ranges stand beside
+means, which of ratios are geometric.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import numpy as np
 import pandas as pd
 
 from analysis.tables import by_seed, fill
-from ssm_retrieval.statistics import geometric_mean_interval
 from ssm_retrieval.style import NAMES
 from ssm_retrieval.tables import markdown
 from ssm_retrieval.training import store
@@ -28,10 +28,12 @@ from synthetic import records
 
 HERE = Path(__file__).parent
 MEASURED = HERE / "measured.parquet"
-LAYOUTS = {"suffix": "query last", "prefix": "query first"}
+LAYOUTS = {"suffix": "query last", "prefix": "query first", "two-pass": "context twice"}
 WORDS = {"write": "written", "kept": "kept", "share": "part of the state"}
 RUN = ["run", "model", "position", "layout", "queries", "seq_len", "d_state", "seed", "accuracy"]
-USUAL_STATE = {"mamba": 16, "mamba2": 64}
+LENGTH = 64  # of the study's models
+FAMILIES = ("mamba", "mamba2", "transformer")
+SSM = FAMILIES[:2]
 TOGETHER = "target+partner"  # role of a patch of both
 SITES = {"residual": "residual stream", "state": "state"}
 
@@ -53,7 +55,7 @@ def collect(runs: Path, probes: Path) -> pd.DataFrame:
             plan["task_options"]["layout"],
             "single" if plan["queries"] == 1 else "dense",
             plan["seq_len"],
-            overrides.get("d_state", USUAL_STATE.get(plan["family"], 0)),
+            overrides.get("d_state", 0),
             plan["seed"],
             result["accuracy"],
         ]
@@ -73,6 +75,8 @@ def measured(folder: Path) -> pd.DataFrame:
         _part(folder, "linear", "token", "accuracy", name="decoded", lag="lag"),
         _part(folder, "linear", "answer", "accuracy", name="answer decoded"),
         _part(folder, "linear", "capacity", "expected tokens", name="tokens"),
+        _part(folder, "capacity", "facts", "facts", name="facts", lag="shown"),
+        _part(folder, "capacity", "place", "accuracy", name="read out", lag="place"),
         _part(folder, "lens", "accuracy", "accuracy", name="lens"),
         _part(folder, "patch", "target", "effect", name="moved"),
         _part(folder, "patch", "target", "effect", name="moved, unrelated", control="unrelated"),
@@ -94,6 +98,8 @@ def _part(
     if probe == "patch":  # residual stream and state; a mean over the distractors, whose number differs
         table = table[table["control"].fillna("").eq(control) & table["site"].isin(list(SITES))]
         table = table.groupby(["weights", "site", "layer", "role"])["value"].mean().reset_index()
+    if probe == "capacity" and part == "place":  # behind the whole context
+        table = table[table["shown"] == table["shown"].max()]
     if probe == "attention":  # the best head of each layer
         table = table.groupby(["weights", "layer"])["value"].max().reset_index()
     table = table.assign(quantity=name or quantity)
@@ -103,19 +109,16 @@ def _part(
 # --- selections ---------------------------------------------------------------------------------------------
 
 
-def cells(table: pd.DataFrame, *, any_state: bool = False, **fixed: Any) -> pd.DataFrame:
+def cells(table: pd.DataFrame, **fixed: Any) -> pd.DataFrame:
     """Choose rows by their values.
 
     Args:
         table: The study's table.
-        any_state: Keep state sizes other than the usual one, too.
         **fixed: Column = the value, or a tuple of values.
 
     Returns:
         The rows.
     """
-    usual = table["d_state"] == table["model"].map(USUAL_STATE).astype(float).fillna(0)
-    table = table if any_state else table[usual]
     for name, value in fixed.items():
         table = table[table[name].isin(value) if isinstance(value, tuple) else table[name] == value]
     return table
@@ -127,9 +130,12 @@ def best_layer(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
 
 
 def ratio(values: Any) -> str:
-    """Geometric mean of ratios over seeds and its 95 % interval."""
-    mean, low, high = geometric_mean_interval(values)
-    return f"{_short(mean)} [{_short(low)}, {_short(high)}]"
+    """Geometric mean of ratios over seeds, and their range."""
+    values = np.asarray(values, float)
+    if not len(values):
+        return "–"
+    low, mean, high = values.min(), np.exp(np.log(values).mean()), values.max()
+    return f"{_short(mean)} ({_short(low)} to {_short(high)})"
 
 
 def each(cell: pd.DataFrame, digits: int = 2) -> str:
@@ -139,26 +145,6 @@ def each(cell: pd.DataFrame, digits: int = 2) -> str:
 
 def _short(value: float) -> str:
     return f"{value:.2g}" if value >= 10 or value < 0.1 else f"{value:.2f}"
-
-
-def difference(a: Any, b: Any, digits: int = 2) -> str:
-    """Write the difference of two means, a minus b.
-
-    Args:
-        a: Values.
-        b: Values.
-        digits: Decimal places.
-
-    Returns:
-        The difference with Welch's 95 % interval, and Hedges' g, its standardised size.
-    """
-    from scipy import stats
-
-    a, b = np.asarray(a, float), np.asarray(b, float)
-    low, high = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
-    pooled = np.sqrt(((len(a) - 1) * a.var(ddof=1) + (len(b) - 1) * b.var(ddof=1)) / (len(a) + len(b) - 2))
-    g = (a.mean() - b.mean()) / pooled * (1 - 3 / (4 * (len(a) + len(b)) - 9))
-    return f"{a.mean() - b.mean():+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}], g = {g:.1f}"
 
 
 def variant(model: Any, position: Any) -> str:
@@ -184,84 +170,50 @@ def runs_table(table: pd.DataFrame) -> str:
 
 
 def contrasts(table: pd.DataFrame) -> str:
-    """Target over distractor in the last layer, query last against first, by length; and untrained."""
+    """Target over distractor by layer: query last, query first, untrained; one query per sequence."""
     rows = []
-    for model in USUAL_STATE:
+    for model in SSM:
+        mine = cells(table, model=model, queries="single")
         for quantity in WORDS:
-            for length in (16, 32):
-                part = cells(table, model=model, quantity=quantity, seq_len=length)
-                part = part[part["layer"] == part["layer"].max()]
-                first = part[(part["layout"] == "prefix") & (part["weights"] == "trained")]
-                last = part[(part["layout"] == "suffix") & (part["weights"] == "trained")]
-                last = last[last["queries"] == ("single" if length == 16 else "dense")]
-                plain = part[(part["layout"] == "prefix") & (part["weights"] == "untrained")]
-                found = [ratio(rows_["value"]) for rows_ in (last, first)]
-                seeds = ", ".join(_short(v) for v in first.sort_values("seed")["value"])
-                fresh = f"{np.exp(np.log(plain['value']).mean()):.2f}"
-                rows.append([NAMES[model], WORDS[quantity], length, *found, seeds, fresh])
-    head = ["model", "quantity", "length", "query last", "query first", "its seeds", "untrained"]
+            part = mine[mine["quantity"] == quantity]
+            for layer in sorted(part["layer"].unique()):
+                here = part[part["layer"] == layer]
+                found = [
+                    ratio(cells(here, layout=layout, weights=weights)["value"])
+                    for layout, weights in (
+                        ("suffix", "trained"), ("prefix", "trained"), ("prefix", "untrained")
+                    )
+                ]  # fmt: skip
+                rows.append([NAMES[model], WORDS[quantity], layer + 1, *found])
+    head = ["model", "quantity", "layer", "query last", "query first", "untrained"]
     return markdown(head, rows)
 
 
 def tokens(table: pd.DataFrame) -> str:
-    """Context symbols that a linear probe finds in the state, beside those that the model itself finds."""
-    part = best_layer(cells(table, quantity="tokens", site="state"), ["weights"])
+    """Symbols that the model answers, that it can still be asked for, and that linear probes find."""
     rows = []
-    for key, cell in part.groupby(["model", "layout", "queries", "seq_len"], observed=True):
-        model, layout, queries, length = (*key[:3], int(str(key[3])))
-        trained = cell[cell["weights"] == "trained"].sort_values("seed")
-        fresh = cell[cell["weights"] == "untrained"].sort_values("seed")
+    keys = ["model", "layout", "queries", "seq_len"]
+    for key, cell in table.groupby(keys, observed=True):
+        model, layout, queries, length = (*map(str, key[:3]), int(str(key[3])))
+        if layout == "prefix":
+            continue
+        trained = cell[cell["weights"] == "trained"]
+        once = trained.drop_duplicates("run").sort_values("seed")
+        asked = trained[(trained["quantity"] == "facts") & (trained["lag"] == length)]
+        state = best_layer(cells(cell, quantity="tokens", site="state"), ["weights"])
+        fresh = state[state["weights"] == "untrained"]["value"]
         rows.append(
             [
-                NAMES[str(model)],
-                f"{LAYOUTS[str(layout)]}, {queries}",
-                length,
-                by_seed(trained["accuracy"] * length, 1) if layout == "suffix" else "–",
-                each(trained, 1),
-                f"{fresh['value'].mean():.1f}",
+                NAMES[model],
+                f"{LAYOUTS[layout]}, {queries}",
+                by_seed(once["accuracy"] * length, 1),
+                each(asked, 1) or "–",
+                each(state[state["weights"] == "trained"], 1) or "–",
+                f"{fresh.mean():.1f}" if len(fresh) else "–",
             ]
         )
-    head = ["model", "query", "length N", "accuracy x N", "decodable", "decodable, untrained"]
-    return markdown(head, rows)
-
-
-def state_sizes(table: pd.DataFrame) -> str:
-    """The same at length 16 for states of different size."""
-    part = best_layer(
-        cells(table, any_state=True, quantity="tokens", site="state", seq_len=16, queries="dense"),
-        ["weights"],
-    )
-    rows = []
-    for (model, d_state), cell in part.groupby(["model", "d_state"], observed=True):
-        trained, fresh = (cell[cell["weights"] == w] for w in ("trained", "untrained"))
-        accuracy = ", ".join(f"{a:.2f}" for a in trained.sort_values("seed")["accuracy"])
-        numbers = f"{256 * int(str(d_state)):,}"
-        found = [each(trained, 1), f"{fresh['value'].mean():.1f}"]
-        rows.append([NAMES[str(model)], d_state, numbers, accuracy, *found])
-    head = ["model", "d_state", "numbers per layer", "accuracy, by seed", "decodable", "decodable, untrained"]
-    return markdown(head, rows)
-
-
-def effects(table: pd.DataFrame) -> str:
-    """Differences of the number of decodable symbols, with Welch's interval and Hedges' g."""
-    part = cells(table, any_state=True, quantity="tokens", site="state", weights="trained")
-    part = best_layer(part, [])
-    rows = []
-    for model, usual in USUAL_STATE.items():
-        mine = part[part["model"] == model]
-        plain = dict(layout="suffix", queries="dense", seq_len=16, d_state=usual)
-        for name, a, b in (
-            (
-                "query first - last, single, N = 16",
-                dict(queries="single", layout="prefix"),
-                dict(queries="single"),
-            ),
-            ("N = 32 - N = 16, query last, dense", dict(seq_len=32), {}),
-            ("d_state 64 - 4, query last, dense, N = 16", dict(d_state=64), dict(d_state=4)),
-        ):
-            x, y = (cells(mine, any_state=True, **{**plain, **some})["value"] for some in (a, b))
-            rows.append([NAMES[model], name, difference(x, y, digits=1)])
-    return markdown(["model", "comparison", "difference in decodable symbols"], rows)
+    head = ["model", "query", "accuracy x N", "asked for one by one", "linear probe of the state"]
+    return markdown([*head, "of an untrained one"], rows)
 
 
 def where(table: pd.DataFrame) -> str:
@@ -296,17 +248,12 @@ def where(table: pd.DataFrame) -> str:
 def settings(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """What is compared where: models that have learned the task (accuracy above 0.5), by name."""
     found = []
-    wanted = (
-        ("transformer", "suffix", "dense", 16, "learned"),
-        ("mamba", "suffix", "dense", 16, ""),
-        ("mamba2", "suffix", "dense", 16, ""),
-        ("mamba", "prefix", "single", 16, ""),
-        ("mamba2", "prefix", "single", 16, ""),
-    )
-    for model, layout, queries, length, position in wanted:
-        part = cells(table, model=model, layout=layout, queries=queries, seq_len=length, position=position)
-        part = part[part["accuracy"] > 0.5]
-        found.append((f"{NAMES[model]}, {LAYOUTS[layout]}", part))
+    for layout, queries in (("suffix", "dense"), ("prefix", "single")):
+        for model in FAMILIES:
+            part = cells(table, model=model, layout=layout, queries=queries)
+            part = part[part["accuracy"] > 0.5]
+            if len(part):
+                found.append((f"{NAMES[model]}, {LAYOUTS[layout]}", part))
     return found
 
 
@@ -318,8 +265,6 @@ def filled(text: str) -> str:
         contrasts=contrasts(table),
         where=where(table),
         tokens=tokens(table),
-        sizes=state_sizes(table),
-        effects=effects(table),
     )
     return fill(text, made)
 
