@@ -26,12 +26,12 @@ class Readout:
     Attributes:
         predicted: (B, Q) int64, the likeliest token after each question.
         numbers: Numbers in the cache that one sequence's questions continue from.
-        cache: This cache, of B sequences, for further questions.
+        cache: This cache, of B sequences, for further questions; None if each question has its own.
     """
 
     predicted: Tensor
     numbers: int
-    cache: Cache
+    cache: Cache | None = None
 
 
 def fork(cache: Cache, rows: Tensor) -> Cache:

@@ -19,6 +19,9 @@ After the whole context also, by `layer`, what a state answers by itself, withou
     map         of the questions for the symbols from `place` on, the share that is answered with one of the
                 places from `answer` on, each of `size` symbols; what is missing to 1 are no places
 
+A question before the context leaves no cache to copy: the model reads the whole sequence for each question.
+Tasks that do not ask where a single symbol stands are asked their own questions, after the whole context.
+
 Questions stand at the positions that training gave them (`--growth`). A model that was trained at one length
 only may fail at all others; `shown` = N is what it was trained for.
 """
@@ -35,9 +38,8 @@ import torch
 from torch import Tensor
 
 from probes.projection import state_answers
-from probes.readout import read_out
+from probes.readout import Readout, read_out
 from probes.suite.common import (
-    NotApplicable,
     Options,
     Probe,
     answer_at,
@@ -46,6 +48,7 @@ from probes.suite.common import (
     interval,
     rows_within,
 )
+from ssm_retrieval.models import state_size
 from ssm_retrieval.models.common import LanguageModel
 from ssm_retrieval.statistics import ratio_of_means, wilson
 from ssm_retrieval.tables import markdown
@@ -65,17 +68,15 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
 
     Args:
         model: The model.
-        task: A task of position type whose question follows the context.
-        options: Sequences, seed and progress.
+        task: Its task.
+        options: Sequences, seed, progress, and where short contexts lay.
 
     Returns:
         Rows by shown, with chance: facts that a guess among the n places gets right, or its accuracy. Layer
         is the model's depth, of projections the block that has the state.
-
-    Raises:
-        NotApplicable: The task asks for something else, or before the context.
     """
-    task = asked_after(task)
+    if not isinstance(task, Position):
+        return _own_questions(model, task, options)
     examples = options.examples or min(EXAMPLES, max(LEAST, QUESTIONS // task.seq_len))
     lengths = doublings(task.seq_len)
     right: dict[int, list[Tensor]] = {n: [] for n in lengths}
@@ -85,14 +86,19 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
     rows = rows_within(task, 4 * model.config.d_model * (16 + 2 * model.config.n_layer))
     for batch in batches(task, examples, rows, options):
         context = shown_symbols(task, batch)
-        asked_for = [questions_after(task, context[:, :n], options.place) for n in lengths]
-        prompts, questions, positions = zip(*asked_for, strict=True)
-        found_after = read_out(model, prompts, questions, positions=positions)
-        for n, found in zip(lengths, found_after, strict=True):
+        if task.layout == "prefix":
+            answers = (told_first(model, task, context[:, :n], options.place) for n in lengths)
+        else:
+            asked_for = [questions_after(task, context[:, :n], options.place) for n in lengths]
+            prompts, questions, positions = zip(*asked_for, strict=True)
+            answers = read_out(model, prompts, questions, positions=positions)
+        for n, found in zip(lengths, answers, strict=True):
             places = task.vocabulary.first_position + torch.arange(n)
             once[n].append(occur_once(context[:, :n]))
             right[n].append((found.predicted == places) & once[n][-1])
             numbers[n] = found.numbers
+        if found.cache is None:
+            continue
         for i, answered in state_answers(model, found.cache, questions[-1]).items():
             alone.setdefault(i, []).append(answered - task.vocabulary.first_position)
     asked = torch.cat(once[task.seq_len]).numpy()
@@ -103,24 +109,59 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
     return table.assign(layer=table["layer"].astype(int), answer=answer)
 
 
-def asked_after(task: Task) -> Position:
-    """The task, if it asks where a symbol stands that comes after the context.
+@torch.no_grad()
+def told_first(model: LanguageModel, task: Position, context: Tensor, place: Place) -> Readout:
+    """Ask for every symbol before the context, each time in a sequence of its own.
 
     Args:
-        task: Any task.
+        model: What answers.
+        task: A task of layout "prefix".
+        context: (B, n) 0-based symbols.
+        place: Where contexts lay in training, as in `questions_after`.
 
     Returns:
-        The task.
-
-    Raises:
-        NotApplicable: It asks otherwise.
+        The answers, without a cache: it differs from question to question.
     """
-    if not isinstance(task, Position):
-        known = "position, position-varlen or grid"
-        raise NotApplicable(f"capacity asks where single symbols stand, unlike task {task.name}; use {known}")
-    if task.layout == "prefix":
-        raise NotApplicable("capacity asks after the context, but layout prefix before it; use layout suffix")
-    return task
+    found = []
+    for i in range(context.shape[1]):
+        batch = task.assemble(context.numpy(), np.full((len(context), 1), i))
+        batch = task.part(batch) if place == "gap" else batch
+        logits = model(batch.input_ids, logits_at=batch.answer_at[:1], **batch.places())
+        found.append(logits[:, 0].argmax(-1))
+    return Readout(torch.stack(found, 1), state_size(model.config, answer_at(batch) + 1))
+
+
+@torch.no_grad()
+def _own_questions(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
+    """`facts` and `accuracy` of the questions that held-out sequences of any task ask."""
+    examples = options.examples or EXAMPLES
+    right, targets, lasts = [], [], []
+    rows = rows_within(task, 4 * (model.config.d_model * (16 + 2 * model.config.n_layer)))
+    for batch in batches(task, examples, rows, options):
+        logits = model(batch.input_ids, logits_at=batch.answer_at, **batch.places())
+        right.append(batch.right(logits.argmax(-1)))
+        targets.append(batch.target_index)
+        lasts.append(int(batch.answer_at.max()) + 1)
+    found, target = torch.cat(right).numpy(), torch.cat(targets).numpy()
+    asked, chance = found.shape[1], batch.chance
+    accuracy = share(found, np.ones_like(found))
+    known = asked * max(0.0, (accuracy["value"] - chance) / (1 - chance))
+    facts = {key: value * asked for key, value in accuracy.items()}
+    more = dict(
+        chance=asked * chance, known=known, bits=np.nan, recent=np.nan,
+        numbers=state_size(model.config, max(lasts)), asked=asked,
+    )  # fmt: skip
+    shared: Any = dict(layer=model.config.n_layer, shown=task.seq_len, n=len(found))
+    table = [
+        shared | facts | more | dict(part="facts", quantity="facts"),
+        shared | accuracy | dict(part="accuracy", quantity="accuracy", chance=chance),
+    ]
+    for start, end in pairwise(cells(task.seq_len)):
+        here = (start <= target) & (target < end)
+        if here.any():
+            at = dict(part="place", quantity="accuracy", place=start, size=end - start, chance=chance)
+            table.append(shared | share(found & here, here) | at)
+    return pd.DataFrame(table).assign(answer=np.nan)
 
 
 def doublings(longest: int) -> list[int]:
@@ -130,7 +171,9 @@ def doublings(longest: int) -> list[int]:
 
 def shown_symbols(task: Position, batch: Batch) -> Tensor:
     """(B, N) the 0-based context symbols of a batch, each once, without the markers among them."""
-    ids = batch.input_ids[:, : answer_at(batch)] - task.vocabulary.first_symbol
+    told = task.layout == "prefix"  # the query is the second token, and the context goes on to the answer
+    ids = batch.input_ids[:, 2:] if told else batch.input_ids[:, : answer_at(batch)]
+    ids = ids - task.vocabulary.first_symbol
     return ids[:, (ids[0] >= 0) & (ids[0] < task.vocabulary.num_symbols)][:, : batch.length]
 
 
@@ -245,7 +288,8 @@ def summary(table: pd.DataFrame) -> str:
         "Known: facts without lucky guesses, as the capacity of the linear probe. Recent: accuracy over "
         "the last `known` symbols; 1 says that the model keeps these and no others. Bits: what it takes to "
         "tell that many places. Numbers: how many the cache holds when the question comes. A model that "
-        "was trained at one length only may fail at all others."
+        "was trained at one length only may fail at all others. If the query comes first, every question has "
+        "a sequence of its own. Other tasks ask their own questions, after the whole context."
     )
     keys = ["family", "shown"]
     facts = table[table["part"] == "facts"].sort_values(keys)
@@ -255,8 +299,8 @@ def summary(table: pd.DataFrame) -> str:
         more = [
             f"{value:.4g}" for value in (untrained[row["family"], row["shown"]], row["chance"], row["known"])
         ]
-        more += [f"{row['recent']:.3g}" if round(row["known"]) else ""]
-        more += [f"{row[name]:,.0f}" for name in ("bits", "numbers")]
+        more += [f"{row['recent']:.3g}" if round(row["known"]) and not np.isnan(row["recent"]) else ""]
+        more += ["" if np.isnan(row["bits"]) else f"{row['bits']:,.0f}", f"{row['numbers']:,.0f}"]
         rows.append([row["family"], f"{row['shown']:.0f}", interval(row, digits=4), *more])
     text = f"{words}\n\n" + markdown(
         [*keys, "facts", "untrained", "chance", "known", "recent", "bits", "numbers"], rows

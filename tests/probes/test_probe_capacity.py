@@ -21,7 +21,8 @@ from tiny_runs import by_family, tiny_run
 from analysis.plots import capacity as plots
 from probes import run as cli
 from probes.readout import ask, fork, read_out
-from probes.suite import NotApplicable, Options, Probe, capacity
+from probes.suite import Options, Probe, capacity
+from probes.suite.common import batches
 from ssm_retrieval import models
 from ssm_retrieval.models import Cache
 from ssm_retrieval.statistics import mean_interval, wilson
@@ -203,21 +204,60 @@ def test_intervals_are_over_sequences_but_never_without_width():
     assert np.isnan([*capacity.share(asked, ~asked).values()]).all()
 
 
+class Told:
+    """Reads the query first, and finds it if it is among the last k context symbols."""
+
+    def __init__(self, task, k):
+        self.task, self.k = task, k
+        self.config = models.config("mamba-tiny", vocab_size=task.vocab_size, n_layer=1)
+
+    def __call__(self, ids, *, logits_at, position_ids=None):
+        assert logits_at.tolist() == [ids.shape[1] - 1]
+        query, context = ids[:, 1:2], ids[:, 3:]  # <query> q <bos> x1 .. xN
+        here = context == query
+        here[:, : -self.k] = False
+        place = here.int().argmax(1, keepdim=True)  # 0 where there is none
+        answer = place + self.task.vocabulary.first_position
+        return torch.nn.functional.one_hot(answer, self.task.vocab_size)
+
+
+@pytest.mark.parametrize("k", [1, 5, 16])
+def test_a_query_before_the_context_has_a_sequence_of_its_own(k):
+    task = tasks.build("position", seq_len=16, layout="prefix")
+    table = capacity.measure(Told(task, k), task, Options(examples=6))
+    facts = table[table["part"] == "facts"].set_index("shown")
+    # the last k, and the first place, which every other question is answered with
+    assert facts["value"].to_dict() == {n: min(k + (k < n), n) for n in (2, 4, 8, 16)}
+    assert set(table["part"]) == {"facts", "accuracy", "place"}
+
+
 @pytest.mark.parametrize(
-    ("name", "options", "words"),
-    [
-        (
-            "mqar",
-            dict(seq_len=16, num_pairs=2),
-            "capacity asks where single symbols stand, unlike task mqar",
-        ),
-        ("position", dict(layout="prefix", seq_len=8), "layout prefix before it; use layout suffix"),
-    ],
+    "name, options",
+    [("mqar", dict(seq_len=16, num_pairs=4)), ("selective-copy", dict(seq_len=12, num_tokens=3))],
 )
-def test_other_questions_are_refused(name, options, words):
-    with pytest.raises(NotApplicable, match=words) as error:
-        capacity.measure(None, tasks.build(name, **options), Options())
-    assert "\n" not in str(error.value)
+def test_other_tasks_ask_their_own_questions(name, options):
+    """Against whole logits, sequence by sequence; an answer of several tokens must be right in all."""
+    task = tasks.build(name, **options)
+    model = models.build("mamba-tiny", vocab_size=task.vocab_size, n_layer=1, d_model=16, seed=1)
+    (batch,) = batches(task, 12, 12, Options(seed=3))
+    right = []
+    for row in batch.split(12):
+        with torch.no_grad():
+            logits = model(row.input_ids)[0]
+        at = row.answer_at if row.answer_at.dim() == 1 else row.answer_at[0]
+        told = logits[at].argmax(-1)
+        right.append((told == row.labels[0])[: row.retrieved].reshape(-1, row.answer_tokens).all(1))
+    table = capacity.measure(model, task, Options(examples=12, seed=3))
+    facts = table.set_index("part").loc["facts"]
+    assert facts["value"] == pytest.approx(sum(int(r.sum()) for r in right) / 12)
+    assert facts["asked"] == len(right[0]) and facts["n"] == 12
+    assert facts["numbers"] == models.state_size(model.config, batch.input_ids.shape[1])
+    there = [
+        right[i][batch.target_index[i] == place] for i in range(12) for place in [batch.target_index[0, 0]]
+    ]
+    places = table[table["part"] == "place"].set_index("place")["value"]
+    assert places[int(batch.target_index[0, 0])] == pytest.approx(float(torch.cat(there).double().mean()))
+    assert set(places.index) == set(batch.target_index.unique().tolist())
 
 
 @pytest.mark.parametrize("layout", ["suffix", "instruction", "two-pass"])
@@ -228,9 +268,8 @@ def test_the_answer_to_the_runs_own_question_is_the_one_it_was_scored_for(layout
     (batch,) = heldout(task, 24, 8)
     with torch.no_grad():
         scored = model(batch.input_ids, logits_at=batch.answer_at[:1])[:, 0].argmax(-1)
-    asked = capacity.asked_after(task)
-    context = capacity.shown_symbols(asked, batch)
-    prompt, questions, _ = capacity.questions_after(asked, context)
+    context = capacity.shown_symbols(task, batch)
+    prompt, questions, _ = capacity.questions_after(task, context)
     (found,) = read_out(model, [prompt], [questions])
     assert torch.equal(found.predicted.gather(1, batch.target_index)[:, 0], scored)
 
