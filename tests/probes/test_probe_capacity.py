@@ -252,11 +252,10 @@ def test_other_tasks_ask_their_own_questions(name, options):
     assert facts["value"] == pytest.approx(sum(int(r.sum()) for r in right) / 12)
     assert facts["asked"] == len(right[0]) and facts["n"] == 12
     assert facts["numbers"] == models.state_size(model.config, batch.input_ids.shape[1])
-    there = [
-        right[i][batch.target_index[i] == place] for i in range(12) for place in [batch.target_index[0, 0]]
-    ]
+    first = int(batch.target_index[0, 0])
+    there = torch.cat([row[where == first] for row, where in zip(right, batch.target_index, strict=True)])
     places = table[table["part"] == "place"].set_index("place")["value"]
-    assert places[int(batch.target_index[0, 0])] == pytest.approx(float(torch.cat(there).double().mean()))
+    assert places[first] == pytest.approx(float(there.double().mean()))
     assert set(places.index) == set(batch.target_index.unique().tolist())
 
 
