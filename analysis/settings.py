@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 from pandas.api.types import is_number
@@ -53,20 +53,22 @@ def label(table: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def _usual_state(states: pd.Series) -> float:
+def _usual_state(states: pd.Series[float]) -> float:
     """The preset's state size where runs have it, else the commonest; nan for models without a state.
 
     State space models that retrieve positions have a state of their own (`synthetic.shape`).
     """
     from ssm_retrieval import models
 
-    model, preset, _ = states.name
+    model, preset, _ = cast(tuple[str, str, str], states.name)
     try:
         own = getattr(models.config(f"{model}-{preset}"), "d_state", None)
     except ValueError:  # a preset of another version
         own = None
     known = states.dropna()
-    return own if own in set(known) else float(known.mode().max()) if len(known) else float("nan")
+    if own is not None and own in set(known):
+        return float(own)
+    return float(known.mode().max()) if len(known) else float("nan")
 
 
 def _variant(row: dict[Any, Any]) -> str:

@@ -103,7 +103,11 @@ def run_from(model: LanguageModel, layer: int, x: Tensor, cache: Cache | None, a
     rows = x.flatten(0, 1)
     for block, past in zip(blocks[layer:], _layers(model, cache)[layer:], strict=True):
         rows = block(rows, context, None if past is None else repeated(past, c))
-    return head(norm(rows[:, at])).unflatten(0, (c, B))
+    if isinstance(at, Tensor) and at.dim() == 2:
+        wanted = rows[torch.arange(c * B, device=x.device)[:, None], at.repeat(c, 1)]
+    else:
+        wanted = rows[:, at]
+    return head(norm(wanted)).unflatten(0, (c, B))
 
 
 def _layers(model: LanguageModel, cache: Cache | None) -> list[LayerCache | None]:

@@ -50,7 +50,7 @@ GAP_LR = 1e-3  # of attention with --growth gap: with more, one seed in three is
 ADAFACTOR_LR = (1e-2, 1e-3)  # torch's own for random weights; less with --init
 PRETRAINED_LR = 1e-4  # with --init, at width 768, where pretraining peaks at 6e-4 or more
 DEFAULT_CURRICULUM = 2
-DEFAULT_STEPS = 2500
+DEFAULT_STEPS = 4000
 PAPER_EXAMPLES = 20_000_000  # training budget, batch and learning rate of Retrievit's position scripts
 PAPER_BATCH = 128
 PAPER_LR = 5e-5
@@ -166,7 +166,7 @@ the same, with queries where they stand at --seq-len. window: at a random place.
     ] = None
     """Peak learning rate. Other defaults: 1e-4 at width 768 with --init; 1e-2 with adafactor, 1e-3 with \
 both; 5e-5 with --protocol paper."""
-    steps: Annotated[int | None, unset("INT", "2500")] = None
+    steps: Annotated[int | None, unset("INT", "4000")] = None
     """Optimiser steps at most."""
     budget: Annotated[int | None, unset("INT", "none; 20 million with --protocol paper")] = None
     """Training sequences at most, instead of --steps."""

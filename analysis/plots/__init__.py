@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
-from analysis.plots import attention, capacity, lens, linear, patch, retention, updates
+from analysis.plots import attention, capacity, knockout, lens, linear, patch, retention, updates
 from probes.contrast_pairs import KINDS
 
 if TYPE_CHECKING:
@@ -25,4 +25,5 @@ FIGURES: Mapping[str, Mapping[str, Callable[[pd.DataFrame], Figure | None]]] = {
     "patch": {f"_{kind}": partial(patch.draw, kind=kind) for kind in KINDS},
     "attention": {"": attention.draw_scores, "_maps": attention.draw_maps},
     "lens": {"": lens.draw},
+    "knockout": {"": knockout.draw},
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from probes.suite import attention, capacity, lens, linear, patch, retention, updates
+from probes.suite import attention, capacity, knockout, lens, linear, patch, retention, updates
 from probes.suite.common import NotApplicable, Options, Probe
 
 __all__ = ["PROBES", "NotApplicable", "Options", "Probe"]
@@ -15,4 +15,5 @@ PROBES: dict[str, Probe] = {
     "patch": patch.PROBE,
     "attention": attention.PROBE,
     "lens": lens.PROBE,
+    "knockout": knockout.PROBE,
 }

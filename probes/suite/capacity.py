@@ -28,6 +28,7 @@ only may fail at all others; `shown` = N is what it was trained for.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from math import lgamma, log
 from typing import Any
@@ -86,6 +87,7 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
     rows = rows_within(task, 4 * model.config.d_model * (16 + 2 * model.config.n_layer))
     for batch in batches(task, examples, rows, options):
         context = shown_symbols(task, batch)
+        answers: Iterator[Readout]
         if task.layout == "prefix":
             answers = (told_first(model, task, context[:, :n], options.place) for n in lengths)
         else:

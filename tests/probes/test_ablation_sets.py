@@ -10,6 +10,7 @@ import torch
 from hook_models import build
 
 from probes.ablation import _like, knock_out, knock_out_together, parts
+from ssm_retrieval import models
 from ssm_retrieval.statistics import mean_interval
 from synthetic import tasks
 
@@ -101,3 +102,23 @@ def test_refusals():
         knock_out_together(model, BATCH, every[:1], every, sets=0)
     with pytest.raises(ValueError, match="unknown replacement 'noise'"):
         knock_out_together(model, BATCH, every[:1], every, replacement="noise")
+
+
+@pytest.mark.parametrize("family, more", [("transformer", dict(init_std=0.3)), ("mamba", dict(seed=3))])
+def test_answers_may_stand_at_other_places_in_every_row(family, more):
+    """Row by row, where all answers stand at the same places, against all rows at once."""
+    task = tasks.build("mqar", seq_len=16, num_symbols=16, num_pairs=2)
+    batch = task.batch(6, seed=0, index=0, queries=2)
+    assert batch.answer_at.dim() == 2 and len(batch.answer_at.unique(dim=0)) > 1
+    model = models.build(f"{family}-tiny", vocab_size=task.vocab_size, d_model=64, n_layer=1, **more)
+    at = batch.answer_at
+    with torch.no_grad():
+        own = model(batch.input_ids).argmax(-1).gather(1, at)
+    batch = replace(batch, labels=own)
+    assert knock_out(model, batch, control=False)["accuracy_intact"].eq(1).all()
+    split = [replace(row, answer_at=row.answer_at[0]) for row in batch.split(6)]
+    every = parts(model, 0)
+    whole = knock_out(model, batch, every, control=False, replacement="zero")
+    alone = [knock_out(model, row, every, control=False, replacement="zero")["accuracy"] for row in split]
+    assert whole["accuracy"].tolist() == pytest.approx(np.mean(alone, axis=0).tolist())
+    assert whole["accuracy"].min() < 1

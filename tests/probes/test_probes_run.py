@@ -206,7 +206,7 @@ def test_another_task_works_or_says_why_not(tmp_path, capsys):
         assert "needs the roles of tokens, which task mqar lacks" in record["left_out"]
     assert figures.main(shlex.split(words.splitlines()[-1])[4:]) == 0  # the command of the last line
     drawn = {path.name for path in (folder / "probes").glob("*.png")}
-    assert drawn == {"attention.png", "attention_maps.png", "capacity.png", "lens.png"}
+    assert drawn == {"attention.png", "attention_maps.png", "capacity.png", "knockout.png", "lens.png"}
     capsys.readouterr()
     assert cli.main([str(folder), "--probe", "patch"]) == 2
     error = capsys.readouterr().err
