@@ -17,10 +17,11 @@ from analysis import published, settings
 from analysis.comparisons import comparisons
 from analysis.plots import sweep
 from analysis.tables import agreed, between, by_seed, fill, share
-from ssm_retrieval.statistics import bootstrap_median_time, geometric_mean_interval
+from ssm_retrieval.statistics import bootstrap_median_time
 from ssm_retrieval.style import NAMES
 from ssm_retrieval.tables import markdown
 from ssm_retrieval.training import store
+from ssm_retrieval.training.outcomes import reachable_length
 from studies.vlm_cpu import summary
 from studies.why_mamba_lags import contrasts
 
@@ -176,37 +177,42 @@ def geometry_by_chance() -> str:
     )
 
 
-# --- studies/why_mamba_lags and studies/learnability -------------------------------------------------------
+# --- studies/why_mamba_lags -------------------------------------------------------
 
 
 def updates() -> str:
-    """What the last layer does with the target, over what it does with a distractor: length 64, one query."""
+    """What each layer does with the target, over what it does with a distractor: length 64, one query."""
     rows = []
-    for model in contrasts.USUAL_STATE:
+    for model in contrasts.SSM:
+        mine = contrasts.cells(probes(), model=model, queries="single", weights="trained")
         for quantity, words in contrasts.WORDS.items():
-            part = contrasts.cells(
-                probes(), model=model, quantity=quantity, seq_len=64, queries="single", weights="trained"
-            )
-            part = part[part["layer"] == part["layer"].max()]
-            ratios = [ratio(part.loc[part["layout"] == name, "value"]) for name in ("suffix", "prefix")]
-            lowest = part.loc[part["layout"] == "prefix", "value"].min()
-            rows.append([NAMES[model], words, *ratios, f"{lowest:.2f}"])
-    head = ["model", "target over distractor", "query last", "query first", "lowest seed, query first"]
-    return markdown(head, rows)
+            part = mine[mine["quantity"] == quantity]
+            for layer in sorted(part["layer"].unique()):
+                here = part[part["layer"] == layer]
+                ratios = [
+                    contrasts.ratio(here.loc[here["layout"] == name, "value"])
+                    for name in ("suffix", "prefix")
+                ]
+                rows.append([NAMES[model], layer + 1, words, *ratios])
+    return markdown(["model", "layer", "target over distractor", "query last", "query first"], rows)
 
 
-def positions() -> str:
-    """Position schemes of the Transformer: the longest length that each seed learned, accuracy at 256."""
-    table = pd.read_csv(ROOT / "studies" / "learnability" / "grid.csv")
+def positions(table: pd.DataFrame) -> str:
+    """Position schemes of the Transformer: accuracy and the longest length learned, at 16 and 64 symbols."""
     table = table[
-        table["diet"].eq("K=64, curriculum from 2") & table["variant"].str.startswith("Transformer, ")
+        (table["model"] == "transformer") & (table["queries"] > 1) & table["seq_len"].isin((16, 64))
     ]
+    longest = reachable_length(table).set_index("run")["value"]
+    final = table[table["kind"] == "final"]
     rows = []
-    for variant, part in table.groupby("variant", sort=False):
-        part = part.sort_values("seed")
-        learned = ", ".join(str(n) for n in part["longest_learned"])
-        rows.append([variant, learned, by_seed(part["accuracy_at_256"])])
-    return markdown(["model", "longest length learned, by seed", "accuracy at 256, by seed"], rows)
+    for variant in settings.variants(table):
+        cells = [variant]
+        for length in (16, 64):
+            mine = final[(final["variant"] == variant) & (final["seq_len"] == length)].sort_values("seed")
+            cells += [by_seed(mine["accuracy"]), ", ".join(f"{n:g}" for n in longest[mine["run"]])]
+        rows.append(cells)
+    head = [f"{what} at {length}" for length in (16, 64) for what in ("accuracy", "longest length learned")]
+    return markdown(["model", *head], rows)
 
 
 def probes() -> pd.DataFrame:
@@ -215,12 +221,6 @@ def probes() -> pd.DataFrame:
 
 
 # --- pieces ------------------------------------------------------------------------------------------------
-
-
-def ratio(values: pd.Series) -> str:
-    """Geometric mean of ratios over seeds and its 95 % interval."""
-    found = geometric_mean_interval(values)
-    return "{} [{}, {}]".format(*(f"{value:,.0f}" if value >= 10 else f"{value:.2f}" for value in found))
 
 
 def cost(cell: pd.DataFrame) -> str:
@@ -267,7 +267,7 @@ def rewritten(text: str) -> str:
         "updates": updates(),
         "geometry": geometry(),
         "geometry-by-chance": geometry_by_chance(),
-        "positions": positions(),
+        "positions": positions(table),
         "vlm-families": summary.families(scenes),
         "vlm-captions": summary.captions(scenes),
         "vlm-floors": summary.floors(scenes),

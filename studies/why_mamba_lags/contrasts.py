@@ -80,7 +80,9 @@ def measured(folder: Path) -> pd.DataFrame:
         _part(folder, "lens", "accuracy", "accuracy", name="lens"),
         _part(folder, "patch", "target", "effect", name="moved"),
         _part(folder, "patch", "target", "effect", name="moved, unrelated", control="unrelated"),
-        _part(folder, "attention", "score", "retrieval", name="retrieval"),
+        _part(folder, "knockout", "part", "drop", name="without one part", lag="number"),
+        _part(folder, "knockout", "set", "drop", name="without the needed parts", lag="size"),
+        _part(folder, "knockout", "control", "drop", name="without random parts", lag="size"),
     ]
     columns = ["weights", "site", "layer", "quantity", "role", "lag", "value"]
     table = pd.concat([part.reindex(columns=columns) for part in parts], ignore_index=True)
@@ -100,8 +102,6 @@ def _part(
         table = table.groupby(["weights", "site", "layer", "role"])["value"].mean().reset_index()
     if probe == "capacity" and part == "place":  # behind the whole context
         table = table[table["shown"] == table["shown"].max()]
-    if probe == "attention":  # the best head of each layer
-        table = table.groupby(["weights", "layer"])["value"].max().reset_index()
     table = table.assign(quantity=name or quantity)
     return table.rename(columns={lag: "lag"}) if lag else table
 
@@ -245,6 +245,27 @@ def where(table: pd.DataFrame) -> str:
     return markdown(head, rows)
 
 
+def needed(table: pd.DataFrame) -> str:
+    """The parts that seem responsible, taken away at once, beside random sets of as many others, by seed."""
+    rows = []
+    for name, part in settings(table):
+        once = part.drop_duplicates("run").sort_values("seed")
+        count, gone, others = [], [], []
+        for run in once["run"]:
+            mine = part[part["run"] == run]
+            single = mine[mine["quantity"] == "without one part"]
+            together = mine[mine["quantity"] == "without the needed parts"]
+            if single.empty:
+                continue
+            count.append(f"{int(together['lag'].sum())} of {len(single)}")
+            gone.append(f"{together['value'].iloc[0]:.2f}" if len(together) else "–")
+            random = mine.loc[mine["quantity"] == "without random parts", "value"]
+            others.append(f"{random.mean():.2f}" if len(random) else "–")
+        rows.append([name, *(", ".join(cell) or "–" for cell in (count, gone, others))])
+    head = ["setting", "parts that seem needed", "accuracy lost without them", "without random ones"]
+    return markdown(head, rows)
+
+
 def settings(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """What is compared where: models that have learned the task (accuracy above 0.5), by name."""
     found = []
@@ -265,6 +286,7 @@ def filled(text: str) -> str:
         contrasts=contrasts(table),
         where=where(table),
         tokens=tokens(table),
+        needed=needed(table),
     )
     return fill(text, made)
 
