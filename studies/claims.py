@@ -89,7 +89,7 @@ def evaluations() -> pd.DataFrame:
 
 
 def lengths(table: pd.DataFrame) -> str:
-    """A line per architecture: how far it gets, and what it needs for length 16, query last, many queries."""
+    """A line per architecture: how far it gets, and what it needs for length 64, query last, many queries."""
     table = table[(table["queries"] > 1) & table["usual_state"]]
     outcomes = sweep.threshold_table(table, "tokens")
     laws = sweep.scaling_table(table)
@@ -100,14 +100,14 @@ def lengths(table: pd.DataFrame) -> str:
         seeds = mine.groupby("seq_len")["reached"].agg(["sum", "size"])
         every = seeds.index[seeds["sum"] == seeds["size"]].max()
         longer = [f"{n}: {share(row['sum'], row['size'])}" for n, row in seeds.iterrows() if n > every]
-        short = mine[mine["seq_len"] == 16]
+        short = mine[mine["seq_len"] == 64]
         law = laws.loc[variant]
         below = law["lower_exponent"]
         exponent = between(law["exponent"], law["exponent_low"], law["exponent_high"], 2)
         exponent += "" if np.isnan(below) else f"; {below:.2f}"
         rows.append([variant, every, ", ".join(longer), cost(short), accuracy(table, short), exponent])
     head = ["model", "longest length that every seed learned", "seeds at longer ones"]
-    return markdown([*head, "tokens for length 16", "accuracy at 16", "exponent of the length"], rows)
+    return markdown([*head, "tokens for length 64", "accuracy at 64", "exponent of the length"], rows)
 
 
 def layouts(table: pd.DataFrame) -> str:

@@ -299,3 +299,23 @@ def test_runs_that_grow_otherwise_are_not_pooled():
     more = dict(parameters=1, parameters_without_embeddings=1, purpose="", commit="", seed=0)
     table = pd.DataFrame(rows[:2]).assign(run=list("ab"), **more)
     assert results.apart(table, ["task", "model", "seq_len", "seed"]) == ["growth"]
+
+
+@pytest.mark.parametrize(
+    "family, layout, growth, lr, shape",
+    [
+        ("transformer", "suffix", "gap", 1e-3, {}),
+        ("transformer", "suffix", "prefix", 2e-3, {}),
+        ("mamba", "suffix", "gap", 4e-3, dict(ssm_init="recall", n_layer=1, d_state=128)),
+        ("mamba", "prefix", "gap", 4e-3, dict(ssm_init="recall", n_layer=2, d_state=64)),
+        ("mamba2", "suffix", "prefix", 4e-3, dict(ssm_init="recall")),
+        ("hybrid", "suffix", "gap", 2e-3, {}),
+    ],
+)
+def test_what_a_family_begins_with_by_default(family, layout, growth, lr, shape):
+    """docs/learnability.md says what was measured for each."""
+    found = plan(RunConfig(model=family, layout=layout, growth=growth, device="cpu"), family)
+    assert found.lr == lr
+    names = ("ssm_init", "n_layer", "d_state")
+    assert {name: found.model_overrides[name] for name in names if name in found.model_overrides} == shape
+    assert found.model_overrides["position"] == "learned"
