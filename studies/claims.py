@@ -22,6 +22,7 @@ from ssm_retrieval.style import NAMES
 from ssm_retrieval.tables import markdown
 from ssm_retrieval.training import store
 from ssm_retrieval.training.outcomes import reachable_length
+from studies.capacity import report as capacity
 from studies.vlm_cpu import summary
 from studies.why_mamba_lags import contrasts
 
@@ -257,6 +258,8 @@ def verdicts(text: str) -> str:
 def rewritten(text: str) -> str:
     """The page with its tables made anew."""
     table, scenes = evaluations(), pd.read_parquet(summary.RESULTS)
+    held = pd.read_csv(capacity.MEASURED)
+    held = held[held["model"].isin(capacity.LAW) & held["task"].eq("position")]
     made = {
         "verdicts": verdicts(text),
         "published-groups": published_groups(),
@@ -264,6 +267,8 @@ def rewritten(text: str) -> str:
         "lengths": lengths(table),
         "layouts": layouts(table),
         "layouts-by-chance": layouts_by_chance(table),
+        "capacity-facts": capacity.runs_table(held),
+        "capacity-fits": capacity.fits_table(capacity.learned(held)),
         "updates": updates(),
         "geometry": geometry(),
         "geometry-by-chance": geometry_by_chance(),

@@ -1,0 +1,1 @@
+"""Five ways to grow a context, compared."""
