@@ -18,20 +18,9 @@ too.
     their own (studies/recipes); here are the others. Attention needs two layers to find what followed a
     symbol.
 
-Processor time on one thread. Measured at D = 64, N = 4, one seed, with contexts of mixed lengths: 0.048 s a
-step of Mamba and 0.035 s of the linear model on the position task, 0.045 s of Mamba on mqar. The rest is
-estimated from these.
-
-    position    linear        6 shapes x 5 seeds x 2,000 steps x 0.035 s    2,100 s
-                Mamba         6 shapes x 5 seeds x 1,000 steps x 0.048 s    1,400 s
-                Mamba-2       6 shapes x 5 seeds x 1,000 steps x 0.05 s     1,500 s
-                Transformer   2 widths x 5 seeds x 1,000 steps x 0.03 s       300 s
-                hybrid        2 widths x 5 seeds x 1,000 steps x 0.12 s     1,200 s
-    mqar        Mamba-2       4 shapes x 5 seeds x 1,500 steps x 0.045 s    1,400 s
-                Transformer   2 widths x 5 seeds x 1,500 steps x 0.04 s       600 s
-                hybrid        1 shape x 5 seeds x 1,500 steps x 0.1 s         800 s
-
-2.6 hours in all; the recipe of Mamba on mqar needs 0.4 hours more for its first four shapes.
+Measured, in seconds of one thread of an AMD Zen 5: position linear 618, Mamba 467, Mamba-2 673, Transformer
+170, hybrid 372; mqar Mamba-2 557, Transformer 312, hybrid 306. That is an hour in all. The recipe of the linear
+model on mqar takes another half.
 
 The first seeds of all families come first, so that a sweep that is stopped has curves of each.
 """
