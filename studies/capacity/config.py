@@ -18,9 +18,9 @@ too.
     their own (studies/recipes); here are the others. Attention needs two layers to find what followed a
     symbol.
 
-Measured, in seconds of one thread of an AMD Zen 5: position linear 618, Mamba 467, Mamba-2 673, Transformer
-170, hybrid 372; mqar Mamba-2 557, Transformer 312, hybrid 306. That is an hour in all. The recipe of the linear
-model on mqar takes another half.
+Measured, seconds of one thread of an AMD Zen 5: position linear 618, Mamba 467, Mamba-2 673, Transformer
+170, hybrid 372; mqar Mamba-2 557, Transformer 312, hybrid 306. That is an hour in all. The recipe of the
+linear model on mqar takes another half.
 
 The first seeds of all families come first, so that a sweep that is stopped has curves of each.
 """
