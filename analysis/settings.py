@@ -35,8 +35,11 @@ def label(table: pd.DataFrame) -> pd.DataFrame:
     if missing or table.empty:
         raise UserError(f"table lacks {', '.join(missing) or 'rows'}; it must be one of the results store's")
     table = table.copy()
-    needed = ["model", "position", "rotary_pct"]
-    table["variant"] = [_variant(row) for row in table[needed].to_dict("records")]
+    # a state space model without positions needs no words, unless others of its architecture have some
+    given = table["position"].eq("learned").groupby(table["model"]).transform("any")
+    scheme = table["position"].astype(object).where(table["position"].notna() | ~given, "none")
+    needed = table[["model", "rotary_pct"]].assign(position=scheme)
+    table["variant"] = [_variant(row) for row in needed.to_dict("records")]
     dense = table["queries"].gt(1).map({True: "dense queries", False: "single query"})
     dense = dense.where(table["task"].isin(DENSE), "")
     layout = table["layout"].fillna("")
