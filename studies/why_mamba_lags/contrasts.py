@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.tables import by_seed, fill
+from ssm_retrieval import models
 from ssm_retrieval.style import NAMES
 from ssm_retrieval.tables import markdown
 from ssm_retrieval.training import store
@@ -55,7 +56,7 @@ def collect(runs: Path, probes: Path) -> pd.DataFrame:
             plan["task_options"]["layout"],
             "single" if plan["queries"] == 1 else "dense",
             plan["seq_len"],
-            overrides.get("d_state", 0),
+            getattr(models.config(plan["model"], **overrides), "d_state", 0),
             plan["seed"],
             result["accuracy"],
         ]
@@ -219,17 +220,15 @@ def tokens(table: pd.DataFrame) -> str:
 def where(table: pd.DataFrame) -> str:
     """By layer: share of the logit difference restored from the context symbols and from the last token.
 
-    Of the two context symbols in one patch where the runs were probed so, else the sum of two patches, which
-    is another thing: effects of two patches do not add up.
+    Both context symbols are patched at once, because effects of two patches do not add up.
     """
     rows = []
-    joint = bool((table["role"] == TOGETHER).any())
     for name, part in settings(table):
         moved = part[(part["quantity"] == "moved") & (part["site"] == "residual")]
         for layer in sorted(moved["layer"].unique()):
             here = moved[moved["layer"] == layer]
             found = []
-            for roles in ((TOGETHER,) if joint else ("target", "partner"), ("last", "query")):
+            for roles in ((TOGETHER,), ("last", "query")):
                 some = here[here["role"].isin(roles)]
                 found.append(each(some.groupby("seed")["value"].sum().reset_index()))
             decoded = part[
@@ -240,8 +239,7 @@ def where(table: pd.DataFrame) -> str:
             ]
             found.append(each(decoded) if len(decoded) else "–")
             rows.append([name, layer, *found])
-    both = "context symbols, one patch" if joint else "context symbols, sum of two patches"
-    head = ["setting", "after block", both, "last token", "place decodable there"]
+    head = ["setting", "after block", "context symbols, one patch", "last token", "place decodable there"]
     return markdown(head, rows)
 
 

@@ -21,10 +21,7 @@ LAYOUT_LOOKS: dict[str, dict[str, Any]] = {
     "prefix": dict(linestyle="-", marker="o"),
 }
 SOURCES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {  # of the answer, by where a patch is made
-    "context symbols (target's and partner's patch, summed)": (
-        ("target", "partner"),
-        dict(color="0.25", marker="s"),
-    ),
+    "both context symbols, one patch": ((contrasts.TOGETHER,), dict(color="0.25", marker="s")),
     "last token": (("last", "query"), dict(color="#d55e00", marker="o")),
 }
 
@@ -56,7 +53,10 @@ def contrast(table: pd.DataFrame) -> Any:
             logs = cell["value"].astype(float).map(np.log).groupby(cell["layer"]).mean()
             ax.plot(logs.index, np.exp(logs), color=color, label=contrasts.LAYOUTS[layout], **look)
         ax.axhline(1, color="0.4", linestyle=":", lw=1)
-        ax.set(yscale="log", xticks=sorted(part["layer"].unique()))
+        low, high = part.loc[part["quantity"] == quantity, "value"].agg(["min", "max"])
+        ax.set(yscale="log", ylim=(min(0.5, low / 1.5), max(2, 1.5 * high)))
+        layers = sorted(part["layer"].unique())
+        ax.set_xticks(layers, [f"{layer + 1}" for layer in layers])
         if i == 0:
             ax.set_title(title, fontsize=9)
         if i == len(models) - 1:
@@ -107,10 +107,10 @@ def lost(table: pd.DataFrame) -> Any:
             _range(axes[0, j], best["lag"] + 1, best["value"], dict(look, color=color))
         kept = contrasts.cells(part, quantity="kept curve", role="distractor", weights="trained")
         best = contrasts.best_layer(kept, ["lag"])
-        _range(axes[1, j], best["lag"], best["value"], dict(color=color, marker="."), log=True)
+        _range(axes[1, j], best["lag"], best["value"], dict(color=color, marker="."))
         axes[0, j].set_title(NAMES[model], color=color)
         axes[1, j].set_xlabel("symbols since")
-        axes[1, j].set(yscale="log")
+        axes[1, j].set_ylim(-0.03, 1.03)
     axes[0, 0].set_ylabel("which place it had (model),\nwhich symbol it was (probe)", fontsize=9)
     axes[0, 0].set_ylim(-0.03, 1.03)
     axes[1, 0].set_ylabel("share of its write\nleft (exact)", fontsize=9)
@@ -123,9 +123,9 @@ def lost(table: pd.DataFrame) -> Any:
     return figure
 
 
-def _range(ax: Any, x: pd.Series, y: pd.Series, look: dict[str, Any], log: bool = False) -> None:
-    """Mean over seeds (log: geometric) and their range by x."""
+def _range(ax: Any, x: pd.Series, y: pd.Series, look: dict[str, Any]) -> None:
+    """Mean over seeds and their range by x."""
     groups = y.astype(float).groupby(x)
-    mean = groups.agg(lambda v: np.exp(np.log(v).mean())) if log else groups.mean()
+    mean = groups.mean()
     ax.plot(mean.index, mean, lw=1.5, **look)
     ax.fill_between(mean.index, groups.min(), groups.max(), color=look["color"], alpha=0.12, lw=0)
