@@ -101,7 +101,8 @@ def looks(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
     found = {}
     for name in variants(table):
         scheme = first.loc[name, "position"]
-        scheme = scheme if isinstance(scheme, str) else "learned"
+        if not isinstance(scheme, str):
+            scheme = "none" if POSITION_NAMES["none"] in name else "learned"
         found[name] = dict(
             color=family_colors()[str(first.loc[name, "model"])],
             linestyle=DASHES[scheme],

@@ -23,6 +23,7 @@ from ssm_retrieval.tables import markdown
 from ssm_retrieval.training import store
 from ssm_retrieval.training.outcomes import reachable_length
 from studies.capacity import report as capacity
+from studies.retrieval_cpu import default_run
 from studies.vlm_cpu import summary
 from studies.why_mamba_lags import contrasts
 
@@ -99,14 +100,17 @@ def lengths(table: pd.DataFrame) -> str:
     for variant in settings.variants(table):
         mine = outcomes[outcomes["variant"] == variant]
         seeds = mine.groupby("seq_len")["reached"].agg(["sum", "size"])
-        every = seeds.index[seeds["sum"] == seeds["size"]].max()
+        learned = seeds.index[seeds["sum"] == seeds["size"]]
+        every = learned.max() if len(learned) else 0
         longer = [f"{n}: {share(row['sum'], row['size'])}" for n, row in seeds.iterrows() if n > every]
         short = mine[mine["seq_len"] == 64]
         law = laws.loc[variant]
         below = law["lower_exponent"]
-        exponent = between(law["exponent"], law["exponent_low"], law["exponent_high"], 2)
-        exponent += "" if np.isnan(below) else f"; {below:.2f}"
-        rows.append([variant, every, ", ".join(longer), cost(short), accuracy(table, short), exponent])
+        exponent = "–"
+        if not np.isnan(law["exponent"]):
+            exponent = between(law["exponent"], law["exponent_low"], law["exponent_high"], 2)
+            exponent += "" if np.isnan(below) else f"; {below:.2f}"
+        rows.append([variant, every or "–", ", ".join(longer), cost(short), accuracy(table, short), exponent])
     head = ["model", "longest length that every seed learned", "seeds at longer ones"]
     return markdown([*head, "tokens for length 64", "accuracy at 64", "exponent of the length"], rows)
 
@@ -265,6 +269,7 @@ def rewritten(text: str) -> str:
         "published-groups": published_groups(),
         "published-scale": published_scale(),
         "lengths": lengths(table),
+        "default-run": default_run.table(pd.read_csv(default_run.MEASURED)),
         "layouts": layouts(table),
         "layouts-by-chance": layouts_by_chance(table),
         "capacity-facts": capacity.runs_table(held),

@@ -112,6 +112,7 @@ def exponents(table: pd.DataFrame) -> str:
 
 def layout_tests(table: pd.DataFrame) -> str:
     """A line per paired test of query first against query last."""
+    table = table[table["layout"].isin(("suffix", "prefix"))]
     found = comparisons(sweep.threshold_table(table, "tokens"))
     found = found[found["kind"] == "layout"]
     rows: list[list[Any]] = [

@@ -87,6 +87,7 @@ def measured(folder: Path) -> pd.DataFrame:
     ]
     columns = ["weights", "site", "layer", "quantity", "role", "lag", "value"]
     table = pd.concat([part.reindex(columns=columns) for part in parts], ignore_index=True)
+    table = table.astype({"site": object, "role": object})
     return table.fillna({"site": "", "role": "", "lag": -1}).astype({"layer": int, "lag": int})
 
 
@@ -145,7 +146,7 @@ def each(cell: pd.DataFrame, digits: int = 2) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value:.2g}" if value >= 10 or value < 0.1 else f"{value:.2f}"
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2f}"
 
 
 def variant(model: Any, position: Any) -> str:
