@@ -73,8 +73,8 @@ display(
 # ## Learning curves of three seeds
 #
 # Below, contexts of 128 symbols, query last, many queries per sequence. Horizontal: training tokens,
-# logarithmic. Vertical: held-out accuracy of single queries; chance is 1 / 128. Thin lines are runs, the thick
-# one their median, the band their range. A run that stopped because it had reached 0.98 keeps its last
+# logarithmic. Vertical: held-out accuracy of single queries; chance is 1 / 128. Thin lines are runs, the
+# thick one their median, the band their range. A run that stopped because it had reached 0.98 keeps its last
 # accuracy in both.
 #
 # The band is not a confidence interval of the mean, on purpose. Training either finds retrieval or does not,

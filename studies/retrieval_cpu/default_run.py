@@ -19,6 +19,7 @@ from ssm_retrieval.errors import UserError
 from ssm_retrieval.style import NAMES
 from ssm_retrieval.tables import markdown
 from ssm_retrieval.training import store
+from ssm_retrieval.training.records import finished
 from synthetic.runs import Run
 
 MEASURED = Path(__file__).with_name("default_run.csv")
@@ -32,8 +33,7 @@ def collect(runs: str) -> pd.DataFrame:
         UserError: If the folder has none.
     """
     found = []
-    for folder in store.runs_in(Path(runs)):
-        run = Run(folder)
+    for run in map(Run, filter(finished, store.runs_in(Path(runs)))):
         known = {name: run.result[name] for name in ("step", "tokens", "seconds")}
         found.append(run.by_length.assign(model=run.plan.family, seed=run.plan.seed, **known)[COLUMNS])
     if not found:

@@ -7,24 +7,34 @@ import analysis
 from analysis import settings
 
 
-@pytest.mark.parametrize("sizes, usual", [((4, 16, 64), 16), ((4, 64), 64), ((64,), 64)])
+def runs(*models):
+    """Reported runs of the retrieval study that have learned positions."""
+    table = analysis.load(ROOT / "studies" / "retrieval_cpu" / "results.parquet")
+    wanted = table["model"].isin(models) & table["position"].eq("learned") & table["purpose"].eq("report")
+    return table[wanted].copy()
+
+
+@pytest.mark.parametrize("sizes, usual", [((4, 16, 64), {16}), ((4, 64, 64), {64}), ((64, 64, 64), {64})])
 def test_the_usual_state_is_the_preset_s_or_else_the_commonest(sizes, usual):
     """Mamba's preset has 16 states a channel; runs that retrieve positions have more."""
-    table = analysis.load(ROOT / "studies" / "retrieval_cpu" / "results.parquet")
-    table = table[table["model"].ne("mamba") | table["d_state"].isin(sizes)]
-    rest = settings.label(table[table["model"].eq("mamba")])
-    assert set(rest.loc[rest["usual_state"], "d_state"]) == {usual}
-    others = settings.label(table)
-    assert others.loc[others["model"].eq("transformer"), "usual_state"].all()  # it has no state
+    table = runs("mamba", "transformer")
+    mamba = table["model"].eq("mamba")
+    table.loc[mamba, "d_state"] = table["seed"].map(dict(enumerate(map(float, sizes))))
+    labelled = settings.label(table)
+    mine = labelled["model"].eq("mamba")
+    assert set(labelled.loc[mine & labelled["usual_state"], "d_state"]) == usual
+    assert labelled.loc[~mine, "usual_state"].all()  # attention has no state
 
 
 def test_missing_positions_are_named_where_others_have_them():
-    table = analysis.load(ROOT / "studies" / "retrieval_cpu" / "results.parquet")
-    table = table[table["model"].isin(("mamba", "transformer")) & table["purpose"].eq("report")].copy()
-    table["position"] = table["position"].astype(object)
+    table = runs("mamba", "transformer")
     mamba = table["model"].eq("mamba")
+    table["position"] = table["position"].astype(object)
     table.loc[mamba, "position"] = None
     assert set(settings.label(table[mamba])["variant"]) == {"Mamba"}
     table.loc[mamba & table["seed"].eq(0), "position"] = "learned"
-    named = settings.label(table).groupby("variant")["seed"].agg(set)
-    assert named["Mamba"] == {0} and not named["Mamba, no positions"] & {0}
+    labelled = settings.label(table)
+    named = labelled.groupby("variant")["seed"].agg(set)
+    assert named["Mamba"] == {0} and named["Mamba, no positions"] == {1, 2}
+    looks = settings.looks(labelled)
+    assert looks["Mamba"]["linestyle"] != looks["Mamba, no positions"]["linestyle"]

@@ -25,7 +25,7 @@ from studies.vlm_cpu import summary
 from studies.why_mamba_lags import contrasts
 from synthetic import memory, sweep
 from synthetic.config import RunConfig, plan
-from synthetic.grid import group, load
+from synthetic.grid import Group, group, load
 from synthetic.results import config_columns
 from vlm.config import read_file
 from vlm.results import COLUMNS
@@ -115,15 +115,8 @@ def test_results_of_the_retrieval_study_are_all_of_its_runs_and_no_others():
     folder = ROOT / "studies" / "retrieval_cpu"
     wanted = load(folder / "config.py")
     rates = json.loads((folder / "learning_rates.json").read_text())
-    # the study's file is older than the last three, which it leaves at their defaults
-    shared = ("task", "model", "preset", "position", "layers", "d_model", "d_conv", "ssm_init")
-    chosen = {tuple(r.get(name) for name in shared): r["lr"] for r in rates}
-    # nor did it say "none" and "default", which were the defaults of its models
-    then = [
-        dataclasses.replace(run, position=None if run.position == "none" else run.position, ssm_init=None)
-        for run in wanted.runs
-    ]
-    rates_of = [chosen[group(run)[: len(shared)]] for run in then]
+    chosen = {tuple(row[name] for name in Group._fields): row["lr"] for row in rates}
+    rates_of = [chosen[group(run)] for run in wanted.runs]
     runs = [dataclasses.replace(run, lr=lr) for run, lr in zip(wanted.runs, rates_of, strict=True)]
     table = analysis.load(folder / "results.parquet")
     reported = table[table["purpose"] == "report"].drop_duplicates("run")
@@ -173,7 +166,7 @@ def test_figures_of_the_retrieval_study_come_from_its_results(tmp_path):
     found = [
         e for e in entries.of_synthetic(folder / "results.parquet", "here") if isinstance(e, entries.Entry)
     ]
-    assert {"scaling", "by_position", "state_size"} <= {entry.name for entry in found}
+    assert {"scaling", "by_position", "position_step"} <= {entry.name for entry in found}
     for entry in found:
         kept = pd.read_csv(folder / "figures" / f"{entry.name}.csv")
         text = io.StringIO(entry.table.to_csv(index=False, float_format="%.10g"))
