@@ -163,8 +163,7 @@ say(
 
 # %% [markdown]
 # A run stops as soon as its held-out accuracy reaches 0.98, or when its budget of steps is used up. (The
-# learning rates are those that `studies/retrieval_cpu` chose for each architecture, on seeds that it does not
-# report.)
+# learning rates were chosen for each architecture on other seeds.)
 #
 # ## How fast: learning curves
 #
@@ -253,8 +252,8 @@ say(
 # %% [markdown]
 # If Mamba simply forgot, its accuracy would fall with age: lowest on the left, at the symbols read first, and
 # highest on the right. Compare that expectation with the figure. The study
-# [`why_mamba_lags`](../studies/why_mamba_lags/README.md) asks the states themselves, and finds that the first
-# symbols are among those that are kept; notebook 03 looks into the state of this very model.
+# [`why_mamba_lags`](../studies/why_mamba_lags/README.md) looks into states of models that learn 64 symbols,
+# from which nothing is lost on the way; notebook 03 looks into the state of this very model.
 #
 # ## How it errs
 #
@@ -332,9 +331,10 @@ display(pd.DataFrame(rows).set_index("length"))
 # ## What this run shows, and what it does not
 #
 # With one seed, one size and one budget you have seen that both architectures learn to retrieve from short
-# contexts and that the Transformer gets to 12 with fewer tokens. It is an example, not evidence: for that,
-# three seeds and five architectures are in [`studies/retrieval_cpu`](../studies/retrieval_cpu/README.md),
-# which the next notebook reads.
+# contexts and that the Transformer gets to 12 with fewer tokens. It is an example, not evidence, and not on
+# equal footing: the Transformer has learned positions, Mamba has none. Three seeds of four architectures, all
+# with positions, are in [`studies/retrieval_cpu`](../studies/retrieval_cpu/README.md), which the next
+# notebook reads.
 #
 # **Try it.** Change `layout` to `"prefix"` and train again: which model gains, which loses? In `lab.py`,
 # beside this notebook, give Mamba twice the steps, or a larger state (`d_state=64`). From the command line

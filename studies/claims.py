@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -101,7 +102,7 @@ def lengths(table: pd.DataFrame) -> str:
         mine = outcomes[outcomes["variant"] == variant]
         seeds = mine.groupby("seq_len")["reached"].agg(["sum", "size"])
         learned = seeds.index[seeds["sum"] == seeds["size"]]
-        every = learned.max() if len(learned) else 0
+        every: Any = learned.max() if len(learned) else 0
         longer = [f"{n}: {share(row['sum'], row['size'])}" for n, row in seeds.iterrows() if n > every]
         short = mine[mine["seq_len"] == 64]
         law = laws.loc[variant]

@@ -46,8 +46,8 @@ def table(measured: pd.DataFrame, shortest: int = 64) -> str:
     rows = []
     for model, mine in measured.groupby("model", sort=False):
         steps = mine.drop_duplicates("seed")["step"]
-        lengths = mine[mine["length"] >= shortest].groupby("length")
-        cells = [by_seed(cell["correct"] / cell["count"]) for _, cell in lengths]
+        long = mine[mine["length"] >= shortest].groupby("length")
+        cells = [by_seed(cell["correct"] / cell["count"]) for _, cell in long]
         rows.append([NAMES[str(model)], ", ".join(f"{step:,}" for step in steps), *cells])
     lengths = sorted(set(measured["length"][measured["length"] >= shortest]))
     return markdown(["model", "steps", *(f"at {length:,}" for length in lengths)], rows)
