@@ -82,7 +82,10 @@ def goals(source: str) -> set[str]:
     found = {goal(match["target"], source) for match in LINK.finditer(text)}
     folders = {posixpath.dirname(path) for path in found if not (ROOT / path).exists()}
     return found.union(
-        path.relative_to(ROOT).as_posix() for folder in folders for path in (ROOT / folder).iterdir()
+        path.relative_to(ROOT).as_posix()
+        for folder in folders
+        for path in (ROOT / folder).iterdir()
+        if path.is_file()
     )
 
 
