@@ -160,8 +160,8 @@ the same, with queries where they stand at --seq-len. window: at a random place.
         float | None,
         unset(
             "FLOAT",
-            "2e-3 at width 128, pure SSMs 4e-3 with --ssm-init recall, Transformers 1e-3 with "
-            "--growth gap; falling with the square root of width",
+            "1e-3 at width 128, pure SSMs 4e-3 with --ssm-init recall, 2e-3 of hybrids and where neither "
+            "that nor --growth gap applies; falling with the square root of width",
         ),
     ] = None
     """Peak learning rate. Other defaults: 1e-4 at width 768 with --init; 1e-2 with adafactor, 1e-3 with \

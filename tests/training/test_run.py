@@ -114,7 +114,7 @@ def test_run_id_follows_what_decides_the_numbers():
         return run_id(plan(config, config.model[0]))
 
     assert name() == name(threads=1) == name(out="elsewhere")
-    changes = [dict(seed=1), dict(lr=1e-3), dict(steps=25), dict(layout="prefix"), dict(model=("mamba",))]
+    changes = [dict(seed=1), dict(lr=3e-3), dict(steps=25), dict(layout="prefix"), dict(model=("mamba",))]
     assert len({name(), *(name(**change) for change in changes)}) == len(changes) + 1
 
 
