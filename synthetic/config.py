@@ -143,7 +143,9 @@ is read by what it was written with, which helps retrieval. A wrong name lists a
     protocol: Literal["default", "paper"] = "default"
     """default: many queries per sequence, a length curriculum, large steps. paper: one query per sequence, \
 fixed length, and the papers' loss, learning rate and budget; too slow for a CPU."""
-    queries: Annotated[int | None, unset("INT", "64, or as many as the task allows")] = None
+    queries: Annotated[
+        int | None, unset("INT", "64, or as many as the task allows; 1 with --layout prefix")
+    ] = None
     """Queries per training sequence, K. Evaluation always uses one (mqar and selective-copy: all). \
 position-varlen's default is at most a quarter of its symbols."""
     curriculum: Annotated[int | None, unset("INT", "2, or the shortest that the task allows")] = None

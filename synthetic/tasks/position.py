@@ -118,6 +118,10 @@ class Position(Task):
         batch = self.assemble(filled, target + start[:, None])
         return replace(batch, length=n, chance=1 / n)
 
+    def dense_queries(self) -> int:
+        """One if it comes first: to keep a list of queries in mind is another task than the one evaluated."""
+        return 1 if self.layout == "prefix" else super().dense_queries()
+
     def check(self, length: int, queries: int) -> None:
         super().check(length, queries)
         if self.supervise_bos and queries > 1:

@@ -319,3 +319,13 @@ def test_what_a_family_begins_with_by_default(family, layout, growth, lr, shape)
     names = ("ssm_init", "n_layer", "d_state")
     assert {name: found.model_overrides[name] for name in names if name in found.model_overrides} == shape
     assert found.model_overrides["position"] == "learned"
+
+
+@pytest.mark.parametrize(
+    "layout, queries", [("suffix", 32), ("instruction", 32), ("two-pass", 32), ("prefix", 1)]
+)
+def test_a_sequence_that_begins_with_its_query_has_one(layout, queries):
+    """Evaluations ask one query; behind several, contexts would stand at other positions."""
+    run = RunConfig(seq_len=32, layout=layout, model="mamba", device="cpu")
+    assert plan(run, "mamba").queries == queries
+    assert plan(dataclasses.replace(run, queries=3), "mamba").queries == 3
