@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
     from probes.suite import Probe
     from synthetic.tasks import Task
-    from synthetic.tasks.base import Place
 
 COLUMNS = ("family", "weights", "layer", "part", "quantity", "value", "low", "high", "n")  # of every table
 STOPPED = "stopped; finished probes are kept, the same command goes on"
@@ -308,9 +307,10 @@ def _measure(
     from ssm_retrieval.models import build
     from ssm_retrieval.training import store
     from synthetic import records
+    from synthetic.curricula import short_place
 
     plan = records.config(trained.folder)["plan"]
-    place: Place = "gap" if plan.get("growth") == "gap" else "first"  # other growths begin at the first, too
+    place = short_place(plan.get("growth", "prefix"))
     models = {"trained": store.load_model(trained.folder)}
     if probe.untrained:
         models["untrained"] = build(plan["model"], **plan["model_overrides"], seed=options.seed).eval()

@@ -183,14 +183,14 @@ def geometry_by_chance() -> str:
     )
 
 
-# --- studies/why_mamba_lags -------------------------------------------------------
+# --- studies/why_mamba_lags --------------------------------------------------------------------------------
 
 
 def updates() -> str:
     """What each layer does with the target, over what it does with a distractor: length 64, one query."""
-    rows = []
+    rows, measured = [], probes()
     for model in contrasts.SSM:
-        mine = contrasts.cells(probes(), model=model, queries="single", weights="trained")
+        mine = contrasts.cells(measured, model=model, queries="single", weights="trained")
         for quantity, words in contrasts.WORDS.items():
             part = mine[mine["quantity"] == quantity]
             for layer in sorted(part["layer"].unique()):

@@ -236,7 +236,7 @@ def position(config: RunConfig, architecture: Architecture) -> str:
     schemes = architecture.positions
     usual = "rope" if config.protocol == "paper" else "learned"
     chosen = config.position or (usual if usual in schemes else schemes[0])
-    if chosen == "rope" and schemes[0] == "none":
+    if chosen == "rope" and architecture.knows_order:
         chosen = "none"
     check(
         chosen in schemes,

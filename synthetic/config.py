@@ -259,7 +259,7 @@ PYTHONPATH. May be given several times."""
         own: dict[str, Any] = {name: getattr(RunConfig, name) for name in lacking}
         if not architecture.positions:
             own["position"] = None
-        elif self.position == "rope" and architecture.positions[0] == "none":
+        elif self.position == "rope" and architecture.knows_order:
             own["position"] = "none"  # what `checks.position` makes of it
         return replace(self, **own, model=(family,))
 
@@ -365,8 +365,7 @@ def plan(config: RunConfig, family: str, elsewhere: bool = False) -> Plan:
 def _usual_lr(family: str, overrides: Mapping[str, Any], growth: str) -> float:
     """The default learning rate at width 128."""
     architecture = ARCHITECTURES[family]
-    pure = architecture.positions[:1] in ((), ("none",))  # a state space model, without attention
-    if pure:
+    if architecture.knows_order:
         return RECALL_LR if overrides.get("ssm_init") == "recall" else DEFAULT_LR
     return GAP_LR if growth == "gap" and not architecture.has("ssm_init") else DEFAULT_LR
 

@@ -44,6 +44,14 @@ def place(plan: Plan, length: int | None) -> Place:
     return "first" if whole or plan.growth in ("prefix", "mixed") else cast(Place, plan.growth)
 
 
+def short_place(growth: str) -> Place:
+    """Where evaluations during training and probes put contexts shorter than seq_len.
+
+    What a window or a filled context is in training, they put at the first positions.
+    """
+    return "gap" if growth == "gap" else "first"
+
+
 def next_length(plan: Plan, now: Progress) -> int:
     """The context length of the next batch: `now.length`, or with "mixed" one that was passed."""
     passed = [length for length in lengths(plan) if length < now.length]

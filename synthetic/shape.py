@@ -51,7 +51,7 @@ def model(
     paper = config.protocol == "paper"
     overrides: dict[str, Any] = {"vocab_size": task.vocab_size}
     scheme = position(config, architecture) if architecture.positions else "none"
-    if scheme != "none" or architecture.positions[:1] not in ((), ("none",)):
+    if scheme != "none" or not architecture.knows_order:
         # the longest evaluation and training sequence, whichever layout
         overrides |= {"max_position_embeddings": task.max_length(queries) + 1, "position": scheme}
     try:
@@ -61,7 +61,7 @@ def model(
         raise UserError(f"--preset {config.preset}: {error}") from error
     learned = overrides.get("position") == "learned"
     # Not of hybrids: their attention retrieves, and learns it later beside layers that sum up the context.
-    recalls = architecture.has("ssm_init") and architecture.positions[:1] == ("none",)
+    recalls = architecture.has("ssm_init") and architecture.knows_order
     if task.positional and learned and recalls and not paper:
         shapes = RECALL_TOLD if config.layout == "prefix" else RECALL
         ready = {"ssm_init": "recall", **shapes.get(name, {})}

@@ -28,7 +28,7 @@ from ssm_retrieval.training.optimizers import make_optimizer
 from ssm_retrieval.training.records import FORMAT, Count, Row, finished
 from synthetic import pretrained, records, tasks
 from synthetic.config import Plan
-from synthetic.curricula import PASS, advance, lengths, longest_passed, next_batch, next_length, place
+from synthetic.curricula import PASS, advance, lengths, longest_passed, next_batch, next_length, short_place
 from synthetic.evaluate import Evaluation, autocast, heldout, score_together
 from synthetic.tasks import Batch
 from synthetic.tasks.base import Place
@@ -196,8 +196,7 @@ class Session(session.Session[Progress, Batch]):
 
     def _unseen(self, split: str, examples: int, length: int, start: int = 0) -> Evaluation:
         plan = self.plan
-        # what a window or a filled context is in training, evaluations put at the first positions
-        where: Place = "gap" if place(plan, length) == "gap" else "first"
+        where: Place = short_place(plan.growth) if length < plan.seq_len else "first"
         batches = heldout(self.task, examples, length, split, start, where)
         how = dict(device=plan.device, precision=plan.precision)
         return score_together(self.model, batches, self.world, **how)

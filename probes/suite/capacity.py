@@ -104,7 +104,9 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
         for i, answered in state_answers(model, found.cache, questions[-1]).items():
             alone.setdefault(i, []).append(answered - task.vocabulary.first_position)
     asked = torch.cat(once[task.seq_len]).numpy()
-    rows_of = [_rows(torch.cat(right[n]).numpy(), torch.cat(once[n]).numpy(), numbers[n]) for n in lengths]
+    rows_of = [
+        _in_order(torch.cat(right[n]).numpy(), torch.cat(once[n]).numpy(), numbers[n]) for n in lengths
+    ]
     rows_of += [_projected(torch.cat(parts).numpy(), asked, i) for i, parts in alone.items()]
     table = pd.DataFrame([dict(layer=model.config.n_layer) | row for rows in rows_of for row in rows])
     answer = table.get("answer", np.nan)  # without states there is no map, but every table has its columns
@@ -145,25 +147,9 @@ def _own_questions(model: LanguageModel, task: Task, options: Options) -> pd.Dat
         targets.append(batch.target_index)
         lasts.append(int(batch.answer_at.max()) + 1)
     found, target = torch.cat(right).numpy(), torch.cat(targets).numpy()
-    asked, chance = found.shape[1], batch.chance
-    accuracy = share(found, np.ones_like(found))
-    known = asked * max(0.0, (accuracy["value"] - chance) / (1 - chance))
-    facts = {key: value * asked for key, value in accuracy.items()}
-    more = dict(
-        chance=asked * chance, known=known, bits=np.nan, recent=np.nan,
-        numbers=state_size(model.config, max(lasts)), asked=asked,
-    )  # fmt: skip
-    shared: Any = dict(layer=model.config.n_layer, shown=task.seq_len, n=len(found))
-    table = [
-        shared | facts | more | dict(part="facts", quantity="facts"),
-        shared | accuracy | dict(part="accuracy", quantity="accuracy", chance=chance),
-    ]
-    for start, end in pairwise(cells(task.seq_len)):
-        here = (start <= target) & (target < end)
-        if here.any():
-            at = dict(part="place", quantity="accuracy", place=start, size=end - start, chance=chance)
-            table.append(shared | share(found & here, here) | at)
-    return pd.DataFrame(table).assign(answer=np.nan)
+    numbers = state_size(model.config, max(lasts))
+    table = _rows(found, np.ones_like(found), target, task.seq_len, batch.chance, numbers)
+    return pd.DataFrame(table).assign(layer=model.config.n_layer, bits=np.nan, recent=np.nan, answer=np.nan)
 
 
 def doublings(longest: int) -> list[int]:
@@ -207,27 +193,37 @@ def occur_once(context: Tensor) -> Tensor:
 # --- table --------------------------------------------------------------------------------------------------
 
 
-def _rows(right: np.ndarray, once: np.ndarray, numbers: int) -> list[dict[str, Any]]:
-    """All rows of one length; right and once are (B, n) bool."""
-    n = right.shape[1]
-    asked, chance = float(once.sum(1).mean()), 1 / n
-    if asked == 0:
+def _rows(
+    right: np.ndarray, asked: np.ndarray, target: np.ndarray, n: int, chance: float, numbers: int
+) -> list[dict[str, Any]]:
+    """What was answered of n symbols, facts first; right, asked (bool) and target, the places, are (B, q)."""
+    each = float(asked.sum(1).mean())
+    if each == 0:
         return []
-    accuracy = share(right, once)
-    facts = {key: value * asked for key, value in accuracy.items()}
-    known = asked * max(0.0, (accuracy["value"] - chance) / (1 - chance)) if n > 1 else asked
-    last = slice(n - round(known), n)
-    recent = share(right[:, last], once[:, last])["value"]
+    accuracy = share(right, asked)
+    facts = {key: value * each for key, value in accuracy.items()}
+    known = each * max(0.0, (accuracy["value"] - chance) / (1 - chance)) if chance < 1 else each
     shared: Any = dict(shown=n, n=len(right))
-    more = dict(chance=asked * chance, known=known, bits=bits(n, known), numbers=numbers, recent=recent)
+    more = dict(chance=each * chance, known=known, numbers=numbers)
     rows = [
-        shared | facts | more | dict(part="facts", quantity="facts", asked=asked),
+        shared | facts | more | dict(part="facts", quantity="facts", asked=each),
         shared | accuracy | dict(part="accuracy", quantity="accuracy", chance=chance),
     ]
     for start, end in pairwise(cells(n)):
-        if once[:, start:end].any():
-            found = share(right[:, start:end], once[:, start:end]) | dict(place=start, size=end - start)
+        here = asked & (start <= target) & (target < end)
+        if here.any():
+            found = share(right & here, here) | dict(place=start, size=end - start)
             rows.append(shared | found | dict(part="place", quantity="accuracy", chance=chance))
+    return rows
+
+
+def _in_order(right: np.ndarray, once: np.ndarray, numbers: int) -> list[dict[str, Any]]:
+    """The rows of n symbols that were asked for in their order; right and once are (B, n) bool."""
+    n = right.shape[1]
+    rows = _rows(right, once, np.arange(n), n, 1 / n, numbers)
+    for facts in rows[:1]:
+        last = slice(n - round(facts["known"]), n)
+        facts |= dict(bits=bits(n, facts["known"]), recent=share(right[:, last], once[:, last])["value"])
     return rows
 
 

@@ -110,6 +110,11 @@ class Architecture:
         for option in (*options, "n_layer"):
             require(self.has(option), f"{self.config.__name__} of model {self.name} lacks the field {option}")
 
+    @property
+    def knows_order(self) -> bool:
+        """Whether the model knows the order of tokens without positions, as state space models do."""
+        return self.positions[:1] in ((), ("none",))
+
     def has(self, option: str) -> bool:
         """Whether the config has a field with this name."""
         return option in {f.name for f in dataclasses.fields(cast(Any, self.config))}

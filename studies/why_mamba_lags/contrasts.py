@@ -78,7 +78,6 @@ def measured(folder: Path) -> pd.DataFrame:
         _part(folder, "linear", "capacity", "expected tokens", name="tokens"),
         _part(folder, "capacity", "facts", "facts", name="facts", lag="shown"),
         _part(folder, "capacity", "place", "accuracy", name="read out", lag="place"),
-        _part(folder, "lens", "accuracy", "accuracy", name="lens"),
         _part(folder, "patch", "target", "effect", name="moved"),
         _part(folder, "patch", "target", "effect", name="moved, unrelated", control="unrelated"),
         _part(folder, "knockout", "part", "drop", name="without one part", lag="number"),
