@@ -66,12 +66,13 @@ NAMED: dict[str, Cell] = {
     "with positions alone": POSITIONS_ALONE,
     "with none": NOTHING,
 }
-# Ingredient: its column of `growth`, and the value from which it counts as there. C = B gives a gap of about
-# 0.46 at first, because the vectors of positions differ between context and query.
+# Ingredient: its column of `growth`, and the size from which it counts as there. C = B gives a gap of about
+# 0.46 at first, because the vectors of positions differ between context and query. C = -B would do as well:
+# the output projection can turn the sign.
 THERE = {
     "identity (last tap's share of the squared weights)": ("identity", 0.5),
     f"long memory (share of states that keep half for {LENGTH} tokens)": ("long", 0.5),
-    "tie (cosine of C with its symbol's B, minus that of others)": ("gap", 0.25),
+    "tie (cosine of C with its symbol's B, minus that of others; either sign)": ("gap", 0.25),
 }
 
 
@@ -244,8 +245,8 @@ def _effect(row: Mapping[Hashable, Any]) -> str:
 
 
 def onset(run: pd.DataFrame, column: str, least: float) -> float:
-    """The first step at which a run's measure is `least` or more; inf if it never is."""
-    there = run[run[column] >= least]
+    """The first step at which a run's measure has the size `least` or more; inf if it never has."""
+    there = run[run[column].abs() >= least]
     return float(there["step"].min()) if len(there) else float("inf")
 
 
@@ -277,7 +278,7 @@ def findings(runs: pd.DataFrame, grown: pd.DataFrame) -> str:
     for model, part in grown.groupby("model", sort=False):
         last = part.sort_values("step").groupby("seed").tail(1)
         counts = [
-            f"{words.split(' (')[0]} in {int((last[column] >= least).sum())} of {len(last)} seeds"
+            f"{words.split(' (')[0]} in {int((last[column].abs() >= least).sum())} of {len(last)} seeds"
             for words, (column, least) in THERE.items()
         ]
         lines.append(
@@ -289,8 +290,12 @@ def findings(runs: pd.DataFrame, grown: pd.DataFrame) -> str:
 
 def _needed(found: dict[Cell, pd.DataFrame]) -> str:
     """What became of the cell with everything, of those without one ingredient, and of that with none."""
-    there = {name: _reached(found[cell]) for name, cell in NAMED.items() if cell in found}
-    return " ".join(f"{name[0].upper()}{name[1:]}, {said}." for name, said in there.items())
+    alike: dict[str, list[str]] = {}
+    for name, cell in NAMED.items():
+        if cell in found:
+            alike.setdefault(_reached(found[cell]), []).append(name)
+    sentences = (f"{', '.join(names)}: {said}." for said, names in alike.items())
+    return " ".join(sentence[0].upper() + sentence[1:] for sentence in sentences)
 
 
 def _reached(cell: pd.DataFrame) -> str:

@@ -236,8 +236,12 @@ def test_numbers_of_the_page_follow_from_its_runs():
     assert line(report.cells_table(runs), "Mamba | 64 | none | default | default | random")[6:] == none
     assert line(report.families(runs), "Mamba | none | published")[3:] == none
     said = report.findings(runs, pd.DataFrame(columns=["model"]))
-    assert "ingredients, 2 of 3 seeds reach 0.95, the median after 100 to 200 steps. Without" in said
-    assert "With none, 0 of 2 seeds reach 0.95 in 300 steps." in said
+    assert "ingredients: 2 of 3 seeds reach 0.95, the median after 100 to 200 steps. Without" in said
+    assert "With none: 0 of 2 seeds reach 0.95 in 300 steps." in said
+    more = [row for seed in range(2) for row in rows_of("p", ONE_REMOVED[0].options(), seed, None, 4)]
+    both = effects.outcomes(pd.concat([two_cells(), pd.DataFrame(more)]))
+    said = report.findings(both, pd.DataFrame(columns=["model"]))
+    assert "Without positions, with none: 0 of 2 seeds reach 0.95 in 300 steps." in said
     assert line(report.cost(runs), "Mamba | 64")[2:] == ["6", "2"]  # 10 + 20 + 20 + 3 x 30 s
 
 
@@ -284,7 +288,7 @@ def test_what_is_built_says_when():
     steps = [0, 100, 200]
     grown = pd.DataFrame(
         dict(model="mamba", seed=seed, step=steps, train_length=[2, 8, end], identity=[0.25, share, 0.75],
-             long=0.1, gap=[0.0, 0.2, 0.3])
+             long=0.1, gap=[0.0, 0.2, 0.3 - 0.6 * seed])
         for seed, share, end in ((0, 0.5, 16), (1, 0.4, 32))
     ).explode(["step", "train_length", "identity", "gap"])  # fmt: skip
     table = report.built_table(grown)
