@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from probes.patch_sites import Heads, captured, context_of, residuals, run_from
+from probes.patch_sites import Heads, captured, context_of, residuals, run_from, through_mlp
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.models.common import LanguageModel
 from ssm_retrieval.models.hybrid import ParallelBlock
@@ -51,7 +51,7 @@ class Part:
 
 
 def parts(model: LanguageModel, layer: int, groups: int = 16) -> list[Part]:
-    """The parts of one block: heads of attention and of Mamba-2, groups of channels of Mamba.
+    """The parts of one block: heads of attention, Mamba-2 and delta rules, groups of channels of Mamba.
 
     Args:
         model: The model.
@@ -62,7 +62,8 @@ def parts(model: LanguageModel, layer: int, groups: int = 16) -> list[Part]:
         The block's parts, in order of their channels.
 
     Raises:
-        UserError: `groups` does not divide the channels, or the block has branches in parallel.
+        UserError: `groups` does not divide the channels, the block has branches in parallel, or its mixer is
+            a user's own.
     """
     block: Any = model.blocks[layer]
     if isinstance(block, ParallelBlock):
@@ -71,6 +72,8 @@ def parts(model: LanguageModel, layer: int, groups: int = 16) -> list[Part]:
         )
     if isinstance(block, TransformerBlock):
         kind, width, count = "head", model.config.d_model, model.config.n_head
+    elif not hasattr(block.mixer, "out_proj"):
+        raise UserError(f"block {layer} has a mixer whose parts are not known")
     else:
         config = block.mixer.config
         kind, width, count = "channels", config.d_inner, getattr(config, "n_head", groups)
@@ -315,6 +318,8 @@ class _Mixer:
             with captured(out=self.projection) as seen:
                 block(x, context_of(x))
             self.read = seen["out_in"]
+            self.middle = x + seen["out_out"]
+        self.block = block
         self.base = self.read.mean(0) if replacement == "mean" else torch.zeros_like(self.read[0])
 
     def channels(self, low: int, high: int) -> Tensor:
@@ -329,4 +334,6 @@ class _Mixer:
     def without(self, basis: Tensor) -> Tensor:
         """(B, L, D) that replacing what `read` has in the span of the basis adds to the block's output."""
         change = linear((self.base - self.read) @ basis, self.projection.weight @ basis)
-        return self.heads.through_mlp(change[None], 0)[0] if self.heads else change
+        if self.heads:
+            return self.heads.through_mlp(change[None], 0)[0]
+        return through_mlp(self.block, change, self.middle)

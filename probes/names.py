@@ -10,8 +10,8 @@ from ssm_retrieval.errors import UserError
 from ssm_retrieval.models.common import LanguageModel
 from ssm_retrieval.models.hooks import points
 
-_STATE = "B L E N; Mamba-2 B L H P N"
-_HEADS = "B L E; Mamba-2 B L H P"
+_STATE = "B L E N; Mamba-2 B L H P N; delta rule B L H P N"
+_HEADS = "B L E; Mamba-2 B L H P; delta rule B L H P"
 
 # Name within a layer: (axes, meaning). B batch, L tokens of this call, S keys, D d_model, E d_inner,
 # N d_state, H heads, P width of a head, M width of the MLP, G groups of heads sharing B and C, J = E + 2 G N.
@@ -36,19 +36,29 @@ NAMES: dict[str, tuple[str, str]] = {
     "attn.hook_z": ("B L H P", "pattern @ v"),
     "mlp.hook_pre": ("B L M", "before the activation"),
     "mlp.hook_post": ("B L M", "after the activation"),
-    "mixer.hook_in": ("B L E; Mamba-2 B L J", "input of the convolution: x; Mamba-2 x, B, C in one"),
-    "mixer.hook_conv": (_HEADS, "u = silu(conv(x)), what the recurrence takes in (linear SSM: conv(x))"),
+    "mixer.hook_in": (
+        "B L E; Mamba-2 B L J; delta rule B L J",
+        "input of the convolution: x; Mamba-2 x, B, C in one, the delta rule q, k, v",
+    ),
+    "mixer.hook_q": ("B L H N", "read vector of the delta rule, of length N^-1/2"),
+    "mixer.hook_k": ("B L H N", "write vector of the delta rule, of length 1"),
+    "mixer.hook_v": ("B L H P", "what the delta rule writes"),
+    "mixer.hook_beta": ("B L H", "how much of it, and of what is erased; 0 at padding"),
+    "mixer.hook_conv": (
+        "B L E; Mamba-2 B L H P",
+        "u = silu(conv(x)), what the recurrence takes in (linear SSM: conv(x))",
+    ),
     "mixer.hook_dt": ("B L E; Mamba-2 B L H", "step size, after softplus (linear SSM: 1); 0 at padding"),
     "mixer.hook_B": ("B L N; Mamba-2 B L G N", "write vector"),
     "mixer.hook_C": ("B L N; Mamba-2 B L G N", "read vector"),
     "mixer.hook_A_bar": (
-        "B L E N; Mamba-2 B L H",
-        "decay exp(dt A); an edit changes the decay, not the write",
+        "B L E N; Mamba-2 B L H; delta rule B L H",
+        "decay exp(dt A); an edit changes the decay, not dt B u",
     ),
-    "mixer.hook_ssm_state": (_STATE, "h_t = A_bar h_{t-1} + dt B u; an edit is carried on by the recurrence"),
-    "mixer.hook_ssm_readout": (_STATE, "h_t as C_t reads it; an edit changes y_t only"),
-    "mixer.hook_y": (_HEADS, "y = C h + D u, before the gate"),
-    "mixer.hook_gate": (_HEADS, "silu(z)"),
+    "mixer.hook_ssm_state": (_STATE, "h_t after token t; an edit is carried on by the recurrence"),
+    "mixer.hook_ssm_readout": (_STATE, "h_t as it is read at token t; an edit changes y_t only"),
+    "mixer.hook_y": (_HEADS, "y = C h + D u (delta rule: h q, before the norm), before the gate"),
+    "mixer.hook_gate": (_HEADS, "silu(z), or silu of the gate's projection"),
     "ln_final.hook_normalized": ("B L D", "what the head reads"),
 }
 

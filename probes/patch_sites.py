@@ -12,7 +12,8 @@ input alone), so with D_t = h'_t - h_t a replaced state adds to the outputs
 
     y'_s - y_s = C_s . (A_bar_s ... A_bar_{t+1} D_t)       s >= t
 
-which is a scan that starts from D_t and writes nothing.
+which is a scan that starts from D_t and writes nothing. (Of a delta rule A_bar_s is the matrix F_s of
+`probes.delta`.)
 
 Letters as in `ssm_retrieval.models.common`; c = patches side by side, T = tokens from `start` on.
 """
@@ -28,12 +29,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssm_retrieval.models.common import Cache, Context, LanguageModel, LayerCache, widen
+from ssm_retrieval.models.deltanet import DeltaNetMixer
+from ssm_retrieval.models.gated_deltanet import GatedDeltaNetMixer
 from ssm_retrieval.models.hybrid import ParallelBlock
 from ssm_retrieval.models.linear_ssm import LinearSSMMixer
 from ssm_retrieval.models.mamba import MambaMixer
 from ssm_retrieval.models.mamba2 import Mamba2Mixer
+from ssm_retrieval.models.swiglu_block import SwiGLUBlock
 from ssm_retrieval.models.transformer import TransformerBlock
 from ssm_retrieval.ops.causal_conv1d import causal_conv1d
+from ssm_retrieval.ops.delta_rule import delta_rule
 from ssm_retrieval.ops.linear import linear
 from ssm_retrieval.ops.selective_scan import selective_scan
 from ssm_retrieval.ops.ssd import ssd
@@ -277,15 +282,84 @@ class LinearState:
         return self.mixer.out_proj(y.masked_fill(early[..., None], 0).to(self.u.dtype))
 
 
+class DeltaState:
+    """As `MambaState`, for a block with a delta rule; states are (H, P, N).
+
+    What stands in the state decides what is erased of it, and the recurrence stays linear: a change of the
+    state goes on as a state does into which nothing is written.
+    """
+
+    def __init__(self, block: Any, x: Tensor):
+        self.block, self.mixer = block, block.mixer
+        self.hidden = block.norm(x)
+        self.inputs = self.mixer.inputs(self.hidden, context_of(x))
+        self.y = delta_rule(*self.inputs)  # (B, L, H, P)
+        self.middle = x + self.mixer.output(self.y, self.hidden)
+
+    def states(self, positions: list[int]) -> Tensor:
+        """States h_t after each of T positions, (B, T, H, P, N)."""
+        stop = max(positions) + 1
+        inputs: Any = (None if t is None else t[:, :stop] for t in self.inputs)
+        return delta_rule(*inputs, states_at=positions)[-1]
+
+    def added(self, delta: Tensor, at: Tensor, start: int) -> Tensor:
+        """What replacing h_t by h_t + delta adds to the block's output.
+
+        Args:
+            delta: (c, B, H, P, N).
+            at: (c, B) int64, the positions t.
+            start: The token from which the result begins, at most the smallest t.
+
+        Returns:
+            (c, B, T, D), 0 before t.
+        """
+        c = len(delta)
+        time = torch.arange(start, self.y.shape[1], device=at.device)
+        early = (time < at[..., None]).flatten(0, 1)[..., None]  # (c * B, T, 1)
+        frozen = (time <= at[..., None]).flatten(0, 1)[..., None]  # h_t has been through its token already
+        q, k, v, beta, decay = (None if t is None else _rows(t[:, start:], c) for t in self.inputs)
+        assert q is not None and k is not None and v is not None and beta is not None
+        decay = None if decay is None else decay.masked_fill(frozen, 0)
+        y = delta_rule(
+            q, k, torch.zeros_like(v), beta.masked_fill(frozen, 0), decay, initial_state=delta.flatten(0, 1)
+        )
+        y = y.masked_fill(early[..., None], 0).unflatten(0, (c, -1))
+        before, hidden = self.y[:, start:], self.hidden[:, start:]
+        change = self.mixer.output(before + y, hidden) - self.mixer.output(before, hidden)
+        return through_mlp(self.block, change, self.middle[:, start:])
+
+
+def through_mlp(block: Any, change: Tensor, middle: Tensor) -> Tensor:
+    """What a change of a mixer's output adds to its block's output, where an MLP may read the sum of both.
+
+    Args:
+        block: The block.
+        change: (..., L, D).
+        middle: (B, L, D), the residual stream that the MLP reads without the change.
+
+    Returns:
+        (..., L, D); the change itself if the block has no MLP behind its mixer.
+    """
+    if not isinstance(block, SwiGLUBlock):
+        return change
+
+    def mlp(x: Tensor) -> Tensor:
+        return block.mlp(block.mlp_norm(x))
+
+    return change + mlp(middle + change) - mlp(middle)
+
+
 STATES: dict[type[nn.Module], Any] = {
     MambaMixer: MambaState,
     Mamba2Mixer: Mamba2State,
     LinearSSMMixer: LinearState,
+    DeltaNetMixer: DeltaState,
+    GatedDeltaNetMixer: DeltaState,
 }
 
 
 def ssm_state(block: Any, x: Tensor) -> Any:
-    """The `MambaState`, `Mamba2State` or `LinearState` of an SSM block."""
+    """The states of a block, by the class that `STATES` has for its mixer."""
     return STATES[type(block.mixer)](block, x)
 
 

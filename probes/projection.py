@@ -10,7 +10,8 @@ norm and its head this becomes a row of logits
 
     head(norm(out_proj(gate_q y_q)))
 
-which leaves out every other path: the residual stream, other layers, the question itself. The rows of all
+which leaves out every other path: the residual stream, MLPs, other layers, the question itself. In a layer
+with a delta rule the question erases before it reads, so y_q = (h F_q) q (`probes.delta`). The rows of all
 questions are the projection of "On the Recall Scaling Laws in Mamba" (arXiv 2609.07681, figure 3). C_q is
 what the layer computes after what it has read, so the convolution's window counts.
 
@@ -31,12 +32,12 @@ from probes.readout import BUDGET, WIDE, fork
 from probes.scan import layers_with
 from ssm_retrieval.models.common import Cache, LanguageModel
 
-READ = ("hook_C", "hook_A_bar", "hook_gate")
+READ = ("hook_C", "hook_q", "hook_k", "hook_beta", "hook_A_bar", "hook_gate")
 
 
 def state_blocks(model: LanguageModel) -> list[int]:
     """Indices of the blocks whose state can be projected; blocks with branches in parallel are none."""
-    return [i for i in layers_with(model, "mixer.hook_dt") if has_site(model.blocks[i], "state")]
+    return [i for i in layers_with(model, "mixer.hook_ssm_state") if has_site(model.blocks[i], "state")]
 
 
 @torch.no_grad()
@@ -60,7 +61,8 @@ def project(model: LanguageModel, cache: Cache, tokens: Tensor) -> dict[int, Ten
     for i in blocks:
         read = {name: seen[at][:, 0] for name in READ if (at := f"blocks.{i}.mixer.{name}") in there}
         block: Any = model.blocks[i]
-        found[i] = model.head(model.norm(_output(block.mixer, cache.layers[i]["ssm"], **read)))
+        output = _delta_output if "hook_beta" in read else _output
+        found[i] = model.head(model.norm(output(block.mixer, cache.layers[i]["ssm"], **read)))
     return found
 
 
@@ -77,6 +79,25 @@ def _output(
         y = torch.einsum("ren,rn,ren->re", h, hook_C.to(h.dtype), hook_A_bar.to(h.dtype))
         y = y if hook_gate is None else y * hook_gate
     return mixer.out_proj(y.to(mixer.out_proj.weight.dtype))
+
+
+def _delta_output(
+    mixer: Any,
+    h: Tensor,
+    *,
+    hook_q: Tensor,
+    hook_k: Tensor,
+    hook_beta: Tensor,
+    hook_A_bar: Tensor | None = None,
+    hook_gate: Tensor | None = None,
+) -> Tensor:
+    """(R, D): the same with a delta rule, whose question erases of h (R, H, P, N) what its key holds."""
+    h = h if hook_A_bar is None else h * hook_A_bar[..., None, None].to(h.dtype)
+    k = hook_k.unsqueeze(-2).to(h.dtype)
+    h = h - hook_beta[..., None, None].to(h.dtype) * (h * k).sum(-1, keepdim=True) * k
+    y = mixer.o_norm(torch.einsum("rhpn,rhn->rhp", h, hook_q.to(h.dtype)))
+    y = y if hook_gate is None else y * hook_gate
+    return mixer.o_proj(y.flatten(1).to(mixer.o_proj.weight.dtype))
 
 
 @torch.no_grad()

@@ -80,13 +80,16 @@ class Registry(Mapping[str, Record], Generic[Record]):
             return self[name]
         raise UserError(self.unknown(name, list(self)))
 
-    def unknown(self, name: str, valid: Sequence[str], nearest: str | None = None) -> str:
+    def unknown(
+        self, name: str, valid: Sequence[str], nearest: str | None = None, shown: Sequence[str] | None = None
+    ) -> str:
         """The error message for an unknown name.
 
         Args:
             name: The name.
             valid: All valid names.
             nearest: The name that was probably meant. Default: the most similar one.
+            shown: How the message lists the valid names, where that is shorter.
 
         Returns:
             One line.
@@ -95,8 +98,8 @@ class Registry(Mapping[str, Record], Generic[Record]):
         near = nearest or (close[0] if close else None)
         hint = f" (did you mean {near!r}?)" if near else ""
         return (
-            f"unknown {self.kind} {name!r}{hint}; valid: {', '.join(valid)}; a {self.kind} of your own needs "
-            "--import and the module that registers it"
+            f"unknown {self.kind} {name!r}{hint}; valid: {', '.join(shown or valid)}; a {self.kind} of your own "
+            "needs --import and the module that registers it"
         )
 
 
@@ -108,6 +111,8 @@ ARCHITECTURES: Registry[Any] = Registry(  # Any is `Architecture`, which needs t
         "mamba2": "ssm_retrieval.models.mamba2:ARCHITECTURE",
         "hybrid": "ssm_retrieval.models.hybrid:ARCHITECTURE",
         "linear": "ssm_retrieval.models.linear_ssm:ARCHITECTURE",
+        "deltanet": "ssm_retrieval.models.deltanet:ARCHITECTURE",
+        "gated-deltanet": "ssm_retrieval.models.gated_deltanet:ARCHITECTURE",
     },
 )
 

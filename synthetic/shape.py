@@ -116,13 +116,13 @@ def changes(config: RunConfig, architecture: Architecture, usual: Any) -> dict[s
 
 
 def _heads(config: RunConfig, architecture: Architecture, usual: Any) -> dict[str, Any]:
-    """--heads as a field: the number of attention's heads, or the channels of each of Mamba-2's."""
+    """--heads as a field: the number of attention's heads, or the channels of each head with a state."""
     width, model = config.d_model or usual.d_model, f"{said(config)}: --model {architecture.name} has"
     if architecture.has("n_head"):
         channels, heads = width, config.heads or usual.n_head
         found = {"n_head": config.heads}
     elif architecture.has("headdim"):
-        channels = usual.expand * width
+        channels = round(usual.expand * width)
         fitting = channels // math.gcd(channels, usual.headdim)
         check(
             config.heads is not None or fitting * usual.headdim == channels,

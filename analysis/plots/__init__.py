@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
-from analysis.plots import attention, capacity, knockout, lens, linear, patch, retention, updates
+from analysis.plots import attention, capacity, erasure, knockout, lens, linear, patch, retention, updates
 from probes.contrast_pairs import KINDS
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 FIGURES: Mapping[str, Mapping[str, Callable[[pd.DataFrame], Figure | None]]] = {
     "updates": {"": updates.draw_roles, "_aligned": updates.draw_aligned},
     "retention": {"": retention.draw_curves, "_maps": retention.draw_maps},
+    "erasure": {"": erasure.draw, "_curves": erasure.draw_curves, "_maps": erasure.draw_maps},
     "capacity": {"": capacity.draw, "_projection": capacity.draw_projection},
     "linear": {"": linear.draw_lags, "_answer": linear.draw_answer},
     "patch": {f"_{kind}": partial(patch.draw, kind=kind) for kind in KINDS},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -23,7 +24,7 @@ LINES = {  # (role, weights): name in the legend; in the order in which they are
 }
 
 
-def curve_table(table: pd.DataFrame) -> pd.DataFrame:
+def curve_table(table: pd.DataFrame, units: Mapping[str, str] = UNITS) -> pd.DataFrame:
     """The rows of `draw_curves`: a series per family, quantity, layer and line, sorted by distance.
 
     Column line is one of `LINES`. Values below `LEAST` are left out, intervals end there.
@@ -32,7 +33,7 @@ def curve_table(table: pd.DataFrame) -> pd.DataFrame:
     lines = [LINES.get(pair, "") for pair in zip(rows["role"], rows["weights"], strict=True)]
     rows = rows.assign(line=lines, low=rows["low"].clip(LEAST))
     layers = sorted(rows["layer"].unique())
-    order: Any = dict(family=FAMILIES, quantity=UNITS, layer=layers, line=LINES.values())
+    order: Any = dict(family=FAMILIES, quantity=units, layer=layers, line=LINES.values())
     return shown(rows, ["distance"], **order)
 
 
@@ -46,18 +47,26 @@ def limits(rows: pd.DataFrame) -> tuple[float, float]:
     return float(rows["value"].min()) / 2, float(rows["value"].max()) * 2
 
 
-def draw_curves(table: pd.DataFrame) -> Figure:
-    """Per layer against distance: target, distractors, and the target with untrained weights."""
+def draw_curves(table: pd.DataFrame, units: Mapping[str, str] = UNITS) -> Figure:
+    """Per layer against distance: target, distractors, and the target with untrained weights.
+
+    Args:
+        table: Rows with part "curve".
+        units: Quantities to draw, with their labels.
+
+    Returns:
+        The figure.
+    """
     from matplotlib.ticker import MaxNLocator
 
-    table = curve_table(table)
+    table = curve_table(table, units)
     names = families(table)
-    figure, axes = layer_panels(table, len(UNITS), size=(2.5, 2.2))
+    figure, axes = layer_panels(table, len(units), size=(2.5, 2.2))
     for i, family in enumerate(names):
-        for k, (quantity, label) in enumerate(UNITS.items()):
+        for k, (quantity, label) in enumerate(units.items()):
             mine = table[(table["family"] == family) & (table["quantity"] == quantity)]
             for j, (layer, rows) in enumerate(mine.groupby("layer")):
-                ax = axes[i * len(UNITS) + k, j]
+                ax = axes[i * len(units) + k, j]
                 ax.set_axis_on()
                 for line, part in rows.groupby("line", sort=False):
                     look = line_look(str(line), family)
@@ -73,12 +82,12 @@ def draw_curves(table: pd.DataFrame) -> Figure:
                     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
                 if k == 0:
                     ax.set_title(f"{NAMES[family]}, layer {layer}", fontsize=9)
-                if k == len(UNITS) - 1:
+                if k == len(units) - 1:
                     ax.set_xlabel(DISTANCE, fontsize=9)
                     ax.tick_params(labelbottom=True)
                 if j == 0:
                     ax.set_ylabel(label.replace(" / ", " /\n").replace(" that ", "\nthat "), fontsize=8)
-            axes[i * len(UNITS) + k, 0].set_ylim(*limits(mine))
+            axes[i * len(units) + k, 0].set_ylim(*limits(mine))
     looks = family_looks(names, "target, {}", lw=1.8)
     looks |= {"distractors": CONTROLS["distractors"]}
     legend(figure, looks | {"target, untrained weights": CONTROLS["untrained weights"]})

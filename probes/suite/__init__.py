@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from probes.suite import attention, capacity, knockout, lens, linear, patch, retention, updates
+from probes.suite import attention, capacity, erasure, knockout, lens, linear, patch, retention, updates
 from probes.suite.common import NotApplicable, Options, Probe
 
 __all__ = ["PROBES", "NotApplicable", "Options", "Probe"]
@@ -10,6 +10,7 @@ __all__ = ["PROBES", "NotApplicable", "Options", "Probe"]
 PROBES: dict[str, Probe] = {
     "updates": updates.PROBE,
     "retention": retention.PROBE,
+    "erasure": erasure.PROBE,
     "capacity": capacity.PROBE,
     "linear": linear.PROBE,
     "patch": patch.PROBE,

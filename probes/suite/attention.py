@@ -1,8 +1,9 @@
 """What heads attend to: retrieval, induction and previous-token scores, of attention and of hidden attention.
 
 SSM layers count by their hidden attention, `probes.retention.attention_pattern`: head by head in Mamba-2, the
-mean over channels as head 0 in Mamba. Parts of the table: "score" (by quantity, layer and head, with the
-baseline of uniform attention) and "map" (one sequence, the head of each layer that retrieves best).
+mean over channels as head 0 in Mamba. So do layers with a delta rule, head by head (`probes.delta`). Parts of
+the table: "score" (by quantity, layer and head, with the baseline of uniform attention) and "map" (one
+sequence, the head of each layer that retrieves best).
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 from probes.cache import recorded
+from probes.delta import delta_layers, hidden_attention, record_deltas
 from probes.heads import HeadScores, induction_score, previous_token_score, retrieval_score
-from probes.retention import attention_pattern
+from probes.retention import attention_pattern, normalise_rows
 from probes.scan import layers_with, scan_names, scan_of
 from probes.suite.common import (
     BUDGET,
@@ -48,16 +50,19 @@ def patterns(model: LanguageModel, ids: Tensor) -> dict[int, Tensor]:
         Layer to (B, H, T, T), rows of sum 1.
 
     Raises:
-        NotApplicable: The model has neither attention nor SSM layers.
+        NotApplicable: The model has neither attention nor layers with a state that is known.
     """
     attention, ssm = layers_with(model, "attn.hook_pattern"), layers_with(model, "mixer.hook_dt")
-    if not attention and not ssm:
-        raise NotApplicable("it has neither attention nor SSM layers")
+    delta = delta_layers(model)
+    if not attention and not ssm and not delta:
+        raise NotApplicable("it has neither attention nor SSM layers, nor a delta rule")
     names = [f"blocks.{i}.attn.hook_pattern" for i in attention] + scan_names(ssm)
-    cache = recorded(model, ids, names)
+    cache: Any = recorded(model, ids, names) if names else {}
     found = {i: cache[f"blocks.{i}.attn.hook_pattern"] for i in attention}
     for i in ssm:
         found[i] = attention_pattern(scan_of(model, cache, i))
+    for i, scan in (record_deltas(model, ids, delta) if delta else {}).items():
+        found[i] = normalise_rows(hidden_attention(scan).abs())
     return dict(sorted(found.items()))
 
 
@@ -127,7 +132,8 @@ def summary(table: pd.DataFrame) -> str:
     words = (
         "Attention mass with Student's 95 % interval over sequences, beside uniform attention over the "
         f"visible tokens and untrained weights; the {SHOWN} best heads of each score. SSM layers: hidden "
-        "attention |alpha|, rows normalised, by head (Mamba-2) or as the mean over channels (Mamba)."
+        "attention |alpha|, rows normalised, by head (Mamba-2, delta rule) or as the mean over channels "
+        "(Mamba)."
     )
     keys = ["family", "quantity", "layer", "head"]
     score = table[table["part"] == "score"]

@@ -83,7 +83,7 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for (layer, name), parts in found.items():
         values = torch.cat(parts).double().numpy()
-        rows += _curve(values, where.numpy(), at, layer, name) + _contrast(values, where.numpy(), layer, name)
+        rows += curve(values, where.numpy(), at, layer, name) + _contrast(values, where.numpy(), layer, name)
     for layer, weights in maps.items():
         small, size = coarse(weights)
         rows += map_rows(small, size, layer=layer, part="map", quantity="mean |alpha|", n=mapped)
@@ -122,7 +122,19 @@ def _edges(at: int) -> np.ndarray:
     return np.unique(np.geomspace(1, at + 1, MAX_BINS + 1).round().astype(int))
 
 
-def _curve(values: np.ndarray, kinds: np.ndarray, at: int, layer: int, name: str) -> list[dict[str, Any]]:
+def curve(values: np.ndarray, kinds: np.ndarray, at: int, layer: int, name: str) -> list[dict[str, Any]]:
+    """Means over sequences by role and distance from the answer.
+
+    Args:
+        values: (B, at + 1).
+        kinds: (B, at + 1) roles.
+        at: Position of the answer.
+        layer: The layer, for the rows.
+        name: The quantity.
+
+    Returns:
+        Rows "curve", of targets and distractors.
+    """
     rows, distance = [], at - np.arange(at + 1)
     edges = _edges(at)
     for kind in ("target", "distractor"):

@@ -89,7 +89,7 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
                 dict(layer=layer, part="role", quantity=name, role=row["role"], value=row["mean"],
                      low=row["low"], high=row["high"], n=row["sequences"])
             )  # fmt: skip
-        rows += _contrast(numbers, where, layer, name) + _positions(numbers, layer, name)
+        rows += contrast(numbers, where, layer, name) + positions(numbers, layer, name)
         if name == "relative":
             rows += _sequence(numbers[0], where[0], tokens, layer)
     for (layer, name), outcomes in lasting.items():
@@ -123,9 +123,18 @@ def _horizons(scan: Scan, kinds: Tensor, seed: int) -> list[tuple[str, tuple[flo
     return found
 
 
-def _contrast(values: Tensor, kinds: Tensor, layer: int, name: str) -> list[dict[str, Any]]:
-    """Ratios to the mean of the sequences with a distractor at that place: of the target, and of the tokens
-    around it."""
+def contrast(values: Tensor, kinds: Tensor, layer: int, name: str) -> list[dict[str, Any]]:
+    """The target over the mean of the sequences with a distractor at its place, and tokens around it.
+
+    Args:
+        values: (B, L).
+        kinds: (B, L) roles.
+        layer: The layer, for the rows.
+        name: The quantity.
+
+    Returns:
+        A row "contrast", and of "relative" rows "aligned" by offset from the target.
+    """
     numbers = values.double().numpy()
     target = target_at(kinds).numpy()
     context = is_context(kinds).numpy()
@@ -144,8 +153,17 @@ def _contrast(values: Tensor, kinds: Tensor, layer: int, name: str) -> list[dict
     return rows
 
 
-def _positions(values: Tensor, layer: int, name: str) -> list[dict[str, Any]]:
-    """Means over sequences at every position, above SHORT tokens at BINS equal parts of the sequence."""
+def positions(values: Tensor, layer: int, name: str) -> list[dict[str, Any]]:
+    """Means over sequences at every position, above SHORT tokens at BINS equal parts of the sequence.
+
+    Args:
+        values: (B, L); what is not finite is left out.
+        layer: The layer, for the rows.
+        name: The quantity.
+
+    Returns:
+        Rows "position".
+    """
     L = values.shape[1]
     size = 1 if L <= SHORT else -(-L // BINS)
     return [

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ssm_retrieval.ops import LANES
+from ssm_retrieval.ops import DELTA_CHUNK, LANES
 
 SCAN_CHUNK = 64  # tokens between the states that the scan keeps (ssm_retrieval/ops/_scan_kernels.py)
 SCAN_GROUP = 8  # blocks of channels whose dB, dC are summed before they are stored (the same file)
@@ -161,6 +161,31 @@ def linear_ssm(config: Any, step: Step) -> BlockMemory:
     groups = math.ceil(wide / LANES / SCAN_GROUP)
     working = 4 * channels - c * T * E + 2 * F32 * groups * T * N + 2 * x
     return BlockMemory(x, kept + casts, casts, working)
+
+
+def delta(config: Any, step: Step) -> BlockMemory:
+    """A block of DeltaNet or gated DeltaNet: norm, projections, convolution, delta rule; norm, SwiGLU."""
+    B, L, c = step.at_once, step.length, step.itemsize
+    D, E, N, H, M, T = config.d_model, config.d_inner, config.d_state, config.n_head, config.mlp_width, B * L
+    J, wide = config.conv_dim, H * -(-config.headdim // LANES) * LANES
+    decays, copies = hasattr(config, "dt_min"), c == 2  # autocast copies what each projection reads
+    readers = 4 + decays + config.gate if copies else 1
+    x, keys = F32 * T * D, F32 * T * H * N
+    kept = x + norm("rms", T, D) + readers * c * T * D
+    if config.short_conv:
+        kept += F32 * (T * J + (config.d_conv + 1) * J)
+    else:
+        kept += c * T * J  # before silu
+    kept += (2 * keys if copies else F32 * T * J) + 2 * F32 * T * H  # q and k before they have length 1
+    kept += (
+        2 * keys + F32 * T * (wide + 2 * H) + F32 * T * H * (1 + 2 * decays)
+    )  # the delta rule's; beta, decay
+    kept += F32 * B * math.ceil(L / DELTA_CHUNK) * wide * N  # states
+    kept += F32 * T * (wide + H + E) + 3 * F32 * T * E * config.gate + c * T * E  # norm, gate, o_proj
+    kept += x + norm("rms", T, D) + (1 + copies) * c * T * D + 4 * c * T * M  # SwiGLU
+    casts = 2 * (J * D + (1 + decays) * H * D + (1 + config.gate) * E * D + 3 * D * M) if copies else 0
+    # gradients of q, k, v, and of what the convolution reads; or three of the MLP's width
+    return BlockMemory(x, kept + casts, casts, 2 * x + max(3 * F32 * T * J, 3 * c * T * M))
 
 
 def parallel(first: BlockMemory, second: BlockMemory, config: Any, step: Step) -> BlockMemory:

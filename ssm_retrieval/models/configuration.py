@@ -47,17 +47,18 @@ def require(condition: bool, message: str) -> None:
 
 
 def check_ssm(config: Any) -> None:
-    """Do nothing if dt_min <= dt_max, and if the position scheme is one that an SSM can have.
+    """Do nothing if dt_min <= dt_max (where there is a dt) and the position scheme can be an SSM's.
 
     Raises:
         UserError: If they are not.
     """
-    low, high = config.dt_min, config.dt_max
-    require(low <= high, f"dt_min={low} is above dt_max={high}; exchange them or change one")
+    if hasattr(config, "dt_min"):
+        low, high = config.dt_min, config.dt_max
+        require(low <= high, f"dt_min={low} is above dt_max={high}; exchange them or change one")
     require(
         config.position != "rope",
-        "position='rope' rotates the queries and keys of attention, and an SSM has neither (Mamba-3, which "
-        "rotates B and C, is another architecture); use 'learned' or 'none'",
+        "position='rope' rotates the queries and keys of attention layers, of which this model has none "
+        "(Mamba-3, which rotates B and C, is another architecture); use 'learned' or 'none'",
     )
 
 

@@ -1,10 +1,11 @@
 """What a forward pass does while a probe is active: the quantities that the fast path never makes.
 
-Two functions replace a fused operator, with its arguments and results, and `attention` follows one. Each asks
-the hook (`ssm_retrieval.models.hooks`) what it wants:
+Three functions replace a fused operator, with its arguments and results, and `attention` follows one. Each
+asks the hook (`ssm_retrieval.models.hooks`) what it wants:
 
     selective_scan   Mamba, linear SSM: hook_dt, hook_gate, hook_y and the three state names
     ssd              Mamba-2: the three state names
+    delta_rule       DeltaNet and its kin: the three state names
     attention        Transformer: hook_attn_scores, hook_pattern
 
 What nobody edits comes from the fast path, bit for bit; what is only recorded is computed beside it, at the
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 
 from ssm_retrieval.models.hooks import Hook
 from ssm_retrieval.models.padding import attention_mask
+from ssm_retrieval.ops.delta_rule import delta_rule as fused_delta_rule
 from ssm_retrieval.ops.selective_scan import selective_scan as fused_scan
 from ssm_retrieval.ops.ssd import ssd as fused_ssd
 
@@ -89,6 +91,24 @@ def ssd(hook: Hook, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **op
         return fused_ssd(x, dt, A, B, C, **options)
     h, last_wanted = options.pop("initial_state"), options.pop("return_last_state")
     y, last = hooked_scan(hook, DualRecurrence(x, dt, A, B, C, **options), h)
+    return (y, last) if last_wanted else y
+
+
+def delta_rule(hook: Hook, *arguments: Any, **options: Any) -> Any:
+    """`ops.delta_rule.delta_rule` with the three state names.
+
+    Args:
+        hook: The active probes.
+        *arguments: Those of the operator: q, k, v, beta, log_decay.
+        **options: Those of the operator, `initial_state` and `return_last_state` among them.
+
+    Returns:
+        As the operator.
+    """
+    if not any(hook.wants(name) for name in STATE_NAMES):
+        return fused_delta_rule(*arguments, **options)
+    h, last_wanted = options.pop("initial_state"), options.pop("return_last_state")
+    y, last = hooked_scan(hook, DeltaRecurrence(*arguments, **options), h)
     return (y, last) if last_wanted else y
 
 
@@ -359,3 +379,44 @@ class DualRecurrence:
     def read(self, t: int, h: Tensor) -> Tensor:
         y = (h @ self._by_head(self.C[:, t]).to(h.dtype).unsqueeze(-1)).squeeze(-1)
         return y.to(self.x.dtype).unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class DeltaRecurrence:
+    """The arguments of one `delta_rule` as a `Recurrence`: states (B, H, P, N), y (B, L, H, P)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    beta: Tensor
+    log_decay: Tensor | None
+    erase: bool = True
+
+    @property
+    def length(self) -> int:
+        return self.q.shape[1]
+
+    def scan(self, start: int, stop: int, h: Tensor | None, at: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        part = slice(start, stop)
+        q, k, v, beta = (x[:, part] for x in (self.q, self.k, self.v, self.beta))
+        log_decay = None if self.log_decay is None else self.log_decay[:, part]
+        return fused_delta_rule(
+            q, k, v, beta, log_decay, erase=self.erase, initial_state=h, states_at=at, return_last_state=True
+        )
+
+    def decay(self, positions: list[int]) -> Tensor:
+        if self.log_decay is None:
+            return self.beta.new_ones(()).expand(self.beta[:, positions].shape)
+        return torch.exp(self.log_decay[:, positions])  # (B, positions, H), or (B, positions, H, N)
+
+    def step(self, t: int, h: Tensor | None, decay: Tensor) -> Tensor:
+        v, k = self.v[:, t], self.k[:, t].unsqueeze(-2)  # (B, H, P), (B, H, 1, N)
+        if h is not None:
+            h = (decay[..., None, None] if decay.dim() == 2 else decay.unsqueeze(-2)) * h
+            v = v - (h * k).sum(-1) if self.erase else v
+        write = (self.beta[:, t].unsqueeze(-1) * v).unsqueeze(-1) * k
+        return write if h is None else h + write
+
+    def read(self, t: int, h: Tensor) -> Tensor:
+        y = (h * self.q[:, t].unsqueeze(-2).to(h.dtype)).sum(-1)
+        return y.to(self.v.dtype).unsqueeze(1)

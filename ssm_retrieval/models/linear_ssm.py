@@ -128,7 +128,7 @@ class LinearSSMMixer(Hooked, nn.Module):
         N, mask = self.config.d_state, context.mask
         hidden = hidden.to(self.in_proj.weight.dtype)  # a hybrid's stream may be wider
         x = self.tap("hook_in", fill_padding(self.in_proj(hidden), mask), mask)  # (B, L, E)
-        u = self.tap("hook_conv", convolve(x, self.conv1d, context, cache, activation=None))
+        u = self.tap("hook_conv", convolve(x, self.conv1d.weight, None, context, cache, activation=None))
         B, C = self.x_proj(u).split([N, N], dim=-1)
         B, C = self.tap("hook_B", B), self.tap("hook_C", C)  # (B, L, N) each
         dt = fill_padding(torch.ones_like(u), mask)  # 0 at padding, which does nothing

@@ -95,7 +95,8 @@ class MambaMixer(Hooked, nn.Module):
             self.dt_proj.bias.copy_(dt_bias(config, E))
             self.dt_proj.weight.uniform_(-(R**-0.5), R**-0.5)
         _, of_B, of_C = self.x_proj.weight.detach().split([R, N, N])
-        recall_init(config.ssm_init, self.conv1d, (self.A_log, *self.dt_proj.parameters()), [(of_B, of_C)])
+        dt = (self.A_log, *self.dt_proj.parameters())
+        recall_init(config.ssm_init, [self.conv1d], dt, [(of_B, of_C)])
 
     def forward(self, hidden: Tensor, context: Context = WHOLE, cache: LayerCache | None = None) -> Tensor:
         """The layer.
@@ -111,7 +112,8 @@ class MambaMixer(Hooked, nn.Module):
         config, mask = self.config, context.mask
         x, z = self.in_proj(hidden).chunk(2, dim=-1)  # (B, L, E) each
         x = self.tap("hook_in", fill_padding(x, mask), mask)
-        u = self.tap("hook_conv", convolve(x, self.conv1d, context, cache))  # (B, L, E), after silu
+        u = convolve(x, self.conv1d.weight, self.conv1d.bias, context, cache)
+        u = self.tap("hook_conv", u)  # (B, L, E), after silu
         r, B, C = self.x_proj(u).split([config.rank, config.d_state, config.d_state], dim=-1)
         B, C = self.tap("hook_B", B), self.tap("hook_C", C)  # (B, L, N) each
         # (B, L, E); the scan adds the bias and takes the softplus, which of -1e4 is 0: padding does nothing

@@ -128,7 +128,7 @@ class Mamba2Mixer(Hooked, nn.Module):
         rows, GN = self.in_proj.weight.detach(), config.ngroups * config.d_state
         made = rows[E : E + J], *(p.detach() for p in self.conv1d.parameters())  # each of x, B and C
         tied = [(of_B, of_C) for _, of_B, of_C in (each.split([E, GN, GN]) for each in made)]
-        recall_init(config.ssm_init, self.conv1d, (self.A_log, rows[-H:], self.dt_bias), tied)
+        recall_init(config.ssm_init, [self.conv1d], (self.A_log, rows[-H:], self.dt_bias), tied)
 
     def forward(self, hidden: Tensor, context: Context = WHOLE, cache: LayerCache | None = None) -> Tensor:
         """The layer.
@@ -145,7 +145,8 @@ class Mamba2Mixer(Hooked, nn.Module):
         E, H, G, N = config.d_inner, config.n_head, config.ngroups, config.d_state
         z, xBC, dt = self.in_proj(hidden).split([E, config.conv_dim, H], dim=-1)
         xBC = self.tap("hook_in", fill_padding(xBC, mask), mask)
-        x, B, C = convolve(xBC, self.conv1d, context, cache).split([E, G * N, G * N], dim=-1)
+        xBC = convolve(xBC, self.conv1d.weight, self.conv1d.bias, context, cache)
+        x, B, C = xBC.split([E, G * N, G * N], dim=-1)
         x = self.tap("hook_conv", x.unflatten(-1, (H, -1)))  # (B, L, H, P)
         B = self.tap("hook_B", B.unflatten(-1, (G, N)))  # (B, L, G, N)
         C = self.tap("hook_C", C.unflatten(-1, (G, N)))

@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssm_retrieval.ops._route import values_are_known
 from ssm_retrieval.ops.causal_conv1d import causal_conv1d
@@ -92,16 +92,18 @@ def attention_mask(L: int, key_mask: Tensor | None, S: int, device: torch.device
 
 def convolve(
     x: Tensor,
-    conv: nn.Conv1d,
+    weight: Tensor,
+    bias: Tensor | None,
     padding: Padding,
     cache: dict[str, Tensor] | None,
     activation: str | None = "silu",
 ) -> Tensor:
-    """silu(conv(x)), or conv(x), as if padding were not there.
+    """silu(conv(x)), or conv(x), of a depthwise causal convolution, as if padding were not there.
 
     Args:
         x: (B, L, E), zero at padding.
-        conv: A depthwise convolution of E channels.
+        weight: Its taps as nn.Conv1d keeps them, (E, 1, d_conv).
+        bias: (E,).
         padding: Which tokens are real.
         cache: Its `conv`, the last d_conv - 1 real inputs (B, d_conv - 1, E), stands before x and is replaced
             by the last inputs of x.
@@ -111,7 +113,7 @@ def convolve(
         (B, L, E); meaningless at padding.
     """
     mask, order = padding.mask, padding.order
-    weight, bias = conv.weight.squeeze(1), conv.bias
+    weight = weight.squeeze(1)
     before = None if cache is None else cache.get("conv")
     if order is None:
         y = causal_conv1d(x, weight, bias, activation, before, return_last_state=cache is not None)

@@ -73,7 +73,8 @@ def resolve(name: str) -> str:
     family = next((record.name for record in ARCHITECTURES.values() if family in record.aliases), family)
     if family in ARCHITECTURES and size in ARCHITECTURES[family].presets:
         return f"{family}-{size}"
-    raise UserError(ARCHITECTURES.unknown(name, presets(), _compared(family, size)))
+    sizes = [f"{record.name}-{{{','.join(record.presets)}}}" for record in ARCHITECTURES.values()]
+    raise UserError(ARCHITECTURES.unknown(name, presets(), _compared(family, size), sizes))
 
 
 def preset_of(family: str, size: str) -> str:

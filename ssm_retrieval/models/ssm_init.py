@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ def dt_bias(config: Any, size: int) -> Tensor:
 @torch.no_grad()
 def recall_init(
     ssm_init: str,
-    conv: nn.Conv1d,
+    convs: Iterable[nn.Conv1d],
     dt: Sequence[Tensor],
     tied: Iterable[tuple[Tensor, Tensor]],
 ) -> None:
@@ -54,15 +54,17 @@ def recall_init(
 
     Args:
         ssm_init: A value of the config's field.
-        conv: The depthwise causal convolution.
-        dt: A_log, the weights that make dt, and dt's bias.
+        convs: The depthwise causal convolutions.
+        dt: A_log, the weights that make dt, and dt's bias; empty for a state that never decays.
         tied: Pairs of what makes B and what makes C, such as rows of a projection.
     """
     parts = "identity+long+tied" if ssm_init == "recall" else ssm_init
     if "identity" in parts:
-        conv.weight.zero_()[..., -1] = 1.0
-        cast(Tensor, conv.bias).zero_()
-    if "long" in parts:
+        for conv in convs:
+            conv.weight.zero_()[..., -1] = 1.0
+            if conv.bias is not None:
+                conv.bias.zero_()
+    if "long" in parts and dt:
         A_log, weight, bias = dt
         A_log.fill_(LONG_A_LOG)
         weight.zero_()

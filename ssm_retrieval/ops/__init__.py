@@ -9,3 +9,4 @@ from ssm_retrieval.ops._route import backend as backend
 LANES = 16  # channels that fill a vector
 CHUNK = 64  # tokens between the states that a scan keeps for its backward pass
 GROUP = 8  # blocks of LANES channels in one task of that pass
+DELTA_CHUNK = 32  # tokens between the states that the delta rule keeps

@@ -1,4 +1,4 @@
-"""Tensors as the 1-D NumPy arrays that numba's kernels take."""
+"""Tensors in the layout of the kernels: vectors of 16 channels, and the 1-D NumPy arrays that numba takes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from ssm_retrieval.ops import LANES
 
 _TYPES: dict[torch.dtype, str] = {torch.float32: "f4", torch.float64: "f8", torch.int64: "i8"}
 _NONE = {dtype: np.zeros(0, code) for dtype, code in _TYPES.items()}
@@ -46,3 +49,21 @@ def flat(x: Tensor | None, dtype: torch.dtype) -> np.ndarray:
             f"a kernel wants contiguous {dtype} on a CPU; got {x.dtype} {x.stride()} on {x.device}"
         )
     return np.asarray(_Memory(x)) if x.numel() else _NONE[dtype]
+
+
+def pad_channels(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in `dtype`, contiguous, zeros added to its last axis up to a multiple of 16; x itself if it is so."""
+    missing = -x.shape[-1] % LANES
+    x = x.to(dtype)  # F.pad copies even where it adds nothing
+    return (F.pad(x, (0, missing)) if missing else x).contiguous()
+
+
+def blocked(x: Tensor) -> Tensor:
+    """(..., channels, N) -> (..., blocks, N, 16), the missing channels of the last block zero."""
+    x = F.pad(x, (0, 0, 0, -x.shape[-2] % LANES))
+    return x.unflatten(-2, (-1, LANES)).transpose(-1, -2).contiguous()
+
+
+def unblocked(x: Tensor, channels: int) -> Tensor:
+    """Inverse of `blocked`."""
+    return x.transpose(-1, -2).flatten(-3, -2)[..., :channels, :]

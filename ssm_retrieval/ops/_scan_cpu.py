@@ -25,32 +25,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ssm_retrieval.ops import CHUNK, GROUP, LANES
-from ssm_retrieval.ops._arrays import flat
+from ssm_retrieval.ops._arrays import blocked, flat, pad_channels, unblocked
 from ssm_retrieval.ops._route import differentiable_gradients, traced
 from ssm_retrieval.ops._scan_arguments import ScanArguments
 from ssm_retrieval.ops._scan_chunks import scan_by_chunks
 from ssm_retrieval.ops._threads import run_tasks
-
-
-def pad_channels(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in `dtype`, contiguous, zeros added to its last axis up to a multiple of 16; x itself if it is so."""
-    missing = -x.shape[-1] % LANES
-    x = x.to(dtype)  # F.pad copies even where it adds nothing
-    return (F.pad(x, (0, missing)) if missing else x).contiguous()
-
-
-def _blocked(x: Tensor) -> Tensor:
-    """(..., channels, N) -> (..., blocks, N, 16), the missing channels of the last block zero."""
-    x = F.pad(x, (0, 0, 0, -x.shape[-2] % LANES))
-    return x.unflatten(-2, (-1, LANES)).transpose(-1, -2).contiguous()
-
-
-def _unblocked(x: Tensor, channels: int) -> Tensor:
-    """Inverse of `_blocked`."""
-    return x.transpose(-1, -2).flatten(-3, -2)[..., :channels, :]
 
 
 def scan_on_cpu(
@@ -67,13 +48,13 @@ def scan_on_cpu(
     arguments = (
         channels(u),
         channels(dt),
-        _blocked(A.to(wide)),
+        blocked(A.to(wide)),
         B.to(wide).contiguous(),
         C.to(wide).contiguous(),
         channels(D),
         channels(z),
         channels(u.new_zeros(E) if dt_bias is None else dt_bias),
-        None if initial_state is None else _blocked(initial_state.to(wide)),
+        None if initial_state is None else blocked(initial_state.to(wide)),
     )
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments)
     if traced(*arguments):
@@ -83,11 +64,11 @@ def scan_on_cpu(
     y, last, states, _ = run(*arguments, dt_softplus, wanted, keep)
     out = [(y if y.shape[-1] == E else y[..., :E]).to(dtype)]
     if return_last_state:
-        out.append(_unblocked(last, E))
+        out.append(unblocked(last, E))
     if positions is not None and wanted is not None:
         place = {t: i for i, t in enumerate(wanted)}
         at = torch.tensor([place[t] for t in positions], dtype=torch.int64, device=u.device)
-        out.append(_unblocked(states, E)[:, at])
+        out.append(unblocked(states, E)[:, at])
     return out
 
 
@@ -95,10 +76,10 @@ def _by_chunks(softplus: bool, positions: list[int] | None, *arguments: Tensor |
     """What `_forward` returns to differentiate, by PyTorch's operations."""
     u, dt, A, B, C, D, z, bias, h0 = arguments
     assert u is not None and dt is not None and A is not None and B is not None and C is not None
-    E, h = u.shape[-1], None if h0 is None else _unblocked(h0, u.shape[-1])
-    given = ScanArguments(u, dt, _unblocked(A, E), B, C, D, z, bias, softplus, h)
+    E, h = u.shape[-1], None if h0 is None else unblocked(h0, u.shape[-1])
+    given = ScanArguments(u, dt, unblocked(A, E), B, C, D, z, bias, softplus, h)
     y, last, states = scan_by_chunks(given, positions or [], True)
-    return [y, _blocked(last), _blocked(states)]
+    return [y, blocked(last), blocked(states)]
 
 
 def _forward(

@@ -4,7 +4,9 @@ LLVM's auto-vectoriser gives up on the scan (a recurrence in time, many arrays t
 kernels say what they want: `Vec` values of 16 floats, compiled to one AVX-512, two AVX2 or four NEON/SSE
 registers by the LLVM that numba brings along. Only what the kernels use is here.
 
-    load(array, i)  store(array, i, v)  spread(array, i)  prefetch(array, i)  fill(like, x)  total(v)
+    load(array, i)  store(array, i, v)  spread(array, i)  prefetch(array, i)  fill(like, x)
+    total(v)  fold8 fold4 fold2 fold1(v, w): in groups of 16, 8, 4, 2 lanes of v and w, first half + second
+    store_totals(out, at, vectors, count)
     add sub mul div  fma(a, b, c) = a * b + c   vmax(v, w)  vabs(v)
     exp(v)  exp2(v)  log1p01(v), 0 <= v <= 1   sigmoid(like, v)
 
@@ -155,6 +157,48 @@ def total(typing_context, v):
         return builder.extract_element(x, ir.Constant(ir.IntType(32), 0))
 
     return v.dtype(v), codegen
+
+
+def _fold(width: int) -> Any:
+    @intrinsic
+    def operation(typing_context, a, b):
+        def codegen(context, builder, signature, args):
+            starts = range(0, 2 * LANES, 2 * width)  # of the groups of both vectors
+
+            def lanes(first: int) -> Any:
+                index = [start + first + i for start in starts for i in range(width)]
+                mask = ir.Constant(ir.VectorType(ir.IntType(32), LANES), index)
+                return builder.shuffle_vector(args[0], args[1], mask)
+
+            return builder.fadd(lanes(0), lanes(width))
+
+        return a(a, b), codegen
+
+    return operation
+
+
+fold8, fold4, fold2, fold1 = (_fold(width) for width in (8, 4, 2, 1))
+
+
+@kernel(inline="always")
+def _four(vectors, i):
+    """Four sums of each of four vectors."""
+    first = fold8(load(vectors, i), load(vectors, i + LANES))
+    return fold4(first, fold8(load(vectors, i + 2 * LANES), load(vectors, i + 3 * LANES)))
+
+
+@kernel(inline="always")
+def store_totals(out, at, vectors, count):
+    """out[at + n] = total(vectors[16 n : 16 n + 16]) for n < count, sixteen at a time."""
+    for n in range(0, count - count % LANES, LANES):
+        i = n * LANES
+        a = _four(vectors, i)
+        b = _four(vectors, i + 4 * LANES)
+        c = _four(vectors, i + 8 * LANES)
+        d = _four(vectors, i + 12 * LANES)
+        store(out, at + n, fold1(fold2(a, b), fold2(c, d)))
+    for n in range(count - count % LANES, count):
+        out[at + n] = total(load(vectors, n * LANES))
 
 
 def _binary(method: str) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssm_retrieval.ops import LANES, _cuda_kernels
-from ssm_retrieval.ops._arrays import flat
+from ssm_retrieval.ops._arrays import flat, pad_channels
 from ssm_retrieval.ops._checks import check_flags, check_name, check_shapes, check_tensor
 from ssm_retrieval.ops._route import (
     asked,
@@ -30,7 +30,6 @@ from ssm_retrieval.ops._route import (
     transformed,
     without_autocast,
 )
-from ssm_retrieval.ops._scan_cpu import pad_channels
 from ssm_retrieval.ops._threads import run_tasks
 
 

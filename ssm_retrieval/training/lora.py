@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from ssm_retrieval.models import LanguageModel
 
 TARGETS = (
-    "in_proj", "x_proj", "out_proj", "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"
+    "in_proj", "x_proj", "out_proj", "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h",
+    "q_proj", "k_proj", "v_proj", "g_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
 )  # fmt: skip
 LORA_HELP = "--lora needs peft: pip install peft (or leave --lora out, which trains every weight)"
 

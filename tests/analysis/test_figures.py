@@ -272,7 +272,8 @@ def test_a_probed_run_has_a_figure_of_every_table(probed_run, tmp_path, capsys):
     assert figures.main([*runs, "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out.splitlines()
     assert set(FIGURES) == set(PROBES)
-    names = [f"{name}{suffix}" for name, draws in FIGURES.items() for suffix in draws]
+    drawn = {name: draws for name, draws in FIGURES.items() if name != "erasure"}  # of none of these models
+    names = [f"{name}{suffix}" for name, draws in drawn.items() for suffix in draws]
     assert said == [f"{tmp_path / name}.png .pdf" for name in names]
     for name in names:
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")

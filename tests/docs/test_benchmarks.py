@@ -22,6 +22,7 @@ NAMES = {  # of one ratio that each benchmark ends with
     "checkpoint_memory": "read_mamba-tiny_safetensors_peak_per_model",
     "cuda": "train_step_mamba-130m_kernels_vs_chunks",
     "data": "data_vs_model",
+    "delta": "gated_delta_vs_transformers",
     "hooks": "hook_overhead_unused",
     "inference": "decode_transformer_tiny_vs_transformers",
     "plan": "plan_memory_kept",

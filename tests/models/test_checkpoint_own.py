@@ -43,6 +43,11 @@ SHARED = dict(
     tie_word_embeddings=st.booleans(),
     embedding_std=st.sampled_from([0.02, 0.3]),
 )
+DELTA = dict(
+    n_layer=st.integers(1, 2), short_conv=st.booleans(), gate=st.booleans(),
+    negative_eigenvalues=st.booleans(), d_mlp=st.sampled_from([0, 24]),
+    position=st.sampled_from(["learned", "none"]),
+)  # fmt: skip
 FAMILIES = {
     "transformer": dict(ATTENTION, n_layer=st.integers(1, 2), parallel_residual=st.booleans()),
     "mamba": dict(SSM, **STEPS, **TABLE, n_layer=st.integers(1, 2), dt_rank=st.sampled_from([0, 3])),
@@ -54,6 +59,7 @@ FAMILIES = {
                    ngroups=st.sampled_from([1, 2]), parallel_residual=st.booleans()),
     "linear": dict(SSM, n_layer=st.integers(1, 2), position=st.sampled_from(["learned", "none"]),
                    max_position_embeddings=st.sampled_from([16, 40])),
+    "deltanet": dict(SSM, **DELTA), "gated-deltanet": dict(SSM, **STEPS, **DELTA),
 }  # fmt: skip
 MODELS = st.sampled_from(sorted(FAMILIES)).flatmap(
     lambda family: st.fixed_dictionaries({}, optional={**SHARED, **FAMILIES[family]}).map(

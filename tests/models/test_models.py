@@ -26,6 +26,16 @@ FAMILIES = {
     "hybrid-mamba2": ("hybrid-tiny", dict(pattern="M2 M2 A", position="rope", headdim=8)),
     "hybrid-parallel": ("hybrid-tiny", dict(pattern="M+A A+M2 M", position="rope", headdim=8)),
     "linear": ("linear-tiny", dict(d_state=5, n_layer=2, position="learned")),
+    "deltanet": ("deltanet-tiny", dict(d_state=6, headdim=8, d_mlp=24)),
+    "deltanet-gate": (
+        "deltanet-tiny",
+        dict(short_conv=False, headdim=8, gate=True, negative_eigenvalues=True),
+    ),
+    "gated-deltanet": (
+        "gated-deltanet-tiny",
+        dict(d_state=6, headdim=8, position="learned", ssm_init="recall"),
+    ),
+    "hybrid-delta": ("hybrid-tiny", dict(pattern="gated-deltanet+A deltanet A", headdim=8, d_state=6)),
 }
 VOCAB = 23
 
@@ -274,7 +284,7 @@ def test_bfloat16_weights(family):
 def test_every_preset_builds_on_the_meta_device(name):
     model = models.build(name, device="meta")
     assert all(p.is_meta for p in model.parameters())
-    family, _, size = name.partition("-")
+    family, _, size = name.rpartition("-")
     if size == "tiny":
         assert 0.3e6 < model.num_parameters(embeddings=False) < 0.8e6
     elif size == "150m":  # Retrievit's models; it counts without embeddings (table of its 22 configurations)

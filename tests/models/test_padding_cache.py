@@ -26,6 +26,8 @@ VARIANTS = {
     "mamba2": ("mamba2", dict(d_conv=3)),
     "hybrid-mamba": ("hybrid-mamba", dict(position="learned")),
     "hybrid-mamba2": ("hybrid-mamba2", dict(position="rope", d_conv=5)),
+    "deltanet": ("deltanet", dict(short_conv=False)),
+    "gated-deltanet": ("gated-deltanet", dict(position="learned", max_position_embeddings=64, d_conv=3)),
 }
 
 

@@ -16,6 +16,8 @@ HEADS = {
     "transformer": dict(n_head=2),
     "hybrid": dict(n_head=2, pattern="M M A"),
     "mamba2": dict(headdim=8),
+    "deltanet": dict(headdim=8, d_state=8),
+    "gated-deltanet": dict(headdim=8, d_state=8),
 }
 
 

@@ -16,7 +16,7 @@ from synthetic.results import config_columns
 SHAPE = dict(vocab_size=23, d_model=32, n_layer=2)
 LEARNED = dict(position="learned", max_position_embeddings=40)
 IDS = torch.randint(0, 23, (2, 30), generator=torch.Generator().manual_seed(0))
-BOTH = pytest.mark.parametrize("name", ["mamba-tiny", "mamba2-tiny"])
+BOTH = pytest.mark.parametrize("name", ["mamba-tiny", "mamba2-tiny", "gated-deltanet-tiny"])
 
 
 @BOTH
@@ -24,7 +24,7 @@ def test_the_table_is_all_that_learned_positions_add(name):
     """Every other weight is that of the model without positions; the table is drawn as the embedding is."""
     plain = dict(models.build(name, **SHAPE).named_parameters())
     learned = dict(models.build(name, **SHAPE, **LEARNED, embedding_std=0.02).named_parameters())
-    table = learned.pop("backbone.embed_pos.weight")
+    (table,) = (learned.pop(key) for key in [*learned] if key.endswith(".embed_pos.weight"))
     assert learned.keys() == plain.keys() and all(learned[key].equal(plain[key]) for key in plain)
     assert table.shape == (40, 32) and table.std().item() == pytest.approx(0.02, rel=0.1)
 
@@ -34,7 +34,7 @@ def test_the_table_is_all_that_learned_positions_add(name):
 def test_a_token_is_read_with_the_vector_of_its_position(name):
     """Given as vectors, token + table[position] has the same logits in a model that has no positions."""
     model, plain = models.build(name, **SHAPE, **LEARNED).eval(), models.build(name, **SHAPE).eval()
-    table = model.backbone.embed_pos.weight
+    table = model.embed_pos.weight
     torch.testing.assert_close(model(IDS), plain(inputs_embeds=plain.embedding(IDS) + table[:30]))
     seq_ids = (torch.arange(30) >= 12).long().expand(2, -1)
     packed = model(IDS, seq_ids=seq_ids)
@@ -54,19 +54,21 @@ def test_longer_than_the_table_is_one_line(name):
 
 @BOTH
 def test_rotary_positions_are_of_attention(name):
-    said = (
-        "position='rope' rotates the queries and keys of attention, and an SSM has neither .* use 'learned'"
-    )
+    said = "position='rope' rotates the queries and keys of attention layers, .* has none .* use 'learned'"
     with pytest.raises(UserError, match=said):
         models.build(name, position="rope")
     with pytest.raises(UserError, match=r"--position rope is for attention, .* lacks; use learned or none"):
-        plan(RunConfig(seq_len=8, model=(name.removesuffix("-tiny"),), position="rope"), name.split("-")[0])
+        family = name.removesuffix("-tiny")
+        plan(RunConfig(seq_len=8, model=(family,), position="rope"), family)
 
 
 @BOTH
 def test_what_no_class_of_transformers_has_is_saved_in_our_form(name, tmp_path):
     """And without positions the initialisation changes nothing about transformers' form."""
-    for options, kind in ((LEARNED, "ssm-retrieval"), (dict(ssm_init="recall"), name.removesuffix("-tiny"))):
+    for options, kind in (
+        (LEARNED, "ssm-retrieval"),
+        (dict(ssm_init="recall"), name.removesuffix("-tiny").replace("-", "_")),
+    ):
         model = models.build(name, **SHAPE, **options).eval()
         folder = models.save(model, tmp_path / kind)
         assert json.loads((folder / "config.json").read_text())["model_type"] == kind

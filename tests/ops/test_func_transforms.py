@@ -18,6 +18,7 @@ from ssm_retrieval.ops import linear as linear_ops
 from ssm_retrieval.ops.attention import attention
 from ssm_retrieval.ops.causal_conv1d import causal_conv1d
 from ssm_retrieval.ops.cross_entropy import linear_cross_entropy
+from ssm_retrieval.ops.delta_rule import delta_rule
 from ssm_retrieval.ops.linear import linear
 from ssm_retrieval.ops.selective_scan import selective_scan
 from ssm_retrieval.ops.ssd import ssd
@@ -27,6 +28,7 @@ SIZES = {
     "mamba2": dict(d_model=16, n_layer=2, headdim=8, d_state=8),
     "transformer": dict(d_model=16, n_layer=2, n_head=2, position="learned"),
     "hybrid": dict(d_model=16, n_layer=2, n_head=2),
+    "gated-deltanet": dict(d_model=16, n_layer=2, headdim=8, d_state=8, d_mlp=24),
 }
 IDS = torch.randint(0, 13, (2, 70), generator=torch.Generator().manual_seed(0))  # beyond one block of 64
 
@@ -196,6 +198,16 @@ def dual(x, dt, A, B, C):
     return ssd(x, F.softplus(dt), -A.exp(), B, C, chunk_size=4, return_last_state=True)
 
 
+def delta(q, k, v, beta, decay, h):
+    return delta_rule(
+        q, F.normalize(k, dim=-1), v, beta.sigmoid(), -decay.exp(), initial_state=h, states_at=[1, 8]
+    )
+
+
+def additive(q, k, v, decay):
+    return delta_rule(q, k, v, None, -decay.exp(), erase=False, return_last_state=True)
+
+
 def convolution(x, weight, bias, before):
     return causal_conv1d(x, weight, bias, "silu", before)
 
@@ -216,6 +228,8 @@ e = (2, 9, 3)
 OPERATORS = {
     "selective_scan": (scan, drawn(e, e, (3, 2), (2, 9, 2), (2, 9, 2), (3,), e, (2, 3, 2))),
     "ssd": (dual, drawn((2, 9, 2, 3), (2, 9, 2), (2,), (2, 9, 1, 2), (2, 9, 1, 2))),
+    "delta_rule": (delta, drawn(*[(2, 9, 2, 4)] * 2, (2, 9, 2, 3), *[(2, 9, 2)] * 2, (2, 2, 3, 4))),
+    "linear_attention": (additive, drawn(*[(2, 9, 2, 4)] * 2, (2, 9, 2, 3), (2, 9, 2, 4))),
     "causal_conv1d": (convolution, drawn(e, (3, 4), (3,), (2, 3, 3))),
     "linear_cross_entropy": (loss, drawn((2, 3, 5), (7, 5))),
     "linear": (linear, drawn((2, 3, 5), (7, 5), (7,))),

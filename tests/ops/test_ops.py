@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from conftest import import_without_kernels
@@ -116,6 +118,24 @@ def test_linear_keeps_autocast_and_float64(route):
 
 
 NO_ONEDNN = pytest.mark.skipif(not linear_ops.HAS_ONEDNN, reason="this build of torch has no oneDNN")
+
+
+@NO_ONEDNN
+def test_no_transposed_slice_reaches_onednn(monkeypatch):
+    """It takes a thousand times as long. Slices come from split inputs and from gradients of a `cat`."""
+    monkeypatch.setattr(linear_ops, "ONEDNN_IS_FASTER", True)
+    given, matmul = [], linear_ops.matmul
+    monkeypatch.setattr(linear_ops, "matmul", lambda a, b, *bias: given.append((a, b)) or matmul(a, b, *bias))
+    wide = torch.randn(9, 24, requires_grad=True)
+    weights = [torch.randn(5, 8, requires_grad=True), torch.randn(12, 16, requires_grad=True)]
+    parts = wide.split([8, 16], dim=1)
+    y = torch.cat([linear(x, w) for x, w in zip(parts, weights, strict=True)], dim=1)
+    got = torch.autograd.grad(y.sin().sum(), [wide, *weights])
+    want = torch.cat([x @ w.t() for x, w in zip(parts, weights, strict=True)], dim=1)
+    torch.testing.assert_close(got, torch.autograd.grad(want.sin().sum(), [wide, *weights]))
+    assert len(given) == 6
+    for x in itertools.chain(*given):
+        assert x.stride(1) == 1 or x.t().is_contiguous()
 
 
 @NO_ONEDNN

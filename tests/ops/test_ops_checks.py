@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ssm_retrieval import models
 from ssm_retrieval.ops.causal_conv1d import causal_conv1d
 from ssm_retrieval.ops.cross_entropy import linear_cross_entropy
+from ssm_retrieval.ops.delta_rule import delta_rule
 from ssm_retrieval.ops.linear import linear
 from ssm_retrieval.ops.selective_scan import selective_scan
 from ssm_retrieval.ops.ssd import ssd, ssd_reference
@@ -32,6 +33,11 @@ def ssd_inputs():
     return {**given, **drawn(initial_state=(2, 4, 3, 3)), "A": -given["A"].abs(), "dt": given["dt"].abs()}
 
 
+def delta_inputs():
+    given = drawn(q=(2, 5, 4, 3), k=(2, 5, 4, 3), v=(2, 5, 4, 6), beta=(2, 5, 4), log_decay=(2, 5, 4))
+    return {**given, **drawn(initial_state=(2, 4, 6, 3)), "log_decay": -given["log_decay"].abs()}
+
+
 def conv_inputs():
     return drawn(x=(2, 5, 6), weight=(6, 4), bias=(6,), initial_state=(2, 3, 6))
 
@@ -47,6 +53,7 @@ def linear_inputs():
 OPERATORS = {
     "selective_scan": (selective_scan, scan_inputs),
     "ssd": (ssd, ssd_inputs),
+    "delta_rule": (delta_rule, delta_inputs),
     "causal_conv1d": (causal_conv1d, conv_inputs),
     "linear_cross_entropy": (linear_cross_entropy, loss_inputs),
     "linear": (linear, linear_inputs),
@@ -104,7 +111,7 @@ def test_one_wrong_tensor_is_one_value_error(operator, data):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
-@pytest.mark.parametrize("operator", ["selective_scan", "ssd"])
+@pytest.mark.parametrize("operator", ["selective_scan", "ssd", "delta_rule"])
 @pytest.mark.parametrize(
     "states_at",
     [[-1], [5], [0, 2, 500], [1.0], [True], ["1"], 3, "12", [[0, 1]], [None], [2**70],
@@ -217,7 +224,7 @@ def test_the_default_dtype_changes_nothing(operator, dtype):
     torch.testing.assert_close(got, want, rtol=0, atol=0)  # which compares dtypes, too
 
 
-@pytest.mark.parametrize("family", ["mamba", "mamba2", "hybrid", "transformer"])
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "hybrid", "transformer", "gated-deltanet"])
 def test_meta_and_fake_tensors_have_the_shapes_of_real_ones(family):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -231,7 +238,7 @@ def test_meta_and_fake_tensors_have_the_shapes_of_real_ones(family):
         assert model(torch.zeros(2, 7, dtype=torch.long)).shape == (2, 7, 13)
 
 
-@pytest.mark.parametrize("family", ["mamba", "transformer"])
+@pytest.mark.parametrize("family", ["mamba", "transformer", "deltanet"])
 def test_jit_trace_is_refused_in_one_line(family):
     model = models.build(f"{family}-tiny", vocab_size=13, n_layer=1)
     with pytest.raises(
@@ -250,7 +257,7 @@ def test_jit_trace_of_a_linear_layer_can_be_saved(tmp_path):
 
 
 def test_a_cpu_backend_for_tensors_elsewhere_is_one_line():
-    for operator in ("selective_scan", "causal_conv1d"):
+    for operator in ("selective_scan", "causal_conv1d", "delta_rule"):
         function, inputs = OPERATORS[operator]
         with pytest.raises(ValueError, match="backend='cpu' got tensors on meta; use backend='reference'"):
             function(**{k: v.to("meta") for k, v in inputs().items()}, backend="cpu")

@@ -28,9 +28,9 @@ def test_every_name_has_the_documented_axes(model, family):
     cache, _ = recorded(model)
     assert list(cache) == model.hook_names()
     for name, point in points(model).items():
-        axes, *other = probes.NAMES[local_name(name)][0].split("; Mamba-2 ")
-        if other and "mamba2" in family:
-            axes = other[0]
+        axes, *others = probes.NAMES[local_name(name)][0].split("; ")
+        kind = "Mamba-2 " if "mamba2" in family else "delta rule " if "deltanet" in family else "none"
+        axes = next((other.removeprefix(kind) for other in others if other.startswith(kind)), axes)
         assert " ".join(point.axes) == axes, name
         sizes = dict(B=B, L=L, S=L) | point.sizes
         assert tuple(cache[name].shape) == tuple(sizes[a] for a in point.axes), name

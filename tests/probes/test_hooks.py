@@ -12,6 +12,7 @@ from hook_models import (
     IDS,
     OTHER,
     SSM,
+    STATES,
     B,
     L,
     build,
@@ -27,7 +28,7 @@ from ssm_retrieval.models.hooks import points
 # --- what is recorded --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SSM)
+@pytest.mark.parametrize("name", STATES)
 @pytest.mark.parametrize("padded", [False, True])
 @torch.no_grad()
 def test_states_decay_and_output_equal_the_recurrence(name, padded):
@@ -44,6 +45,12 @@ def test_states_decay_and_output_equal_the_recurrence(name, padded):
         torch.testing.assert_close(cache[at + "ssm_readout"], states)
         torch.testing.assert_close(some[at + "ssm_state"], states[:, [7, 0, 12, 6]])
         torch.testing.assert_close(cache[at + "y"], ys)
+        if name == "gated-deltanet":
+            mixer, normed = model.blocks[i].mixer, model.blocks[i].norm(cache[f"blocks.{i}.hook_resid_pre"])
+            dt = F.softplus(mixer.a_proj(normed) + mixer.dt_bias) * mask[..., None]
+            torch.testing.assert_close(cache[at + "A_bar"], (-mixer.A_log.exp() * dt).exp())
+            assert (cache[at + "beta"][~mask] == 0).all()
+            continue
         A, dt = -model.blocks[i].mixer.A_log.exp(), cache[at + "dt"]
         torch.testing.assert_close(cache[at + "A_bar"], (dt * A if A.dim() == 1 else dt[..., None] * A).exp())
         assert (dt[~mask] == 0).all()
@@ -88,6 +95,33 @@ def test_mixer_parts_give_its_output(name):
     torch.testing.assert_close(cache["blocks.1.hook_mixer_out"], out)
 
 
+@pytest.mark.parametrize("name", ["deltanet", "gated-deltanet"])
+@torch.no_grad()
+def test_parts_of_the_delta_rule_give_its_output(name):
+    model = build(name)
+    cache, _ = recorded(model)
+    block, at = model.blocks[1], "blocks.1.mixer.hook_"
+    mixer, hidden = block.mixer, block.norm(cache["blocks.1.hook_resid_pre"])
+    for letter, conv, scale in (
+        ("q", mixer.q_conv1d, 6**-0.5),
+        ("k", mixer.k_conv1d, 1),
+        ("v", mixer.v_conv1d, 0),
+    ):
+        projected = mixer.get_submodule(f"{letter}_proj")(hidden)
+        taps = F.silu(conv(F.pad(projected.transpose(1, 2), (3, 0)))).transpose(1, 2).unflatten(-1, (4, -1))
+        want = scale * taps / (taps.square().sum(-1, keepdim=True) + 1e-6).sqrt() if scale else taps
+        torch.testing.assert_close(cache[at + letter], want)
+    torch.testing.assert_close(cache[at + "beta"], mixer.b_proj(hidden).sigmoid())
+    y = cache[at + "y"]
+    y = y / (y.square().mean(-1, keepdim=True) + model.config.norm_eps).sqrt() * mixer.o_norm.weight
+    if name == "gated-deltanet":
+        torch.testing.assert_close(cache[at + "gate"].flatten(2), F.silu(mixer.g_proj(hidden)))
+        y = y * cache[at + "gate"]
+    torch.testing.assert_close(cache["blocks.1.hook_mixer_out"], mixer.o_proj(y.flatten(2)))
+    pre, r = cache["blocks.1.mlp.hook_pre"], block.mlp_norm(cache["blocks.1.hook_resid_mid"])
+    torch.testing.assert_close(cache["blocks.1.mlp.hook_post"], F.silu(pre) * block.mlp.up_proj(r))
+
+
 @pytest.mark.parametrize("name", ATTENTION)
 @torch.no_grad()
 def test_attention_parts(name):
@@ -125,7 +159,7 @@ def test_residual_stream_is_a_sum(model):
         after = f"blocks.{i + 1}.hook_resid_pre" if i + 1 < model.config.n_layer else None
         assert after is None or torch.equal(cache[after], cache[at + "hook_resid_post"])
         if at + "hook_resid_mid" in cache:
-            mid = cache[at + "hook_resid_pre"] + cache[at + "hook_attn_out"]
+            mid = cache[at + "hook_resid_pre"] + next(iter(parts.values()))
             torch.testing.assert_close(cache[at + "hook_resid_mid"], mid)
     assert torch.equal(cache["hook_embed"], cache["blocks.0.hook_resid_pre"])
     assert torch.equal(model.head(cache["ln_final.hook_normalized"]), logits)

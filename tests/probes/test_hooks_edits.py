@@ -8,7 +8,7 @@ from hook_models import (
     IDS,
     OTHER,
     ROUNDED,
-    SSM,
+    STATES,
     B,
     L,
     build,
@@ -117,7 +117,7 @@ def test_positions_of_edits():
 STATE_EDITS = [(3,), (0, 4, 5, 12), tuple(range(L))]
 
 
-@pytest.mark.parametrize("name", SSM)
+@pytest.mark.parametrize("name", STATES)
 @pytest.mark.parametrize("where", STATE_EDITS)
 @torch.no_grad()
 def test_state_edits_go_on_and_readout_edits_do_not(name, where):
@@ -156,7 +156,7 @@ def test_state_edits_go_on_and_readout_edits_do_not(name, where):
             torch.testing.assert_close(logits, model(IDS))
 
 
-@pytest.mark.parametrize("name", SSM)
+@pytest.mark.parametrize("name", STATES)
 @torch.no_grad()
 def test_state_edits_in_pieces_with_a_cache(name):
     """A pass that starts from cached states, padded on the left, and edits inside the second piece."""
@@ -258,7 +258,7 @@ def test_loss_packing_and_chosen_logits_under_probes(model):
 # --- gradients ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SSM)
+@pytest.mark.parametrize("name", STATES)
 def test_gradients_of_states_on_the_fast_path(name):
     """With respect to the embeddings, against autograd through the recurrence written out."""
     model, at = build(name), "blocks.1.mixer.hook_"

@@ -23,6 +23,8 @@ FAMILIES = {
     "mamba2": dict(n_layer=3, d_state=6, headdim=8, ngroups=2, chunk_size=4),
     "hybrid": dict(n_layer=4, pattern="M2 A", n_head=4, rotary_pct=0.5, headdim=16),
     "linear": dict(n_layer=3, d_state=5),
+    "deltanet": dict(n_layer=3, d_state=6, headdim=8, d_mlp=24),
+    "gated-deltanet": dict(n_layer=3, d_state=6, headdim=8, d_mlp=24),
 }
 
 
@@ -104,7 +106,8 @@ def test_every_patch_equals_an_intervention_in_a_full_pass(model, layout, kind):
         assert torch.equal(traced.right[i], right & known)
         assert traced.difference[i][~known].isnan().all()
         checked.add((key.site, key.layer, key.control))
-    has_states, has_heads = ("mixer" in str(model), "attention" in str(model))
+    has_states = any("hook_ssm_state" in name for name in model.hook_names())
+    has_heads = "attention" in str(model)
     expected = {"residual"} | ({"state"} if has_states else set()) | ({"head"} if has_heads else set())
     assert {site for site, _, _ in checked} == expected
     assert {layer for site, layer, _ in checked if site == "residual"} == set(range(model.config.n_layer + 1))

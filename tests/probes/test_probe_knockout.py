@@ -12,6 +12,7 @@ from hook_models import build
 from analysis.plots import knockout as plots
 from probes.ablation import Part, knock_out, knock_out_together
 from probes.suite import NotApplicable, Options, knockout
+from ssm_retrieval import models
 from synthetic import tasks
 
 TASK = tasks.build("position", seq_len=5, num_symbols=9)
@@ -73,6 +74,10 @@ def test_nothing_responsible_is_said(monkeypatch):
     plots.draw(table.assign(family="transformer"))
 
 
-def test_blocks_with_two_branches_are_left_out():
+def test_blocks_of_which_no_parts_are_known_are_left_out():
     with pytest.raises(NotApplicable, match="side by side"):
         knockout.measure(build("hybrid-parallel"), TASK, Options(examples=4))
+    record = models.from_mixer("identity", lambda d_model: torch.nn.Identity())
+    theirs = record.model(record.config(vocab_size=TASK.vocab_size, d_model=8, n_layer=1), None)
+    with pytest.raises(NotApplicable, match="block 0 has a mixer whose parts are not known"):
+        knockout.measure(theirs, TASK, Options(examples=4))

@@ -46,7 +46,9 @@ def test_in_a_linear_layer_it_is_all_but_what_the_question_gives_itself(d_conv):
         assert (found - whole).abs().max() > 1e-3  # the question does give itself something
 
 
-@pytest.mark.parametrize("family", ["mamba", "mamba2", "linear", "hybrid-mamba", "hybrid-mamba2"])
+@pytest.mark.parametrize(
+    "family", ["mamba", "mamba2", "linear", "hybrid-mamba", "hybrid-mamba2", "gated-deltanet"]
+)
 def test_it_is_what_a_layer_reads_of_its_state_alone(family):
     """The layer's output with its gate, but without its skip and what the question writes."""
     model, asked = build(family), QUESTIONS[:, 0]
@@ -59,9 +61,12 @@ def test_it_is_what_a_layer_reads_of_its_state_alone(family):
     assert list(found) == state_blocks(model) and len(found) >= 1
     for i, logits in found.items():
         at, before = f"blocks.{i}.mixer.", cache.layers[i]["ssm"]
-        with torch.no_grad(), probes.record(model, [f"{at}hook_A_bar"]) as seen:
+        with torch.no_grad(), probes.record(model, [f"{at}*"]) as seen:
             model.step(asked, fork(cache, torch.arange(2)))
         decay = seen[f"{at}hook_A_bar"][:, 0].view(*before.shape[:2], *(1,) * (before.dim() - 3), -1)
+        if family == "gated-deltanet":  # 1 - beta k k^T, from the right
+            k, beta = seen[f"{at}hook_k"][:, 0], seen[f"{at}hook_beta"][:, 0]
+            before = before - torch.einsum("rhpn,rhn,rhm,rh->rhpm", before, k, k, beta)
         edits = {f"{at}hook_ssm_readout": lambda h, kept=(before * decay)[:, None]: kept.to(h.dtype)}
         with (
             torch.no_grad(),

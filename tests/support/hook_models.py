@@ -26,8 +26,11 @@ FAMILIES = {
     "hybrid-parallel": ("hybrid-tiny", dict(n_head=2, pattern="M+A A+M M")),
     "hybrid-mamba2": ("hybrid-tiny", dict(n_head=2, pattern="M2 M2 A", headdim=8)),
     "linear": ("linear-tiny", dict(n_layer=2, d_state=5)),
+    "deltanet": ("deltanet-tiny", dict(d_state=6, headdim=8, d_mlp=24)),
+    "gated-deltanet": ("gated-deltanet-tiny", dict(d_state=6, headdim=8, d_mlp=24)),
 }
 SSM, ATTENTION = ("mamba", "mamba2", "linear"), ("transformer", "transformer-sequential")
+STATES = (*SSM, "gated-deltanet")  # with a decay and a state
 VOCAB, B, L = 23, 2, 13
 IDS = torch.randint(0, VOCAB, (B, L), generator=torch.Generator().manual_seed(0))
 OTHER = torch.randint(0, VOCAB, (B, L), generator=torch.Generator().manual_seed(1))
@@ -89,7 +92,7 @@ def recurrence(
     Args:
         model: The model.
         i: Index of the layer.
-        t: Name to recorded tensor: dt, B, C and u.
+        t: Name to recorded tensor: dt, B, C and u; of the delta rule q, k, v, beta and A_bar.
         h0: State before the first token. None: zero.
         edit_state: Position to a function of h_t, carried on.
         edit_read: Position to a function of h_t as it is read.
@@ -99,6 +102,8 @@ def recurrence(
         h_t (B, L, E, N), of Mamba-2 (B, L, H, P, N), and y_t.
     """
     mixer, at = model.blocks[i].mixer, f"blocks.{i}.mixer.hook_"
+    if at + "beta" in t:
+        return delta_recurrence(t, at, h0, edit_state or {}, edit_read or {}, edit_decay or {})
     u, dt, Bt, Ct = (t[at + name] for name in ("conv", "dt", "B", "C"))
     A, D = -mixer.A_log.exp(), mixer.D
     if u.dim() == 4:  # Mamba-2: one A, dt and D per head, one B and C per group
@@ -121,6 +126,30 @@ def recurrence(
             y = torch.einsum("ben,bn->be", read, Ct[:, s]) + D * u[:, s]
         states.append(h)
         ys.append(y)
+    return torch.stack(states, 1), torch.stack(ys, 1)
+
+
+def delta_recurrence(
+    t: Mapping[str, Tensor],
+    at: str,
+    h0: Tensor | None,
+    edit_state: Edits,
+    edit_read: Edits,
+    edit_decay: Edits,
+) -> tuple[Tensor, Tensor]:
+    """`recurrence` of a layer of gated DeltaNet: h <- h a (1 - beta k k^T) + beta v k^T, a matrix product."""
+    q, k, v, beta, a = (t[at + name] for name in ("q", "k", "v", "beta", "A_bar"))
+    h = 0.0 if h0 is None else h0
+    states, ys = [], []
+    for s in range(q.shape[1]):
+        decay = edit_decay.get(s, lambda x: x)(a[:, s])[..., None, None]
+        outer = torch.einsum("bhm,bhn->bhmn", k[:, s], k[:, s])
+        keep = torch.eye(k.shape[-1], dtype=k.dtype) - beta[:, s, :, None, None] * outer
+        write = torch.einsum("bh,bhp,bhn->bhpn", beta[:, s], v[:, s], k[:, s])
+        h = (decay * h if isinstance(h, float) else decay * h @ keep) + write
+        h = edit_state.get(s, lambda x: x)(h)
+        states.append(h)
+        ys.append(torch.einsum("bhpn,bhn->bhp", edit_read.get(s, lambda x: x)(h), q[:, s]))
     return torch.stack(states, 1), torch.stack(ys, 1)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from ssm_retrieval import models
 
-FAMILIES = ("transformer", "mamba", "mamba2", "hybrid", "linear")
+FAMILIES = ("transformer", "mamba", "mamba2", "hybrid", "linear", "deltanet", "gated-deltanet")
 OPTIMIZERS = ("adamw", "adamw-8bit", "adafactor")
 
 
@@ -16,6 +16,14 @@ def needs(optimizer: str) -> None:
 
 
 def small(family: str, **options) -> models.LanguageModel:
-    shape = {"mamba2": {"headdim": 16}, "mamba": {}, "linear": {}}.get(family, {"n_head": 2})
+    delta = dict(headdim=16, d_state=24)
+    shapes = {
+        "mamba2": {"headdim": 16},
+        "mamba": {},
+        "linear": {},
+        "deltanet": delta,
+        "gated-deltanet": delta,
+    }
+    shape = shapes.get(family, {"n_head": 2})
     layers = 3 if family == "hybrid" else 2
     return models.build(f"{family}-tiny", d_model=32, vocab_size=60, n_layer=layers, **(shape | options))

@@ -177,7 +177,9 @@ def test_adapters_take_part_and_only_they_train(family):
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     whole = {n for n in trained if "lora_" not in n}
     assert whole == {
-        n for n in whole if n.startswith(("gpt_neox.embed", "backbone.embed", "embed", "lm_head"))
+        n
+        for n in whole
+        if n.startswith(("gpt_neox.embed", "backbone.embed", "model.embed", "embed", "lm_head"))
     }
     adapted = [m for m in model.modules() if hasattr(m, "lora_B")]
     layers = [n.rpartition(".")[2] for n, _ in small(family).named_modules()]

@@ -1,0 +1,225 @@
+"""The delta rule of one layer as tensors: what every token writes, erases and keeps, and what is read of it.
+
+    u_t = beta_t (v_t - a_t h_{t-1} k_t)          h_t = a_t h_{t-1} + u_t k_t^T          y_t = h_t q_t
+
+which is the same as multiplying the state by a matrix and adding a write (arXiv 2406.06484, equation 3):
+
+    h_t = h_{t-1} F_t + W_t         F_t = a_t (1 - beta_t k_t k_t^T)         W_t = beta_t v_t k_t^T
+
+h_{t-1} a_t beta_t k_t k_t^T is what token t erases, and h_{t-1} F_t what it keeps. Since h is linear in the
+values, y_t = sum_{i <= t} M[t, i] v_i with the hidden attention M[t, i] = beta_i k_i^T F_{i+1} ... F_t q_t. A
+map that leaves the erasures out, beta_i (k_i . q_t) a_{i+1} ... a_t, is that of gated linear attention, and
+not what the layer computes.
+
+    deltas = record_deltas(model, input_ids)      # layer -> DeltaScan
+    survival(deltas[0], at=63)                    # (B, 64, H): what is left of each write
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from probes.cache import Recording, recorded
+from probes.scan import layers_with
+from ssm_retrieval.errors import UserError
+from ssm_retrieval.models.common import LanguageModel
+
+DELTA_NAMES = tuple(f"mixer.hook_{name}" for name in ("q", "k", "v", "beta"))
+
+
+@dataclass(frozen=True)
+class DeltaScan:
+    """One layer's recurrence. All tensors are kept without gradients as float32, or float64 if v is.
+
+    Attributes:
+        q: (B, L, H, N) read vectors.
+        k: (B, L, H, N) write vectors.
+        v: (B, L, H, P) values.
+        beta: (B, L, H) strengths, 0 at padding.
+        decay: (B, L, H, N or 1), 1 where nothing decays.
+
+    Raises:
+        UserError: Shapes do not fit.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    beta: Tensor
+    decay: Tensor
+
+    def __post_init__(self) -> None:
+        dtype = torch.promote_types(self.v.dtype, torch.float32)
+        for field in fields(self):
+            object.__setattr__(self, field.name, getattr(self, field.name).detach().to(dtype))
+        if self.v.dim() != 4 or self.k.dim() != 4:
+            given = f"{tuple(self.v.shape)} and {tuple(self.k.shape)}"
+            raise UserError(f"v must have dimensions (B, L, H, P) and k (B, L, H, N), not shapes {given}")
+        heads, n = tuple(self.v.shape[:3]), self.k.shape[-1]
+        shapes = dict(q=(*heads, n), k=(*heads, n), beta=heads)
+        shapes["decay"] = (*heads, self.decay.shape[-1] if self.decay.shape[-1:] == (1,) else n)
+        for name, shape in shapes.items():
+            if tuple(getattr(self, name).shape) != shape:
+                raise UserError(f"{name} must have shape {shape}, not {tuple(getattr(self, name).shape)}")
+
+    def forget(self, t: int, rows: Tensor, erase: bool = True) -> Tensor:
+        """rows F_t, for rows (B, H, R, N) of a state or of a product of states' factors.
+
+        Args:
+            t: The token.
+            rows: What stands on the left.
+            erase: Whether F_t has its second factor.
+
+        Returns:
+            (B, H, R, N).
+        """
+        rows = rows * self.decay[:, t].unsqueeze(-2)
+        if not erase:
+            return rows
+        k = self.k[:, t].unsqueeze(-2)  # (B, H, 1, N)
+        return rows - self.beta[:, t, :, None, None] * (rows * k).sum(-1, keepdim=True) * k
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What each token does to the state, in Frobenius norms over the heads, (B, L) each.
+
+    Attributes:
+        write: Of the write, |beta v k^T|.
+        erase: Of what is erased, |h_{t-1} a beta k k^T|.
+        keep: Of what is kept, |h_{t-1} F_t|, over that of the state before; NaN while that is empty.
+        relative: Of the whole change, |h_t - h_{t-1}|, likewise over that of the state before.
+    """
+
+    write: Tensor
+    erase: Tensor
+    keep: Tensor
+    relative: Tensor
+
+
+@torch.no_grad()
+def changes(scan: DeltaScan) -> Changes:
+    """Run the recurrence and measure every token; one state exists at a time.
+
+    Args:
+        scan: The layer's recurrence.
+
+    Returns:
+        The four norms.
+    """
+    B, L, H, P = scan.v.shape
+    h = scan.v.new_zeros(B, H, P, scan.k.shape[-1])
+    rows = []
+    for t in range(L):
+        faded = scan.forget(t, h, erase=False)
+        kept = scan.forget(t, h)
+        write = (scan.beta[:, t, :, None] * scan.v[:, t]).unsqueeze(-1) * scan.k[:, t].unsqueeze(-2)
+        after = kept + write
+        before = _norm(h)
+        before = torch.where(before > 0, before, torch.nan)
+        rows.append((_norm(write), _norm(faded - kept), _norm(kept) / before, _norm(after - h) / before))
+        h = after
+    return Changes(*(torch.stack(column, dim=1) for column in zip(*rows, strict=True)))
+
+
+def _norm(h: Tensor) -> Tensor:
+    return h.flatten(1).norm(dim=1)
+
+
+@torch.no_grad()
+def survival(scan: DeltaScan, at: int) -> Tensor:
+    """What is left of each token's write in the state after token `at`, as a share of the write.
+
+    Args:
+        scan: The layer's recurrence.
+        at: The token.
+
+    Returns:
+        (B, at + 1, H): |k_i^T F_{i+1} ... F_at| / |k_i|, at most 1 for beta in (0, 2) and keys of length 1.
+        NaN at padding, where nothing is written.
+    """
+    rows = scan.k[:, : at + 1].transpose(1, 2).clone()  # (B, H, i, N)
+    for t in range(1, at + 1):
+        rows[:, :, :t] = scan.forget(t, rows[:, :, :t])
+    left = rows.norm(dim=-1).transpose(1, 2) / scan.k[:, : at + 1].norm(dim=-1)
+    return left.masked_fill(scan.beta[:, : at + 1] == 0, torch.nan)
+
+
+@torch.no_grad()
+def hidden_attention(scan: DeltaScan, erase: bool = True) -> Tensor:
+    """The map that gives y = map @ v, exactly.
+
+    Args:
+        scan: The layer's recurrence.
+        erase: Whether to count what later writes erase. Without, it is a map of another layer.
+
+    Returns:
+        (B, H, L, L); row t has the weights of the values up to t.
+    """
+    B, L, H, _ = scan.v.shape
+    weights = scan.v.new_zeros(B, H, L, L)
+    rows = scan.k.new_zeros(B, H, L, scan.k.shape[-1])
+    for t in range(L):
+        rows[:, :, :t] = scan.forget(t, rows[:, :, :t], erase)
+        rows[:, :, t] = scan.beta[:, t, :, None] * scan.k[:, t]
+        weights[:, :, t, : t + 1] = (rows[:, :, : t + 1] * scan.q[:, t].unsqueeze(-2)).sum(-1)
+    return weights
+
+
+def delta_names(layers: Sequence[int], *more: str) -> list[str]:
+    """Names to record for `delta_of`, and further local names of each layer."""
+    return [f"blocks.{i}.{name}" for i in layers for name in (*DELTA_NAMES, *more)]
+
+
+def delta_layers(model: LanguageModel) -> list[int]:
+    """Indices of the blocks that have a delta rule."""
+    return layers_with(model, "mixer.hook_beta")
+
+
+def record_deltas(
+    model: LanguageModel, input_ids: Tensor, layers: Sequence[int] | None = None
+) -> dict[int, DeltaScan]:
+    """The recurrences of a model's layers with a delta rule in one forward pass.
+
+    Args:
+        model: Any model of the library.
+        input_ids: (B, L) int64.
+        layers: Indices of such blocks. None: all.
+
+    Returns:
+        Layer to its recurrence.
+
+    Raises:
+        UserError: The model has no such layers, or a layer is none.
+    """
+    known = delta_layers(model)
+    wanted = known if layers is None else list(layers)
+    if not wanted or any(i not in known for i in wanted):
+        raise UserError(f"layers={wanted} must be some of the model's layers with a delta rule, {known}")
+    names = delta_names(wanted)
+    cache = recorded(model, input_ids, names + [n for n in _decays(wanted) if n in model.hook_names()])
+    return {layer: delta_of(cache, layer) for layer in wanted}
+
+
+def _decays(layers: Sequence[int]) -> list[str]:
+    return [f"blocks.{i}.mixer.hook_A_bar" for i in layers]
+
+
+def delta_of(cache: Recording, layer: int) -> DeltaScan:
+    """The recurrence of one layer from a recording of `delta_names`, and of its decay if it has one.
+
+    Args:
+        cache: The recording.
+        layer: Index of the block.
+
+    Returns:
+        The recurrence, in the recording's precision.
+    """
+    q, k, v, beta = (cache[f"blocks.{layer}.{name}"] for name in DELTA_NAMES)
+    (name,) = _decays([layer])
+    decay = cache[name] if name in cache else torch.ones_like(beta)
+    return DeltaScan(q, k, v, beta, decay.unsqueeze(-1) if decay.dim() == 3 else decay)

@@ -1,0 +1,163 @@
+"""The language model around the mixers of flash-linear-attention: DeltaNet, gated DeltaNet.
+
+    x = x + mixer(rms_norm(x))
+    x = x + W_down (silu(W_gate r) * W_up r),  r = rms_norm(x)         SwiGLU (Shazeer 2020, arXiv 2002.05202)
+
+Letters as in `ssm_retrieval.models.common`; H heads have keys of N and values of P channels, and E = H P.
+Parameter names are those of fla-hub's checkpoints; `model.embed_pos` exists only with learned positions.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssm_retrieval.models.common import Context, LanguageModel, LayerCache, part
+from ssm_retrieval.models.configuration import Config, check_ssm, require
+from ssm_retrieval.models.hooks import Hooked
+from ssm_retrieval.models.layers import RMSNorm, init_normal, learned_positions
+from ssm_retrieval.ops.linear import Linear
+
+
+class HeadsConfig(Config):
+    """What the configs of these models have in common: how the width is shared out among heads."""
+
+    d_model: int
+    d_mlp: int
+    expand: float
+    headdim: int
+    d_state: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ssm(self)
+        width = self.expand * self.d_model
+        said = f"expand={self.expand} times d_model={self.d_model} is {width:g}"
+        require(width == round(width), f"{said}, which is no number of channels; change one of them")
+        require(
+            self.d_inner % self.headdim == 0,
+            f"headdim={self.headdim} does not divide d_inner={self.d_inner}; use a divisor",
+        )
+
+    @property
+    def d_inner(self) -> int:
+        """Channels of all values."""
+        return round(self.expand * self.d_model)
+
+    @property
+    def n_head(self) -> int:
+        return self.d_inner // self.headdim
+
+    @property
+    def d_head(self) -> int:
+        return self.headdim
+
+    @property
+    def norm(self) -> str:
+        """Which norm the residual stream has."""
+        return "rms"
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels of the convolution: queries, keys and values."""
+        return 2 * self.n_head * self.d_state + self.d_inner
+
+    @property
+    def mlp_width(self) -> int:
+        """d_mlp, or as fla rounds 8/3 d_model: up, to a multiple of 256."""
+        return self.d_mlp or -(-int(self.d_model * 8 / 3) // 256) * 256
+
+
+class SwiGLU(Hooked, nn.Module):
+    """(B, L, D) -> (B, L, D)."""
+
+    hook_prefix: ClassVar = "mlp."
+    hook_axes: ClassVar = {"hook_pre": "B L M", "hook_post": "B L M"}
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.config = config
+        self.gate_proj = Linear(config.d_model, config.mlp_width, bias=False)
+        self.up_proj = Linear(config.d_model, config.mlp_width, bias=False)
+        self.down_proj = Linear(config.mlp_width, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.tap("hook_pre", self.gate_proj(x))
+        return self.down_proj(self.tap("hook_post", F.silu(gate) * self.up_proj(x)))
+
+
+class SwiGLUBlock(Hooked, nn.Module):
+    """A mixer and a SwiGLU, one after the other, each behind its norm."""
+
+    hook_axes: ClassVar = dict(
+        hook_resid_pre="B L D", hook_mixer_out="B L D", hook_resid_mid="B L D", hook_mlp_out="B L D",
+        hook_resid_post="B L D",
+    )  # fmt: skip
+
+    def __init__(self, config: Any, mixer: type[nn.Module]):
+        super().__init__()
+        self.config = config
+        self.attn_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attn: Any = mixer(config)
+        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = SwiGLU(config)
+        for weight in self.mlp.parameters():
+            init_normal(weight, std=config.init_std)
+
+    @property
+    def norm(self) -> nn.Module:
+        """The mixer's norm, under the name that it has in other blocks."""
+        return self.attn_norm
+
+    @property
+    def mixer(self) -> Any:
+        """The mixer, under the name that it has in other blocks."""
+        return self.attn
+
+    def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+        x = self.tap("hook_resid_pre", x)
+        x = self.tap(
+            "hook_resid_mid", x + self.tap("hook_mixer_out", self.mixer(self.norm(x), context, cache))
+        )
+        x = x + self.tap("hook_mlp_out", self.mlp(self.mlp_norm(x)))
+        return self.tap("hook_resid_post", x)
+
+
+class SwiGLUForCausalLM(LanguageModel):
+    """Language model of `SwiGLUBlock`s (state_dict of fla-hub's checkpoints). Subclasses name the mixer."""
+
+    mixer: type[nn.Module]
+    embedding = part("model.embeddings")
+    embed_pos = part("model.embed_pos")
+    blocks = part("model.layers")
+    norm = part("model.norm")
+    head = part("lm_head")
+
+    def __init__(self, config: Any, dtype: torch.dtype | None = None):
+        super().__init__(config)
+        V, D = config.vocab_size, config.d_model
+        blocks = (SwiGLUBlock(config, self.mixer).to(dtype) for _ in range(config.n_layer))
+        self.model = nn.ModuleDict({"embeddings": nn.Embedding(V, D).to(dtype)})
+        self.model.update({"layers": nn.ModuleList(blocks), "norm": RMSNorm(D, config.norm_eps).to(dtype)})
+        self.lm_head = Linear(D, V, bias=False).to(dtype)
+        init_normal(self.embedding.weight, std=config.embedding_std)
+        init_normal(self.head.weight, std=config.embedding_std)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embedding.weight
+        if config.position == "learned":
+            self.model["embed_pos"] = learned_positions(config).to(dtype)
+
+    def accept_hub_spellings(self, named: dict[str, Any], prefix: str = "") -> None:
+        """Let a tied head be absent."""
+        embedding = prefix + "model.embeddings.weight"
+        if self.config.tie_word_embeddings and embedding in named:
+            named.setdefault(prefix + "lm_head.weight", named[embedding])
+
+
+def state_size(config: Any, seq_len: int) -> int:
+    """h and the convolution's window, whatever seq_len is."""
+    window = (config.d_conv - 1) * config.conv_dim if config.short_conv else 0
+    return config.n_layer * (config.d_inner * config.d_state + window)
