@@ -97,8 +97,9 @@ class Registry(Mapping[str, Record], Generic[Record]):
         close = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.6)
         near = nearest or (close[0] if close else None)
         hint = f" (did you mean {near!r}?)" if near else ""
+        names = ", ".join(shown or valid)
         return (
-            f"unknown {self.kind} {name!r}{hint}; valid: {', '.join(shown or valid)}; a {self.kind} of your own "
+            f"unknown {self.kind} {name!r}{hint}; valid: {names}; a {self.kind} of your own "
             "needs --import and the module that registers it"
         )
 
