@@ -27,7 +27,7 @@ from ssm_retrieval.ops.delta_rule import delta_rule
 
 HEADS, WIDTH, D_MODEL = 4, 64, 128
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
-TINY = ("mamba", "mamba2", "deltanet", "gated-deltanet", "transformer")
+TINY = ("mamba", "mamba2", "deltanet", "gated-deltanet", "kda", "gla", "transformer")
 
 Call = Callable[[], Any]
 

@@ -19,16 +19,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from probes.cache import Recording, recorded
+from probes.cache import recorded
 from probes.scan import layers_with
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.models.common import LanguageModel
 
-DELTA_NAMES = tuple(f"mixer.hook_{name}" for name in ("q", "k", "v", "beta"))
+NAMES = ("q", "k", "v", "beta", "A_bar")  # of which a layer without strengths or decay lacks one
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class DeltaScan:
         v: (B, L, H, P) values.
         beta: (B, L, H) strengths, 0 at padding.
         decay: (B, L, H, N or 1), 1 where nothing decays.
+        erase: Whether a write takes away what its key holds. Without, it is gated linear attention.
 
     Raises:
         UserError: Shapes do not fit.
@@ -51,10 +53,11 @@ class DeltaScan:
     v: Tensor
     beta: Tensor
     decay: Tensor
+    erase: bool = True
 
     def __post_init__(self) -> None:
         dtype = torch.promote_types(self.v.dtype, torch.float32)
-        for field in fields(self):
+        for field in fields(self)[:5]:
             object.__setattr__(self, field.name, getattr(self, field.name).detach().to(dtype))
         if self.v.dim() != 4 or self.k.dim() != 4:
             given = f"{tuple(self.v.shape)} and {tuple(self.k.shape)}"
@@ -78,7 +81,7 @@ class DeltaScan:
             (B, H, R, N).
         """
         rows = rows * self.decay[:, t].unsqueeze(-2)
-        if not erase:
+        if not (erase and self.erase):
             return rows
         k = self.k[:, t].unsqueeze(-2)  # (B, H, 1, N)
         return rows - self.beta[:, t, :, None, None] * (rows * k).sum(-1, keepdim=True) * k
@@ -140,7 +143,7 @@ def survival(scan: DeltaScan, at: int) -> Tensor:
 
     Returns:
         (B, at + 1, H): |k_i^T F_{i+1} ... F_at| / |k_i|, at most 1 for beta in (0, 2) and keys of length 1.
-        NaN at padding, where nothing is written.
+        NaN where beta is 0 and nothing is written, as at padding.
     """
     rows = scan.k[:, : at + 1].transpose(1, 2).clone()  # (B, H, i, N)
     for t in range(1, at + 1):
@@ -170,20 +173,15 @@ def hidden_attention(scan: DeltaScan, erase: bool = True) -> Tensor:
     return weights
 
 
-def delta_names(layers: Sequence[int], *more: str) -> list[str]:
-    """Names to record for `delta_of`, and further local names of each layer."""
-    return [f"blocks.{i}.{name}" for i in layers for name in (*DELTA_NAMES, *more)]
-
-
 def delta_layers(model: LanguageModel) -> list[int]:
-    """Indices of the blocks that have a delta rule."""
-    return layers_with(model, "mixer.hook_beta")
+    """Indices of the blocks that write values under keys into a state: delta rules and linear attention."""
+    return layers_with(model, "mixer.hook_k")
 
 
 def record_deltas(
     model: LanguageModel, input_ids: Tensor, layers: Sequence[int] | None = None
 ) -> dict[int, DeltaScan]:
-    """The recurrences of a model's layers with a delta rule in one forward pass.
+    """The recurrences of a model's layers with a delta rule, or linear attention, in one forward pass.
 
     Args:
         model: Any model of the library.
@@ -191,7 +189,7 @@ def record_deltas(
         layers: Indices of such blocks. None: all.
 
     Returns:
-        Layer to its recurrence.
+        Layer to its recurrence, in the model's precision.
 
     Raises:
         UserError: The model has no such layers, or a layer is none.
@@ -199,27 +197,16 @@ def record_deltas(
     known = delta_layers(model)
     wanted = known if layers is None else list(layers)
     if not wanted or any(i not in known for i in wanted):
-        raise UserError(f"layers={wanted} must be some of the model's layers with a delta rule, {known}")
-    names = delta_names(wanted)
-    cache = recorded(model, input_ids, names + [n for n in _decays(wanted) if n in model.hook_names()])
-    return {layer: delta_of(cache, layer) for layer in wanted}
-
-
-def _decays(layers: Sequence[int]) -> list[str]:
-    return [f"blocks.{i}.mixer.hook_A_bar" for i in layers]
-
-
-def delta_of(cache: Recording, layer: int) -> DeltaScan:
-    """The recurrence of one layer from a recording of `delta_names`, and of its decay if it has one.
-
-    Args:
-        cache: The recording.
-        layer: Index of the block.
-
-    Returns:
-        The recurrence, in the recording's precision.
-    """
-    q, k, v, beta = (cache[f"blocks.{layer}.{name}"] for name in DELTA_NAMES)
-    (name,) = _decays([layer])
-    decay = cache[name] if name in cache else torch.ones_like(beta)
-    return DeltaScan(q, k, v, beta, decay.unsqueeze(-1) if decay.dim() == 3 else decay)
+        raise UserError(f"layers={wanted} must be some of the model's layers with keys and a state, {known}")
+    there = set(model.hook_names())
+    names = [f"blocks.{i}.mixer.hook_{name}" for i in wanted for name in NAMES]
+    cache = recorded(model, input_ids, [name for name in names if name in there])
+    found = {}
+    for i in wanted:
+        q, k, v, *rest = (cache.get(f"blocks.{i}.mixer.hook_{name}") for name in NAMES)
+        assert q is not None and k is not None and v is not None
+        beta, decay = (v.new_ones(v.shape[:3]) if x is None else x for x in rest)
+        block: Any = model.blocks[i]
+        decay = decay.unsqueeze(-1) if decay.dim() == 3 else decay
+        found[i] = DeltaScan(q, k, v, beta, decay, block.mixer.erase)
+    return found

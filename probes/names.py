@@ -40,9 +40,9 @@ NAMES: dict[str, tuple[str, str]] = {
         "B L E; Mamba-2 B L J; delta rule B L J",
         "input of the convolution: x; Mamba-2 x, B, C in one, the delta rule q, k, v",
     ),
-    "mixer.hook_q": ("B L H N", "read vector of the delta rule, of length N^-1/2"),
-    "mixer.hook_k": ("B L H N", "write vector of the delta rule, of length 1"),
-    "mixer.hook_v": ("B L H P", "what the delta rule writes"),
+    "mixer.hook_q": ("B L H N", "read vector of the delta rule, of length N^-1/2; of GLA"),
+    "mixer.hook_k": ("B L H N", "write vector of the delta rule, of length 1; of GLA"),
+    "mixer.hook_v": ("B L H P", "what the delta rule, or GLA, writes"),
     "mixer.hook_beta": ("B L H", "how much of it, and of what is erased; 0 at padding"),
     "mixer.hook_conv": (
         "B L E; Mamba-2 B L H P",
@@ -52,7 +52,7 @@ NAMES: dict[str, tuple[str, str]] = {
     "mixer.hook_B": ("B L N; Mamba-2 B L G N", "write vector"),
     "mixer.hook_C": ("B L N; Mamba-2 B L G N", "read vector"),
     "mixer.hook_A_bar": (
-        "B L E N; Mamba-2 B L H; delta rule B L H",
+        "B L E N; Mamba-2 B L H; delta rule B L H; KDA and GLA B L H N",
         "decay exp(dt A); an edit changes the decay, not dt B u",
     ),
     "mixer.hook_ssm_state": (_STATE, "h_t after token t; an edit is carried on by the recurrence"),

@@ -31,7 +31,9 @@ from torch.nn import functional as F
 from ssm_retrieval.models.common import Cache, Context, LanguageModel, LayerCache, widen
 from ssm_retrieval.models.deltanet import DeltaNetMixer
 from ssm_retrieval.models.gated_deltanet import GatedDeltaNetMixer
+from ssm_retrieval.models.gla import GLAMixer
 from ssm_retrieval.models.hybrid import ParallelBlock
+from ssm_retrieval.models.kda import KDAMixer
 from ssm_retrieval.models.linear_ssm import LinearSSMMixer
 from ssm_retrieval.models.mamba import MambaMixer
 from ssm_retrieval.models.mamba2 import Mamba2Mixer
@@ -283,7 +285,7 @@ class LinearState:
 
 
 class DeltaState:
-    """As `MambaState`, for a block with a delta rule; states are (H, P, N).
+    """As `MambaState`, for a block with a delta rule or linear attention; states are (H, P, N).
 
     What stands in the state decides what is erased of it, and the recurrence stays linear: a change of the
     state goes on as a state does into which nothing is written.
@@ -293,14 +295,14 @@ class DeltaState:
         self.block, self.mixer = block, block.mixer
         self.hidden = block.norm(x)
         self.inputs = self.mixer.inputs(self.hidden, context_of(x))
-        self.y = delta_rule(*self.inputs)  # (B, L, H, P)
+        self.y = delta_rule(*self.inputs, erase=self.mixer.erase)  # (B, L, H, P)
         self.middle = x + self.mixer.output(self.y, self.hidden)
 
     def states(self, positions: list[int]) -> Tensor:
         """States h_t after each of T positions, (B, T, H, P, N)."""
         stop = max(positions) + 1
         inputs: Any = (None if t is None else t[:, :stop] for t in self.inputs)
-        return delta_rule(*inputs, states_at=positions)[-1]
+        return delta_rule(*inputs, erase=self.mixer.erase, states_at=positions)[-1]
 
     def added(self, delta: Tensor, at: Tensor, start: int) -> Tensor:
         """What replacing h_t by h_t + delta adds to the block's output.
@@ -318,10 +320,12 @@ class DeltaState:
         early = (time < at[..., None]).flatten(0, 1)[..., None]  # (c * B, T, 1)
         frozen = (time <= at[..., None]).flatten(0, 1)[..., None]  # h_t has been through its token already
         q, k, v, beta, decay = (None if t is None else _rows(t[:, start:], c) for t in self.inputs)
-        assert q is not None and k is not None and v is not None and beta is not None
-        decay = None if decay is None else decay.masked_fill(frozen, 0)
+        assert q is not None and k is not None and v is not None
+        beta = None if beta is None else beta.masked_fill(frozen, 0)
+        if decay is not None:
+            decay = decay.masked_fill(frozen if decay.dim() == 3 else frozen.unsqueeze(-1), 0)
         y = delta_rule(
-            q, k, torch.zeros_like(v), beta.masked_fill(frozen, 0), decay, initial_state=delta.flatten(0, 1)
+            q, k, torch.zeros_like(v), beta, decay, erase=self.mixer.erase, initial_state=delta.flatten(0, 1)
         )
         y = y.masked_fill(early[..., None], 0).unflatten(0, (c, -1))
         before, hidden = self.y[:, start:], self.hidden[:, start:]
@@ -355,6 +359,8 @@ STATES: dict[type[nn.Module], Any] = {
     LinearSSMMixer: LinearState,
     DeltaNetMixer: DeltaState,
     GatedDeltaNetMixer: DeltaState,
+    KDAMixer: DeltaState,
+    GLAMixer: DeltaState,
 }
 
 

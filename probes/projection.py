@@ -61,7 +61,7 @@ def project(model: LanguageModel, cache: Cache, tokens: Tensor) -> dict[int, Ten
     for i in blocks:
         read = {name: seen[at][:, 0] for name in READ if (at := f"blocks.{i}.mixer.{name}") in there}
         block: Any = model.blocks[i]
-        output = _delta_output if "hook_beta" in read else _output
+        output = _delta_output if "hook_q" in read else _output
         found[i] = model.head(model.norm(output(block.mixer, cache.layers[i]["ssm"], **read)))
     return found
 
@@ -87,14 +87,17 @@ def _delta_output(
     *,
     hook_q: Tensor,
     hook_k: Tensor,
-    hook_beta: Tensor,
+    hook_beta: Tensor | None = None,
     hook_A_bar: Tensor | None = None,
     hook_gate: Tensor | None = None,
 ) -> Tensor:
     """(R, D): the same with a delta rule, whose question erases of h (R, H, P, N) what its key holds."""
-    h = h if hook_A_bar is None else h * hook_A_bar[..., None, None].to(h.dtype)
-    k = hook_k.unsqueeze(-2).to(h.dtype)
-    h = h - hook_beta[..., None, None].to(h.dtype) * (h * k).sum(-1, keepdim=True) * k
+    if hook_A_bar is not None:
+        decay = hook_A_bar[..., None, None] if hook_A_bar.dim() == 2 else hook_A_bar.unsqueeze(-2)
+        h = h * decay.to(h.dtype)
+    if hook_beta is not None:
+        k = hook_k.unsqueeze(-2).to(h.dtype)
+        h = h - hook_beta[..., None, None].to(h.dtype) * (h * k).sum(-1, keepdim=True) * k
     y = mixer.o_norm(torch.einsum("rhpn,rhn->rhp", h, hook_q.to(h.dtype)))
     y = y if hook_gate is None else y * hook_gate
     return mixer.o_proj(y.flatten(1).to(mixer.o_proj.weight.dtype))

@@ -114,6 +114,8 @@ ARCHITECTURES: Registry[Any] = Registry(  # Any is `Architecture`, which needs t
         "linear": "ssm_retrieval.models.linear_ssm:ARCHITECTURE",
         "deltanet": "ssm_retrieval.models.deltanet:ARCHITECTURE",
         "gated-deltanet": "ssm_retrieval.models.gated_deltanet:ARCHITECTURE",
+        "kda": "ssm_retrieval.models.kda:ARCHITECTURE",
+        "gla": "ssm_retrieval.models.gla:ARCHITECTURE",
     },
 )
 

@@ -28,6 +28,7 @@ from synthetic.config import Plan
 from synthetic.curricula import batch_shape, lengths, place
 from synthetic.evaluate import rows_at_once
 
+MODELS_A_TABLE = 4  # so that no number is cut in a terminal of 80 columns
 REMEDY = "try --checkpointing, --accumulate or --optimizer adafactor"
 
 

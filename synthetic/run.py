@@ -93,9 +93,10 @@ def _say_finished(folder: Path, plan: Plan, console: Console) -> None:
 
 def _show_memory(plans: list[Plan]) -> int:
     from ssm_retrieval.terminal import plain_console
-    from synthetic.memory import table
+    from synthetic.memory import MODELS_A_TABLE, table
 
-    plain_console().print(table(plans))
+    for start in range(0, len(plans), MODELS_A_TABLE):
+        plain_console().print(table(plans[start : start + MODELS_A_TABLE]))
     return 0
 
 

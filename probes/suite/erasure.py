@@ -1,4 +1,6 @@
-"""What every token writes, erases and keeps in a state with a delta rule, and what is read of it in the end.
+"""What every token writes, erases and keeps in a state with keys, and what is read of it in the end.
+
+Of layers with a delta rule, and of gated linear attention, which erases nothing.
 
 Parts of the table (`probes.delta` has the equations):
 
@@ -58,11 +60,11 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
         Rows by layer: role, position, contrast, curve, map and reconstruction.
 
     Raises:
-        NotApplicable: The model has no layer with a delta rule.
+        NotApplicable: The model has no such layer.
     """
     layers = delta_layers(model)
     if not layers:
-        raise NotApplicable("it has no layers with a delta rule")
+        raise NotApplicable("it has no layers with keys and a state")
     require_roles(task, "erasure")
     examples = options.examples or (32 if task.seq_len > 256 else 128)
     mixers: list[Any] = [model.blocks[i] for i in layers]

@@ -164,28 +164,58 @@ def linear_ssm(config: Any, step: Step) -> BlockMemory:
 
 
 def delta(config: Any, step: Step) -> BlockMemory:
-    """A block of DeltaNet or gated DeltaNet: norm, projections, convolution, delta rule; norm, SwiGLU."""
+    """A block of DeltaNet or its kin: norm, projections, convolution, delta rule, norm; norm, SwiGLU."""
     B, L, c = step.at_once, step.length, step.itemsize
-    D, E, N, H, M, T = config.d_model, config.d_inner, config.d_state, config.n_head, config.mlp_width, B * L
-    J, wide = config.conv_dim, H * -(-config.headdim // LANES) * LANES
-    decays, copies = hasattr(config, "dt_min"), c == 2  # autocast copies what each projection reads
-    readers = 4 + decays + config.gate if copies else 1
+    D, E, N, H, P, T = config.d_model, config.d_inner, config.d_state, config.n_head, config.headdim, B * L
+    J, copies = config.conv_dim, c == 2  # autocast copies what each projection reads
+    decays, by_channel = hasattr(config, "dt_min"), type(config).__name__ == "KDAConfig"
+    low_rank = 2 * c * T * P if by_channel else 0  # between the projections to decay and gate
+    decay = F32 * T * H * (N if by_channel else 1)
     x, keys = F32 * T * D, F32 * T * H * N
-    kept = x + norm("rms", T, D) + readers * c * T * D
-    if config.short_conv:
-        kept += F32 * (T * J + (config.d_conv + 1) * J)
-    else:
-        kept += c * T * J  # before silu
+    kept = _read(T, D, c, 4 + decays + config.gate) + low_rank
+    kept += F32 * (T * J + (config.d_conv + 1) * J) if config.short_conv else c * T * J
     kept += (2 * keys if copies else F32 * T * J) + 2 * F32 * T * H  # q and k before they have length 1
-    kept += (
-        2 * keys + F32 * T * (wide + 2 * H) + F32 * T * H * (1 + 2 * decays)
-    )  # the delta rule's; beta, decay
-    kept += F32 * B * math.ceil(L / DELTA_CHUNK) * wide * N  # states
-    kept += F32 * T * (wide + H + E) + 3 * F32 * T * E * config.gate + c * T * E  # norm, gate, o_proj
-    kept += x + norm("rms", T, D) + (1 + copies) * c * T * D + 4 * c * T * M  # SwiGLU
-    casts = 2 * (J * D + (1 + decays) * H * D + (1 + config.gate) * E * D + 3 * D * M) if copies else 0
+    kept += _rule(config, B, L) + F32 * T * H + decay * (1 + 2 * decays)  # beta; decay
+    kept += F32 * T * (3 - by_channel) * E * config.gate + c * T * E + _swiglu(config, T, c)
+    gate = (1 + by_channel) * P * E if by_channel else E * D
+    weights = J * D + (1 + decays) * H * D + config.gate * gate + E * D + 3 * D * config.mlp_width
+    casts = 2 * weights if copies else 0
     # gradients of q, k, v, and of what the convolution reads; or three of the MLP's width
-    return BlockMemory(x, kept + casts, casts, 2 * x + max(3 * F32 * T * J, 3 * c * T * M))
+    return BlockMemory(x, kept + casts, casts, 2 * x + max(3 * F32 * T * J, 3 * c * T * config.mlp_width))
+
+
+def gla(config: Any, step: Step) -> BlockMemory:
+    """A block of gated linear attention: norm, projections, recurrence, norm; norm, SwiGLU."""
+    B, L, c = step.at_once, step.length, step.itemsize
+    D, E, N, H, T = config.d_model, config.d_inner, config.d_state, config.n_head, B * L
+    J, copies, rank = config.conv_dim, c == 2, 16
+    x, keys = F32 * T * D, F32 * T * H * N
+    kept = _read(T, D, c, 4 + config.gate) + c * T * rank
+    kept += F32 * (T * J + (config.d_conv + 1) * J) if config.short_conv else 0
+    kept += _rule(config, B, L) + 3 * keys  # before the sigmoid, what its logarithm keeps, the decay
+    kept += 3 * F32 * T * E * config.gate + c * T * E + _swiglu(config, T, c)
+    weights = J * D + rank * (D + H * N) + (1 + config.gate) * E * D + 3 * D * config.mlp_width
+    casts = 2 * weights if copies else 0
+    return BlockMemory(x, kept + casts, casts, 2 * x + max(3 * F32 * T * J, 3 * c * T * config.mlp_width))
+
+
+def _read(T: int, D: int, c: int, projections: int) -> int:
+    """The residual stream, its norm, and what that many projections read."""
+    return F32 * T * D + norm("rms", T, D) + (projections if c == 2 else 1) * c * T * D
+
+
+def _rule(config: Any, B: int, L: int) -> int:
+    """What `ops.delta_rule` keeps but for the decay: q, k, v, beta, states; and the norm of its output."""
+    H, N, P, E, T = config.n_head, config.d_state, config.headdim, config.d_inner, B * L
+    wide = H * -(-P // LANES) * LANES
+    states = B * math.ceil(L / DELTA_CHUNK) * wide * N
+    return F32 * (2 * T * H * N + T * wide + T * H + states + T * (wide + H + E))
+
+
+def _swiglu(config: Any, T: int, c: int) -> int:
+    """The second half of a block: norm and SwiGLU."""
+    D = config.d_model
+    return F32 * T * D + norm("rms", T, D) + (1 + (c == 2)) * c * T * D + 4 * c * T * config.mlp_width
 
 
 def parallel(first: BlockMemory, second: BlockMemory, config: Any, step: Step) -> BlockMemory:

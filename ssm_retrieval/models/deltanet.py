@@ -18,22 +18,26 @@ the normalised y by silu(g_proj(residual)), and `negative_eigenvalues` doubles b
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssm_retrieval.models import block_memory, hub_fla, instrumented
+from ssm_retrieval.models import block_memory, hub_fla
 from ssm_retrieval.models.architecture import TINY, Architecture
-from ssm_retrieval.models.common import WHOLE, Context, LayerCache
-from ssm_retrieval.models.hooks import Hooked
+from ssm_retrieval.models.common import Context, LayerCache
 from ssm_retrieval.models.layers import RMSNorm, init_normal, widen
 from ssm_retrieval.models.padding import convolve, fill_padding
 from ssm_retrieval.models.ssm_init import recall_init
-from ssm_retrieval.models.swiglu_block import HeadsConfig, SwiGLUBlock, SwiGLUForCausalLM, state_size
-from ssm_retrieval.ops.delta_rule import delta_rule
+from ssm_retrieval.models.swiglu_block import (
+    DeltaInputs,
+    HeadsConfig,
+    KeyValueMixer,
+    SwiGLUBlock,
+    SwiGLUForCausalLM,
+    state_size,
+)
 from ssm_retrieval.ops.linear import Linear
 
 
@@ -68,10 +72,9 @@ def unit(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
 
-class DeltaNetMixer(Hooked, nn.Module):
+class DeltaNetMixer(KeyValueMixer):
     """The layer: (B, L, D) -> (B, L, D)."""
 
-    hook_prefix: ClassVar = "mixer."
     hook_axes: ClassVar = dict(
         hook_in="B L J", hook_q="B L H N", hook_k="B L H N", hook_v="B L H P", hook_beta="B L H",
         hook_A_bar="B L H", hook_ssm_state="B L H P N", hook_ssm_readout="B L H P N", hook_y="B L H P",
@@ -89,18 +92,13 @@ class DeltaNetMixer(Hooked, nn.Module):
         for name, width in zip(self.convs, (J, J, E), strict=False):
             self.add_module(name, nn.Conv1d(width, width, config.d_conv, groups=width, bias=False))
         if config.gate:
-            self.g_proj = Linear(D, E, bias=False)
+            self.g_proj = self.make_gate()
         self.o_norm = RMSNorm(config.headdim, config.norm_eps)
         self.o_proj = Linear(E, D, bias=False)
-        for child in self.children():
-            if isinstance(child, (nn.Linear, nn.Conv1d)):
-                init_normal(child.weight, std=config.init_std)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv1d)):
+                init_normal(module.weight, std=config.init_std)
         self.recall_init()
-
-    @property
-    def out_proj(self) -> Linear:
-        """o_proj, under the name that it has in other mixers."""
-        return self.o_proj
 
     def recall_init(self, dt: tuple[Tensor, ...] = ()) -> None:
         """`models.ssm_init.recall_init` for this layer; q = k at first if they are tied."""
@@ -109,40 +107,7 @@ class DeltaNetMixer(Hooked, nn.Module):
         tied = [(of_k.weight.detach(), of_q.weight.detach()) for of_k, of_q in pairs]
         recall_init(self.config.ssm_init, convs, dt, tied)  # type: ignore[arg-type]
 
-    def forward(self, hidden: Tensor, context: Context = WHOLE, cache: LayerCache | None = None) -> Tensor:
-        """The layer.
-
-        Args:
-            hidden: (B, L, D).
-            context: Which tokens are real.
-            cache: The call continues from its `conv` and `ssm` states, and replaces them.
-
-        Returns:
-            (B, L, D).
-        """
-        hidden = hidden.to(self.o_proj.weight.dtype)  # a hybrid's stream may be wider
-        rule: Any = delta_rule if self.hook is None else partial(instrumented.delta_rule, self.hook)
-        y = rule(
-            *self.inputs(hidden, context, cache),
-            initial_state=None if cache is None else cache.get("ssm"), return_last_state=cache is not None,
-        )  # fmt: skip
-        if cache is not None:
-            y, cache["ssm"] = y
-        return self.output(self.tap("hook_y", y), hidden)
-
-    def inputs(
-        self, hidden: Tensor, context: Context, cache: LayerCache | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """What the recurrence takes in.
-
-        Args:
-            hidden: (B, L, D).
-            context: Which tokens are real.
-            cache: Its `conv` state is read, and replaced.
-
-        Returns:
-            q and k (B, L, H, N), v (B, L, H, P), beta (B, L, H), and log_decay (B, L, H) or None.
-        """
+    def inputs(self, hidden: Tensor, context: Context, cache: LayerCache | None = None) -> DeltaInputs:
         config, mask = self.config, context.mask
         E, H, N = config.d_inner, config.n_head, config.d_state
         qkv = torch.cat([self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)], dim=-1)
@@ -161,20 +126,26 @@ class DeltaNetMixer(Hooked, nn.Module):
         return q, k, v, beta, self.log_decay(hidden, mask)
 
     def output(self, y: Tensor, hidden: Tensor) -> Tensor:
-        """The layer's output.
+        y, gate = self.o_norm(y), self.gate(hidden)
+        y = y if gate is None else (y * self.tap("hook_gate", gate)).to(y.dtype)
+        return self.o_proj(y.flatten(-2))
+
+    def make_gate(self) -> nn.Module:
+        """The projection (B, L, D) -> (B, L, E) that the gate is made of."""
+        return Linear(self.config.d_model, self.config.d_inner, bias=False)
+
+    def gate(self, hidden: Tensor) -> Tensor | None:
+        """What multiplies the normalised output.
 
         Args:
-            y: (..., L, H, P), what the recurrence gives.
-            hidden: (B, L, D), the layer's input, which makes the gate.
+            hidden: (B, L, D).
 
         Returns:
-            (..., L, D).
+            (B, L, H, P), or None.
         """
-        y = self.o_norm(y)
-        if self.config.gate:
-            gate = F.silu(widen(self.g_proj(hidden))).unflatten(-1, (self.config.n_head, -1))
-            y = (y * self.tap("hook_gate", gate)).to(y.dtype)
-        return self.o_proj(y.flatten(-2))
+        if not self.config.gate:
+            return None
+        return F.silu(widen(self.g_proj(hidden))).unflatten(-1, (self.config.n_head, -1))
 
     def log_decay(self, hidden: Tensor, mask: Tensor | None) -> Tensor | None:
         """Logarithm of the decay; None here, where nothing decays.

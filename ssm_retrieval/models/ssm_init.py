@@ -43,6 +43,11 @@ def dt_bias(config: Any, size: int) -> Tensor:
     return dt + torch.log(-torch.expm1(-dt))
 
 
+def parts_of(ssm_init: str) -> str:
+    """The parts that a value of `ssm_init` stands for, as it names them."""
+    return "identity+long+tied" if ssm_init == "recall" else ssm_init
+
+
 @torch.no_grad()
 def recall_init(
     ssm_init: str,
@@ -58,7 +63,7 @@ def recall_init(
         dt: A_log, the weights that make dt, and dt's bias; empty for a state that never decays.
         tied: Pairs of what makes B and what makes C, such as rows of a projection.
     """
-    parts = "identity+long+tied" if ssm_init == "recall" else ssm_init
+    parts = parts_of(ssm_init)
     if "identity" in parts:
         for conv in convs:
             conv.weight.zero_()[..., -1] = 1.0

@@ -1,4 +1,4 @@
-"""The language model around the mixers of flash-linear-attention: DeltaNet, gated DeltaNet.
+"""The language model around the mixers of flash-linear-attention: DeltaNet and its kin, GLA.
 
     x = x + mixer(rms_norm(x))
     x = x + W_down (silu(W_gate r) * W_up r),  r = rms_norm(x)         SwiGLU (Shazeer 2020, arXiv 2002.05202)
@@ -9,17 +9,22 @@ Parameter names are those of fla-hub's checkpoints; `model.embed_pos` exists onl
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssm_retrieval.models.common import Context, LanguageModel, LayerCache, part
+from ssm_retrieval.models import instrumented
+from ssm_retrieval.models.common import WHOLE, Context, LanguageModel, LayerCache, part
 from ssm_retrieval.models.configuration import Config, check_ssm, require
 from ssm_retrieval.models.hooks import Hooked
 from ssm_retrieval.models.layers import RMSNorm, init_normal, learned_positions
+from ssm_retrieval.ops.delta_rule import delta_rule
 from ssm_retrieval.ops.linear import Linear
+
+DeltaInputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 class HeadsConfig(Config):
@@ -69,6 +74,70 @@ class HeadsConfig(Config):
     def mlp_width(self) -> int:
         """d_mlp, or as fla rounds 8/3 d_model: up, to a multiple of 256."""
         return self.d_mlp or -(-int(self.d_model * 8 / 3) // 256) * 256
+
+
+class KeyValueMixer(Hooked, nn.Module):
+    """A layer around `ops.delta_rule`: (B, L, D) -> (B, L, D). Subclasses say what goes in and comes out.
+
+    Attributes:
+        erase: Whether a write takes away what its key holds: the delta rule, or linear attention.
+    """
+
+    hook_prefix: ClassVar = "mixer."
+    erase: ClassVar = True
+    o_proj: Linear
+
+    @property
+    def out_proj(self) -> Linear:
+        """o_proj, under the name that it has in other mixers."""
+        return self.o_proj
+
+    def forward(self, hidden: Tensor, context: Context = WHOLE, cache: LayerCache | None = None) -> Tensor:
+        """The layer.
+
+        Args:
+            hidden: (B, L, D).
+            context: Which tokens are real.
+            cache: The call continues from its `conv` and `ssm` states, and replaces them.
+
+        Returns:
+            (B, L, D).
+        """
+        hidden = hidden.to(self.o_proj.weight.dtype)  # a hybrid's stream may be wider
+        rule: Any = delta_rule if self.hook is None else partial(instrumented.delta_rule, self.hook)
+        y = rule(
+            *self.inputs(hidden, context, cache), erase=self.erase,
+            initial_state=None if cache is None else cache.get("ssm"), return_last_state=cache is not None,
+        )  # fmt: skip
+        if cache is not None:
+            y, cache["ssm"] = y
+        return self.output(self.tap("hook_y", y), hidden)
+
+    def inputs(self, hidden: Tensor, context: Context, cache: LayerCache | None = None) -> DeltaInputs:
+        """What the recurrence takes in.
+
+        Args:
+            hidden: (B, L, D).
+            context: Which tokens are real.
+            cache: Its `conv` state is read, and replaced.
+
+        Returns:
+            q and k (B, L, H, N), v (B, L, H, P), beta (B, L, H) or None, and log_decay (B, L, H),
+            (B, L, H, N) or None.
+        """
+        raise NotImplementedError
+
+    def output(self, y: Tensor, hidden: Tensor) -> Tensor:
+        """The layer's output.
+
+        Args:
+            y: (..., L, H, P), what the recurrence gives.
+            hidden: (B, L, D), the layer's input, which makes the gate.
+
+        Returns:
+            (..., L, D).
+        """
+        raise NotImplementedError
 
 
 class SwiGLU(Hooked, nn.Module):

@@ -39,9 +39,12 @@ def add_adapters(model: LanguageModel, rank: int, seed: int) -> None:
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
+        from torch import nn
     except ImportError as error:
         raise MissingPackage(LORA_HELP) from error
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(TARGETS))
+    layers = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    targets = [name for name in layers if name.rpartition(".")[2] in TARGETS]
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
     with seeded(seed):
         inject_adapter_in_model(config, model)
     for part in (model.embedding, model.head):

@@ -60,6 +60,7 @@ FAMILIES = {
     "linear": dict(SSM, n_layer=st.integers(1, 2), position=st.sampled_from(["learned", "none"]),
                    max_position_embeddings=st.sampled_from([16, 40])),
     "deltanet": dict(SSM, **DELTA), "gated-deltanet": dict(SSM, **STEPS, **DELTA),
+    "kda": dict(SSM, **STEPS, **DELTA), "gla": dict(SSM, **DELTA),
 }  # fmt: skip
 MODELS = st.sampled_from(sorted(FAMILIES)).flatmap(
     lambda family: st.fixed_dictionaries({}, optional={**SHARED, **FAMILIES[family]}).map(

@@ -1,4 +1,4 @@
-"""DeltaNet and gated DeltaNet against flash-linear-attention: checkpoints both ways, logits, gradients."""
+"""DeltaNet and its kin against flash-linear-attention: checkpoints both ways, logits, gradients."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ CASES = [
     ("gated-deltanet", {}),
     ("gated-deltanet", dict(expand_v=1.0, use_gate=False, allow_neg_eigval=True, norm_eps=1e-4)),
     ("gated-deltanet", dict(use_short_conv=False, intermediate_size=40, tie_word_embeddings=True)),
+    ("kda", {}),
+    ("kda", dict(expand_v=2.0, allow_neg_eigval=True, use_short_conv=False)),
+    ("gla", {}),
+    ("gla", dict(expand_k=1.0, use_output_gate=False, norm_eps=1e-4)),
+    ("gla", dict(use_short_conv=True, conv_size=3, intermediate_size=40, tie_word_embeddings=True)),
 ]
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:fla")
 
@@ -30,6 +35,11 @@ def theirs(request, monkeypatch):
     return make(family, **options)
 
 
+def spelt(name):
+    """fla's name of GLA's norm depends on whether its kernel is fused with the gate."""
+    return name.replace("g_norm_swish_gate", "g_norm")
+
+
 def test_their_checkpoint_gives_their_logits_and_gradients(theirs, tmp_path):
     theirs.save_pretrained(tmp_path)
     ours = models.load(tmp_path)
@@ -37,8 +47,8 @@ def test_their_checkpoint_gives_their_logits_and_gradients(theirs, tmp_path):
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     for logits in (want, got):
         logits.sin().sum().backward()
-    expected = {name: p.grad for name, p in theirs.named_parameters()}
-    found = {name: p.grad for name, p in ours.named_parameters()}
+    expected = {spelt(name): p.grad for name, p in theirs.named_parameters()}
+    found = {spelt(name): p.grad for name, p in ours.named_parameters()}
     assert found.keys() == expected.keys()
     for name, grad in found.items():
         scale = float(expected[name].abs().max())
@@ -50,7 +60,8 @@ def test_our_checkpoint_opens_there(theirs, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     ours = models.load(tmp_path / "theirs")
     folder = models.save(ours, tmp_path / "ours")
-    again, report = type(theirs).from_pretrained(folder, output_loading_info=True, **UNFUSED)
+    options = UNFUSED | ({"fuse_norm": True} if ours.config.gate and "GLA" in type(ours).__name__ else {})
+    again, report = type(theirs).from_pretrained(folder, output_loading_info=True, **options)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     written, known = json.loads((folder / "config.json").read_text()), again.config.to_dict()
     original = theirs.config.to_dict()
@@ -74,6 +85,9 @@ def test_our_checkpoint_opens_there(theirs, tmp_path):
         ("deltanet", dict(use_beta=False), "use_beta=False is not supported; only True"),
         ("deltanet", dict(expand_v=0.53125), "expand_v makes 8.5 channels of a head"),
         ("gated-deltanet", dict(num_v_heads=6), "num_v_heads=6 is not supported; only num_heads=3"),
+        ("kda", dict(safe_gate=True, lower_bound=-5.0), "lower_bound=-5.0 is not supported; only None"),
+        ("gla", dict(feature_map="relu"), "feature_map='relu' is not supported; only None"),
+        ("gla", dict(num_kv_heads=1), "num_kv_heads=1 is not supported; only num_heads=2"),
         ("gated-deltanet", dict(output_gate_activation="sigmoid"), "output_gate_activation='sigmoid' is not"),
     ],
 )
@@ -87,7 +101,7 @@ def test_what_ours_cannot_be_is_one_line(family, options, said, tmp_path):
     assert said in str(caught.value) and str(tmp_path / "config.json") in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["deltanet-1.3b", "gated-deltanet-1.3b"])
+@pytest.mark.parametrize("name", ["deltanet-1.3b", "gated-deltanet-1.3b", "kda-1.3b", "gla-1.3b"])
 def test_published_shapes_have_their_number_of_parameters(name):
     """Against fla's classes with their defaults, which are the published models."""
     family = name.removesuffix("-1.3b")

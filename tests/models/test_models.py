@@ -35,7 +35,10 @@ FAMILIES = {
         "gated-deltanet-tiny",
         dict(d_state=6, headdim=8, position="learned", ssm_init="recall"),
     ),
-    "hybrid-delta": ("hybrid-tiny", dict(pattern="gated-deltanet+A deltanet A", headdim=8, d_state=6)),
+    "kda": ("kda-tiny", dict(d_state=6, headdim=8, position="learned")),
+    "gla": ("gla-tiny", dict(d_state=6, headdim=8)),
+    "gla-conv": ("gla-tiny", dict(d_state=6, headdim=8, short_conv=True, ssm_init="recall", gate=False)),
+    "hybrid-delta": ("hybrid-tiny", dict(pattern="gated-deltanet+A kda gla", headdim=8, d_state=6)),
 }
 VOCAB = 23
 

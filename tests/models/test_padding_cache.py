@@ -27,6 +27,9 @@ VARIANTS = {
     "hybrid-mamba": ("hybrid-mamba", dict(position="learned")),
     "hybrid-mamba2": ("hybrid-mamba2", dict(position="rope", d_conv=5)),
     "deltanet": ("deltanet", dict(short_conv=False)),
+    "kda": ("kda", dict()),
+    "gla": ("gla", dict()),
+    "gla-conv": ("gla", dict(short_conv=True)),
     "gated-deltanet": ("gated-deltanet", dict(position="learned", max_position_embeddings=64, d_conv=3)),
 }
 

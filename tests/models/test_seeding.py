@@ -18,6 +18,8 @@ HEADS = {
     "mamba2": dict(headdim=8),
     "deltanet": dict(headdim=8, d_state=8),
     "gated-deltanet": dict(headdim=8, d_state=8),
+    "kda": dict(headdim=8, d_state=8),
+    "gla": dict(headdim=8, d_state=8),
 }
 
 

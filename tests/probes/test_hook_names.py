@@ -29,8 +29,11 @@ def test_every_name_has_the_documented_axes(model, family):
     assert list(cache) == model.hook_names()
     for name, point in points(model).items():
         axes, *others = probes.NAMES[local_name(name)][0].split("; ")
-        kind = "Mamba-2 " if "mamba2" in family else "delta rule " if "deltanet" in family else "none"
-        axes = next((other.removeprefix(kind) for other in others if other.startswith(kind)), axes)
+        kinds = {"mamba2": ["Mamba-2 "], "hybrid-mamba2": ["Mamba-2 "]}
+        kinds |= {name: ["delta rule "] for name in ("deltanet", "gated-deltanet")}
+        kinds |= {name: ["KDA and GLA ", "delta rule "] for name in ("kda", "gla")}
+        found = (o.removeprefix(kind) for kind in kinds.get(family, ()) for o in others if o.startswith(kind))
+        axes = next(found, axes)
         assert " ".join(point.axes) == axes, name
         sizes = dict(B=B, L=L, S=L) | point.sizes
         assert tuple(cache[name].shape) == tuple(sizes[a] for a in point.axes), name

@@ -51,6 +51,15 @@ def test_states_decay_and_output_equal_the_recurrence(name, padded):
             torch.testing.assert_close(cache[at + "A_bar"], (-mixer.A_log.exp() * dt).exp())
             assert (cache[at + "beta"][~mask] == 0).all()
             continue
+        if name in ("kda", "gla"):
+            mixer, normed = model.blocks[i].mixer, model.blocks[i].norm(cache[f"blocks.{i}.hook_resid_pre"])
+            if name == "kda":
+                dt = F.softplus(mixer.f_proj(normed) + mixer.dt_bias).unflatten(-1, (4, 6))
+                log = -mixer.A_log.exp()[:, None] * dt
+            else:
+                log = F.logsigmoid(mixer.gk_proj(normed)).unflatten(-1, (4, 6)) / 16
+            torch.testing.assert_close(cache[at + "A_bar"], (log * mask[..., None, None]).exp())
+            continue
         A, dt = -model.blocks[i].mixer.A_log.exp(), cache[at + "dt"]
         torch.testing.assert_close(cache[at + "A_bar"], (dt * A if A.dim() == 1 else dt[..., None] * A).exp())
         assert (dt[~mask] == 0).all()

@@ -25,6 +25,8 @@ FAMILIES = {
     "linear": dict(n_layer=3, d_state=5),
     "deltanet": dict(n_layer=3, d_state=6, headdim=8, d_mlp=24),
     "gated-deltanet": dict(n_layer=3, d_state=6, headdim=8, d_mlp=24),
+    "kda": dict(n_layer=3, d_state=6, headdim=8, d_mlp=24),
+    "gla": dict(n_layer=3, d_state=6, headdim=8, d_mlp=24),
 }
 
 

@@ -16,7 +16,7 @@ from ssm_retrieval.errors import UserError
 from ssm_retrieval.ops.delta_rule import delta_rule
 from synthetic import tasks
 
-BOTH = pytest.mark.parametrize("family", ["deltanet", "gated-deltanet"])
+BOTH = pytest.mark.parametrize("family", ["deltanet", "gated-deltanet", "kda"])
 DECAYS = pytest.mark.parametrize("width", [1, 4])
 
 
@@ -49,6 +49,18 @@ def test_hidden_attention_times_the_values_is_the_layers_output(family):
         torch.testing.assert_close(made, own)
         without = torch.einsum("bhti,bihp->bthp", hidden_attention(found, erase=False), found.v)
         assert (without - own).norm() > 0.05 * own.norm()
+
+
+@torch.no_grad()
+def test_gated_linear_attention_erases_nothing():
+    model = build("gla")
+    cache, _ = recorded(model)
+    for layer, found in record_deltas(model, IDS).items():
+        own = cache[f"blocks.{layer}.mixer.hook_y"]
+        for erase in (True, False):
+            made = torch.einsum("bhti,bihp->bthp", hidden_attention(found, erase), found.v)
+            torch.testing.assert_close(made, own)
+        assert (changes(found).erase == 0).all()
 
 
 @DECAYS
@@ -127,13 +139,15 @@ def test_padding_writes_nothing():
 
 
 def test_models_without_a_delta_rule_are_one_line():
-    with pytest.raises(UserError, match=r"layers=\[\] must be some of the model's layers with a delta rule"):
+    with pytest.raises(
+        UserError, match=r"layers=\[\] must be some of the model's layers with keys and a state"
+    ):
         record_deltas(build("mamba"), IDS)
     with pytest.raises(UserError, match="beta must have shape"):
         found = scan(1)
         DeltaScan(found.q, found.k, found.v, found.beta[:, 1:], found.decay)
     task = tasks.build("position", seq_len=5, num_symbols=9)
-    with pytest.raises(NotApplicable, match="no layers with a delta rule"):
+    with pytest.raises(NotApplicable, match="no layers with keys and a state"):
         erasure.measure(build("transformer"), task, Options())
 
 

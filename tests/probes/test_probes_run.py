@@ -48,7 +48,7 @@ def test_every_probe_leaves_tables_and_a_summary(probed, tables):
     for name, probe in PROBES.items():
         if name in DELTA_ONLY:
             assert not any(tables(name, family).exists() for family in ("mamba", "transformer"))
-            assert f"{name} mamba: left out, it has no layers with a delta rule" in text
+            assert f"{name} mamba: left out, it has no layers with keys and a state" in text
             continue
         families = ("mamba",) if name in SSM_ONLY else ("mamba", "transformer")
         found = [pd.read_parquet(tables(name, family)) for family in families]

@@ -47,7 +47,7 @@ def test_in_a_linear_layer_it_is_all_but_what_the_question_gives_itself(d_conv):
 
 
 @pytest.mark.parametrize(
-    "family", ["mamba", "mamba2", "linear", "hybrid-mamba", "hybrid-mamba2", "gated-deltanet"]
+    "family", ["mamba", "mamba2", "linear", "hybrid-mamba", "hybrid-mamba2", "gated-deltanet", "kda", "gla"]
 )
 def test_it_is_what_a_layer_reads_of_its_state_alone(family):
     """The layer's output with its gate, but without its skip and what the question writes."""
@@ -64,7 +64,8 @@ def test_it_is_what_a_layer_reads_of_its_state_alone(family):
         with torch.no_grad(), probes.record(model, [f"{at}*"]) as seen:
             model.step(asked, fork(cache, torch.arange(2)))
         decay = seen[f"{at}hook_A_bar"][:, 0].view(*before.shape[:2], *(1,) * (before.dim() - 3), -1)
-        if family == "gated-deltanet":  # 1 - beta k k^T, from the right
+        if f"{at}hook_beta" in seen:  # a (1 - beta k k^T), from the right
+            before, decay = before * decay, torch.ones_like(decay)
             k, beta = seen[f"{at}hook_k"][:, 0], seen[f"{at}hook_beta"][:, 0]
             before = before - torch.einsum("rhpn,rhn,rhm,rh->rhpm", before, k, k, beta)
         edits = {f"{at}hook_ssm_readout": lambda h, kept=(before * decay)[:, None]: kept.to(h.dtype)}

@@ -9,10 +9,13 @@ from torch.nn import functional as F
 pytest.importorskip("fla", reason="needs flash-linear-attention and triton, which it imports")
 
 from fla import models as fla_models
-from fla.layers import delta_net, gated_deltanet
+from fla.layers import delta_net, gated_deltanet, gla, kda
 from fla.modules import FusedRMSNormGated, RMSNorm, ShortConvolution, mlp
 from fla.ops.delta_rule.naive import delta_rule_recurrence
 from fla.ops.gated_delta_rule.naive import naive_recurrent_gated_delta_rule
+from fla.ops.gla.naive import naive_recurrent_gla
+from fla.ops.kda.gate import naive_kda_gate
+from fla.ops.kda.naive import naive_recurrent_kda
 
 UNFUSED = dict(fuse_norm=False, fuse_swiglu=False, fuse_cross_entropy=False)
 PLAIN = dict(UNFUSED, num_hidden_layers=2, vocab_size=53)
@@ -21,8 +24,15 @@ CONFIGS = {
     "gated-deltanet": lambda **more: fla_models.GatedDeltaNetConfig(
         hidden_size=32, num_heads=3, head_dim=8, **PLAIN, **more
     ),
+    "kda": lambda **more: fla_models.KDAConfig(hidden_size=32, num_heads=3, head_dim=8, **PLAIN, **more),
+    "gla": lambda **more: fla_models.GLAConfig(hidden_size=32, num_heads=2, **PLAIN, **more),
 }
-KINDS = {"deltanet": fla_models.DeltaNetForCausalLM, "gated-deltanet": fla_models.GatedDeltaNetForCausalLM}
+KINDS = {
+    "deltanet": fla_models.DeltaNetForCausalLM,
+    "gated-deltanet": fla_models.GatedDeltaNetForCausalLM,
+    "kda": fla_models.KDAForCausalLM,
+    "gla": fla_models.GLAForCausalLM,
+}
 
 
 def unit(x):
@@ -47,11 +57,25 @@ def plain(q, k, v, beta, **_):
     return delta_rule_recurrence(q, k, v, beta)[0].transpose(1, 2), None
 
 
-def normed(self, x, *_, residual=None, prenorm=False):
+def by_channel(q, k, v, g, beta, A_log, dt_bias, allow_neg_eigval=False, **_):
+    """As `gated`, for Kimi delta attention."""
+    beta = beta.sigmoid() * (2 if allow_neg_eigval else 1)
+    return naive_recurrent_kda(unit(q), unit(k), v, naive_kda_gate(g, A_log, dt_bias), beta)
+
+
+def fading(q, k, v, gk=None, g=None, **_):
+    return naive_recurrent_gla(q, k, v, g if gk is None else gk)
+
+
+def normed(self, x, residual=None, prenorm=False):
     """RMSNorm; `prenorm` also returns the stream to which the next layer adds."""
     x = x if residual is None else x + residual
     y = F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
     return (y, x) if prenorm else y
+
+
+def opened(self, x, g, *_):
+    return normed(self, x) * (g.sigmoid() if self.activation == "sigmoid" else F.silu(g))
 
 
 def without_kernels(patch: pytest.MonkeyPatch) -> None:
@@ -59,6 +83,8 @@ def without_kernels(patch: pytest.MonkeyPatch) -> None:
     for name in ("chunk", "fused_recurrent"):
         patch.setattr(gated_deltanet, f"{name}_gated_delta_rule", gated)
         patch.setattr(delta_net, f"{name}_delta_rule", plain)
+        patch.setattr(kda, f"{name}_kda", by_channel)
+        patch.setattr(gla, f"{name}_gla", fading)
     patch.setattr(
         gated_deltanet,
         "causal_conv1d",
@@ -67,8 +93,9 @@ def without_kernels(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         ShortConvolution, "forward", lambda self, x, **_: (convolved(x, self.weight, self.activation), None)
     )
+    patch.setitem(gla.ACT2FN, "swish", F.silu)
     patch.setattr(RMSNorm, "forward", normed)
-    patch.setattr(FusedRMSNormGated, "forward", lambda self, x, g, *_: normed(self, x) * F.silu(g))
+    patch.setattr(FusedRMSNormGated, "forward", opened)
     patch.setattr(mlp, "swiglu", lambda gate, y: F.silu(gate) * y)
 
 

@@ -28,9 +28,11 @@ FAMILIES = {
     "linear": ("linear-tiny", dict(n_layer=2, d_state=5)),
     "deltanet": ("deltanet-tiny", dict(d_state=6, headdim=8, d_mlp=24)),
     "gated-deltanet": ("gated-deltanet-tiny", dict(d_state=6, headdim=8, d_mlp=24)),
+    "kda": ("kda-tiny", dict(d_state=6, headdim=8, d_mlp=24)),
+    "gla": ("gla-tiny", dict(d_state=6, headdim=8, d_mlp=24)),
 }
 SSM, ATTENTION = ("mamba", "mamba2", "linear"), ("transformer", "transformer-sequential")
-STATES = (*SSM, "gated-deltanet")  # with a decay and a state
+STATES = (*SSM, "gated-deltanet", "kda", "gla")  # with a decay and a state
 VOCAB, B, L = 23, 2, 13
 IDS = torch.randint(0, VOCAB, (B, L), generator=torch.Generator().manual_seed(0))
 OTHER = torch.randint(0, VOCAB, (B, L), generator=torch.Generator().manual_seed(1))
@@ -92,7 +94,7 @@ def recurrence(
     Args:
         model: The model.
         i: Index of the layer.
-        t: Name to recorded tensor: dt, B, C and u; of the delta rule q, k, v, beta and A_bar.
+        t: Name to recorded tensor: dt, B, C and u; of layers with keys q, k, v, beta and A_bar.
         h0: State before the first token. None: zero.
         edit_state: Position to a function of h_t, carried on.
         edit_read: Position to a function of h_t as it is read.
@@ -102,7 +104,7 @@ def recurrence(
         h_t (B, L, E, N), of Mamba-2 (B, L, H, P, N), and y_t.
     """
     mixer, at = model.blocks[i].mixer, f"blocks.{i}.mixer.hook_"
-    if at + "beta" in t:
+    if at + "k" in t:
         return delta_recurrence(t, at, h0, edit_state or {}, edit_read or {}, edit_decay or {})
     u, dt, Bt, Ct = (t[at + name] for name in ("conv", "dt", "B", "C"))
     A, D = -mixer.A_log.exp(), mixer.D
@@ -137,14 +139,16 @@ def delta_recurrence(
     edit_read: Edits,
     edit_decay: Edits,
 ) -> tuple[Tensor, Tensor]:
-    """`recurrence` of a layer of gated DeltaNet: h <- h a (1 - beta k k^T) + beta v k^T, a matrix product."""
-    q, k, v, beta, a = (t[at + name] for name in ("q", "k", "v", "beta", "A_bar"))
+    """`recurrence` of a layer with keys: h <- h a (1 - beta k k^T) + beta v k^T; without beta h a + v k^T."""
+    q, k, v, a = (t[at + name] for name in ("q", "k", "v", "A_bar"))
+    erase, beta = at + "beta" in t, t.get(at + "beta", torch.ones_like(v[..., 0]))
     h = 0.0 if h0 is None else h0
     states, ys = [], []
     for s in range(q.shape[1]):
-        decay = edit_decay.get(s, lambda x: x)(a[:, s])[..., None, None]
+        decay = edit_decay.get(s, lambda x: x)(a[:, s])
+        decay = decay[..., None, None] if a.dim() == 3 else decay.unsqueeze(-2)  # of the head, or a channel
         outer = torch.einsum("bhm,bhn->bhmn", k[:, s], k[:, s])
-        keep = torch.eye(k.shape[-1], dtype=k.dtype) - beta[:, s, :, None, None] * outer
+        keep = torch.eye(k.shape[-1], dtype=k.dtype) - erase * beta[:, s, :, None, None] * outer
         write = torch.einsum("bh,bhp,bhn->bhpn", beta[:, s], v[:, s], k[:, s])
         h = (decay * h if isinstance(h, float) else decay * h @ keep) + write
         h = edit_state.get(s, lambda x: x)(h)

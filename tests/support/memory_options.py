@@ -6,7 +6,7 @@ import pytest
 
 from ssm_retrieval import models
 
-FAMILIES = ("transformer", "mamba", "mamba2", "hybrid", "linear", "deltanet", "gated-deltanet")
+FAMILIES = ("transformer", "mamba", "mamba2", "hybrid", "linear", "deltanet", "gated-deltanet", "kda", "gla")
 OPTIMIZERS = ("adamw", "adamw-8bit", "adafactor")
 
 
@@ -17,13 +17,8 @@ def needs(optimizer: str) -> None:
 
 def small(family: str, **options) -> models.LanguageModel:
     delta = dict(headdim=16, d_state=24)
-    shapes = {
-        "mamba2": {"headdim": 16},
-        "mamba": {},
-        "linear": {},
-        "deltanet": delta,
-        "gated-deltanet": delta,
-    }
+    shapes = {"mamba2": {"headdim": 16}, "mamba": {}, "linear": {}}
+    shapes |= {name: delta for name in ("deltanet", "gated-deltanet", "kda", "gla")}
     shape = shapes.get(family, {"n_head": 2})
     layers = 3 if family == "hybrid" else 2
     return models.build(f"{family}-tiny", d_model=32, vocab_size=60, n_layer=layers, **(shape | options))
