@@ -9,7 +9,6 @@ but the inputs and a state per chunk is kept (`benchmarks/delta.py` prints today
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,8 @@ from torch import Tensor
 from ssm_retrieval.ops import DELTA_CHUNK, LANES
 from ssm_retrieval.ops._arrays import blocked, flat, pad_channels, unblocked
 from ssm_retrieval.ops._delta_chunks import DeltaArguments, delta_by_chunks
-from ssm_retrieval.ops._route import differentiable_gradients, traced
+from ssm_retrieval.ops._kernel_autograd import differentiable
+from ssm_retrieval.ops._route import traced
 from ssm_retrieval.ops._threads import run_tasks
 
 
@@ -41,7 +41,7 @@ def delta_on_cpu(
     if traced(*arguments):
         run: Any = delta_forward
     else:
-        run = _Delta.apply if keep else _forward
+        run = _differentiable if keep else _forward
     y, last, states, _ = run(*arguments, given.erase, wanted, keep)
     out = [(y if y.shape[-1] == P else y[..., :P]).to(given.v.dtype)]
     if return_last_state:
@@ -140,41 +140,7 @@ def _backward(
     return grads
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *arguments, erase, positions, _ = inputs
-    ctx.save_for_backward(*arguments, output[3])
-    ctx.erase, ctx.positions = erase, positions
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    *arguments, checkpoints = ctx.saved_tensors
-    if torch.is_grad_enabled():  # of the backward pass itself, whose own gradient somebody will want
-        function = partial(_by_chunks, ctx.erase, ctx.positions)
-        found: list[Tensor | None] = differentiable_gradients(function, arguments, grads[:3])
-    else:
-        run: Any = delta_backward if traced(*arguments) else _backward
-        made = run(*arguments[:-1], checkpoints, ctx.erase, ctx.positions, *grads[:3])
-        found = [None if x is None else grad for x, grad in zip(arguments, made, strict=True)]
-    return (*found, None, None, None)
-
-
-class _Delta(torch.autograd.Function):
-    """The two kernels as one differentiable function of arguments in their layout."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        output = _forward(*inputs)
-        ctx.mark_non_differentiable(output[3])
-        _save(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_gradients)
-
-
-delta_forward = torch.library.custom_op("ssm_retrieval::delta_rule", _forward, mutates_args=())
-delta_backward = torch.library.custom_op("ssm_retrieval::delta_rule_backward", _backward, mutates_args=())
-delta_forward.register_autograd(_gradients, setup_context=_save)
+_differentiable, delta_forward, delta_backward = differentiable("delta_rule", _forward, _backward, _by_chunks)
 
 
 @delta_forward.register_fake

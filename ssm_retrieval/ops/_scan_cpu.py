@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,8 @@ from torch import Tensor
 
 from ssm_retrieval.ops import CHUNK, GROUP, LANES
 from ssm_retrieval.ops._arrays import blocked, flat, pad_channels, unblocked
-from ssm_retrieval.ops._route import differentiable_gradients, traced
+from ssm_retrieval.ops._kernel_autograd import differentiable
+from ssm_retrieval.ops._route import traced
 from ssm_retrieval.ops._scan_arguments import ScanArguments
 from ssm_retrieval.ops._scan_chunks import scan_by_chunks
 from ssm_retrieval.ops._threads import run_tasks
@@ -60,7 +60,7 @@ def scan_on_cpu(
     if traced(*arguments):
         run: Any = scan_forward
     else:
-        run = _Scan.apply if keep else _forward
+        run = _differentiable if keep else _forward
     y, last, states, _ = run(*arguments, dt_softplus, wanted, keep)
     out = [(y if y.shape[-1] == E else y[..., :E]).to(dtype)]
     if return_last_state:
@@ -163,41 +163,9 @@ def _backward(
     return du, ddt, dA.sum(0), dB.sum(0), dC.sum(0), dD.sum(0), dz, dbias.sum(0), dh0
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *arguments, softplus, positions, _ = inputs
-    ctx.save_for_backward(*arguments, output[3])
-    ctx.softplus, ctx.positions = softplus, positions
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    *arguments, checkpoints = ctx.saved_tensors
-    if torch.is_grad_enabled():  # of the backward pass itself, whose own gradient somebody will want
-        function = partial(_by_chunks, ctx.softplus, ctx.positions)
-        found: list[Tensor | None] = differentiable_gradients(function, arguments, grads[:3])
-    else:
-        run: Any = scan_backward if traced(*arguments) else _backward
-        made = run(*arguments[:-1], checkpoints, ctx.softplus, ctx.positions, *grads[:3])
-        found = [None if x is None else grad for x, grad in zip(arguments, made, strict=True)]
-    return (*found, None, None, None)
-
-
-class _Scan(torch.autograd.Function):
-    """The two kernels as one differentiable function of arguments in their layout."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        output = _forward(*inputs)
-        ctx.mark_non_differentiable(output[3])
-        _save(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_gradients)
-
-
-scan_forward = torch.library.custom_op("ssm_retrieval::selective_scan", _forward, mutates_args=())
-scan_backward = torch.library.custom_op("ssm_retrieval::selective_scan_backward", _backward, mutates_args=())
-scan_forward.register_autograd(_gradients, setup_context=_save)
+_differentiable, scan_forward, scan_backward = differentiable(
+    "selective_scan", _forward, _backward, _by_chunks
+)
 
 
 @scan_forward.register_fake

@@ -1,0 +1,73 @@
+"""A forward and a backward kernel as one differentiable function, and as operators for torch.compile.
+
+For recurrences: their kernels take arguments in the kernels' layout, of which the last is the first state,
+and return y, the last state, states at chosen positions, and those that the backward pass starts from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssm_retrieval.ops._route import differentiable_gradients, traced
+
+Results = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def differentiable(
+    name: str,
+    forward: Callable[..., Results],
+    backward: Callable[..., Sequence[Tensor]],
+    by_chunks: Callable[..., list[Tensor]],
+) -> tuple[Callable[..., Results], Any, Any]:
+    """Tie two kernels together.
+
+    Args:
+        name: Of the operator, "selective_scan"; the other is called "selective_scan_backward".
+        forward: Maps (*arguments, flag, positions, keep) to y, last state, states and checkpoints.
+        backward: Maps (*arguments without the first state, checkpoints, flag, positions, gradients of y, last
+            state and states, or None) to the gradients of all arguments.
+        by_chunks: Maps (flag, positions, *arguments) to y, last state and states by PyTorch's operations,
+            which a gradient of gradients goes through.
+
+    Returns:
+        The differentiable function, with forward's arguments and results, and the two operators, which still
+        need what they return for fake tensors (`register_fake`).
+    """
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
+        *arguments, flag, positions, _ = inputs
+        ctx.save_for_backward(*arguments, output[3])
+        ctx.flag, ctx.positions = flag, positions
+        ctx.set_materialize_grads(False)
+
+    def gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        *arguments, checkpoints = ctx.saved_tensors
+        if torch.is_grad_enabled():  # of the backward pass itself, whose own gradient somebody will want
+            function = partial(by_chunks, ctx.flag, ctx.positions)
+            found: list[Tensor | None] = differentiable_gradients(function, arguments, grads[:3])
+        else:
+            run: Any = backward_operator if traced(*arguments) else backward
+            made = run(*arguments[:-1], checkpoints, ctx.flag, ctx.positions, *grads[:3])
+            found = [None if x is None else grad for x, grad in zip(arguments, made, strict=True)]
+        return (*found, None, None, None)
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Results:
+            output = kernel(*inputs)
+            ctx.mark_non_differentiable(output[3])
+            save(ctx, inputs, output)
+            return output
+
+        backward = staticmethod(gradients)
+
+    kernel = forward
+    forward_operator = torch.library.custom_op(f"ssm_retrieval::{name}", forward, mutates_args=())
+    backward_operator = torch.library.custom_op(f"ssm_retrieval::{name}_backward", backward, mutates_args=())
+    forward_operator.register_autograd(gradients, setup_context=save)
+    return Function.apply, forward_operator, backward_operator
