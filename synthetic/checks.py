@@ -34,6 +34,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "heads": (1, 2**16),
     "d_state": (1, 2**16),
     "d_conv": (1, 2**10),
+    "window": (1, 2**20),
     "queries": (1, 2**20),
     "curriculum": (0, 2**20),
     "steps": (1, LARGE),
@@ -56,6 +57,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
 PARTICULAR: dict[str, tuple[tuple[str, ...], str]] = {
     "d_state": (("d_state",), "state space models"),
     "d_conv": (("d_conv",), "models with a short convolution"),
+    "window": (("window",), "models with attention"),
     "heads": (("n_head", "headdim"), "models with heads"),
     "ssm_init": (("ssm_init",), "state space models with a choice of first weights"),
     "ssm_lr": (("d_state",), "state space models"),

@@ -135,6 +135,8 @@ task's tokens are added to its vocabulary."""
     """State size per channel of Mamba and Mamba-2, 1 to 256."""
     d_conv: Annotated[int | None, unset("INT", "the preset's")] = None
     """Taps of the short convolution before a state space: each token sees this many, itself included."""
+    window: Annotated[int | None, unset("INT", "all")] = None
+    """Tokens that attention sees, the last one included: sliding windows, whose memory is constant."""
     ssm_init: Annotated[
         str | None, unset("STR", "recall for pure SSMs if answers are learned positions, else default")
     ] = None

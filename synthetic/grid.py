@@ -188,6 +188,7 @@ class Group(NamedTuple):
     layers: int | None
     d_model: int | None
     d_conv: int | None
+    window: int | None
     ssm_init: str | None
     rotary_pct: float
     growth: str | None

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from synthetic.tasks import Task
 
 # Options that the checkpoint settles
-SHAPE_OPTIONS = ("preset", "d_model", "layers", "heads", "d_state", "d_conv", "ssm_init", "position",
-                 "rotary_pct")  # fmt: skip
+SHAPE_OPTIONS = ("preset", "d_model", "layers", "heads", "d_state", "d_conv", "window", "ssm_init",
+                 "position", "rotary_pct")  # fmt: skip
 
 
 @dataclass(frozen=True)

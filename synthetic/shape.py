@@ -19,6 +19,7 @@ FIELDS = {
     "layers": "n_layer",
     "d_state": "d_state",
     "d_conv": "d_conv",
+    "window": "window",
     "ssm_init": "ssm_init",
 }
 # What suits position retrieval better than the preset: room for hundreds of symbols in one layer. It answers

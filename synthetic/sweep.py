@@ -297,6 +297,7 @@ def _report_rates(
             name.layers and f"{name.layers} layers",
             name.d_model and f"width {name.d_model}",
             name.d_conv and f"{name.d_conv} taps",
+            name.window and f"window {name.window}",
         )
         said = (name.model, name.preset, name.position, rotated, *shape, name.ssm_init, name.growth)
         words = " ".join(str(part) for part in said if part)

@@ -94,6 +94,7 @@ def attention(config: Any, step: Step) -> BlockMemory:
     kept += c * T * D  # the output
     if config.rotary_dims > 0:
         kept += 2 * c * T * D + 2 * F32 * L * config.rotary_dims
+    kept += c * L * L if 0 < config.window < L else 0  # the mask of the window
     kept += 2 * c * T * M  # before and after the activation function
     casts = 2 * (4 * D * D + 2 * D * M) if step.bfloat16 else 0
     # two gradients of the MLP's width, when what it read last is freed; the residual stream's

@@ -24,6 +24,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "dt_rank": (0, LARGEST),
     "dt_max": (1e-4, math.inf),  # the floor of dt at initialisation
     "d_mlp": (0, LARGEST),
+    "window": (0, LARGEST),
     "rotary_pct": (0, 1),
     "norm_eps": (0, math.inf),
     "embedding_std": (0, math.inf),

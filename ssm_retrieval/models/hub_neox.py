@@ -118,11 +118,11 @@ def _first(*values: float | None) -> float:
 
 
 def lacks(config: Any) -> str | None:
-    """`Hub.lacks` of GPT-NeoX: other positions, norms and residual streams, and rotations of half a pair."""
+    """`Hub.lacks` of GPT-NeoX: other positions, norms and streams, windows, and rotations of half a pair."""
     dims = config.d_head * config.rotary_pct
     if config.position == "rope" and not (config.rotary_dims > 0 and int(dims) == config.rotary_dims):
         return f"rotary_pct={config.rotary_pct}"
-    return unlike(config, position="rope", norm="layer", residual_in_fp32=False)
+    return unlike(config, position="rope", norm="layer", residual_in_fp32=False, window=0)
 
 
 def write(config: Any) -> dict[str, Any]:

@@ -64,6 +64,7 @@ class HybridConfig(Config):
     ssm_init: str = "default"  # of the SSM blocks (models.ssm_init)
     n_head: int = 16
     d_mlp: int = 0  # 0 = 4 * d_model
+    window: int = 0  # of attention, as in TransformerConfig
     position: str = "rope"
     rotary_pct: float = 0.25
     rope_theta: float = 10000.0

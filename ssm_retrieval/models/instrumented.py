@@ -117,7 +117,9 @@ def delta_rule(hook: Hook, *arguments: Any, **options: Any) -> Any:
     return (y, last) if last_wanted else y
 
 
-def attention(hook: Hook, y: Tensor, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+def attention(
+    hook: Hook, y: Tensor, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, window: int = 0
+) -> Tensor:
     """The output of the fused kernel, or of an edited pattern.
 
     Scores are scaled, and -inf where masked, as in TransformerLens. What is only recorded is computed for the
@@ -130,6 +132,7 @@ def attention(hook: Hook, y: Tensor, q: Tensor, k: Tensor, v: Tensor, key_mask: 
         k: (B, H, S, P).
         v: As k.
         key_mask: (B, S) bool, True = real token.
+        window: How many real tokens a query may attend to; 0 = all.
 
     Returns:
         (B, H, L, P); y itself if nothing changed.
@@ -140,7 +143,7 @@ def attention(hook: Hook, y: Tensor, q: Tensor, k: Tensor, v: Tensor, key_mask: 
     rows = list(range(L)) if edited else sorted({t for name in names for t in hook.records(name)})
     if not rows:
         return y
-    allowed = attention_mask(L, key_mask, S, q.device)[:, :, rows]
+    allowed = attention_mask(L, key_mask, S, q.device, window)[:, :, rows]
     plain = (q[:, :, rows] @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).masked_fill(~allowed, -torch.inf)
     scores = hook.edit("hook_attn_scores", plain, rows)
     hook.record("hook_attn_scores", scores, rows)

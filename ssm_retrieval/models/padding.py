@@ -69,7 +69,7 @@ def fill_padding(x: Tensor, mask: Tensor | None, value: float = 0.0) -> Tensor:
     return x if mask is None else x.masked_fill(~mask.unsqueeze(-1), value)
 
 
-def attention_mask(L: int, key_mask: Tensor | None, S: int, device: torch.device) -> Tensor:
+def attention_mask(L: int, key_mask: Tensor | None, S: int, device: torch.device, window: int = 0) -> Tensor:
     """Which keys a query may attend to: real ones that are not later than it.
 
     A query at padding may attend to itself, otherwise its softmax would be over nothing (NaN).
@@ -79,13 +79,18 @@ def attention_mask(L: int, key_mask: Tensor | None, S: int, device: torch.device
         key_mask: (B, S) bool, True = real token; None = all are real.
         S: Keys.
         device: Where to make the mask.
+        window: How many real tokens a query may attend to, itself included; 0 = all.
 
     Returns:
         (B or 1, 1, L, S) bool, True = may attend.
     """
     causal = torch.ones(L, S, dtype=torch.bool, device=device).tril(S - L)
     if key_mask is None:
-        return causal[None, None]
+        return (causal.triu(S - L - window + 1) if window else causal)[None, None]
+    if window:
+        place = key_mask.long().cumsum(1)  # counts real tokens
+        near = place[:, S - L :, None] - place[:, None, :] < window
+        causal = (causal & near).unsqueeze(1)
     itself = torch.eye(S, dtype=torch.bool, device=device)[S - L :]
     return (causal & key_mask[:, None, None, :]) | itself
 

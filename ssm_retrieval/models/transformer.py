@@ -13,6 +13,9 @@ The position scheme is a choice:
     "learned"  a vector per position added to the embedding (GPT-2)
     "none"     nothing: the causal mask is the only source of order (NoPE, arXiv 2305.19466)
 
+With `window`, a token attends to itself and to the `window` - 1 real tokens before it, so that decoding needs
+constant memory: sliding-window attention, as in hybrids with a state for what is further away.
+
 Parameter names are those of EleutherAI/pythia-*; `gpt_neox.embed_pos` exists only with "learned".
 """
 
@@ -45,6 +48,7 @@ class TransformerConfig(Config):
     n_layer: int = 12
     n_head: int = 12
     d_mlp: int = 0  # 0 = 4 * d_model
+    window: int = 0  # tokens that a query may attend to, itself included (Longformer, 2004.05150); 0 = all
     position: str = "rope"
     rotary_pct: float = 0.25
     rope_theta: float = 10000.0
@@ -119,6 +123,26 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated if rest.shape[-1] == 0 else torch.cat([rotated, rest], dim=-1)
 
 
+def recent(k: Tensor, v: Tensor, context: Context, window: int) -> tuple[Tensor, Tensor]:
+    """What a cache keeps of keys and values (B, H, S, P).
+
+    The next token sees `window` - 1 of them. With padding these are other places in every row: all stay then.
+
+    Args:
+        k: (B, H, S, P).
+        v: As k.
+        context: Which tokens are real.
+        window: Tokens that a query may attend to; 0 = all.
+
+    Returns:
+        The last of each.
+    """
+    if window == 0 or context.key_mask is not None:
+        return k, v
+    first = max(0, k.shape[2] - (window - 1))
+    return k[:, :, first:], v[:, :, first:]
+
+
 class Attention(Hooked, nn.Module):
     """Multi-head causal self-attention: (B, L, D) -> (B, L, D)."""
 
@@ -140,7 +164,8 @@ class Attention(Hooked, nn.Module):
         Args:
             hidden: (B, L, D).
             context: Which tokens are real, and where they are.
-            cache: Its keys and values `k` and `v` stand before those of this call, which are appended.
+            cache: Its keys and values `k` and `v` stand before those of this call, which are appended. With a
+                window, those that no later token can attend to are dropped, unless there is padding.
 
         Returns:
             (B, L, D).
@@ -157,15 +182,17 @@ class Attention(Hooked, nn.Module):
         if cache is not None:
             if "k" in cache:
                 k, v = torch.cat([cache["k"], k], dim=2), torch.cat([cache["v"], v], dim=2)
-            cache["k"], cache["v"] = k, v
+            kept = recent(k, v, context, config.window)
+            cache["k"], cache["v"] = kept
         L, S = q.shape[2], k.shape[2]
-        if context.key_mask is None and (S == L or L == 1):  # nothing cached, or a single new token
+        key_mask = None if context.key_mask is None else context.key_mask[:, -S:]  # of those that are left
+        within = config.window == 0 or config.window >= S
+        if key_mask is None and within and (S == L or L == 1):  # nothing cached, or a single new token
             y = attention(q, k, v, causal=L > 1)
         else:
-            mask = attention_mask(L, context.key_mask, S, q.device)
-            y = attention(q, k, v, mask)
+            y = attention(q, k, v, attention_mask(L, key_mask, S, q.device, config.window))
         if self.hook is not None:
-            y = instrumented.attention(self.hook, y, q, k, v, context.key_mask)
+            y = instrumented.attention(self.hook, y, q, k, v, key_mask, config.window)
         return self.dense(self.tap("hook_z", y.transpose(1, 2)).flatten(-2))
 
     def hook_points(self) -> list[str]:
@@ -277,8 +304,9 @@ class TransformerForCausalLM(LanguageModel):
 
 
 def state_size(config: TransformerConfig, seq_len: int) -> int:
-    """A key and a value for every token."""
-    return config.n_layer * 2 * seq_len * config.d_model
+    """A key and a value for every token, or for those that the next one can see in a window."""
+    seen = seq_len if config.window == 0 else min(seq_len, config.window - 1)
+    return config.n_layer * 2 * seen * config.d_model
 
 
 ARCHITECTURE = Architecture(

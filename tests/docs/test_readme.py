@@ -115,7 +115,9 @@ def test_results_of_the_retrieval_study_are_all_of_its_runs_and_no_others():
     folder = ROOT / "studies" / "retrieval_cpu"
     wanted = load(folder / "config.py")
     rates = json.loads((folder / "learning_rates.json").read_text())
-    chosen = {tuple(row[name] for name in Group._fields): row["lr"] for row in rates}
+    chosen = {
+        tuple(row.get(name) for name in Group._fields): row["lr"] for row in rates
+    }  # of before --window
     rates_of = [chosen[group(run)] for run in wanted.runs]
     runs = [dataclasses.replace(run, lr=lr) for run, lr in zip(wanted.runs, rates_of, strict=True)]
     table = analysis.load(folder / "results.parquet")

@@ -92,7 +92,7 @@ OTHER = dict(
     vocab_size=29, d_model=32, n_layer=4, d_state=8, d_conv=3, expand=3, dt_rank=5, dt_min=0.01, dt_max=0.05,
     headdim=4, ngroups=2, chunk_size=16, n_head=4, d_mlp=40, position="none", rotary_pct=0.5, rope_theta=99.0,
     max_position_embeddings=77, parallel_residual=False, norm="layer", norm_eps=1e-3, residual_in_fp32=False,
-    tie_word_embeddings=False, embedding_std=0.3, init_std=0.4,
+    tie_word_embeddings=False, embedding_std=0.3, init_std=0.4, window=7,
 )  # fmt: skip
 
 

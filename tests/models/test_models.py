@@ -17,13 +17,14 @@ FAMILIES = {
     "transformer-rope": ("transformer-tiny", dict(position="rope")),
     "transformer-learned": ("transformer-tiny", dict(position="learned")),
     "transformer-none": ("transformer-tiny", dict(position="none")),
+    "transformer-window": ("transformer-tiny", dict(position="rope", window=5)),
     "mamba": ("mamba-tiny", dict(d_state=5)),
     "mamba-layernorm": ("mamba-tiny", dict(norm="layer", residual_in_fp32=False)),
     "mamba-learned": ("mamba-tiny", dict(position="learned", ssm_init="recall")),
     "mamba2-learned": ("mamba2-tiny", dict(position="learned", ssm_init="recall", headdim=8)),
     "mamba2": ("mamba2-tiny", dict(d_state=6, ngroups=2, headdim=8, chunk_size=4)),
     "hybrid-mamba": ("hybrid-tiny", dict(position="learned")),
-    "hybrid-mamba2": ("hybrid-tiny", dict(pattern="M2 M2 A", position="rope", headdim=8)),
+    "hybrid-mamba2": ("hybrid-tiny", dict(pattern="M2 M2 A", position="rope", headdim=8, window=3)),
     "hybrid-parallel": ("hybrid-tiny", dict(pattern="M+A A+M2 M", position="rope", headdim=8)),
     "linear": ("linear-tiny", dict(d_state=5, n_layer=2, position="learned")),
     "deltanet": ("deltanet-tiny", dict(d_state=6, headdim=8, d_mlp=24)),
@@ -97,7 +98,8 @@ def test_state_size_is_constant_for_ssms_and_grows_for_attention(model, family):
         per_layer = {tuple(t.shape[1:]) for layer in cache.layers for t in layer.values()}
         assert len(per_layer) == 2  # the convolution's window and the state
     else:
-        assert sizes[-1] - sizes[-2] == 2 * 16 * sum("k" in layer for layer in cache.layers)
+        growing = 0 if getattr(model.config, "window", 0) else sum("k" in layer for layer in cache.layers)
+        assert sizes[-1] - sizes[-2] == 2 * 16 * growing
 
 
 @torch.no_grad()

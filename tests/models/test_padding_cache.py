@@ -20,6 +20,7 @@ VARIANTS = {
     "transformer-rope": ("transformer", dict(position="rope")),
     "transformer-learned": ("transformer-sequential", dict(max_position_embeddings=64)),
     "transformer-none": ("transformer", dict(position="none")),
+    "transformer-window": ("transformer", dict(position="rope", window=3)),
     "mamba": ("mamba", dict()),
     "mamba-no-window": ("mamba", dict(d_conv=1, n_layer=2)),
     "mamba-learned": ("mamba", dict(n_layer=2, position="learned", max_position_embeddings=64)),

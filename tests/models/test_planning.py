@@ -43,6 +43,7 @@ def saved_bytes(model, ids, at, precision: str) -> int:
     [(f, {}) for f in FAMILIES]
     + [
         ("transformer", dict(position="learned", norm="rms", parallel_residual=False)),
+        ("transformer", dict(window=20)),
         ("mamba", dict(position="learned", max_position_embeddings=700)),
         ("hybrid", dict(pattern="M2 M2 A", headdim=32, d_state=24)),
         ("hybrid", dict(pattern="M+A A+M2 M", headdim=32)),
