@@ -29,6 +29,7 @@ from studies.capacity import config
 HERE = Path(__file__).parent
 MEASURED = HERE / "measured.csv"
 LAW = ("linear", "mamba", "mamba2")  # families whose state is what the law speaks of
+BESIDE = ("mamba", "mamba2", *config.KEYED)  # families of `keyed_table`
 PUBLISHED = {"position": "ar", "mqar": "mqar"}  # how the law's authors call a task: one question, or all
 # The paper's Mambas: `shaking up VLMs` (arXiv 2409.05395) starts from state-spaces/mamba-*
 SIZES = ("mamba-790m", "mamba-1.4b", "mamba-2.8b")
@@ -49,6 +50,9 @@ def main() -> int:
     with theme():
         for task, rows in good[good["model"].isin(LAW)].groupby("task"):
             save(draw_collapse(collapse_table(rows)), HERE / f"collapse-{task}")
+        keyed = good[good["model"].isin(config.KEYED)]
+        if len(keyed):
+            save(draw_collapse(collapse_table(keyed)), HERE / "collapse-keys")
         save(draw_frontier(frontier_table(good, fits)), HERE / "frontier")
     return 0
 
@@ -67,6 +71,7 @@ def filled(text: str, measured: pd.DataFrame) -> str:
     tables = {
         "runs": f"{runs_table(measured)}\n\n{not_run(measured)}".rstrip(),
         "frontier": frontier_figure(good),
+        "keyed": keyed_table(measured),
         "fits": fits_table(law),
         "collapse": collapse_figures(law),
         "cells": cells_table(law),
@@ -118,6 +123,39 @@ def frontier_figure(good: pd.DataFrame) -> str:
     """Markdown: the figure, with the families that it has."""
     names = ", ".join(NAMES[name] for name in FAMILIES if name in set(good["model"]))
     return f"![Facts recalled against numbers held: {names}](frontier.png)" if names else "Not run yet."
+
+
+def keyed_table(measured: pd.DataFrame) -> str:
+    """Markdown: facts at 0.95 of layers with keys, beside Mamba's, by width and state size.
+
+    Args:
+        measured: All rows; those of runs that have not learned the task count as 0 facts.
+
+    Returns:
+        The table, the fits of the law and the figure; a line if no such layer has run.
+    """
+    rows = measured[(measured["task"] == "position") & measured["model"].isin(BESIDE)]
+    if not rows["model"].isin(config.KEYED).any():
+        return "Not run yet."
+    good, lines = set(learned(rows)["run"]), []
+    shapes = config.SHAPES[:4]
+    for D, N in sorted(shapes):
+        cells = [str(D), str(N)]
+        for model in BESIDE:
+            mine = rows[(rows["model"] == model) & (rows["d_model"] == D) & (rows["d_state"] == N)]
+            facts = []
+            for curve in _curves(mine):
+                n, beyond = recalled(curve["n_facts"], curve["correct"] / curve["count"])
+                facts.append((n if curve["run"].iloc[0] in good else 0.0, beyond))
+            facts.sort()
+            words = [f"{'≥ ' if beyond else ''}{n:.0f}" for n, beyond in facts]
+            middle = words[len(words) // 2] if words else "–"
+            cells.append(f"{middle} [{words[0]}, {words[-1]}]" if words else "not run")
+        lines.append(cells)
+    table = markdown(["D", "N", *(NAMES[model] for model in BESIDE)], lines)
+    keyed = learned(rows[rows["model"].isin(config.KEYED)])
+    figure = "![Accuracy against facts / (layers N D), layers with keys](collapse-keys.png)"
+    return "\n\n".join([table, fits_table(keyed), figure])
 
 
 def fits_table(law: pd.DataFrame) -> str:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from readme_commands import ROOT
 
-from analysis.capacity_law import fit_constants, recall_probability
+from analysis.capacity_law import facts_at, fit_constants, recall_probability
 from ssm_retrieval import models
 from ssm_retrieval.errors import UserError
 from studies.capacity import config, measure, report
@@ -26,6 +26,7 @@ SMALL = {
     "mamba2": dict(d_model=16, d_state=4, d_conv=2, n_layer=1, headdim=32),
     "transformer": dict(d_model=16, n_layer=2, n_head=1),
     "hybrid": dict(d_model=16, d_state=4, n_layer=3, pattern="M M A", n_head=1),
+    "gated-deltanet": dict(d_model=16, d_state=4, d_conv=2, n_layer=1, headdim=32),
 }
 
 
@@ -41,7 +42,8 @@ def test_every_family_has_every_shape_and_every_seed(monkeypatch):
                          columns=["task", "model", "D", "N", "seed"])  # fmt: skip
     assert (table.groupby(["task", "model", "D", "N"], dropna=False)["seed"].nunique() == 2).all()
     position = table[table["task"] == "position"].groupby("model")["seed"].size()
-    assert position.to_dict() == dict(linear=12, mamba=12, mamba2=12, transformer=4, hybrid=4)
+    keyed = dict.fromkeys(config.KEYED, 8)
+    assert position.to_dict() == dict(linear=12, mamba=12, mamba2=12, transformer=4, hybrid=4, **keyed)
     assert set(table["model"][table["task"] == "mqar"]) == {"mamba2", "transformer", "hybrid"}
     first = table[table["seed"] == 0]
     assert len(first) * 2 == len(table) and first.index.max() + 1 == len(first)  # seed after seed
@@ -51,7 +53,7 @@ def test_every_family_has_every_shape_and_every_seed(monkeypatch):
 @pytest.mark.parametrize("task", ["position", "mqar"])
 def test_numbers_are_those_of_the_architecture_s_formula(family, task):
     """Counted in the cache after n facts: n symbols and `<bos>`, or n pairs."""
-    positions = {} if family in ("linear", "mamba", "mamba2") else {"position": "learned"}
+    positions = {} if family in ("linear", "mamba", "mamba2", "gated-deltanet") else {"position": "learned"}
     model = models.build(f"{family}-tiny", **TOKENS, **SMALL[family], **positions)
     asked = tasks.build(task, seq_len=32, **({"num_symbols": 32} if task == "mqar" else {}))
     for n in (2, 8):
@@ -178,6 +180,26 @@ def test_a_run_that_learned_nothing_is_counted_and_left_out():
     assert fitted[1:3] == ["Mamba", "0.5"] and fitted[3].startswith("0.50 [")
 
 
+def test_layers_with_keys_stand_beside_mamba():
+    """Medians over seeds, one of which has learned nothing and holds nothing."""
+    mamba, keyed = observations(), observations(a=0.25, failed=("mamba", 64, 4, 0))
+    assert report.keyed_table(mamba) == "Not run yet."
+    keyed = keyed.assign(model="kda", run="kda-" + keyed["run"])
+    lines = report.keyed_table(pd.concat([mamba, keyed])).splitlines()
+    header, found = (
+        [cell.strip() for cell in next(x for x in lines if x.startswith(begin)).strip("|").split("|")]
+        for begin in ("| D | N |", "| 64 | 4 |")
+    )
+    cells = dict(zip(header, found, strict=True))
+    exact = [float(facts_at(64, 4, 131, 1, a)) for a in (0.5, 0.25)]
+    bracketed = re.compile(r"(\d+) \[(\d+), (\d+)\]")
+    of_mamba, of_kda = (bracketed.fullmatch(cells[name]) for name in ("Mamba", "KDA"))
+    assert [float(x) for x in of_mamba.groups()] == pytest.approx([exact[0]] * 3, rel=0.06)
+    assert [float(x) for x in of_kda.groups()] == pytest.approx([exact[1], 0, exact[1]], rel=0.06)
+    assert cells["GLA"] == cells["DeltaNet"] == "not run"
+    assert any(line.startswith("| position | KDA | – | 0.25 [") for line in lines)
+
+
 def test_curves_that_collapse_have_one_constant_in_every_cell():
     cells = report.cells_table(report.learned(observations())).splitlines()[2:]
     constants = [float(found) for line in cells for found in re.findall(r"(\d\.\d\d) \[", line)]
@@ -200,10 +222,12 @@ def test_the_prediction_is_the_law_s_at_the_published_shapes():
 def test_the_page_says_what_was_not_run():
     table = observations()
     assert report.not_run(table) == (
-        "Not run yet: position: Transformer, Mamba-2, Hybrid, Linear SSM; "
+        "Not run yet: position: Transformer, Mamba-2, Hybrid, Linear SSM, DeltaNet, Gated DeltaNet, KDA, "
+        "GLA; "
         "mqar: Transformer, Mamba, Mamba-2, Hybrid, Linear SSM."
     )
-    everything = [table.assign(task=task, model=m) for task in ("position", "mqar") for m in SMALL]
+    families = (*SMALL, *config.KEYED)
+    everything = [table.assign(task=task, model=m) for task in ("position", "mqar") for m in families]
     assert report.not_run(pd.concat(everything)) == ""
     own = "has not fitted a constant of its own"
     fits = fit_constants(report.learned(table), by=("task", "model"))
