@@ -14,7 +14,7 @@ from ssm_retrieval.errors import UserError
 from ssm_retrieval.models.registry import ARCHITECTURES
 
 CONFIGS = {name: record.config for name, record in ARCHITECTURES.items()}
-ZERO_MEANS_DEFAULT = ("dt_rank", "d_mlp")
+ZERO_MEANS_DEFAULT = ("dt_rank", "d_mlp", "window")
 MAY_BE_ZERO = (*ZERO_MEANS_DEFAULT, "norm_eps", "embedding_std", "init_std")
 FIELDS = [(name, field) for name, kind in CONFIGS.items() for field in dataclasses.fields(kind)]
 
