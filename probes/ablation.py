@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from probes.patch_sites import Heads, captured, context_of, residuals, run_from, through_mlp
+from probes.patch_sites import captured, context_of, residuals, run_from, through_mlp
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.models.common import LanguageModel
 from ssm_retrieval.models.hybrid import ParallelBlock
@@ -260,10 +260,9 @@ def _right_without(
 
     handles = []
     for layer in sorted({part.layer for part in gone}):
-        block: Any = model.blocks[layer]
-        last = block.attention.dense if isinstance(block, TransformerBlock) else block.mixer.out_proj
         mine = [part for part in gone if part.layer == layer]
-        handles.append(last.register_forward_pre_hook(replaced(means[layer], mine)))
+        hook = replaced(means[layer], mine)
+        handles.append(_last_projection(model.blocks[layer]).register_forward_pre_hook(hook))
     try:
         found = []
         for begin in range(0, len(batch.input_ids), rows):
@@ -305,21 +304,20 @@ def _right(model: LanguageModel, layer: int, x: Tensor, batch: Batch, at: Tensor
     return batch.right(torch.cat(found))
 
 
+def _last_projection(block: Any) -> Any:
+    """The projection by which a block's attention or SSM adds to the residual stream."""
+    return block.attention.dense if isinstance(block, TransformerBlock) else block.mixer.out_proj
+
+
 class _Mixer:
     """One block at work: what its last projection reads, and what the block's output loses without a part."""
 
     def __init__(self, model: LanguageModel, layer: int, x: Tensor, replacement: str):
-        block: Any = model.blocks[layer]
-        self.heads = Heads(block, x) if isinstance(block, TransformerBlock) else None
-        self.projection = block.attention.dense if self.heads else block.mixer.out_proj
-        if self.heads:
-            self.read = self.heads.z.flatten(-2)
-        else:
-            with captured(out=self.projection) as seen:
-                block(x, context_of(x))
-            self.read = seen["out_in"]
-            self.middle = x + seen["out_out"]
-        self.block = block
+        self.block: Any = model.blocks[layer]
+        self.projection = _last_projection(self.block)
+        with captured(out=self.projection) as seen:
+            self.block(x, context_of(x))
+        self.read, self.middle = seen["out_in"], x + seen["out_out"]
         self.base = self.read.mean(0) if replacement == "mean" else torch.zeros_like(self.read[0])
 
     def channels(self, low: int, high: int) -> Tensor:
@@ -334,6 +332,4 @@ class _Mixer:
     def without(self, basis: Tensor) -> Tensor:
         """(B, L, D) that replacing what `read` has in the span of the basis adds to the block's output."""
         change = linear((self.base - self.read) @ basis, self.projection.weight @ basis)
-        if self.heads:
-            return self.heads.through_mlp(change[None], 0)[0]
         return through_mlp(self.block, change, self.middle)

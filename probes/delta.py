@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probes.cache import recorded
+from probes.cache import Recording, recorded
 from probes.scan import layers_with
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.models.common import LanguageModel
@@ -68,6 +68,11 @@ class DeltaScan:
         for name, shape in shapes.items():
             if tuple(getattr(self, name).shape) != shape:
                 raise UserError(f"{name} must have shape {shape}, not {tuple(getattr(self, name).shape)}")
+
+    def sequence(self, b: int) -> DeltaScan:
+        """The recurrence of sequence b, as a batch of one."""
+        at = slice(b, b + 1)
+        return DeltaScan(self.q[at], self.k[at], self.v[at], self.beta[at], self.decay[at], self.erase)
 
     def forget(self, t: int, rows: Tensor, erase: bool = True) -> Tensor:
         """rows F_t, for rows (B, H, R, N) of a state or of a product of states' factors.
@@ -198,15 +203,39 @@ def record_deltas(
     wanted = known if layers is None else list(layers)
     if not wanted or any(i not in known for i in wanted):
         raise UserError(f"layers={wanted} must be some of the model's layers with keys and a state, {known}")
+    cache = recorded(model, input_ids, delta_names(model, wanted))
+    return {i: delta_of(model, cache, i) for i in wanted}
+
+
+def delta_names(model: LanguageModel, layers: Sequence[int]) -> list[str]:
+    """The hook points that `delta_of` needs of some layers.
+
+    Args:
+        model: The model.
+        layers: Indices of blocks with keys and a state.
+
+    Returns:
+        Their names, for `probes.cache.recorded`.
+    """
     there = set(model.hook_names())
-    names = [f"blocks.{i}.mixer.hook_{name}" for i in wanted for name in NAMES]
-    cache = recorded(model, input_ids, [name for name in names if name in there])
-    found = {}
-    for i in wanted:
-        q, k, v, *rest = (cache.get(f"blocks.{i}.mixer.hook_{name}") for name in NAMES)
-        assert q is not None and k is not None and v is not None
-        beta, decay = (v.new_ones(v.shape[:3]) if x is None else x for x in rest)
-        block: Any = model.blocks[i]
-        decay = decay.unsqueeze(-1) if decay.dim() == 3 else decay
-        found[i] = DeltaScan(q, k, v, beta, decay, block.mixer.erase)
-    return found
+    names = [f"blocks.{i}.mixer.hook_{name}" for i in layers for name in NAMES]
+    return [name for name in names if name in there]
+
+
+def delta_of(model: LanguageModel, cache: Recording, layer: int) -> DeltaScan:
+    """The recurrence of one layer from a recording of `delta_names`.
+
+    Args:
+        model: The model that was recorded.
+        cache: The recording.
+        layer: Index of a block with keys and a state.
+
+    Returns:
+        The recurrence, in the recording's precision.
+    """
+    q, k, v, *rest = (cache.get(f"blocks.{layer}.mixer.hook_{name}") for name in NAMES)
+    assert q is not None and k is not None and v is not None
+    beta, decay = (v.new_ones(v.shape[:3]) if x is None else x for x in rest)
+    block: Any = model.blocks[layer]
+    decay = decay.unsqueeze(-1) if decay.dim() == 3 else decay
+    return DeltaScan(q, k, v, beta, decay, block.mixer.erase)

@@ -342,15 +342,16 @@ def through_mlp(block: Any, change: Tensor, middle: Tensor) -> Tensor:
         middle: (B, L, D), the residual stream that the MLP reads without the change.
 
     Returns:
-        (..., L, D); the change itself if the block has no MLP behind its mixer.
+        (..., L, D); the change itself if no MLP reads what the mixer adds.
     """
-    if not isinstance(block, SwiGLUBlock):
+    norm: nn.Module
+    if isinstance(block, SwiGLUBlock):
+        norm = block.mlp_norm
+    elif isinstance(block, TransformerBlock) and not block.parallel_residual:
+        norm = block.post_attention_layernorm
+    else:
         return change
-
-    def mlp(x: Tensor) -> Tensor:
-        return block.mlp(block.mlp_norm(x))
-
-    return change + mlp(middle + change) - mlp(middle)
+    return change + block.mlp(norm(middle + change)) - block.mlp(norm(middle))
 
 
 STATES: dict[type[nn.Module], Any] = {
@@ -393,18 +394,7 @@ class Heads:
         """
         width = delta.shape[-1]
         weight = self.dense.weight[:, head * width : (head + 1) * width].contiguous()  # else oneDNN is slow
-        return self.through_mlp(linear(delta, weight), start)
-
-    def through_mlp(self, x: Tensor, start: int) -> Tensor:
-        """What a change x (c, B, T, D) of the attention's output adds to the block's output."""
-        if self.block.parallel_residual:  # the MLP reads what was there before the attention
-            return x
-        before = self.middle[:, start:]
-
-        def mlp(v: Tensor) -> Tensor:
-            return self.block.mlp(self.block.post_attention_layernorm(v))
-
-        return x + mlp(before + x) - mlp(before)
+        return through_mlp(self.block, linear(delta, weight), self.middle[:, start:])
 
 
 def _rows(t: Tensor, c: int) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from probes.cache import recorded
-from probes.delta import delta_layers, hidden_attention, record_deltas
+from probes.delta import delta_layers, delta_names, delta_of, hidden_attention
 from probes.heads import HeadScores, induction_score, previous_token_score, retrieval_score
 from probes.retention import attention_pattern, normalise_rows
 from probes.scan import layers_with, scan_names, scan_of
@@ -56,13 +56,13 @@ def patterns(model: LanguageModel, ids: Tensor) -> dict[int, Tensor]:
     delta = delta_layers(model)
     if not attention and not ssm and not delta:
         raise NotApplicable("it has neither attention nor SSM layers, nor a delta rule")
-    names = [f"blocks.{i}.attn.hook_pattern" for i in attention] + scan_names(ssm)
-    cache: Any = recorded(model, ids, names) if names else {}
+    names = [f"blocks.{i}.attn.hook_pattern" for i in attention]
+    cache = recorded(model, ids, names + scan_names(ssm) + delta_names(model, delta))
     found = {i: cache[f"blocks.{i}.attn.hook_pattern"] for i in attention}
     for i in ssm:
         found[i] = attention_pattern(scan_of(model, cache, i))
-    for i, scan in (record_deltas(model, ids, delta) if delta else {}).items():
-        found[i] = normalise_rows(hidden_attention(scan).abs())
+    for i in delta:
+        found[i] = normalise_rows(hidden_attention(delta_of(model, cache, i)).abs())
     return dict(sorted(found.items()))
 
 

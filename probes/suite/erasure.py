@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from probes.cache import recorded
-from probes.delta import changes, delta_layers, hidden_attention, record_deltas, survival
+from probes.delta import DeltaScan, changes, delta_layers, hidden_attention, record_deltas, survival
 from probes.retention import normalise_rows
 from probes.suite.common import (
     NotApplicable,
@@ -88,8 +88,7 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
             names = [f"blocks.{i}.mixer.hook_y" for i in layers]
             own = recorded(model, ids[:1], names)
             for layer, name in zip(layers, names, strict=True):
-                one = record_deltas(model, ids[:1], [layer])[layer]
-                rows += _maps(one, own[name], layer)
+                rows += _maps(scans[layer].sequence(0), own[name], layer)
     where = torch.cat(kinds)[:, : at + 1]
     for (layer, name), parts in values.items():
         numbers = torch.cat(parts)
@@ -104,7 +103,7 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _maps(scan: Any, own: Tensor, layer: int) -> list[dict[str, Any]]:
+def _maps(scan: DeltaScan, own: Tensor, layer: int) -> list[dict[str, Any]]:
     """The map of one sequence, and its errors. own: (1, L, H, P)."""
     rows = []
     for erase, name in ((True, "relative error"), (False, "relative error without erasures")):

@@ -164,19 +164,28 @@ def linear_ssm(config: Any, step: Step) -> BlockMemory:
     return BlockMemory(x, kept + casts, casts, working)
 
 
-def delta(config: Any, step: Step) -> BlockMemory:
-    """A block of DeltaNet or its kin: norm, projections, convolution, delta rule, norm; norm, SwiGLU."""
+def delta(config: Any, step: Step, decay: str = "none") -> BlockMemory:
+    """A block of DeltaNet or its kin: norm, projections, convolution, delta rule, norm; norm, SwiGLU.
+
+    Args:
+        config: The model's.
+        step: The training step.
+        decay: Whether there is one: "none", one for a "head" or each "channel" of its key.
+
+    Returns:
+        Its memory.
+    """
     B, L, c = step.at_once, step.length, step.itemsize
     D, E, N, H, P, T = config.d_model, config.d_inner, config.d_state, config.n_head, config.headdim, B * L
     J, copies = config.conv_dim, c == 2  # autocast copies what each projection reads
-    decays, by_channel = hasattr(config, "dt_min"), type(config).__name__ == "KDAConfig"
+    decays, by_channel = decay != "none", decay == "channel"
     low_rank = 2 * c * T * P if by_channel else 0  # between the projections to decay and gate
-    decay = F32 * T * H * (N if by_channel else 1)
+    rates = F32 * T * H * (N if by_channel else 1)
     x, keys = F32 * T * D, F32 * T * H * N
     kept = _read(T, D, c, 4 + decays + config.gate) + low_rank
     kept += F32 * (T * J + (config.d_conv + 1) * J) if config.short_conv else c * T * J
     kept += (2 * keys if copies else F32 * T * J) + 2 * F32 * T * H  # q and k before they have length 1
-    kept += _rule(config, B, L) + F32 * T * H + decay * (1 + 2 * decays)  # beta; decay
+    kept += _rule(config, B, L) + F32 * T * H + rates * (1 + 2 * decays)  # beta; decay
     kept += F32 * T * (3 - by_channel) * E * config.gate + c * T * E + _swiglu(config, T, c)
     gate = (1 + by_channel) * P * E if by_channel else E * D
     weights = J * D + (1 + decays) * H * D + config.gate * gate + E * D + 3 * D * config.mlp_width
@@ -185,11 +194,20 @@ def delta(config: Any, step: Step) -> BlockMemory:
     return BlockMemory(x, kept + casts, casts, 2 * x + max(3 * F32 * T * J, 3 * c * T * config.mlp_width))
 
 
-def gla(config: Any, step: Step) -> BlockMemory:
-    """A block of gated linear attention: norm, projections, recurrence, norm; norm, SwiGLU."""
+def gla(config: Any, step: Step, rank: int) -> BlockMemory:
+    """A block of gated linear attention: norm, projections, recurrence, norm; norm, SwiGLU.
+
+    Args:
+        config: The model's.
+        step: The training step.
+        rank: Channels between the projections to the decay.
+
+    Returns:
+        Its memory.
+    """
     B, L, c = step.at_once, step.length, step.itemsize
     D, E, N, H, T = config.d_model, config.d_inner, config.d_state, config.n_head, B * L
-    J, copies, rank = config.conv_dim, c == 2, 16
+    J, copies = config.conv_dim, c == 2
     x, keys = F32 * T * D, F32 * T * H * N
     kept = _read(T, D, c, 4 + config.gate) + c * T * rank
     kept += F32 * (T * J + (config.d_conv + 1) * J) if config.short_conv else 0

@@ -27,9 +27,8 @@ from torch.nn import functional as F
 from ssm_retrieval.models import block_memory, hub_fla
 from ssm_retrieval.models.architecture import TINY, Architecture
 from ssm_retrieval.models.common import Context, LayerCache
-from ssm_retrieval.models.layers import RMSNorm, init_normal, widen
-from ssm_retrieval.models.padding import convolve, fill_padding
-from ssm_retrieval.models.ssm_init import recall_init
+from ssm_retrieval.models.layers import RMSNorm, widen
+from ssm_retrieval.models.padding import fill_padding
 from ssm_retrieval.models.swiglu_block import (
     DeltaInputs,
     HeadsConfig,
@@ -43,27 +42,13 @@ from ssm_retrieval.ops.linear import Linear
 
 @dataclass(frozen=True)
 class DeltaNetConfig(HeadsConfig):
-    """Shape of a DeltaNet language model; the defaults are fla's, the 1.3 B of the paper."""
+    """Shape of a DeltaNet language model; the defaults are fla's, the 1.3 B of the paper.
 
-    vocab_size: int = 32000
-    d_model: int = 2048
-    n_layer: int = 24
-    d_state: int = 128  # channels of a head's key
-    headdim: int = 128  # channels of a head's value
-    expand: float = 1.0
-    short_conv: bool = True
-    d_conv: int = 4
+    A state never decays, so that `ssm_init` "long" changes nothing.
+    """
+
     gate: bool = False
     negative_eigenvalues: bool = False
-    d_mlp: int = 0  # 0 = 8/3 * d_model, rounded up to a multiple of 256
-    ssm_init: str = "default"  # as in MambaConfig; "long" changes nothing, since nothing decays
-    position: str = "none"
-    max_position_embeddings: int = 2048
-    norm_eps: float = 1e-6
-    residual_in_fp32: bool = False
-    tie_word_embeddings: bool = False
-    embedding_std: float = 0.02
-    init_std: float = 0.02
 
 
 def unit(x: Tensor) -> Tensor:
@@ -85,67 +70,35 @@ class DeltaNetMixer(KeyValueMixer):
     def __init__(self, config: Any):
         super().__init__()
         self.config = config
-        D, E, H, J = config.d_model, config.d_inner, config.n_head, config.n_head * config.d_state
-        self.q_proj, self.k_proj = Linear(D, J, bias=False), Linear(D, J, bias=False)
+        D, E, H, keys = config.d_model, config.d_inner, config.n_head, config.n_head * config.d_state
+        self.q_proj, self.k_proj = Linear(D, keys, bias=False), Linear(D, keys, bias=False)
         self.v_proj, self.b_proj = Linear(D, E, bias=False), Linear(D, H, bias=False)
-        self.convs = [f"{name}_conv1d" for name in "qkv"] if config.short_conv else []
-        for name, width in zip(self.convs, (J, J, E), strict=False):
-            self.add_module(name, nn.Conv1d(width, width, config.d_conv, groups=width, bias=False))
+        self.add_convs()
         if config.gate:
             self.g_proj = self.make_gate()
         self.o_norm = RMSNorm(config.headdim, config.norm_eps)
         self.o_proj = Linear(E, D, bias=False)
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv1d)):
-                init_normal(module.weight, std=config.init_std)
-        self.recall_init()
-
-    def recall_init(self, dt: tuple[Tensor, ...] = ()) -> None:
-        """`models.ssm_init.recall_init` for this layer; q = k at first if they are tied."""
-        convs = [self.get_submodule(name) for name in self.convs]
-        pairs: Any = [(self.k_proj, self.q_proj), *([(convs[1], convs[0])] if convs else [])]
-        tied = [(of_k.weight.detach(), of_q.weight.detach()) for of_k, of_q in pairs]
-        recall_init(self.config.ssm_init, convs, dt, tied)  # type: ignore[arg-type]
-
-    def inputs(self, hidden: Tensor, context: Context, cache: LayerCache | None = None) -> DeltaInputs:
-        config, mask = self.config, context.mask
-        E, H, N = config.d_inner, config.n_head, config.d_state
-        qkv = torch.cat([self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)], dim=-1)
-        qkv = self.tap("hook_in", fill_padding(qkv, mask), mask)
-        if self.convs:
-            taps = torch.cat([getattr(self, name).weight for name in self.convs])
-            qkv = convolve(qkv, taps, None, context, cache)
-        else:
-            qkv = F.silu(qkv)
-        q, k, v = (x.unflatten(-1, (H, -1)) for x in qkv.split([H * N, H * N, E], dim=-1))
-        q, k, v = self.tap("hook_q", unit(q) * N**-0.5), self.tap("hook_k", unit(k)), self.tap("hook_v", v)
-        beta = torch.sigmoid(widen(self.b_proj(hidden))) * (2 if config.negative_eigenvalues else 1)
-        beta = self.tap(
-            "hook_beta", fill_padding(beta, mask), mask
-        )  # (B, L, H), 0 at padding: it does nothing
-        return q, k, v, beta, self.log_decay(hidden, mask)
-
-    def output(self, y: Tensor, hidden: Tensor) -> Tensor:
-        y, gate = self.o_norm(y), self.gate(hidden)
-        y = y if gate is None else (y * self.tap("hook_gate", gate)).to(y.dtype)
-        return self.o_proj(y.flatten(-2))
+        self.draw()
+        self.recall_init(self.make_decay())
 
     def make_gate(self) -> nn.Module:
         """The projection (B, L, D) -> (B, L, E) that the gate is made of."""
         return Linear(self.config.d_model, self.config.d_inner, bias=False)
 
-    def gate(self, hidden: Tensor) -> Tensor | None:
-        """What multiplies the normalised output.
+    def make_decay(self) -> tuple[Tensor, ...]:
+        """Make what the decay is computed from, and return it as `recall_init` wants it; nothing here."""
+        return ()
 
-        Args:
-            hidden: (B, L, D).
-
-        Returns:
-            (B, L, H, P), or None.
-        """
-        if not self.config.gate:
-            return None
-        return F.silu(widen(self.g_proj(hidden))).unflatten(-1, (self.config.n_head, -1))
+    def inputs(self, hidden: Tensor, context: Context, cache: LayerCache | None = None) -> DeltaInputs:
+        config, mask = self.config, context.mask
+        q, k, v = self.project(hidden, context, cache)
+        if not self.convs:
+            q, k, v = F.silu(q), F.silu(k), F.silu(v)
+        q, k = self.tap("hook_q", unit(q) * config.d_state**-0.5), self.tap("hook_k", unit(k))
+        beta = torch.sigmoid(widen(self.b_proj(hidden))) * (2 if config.negative_eigenvalues else 1)
+        beta = fill_padding(beta, mask)  # (B, L, H), 0 at padding: it does nothing
+        beta = self.tap("hook_beta", beta, mask)
+        return q, k, self.tap("hook_v", v), beta, self.log_decay(hidden, mask)
 
     def log_decay(self, hidden: Tensor, mask: Tensor | None) -> Tensor | None:
         """Logarithm of the decay; None here, where nothing decays.

@@ -12,7 +12,7 @@ the output is gated: out = o_proj(rms_norm(y_t) * silu(g_proj(residual_t))).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -32,27 +32,14 @@ from ssm_retrieval.ops.linear import Linear
 class GatedDeltaNetConfig(HeadsConfig):
     """Shape of a gated DeltaNet language model; the defaults are fla's, the 1.3 B of the paper."""
 
-    vocab_size: int = 32000
-    d_model: int = 2048
     n_layer: int = 21
     d_state: int = 256  # channels of a head's key
     headdim: int = 512  # channels of a head's value
     expand: float = 1.5
-    short_conv: bool = True
-    d_conv: int = 4
     gate: bool = True
     negative_eigenvalues: bool = False
     dt_min: float = 0.001
     dt_max: float = 0.1
-    d_mlp: int = 0  # 0 = 8/3 * d_model, rounded up to a multiple of 256
-    ssm_init: str = "default"  # as in MambaConfig
-    position: str = "none"
-    max_position_embeddings: int = 2048
-    norm_eps: float = 1e-6
-    residual_in_fp32: bool = False
-    tie_word_embeddings: bool = False
-    embedding_std: float = 0.02
-    init_std: float = 0.02
 
 
 class GatedDeltaNetMixer(DeltaNetMixer):
@@ -60,14 +47,14 @@ class GatedDeltaNetMixer(DeltaNetMixer):
 
     decays = True
 
-    def __init__(self, config: Any):
-        super().__init__(config)
-        H = config.n_head
+    def make_decay(self) -> tuple[Tensor, ...]:
+        config, H = self.config, self.config.n_head
         self.a_proj = Linear(config.d_model, H, bias=False)
+        # Published from 0, whose log is -inf
         self.A_log = nn.Parameter(torch.empty(H).uniform_(1e-4, 16).log())
         self.dt_bias = nn.Parameter(dt_bias(config, H))
         init_normal(self.a_proj.weight, std=config.init_std)
-        self.recall_init(tuple(x.detach() for x in (self.A_log, self.a_proj.weight, self.dt_bias)))
+        return self.A_log.detach(), self.a_proj.weight.detach(), self.dt_bias.detach()
 
     def log_decay(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
         dt = F.softplus(widen(self.a_proj(hidden)) + self.dt_bias)
@@ -87,6 +74,6 @@ ARCHITECTURE = Architecture(
         "tiny": dict(TINY, n_layer=2, d_state=64, headdim=64, expand=2.0, d_mlp=256),
         "1.3b": dict(d_model=2048, n_layer=21),
     },
-    memory=block_memory.every_block(block_memory.delta),
+    memory=block_memory.every_block(partial(block_memory.delta, decay="head")),
     block=lambda config: SwiGLUBlock(config, GatedDeltaNetMixer), hub=hub_fla.GATED_DELTANET,
 )  # fmt: skip

@@ -15,18 +15,18 @@ a causal convolution and a SiLU behind W; the published models have none.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssm_retrieval.models import block_memory, hub_fla
 from ssm_retrieval.models.architecture import TINY, Architecture
 from ssm_retrieval.models.common import Context, LayerCache
-from ssm_retrieval.models.layers import RMSNorm, init_normal, widen
-from ssm_retrieval.models.padding import convolve, fill_padding
-from ssm_retrieval.models.ssm_init import parts_of, recall_init
+from ssm_retrieval.models.layers import RMSNorm, widen
+from ssm_retrieval.models.padding import fill_padding
+from ssm_retrieval.models.ssm_init import parts_of
 from ssm_retrieval.models.swiglu_block import (
     DeltaInputs,
     HeadsConfig,
@@ -44,26 +44,15 @@ LONG_BIAS = 8.0  # of the decay: sigmoid(8)^(1/16) = 0.99998
 
 @dataclass(frozen=True)
 class GLAConfig(HeadsConfig):
-    """Shape of a gated linear attention language model; the defaults are fla's, the 1.3 B of the paper."""
+    """Shape of a gated linear attention language model; the defaults are fla's, the 1.3 B of the paper.
 
-    vocab_size: int = 32000
-    d_model: int = 2048
-    n_layer: int = 24
+    `ssm_init` "long" is a large bias of the decay.
+    """
+
     d_state: int = 256  # channels of a head's key
     headdim: int = 512  # channels of a head's value
-    expand: float = 1.0
     short_conv: bool = False
-    d_conv: int = 4
     gate: bool = True
-    d_mlp: int = 0  # 0 = 8/3 * d_model, rounded up to a multiple of 256
-    ssm_init: str = "default"  # as in MambaConfig; "long" is a large bias of the decay
-    position: str = "none"
-    max_position_embeddings: int = 2048
-    norm_eps: float = 1e-6
-    residual_in_fp32: bool = False
-    tie_word_embeddings: bool = False
-    embedding_std: float = 0.02
-    init_std: float = 0.02
 
 
 class GLAMixer(KeyValueMixer):
@@ -80,9 +69,7 @@ class GLAMixer(KeyValueMixer):
         self.config = config
         D, E, J = config.d_model, config.d_inner, config.n_head * config.d_state
         self.q_proj, self.k_proj, self.v_proj = (Linear(D, width, bias=False) for width in (J, J, E))
-        self.convs = [f"{name}_conv1d" for name in "qkv"] if config.short_conv else []
-        for name, width in zip(self.convs, (J, J, E), strict=False):
-            self.add_module(name, nn.Conv1d(width, width, config.d_conv, groups=width, bias=False))
+        self.add_convs()
         up = Linear(RANK, J)
         self.gk_proj = nn.Sequential(Linear(D, RANK, bias=False), up)
         if config.gate:
@@ -90,42 +77,25 @@ class GLAMixer(KeyValueMixer):
         self.norm_name = "g_norm_swish_gate" if config.gate else "g_norm"
         self.add_module(self.norm_name, RMSNorm(config.headdim, config.norm_eps))
         self.o_proj = Linear(E, D, bias=False)
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv1d)):
-                init_normal(module.weight, std=config.init_std)
+        self.draw()
         nn.init.zeros_(up.bias)
-        convs: Any = [self.get_submodule(name) for name in self.convs]
-        pairs = [(self.k_proj, self.q_proj), *([(convs[1], convs[0])] if convs else [])]
-        recall_init(config.ssm_init, convs, (), [(k.weight.detach(), q.weight.detach()) for k, q in pairs])
+        self.recall_init(())
         if "long" in parts_of(config.ssm_init):
             nn.init.zeros_(up.weight)
             nn.init.constant_(up.bias, LONG_BIAS)
 
     @property
-    def o_norm(self) -> nn.Module:
+    def o_norm(self) -> nn.Module:  # type: ignore[override]
         """The norm of the output, under the name that it has in other mixers."""
         return self.get_submodule(self.norm_name)
 
     def inputs(self, hidden: Tensor, context: Context, cache: LayerCache | None = None) -> DeltaInputs:
         config, mask = self.config, context.mask
-        E, H, N = config.d_inner, config.n_head, config.d_state
-        qkv = torch.cat([self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)], dim=-1)
-        qkv = self.tap("hook_in", fill_padding(qkv, mask), mask)
-        if self.convs:
-            taps = torch.cat([getattr(self, name).weight for name in self.convs])
-            qkv = fill_padding(convolve(qkv, taps, None, context, cache), mask)
-        q, k, v = (x.unflatten(-1, (H, -1)) for x in qkv.split([H * N, H * N, E], dim=-1))
-        q, k = self.tap("hook_q", q * N**-0.5), self.tap("hook_k", k)
-        v = self.tap("hook_v", v, mask)  # 0 at padding, where nothing is written
+        q, k, v = self.project(hidden, context, cache)
+        q, k = self.tap("hook_q", q * config.d_state**-0.5), self.tap("hook_k", k)
+        v = fill_padding(v.flatten(2), mask).unflatten(2, (config.n_head, -1))  # which writes nothing
         log_decay = fill_padding(F.logsigmoid(widen(self.gk_proj(hidden))) / SLOWER, mask)
-        return q, k, v, None, log_decay.unflatten(-1, (H, -1))
-
-    def output(self, y: Tensor, hidden: Tensor) -> Tensor:
-        y = self.o_norm(y)
-        if self.config.gate:
-            gate = F.silu(widen(self.g_proj(hidden))).unflatten(-1, (self.config.n_head, -1))
-            y = (y * self.tap("hook_gate", gate)).to(y.dtype)
-        return self.o_proj(y.flatten(-2))
+        return q, k, self.tap("hook_v", v, mask), None, log_decay.unflatten(-1, (config.n_head, -1))
 
     def hook_points(self) -> list[str]:
         return [name for name in self.hook_axes if name != "hook_gate" or self.config.gate]
@@ -154,6 +124,7 @@ ARCHITECTURE = Architecture(
         "340m": dict(d_model=1024, n_layer=24, d_state=128, headdim=256),
         "1.3b": dict(d_model=2048, n_layer=24),
     },
-    memory=block_memory.every_block(block_memory.gla), block=lambda config: SwiGLUBlock(config, GLAMixer),
+    memory=block_memory.every_block(partial(block_memory.gla, rank=RANK)),
+    block=lambda config: SwiGLUBlock(config, GLAMixer),
     hub=hub_fla.GLA,
 )  # fmt: skip

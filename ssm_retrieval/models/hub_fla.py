@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Collection, Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
@@ -119,6 +119,9 @@ class Gla(Fla):
     use_gv: Literal[False] = False
 
 
+F = TypeVar("F", bound=Fla)
+
+
 def _channels(name: str, width: float, parts: int, where: str) -> int:
     """A whole number of channels for each head."""
     share = width / parts
@@ -131,48 +134,6 @@ def _common(fields: Fla, headdim: int) -> dict[str, Any]:
     expand = fields.num_heads * headdim / fields.hidden_size
     more = dict(headdim=headdim, expand=expand, d_mlp=fields.intermediate_size or 0)
     return dict(from_hub(fields, SPELLINGS), **more, embedding_std=fields.initializer_range)
-
-
-def read_deltanet(
-    raw: Mapping[str, Any], keys: Collection[str], where: str, beside: Collection[str]
-) -> dict[str, Any]:
-    """`Hub.read` of DeltaNet.
-
-    Args:
-        raw: The contents of `config.json`.
-        keys: Names of the tensors, which decide nothing here.
-        where: The file, for errors.
-        beside: Fields that have no meaning here.
-
-    Returns:
-        Options of `DeltaNetConfig`.
-
-    Raises:
-        UserError: For what a `DeltaNetConfig` cannot be.
-    """
-    fields = parse(DeltaNet, raw, where, {*beside, *IGNORED})
-    return _by_width(fields, fields.expand_k, where)
-
-
-def read_gated_deltanet(
-    raw: Mapping[str, Any], keys: Collection[str], where: str, beside: Collection[str]
-) -> dict[str, Any]:
-    """`Hub.read` of gated DeltaNet.
-
-    Args:
-        raw: The contents of `config.json`.
-        keys: Names of the tensors, which decide nothing here.
-        where: The file, for errors.
-        beside: Fields that have no meaning here.
-
-    Returns:
-        Options of `GatedDeltaNetConfig`.
-
-    Raises:
-        UserError: For what a `GatedDeltaNetConfig` cannot be.
-    """
-    fields = parse(GatedDeltaNet, raw, where, {*beside, *IGNORED})
-    return _by_head(fields, fields.head_dim, fields.num_v_heads, where)
 
 
 def _by_head(fields: Fla, head_dim: int, num_v_heads: int | None, where: str) -> dict[str, Any]:
@@ -194,50 +155,46 @@ def _by_width(fields: Fla, expand_k: float, where: str) -> dict[str, Any]:
     return dict(_common(fields, headdim), d_state=_channels("expand_k", D * expand_k, H, where))
 
 
-def read_kda(
-    raw: Mapping[str, Any], keys: Collection[str], where: str, beside: Collection[str]
-) -> dict[str, Any]:
-    """`Hub.read` of Kimi delta attention.
+def _deltanet(fields: DeltaNet, where: str) -> dict[str, Any]:
+    """Options of `DeltaNetConfig`."""
+    return _by_width(fields, fields.expand_k, where)
 
-    Args:
-        raw: The contents of `config.json`.
-        keys: Names of the tensors, which decide nothing here.
-        where: The file, for errors.
-        beside: Fields that have no meaning here.
 
-    Returns:
-        Options of `KDAConfig`.
+def _gated_deltanet(fields: GatedDeltaNet, where: str) -> dict[str, Any]:
+    """Options of `GatedDeltaNetConfig`."""
+    return _by_head(fields, fields.head_dim, fields.num_v_heads, where)
 
-    Raises:
-        UserError: For what a `KDAConfig` cannot be.
-    """
-    fields = parse(Kda, raw, where, {*beside, *IGNORED})
+
+def _kda(fields: Kda, where: str) -> dict[str, Any]:
+    """Options of `KDAConfig`, which always has a gate."""
     options = _by_head(fields, fields.head_dim, fields.num_v_heads, where)
     return {name: value for name, value in options.items() if name != "gate"}
 
 
-def read_gla(
-    raw: Mapping[str, Any], keys: Collection[str], where: str, beside: Collection[str]
-) -> dict[str, Any]:
-    """`Hub.read` of gated linear attention.
+def _gla(fields: Gla, where: str) -> dict[str, Any]:
+    """Options of `GLAConfig`."""
+    _as_many("num_kv_heads", fields.num_kv_heads, fields.num_heads, where)
+    options = dict(_by_width(fields, fields.expand_k, where), gate=fields.use_output_gate)
+    return {name: value for name, value in options.items() if name != "negative_eigenvalues"}
+
+
+def _reader(kind: type[F], options: Callable[[F, str], dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """`Hub.read` of one of these configs.
 
     Args:
-        raw: The contents of `config.json`.
-        keys: Names of the tensors, which decide nothing here.
-        where: The file, for errors.
-        beside: Fields that have no meaning here.
+        kind: The fields that it may have.
+        options: Maps these fields and the name of the file, for errors, to options of our config.
 
     Returns:
-        Options of `GLAConfig`.
-
-    Raises:
-        UserError: For what a `GLAConfig` cannot be.
+        The function. Names of the tensors decide nothing here.
     """
-    fields = parse(Gla, raw, where, {*beside, *IGNORED})
-    _as_many("num_kv_heads", fields.num_kv_heads, fields.num_heads, where)
-    options = _by_width(fields, fields.expand_k, where)
-    options |= dict(gate=fields.use_output_gate)
-    return {name: value for name, value in options.items() if name != "negative_eigenvalues"}
+
+    def read(
+        raw: Mapping[str, Any], keys: Collection[str], where: str, beside: Collection[str]
+    ) -> dict[str, Any]:
+        return options(parse(kind, raw, where, {*beside, *IGNORED}), where)
+
+    return read
 
 
 def _write(config: Any) -> dict[str, Any]:
@@ -277,10 +234,13 @@ def lacks(config: Any) -> str | None:
 
 
 OURS = ("ssm_init", "d_mlp", "embedding_std")  # without effect on given weights, but fields of the config
-DELTANET = Hub("delta_net", "DeltaNetForCausalLM", read_deltanet, write_deltanet, lacks, extras=OURS)
+DECAYS = (*OURS, "dt_min", "dt_max")
+DELTANET = Hub(
+    "delta_net", "DeltaNetForCausalLM", _reader(DeltaNet, _deltanet), write_deltanet, lacks, extras=OURS
+)
 GATED_DELTANET = Hub(
-    "gated_deltanet", "GatedDeltaNetForCausalLM", read_gated_deltanet, write_gated_deltanet, lacks,
-    extras=(*OURS, "dt_min", "dt_max"),
+    "gated_deltanet", "GatedDeltaNetForCausalLM", _reader(GatedDeltaNet, _gated_deltanet),
+    write_gated_deltanet, lacks, extras=DECAYS,
 )  # fmt: skip
-KDA = Hub("kda", "KDAForCausalLM", read_kda, write_kda, lacks, extras=(*OURS, "dt_min", "dt_max"))
-GLA = Hub("gla", "GLAForCausalLM", read_gla, write_gla, lacks, extras=OURS)
+KDA = Hub("kda", "KDAForCausalLM", _reader(Kda, _kda), write_kda, lacks, extras=DECAYS)
+GLA = Hub("gla", "GLAForCausalLM", _reader(Gla, _gla), write_gla, lacks, extras=OURS)

@@ -13,7 +13,8 @@ of a hybrid.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,26 +34,9 @@ from ssm_retrieval.ops.linear import Linear
 class KDAConfig(HeadsConfig):
     """Shape of a language model with Kimi delta attention; the defaults are fla's."""
 
-    vocab_size: int = 32000
-    d_model: int = 2048
-    n_layer: int = 24
-    d_state: int = 128  # channels of a head's key
-    headdim: int = 128  # channels of a head's value
-    expand: float = 1.0
-    short_conv: bool = True
-    d_conv: int = 4
     negative_eigenvalues: bool = False
     dt_min: float = 0.001
     dt_max: float = 0.1
-    d_mlp: int = 0  # 0 = 8/3 * d_model, rounded up to a multiple of 256
-    ssm_init: str = "default"  # as in MambaConfig
-    position: str = "none"
-    max_position_embeddings: int = 2048
-    norm_eps: float = 1e-6
-    residual_in_fp32: bool = False
-    tie_word_embeddings: bool = False
-    embedding_std: float = 0.02
-    init_std: float = 0.02
 
     @property
     def gate(self) -> bool:
@@ -63,23 +47,19 @@ class KDAConfig(HeadsConfig):
 class KDAMixer(DeltaNetMixer):
     """The layer: (B, L, D) -> (B, L, D)."""
 
-    g_proj: nn.Module
-
     hook_axes: ClassVar = {**DeltaNetMixer.hook_axes, "hook_A_bar": "B L H N"}
     decays = True
 
-    def __init__(self, config: Any):
-        super().__init__(config)
-        D, H, P = config.d_model, config.n_head, config.headdim
-        keys = H * config.d_state
-        down, up = Linear(D, P, bias=False), Linear(P, keys, bias=False)
+    def make_decay(self) -> tuple[Tensor, ...]:
+        config, keys = self.config, self.config.n_head * self.config.d_state
+        down = Linear(config.d_model, config.headdim, bias=False)
+        up = Linear(config.headdim, keys, bias=False)
         self.f_proj = nn.Sequential(down, up)
-        self.A_log = nn.Parameter(torch.empty(H).uniform_(1, 16).log())
+        self.A_log = nn.Parameter(torch.empty(config.n_head).uniform_(1, 16).log())
         self.dt_bias = nn.Parameter(dt_bias(config, keys))
         for weight in self.f_proj.parameters():
             init_normal(weight, std=config.init_std)
-        made = (self.A_log, up.weight, self.dt_bias)
-        self.recall_init(tuple(x.detach() for x in made))
+        return self.A_log.detach(), up.weight.detach(), self.dt_bias.detach()
 
     def make_gate(self) -> nn.Module:
         config = self.config
@@ -108,6 +88,6 @@ ARCHITECTURE = Architecture(
         "tiny": dict(TINY, n_layer=2, d_state=64, headdim=64, expand=2.0, d_mlp=256),
         "1.3b": dict(d_model=2048, n_layer=24),
     },
-    memory=block_memory.every_block(block_memory.delta), block=lambda config: SwiGLUBlock(config, KDAMixer),
-    hub=hub_fla.KDA,
+    memory=block_memory.every_block(partial(block_memory.delta, decay="channel")),
+    block=lambda config: SwiGLUBlock(config, KDAMixer), hub=hub_fla.KDA,
 )  # fmt: skip

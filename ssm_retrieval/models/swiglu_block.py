@@ -9,6 +9,8 @@ Parameter names are those of fla-hub's checkpoints; `model.embed_pos` exists onl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -20,21 +22,36 @@ from ssm_retrieval.models import instrumented
 from ssm_retrieval.models.common import WHOLE, Context, LanguageModel, LayerCache, part
 from ssm_retrieval.models.configuration import Config, check_ssm, require
 from ssm_retrieval.models.hooks import Hooked
-from ssm_retrieval.models.layers import RMSNorm, init_normal, learned_positions
+from ssm_retrieval.models.layers import RMSNorm, init_normal, learned_positions, widen
+from ssm_retrieval.models.padding import convolve, fill_padding
+from ssm_retrieval.models.ssm_init import recall_init
 from ssm_retrieval.ops.delta_rule import delta_rule
 from ssm_retrieval.ops.linear import Linear
 
 DeltaInputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
+@dataclass(frozen=True)
 class HeadsConfig(Config):
-    """What the configs of these models have in common: how the width is shared out among heads."""
+    """What the configs of these models have in common; each adds its own fields, and its own defaults."""
 
-    d_model: int
-    d_mlp: int
-    expand: float
-    headdim: int
-    d_state: int
+    vocab_size: int = 32000
+    d_model: int = 2048
+    n_layer: int = 24
+    d_state: int = 128  # channels of a head's key
+    headdim: int = 128  # channels of a head's value
+    expand: float = 1.0
+    short_conv: bool = True
+    d_conv: int = 4
+    d_mlp: int = 0  # 0 = 8/3 * d_model, rounded up to a multiple of 256
+    ssm_init: str = "default"  # as in MambaConfig
+    position: str = "none"
+    max_position_embeddings: int = 2048
+    norm_eps: float = 1e-6
+    residual_in_fp32: bool = False
+    tie_word_embeddings: bool = False
+    embedding_std: float = 0.02
+    init_std: float = 0.02
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,7 +102,13 @@ class KeyValueMixer(Hooked, nn.Module):
 
     hook_prefix: ClassVar = "mixer."
     erase: ClassVar = True
+    q_proj: Linear
+    k_proj: Linear
+    v_proj: Linear
+    g_proj: nn.Module  # if the config says so
+    o_norm: nn.Module
     o_proj: Linear
+    convs: tuple[str, ...]
 
     @property
     def out_proj(self) -> Linear:
@@ -113,6 +136,51 @@ class KeyValueMixer(Hooked, nn.Module):
             y, cache["ssm"] = y
         return self.output(self.tap("hook_y", y), hidden)
 
+    def add_convs(self) -> None:
+        """Make the convolutions of queries, keys and values, if the config has them."""
+        config, keys = self.config, self.config.n_head * self.config.d_state
+        self.convs = ("q_conv1d", "k_conv1d", "v_conv1d") if config.short_conv else ()
+        for name, width in zip(self.convs, (keys, keys, config.d_inner), strict=False):
+            self.add_module(name, nn.Conv1d(width, width, config.d_conv, groups=width, bias=False))
+
+    def draw(self) -> None:
+        """Draw the weights of all projections and convolutions."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv1d)):
+                init_normal(module.weight, std=self.config.init_std)
+
+    def recall_init(self, dt: Sequence[Tensor]) -> None:
+        """`models.ssm_init.recall_init` for this layer; queries equal keys at first if they are tied.
+
+        Args:
+            dt: As there.
+        """
+        convs: Any = [self.get_submodule(name) for name in self.convs]
+        pairs = [(self.k_proj, self.q_proj), *([(convs[1], convs[0])] if convs else [])]
+        recall_init(
+            self.config.ssm_init, convs, dt, [(k.weight.detach(), q.weight.detach()) for k, q in pairs]
+        )
+
+    def project(self, hidden: Tensor, context: Context, cache: LayerCache | None) -> Sequence[Tensor]:
+        """Queries and keys (B, L, H, N) and values (B, L, H, P), after the convolutions if there are any.
+
+        Args:
+            hidden: (B, L, D).
+            context: Which tokens are real.
+            cache: Its `conv` state is read, and replaced.
+
+        Returns:
+            The three.
+        """
+        keys = self.config.n_head * self.config.d_state
+        qkv = torch.cat([self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)], dim=-1)
+        qkv = self.tap("hook_in", fill_padding(qkv, context.mask), context.mask)
+        if self.convs:
+            taps = torch.cat([getattr(self, name).weight for name in self.convs])
+            qkv = convolve(qkv, taps, None, context, cache)
+        each = qkv.split([keys, keys, self.config.d_inner], dim=-1)
+        return [x.unflatten(-1, (self.config.n_head, -1)) for x in each]
+
     def inputs(self, hidden: Tensor, context: Context, cache: LayerCache | None = None) -> DeltaInputs:
         """What the recurrence takes in.
 
@@ -137,7 +205,21 @@ class KeyValueMixer(Hooked, nn.Module):
         Returns:
             (..., L, D).
         """
-        raise NotImplementedError
+        y = self.o_norm(y)
+        if self.config.gate:
+            y = (y * self.tap("hook_gate", self.gate(hidden))).to(y.dtype)
+        return self.o_proj(y.flatten(-2))
+
+    def gate(self, hidden: Tensor) -> Tensor:
+        """What multiplies the normalised output: silu of a projection.
+
+        Args:
+            hidden: (B, L, D).
+
+        Returns:
+            (B, L, H, P).
+        """
+        return F.silu(widen(self.g_proj(hidden))).unflatten(-1, (self.config.n_head, -1))
 
 
 class SwiGLU(Hooked, nn.Module):

@@ -182,8 +182,7 @@ class Attention(Hooked, nn.Module):
         if cache is not None:
             if "k" in cache:
                 k, v = torch.cat([cache["k"], k], dim=2), torch.cat([cache["v"], v], dim=2)
-            kept = recent(k, v, context, config.window)
-            cache["k"], cache["v"] = kept
+            cache["k"], cache["v"] = recent(k, v, context, config.window)
         L, S = q.shape[2], k.shape[2]
         key_mask = None if context.key_mask is None else context.key_mask[:, -S:]  # of those that are left
         within = config.window == 0 or config.window >= S

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -67,3 +68,9 @@ def blocked(x: Tensor) -> Tensor:
 def unblocked(x: Tensor, channels: int) -> Tensor:
     """Inverse of `blocked`."""
     return x.transpose(-1, -2).flatten(-3, -2)[..., :channels, :]
+
+
+def at_positions(states: Tensor, stored: Sequence[int], positions: Sequence[int]) -> Tensor:
+    """States (B, S, ...) of the `stored` positions -> those of `positions`, in their order and as often."""
+    place = {t: i for i, t in enumerate(stored)}
+    return states[:, torch.tensor([place[t] for t in positions], dtype=torch.int64, device=states.device)]

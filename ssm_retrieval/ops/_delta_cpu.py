@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ssm_retrieval.ops import DELTA_CHUNK, LANES
-from ssm_retrieval.ops._arrays import blocked, flat, pad_channels, unblocked
+from ssm_retrieval.ops._arrays import at_positions, blocked, flat, pad_channels, unblocked
 from ssm_retrieval.ops._delta_chunks import DeltaArguments, delta_by_chunks
 from ssm_retrieval.ops._kernel_autograd import differentiable
 from ssm_retrieval.ops._route import traced
@@ -47,9 +47,7 @@ def delta_on_cpu(
     if return_last_state:
         out.append(unblocked(last, P))
     if positions is not None and wanted is not None:
-        place = {t: i for i, t in enumerate(wanted)}
-        at = torch.tensor([place[t] for t in positions], dtype=torch.int64, device=q.device)
-        out.append(unblocked(states, P)[:, at])
+        out.append(at_positions(unblocked(states, P), wanted, positions))
     return out
 
 

@@ -59,14 +59,13 @@ def differentiable(
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Results:
-            output = kernel(*inputs)
+            output = forward(*inputs)  # the kernel
             ctx.mark_non_differentiable(output[3])
             save(ctx, inputs, output)
             return output
 
         backward = staticmethod(gradients)
 
-    kernel = forward
     forward_operator = torch.library.custom_op(f"ssm_retrieval::{name}", forward, mutates_args=())
     backward_operator = torch.library.custom_op(f"ssm_retrieval::{name}_backward", backward, mutates_args=())
     forward_operator.register_autograd(gradients, setup_context=save)

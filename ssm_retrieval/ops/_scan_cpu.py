@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ssm_retrieval.ops import CHUNK, GROUP, LANES
-from ssm_retrieval.ops._arrays import blocked, flat, pad_channels, unblocked
+from ssm_retrieval.ops._arrays import at_positions, blocked, flat, pad_channels, unblocked
 from ssm_retrieval.ops._kernel_autograd import differentiable
 from ssm_retrieval.ops._route import traced
 from ssm_retrieval.ops._scan_arguments import ScanArguments
@@ -66,9 +66,7 @@ def scan_on_cpu(
     if return_last_state:
         out.append(unblocked(last, E))
     if positions is not None and wanted is not None:
-        place = {t: i for i, t in enumerate(wanted)}
-        at = torch.tensor([place[t] for t in positions], dtype=torch.int64, device=u.device)
-        out.append(unblocked(states, E)[:, at])
+        out.append(at_positions(unblocked(states, E), wanted, positions))
     return out
 
 

@@ -52,6 +52,15 @@ def test_decoding_keeps_the_window_and_no_more():
     torch.testing.assert_close(torch.stack(logits, 1), model(IDS))
 
 
+def test_no_gradient_reaches_back_beyond_the_window():
+    """Two layers of 3 tokens see 5: the last token, and 2 before each of 2 layers."""
+    model = build("transformer", n_layer=2, window=3)
+    embeddings = model.embed(IDS, torch.arange(L)).detach().requires_grad_()
+    model(inputs_embeds=embeddings)[:, -1].square().sum().backward()
+    reached = embeddings.grad.abs().amax((0, 2)) > 0
+    assert reached.tolist() == [L - 1 - t <= 4 for t in range(L)]
+
+
 def test_gradients_are_those_of_the_mask():
     """A window is the mask that says so, for every weight."""
     model = build("transformer", n_layer=2, window=3)
