@@ -3,17 +3,21 @@
     python -m benchmarks.delta [--quick]
 
 The peers are Qwen3-Next's `torch_chunk_gated_delta_rule` (one decay for a head) and Kimi Linear's
-`chunk_kimi_delta_attention` (one for each channel of the key); flash-linear-attention needs a GPU. A whole
-layer of gated DeltaNet is timed beside one of this project's Mamba-2 with as many channels and states, and a
-training step of every "tiny" preset beside Mamba's.
+`chunk_kimi_delta_attention` (one for each channel of the key); flash-linear-attention needs a GPU. Of gated
+linear attention and Mamba-3 there is nothing on a CPU but loops over tokens: flash-linear-attention's
+`naive_recurrent_gla` and the layer of mamba3-ssm, each timed where it is installed. A whole layer of gated
+DeltaNet is timed beside one of this project's Mamba-2 with as many channels and states, and a training step
+of every "tiny" preset beside Mamba's.
 
 The last lines are ratios: how many times as fast this project is, how many times less memory it needs at its
 peak (memory), how much longer a layer takes than Mamba-2's, and the largest deviation of the cost per token
-from its median over lengths 256 to 16,384 (linearity; 0.1 is 10 %).
+from its median over lengths 256 to 16,384 (linearity; 0.1 is 10 %). That is measured with freed memory kept,
+as training does, and without: glibc takes fresh pages for every tensor of more than 32 MiB.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -24,10 +28,11 @@ from torch.nn import functional as F
 from benchmarks.common import command, machine, parse, peak_memory, print_ratios, seconds
 from ssm_retrieval import models
 from ssm_retrieval.ops.delta_rule import delta_rule
+from ssm_retrieval.ops.memory import keep_freed_memory
 
 HEADS, WIDTH, D_MODEL = 4, 64, 128
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
-TINY = ("mamba", "mamba2", "deltanet", "gated-deltanet", "kda", "gla", "transformer")
+TINY = ("mamba", "mamba2", "mamba3", "deltanet", "gated-deltanet", "kda", "gla", "transformer")
 
 Call = Callable[[], Any]
 
@@ -61,6 +66,55 @@ def transformers(batch: int, length: int, per_channel: bool = False) -> Call:
     q, k, v, beta, decay = inputs = arguments(batch, length, per_channel)
     rule: Any = inspect.unwrap(theirs)  # without the kernels of fla, where that is installed
     return lambda: torch.autograd.grad(rule(q, k, v, decay, beta)[0].sum(), inputs)
+
+
+def gla(batch: int, length: int, theirs: bool) -> Call:
+    """Gated linear attention, forward and backward, through this project's kernel or fla's loop."""
+    q, k, v, _, decay = arguments(batch, length, per_channel=True)
+    inputs = [q, k, v, decay]
+    if theirs:
+        from fla.ops.gla.naive import naive_recurrent_gla
+
+        return lambda: torch.autograd.grad(naive_recurrent_gla(q, k, v, decay)[0].sum(), inputs)
+    return lambda: torch.autograd.grad(
+        delta_rule(q * WIDTH**-0.5, k, v, None, decay, erase=False, backend="cpu").sum(), inputs
+    )
+
+
+def port(batch: int, length: int) -> Call:
+    """A layer of mamba3-ssm, of the shape of `layer`, forward and backward."""
+    from mamba3_ssm import Mamba3
+
+    mixer = Mamba3(D_MODEL, d_state=WIDTH, headdim=WIDTH)
+    x = torch.randn(batch, length, D_MODEL, requires_grad=True)
+    leaves = [x, *mixer.parameters()]
+    return lambda: torch.autograd.grad(mixer(x).sum(), leaves, allow_unused=True)
+
+
+def against_loops(shape: tuple[int, int]) -> dict[str, float]:
+    """Ratios to the loops over tokens that are installed. Each is called once before it is timed once."""
+    calls: dict[str, tuple[str, Call, Call]] = {}
+    if importlib.util.find_spec("fla") is not None:
+        calls["gla_vs_fla_loop"] = ("fla", gla(*shape, theirs=False), gla(*shape, theirs=True))
+    if importlib.util.find_spec("mamba3_ssm") is not None:
+        calls["mamba3_layer_vs_mamba3_ssm"] = ("mamba3-ssm", layer("mamba3", *shape), port(*shape))
+    ratios = {}
+    for name, (peer, mine, theirs) in calls.items():
+        t = seconds({"ours": mine, "theirs": theirs}, 1)
+        print(f"  {name}: ours {t['ours'] * 1e3:.1f} ms, {peer} {t['theirs'] * 1e3:.1f} ms")
+        ratios[name] = t["theirs"] / t["ours"]
+    return ratios
+
+
+def linearity(lengths: tuple[int, ...], batch: int, repeats: int, reach: int) -> float:
+    """Prints the cost per token of each length; the largest deviation from their median."""
+    cost = {}
+    for n in lengths:
+        once = seconds({"": ours(batch, n)}, repeats * max(1, reach // n))[""]
+        cost[n] = once / (batch * n * HEADS) * 1e9
+        print(f"  {n:6} {once * 1e3:9.1f} ms {cost[n]:8.1f} ns")
+    middle = sorted(cost.values())[len(cost) // 2]
+    return max(abs(c / middle - 1) for c in cost.values())
 
 
 def layer(name: str, batch: int, length: int) -> Call:
@@ -116,14 +170,15 @@ def main() -> None:
             f"  {name:15} {parameters / 1e3:5.0f} k {each * 1e3:9.1f} ms {each / steps['mamba']:6.2f} x Mamba"
         )
 
-    print(f"scaling with length, batch {shape[0]}: ns per token and head, forward + backward")
-    cost = {}
-    for n in sizes.lengths:
-        once = seconds({"": ours(shape[0], n)}, sizes.repeats * max(1, sizes.reach // n))[""]
-        cost[n] = once / (shape[0] * n * HEADS) * 1e9
-        print(f"  {n:6} {once * 1e3:9.1f} ms {cost[n]:8.1f} ns")
-    middle = sorted(cost.values())[len(cost) // 2]
-    ratios["delta_linearity_deviation"] = max(abs(c / middle - 1) for c in cost.values())
+    print("loops over tokens")
+    ratios |= against_loops(shape)
+    scaling = (sizes.lengths, shape[0], sizes.repeats, sizes.reach)
+    words = f"scaling with length, batch {shape[0]}: ns per token and head, forward + backward"
+    print(f"{words}; freed memory returned")
+    ratios["delta_linearity_deviation_freed_memory_returned"] = linearity(*scaling)
+    keep_freed_memory()
+    print(f"{words}; freed memory kept")
+    ratios["delta_linearity_deviation"] = linearity(*scaling)
     print_ratios(ratios, ".3g")
 
 

@@ -19,7 +19,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from probes.patch_sites import captured, context_of, residuals, run_from, through_mlp
+from probes.patch_sites import residuals, run_from
+from probes.patch_states import captured, context_of, through_mlp
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.models.common import LanguageModel
 from ssm_retrieval.models.hybrid import ParallelBlock

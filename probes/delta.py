@@ -11,6 +11,9 @@ values, y_t = sum_{i <= t} M[t, i] v_i with the hidden attention M[t, i] = beta_
 map that leaves the erasures out, beta_i (k_i . q_t) a_{i+1} ... a_t, is that of gated linear attention, and
 not what the layer computes.
 
+Mamba-3 is linear attention too, but a write comes in two parts (`ops.trapezoid`): beta_t now, and late_t when
+the next token begins, h_t = a_t (h_{t-1} + late_{t-1} v_{t-1} k_{t-1}^T) + beta_t v_t k_t^T.
+
     deltas = record_deltas(model, input_ids)      # layer -> DeltaScan
     survival(deltas[0], at=63)                    # (B, 64, H): what is left of each write
 """
@@ -18,18 +21,20 @@ not what the layer computes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from probes.cache import Recording, recorded
 from probes.scan import layers_with
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.models.common import LanguageModel
+from ssm_retrieval.ops.trapezoid import outer
 
-NAMES = ("q", "k", "v", "beta", "A_bar")  # of which a layer without strengths or decay lacks one
+NAMES = ("q", "k", "v", "beta", "A_bar", "now", "before")  # of which no layer has all
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class DeltaScan:
         beta: (B, L, H) strengths, 0 at padding.
         decay: (B, L, H, N or 1), 1 where nothing decays.
         erase: Whether a write takes away what its key holds. Without, it is gated linear attention.
+        late: (B, L, H) strengths with which a write is added again when the next token begins. None: 0.
 
     Raises:
         UserError: Shapes do not fit.
@@ -54,16 +60,20 @@ class DeltaScan:
     beta: Tensor
     decay: Tensor
     erase: bool = True
+    late: Tensor | None = None
 
     def __post_init__(self) -> None:
         dtype = torch.promote_types(self.v.dtype, torch.float32)
-        for field in fields(self)[:5]:
-            object.__setattr__(self, field.name, getattr(self, field.name).detach().to(dtype))
+        for field in fields(self):
+            if isinstance(x := getattr(self, field.name), Tensor):
+                object.__setattr__(self, field.name, x.detach().to(dtype))
         if self.v.dim() != 4 or self.k.dim() != 4:
             given = f"{tuple(self.v.shape)} and {tuple(self.k.shape)}"
             raise UserError(f"v must have dimensions (B, L, H, P) and k (B, L, H, N), not shapes {given}")
         heads, n = tuple(self.v.shape[:3]), self.k.shape[-1]
-        shapes = dict(q=(*heads, n), k=(*heads, n), beta=heads)
+        if self.late is None:
+            object.__setattr__(self, "late", torch.zeros_like(self.beta))
+        shapes = dict(q=(*heads, n), k=(*heads, n), beta=heads, late=heads)
         shapes["decay"] = (*heads, self.decay.shape[-1] if self.decay.shape[-1:] == (1,) else n)
         for name, shape in shapes.items():
             if tuple(getattr(self, name).shape) != shape:
@@ -71,8 +81,14 @@ class DeltaScan:
 
     def sequence(self, b: int) -> DeltaScan:
         """The recurrence of sequence b, as a batch of one."""
-        at = slice(b, b + 1)
-        return DeltaScan(self.q[at], self.k[at], self.v[at], self.beta[at], self.decay[at], self.erase)
+        mine = ((f.name, getattr(self, f.name)) for f in fields(self))
+        tensors: dict[str, Any] = {name: x[b : b + 1] for name, x in mine if isinstance(x, Tensor)}
+        return replace(self, **tensors)
+
+    def second(self, t: int) -> Tensor:
+        """late_{t-1}, (B, H), the strength with which token t adds the write before it; t > 0."""
+        assert self.late is not None
+        return self.late[:, t - 1]
 
     def forget(self, t: int, rows: Tensor, erase: bool = True) -> Tensor:
         """rows F_t, for rows (B, H, R, N) of a state or of a product of states' factors.
@@ -125,7 +141,10 @@ def changes(scan: DeltaScan) -> Changes:
     for t in range(L):
         faded = scan.forget(t, h, erase=False)
         kept = scan.forget(t, h)
-        write = (scan.beta[:, t, :, None] * scan.v[:, t]).unsqueeze(-1) * scan.k[:, t].unsqueeze(-2)
+        write = outer(scan.beta[:, t, :, None] * scan.v[:, t], scan.k[:, t])
+        if t > 0:
+            again = outer(scan.second(t).unsqueeze(-1) * scan.v[:, t - 1], scan.k[:, t - 1])
+            write = write + scan.forget(t, again)
         after = kept + write
         before = _norm(h)
         before = torch.where(before > 0, before, torch.nan)
@@ -148,13 +167,18 @@ def survival(scan: DeltaScan, at: int) -> Tensor:
 
     Returns:
         (B, at + 1, H): |k_i^T F_{i+1} ... F_at| / |k_i|, at most 1 for beta in (0, 2) and keys of length 1.
-        NaN where beta is 0 and nothing is written, as at padding.
+        A write in two parts counts as one, beta_i + late_i, of which the last token has written beta_i only.
+        NaN where nothing is written, as at padding.
     """
-    rows = scan.k[:, : at + 1].transpose(1, 2).clone()  # (B, H, i, N)
+    assert scan.late is not None
+    k, first, later = (x[:, : at + 1].transpose(1, 2) for x in (scan.k, scan.beta, scan.late))
+    total = first + later  # (B, H, i)
+    rows = k * (first / total).unsqueeze(-1)  # (B, H, i, N)
     for t in range(1, at + 1):
+        rows[:, :, t - 1] += k[:, :, t - 1] * (later / total)[:, :, t - 1, None]
         rows[:, :, :t] = scan.forget(t, rows[:, :, :t])
-    left = rows.norm(dim=-1).transpose(1, 2) / scan.k[:, : at + 1].norm(dim=-1)
-    return left.masked_fill(scan.beta[:, : at + 1] == 0, torch.nan)
+    left = (rows.norm(dim=-1) / k.norm(dim=-1)).masked_fill(total == 0, torch.nan)
+    return left.transpose(1, 2)
 
 
 @torch.no_grad()
@@ -172,6 +196,8 @@ def hidden_attention(scan: DeltaScan, erase: bool = True) -> Tensor:
     weights = scan.v.new_zeros(B, H, L, L)
     rows = scan.k.new_zeros(B, H, L, scan.k.shape[-1])
     for t in range(L):
+        if t > 0:
+            rows[:, :, t - 1] += scan.second(t).unsqueeze(-1) * scan.k[:, t - 1]
         rows[:, :, :t] = scan.forget(t, rows[:, :, :t], erase)
         rows[:, :, t] = scan.beta[:, t, :, None] * scan.k[:, t]
         weights[:, :, t, : t + 1] = (rows[:, :, : t + 1] * scan.q[:, t].unsqueeze(-2)).sum(-1)
@@ -233,9 +259,12 @@ def delta_of(model: LanguageModel, cache: Recording, layer: int) -> DeltaScan:
     Returns:
         The recurrence, in the recording's precision.
     """
-    q, k, v, *rest = (cache.get(f"blocks.{layer}.mixer.hook_{name}") for name in NAMES)
+    q, k, v, beta, decay, now, before = (cache.get(f"blocks.{layer}.mixer.hook_{name}") for name in NAMES)
     assert q is not None and k is not None and v is not None
-    beta, decay = (v.new_ones(v.shape[:3]) if x is None else x for x in rest)
-    block: Any = model.blocks[layer]
+    ones = v.new_ones(v.shape[:3])
+    strength = next((x for x in (beta, now) if x is not None), ones)
+    decay = ones if decay is None else decay
     decay = decay.unsqueeze(-1) if decay.dim() == 3 else decay
-    return DeltaScan(q, k, v, beta, decay, block.mixer.erase)
+    late = None if before is None else F.pad(before[:, 1:], (0, 0, 0, 1))
+    block: Any = model.blocks[layer]
+    return DeltaScan(q, k, v, strength, decay, block.mixer.erase, late)

@@ -40,10 +40,18 @@ NAMES: dict[str, tuple[str, str]] = {
         "B L E; Mamba-2 B L J; delta rule B L J",
         "input of the convolution: x; Mamba-2 x, B, C in one, the delta rule q, k, v",
     ),
-    "mixer.hook_q": ("B L H N", "read vector of the delta rule, of length N^-1/2; of GLA"),
-    "mixer.hook_k": ("B L H N", "write vector of the delta rule, of length 1; of GLA"),
-    "mixer.hook_v": ("B L H P", "what the delta rule, or GLA, writes"),
+    "mixer.hook_q": (
+        "B L H N",
+        "read vector of the delta rule, of length N^-1/2; of GLA; of Mamba-3: C, turned",
+    ),
+    "mixer.hook_k": ("B L H N", "write vector of the delta rule, of length 1; of GLA; of Mamba-3: B, turned"),
+    "mixer.hook_v": ("B L H P", "what the delta rule, GLA or Mamba-3 writes"),
     "mixer.hook_beta": ("B L H", "how much of it, and of what is erased; 0 at padding"),
+    "mixer.hook_now": ("B L H", "Mamba-3: weight of a token's write at its own step, lam dt; 0 at padding"),
+    "mixer.hook_before": (
+        "B L H",
+        "Mamba-3: weight with which a token adds the write before it again, (1 - lam) dt; 0 at padding",
+    ),
     "mixer.hook_conv": (
         "B L E; Mamba-2 B L H P",
         "u = silu(conv(x)), what the recurrence takes in (linear SSM: conv(x))",

@@ -25,7 +25,8 @@ from torch import Tensor
 from probes.contrast_pairs import Pairs
 from probes.patch_cells import Cell, chunks, everything, patch_cells
 from probes.patch_effects import Key, Traced, logit_difference
-from probes.patch_sites import SITES, Heads, advance, has_site, residuals, run_from, ssm_state
+from probes.patch_sites import SITES, Heads, advance, has_site, residuals, run_from
+from probes.patch_states import ssm_state
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.models.common import Cache, LanguageModel
 

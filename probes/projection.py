@@ -11,7 +11,8 @@ norm and its head this becomes a row of logits
     head(norm(out_proj(gate_q y_q)))
 
 which leaves out every other path: the residual stream, MLPs, other layers, the question itself. In a layer
-with a delta rule the question erases before it reads, so y_q = (h F_q) q (`probes.delta`). The rows of all
+with a delta rule the question erases before it reads, so y_q = (h F_q) q (`probes.delta`). In Mamba-3
+h has both parts of the last write, although the second comes with the question's token. The rows of all
 questions are the projection of "On the Recall Scaling Laws in Mamba" (arXiv 2609.07681, figure 3). C_q is
 what the layer computes after what it has read, so the convolution's window counts.
 
@@ -31,8 +32,9 @@ from probes.patch_sites import has_site
 from probes.readout import BUDGET, WIDE, fork
 from probes.scan import layers_with
 from ssm_retrieval.models.common import Cache, LanguageModel
+from ssm_retrieval.ops.trapezoid import outer
 
-READ = ("hook_C", "hook_q", "hook_k", "hook_beta", "hook_A_bar", "hook_gate")
+READ = ("hook_C", "hook_q", "hook_k", "hook_beta", "hook_before", "hook_A_bar", "hook_gate")
 
 
 def state_blocks(model: LanguageModel) -> list[int]:
@@ -61,8 +63,12 @@ def project(model: LanguageModel, cache: Cache, tokens: Tensor) -> dict[int, Ten
     for i in blocks:
         read = {name: seen[at][:, 0] for name in READ if (at := f"blocks.{i}.mixer.{name}") in there}
         block: Any = model.blocks[i]
+        layer = cache.layers[i]
+        h = layer["ssm"]
+        if (before := read.pop("hook_before", None)) is not None:  # the second part of the last write
+            h = h + outer(before.unsqueeze(-1) * layer["last_v"], layer["last_k"])
         output = _delta_output if "hook_q" in read else _output
-        found[i] = model.head(model.norm(output(block.mixer, cache.layers[i]["ssm"], **read)))
+        found[i] = model.head(model.norm(output(block.mixer, h, **read)))
     return found
 
 
@@ -98,9 +104,10 @@ def _delta_output(
     if hook_beta is not None:
         k = hook_k.unsqueeze(-2).to(h.dtype)
         h = h - hook_beta[..., None, None].to(h.dtype) * (h * k).sum(-1, keepdim=True) * k
-    y = mixer.o_norm(torch.einsum("rhpn,rhn->rhp", h, hook_q.to(h.dtype)))
+    y = torch.einsum("rhpn,rhn->rhp", h, hook_q.to(h.dtype))
+    y = mixer.o_norm(y) if hasattr(mixer, "o_norm") else y  # Mamba-3 has none
     y = y if hook_gate is None else y * hook_gate
-    return mixer.o_proj(y.flatten(1).to(mixer.o_proj.weight.dtype))
+    return mixer.out_proj(y.flatten(1).to(mixer.out_proj.weight.dtype))
 
 
 @torch.no_grad()

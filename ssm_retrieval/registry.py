@@ -110,6 +110,7 @@ ARCHITECTURES: Registry[Any] = Registry(  # Any is `Architecture`, which needs t
         "transformer": "ssm_retrieval.models.transformer:ARCHITECTURE",
         "mamba": "ssm_retrieval.models.mamba:ARCHITECTURE",
         "mamba2": "ssm_retrieval.models.mamba2:ARCHITECTURE",
+        "mamba3": "ssm_retrieval.models.mamba3:ARCHITECTURE",
         "hybrid": "ssm_retrieval.models.hybrid:ARCHITECTURE",
         "linear": "ssm_retrieval.models.linear_ssm:ARCHITECTURE",
         "deltanet": "ssm_retrieval.models.deltanet:ARCHITECTURE",

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ssm_retrieval.ops import DELTA_CHUNK, LANES
+from ssm_retrieval.ops import DELTA_CHUNK, LANES, padded_values
 
 SCAN_CHUNK = 64  # tokens between the states that the scan keeps (ssm_retrieval/ops/_scan_kernels.py)
 SCAN_GROUP = 8  # blocks of channels whose dB, dC are summed before they are stored (the same file)
@@ -146,6 +146,24 @@ def mamba2(config: Any, step: Step) -> BlockMemory:
     return BlockMemory(x, kept + casts, casts, working)
 
 
+def mamba3(config: Any, step: Step) -> BlockMemory:
+    """A Mamba-3 block: norm, in_proj, B and C of each head turned, linear attention, gate, out_proj."""
+    B, L, c = step.at_once, step.length, step.itemsize
+    D, E, N, H, G, T = config.d_model, config.d_inner, config.d_state, config.n_head, config.ngroups, B * L
+    S, copies = config.n_angle, c == 2  # autocast's outputs are widened, which keeps copies
+    J, wide = 2 * E + 2 * G * N + 3 * H + S, H * padded_values(config.headdim)
+    x, keys = F32 * T * D, F32 * T * H * N
+    kept = x + norm(config.norm, T, D) + c * T * (D + J)
+    kept += F32 * T * (H * (13 + copies) + 2 * S + 3 * H * S)  # dt, A, lam; angles, phases, cosines, sines
+    kept += 2 * F32 * T * G * (1 + N * (1 + copies))  # norms of B and C
+    kept += 5 * keys  # B and C before and after they turn, and B as the kernel reads it, one token behind
+    kept += F32 * (T * wide + B * math.ceil(L / DELTA_CHUNK) * wide * N)  # x likewise; states
+    kept += F32 * T * E * (5 + 2 * copies) + copies * c * T * E  # x as written; what is read, y, gate
+    casts = 2 * (J * D + E * D) if copies else 0
+    # gradients of q, k, and of k one token behind; of x twice
+    return BlockMemory(x, kept + casts, casts, 2 * x + 3 * keys + 2 * F32 * T * E)
+
+
 def linear_ssm(config: Any, step: Step) -> BlockMemory:
     """A block of a linear SSM: in_proj, convolution, x_proj, scan, out_proj."""
     B, L, c = step.at_once, step.length, step.itemsize
@@ -226,7 +244,7 @@ def _read(T: int, D: int, c: int, projections: int) -> int:
 def _rule(config: Any, B: int, L: int) -> int:
     """What `ops.delta_rule` keeps but for the decay: q, k, v, beta, states; and the norm of its output."""
     H, N, P, E, T = config.n_head, config.d_state, config.headdim, config.d_inner, B * L
-    wide = H * -(-P // LANES) * LANES
+    wide = H * padded_values(P)
     states = B * math.ceil(L / DELTA_CHUNK) * wide * N
     return F32 * (2 * T * H * N + T * wide + T * H + states + T * (wide + H + E))
 

@@ -26,6 +26,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "d_mlp": (0, LARGEST),
     "window": (0, LARGEST),
     "rotary_pct": (0, 1),
+    "rope_fraction": (0, 1),
     "norm_eps": (0, math.inf),
     "embedding_std": (0, math.inf),
     "init_std": (0, math.inf),

@@ -1,11 +1,12 @@
 """What a forward pass does while a probe is active: the quantities that the fast path never makes.
 
-Three functions replace a fused operator, with its arguments and results, and `attention` follows one. Each
+Four functions replace a fused operator, with its arguments and results, and `attention` follows one. Each
 asks the hook (`ssm_retrieval.models.hooks`) what it wants:
 
     selective_scan   Mamba, linear SSM: hook_dt, hook_gate, hook_y and the three state names
     ssd              Mamba-2: the three state names
     delta_rule       DeltaNet and its kin: the three state names
+    trapezoid        Mamba-3: the three state names
     attention        Transformer: hook_attn_scores, hook_pattern
 
 What nobody edits comes from the fast path, bit for bit; what is only recorded is computed beside it, at the
@@ -28,9 +29,11 @@ from ssm_retrieval.models.recurrences import (
     DualRecurrence,
     Recurrence,
     SelectiveRecurrence,
+    TrapezoidRecurrence,
 )
 from ssm_retrieval.ops.delta_rule import delta_rule as fused_delta_rule
 from ssm_retrieval.ops.ssd import ssd as fused_ssd
+from ssm_retrieval.ops.trapezoid import trapezoid as fused_trapezoid
 
 STATE_NAMES = ("hook_A_bar", "hook_ssm_state", "hook_ssm_readout")
 
@@ -92,11 +95,7 @@ def ssd(hook: Hook, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **op
     Returns:
         As the operator.
     """
-    if not any(hook.wants(name) for name in STATE_NAMES):
-        return fused_ssd(x, dt, A, B, C, **options)
-    h, last_wanted = options.pop("initial_state"), options.pop("return_last_state")
-    y, last = hooked_scan(hook, DualRecurrence(x, dt, A, B, C, **options), h)
-    return (y, last) if last_wanted else y
+    return _hooked(hook, fused_ssd, DualRecurrence, x, dt, A, B, C, **options)
 
 
 def delta_rule(hook: Hook, *arguments: Any, **options: Any) -> Any:
@@ -110,10 +109,29 @@ def delta_rule(hook: Hook, *arguments: Any, **options: Any) -> Any:
     Returns:
         As the operator.
     """
+    return _hooked(hook, fused_delta_rule, DeltaRecurrence, *arguments, **options)
+
+
+def trapezoid(hook: Hook, *arguments: Any, **options: Any) -> Any:
+    """`ops.trapezoid.trapezoid` with the three state names.
+
+    Args:
+        hook: The active probes.
+        *arguments: Those of the operator: q, k, v, now, late, log_decay.
+        **options: Those of the operator, `initial_state` and `return_last_state` among them.
+
+    Returns:
+        As the operator.
+    """
+    return _hooked(hook, fused_trapezoid, TrapezoidRecurrence, *arguments, **options)
+
+
+def _hooked(hook: Hook, operator: Any, recurrence: Any, *arguments: Any, **options: Any) -> Any:
+    """An operator, or its recurrence if a probe wants the states."""
     if not any(hook.wants(name) for name in STATE_NAMES):
-        return fused_delta_rule(*arguments, **options)
+        return operator(*arguments, **options)
     h, last_wanted = options.pop("initial_state"), options.pop("return_last_state")
-    y, last = hooked_scan(hook, DeltaRecurrence(*arguments, **options), h)
+    y, last = hooked_scan(hook, recurrence(*arguments, **options), h)
     return (y, last) if last_wanted else y
 
 

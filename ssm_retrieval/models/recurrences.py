@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from ssm_retrieval.ops.delta_rule import delta_rule as fused_delta_rule
 from ssm_retrieval.ops.selective_scan import selective_scan as fused_scan
 from ssm_retrieval.ops.ssd import ssd as fused_ssd
+from ssm_retrieval.ops.trapezoid import outer
+from ssm_retrieval.ops.trapezoid import trapezoid as fused_trapezoid
 
 
 class Recurrence(Protocol):
@@ -187,6 +189,46 @@ class DeltaRecurrence:
         v = v if self.beta is None else self.beta[:, t].unsqueeze(-1) * v
         write = v.unsqueeze(-1) * k
         return write if h is None else h + write
+
+    def read(self, t: int, h: Tensor) -> Tensor:
+        y = (h * self.q[:, t].unsqueeze(-2).to(h.dtype)).sum(-1)
+        return y.to(self.v.dtype).unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class TrapezoidRecurrence:
+    """The arguments of one `trapezoid` as a `Recurrence`: states (B, H, P, N), y (B, L, H, P)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    now: Tensor
+    late: Tensor
+    log_decay: Tensor
+
+    @property
+    def length(self) -> int:
+        return self.q.shape[1]
+
+    def _before(self, t: int, h: Tensor | None) -> Tensor | None:
+        """h with the second part of the write before token t, which token t adds."""
+        if h is None or t == 0:  # what came before the first token is no part of the recurrence
+            return h
+        return h + outer(self.late[:, t - 1, :, None] * self.v[:, t - 1], self.k[:, t - 1])
+
+    def scan(self, start: int, stop: int, h: Tensor | None, at: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        whole = (self.q, self.k, self.v, self.now, self.late, self.log_decay)
+        inputs: Any = (x[:, start:stop] for x in whole)
+        return fused_trapezoid(
+            *inputs, initial_state=self._before(start, h), states_at=at, return_last_state=True
+        )
+
+    def decay(self, positions: list[int]) -> Tensor:
+        return torch.exp(self.log_decay[:, positions])  # (B, positions, H)
+
+    def step(self, t: int, h: Tensor | None, decay: Tensor) -> Tensor:
+        h, write = self._before(t, h), outer(self.now[:, t, :, None] * self.v[:, t], self.k[:, t])
+        return write if h is None else decay[..., None, None] * h + write
 
     def read(self, t: int, h: Tensor) -> Tensor:
         y = (h * self.q[:, t].unsqueeze(-2).to(h.dtype)).sum(-1)

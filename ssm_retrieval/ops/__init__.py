@@ -10,3 +10,16 @@ LANES = 16  # channels that fill a vector
 CHUNK = 64  # tokens between the states that a scan keeps for its backward pass
 GROUP = 8  # blocks of LANES channels in one task of that pass
 DELTA_CHUNK = 32  # tokens between the states that the delta rule keeps
+WIDE = 4 * LANES  # channels of a value that the delta rule takes at a time, if a head has about as many
+
+
+def value_lanes(headdim: int) -> int:
+    """Channels of a value that the delta rule takes at a time: WIDE where that pads by a third at most."""
+    blocks, wide = -(-headdim // LANES), -(-headdim // WIDE)
+    return WIDE if 3 * wide * WIDE <= 4 * blocks * LANES else LANES
+
+
+def padded_values(headdim: int) -> int:
+    """Channels of a value as the delta rule's kernels have them."""
+    lanes = value_lanes(headdim)
+    return -(-headdim // lanes) * lanes

@@ -52,17 +52,17 @@ def flat(x: Tensor | None, dtype: torch.dtype) -> np.ndarray:
     return np.asarray(_Memory(x)) if x.numel() else _NONE[dtype]
 
 
-def pad_channels(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in `dtype`, contiguous, zeros added to its last axis up to a multiple of 16; x itself if it is so."""
-    missing = -x.shape[-1] % LANES
+def pad_channels(x: Tensor, dtype: torch.dtype, lanes: int = LANES) -> Tensor:
+    """x in `dtype`, contiguous, zeros added to its last axis up to whole vectors; x itself if it is so."""
+    missing = -x.shape[-1] % lanes
     x = x.to(dtype)  # F.pad copies even where it adds nothing
     return (F.pad(x, (0, missing)) if missing else x).contiguous()
 
 
-def blocked(x: Tensor) -> Tensor:
-    """(..., channels, N) -> (..., blocks, N, 16), the missing channels of the last block zero."""
-    x = F.pad(x, (0, 0, 0, -x.shape[-2] % LANES))
-    return x.unflatten(-2, (-1, LANES)).transpose(-1, -2).contiguous()
+def blocked(x: Tensor, lanes: int = LANES) -> Tensor:
+    """(..., channels, N) -> (..., blocks, N, lanes), the missing channels of the last block zero."""
+    x = F.pad(x, (0, 0, 0, -x.shape[-2] % lanes))
+    return x.unflatten(-2, (-1, lanes)).transpose(-1, -2).contiguous()
 
 
 def unblocked(x: Tensor, channels: int) -> Tensor:

@@ -96,6 +96,6 @@ def _places() -> Iterator[Path]:
 def _sources() -> str:
     """A hash of all that a compiled kernel depends on and numba does not look at."""
     digest = hashlib.sha256(f"{numba.__version__} {config.BOUNDSCHECK}".encode())
-    for path in sorted([HERE / "__init__.py", HERE / "_simd.py", *HERE.glob("_*_kernels.py")]):
+    for path in sorted([HERE / "__init__.py", *HERE.glob("_simd*.py"), *HERE.glob("_*_kernels.py")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

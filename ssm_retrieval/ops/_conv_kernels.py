@@ -12,7 +12,8 @@ import numpy as np
 
 from ssm_retrieval.ops import LANES
 from ssm_retrieval.ops._compile import kernel
-from ssm_retrieval.ops._simd import add, fill, fma, load, mul, sigmoid, store, sub
+from ssm_retrieval.ops._simd import add, fill, fma, load, mul, store, sub
+from ssm_retrieval.ops._simd_exp import sigmoid
 
 
 @kernel()

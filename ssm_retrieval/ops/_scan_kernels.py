@@ -20,15 +20,11 @@ from ssm_retrieval.ops import CHUNK, GROUP, LANES
 from ssm_retrieval.ops._compile import kernel
 from ssm_retrieval.ops._simd import (
     add,
-    exp,
-    exp2,
     fill,
     fma,
     load,
-    log1p01,
     mul,
     prefetch,
-    sigmoid,
     spread,
     store,
     sub,
@@ -36,6 +32,7 @@ from ssm_retrieval.ops._simd import (
     vabs,
     vmax,
 )
+from ssm_retrieval.ops._simd_exp import exp, exp2, log1p01, sigmoid
 
 AHEAD = 8  # tokens between asking for a row and using it
 

@@ -8,7 +8,11 @@ registers by the LLVM that numba brings along. Only what the kernels use is here
     total(v)  fold8 fold4 fold2 fold1(v, w): in groups of 16, 8, 4, 2 lanes of v and w, first half + second
     store_totals(out, at, vectors, count)
     add sub mul div  fma(a, b, c) = a * b + c   vmax(v, w)  vabs(v)
-    exp(v)  exp2(v)  log1p01(v), 0 <= v <= 1   sigmoid(like, v)
+
+Exponentials are in `_simd_exp.py`. A vector may also be wider, several registers of the machine at once:
+
+    zeros(like, lanes)  load_as(array, i, v)  spread_as(array, i, v)  narrow(v), to sixteen lanes
+
 
 `array` is 1-D, contiguous, float32 or float64, and decides the element type. Where it ends is not looked at,
 unless numba's NUMBA_BOUNDSCHECK is set: then load, store and spread raise IndexError outside of it.
@@ -16,10 +20,9 @@ unless numba's NUMBA_BOUNDSCHECK is set: then load, store and spread raise Index
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import config
@@ -33,9 +36,9 @@ FLAGS = ("contract", "nsz", "arcp")  # fused multiply-add allowed, no reordering
 
 
 class Vec(types.Type):
-    def __init__(self, dtype: types.Float):
-        self.dtype = dtype
-        super().__init__(name=f"Vec{LANES}({dtype})")
+    def __init__(self, dtype: types.Float, lanes: int = LANES):
+        self.dtype, self.lanes = dtype, lanes
+        super().__init__(name=f"Vec{lanes}({dtype})")
 
 
 def _element(dtype: types.Float) -> ir.Type:
@@ -45,11 +48,11 @@ def _element(dtype: types.Float) -> ir.Type:
 @register_model(Vec)
 class _VecModel(data_models.PrimitiveModel):
     def __init__(self, manager: Any, vec: Vec):
-        super().__init__(manager, vec, ir.VectorType(_element(vec.dtype), LANES))
+        super().__init__(manager, vec, ir.VectorType(_element(vec.dtype), vec.lanes))
 
 
-def _const(vector: ir.Type, value: float) -> ir.Constant:
-    return ir.Constant(vector, [value] * LANES)
+def const(vector: ir.Type, value: float) -> ir.Constant:
+    return ir.Constant(vector, [value] * vector.count)
 
 
 def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any, width: int) -> Any:
@@ -64,40 +67,51 @@ def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any
     return builder.gep(struct.data, [index])
 
 
-def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
-    address = _address(context, builder, array_type, array, index, LANES)
-    return builder.bitcast(address, ir.VectorType(_element(array_type.dtype), LANES).as_pointer())
+def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any, lanes: int) -> Any:
+    address = _address(context, builder, array_type, array, index, lanes)
+    return builder.bitcast(address, ir.VectorType(_element(array_type.dtype), lanes).as_pointer())
 
 
 def _align(dtype: types.Float) -> int:
     return 4 if dtype == types.float32 else 8
 
 
+def _load(vec: Vec) -> Any:
+    def codegen(context, builder, signature, args):
+        pointer = _pointer(context, builder, signature.args[0], args[0], args[1], vec.lanes)
+        return builder.load(pointer, align=_align(vec.dtype))
+
+    return codegen
+
+
 @intrinsic
 def load(typing_context, array, index):
     vec = Vec(array.dtype)
+    return vec(array, types.intp), _load(vec)
 
-    def codegen(context, builder, signature, args):
-        pointer = _pointer(context, builder, signature.args[0], *args)
-        return builder.load(pointer, align=_align(vec.dtype))
 
-    return vec(array, types.intp), codegen
+@intrinsic
+def load_as(typing_context, array, index, like):
+    """A vector as wide as `like`."""
+    vec = Vec(array.dtype, like.lanes)
+    return vec(array, types.intp, like), _load(vec)
 
 
 @intrinsic
 def store(typing_context, array, index, value):
     def codegen(context, builder, signature, args):
-        pointer = _pointer(context, builder, signature.args[0], args[0], args[1])
+        lanes = signature.args[2].lanes
+        pointer = _pointer(context, builder, signature.args[0], args[0], args[1], lanes)
         builder.store(args[2], pointer, align=_align(signature.args[0].dtype))
         return context.get_dummy_value()
 
     return types.void(array, types.intp, value), codegen
 
 
-def _all_lanes(builder: Any, value: Any) -> Any:
-    vector = ir.VectorType(value.type, LANES)
+def _all_lanes(builder: Any, value: Any, lanes: int = LANES) -> Any:
+    vector = ir.VectorType(value.type, lanes)
     first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
-    mask = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+    mask = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
     return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), mask)
 
 
@@ -113,13 +127,36 @@ def fill(typing_context, like, value):
 
 
 @intrinsic
-def spread(typing_context, array, index):
-    """All lanes equal to array[index], without numba's handling of negative indices."""
+def zeros(typing_context, like, lanes):
+    """Zeros of the element type of the array `like`, LANES of them for each element of the tuple `lanes`."""
+    vec = Vec(like.dtype, LANES * len(lanes))
 
     def codegen(context, builder, signature, args):
-        return _all_lanes(builder, builder.load(_address(context, builder, signature.args[0], *args, 1)))
+        return const(ir.VectorType(_element(vec.dtype), vec.lanes), 0.0)
 
-    return Vec(array.dtype)(array, types.intp), codegen
+    return vec(like, lanes), codegen
+
+
+def _spread(vec: Vec) -> Any:
+    def codegen(context, builder, signature, args):
+        address = _address(context, builder, signature.args[0], args[0], args[1], 1)
+        return _all_lanes(builder, builder.load(address), vec.lanes)
+
+    return codegen
+
+
+@intrinsic
+def spread(typing_context, array, index):
+    """All lanes equal to array[index], without numba's handling of negative indices."""
+    vec = Vec(array.dtype)
+    return vec(array, types.intp), _spread(vec)
+
+
+@intrinsic
+def spread_as(typing_context, array, index, like):
+    """`spread` over a vector as wide as `like`."""
+    vec = Vec(array.dtype, like.lanes)
+    return vec(array, types.intp, like), _spread(vec)
 
 
 @intrinsic
@@ -141,22 +178,37 @@ def prefetch(typing_context, array, index):
     return types.void(array, types.intp), codegen
 
 
+def _halved(builder: Any, x: Any, width: int) -> Any:
+    """First half + second half, until `width` lanes are left: always the same order."""
+    while x.type.count > width:
+        half = x.type.count // 2
+        undef = ir.Constant(x.type, ir.Undefined)
+        index = ir.VectorType(ir.IntType(32), half)
+        low = builder.shuffle_vector(x, undef, ir.Constant(index, list(range(half))))
+        high = builder.shuffle_vector(x, undef, ir.Constant(index, list(range(half, 2 * half))))
+        x = builder.fadd(low, high)
+    return x
+
+
 @intrinsic
 def total(typing_context, v):
     """Sum of the lanes, as a tree: always the same order."""
 
     def codegen(context, builder, signature, args):
-        x, width = args[0], LANES
-        while width > 1:
-            width //= 2
-            undef = ir.Constant(x.type, ir.Undefined)
-            index = ir.VectorType(ir.IntType(32), width)
-            low = builder.shuffle_vector(x, undef, ir.Constant(index, list(range(width))))
-            high = builder.shuffle_vector(x, undef, ir.Constant(index, list(range(width, 2 * width))))
-            x = builder.fadd(low, high)
+        x = _halved(builder, args[0], 1)
         return builder.extract_element(x, ir.Constant(ir.IntType(32), 0))
 
     return v.dtype(v), codegen
+
+
+@intrinsic
+def narrow(typing_context, v):
+    """Sums of the lanes that are sixteen apart: a vector of sixteen."""
+
+    def codegen(context, builder, signature, args):
+        return _halved(builder, args[0], LANES)
+
+    return Vec(v.dtype)(v), codegen
 
 
 def _fold(width: int) -> Any:
@@ -235,106 +287,19 @@ def vmax(typing_context, a, b):
 @intrinsic
 def vabs(typing_context, a):
     def codegen(context, builder, signature, args):
-        zero = _const(args[0].type, 0.0)
+        zero = const(args[0].type, 0.0)
         negative = builder.fcmp_ordered("<", args[0], zero)
         return builder.select(negative, builder.fsub(zero, args[0]), args[0])
 
     return a(a), codegen
 
 
-@dataclass(frozen=True)
-class _ExpConstants:
-    low: float  # exponents of 2 are clamped to [low, high], the range of normal results
-    high: float
-    ln2: tuple[float, float]  # in two parts, the first exact in few bits: the remainder keeps precision
-    degree: int  # of the polynomial for 2^r, |r| <= 1/2: the error is below the rounding of the type
-    bits: int
-    mantissa: int
-
-    @property
-    def magic(self) -> float:
-        """Adding it rounds to an integer, which then stands in the lowest bits."""
-        return 1.5 * 2.0**self.mantissa
-
-    def coefficients(self, base: float) -> list[float]:
-        """Power series of base^r, lowest power first; the result is 1 at r = 0 exactly."""
-        return [math.log(base) ** n / math.factorial(n) for n in range(self.degree + 1)]
-
-
-_EXP = {
-    types.float32: _ExpConstants(-126.0, 127.0, (0.693359375, -2.12194440e-4), 6, 32, 23),
-    types.float64: _ExpConstants(-1022.0, 1023.0, (0.6931471803691238, 1.9082149292705877e-10), 13, 64, 52),
-}
-
-
-def _clamp(builder: Any, x: Any, low: float, high: float) -> Any:
-    bottom, top = _const(x.type, low), _const(x.type, high)
-    x = builder.select(builder.fcmp_ordered("<", x, bottom), bottom, x)
-    return builder.select(builder.fcmp_ordered(">", x, top), top, x)
-
-
-def _polynomial_times_power(builder: Any, coefficients: list[float], r: Any, shifted: Any, c: Any) -> Any:
-    """polynomial(r) * 2^k, the integer k in the lowest bits of `shifted`: added to the exponent bits."""
-    ints = ir.VectorType(ir.IntType(c.bits), LANES)
-    p = _const(r.type, coefficients[-1])
-    for term in coefficients[-2::-1]:
-        p = builder.fadd(builder.fmul(p, r, flags=FLAGS), _const(r.type, term), flags=FLAGS)
-    exponent = builder.shl(builder.bitcast(shifted, ints), ir.Constant(ints, [c.mantissa] * LANES))
-    return builder.bitcast(builder.add(builder.bitcast(p, ints), exponent), r.type)
-
-
-@intrinsic
-def exp(typing_context, a):
-    """exp(x) = 2^k exp(r), x = k ln 2 + r, |r| <= ln(2) / 2, by a polynomial; error about 1 ulp."""
-    c = _EXP[a.dtype]
-
-    def codegen(context, builder, signature, args):
-        floats = args[0].type
-        x = _clamp(builder, args[0], c.low * math.log(2), c.high * math.log(2))
-        magic = _const(floats, c.magic)
-        shifted = builder.fadd(builder.fmul(x, _const(floats, math.log2(math.e))), magic)
-        k, r = builder.fsub(shifted, magic), x
-        for part in c.ln2:
-            r = builder.fadd(builder.fmul(k, _const(floats, -part), flags=FLAGS), r, flags=FLAGS)
-        return _polynomial_times_power(builder, c.coefficients(math.e), r, shifted, c)
-
-    return a(a), codegen
-
-
-@intrinsic
-def exp2(typing_context, a):
-    """2^x = 2^k 2^r, x = k + r, |r| <= 1/2: cheaper than exp, because k + r needs no multiplication."""
-    c = _EXP[a.dtype]
-
-    def codegen(context, builder, signature, args):
-        x = _clamp(builder, args[0], c.low, c.high)
-        magic = _const(x.type, c.magic)
-        shifted = builder.fadd(x, magic)
-        r = builder.fsub(x, builder.fsub(shifted, magic))
-        return _polynomial_times_power(builder, c.coefficients(2.0), r, shifted, c)
-
-    return a(a), codegen
-
-
-@intrinsic
-def log1p01(typing_context, a):
-    """log(1 + a) for 0 <= a <= 1: 2 artanh(s), s = a / (2 + a) <= 1/3, by its power series."""
-
-    def codegen(context, builder, signature, args):
-        vector = args[0].type
-        terms = 8 if a.dtype == types.float32 else 17
-        s = builder.fdiv(args[0], builder.fadd(args[0], _const(vector, 2.0)))
-        s2 = builder.fmul(s, s)
-        p = _const(vector, 2.0 / (2 * terms + 1))
-        for k in reversed(range(terms)):
-            p = builder.fadd(builder.fmul(p, s2, flags=FLAGS), _const(vector, 2.0 / (2 * k + 1)), flags=FLAGS)
-        return builder.fmul(p, s)
-
-    return a(a), codegen
-
-
 @kernel(inline="always")
-def sigmoid(like, v):
-    """1 / (1 + e^-v)."""
-    one = fill(like, 1.0)
-    return div(one, add(one, exp(sub(fill(like, 0.0), v))))
+def aligned(size, like):
+    """(size,) zeros of the element type of the array `like`, at the start of a line of the cache.
+
+    A vector that reaches over two lines costs two accesses, and the states of a kernel hold nothing else.
+    """
+    raw = np.zeros(size + LANES, like.dtype)
+    skip = -(raw.ctypes.data // raw.itemsize) % (64 // raw.itemsize)
+    return raw[skip : skip + size]

@@ -10,7 +10,8 @@ import numpy as np
 
 from ssm_retrieval.ops import LANES
 from ssm_retrieval.ops._compile import kernel
-from ssm_retrieval.ops._simd import add, exp, fill, load, mul, store, sub, total, vmax
+from ssm_retrieval.ops._simd import add, fill, load, mul, store, sub, total, vmax
+from ssm_retrieval.ops._simd_exp import exp
 
 
 @kernel(error_model="numpy")

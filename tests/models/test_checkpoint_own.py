@@ -61,6 +61,10 @@ FAMILIES = {
                    max_position_embeddings=st.sampled_from([16, 40])),
     "deltanet": dict(SSM, **DELTA), "gated-deltanet": dict(SSM, **STEPS, **DELTA),
     "kda": dict(SSM, **STEPS, **DELTA), "gla": dict(SSM, **DELTA),
+    "mamba3": dict(INITS, **STEPS, **TABLE, **SECOND, expand=st.integers(1, 2),
+                   d_state=st.sampled_from([6, 9]), n_layer=st.integers(1, 2),
+                   ngroups=st.sampled_from([1, 2]), rope_fraction=st.sampled_from([0.5, 1.0]),
+                   A_floor=st.sampled_from([1e-4, 1e-2])),
 }  # fmt: skip
 MODELS = st.sampled_from(sorted(FAMILIES)).flatmap(
     lambda family: st.fixed_dictionaries({}, optional={**SHARED, **FAMILIES[family]}).map(
@@ -112,7 +116,7 @@ def test_what_transformers_lacks_says_whose_it_is(name, tmp_path):
     [
         (dict(format=2), "format=2 is not supported, only 1; update ssm-retrieval"),
         (dict(format=None), "format=None is not supported"),
-        (dict(family="rwkv"), "family='rwkv' is unknown; only transformer, mamba, mamba2, hybrid"),
+        (dict(family="rwkv"), "family='rwkv' is unknown; only transformer, mamba, mamba2, mamba3, hybrid"),
         (dict(family=[1]), "family=[1] is unknown"),
         (
             dict(ssm="mamba", ssm_per_attention=1),  # before patterns

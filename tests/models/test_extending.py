@@ -231,7 +231,9 @@ def test_a_mixer_of_another_shape_is_one_line(theirs):
 @pytest.mark.parametrize("name", list(ARCHITECTURES))
 def test_state_size_is_what_a_cache_holds(name):
     shape = dict(vocab_size=30, d_model=16, n_layer=3)
-    heads = {name: dict(headdim=8) for name in ("mamba2", "deltanet", "gated-deltanet", "kda", "gla")}
+    heads = {
+        name: dict(headdim=8) for name in ("mamba2", "mamba3", "deltanet", "gated-deltanet", "kda", "gla")
+    }
     shape |= {"mamba": {}, "linear": {}, **heads}.get(name, dict(n_head=2))
     model = models.build(f"{name}-tiny", **shape)
     cache = model.init_cache()

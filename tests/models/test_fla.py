@@ -23,6 +23,8 @@ CASES = [
     ("kda", dict(expand_v=2.0, allow_neg_eigval=True, use_short_conv=False)),
     ("gla", {}),
     ("gla", dict(expand_k=1.0, use_output_gate=False, norm_eps=1e-4)),
+    ("mamba3", {}),
+    ("mamba3", dict(n_groups=2, rope_fraction=1.0, norm_eps=1e-4, tie_word_embeddings=True)),
     ("gla", dict(use_short_conv=True, conv_size=3, intermediate_size=40, tie_word_embeddings=True)),
 ]
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:fla")
@@ -36,8 +38,8 @@ def theirs(request, monkeypatch):
 
 
 def spelt(name):
-    """fla's name of GLA's norm depends on whether its kernel is fused with the gate."""
-    return name.replace("g_norm_swish_gate", "g_norm")
+    """fla's name of GLA's norm depends on whether its kernel is fused with the gate; Mamba's embedding."""
+    return name.replace("g_norm_swish_gate", "g_norm").replace("embeddings.", "embedding.")
 
 
 def test_their_checkpoint_gives_their_logits_and_gradients(theirs, tmp_path):
@@ -60,7 +62,9 @@ def test_our_checkpoint_opens_there(theirs, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     ours = models.load(tmp_path / "theirs")
     folder = models.save(ours, tmp_path / "ours")
-    options = UNFUSED | ({"fuse_norm": True} if ours.config.gate and "GLA" in type(ours).__name__ else {})
+    fused = "GLA" in type(ours).__name__ and ours.config.gate
+    options = {name: on for name, on in UNFUSED.items() if name in theirs.config.to_dict()}
+    options |= {"fuse_norm": True} if fused else {}
     again, report = type(theirs).from_pretrained(folder, output_loading_info=True, **options)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     written, known = json.loads((folder / "config.json").read_text()), again.config.to_dict()
@@ -87,6 +91,8 @@ def test_our_checkpoint_opens_there(theirs, tmp_path):
         ("gated-deltanet", dict(num_v_heads=6), "num_v_heads=6 is not supported; only num_heads=3"),
         ("kda", dict(safe_gate=True, lower_bound=-5.0), "lower_bound=-5.0 is not supported; only None"),
         ("gla", dict(feature_map="relu"), "feature_map='relu' is not supported; only None"),
+        ("mamba3", dict(is_mimo=True), "is_mimo=True is not supported; only False"),
+        ("mamba3", dict(is_outproj_norm=True), "is_outproj_norm=True is not supported; only False"),
         ("gla", dict(num_kv_heads=1), "num_kv_heads=1 is not supported; only num_heads=2"),
         ("gated-deltanet", dict(output_gate_activation="sigmoid"), "output_gate_activation='sigmoid' is not"),
     ],
@@ -101,7 +107,9 @@ def test_what_ours_cannot_be_is_one_line(family, options, said, tmp_path):
     assert said in str(caught.value) and str(tmp_path / "config.json") in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["deltanet-1.3b", "gated-deltanet-1.3b", "kda-1.3b", "gla-1.3b"])
+@pytest.mark.parametrize(
+    "name", ["deltanet-1.3b", "gated-deltanet-1.3b", "kda-1.3b", "gla-1.3b", "mamba3-1.3b"]
+)
 def test_published_shapes_have_their_number_of_parameters(name):
     """Against fla's classes with their defaults, which are the published models."""
     family = name.removesuffix("-1.3b")

@@ -88,7 +88,7 @@ def test_what_its_class_cannot_be_has_our_own_form(toy, tmp_path):
         (dict(ssm_retrieval=dict(d_model=8)), "is not supported, its options are norm_eps; remove it"),
         (
             dict(model_type="toys"),
-            "model_type='toys' is not supported; only gpt_neox, mamba, mamba2, delta_net, gated_deltanet,",
+            "model_type='toys' is not supported; only gpt_neox, mamba, mamba2, mamba3, delta_net, ",
         ),
     ],
 )

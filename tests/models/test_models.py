@@ -23,6 +23,11 @@ FAMILIES = {
     "mamba-learned": ("mamba-tiny", dict(position="learned", ssm_init="recall")),
     "mamba2-learned": ("mamba2-tiny", dict(position="learned", ssm_init="recall", headdim=8)),
     "mamba2": ("mamba2-tiny", dict(d_state=6, ngroups=2, headdim=8, chunk_size=4)),
+    "mamba3": ("mamba3-tiny", dict(d_state=6, headdim=8, ngroups=2, position="learned")),
+    "mamba3-turning": (
+        "mamba3-tiny",
+        dict(d_state=7, headdim=8, rope_fraction=1.0, ssm_init="recall", tie_word_embeddings=False),
+    ),
     "hybrid-mamba": ("hybrid-tiny", dict(position="learned")),
     "hybrid-mamba2": ("hybrid-tiny", dict(pattern="M2 M2 A", position="rope", headdim=8, window=3)),
     "hybrid-parallel": ("hybrid-tiny", dict(pattern="M+A A+M2 M", position="rope", headdim=8)),
@@ -39,7 +44,7 @@ FAMILIES = {
     "kda": ("kda-tiny", dict(d_state=6, headdim=8, position="learned")),
     "gla": ("gla-tiny", dict(d_state=6, headdim=8)),
     "gla-conv": ("gla-tiny", dict(d_state=6, headdim=8, short_conv=True, ssm_init="recall", gate=False)),
-    "hybrid-delta": ("hybrid-tiny", dict(pattern="gated-deltanet+A kda gla", headdim=8, d_state=6)),
+    "hybrid-delta": ("hybrid-tiny", dict(pattern="gated-deltanet+A kda mamba3", headdim=8, d_state=6)),
 }
 VOCAB = 23
 
@@ -96,7 +101,8 @@ def test_state_size_is_constant_for_ssms_and_grows_for_attention(model, family):
     if family.startswith("mamba"):
         assert len(set(sizes)) == 1
         per_layer = {tuple(t.shape[1:]) for layer in cache.layers for t in layer.values()}
-        assert len(per_layer) == 2  # the convolution's window and the state
+        # the state and the convolution's window; Mamba-3: the state, the last write, the phases
+        assert len(per_layer) == (4 if "mamba3" in family else 2)
     else:
         growing = 0 if getattr(model.config, "window", 0) else sum("k" in layer for layer in cache.layers)
         assert sizes[-1] - sizes[-2] == 2 * 16 * growing

@@ -25,6 +25,7 @@ VARIANTS = {
     "mamba-no-window": ("mamba", dict(d_conv=1, n_layer=2)),
     "mamba-learned": ("mamba", dict(n_layer=2, position="learned", max_position_embeddings=64)),
     "mamba2": ("mamba2", dict(d_conv=3)),
+    "mamba3": ("mamba3", dict()),
     "hybrid-mamba": ("hybrid-mamba", dict(position="learned")),
     "hybrid-mamba2": ("hybrid-mamba2", dict(position="rope", d_conv=5)),
     "deltanet": ("deltanet", dict(short_conv=False)),
@@ -86,7 +87,7 @@ def test_padded_turns_continue_a_cache_like_unpadded_sequences(lm, masks, seed):
         alone = lm(whole[row, real[row]][None], cache=own)
         torch.testing.assert_close(torch.cat(logits, dim=1)[row, real[row]], alone[0])
         for layer, wanted in zip(cache.layers, own.layers, strict=True):
-            for name in {"conv", "ssm"} & set(layer):
+            for name in {"conv", "ssm", "last_k", "last_v", "phase"} & set(layer):
                 torch.testing.assert_close(
                     layer[name][row], wanted[name][0], msg=lambda m, n=name: f"{n}: {m}"
                 )

@@ -20,6 +20,7 @@ HEADS = {
     "gated-deltanet": dict(headdim=8, d_state=8),
     "kda": dict(headdim=8, d_state=8),
     "gla": dict(headdim=8, d_state=8),
+    "mamba3": dict(headdim=8, d_state=8),
 }
 
 

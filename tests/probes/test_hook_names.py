@@ -30,7 +30,7 @@ def test_every_name_has_the_documented_axes(model, family):
     for name, point in points(model).items():
         axes, *others = probes.NAMES[local_name(name)][0].split("; ")
         kinds = {"mamba2": ["Mamba-2 "], "hybrid-mamba2": ["Mamba-2 "]}
-        kinds |= {name: ["delta rule "] for name in ("deltanet", "gated-deltanet")}
+        kinds |= {name: ["delta rule "] for name in ("mamba3", "deltanet", "gated-deltanet")}
         kinds |= {name: ["KDA and GLA ", "delta rule "] for name in ("kda", "gla")}
         found = (o.removeprefix(kind) for kind in kinds.get(family, ()) for o in others if o.startswith(kind))
         axes = next(found, axes)
@@ -54,7 +54,8 @@ def test_names_in_the_order_of_the_forward_pass(family, model):
             blocks.index("attn.hook_pattern") < blocks.index("hook_attn_out") < blocks.index("mlp.hook_pre")
         )
     else:
-        assert blocks.index("mixer.hook_in") < blocks.index("mixer.hook_y") < blocks.index("hook_mixer_out")
+        first = "mixer.hook_q" if family == "mamba3" else "mixer.hook_in"
+        assert blocks.index(first) < blocks.index("mixer.hook_y") < blocks.index("hook_mixer_out")
     assert blocks[0] == "hook_resid_pre" and blocks[-1] == "hook_resid_post"
 
 

@@ -60,6 +60,15 @@ def test_states_decay_and_output_equal_the_recurrence(name, padded):
                 log = F.logsigmoid(mixer.gk_proj(normed)).unflatten(-1, (4, 6)) / 16
             torch.testing.assert_close(cache[at + "A_bar"], (log * mask[..., None, None]).exp())
             continue
+        if name == "mamba3":
+            mixer, normed = model.blocks[i].mixer, model.blocks[i].norm(cache[f"blocks.{i}.hook_resid_pre"])
+            dt, A, lam = mixer.in_proj(normed).split(mixer.sizes, dim=-1)[4:7]
+            dt = F.softplus(dt + mixer.dt_bias) * mask[..., None]
+            decay = torch.exp(-dt * F.softplus(A).clamp(min=1e-4))
+            torch.testing.assert_close(cache[at + "A_bar"], decay)
+            torch.testing.assert_close(cache[at + "now"], lam.sigmoid() * dt)
+            torch.testing.assert_close(cache[at + "before"], dt - lam.sigmoid() * dt)
+            continue
         A, dt = -model.blocks[i].mixer.A_log.exp(), cache[at + "dt"]
         torch.testing.assert_close(cache[at + "A_bar"], (dt * A if A.dim() == 1 else dt[..., None] * A).exp())
         assert (dt[~mask] == 0).all()

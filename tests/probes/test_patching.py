@@ -9,7 +9,7 @@ from patching_task import TASK
 from scipy import stats
 
 import probes
-from probes import ablation, patch_effects, patch_sites, patching
+from probes import ablation, patch_effects, patch_sites, patch_states, patching
 from probes.contrast_pairs import KINDS, contrast_pairs
 from probes.patch_cells import patch_cells, target_and_partner
 from ssm_retrieval import models
@@ -27,6 +27,7 @@ FAMILIES = {
     "gated-deltanet": dict(n_layer=3, d_state=6, headdim=8, d_mlp=24),
     "kda": dict(n_layer=3, d_state=6, headdim=8, d_mlp=24),
     "gla": dict(n_layer=3, d_state=6, headdim=8, d_mlp=24),
+    "mamba3": dict(n_layer=3, d_state=6, headdim=8, rope_fraction=1.0),
 }
 
 
@@ -176,7 +177,7 @@ def test_sites_make_everything_where_the_model_is(model):
                 heads = patch_sites.Heads(block, x[i])
                 found.append(heads.added(heads.z[None, :, 2:, 0], 1, 2))
             else:
-                state = patch_sites.ssm_state(block, x[i])
+                state = patch_states.ssm_state(block, x[i])
                 h = state.states([4, 1])
                 found += [h, state.added(h.transpose(0, 1), at, 1)]
         return found

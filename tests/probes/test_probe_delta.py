@@ -63,6 +63,34 @@ def test_gated_linear_attention_erases_nothing():
         assert (changes(found).erase == 0).all()
 
 
+@torch.no_grad()
+def test_a_write_in_two_parts_is_followed_through_both():
+    """Mamba-3: the map with its skip is the output, and norms are those of the recorded states."""
+    model, at = build("mamba3"), 9
+    cache, _ = recorded(model)
+    for layer, found in record_deltas(model, IDS).items():
+        here = f"blocks.{layer}.mixer.hook_"
+        made = torch.einsum("bhti,bihp->bthp", hidden_attention(found), found.v)
+        skip = model.blocks[layer].mixer.D[:, None] * found.v
+        torch.testing.assert_close(made + skip, cache[here + "y"])
+        got, h, a = changes(found), cache[here + "ssm_state"], cache[here + "A_bar"]
+        kept = a[:, 1:, :, None, None] * h[:, :-1]
+        torch.testing.assert_close(got.write[:, 1:], (h[:, 1:] - kept).flatten(2).norm(dim=2))
+        torch.testing.assert_close(
+            got.keep[:, 1:], kept.flatten(2).norm(dim=2) / h[:, :-1].flatten(2).norm(dim=2)
+        )
+        assert (got.erase == 0).all()
+    name, state = "blocks.1.mixer.hook_v", "blocks.1.mixer.hook_ssm_state"
+    scan = record_deltas(model, IDS, [1])[1]
+    left, total = survival(scan, at), scan.beta + scan.late
+    for token in (0, 4, at):
+        with probes.intervene(model, {name: probes.at([token], lambda v: v + 1)}):
+            changed, _ = recorded(model, state)
+        moved = (changed[state] - cache[state]).flatten(3).norm(dim=-1)  # (B, L, H)
+        first = scan.beta[:, token] / total[:, token]  # of the write, at its own token
+        torch.testing.assert_close(left[:, token], first * moved[:, at] / moved[:, token])
+
+
 @DECAYS
 def test_the_map_without_erasures_is_that_of_linear_attention(width):
     found = scan(width)

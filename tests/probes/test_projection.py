@@ -47,7 +47,8 @@ def test_in_a_linear_layer_it_is_all_but_what_the_question_gives_itself(d_conv):
 
 
 @pytest.mark.parametrize(
-    "family", ["mamba", "mamba2", "linear", "hybrid-mamba", "hybrid-mamba2", "gated-deltanet", "kda", "gla"]
+    "family",
+    ["mamba", "mamba2", "linear", "hybrid-mamba", "hybrid-mamba2", "gated-deltanet", "kda", "gla", "mamba3"],
 )
 def test_it_is_what_a_layer_reads_of_its_state_alone(family):
     """The layer's output with its gate, but without its skip and what the question writes."""
@@ -63,6 +64,10 @@ def test_it_is_what_a_layer_reads_of_its_state_alone(family):
         at, before = f"blocks.{i}.mixer.", cache.layers[i]["ssm"]
         with torch.no_grad(), probes.record(model, [f"{at}*"]) as seen:
             model.step(asked, fork(cache, torch.arange(2)))
+        if f"{at}hook_before" in seen:  # what is left to add of the last write
+            layer, weight = cache.layers[i], seen[f"{at}hook_before"][:, 0]
+            last = torch.einsum("rhp,rhn,rh->rhpn", layer["last_v"], layer["last_k"], weight)
+            before = before + last
         decay = seen[f"{at}hook_A_bar"][:, 0].view(*before.shape[:2], *(1,) * (before.dim() - 3), -1)
         if f"{at}hook_beta" in seen:  # a (1 - beta k k^T), from the right
             before, decay = before * decay, torch.ones_like(decay)

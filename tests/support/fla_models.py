@@ -8,8 +8,9 @@ from torch.nn import functional as F
 
 pytest.importorskip("fla.models", reason="needs flash-linear-attention and triton, which it imports")
 
+import mamba3_equations
 from fla import models as fla_models
-from fla.layers import delta_net, gated_deltanet, gla, kda
+from fla.layers import delta_net, gated_deltanet, gla, kda, mamba3
 from fla.modules import FusedRMSNormGated, RMSNorm, ShortConvolution, mlp
 from fla.ops.delta_rule.naive import delta_rule_recurrence
 from fla.ops.gated_delta_rule.naive import naive_recurrent_gated_delta_rule
@@ -31,12 +32,20 @@ CONFIGS = {
     ),
     "kda": lambda **more: fla_models.KDAConfig(hidden_size=32, num_heads=3, head_dim=8, **PLAIN, **more),
     "gla": lambda **more: fla_models.GLAConfig(hidden_size=32, num_heads=2, **PLAIN, **more),
+    "mamba3": lambda **more: fla_models.Mamba3Config(
+        hidden_size=32,
+        head_dim=16,
+        state_size=16,
+        **{k: v for k, v in PLAIN.items() if k != "fuse_swiglu"},
+        **more,
+    ),
 }
 KINDS = {
     "deltanet": fla_models.DeltaNetForCausalLM,
     "gated-deltanet": fla_models.GatedDeltaNetForCausalLM,
     "kda": fla_models.KDAForCausalLM,
     "gla": fla_models.GLAForCausalLM,
+    "mamba3": fla_models.Mamba3ForCausalLM,
 }
 
 
@@ -83,6 +92,10 @@ def opened(self, x, g, *_):
     return normed(self, x) * (g.sigmoid() if self.activation == "sigmoid" else F.silu(g))
 
 
+def on_any_device(self, hidden_states, **_):
+    return self.cuda_kernels_forward(hidden_states)[0], None, None
+
+
 def without_kernels(patch: pytest.MonkeyPatch) -> None:
     """Replace what needs a GPU by what fla, or torch, computes on any device."""
     for name in ("chunk", "fused_recurrent"):
@@ -98,6 +111,10 @@ def without_kernels(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         ShortConvolution, "forward", lambda self, x, **_: (convolved(x, self.weight, self.activation), None)
     )
+    if mamba3.mamba3_siso_combined is None:  # mamba_ssm's kernel; there where an interpreter runs it
+        patch.setattr(mamba3, "mamba3_siso_combined", mamba3_equations.mamba3)
+    patch.setattr(mamba3.Mamba3, "forward", on_any_device)
+    patch.setattr(mamba3.RMSNormGated, "forward", normed)
     patch.setitem(gla.ACT2FN, "swish", F.silu)
     patch.setattr(RMSNorm, "forward", normed)
     patch.setattr(FusedRMSNormGated, "forward", opened)

@@ -22,6 +22,7 @@ FAMILIES = {
     ),
     "mamba": ("mamba-tiny", dict(d_state=5)),
     "mamba2": ("mamba2-tiny", dict(d_state=6, ngroups=2, headdim=8, chunk_size=4)),
+    "mamba3": ("mamba3-tiny", dict(d_state=6, headdim=8, ngroups=2)),
     "hybrid-mamba": ("hybrid-tiny", dict(n_head=2)),
     "hybrid-parallel": ("hybrid-tiny", dict(n_head=2, pattern="M+A A+M M")),
     "hybrid-mamba2": ("hybrid-tiny", dict(n_head=2, pattern="M2 M2 A", headdim=8)),
@@ -32,7 +33,7 @@ FAMILIES = {
     "gla": ("gla-tiny", dict(d_state=6, headdim=8, d_mlp=24)),
 }
 SSM, ATTENTION = ("mamba", "mamba2", "linear"), ("transformer", "transformer-sequential")
-STATES = (*SSM, "gated-deltanet", "kda", "gla")  # with a decay and a state
+STATES = (*SSM, "mamba3", "gated-deltanet", "kda", "gla")  # with a decay and a state
 VOCAB, B, L = 23, 2, 13
 IDS = torch.randint(0, VOCAB, (B, L), generator=torch.Generator().manual_seed(0))
 OTHER = torch.randint(0, VOCAB, (B, L), generator=torch.Generator().manual_seed(1))
@@ -105,7 +106,8 @@ def recurrence(
     """
     mixer, at = model.blocks[i].mixer, f"blocks.{i}.mixer.hook_"
     if at + "k" in t:
-        return delta_recurrence(t, at, h0, edit_state or {}, edit_read or {}, edit_decay or {})
+        D = getattr(mixer, "D", None)
+        return delta_recurrence(t, at, h0, edit_state or {}, edit_read or {}, edit_decay or {}, D)
     u, dt, Bt, Ct = (t[at + name] for name in ("conv", "dt", "B", "C"))
     A, D = -mixer.A_log.exp(), mixer.D
     if u.dim() == 4:  # Mamba-2: one A, dt and D per head, one B and C per group
@@ -138,9 +140,14 @@ def delta_recurrence(
     edit_state: Edits,
     edit_read: Edits,
     edit_decay: Edits,
+    D: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`recurrence` of a layer with keys: h <- h a (1 - beta k k^T) + beta v k^T; without beta h a + v k^T."""
+    """`recurrence` of a layer with keys: h <- h a (1 - beta k k^T) + beta v k^T; without beta h a + v k^T.
+
+    Of Mamba-3 h <- (h + before v_{t-1} k_{t-1}^T) a + now v k^T.
+    """
     q, k, v, a = (t[at + name] for name in ("q", "k", "v", "A_bar"))
+    now, before = t.get(at + "now"), t.get(at + "before")
     erase, beta = at + "beta" in t, t.get(at + "beta", torch.ones_like(v[..., 0]))
     h = 0.0 if h0 is None else h0
     states, ys = [], []
@@ -150,10 +157,15 @@ def delta_recurrence(
         outer = torch.einsum("bhm,bhn->bhmn", k[:, s], k[:, s])
         keep = torch.eye(k.shape[-1], dtype=k.dtype) - erase * beta[:, s, :, None, None] * outer
         write = torch.einsum("bh,bhp,bhn->bhpn", beta[:, s], v[:, s], k[:, s])
+        if now is not None and before is not None:
+            write = now[:, s, :, None, None] * write
+            last = torch.einsum("bhp,bhn->bhpn", v[:, s - 1], k[:, s - 1]) if s else 0.0
+            write = write + decay * before[:, s, :, None, None] * last
         h = (decay * h if isinstance(h, float) else decay * h @ keep) + write
         h = edit_state.get(s, lambda x: x)(h)
         states.append(h)
-        ys.append(torch.einsum("bhpn,bhn->bhp", edit_read.get(s, lambda x: x)(h), q[:, s]))
+        read = torch.einsum("bhpn,bhn->bhp", edit_read.get(s, lambda x: x)(h), q[:, s])
+        ys.append(read if D is None else read + D[:, None] * v[:, s])
     return torch.stack(states, 1), torch.stack(ys, 1)
 
 

@@ -6,7 +6,10 @@ import pytest
 
 from ssm_retrieval import models
 
-FAMILIES = ("transformer", "mamba", "mamba2", "hybrid", "linear", "deltanet", "gated-deltanet", "kda", "gla")
+FAMILIES = (
+    "transformer", "mamba", "mamba2", "mamba3", "hybrid", "linear", "deltanet", "gated-deltanet", "kda",
+    "gla",
+)  # fmt: skip
 OPTIMIZERS = ("adamw", "adamw-8bit", "adafactor")
 
 
@@ -17,7 +20,7 @@ def needs(optimizer: str) -> None:
 
 def small(family: str, **options) -> models.LanguageModel:
     delta = dict(headdim=16, d_state=24)
-    shapes = {"mamba2": {"headdim": 16}, "mamba": {}, "linear": {}}
+    shapes = {"mamba2": {"headdim": 16}, "mamba3": {"headdim": 16}, "mamba": {}, "linear": {}}
     shapes |= {name: delta for name in ("deltanet", "gated-deltanet", "kda", "gla")}
     shape = shapes.get(family, {"n_head": 2})
     layers = 3 if family == "hybrid" else 2
