@@ -113,7 +113,7 @@ class Changes:
     """What each token does to the state, in Frobenius norms over the heads, (B, L) each.
 
     Attributes:
-        write: Of the write, |beta v k^T|.
+        write: Of the write, |beta v k^T|; of Mamba-3 together with the second part of the write before it.
         erase: Of what is erased, |h_{t-1} a beta k k^T|.
         keep: Of what is kept, |h_{t-1} F_t|, over that of the state before; NaN while that is empty.
         relative: Of the whole change, |h_t - h_{t-1}|, likewise over that of the state before.

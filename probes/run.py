@@ -58,6 +58,7 @@ class Options:
     * patch: which activations carry the answer from a clean to a corrupted run.
     * attention: retrieval, induction and previous-token scores of heads.
     * lens: after which layer the model's own head can read the answer.
+    * erasure: what layers with keys and a state write, erase and keep, and what is left of it.
     * knockout: which heads and channels the model needs, more than random ones.
 
     Probes that were finished before are not run again. `python -m analysis.figures RUNS` draws the tables.

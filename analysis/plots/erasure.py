@@ -57,8 +57,9 @@ def draw_maps(table: pd.DataFrame) -> Figure:
     errors = errors[errors["quantity"] == "relative error without erasures"]
 
     def decorate(ax: Any, family: str, layer: int, part: pd.DataFrame) -> None:
-        error = errors[(errors["family"] == family) & (errors["layer"] == layer)]["value"].iloc[0]
-        ax.set_title(f"{NAMES[family]}, layer {layer}\nwithout erasures off by {error:.0%}", fontsize=8)
+        error = errors[(errors["family"] == family) & (errors["layer"] == layer)]["value"]
+        said = f"without erasures off by {error.iloc[0]:.0%}" if len(error) else "erases nothing"
+        ax.set_title(f"{NAMES[family]}, layer {layer}\n{said}", fontsize=8)
 
     maps = table[(table["part"] == "map") & (table["weights"] == "trained")]
     unit = "share of the row's mean |M| in a cell"

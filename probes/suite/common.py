@@ -175,7 +175,7 @@ def ssm_layers(model: LanguageModel) -> list[int]:
     """
     found = layers_with(model, "mixer.hook_dt")
     if not found:
-        raise NotApplicable("it has no SSM layers")
+        raise NotApplicable("it has no layers with the recurrence of Mamba or Mamba-2")
     return found
 
 

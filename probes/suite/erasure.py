@@ -1,6 +1,7 @@
 """What every token writes, erases and keeps in a state with keys, and what is read of it in the end.
 
-Of layers with a delta rule, and of gated linear attention, which erases nothing.
+Of layers with a delta rule, and of gated linear attention and Mamba-3, which erase nothing: the rows about
+erasures are left out there. In Mamba-3 a token also writes the second part of the write before it.
 
 Parts of the table (`probes.delta` has the equations):
 
@@ -10,7 +11,7 @@ Parts of the table (`probes.delta` has the equations):
 * "curve": what is left of a write when the answer is due ("kept", a share of the write, mean over heads), by
   role and distance;
 * "map": hidden attention |M|, mean over heads, rows normalised; "reconstruction": the relative error of M v
-  against the layer's own output, with erasures and as if nothing were erased.
+  against the layer's own output (without its skip), with erasures and as if nothing were erased.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from ssm_retrieval.tables import markdown
 from synthetic.tasks import Task
 
 QUANTITIES = ("write", "erase", "keep", "relative")
+ADDING = ("write", "keep", "relative")  # of layers that erase nothing
 NAMED = dict(enumerate(ROLES))
 
 
@@ -68,7 +70,8 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
     require_roles(task, "erasure")
     examples = options.examples or (32 if task.seq_len > 256 else 128)
     mixers: list[Any] = [model.blocks[i] for i in layers]
-    width = sum(4 * 2 * (block.config.conv_dim + block.config.d_inner) for block in mixers)
+    shapes = [(block.config, 2 * block.config.n_head * block.config.d_state) for block in mixers]
+    width = sum(4 * 2 * (keys + 2 * config.d_inner) for config, keys in shapes)
     values: dict[tuple[int, str], list[Tensor]] = {}
     left: dict[int, list[Tensor]] = {}
     kinds: list[Tensor] = []
@@ -81,14 +84,16 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
         scans = record_deltas(model, ids, layers)
         for layer, scan in scans.items():
             found = changes(scan)
-            for name in QUANTITIES:
+            for name in QUANTITIES if scan.erase else ADDING:
                 values.setdefault((layer, name), []).append(getattr(found, name))
             left.setdefault(layer, []).append(survival(scan, at).mean(-1))
         if not rows:  # of the first sequence
             names = [f"blocks.{i}.mixer.hook_y" for i in layers]
             own = recorded(model, ids[:1], names)
             for layer, name in zip(layers, names, strict=True):
-                rows += _maps(scans[layer].sequence(0), own[name], layer)
+                skip = getattr(model.blocks[layer].mixer, "D", None)  # Mamba-3's
+                scan, y = scans[layer].sequence(0), own[name]
+                rows += _maps(scan, y if skip is None else y - skip.detach()[:, None] * scan.v, layer)
     where = torch.cat(kinds)[:, : at + 1]
     for (layer, name), parts in values.items():
         numbers = torch.cat(parts)
@@ -106,7 +111,8 @@ def measure(model: LanguageModel, task: Task, options: Options) -> pd.DataFrame:
 def _maps(scan: DeltaScan, own: Tensor, layer: int) -> list[dict[str, Any]]:
     """The map of one sequence, and its errors. own: (1, L, H, P)."""
     rows = []
-    for erase, name in ((True, "relative error"), (False, "relative error without erasures")):
+    maps = ((True, "relative error"), (False, "relative error without erasures"))
+    for erase, name in maps if scan.erase else maps[:1]:
         weights = hidden_attention(scan, erase)
         made = torch.einsum("bhti,bihp->bthp", weights, scan.v)
         error = float((made - own).norm() / own.norm())
@@ -131,8 +137,8 @@ def summary(table: pd.DataFrame) -> str:
     columns = ["family", "weights", "layer", "quantity"]
     found = [[*(r[c] for c in columns), f"{r['value']:.1e}"] for r in errors.to_dict("records")]
     check = (
-        "The hidden attention map times the values, against the layer's own output. A map without erasures, "
-        "as if the layer were gated linear attention, misses it by the second number:"
+        "The hidden attention map times the values, against the layer's own output. Of layers that erase, a "
+        "map without erasures, as if they were gated linear attention, misses it by the second number:"
     )
     by = ["family", "quantity", "layer"]
     return "\n\n".join([words, beside(part, by), plain, beside(usual, by), check,

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from ssm_retrieval.models import hub_mamba
 from ssm_retrieval.models.architecture import Hub
-from ssm_retrieval.models.hub_mamba import OURS, StateSize, lacks, published
+from ssm_retrieval.models.hub_mamba import OURS, StateSize, published
 from ssm_retrieval.models.hub_schema import (
     Fields,
     NotNegative,
@@ -97,6 +98,12 @@ def read(
 def write(config: Any) -> dict[str, Any]:
     """`Hub.write`."""
     return dict(to_hub(config, SPELLINGS), num_heads=config.n_head, hidden_act="silu", pad_token_id=0)
+
+
+def lacks(config: Any) -> str | None:
+    """`Hub.lacks`: what Mamba's class lacks too, and other shares of turning channels than a half and all."""
+    half_or_all = config.rope_fraction in (0.5, 1.0)
+    return hub_mamba.lacks(config) or (None if half_or_all else f"rope_fraction={config.rope_fraction}")
 
 
 MAMBA3 = Hub("mamba3", "Mamba3ForCausalLM", read, write, lacks, published, OURS)

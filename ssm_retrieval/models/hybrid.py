@@ -56,9 +56,9 @@ class HybridConfig(Config):
     d_conv: int = 4
     expand: int = 2
     dt_rank: int = 0  # Mamba only; 0 = ceil(d_model / 16)
-    headdim: int = 64  # this and the next two: Mamba-2 only
-    ngroups: int = 1
-    chunk_size: int = 64
+    headdim: int = 64  # of every block whose heads have states, such as Mamba-2
+    ngroups: int = 1  # Mamba-2 and Mamba-3
+    chunk_size: int = 64  # Mamba-2 only
     dt_min: float = 0.001
     dt_max: float = 0.1
     ssm_init: str = "default"  # of the SSM blocks (models.ssm_init)

@@ -18,8 +18,9 @@ R turns channels 2i and 2i + 1 by the i-th phase, and leaves the others. Since k
 product, only the turn between them counts: positions that the model chooses itself, from what it reads. It is
 what a complex A does to a state (section 3.2). `ops.trapezoid` has the recurrence.
 
-Parameter names are those of flash-linear-attention and of mamba_ssm. The latter's newest form makes A by
-another function (1 + A where A is positive, else 1 / (1 - A)); here it is softplus, as in fla.
+Parameter names are those of flash-linear-attention and of mamba_ssm. Since its commit c69aaab mamba_ssm makes
+A by another function (1 + A where A is positive, else 1 / (1 - A)); here it is softplus, as in its releases
+and in fla.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ joined by "+", such as "identity+long":
     tied       C = B for every token: what makes C is copied from what makes B. What is asked with a token
                then points at what was stored with it.
 
+Layers whose decay is made otherwise have a "long" of their own, which their files describe: GLA, Mamba-3.
+
 With all three, y_t is nearly sum_s (B_t . B_s) u_s: causal linear attention with equal queries and keys. This
 is the mimetic initialisation of Trockman et al. 2024 (arXiv 2410.11135), which was published without code, in
 the form that trained best here. It deviates from the paper in two ways:

@@ -1,7 +1,7 @@
 """The delta rule by our CPU kernels: their layout, their gradients, and what torch.compile sees of them.
 
 Why a recurrence and not matrix products. Forward and backward at batch 8, length 1,024, 4 heads of 64 x 64,
-float32, on one thread of a Zen 5 take 37 ms here and 298 ms by the chunks of transformers, which are matrix
+float32, on one thread of a Zen 5 take 35 ms here and 289 ms by the chunks of transformers, which are matrix
 products: the state of a head stays in the first cache, and nothing but the inputs and a state for every
 DELTA_CHUNK tokens is kept, a sixth of what they need (`benchmarks/delta.py` prints today's numbers).
 

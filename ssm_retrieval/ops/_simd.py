@@ -13,7 +13,6 @@ Exponentials are in `_simd_exp.py`. A vector may also be wider, several register
 
     zeros(like, lanes)  load_as(array, i, v)  spread_as(array, i, v)  narrow(v), to sixteen lanes
 
-
 `array` is 1-D, contiguous, float32 or float64, and decides the element type. Where it ends is not looked at,
 unless numba's NUMBA_BOUNDSCHECK is set: then load, store and spread raise IndexError outside of it.
 """

@@ -93,6 +93,7 @@ def delta_rule(
 
 def _check(given: DeltaArguments) -> None:
     check_tensor("q", given.q, ("batch", "length", "heads", "d_state"))
+    check_tensor("k", given.k, ("batch", "length", "heads", "d_state"))
     check_tensor("v", given.v, ("batch", "length", "heads", "headdim"))
     (b, L, H, N), P = given.q.shape, given.v.shape[-1]
     for name, size in (("d_state", N), ("headdim", P)):

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssm_retrieval.ops._checks import check_positions, check_shapes, check_tensor
-from ssm_retrieval.ops._route import asked, without_autocast
+from ssm_retrieval.ops._checks import check_flags, check_positions, check_shapes, check_tensor
+from ssm_retrieval.ops._route import asked, refuse_tracing, without_autocast
 from ssm_retrieval.ops.delta_rule import delta_rule
 
 
@@ -67,9 +67,14 @@ def trapezoid(
         ValueError: For wrong shapes, dtypes, devices, positions or backend.
         NotImplementedError: Under torch.jit.trace.
     """
+    refuse_tracing("trapezoid")
     backend = asked(backend)
+    check_flags(return_last_state=return_last_state)
     check_tensor("q", q, ("batch", "length", "heads", "d_state"))
+    check_tensor("k", k, ("batch", "length", "heads", "d_state"))
     check_tensor("v", v, ("batch", "length", "heads", "headdim"))
+    for name, x in (("now", now), ("late", late), ("log_decay", log_decay)):
+        check_tensor(name, x, ("batch", "length", "heads"))
     heads, state = tuple(q.shape[:3]), (q.shape[0], q.shape[2], v.shape[3], q.shape[3])
     check_shapes(
         q, k=(k, tuple(q.shape)), v=(v, (*heads, v.shape[3])), now=(now, heads), late=(late, heads),

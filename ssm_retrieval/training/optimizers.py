@@ -21,7 +21,7 @@ from ssm_retrieval.errors import MissingPackage
 if TYPE_CHECKING:
     from ssm_retrieval.models import LanguageModel
 
-EXEMPT = ("A_log", "embed_pos", "conv1d")  # of weight decay, by Mamba's authors
+EXEMPT = ("A_log", "embed_pos", "conv1d", "B_bias", "C_bias")  # of weight decay, as all biases
 # Parts of the names of a recurrence's own parameters: A, D, and the bias and projection of dt. (Mamba-2's
 # projection of dt is a part of in_proj, which learns at the common rate.)
 RECURRENCE = {"A_log", "D", "dt_bias", "dt_proj"}

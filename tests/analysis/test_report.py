@@ -235,7 +235,9 @@ def test_what_was_not_made_is_said_with_its_command(probed_run, bare, tmp_path):
     text = write(tmp_path / "report.html", unfinished)
     (comparison,) = read_all([probed_run])
     assert views(text) == {} and text.count(comparison.train_command()) > 3
-    assert "left out by the probe, it has no SSM layers" in write(tmp_path / "report.html", probed_run)
+    assert "left out by the probe, it has no layers with the recurrence of Mamba or Mamba-2" in write(
+        tmp_path / "report.html", probed_run
+    )
 
 
 def test_nothing_in_a_run_can_leave_its_place(bare, tmp_path):

@@ -91,6 +91,22 @@ def test_equals_transformers(L):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("L", [1, 64, 150])
+def test_equals_kimi_linear(L):
+    """transformers' `chunk_kimi_delta_attention`: a decay for each channel of the key."""
+    kimi = pytest.importorskip("transformers.models.kimi_linear.modeling_kimi_linear")
+    q, k, v, beta, log_decay, h = arguments(2, L, 3, 16, 16, "channel", dtype=torch.float32)
+    given = [x.requires_grad_() for x in (q, k, v, beta, log_decay, h)]
+    y, last = delta_rule(q / 4, k, v, beta, log_decay, initial_state=h, return_last_state=True)
+    want, state = inspect.unwrap(kimi.chunk_kimi_delta_attention)(
+        q, k, v, log_decay, beta, initial_state=h.transpose(-1, -2), output_final_state=True
+    )
+    torch.testing.assert_close((y, last), (want, state.transpose(-1, -2)), rtol=1e-5, atol=1e-5)
+    got = torch.autograd.grad(y.sin().sum() + last.sin().sum(), given)
+    wanted = torch.autograd.grad(want.sin().sum() + state.sin().sum(), given)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=2e-5)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_write_of_full_strength_replaces_what_its_key_held(backend):
     """What a key reads afterwards is its last value; without erasure it is the sum of all."""

@@ -115,8 +115,11 @@ def test_wrong_arguments_are_one_line():
     q, k, v, now, late, log_decay, h = arguments(2, 5, 3, 4, 6)
     for options, said in (
         (dict(now=now[:, :4]), "now has shape"),
-        (dict(late=late.unsqueeze(-1)), "late has shape"),
-        (dict(log_decay=k), "log_decay has shape"),
+        (dict(late=late.unsqueeze(-1)), "late must be"),
+        (dict(log_decay=k), "log_decay must be"),
+        (dict(now=None), "now must be a tensor"),
+        (dict(k=None), "k must be a tensor"),
+        (dict(return_last_state=1), "return_last_state must be True or False"),
         (dict(states_at=[5]), "states_at must lie in"),
         (dict(initial_state=h[:1]), "initial_state has shape"),
         (dict(backend="gpu"), "backend='gpu' is unknown"),

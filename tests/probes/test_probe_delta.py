@@ -179,6 +179,21 @@ def test_models_without_a_delta_rule_are_one_line():
         erasure.measure(build("transformer"), task, Options())
 
 
+@pytest.mark.parametrize("family", ["gla", "mamba3"])
+def test_layers_that_erase_nothing_have_no_rows_about_it(family):
+    task = tasks.build("position", seq_len=6, num_symbols=9)
+    table = erasure.measure(build(family), task, Options(examples=12))
+    errors = table[table["part"] == "reconstruction"]
+    assert set(errors["quantity"]) == {"relative error"} and (errors["value"] < 1e-9).all()
+    roles = table[table["part"] == "role"]
+    assert set(roles["quantity"]) == {"write", "keep", "relative"}
+    joined = pd.concat([table.assign(family=family, weights=weights) for weights in ("trained", "untrained")])
+    assert f"| {family} | write | 0 |" in erasure.summary(joined)
+    assert "| erase |" not in erasure.summary(joined)
+    for draw in (plots.draw, plots.draw_curves, plots.draw_maps):
+        assert draw(joined).axes
+
+
 @BOTH
 def test_table_summary_and_figures(family):
     task = tasks.build("position", seq_len=6, num_symbols=9)

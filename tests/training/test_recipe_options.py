@@ -89,6 +89,15 @@ def test_every_model_of_a_command_takes_what_it_has():
         assert run_id(plan(config.of(p.family), p.family)) == run_id(p)
 
 
+def test_a_convolution_that_is_off_by_default_has_no_taps():
+    """GLA's: --d-conv is for the other models of the command."""
+    config = dataclasses.replace(SMALL, model=("gla", "mamba"), d_conv=3, d_state=8)
+    linear, recurrent = (plan(config, family) for family in config.model)
+    assert "d_conv" not in linear.model_overrides and linear.model_overrides["d_state"] == 8
+    assert recurrent.model_overrides["d_conv"] == 3
+    assert run_id(plan(config.of("gla"), "gla")) == run_id(linear)
+
+
 @pytest.fixture
 def theirs(monkeypatch):
     """A user's Mamba whose config has `ssm_init`."""
@@ -264,7 +273,8 @@ def test_the_results_say_which_recipe_a_run_had():
     assert found.items() >= wanted.items()
     usual = dict(d_conv=4, batch_size=None, label_smoothing=0, betas="0.9 0.98", ssm_lr=1, flat=None)
     assert columns("mamba").items() >= usual.items()
-    assert columns("transformer")["heads"] == 4 and columns("transformer")["d_conv"] is None
+    assert columns("transformer")["heads"] == 4
+    assert [columns(family)["d_conv"] for family in ("transformer", "gla", "mamba3")] == [None] * 3
 
 
 def test_runs_of_two_recipes_are_not_pooled():

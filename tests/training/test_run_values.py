@@ -28,6 +28,8 @@ IGNORED = [
     (["--position", "rope", "--rotary-pct", "0.03", "--model", "hybrid"], "rotates none"),
 ]
 RECIPES = [
+    (["--model", "gla", "--d-conv", "2"], "--d-conv 2 is for models with a short convolution"),
+    (["--model", "mamba3", "--d-conv", "2"], "--d-conv 2 is for models with a short convolution"),
     (["--model", "transformer", "--d-conv", "2"], "--d-conv 2 is for models with a short convolution"),
     (["--model", "mamba", "--heads", "2"], "--heads 2 is for models with heads, which --model mamba lacks"),
     (["--model", "transformer", "--ssm-init", "recall"], "--ssm-init recall is for state space models"),
