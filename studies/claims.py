@@ -26,6 +26,7 @@ from ssm_retrieval.training.outcomes import reachable_length
 from studies.capacity import report as capacity
 from studies.retrieval_cpu import default_run
 from studies.vlm_cpu import summary
+from studies.what_mamba_lacks import report as lacks
 from studies.why_mamba_lags import contrasts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -279,6 +280,8 @@ def rewritten(text: str) -> str:
         "geometry": geometry(),
         "geometry-by-chance": geometry_by_chance(),
         "positions": positions(table),
+        "delta-facts": capacity.keyed_facts(pd.read_csv(capacity.MEASURED)),
+        "delta-pace": lacks.pace(lacks.finished()),
         "vlm-families": summary.families(scenes),
         "vlm-captions": summary.captions(scenes),
         "vlm-floors": summary.floors(scenes),

@@ -126,17 +126,31 @@ def frontier_figure(good: pd.DataFrame) -> str:
 
 
 def keyed_table(measured: pd.DataFrame) -> str:
+    """Markdown: `keyed_facts`, the fits of the law, and the figure; a line if no such layer has run.
+
+    Args:
+        measured: All rows.
+
+    Returns:
+        The text.
+    """
+    rows = measured[(measured["task"] == "position") & measured["model"].isin(config.KEYED)]
+    if not len(rows):
+        return "Not run yet."
+    figure = "![Accuracy against facts / (layers N D), layers with keys](collapse-keys.png)"
+    return "\n\n".join([keyed_facts(measured), fits_table(learned(rows)), figure])
+
+
+def keyed_facts(measured: pd.DataFrame) -> str:
     """Markdown: facts at 0.95 of layers with keys, beside Mamba's, by width and state size.
 
     Args:
         measured: All rows; those of runs that have not learned the task count as 0 facts.
 
     Returns:
-        The table, the fits of the law and the figure; a line if no such layer has run.
+        The table.
     """
     rows = measured[(measured["task"] == "position") & measured["model"].isin(BESIDE)]
-    if not rows["model"].isin(config.KEYED).any():
-        return "Not run yet."
     good, lines = set(learned(rows)["run"]), []
     shapes = config.SHAPES[:4]
     for D, N in sorted(shapes):
@@ -152,10 +166,7 @@ def keyed_table(measured: pd.DataFrame) -> str:
             middle = words[len(words) // 2] if words else "–"
             cells.append(f"{middle} [{words[0]}, {words[-1]}]" if words else "not run")
         lines.append(cells)
-    table = markdown(["D", "N", *(NAMES[model] for model in BESIDE)], lines)
-    keyed = learned(rows[rows["model"].isin(config.KEYED)])
-    figure = "![Accuracy against facts / (layers N D), layers with keys](collapse-keys.png)"
-    return "\n\n".join([table, fits_table(keyed), figure])
+    return markdown(["D", "N", *(NAMES[model] for model in BESIDE)], lines)
 
 
 def fits_table(law: pd.DataFrame) -> str:

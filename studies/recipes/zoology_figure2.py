@@ -7,7 +7,7 @@ github.com/HazyResearch/zoology, its two shortest settings: MQAR with V = 8,192 
 and 128 tokens with 8, `<white>` as filler, queries close behind the pairs (power 0.01); two layers of width
 64, 128, 256 or 512, here 64 and 128.
 
-What differs: 3,000 steps of 128 sequences instead of 64 passes over 100,000 sequences (12,500 steps of
+What differs: 1,500 steps of 128 sequences instead of 64 passes over 100,000 sequences (12,500 steps of
 512); the best learning rate is chosen among three on a seed that is not reported, theirs among four on the
 reported one; no dropout; the Transformer has an MLP in every block, theirs has none. A run ends at 0.99, as
 there.
@@ -37,13 +37,13 @@ BASE = RunConfig(
     layers=2,
     curriculum=0,
     batch_size=128,
-    steps=3000,
+    steps=1500,
     betas=(0.9, 0.999),
     weight_decay=0.1,
     warmup=50,
     schedule="cosine",
     stop_at=0.99,
-    eval_every=250,
+    eval_every=125,
     device="cpu",
     precision="float32",
 )

@@ -1,9 +1,9 @@
 """Results tables and the tables of README.md, from the runs of this study:
 
-    python -m studies.retrieval_cpu.report [RUNS]
+    python -m studies.retrieval_cpu.report [RUNS ...]
 
-Writes results.parquet and targets.parquet beside this file if RUNS is given, and replaces what stands between
-the markers `<!-- NAME -->` and `<!-- /NAME -->` in README.md. The figures come from
+Writes results.parquet and targets.parquet beside this file if folders of runs are given, and replaces what
+stands between the markers `<!-- NAME -->` and `<!-- /NAME -->` in README.md. The figures come from
 `python -m analysis.figures`.
 """
 
@@ -33,14 +33,15 @@ HERE = Path(__file__).parent
 RATES = HERE / "learning_rates.json"
 
 
-def main(runs: str | None) -> None:
-    """Make the tables of README.md anew; from a folder of runs, if given, else from the committed results."""
-    if runs is not None:
+def main(*runs: str) -> None:
+    """Make the tables of README.md anew; from folders of runs, if given, else from the committed results."""
+    if runs:
         for name, columns in (("results", results.EVALUATION), ("targets", results.TARGET)):
-            table = analysis.load(runs, name)
+            table = analysis.load(list(runs), name)
             rows: Any = table.astype(object).where(table.notna(), None).to_dict("records")
             store.write_bytes(HERE / f"{name}.parquet", results.to_parquet(rows, columns))
-        store.write_bytes(RATES, (Path(runs) / RATES.name).read_bytes())
+        chosen = [json.loads((Path(folder) / RATES.name).read_text(encoding="utf-8")) for folder in runs]
+        store.write_json(RATES, [row for rows in chosen for row in rows])
     text = (HERE / "README.md").read_text(encoding="utf-8")
     store.write_bytes(HERE / "README.md", filled(text).encode())
 
@@ -152,4 +153,4 @@ def rates(rows: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else None)
+    main(*sys.argv[1:])

@@ -1,10 +1,11 @@
-"""The runs of README.md beside this file, in five sweeps, the most informative first:
+"""The runs of README.md beside this file, in six sweeps, the most informative first:
 
     python -m synthetic.sweep studies/what_mamba_lacks/core.py      # Mamba: all, each one removed, none
     python -m synthetic.sweep studies/what_mamba_lacks/families.py  # positions x attention
     python -m synthetic.sweep studies/what_mamba_lacks/mamba2.py    # Mamba-2
     python -m synthetic.sweep studies/what_mamba_lacks/rest.py      # the other cells of Mamba's factorial
     python -m synthetic.sweep studies/what_mamba_lacks/rope.py      # Transformer with full RoPE
+    python -m synthetic.sweep studies/what_mamba_lacks/keyed.py     # layers with keys, and Mamba-3
 
 Every model reads N symbols, then queries, and says at which place each queried symbol stood. A cell is a
 choice of four ingredients:
@@ -27,8 +28,9 @@ Mamba-2 and for two layers of a Transformer, about 75 ms for three of a hybrid. 
     mamba2     10 cells x 5,600 x 33 ms = 31 min;  at length 128 1 cell x 5 x 1,200 x 50 ms = 5 min
     rest       6 cells x 5,600 x 28 ms = 16 min;  without positions 10 x (1,600 + 3 x 800) x 28 ms = 19 min
     rope       5,600 x 33 ms = 3 min
+    keyed      30 cells x 5,600 x 13 to 21 ms = 48 min
 
-Together 145 minutes of one core, and a sixth more for the evaluations. It is an upper bound: runs stop when
+Together 193 minutes of one core, and a sixth more for the evaluations. It is an upper bound: runs stop when
 they are there.
 """
 
@@ -115,6 +117,19 @@ MAMBA2 = [
     for memory in ("long", "default")
     for tie in ("tied", "random")
 ]
+# Layers with keys. DeltaNet never forgets; GLA and Mamba-3 have no convolution
+_WITH_TAPS = [ALL, *ONE_REMOVED, POSITIONS_ALONE, WITHOUT_CONVOLUTION]
+_WITHOUT = [
+    dataclasses.replace(cell, convolution="none")
+    for cell in (ALL, ONE_REMOVED[0], *ONE_REMOVED[2:], POSITIONS_ALONE)
+]
+WITHOUT_TAPS = ("mamba3", "gla")
+KEYED: dict[str, list[Cell]] = {
+    **dict.fromkeys(WITHOUT_TAPS, _WITHOUT),
+    "deltanet": [cell for cell in _WITH_TAPS if cell != ONE_REMOVED[2]],
+    "gated-deltanet": _WITH_TAPS,
+    "kda": _WITH_TAPS,
+}
 ROPE: dict[str, Any] = dict(model="transformer", position="rope")
 
 
@@ -122,7 +137,7 @@ def ssm(model: str, cells: Iterable[Cell], **more: Any) -> list[RunConfig]:
     """One run of a state space model for every cell.
 
     Args:
-        model: mamba or mamba2.
+        model: A state space model, or one of `KEYED`.
         cells: Their ingredients.
         **more: Further options, the same for all.
 
@@ -130,7 +145,10 @@ def ssm(model: str, cells: Iterable[Cell], **more: Any) -> list[RunConfig]:
         The runs, in the order of the cells.
     """
     size: dict[str, Any] = dict(model=model, layers=1, d_state=64)
-    return [run for cell in cells for run in grid(BASE, **size, **cell.options(), **more)]
+    chosen = [cell.options() for cell in cells]
+    if model in WITHOUT_TAPS:
+        chosen = [{name: value for name, value in made.items() if name != "d_conv"} for made in chosen]
+    return [run for options in chosen for run in grid(BASE, **size, **options, **more)]
 
 
 def long(model: str, cells: Iterable[Cell]) -> list[RunConfig]:
@@ -172,13 +190,18 @@ def rest() -> list[RunConfig]:
     return runs
 
 
+def keyed() -> list[RunConfig]:
+    """Layers with keys, and Mamba-3: all ingredients, each one removed, and positions alone."""
+    return [run for seed in SEEDS for model, cells in KEYED.items() for run in ssm(model, cells, seed=seed)]
+
+
 def rope() -> list[RunConfig]:
     """The Transformer that rotates all dimensions of its heads."""
     return grid(BASE, seed=SEEDS, rotary_pct=1.0, **ROPE)
 
 
 SWEEPS: dict[str, Callable[[], list[RunConfig]]] = {
-    made.__name__: made for made in (core, families, mamba2, rest, rope)
+    made.__name__: made for made in (core, families, mamba2, rest, rope, keyed)
 }
 
 

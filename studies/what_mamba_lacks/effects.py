@@ -11,9 +11,9 @@ import pandas as pd
 from ssm_retrieval.statistics import median_bounds
 from ssm_retrieval.statistics.factorial import factorial_effects, factorial_shares
 from ssm_retrieval.training.outcomes import examples_to_threshold, reachable_length
-from studies.what_mamba_lacks.config import LEVELS, Cell
+from studies.what_mamba_lacks.config import KEYED, LEVELS, WITHOUT_TAPS, Cell
 
-SSMS = ("mamba", "mamba2")
+SSMS = ("mamba", "mamba2", *KEYED)
 FACTORIALS: dict[str, Mapping[str, Sequence[str]]] = {  # factors of each complete factorial, and their levels
     "mamba": LEVELS,
     "mamba2": dict(convolution=("default", "identity"), memory=LEVELS["memory"], tie=LEVELS["tie"]),
@@ -41,7 +41,8 @@ def outcomes(table: pd.DataFrame) -> pd.DataFrame:
     found["spent"] = found["run"].map(seconds)
     parts = found["ssm_init"].fillna("").replace("recall", "identity+long+tied").str.split("+")
     found["positions"] = found["position"].astype(object).fillna("none")
-    convolution = _level(parts, "identity", "default").mask(found["d_conv"] == 1, "none")
+    bare = (found["d_conv"] == 1) | found["model"].isin(WITHOUT_TAPS)
+    convolution = _level(parts, "identity", "default").mask(bare, "none")
     levels = dict(
         convolution=convolution,
         memory=_level(parts, "long", "default"),

@@ -9,6 +9,7 @@ not run, or not to the end, leave out their rows.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Hashable, Mapping
@@ -34,6 +35,7 @@ from studies.what_mamba_lacks.config import (
     POSITIONS_ALONE,
     SWEEPS,
     WITHOUT_CONVOLUTION,
+    WITHOUT_TAPS,
     Cell,
 )
 from studies.what_mamba_lacks.effects import (
@@ -65,6 +67,11 @@ NAMED: dict[str, Cell] = {
     "without a convolution": WITHOUT_CONVOLUTION,
     "with positions alone": POSITIONS_ALONE,
     "with none": NOTHING,
+}
+BARE = {  # of models that have no convolution
+    "with all that it can have" if cell == ALL else name: dataclasses.replace(cell, convolution="none")
+    for name, cell in NAMED.items()
+    if cell not in (ONE_REMOVED[1], WITHOUT_CONVOLUTION)
 }
 # Ingredient: its column of `growth`, and the size from which it counts as there. C = B gives a gap of about
 # 0.46 at first, because the vectors of positions differ between context and query. C = -B would do as well:
@@ -173,12 +180,17 @@ def results_of(cell: pd.DataFrame) -> list[str]:
 RESULTS_HEAD = ["seeds at 0.95 [95 %]", "median steps to it", "longest context learned", "accuracy", "rate"]
 
 
+def named(model: str) -> dict[str, Cell]:
+    """The cells of a state space model that have names, that with all ingredients first."""
+    return BARE if model in WITHOUT_TAPS else NAMED
+
+
 def removed(runs: pd.DataFrame) -> str:
     """A line per model, length and named cell: all ingredients, each one removed, none."""
     rows = [
         [NAMES[model], length, name, *results_of(found[cell])]
         for model, length, found in each(runs)
-        for name, cell in NAMED.items()
+        for name, cell in named(model).items()
         if cell in found
     ]
     return markdown(["model", "length", "ingredients", *RESULTS_HEAD], rows) if rows else ""
@@ -205,13 +217,31 @@ def families(runs: pd.DataFrame) -> str:
         for (model, scheme), cell in attention.groupby(["model", schemes]):
             rows.append([NAMES[str(model)], scheme, "–", *results_of(cell.sort_values("seed"))])
     for model, length, found in each(short):
+        with_names = named(model)
+        everything = next(iter(with_names))
+        pairs = dict(
+            published=("with none", "with positions alone"), recall=("without positions", everything)
+        )
         rows += [
             [NAMES[model], cell.positions, first, *results_of(found[cell])]
-            for first, pair in (("published", (NOTHING, POSITIONS_ALONE)), ("recall", (ONE_REMOVED[0], ALL)))
-            for cell in pair
+            for first, pair in pairs.items()
+            for cell in (with_names[name] for name in pair)
             if cell in found and length == LENGTH
         ]
     return markdown(["model", "positions", "first weights", *RESULTS_HEAD], rows) if rows else ""
+
+
+def pace(runs: pd.DataFrame) -> str:
+    """A line per state space model: how soon it learns the shorter length, as published and with all."""
+    rows = []
+    for model, length, found in each(runs):
+        everything, *_ = named(model).values()
+        wanted = [named(model)["with positions alone"], everything]
+        pair = [found[cell] for cell in wanted if cell in found]
+        if length == LENGTH and len(pair) == len(wanted):
+            rows.append([NAMES[model], *(text for cell in pair for text in results_of(cell)[:2])])
+    head = ["model", "positions alone: seeds at 0.95", "median steps"]
+    return markdown([*head, "all that it can have: seeds at 0.95", "median steps"], rows) if rows else ""
 
 
 # --- effects ------------------------------------------------------------------------------------------------
@@ -271,9 +301,9 @@ def built_table(grown: pd.DataFrame) -> str:
 def findings(runs: pd.DataFrame, grown: pd.DataFrame) -> str:
     """What the tables come to, a line each."""
     lines = [
-        f"* **{NAMES[model]}, {length} symbols.** {_needed(found)}"
+        f"* **{NAMES[model]}, {length} symbols.** {_needed(found, named(model))}"
         for model, length, found in each(runs)
-        if ALL in found
+        if next(iter(named(model).values())) in found
     ]
     for model, part in grown.groupby("model", sort=False):
         last = part.sort_values("step").groupby("seed").tail(1)
@@ -288,10 +318,10 @@ def findings(runs: pd.DataFrame, grown: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def _needed(found: dict[Cell, pd.DataFrame]) -> str:
+def _needed(found: dict[Cell, pd.DataFrame], with_names: dict[str, Cell]) -> str:
     """What became of the cell with everything, of those without one ingredient, and of that with none."""
     alike: dict[str, list[str]] = {}
-    for name, cell in NAMED.items():
+    for name, cell in with_names.items():
         if cell in found:
             alike.setdefault(_reached(found[cell]), []).append(name)
     sentences = (f"{', '.join(names)}: {said}." for said, names in alike.items())

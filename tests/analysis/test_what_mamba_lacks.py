@@ -99,7 +99,7 @@ def model_and_batch(family: str, cell: Cell, layers: int = 1):
     return models.build(p.model, seed=0, **p.model_overrides), batch
 
 
-@pytest.mark.parametrize("family", effects.SSMS)
+@pytest.mark.parametrize("family", effects.FACTORIALS)
 def test_recall_has_every_ingredient(family):
     """Without positions B and C are functions of the symbol alone, so that a tie makes them equal."""
     model, batch = model_and_batch(family, dataclasses.replace(ALL, positions="none"), layers=2)
@@ -110,7 +110,7 @@ def test_recall_has_every_ingredient(family):
     assert same[0] == pytest.approx(1.0, abs=1e-5) and others[0] < 0.5
 
 
-@pytest.mark.parametrize("family", effects.SSMS)
+@pytest.mark.parametrize("family", effects.FACTORIALS)
 def test_published_weights_have_none(family):
     model, batch = model_and_batch(family, NOTHING)
     assert built.identity_share(model).item() == pytest.approx(0.25, abs=0.05)  # of taps alike on average

@@ -118,3 +118,14 @@ def test_published_shapes_have_their_number_of_parameters(name):
     ours = models.build(name, device="meta")
     assert ours.num_parameters() == sum(p.numel() for p in theirs.parameters())
     assert 1.3e9 < ours.num_parameters() < 1.4e9
+
+
+@pytest.mark.parametrize("share, form", [(0.25, "ssm-retrieval"), (0.5, "mamba3"), (1.0, "mamba3")])
+def test_what_fla_refuses_is_saved_in_our_form(share, form, tmp_path):
+    """It knows two shares of channels that turn."""
+    model = models.build("mamba3-tiny", vocab_size=53, d_model=16, headdim=8, d_state=16, rope_fraction=share)
+    folder = models.save(model, tmp_path)
+    assert json.loads((folder / "config.json").read_text())["model_type"] == form
+    assert models.load(folder).config == model.config
+    if form == "mamba3":
+        KINDS[form].from_pretrained(folder)

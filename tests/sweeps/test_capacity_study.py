@@ -222,8 +222,8 @@ def test_the_prediction_is_the_law_s_at_the_published_shapes():
 def test_the_page_says_what_was_not_run():
     table = observations()
     assert report.not_run(table) == (
-        "Not run yet: position: Transformer, Mamba-2, Hybrid, Linear SSM, DeltaNet, Gated DeltaNet, KDA, "
-        "GLA; "
+        "Not run yet: position: Transformer, Mamba-2, Mamba-3, Hybrid, Linear SSM, DeltaNet, Gated DeltaNet, "
+        "KDA, GLA; "
         "mqar: Transformer, Mamba, Mamba-2, Hybrid, Linear SSM."
     )
     families = (*SMALL, *config.KEYED)

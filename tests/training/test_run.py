@@ -336,6 +336,17 @@ def test_weight_decay_spares_norms_biases_embeddings_and_ssm_parameters():
     }  # fmt: skip
 
 
+def test_weight_decay_spares_biases_that_have_axes():
+    """Those of B and C in Mamba-3, (H, 1, N)."""
+    from ssm_retrieval import models
+
+    p = plan(dataclasses.replace(SMALL, weight_decay=0.1), "mamba3")
+    model = models.build(p.model, **p.model_overrides)
+    decay = {id(w): g["weight_decay"] for g in make_optimizer(model, p).param_groups for w in g["params"]}
+    decayed = {name.split(".", 3)[-1] for name, w in model.named_parameters() if decay[id(w)] > 0}
+    assert decayed == {"mixer.in_proj.weight", "mixer.out_proj.weight"}
+
+
 def test_default_number_of_queries():
     """64, or all symbols of a shorter context; with repeated symbols few enough to leave distractors."""
 
