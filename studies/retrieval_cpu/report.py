@@ -1,10 +1,10 @@
 """Results tables and the tables of README.md, from the runs of this study:
 
-    python -m studies.retrieval_cpu.report [RUNS ...]
+    python -m studies.retrieval_cpu.report [RUNS [KEYED]]
 
-Writes results.parquet and targets.parquet beside this file if folders of runs are given, and replaces what
-stands between the markers `<!-- NAME -->` and `<!-- /NAME -->` in README.md. The figures come from
-`python -m analysis.figures`.
+RUNS is the folder of the sweep config.py, KEYED that of keyed.py. What they found is kept beside this file,
+in results.parquet and targets.parquet, and in keyed.parquet. What stands between the markers `<!-- NAME -->`
+and `<!-- /NAME -->` in README.md is replaced. The figures come from `python -m analysis.figures`.
 """
 
 from __future__ import annotations
@@ -31,19 +31,31 @@ from synthetic import results
 
 HERE = Path(__file__).parent
 RATES = HERE / "learning_rates.json"
+KEYED, KEYED_RATES = HERE / "keyed.parquet", HERE / "keyed_rates.json"
 
 
-def main(*runs: str) -> None:
+def main(runs: str | None = None, keyed: str | None = None) -> None:
     """Make the tables of README.md anew; from folders of runs, if given, else from the committed results."""
-    if runs:
-        for name, columns in (("results", results.EVALUATION), ("targets", results.TARGET)):
-            table = analysis.load(list(runs), name)
-            rows: Any = table.astype(object).where(table.notna(), None).to_dict("records")
-            store.write_bytes(HERE / f"{name}.parquet", results.to_parquet(rows, columns))
-        chosen = [json.loads((Path(folder) / RATES.name).read_text(encoding="utf-8")) for folder in runs]
-        store.write_json(RATES, [row for rows in chosen for row in rows])
+    if runs is not None:
+        keep(runs, "results", results.EVALUATION)
+        keep(runs, "targets", results.TARGET)
+        store.write_bytes(RATES, (Path(runs) / RATES.name).read_bytes())
+    if keyed is not None:
+        store.write_bytes(KEYED, to_parquet(analysis.load(keyed), results.EVALUATION))
+        store.write_bytes(KEYED_RATES, (Path(keyed) / RATES.name).read_bytes())
     text = (HERE / "README.md").read_text(encoding="utf-8")
     store.write_bytes(HERE / "README.md", filled(text).encode())
+
+
+def keep(runs: str, name: str, columns: Any) -> None:
+    """Write a table of a folder of runs beside this file."""
+    store.write_bytes(HERE / f"{name}.parquet", to_parquet(analysis.load(runs, name), columns))
+
+
+def to_parquet(table: pd.DataFrame, columns: Any) -> bytes:
+    """A table in the form of the results store."""
+    rows: Any = table.astype(object).where(table.notna(), None).to_dict("records")
+    return results.to_parquet(rows, columns)
 
 
 def filled(text: str) -> str:
@@ -57,8 +69,22 @@ def filled(text: str) -> str:
         "exponents": exponents(table),
         "layout-tests": layout_tests(table),
         "cost": cost(everything),
+        **keyed_tables(),
     }
     return fill(text, tables)
+
+
+def keyed_tables() -> dict[str, str]:
+    """The tables of layers with keys and Mamba-3."""
+    if not KEYED.exists():
+        return dict.fromkeys(("keyed-layouts", "keyed-tests", "keyed-rates"), "Not run yet.")
+    everything = analysis.load(KEYED)
+    table = everything[everything["purpose"] == "report"]
+    return {
+        "keyed-layouts": cells(table, usual=False),
+        "keyed-tests": layout_tests(table),
+        "keyed-rates": f"{rates(json.loads(KEYED_RATES.read_text()))}\n\n{cost(everything)}",
+    }
 
 
 def number(value: float) -> str:
@@ -153,4 +179,4 @@ def rates(rows: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*sys.argv[1:3])
