@@ -32,7 +32,7 @@ from probes.cache import Recording, recorded
 from probes.scan import layers_with
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.models.common import LanguageModel
-from ssm_retrieval.ops.trapezoid import outer
+from ssm_retrieval.ops.trapezoid import rank_one
 
 NAMES = ("q", "k", "v", "beta", "A_bar", "now", "before")  # of which no layer has all
 
@@ -71,9 +71,8 @@ class DeltaScan:
             given = f"{tuple(self.v.shape)} and {tuple(self.k.shape)}"
             raise UserError(f"v must have dimensions (B, L, H, P) and k (B, L, H, N), not shapes {given}")
         heads, n = tuple(self.v.shape[:3]), self.k.shape[-1]
-        if self.late is None:
-            object.__setattr__(self, "late", torch.zeros_like(self.beta))
-        shapes = dict(q=(*heads, n), k=(*heads, n), beta=heads, late=heads)
+        shapes = dict(q=(*heads, n), k=(*heads, n), beta=heads)
+        shapes |= {} if self.late is None else dict(late=heads)
         shapes["decay"] = (*heads, self.decay.shape[-1] if self.decay.shape[-1:] == (1,) else n)
         for name, shape in shapes.items():
             if tuple(getattr(self, name).shape) != shape:
@@ -84,11 +83,6 @@ class DeltaScan:
         mine = ((f.name, getattr(self, f.name)) for f in fields(self))
         tensors: dict[str, Any] = {name: x[b : b + 1] for name, x in mine if isinstance(x, Tensor)}
         return replace(self, **tensors)
-
-    def second(self, t: int) -> Tensor:
-        """late_{t-1}, (B, H), the strength with which token t adds the write before it; t > 0."""
-        assert self.late is not None
-        return self.late[:, t - 1]
 
     def forget(self, t: int, rows: Tensor, erase: bool = True) -> Tensor:
         """rows F_t, for rows (B, H, R, N) of a state or of a product of states' factors.
@@ -141,9 +135,9 @@ def changes(scan: DeltaScan) -> Changes:
     for t in range(L):
         faded = scan.forget(t, h, erase=False)
         kept = scan.forget(t, h)
-        write = outer(scan.beta[:, t, :, None] * scan.v[:, t], scan.k[:, t])
-        if t > 0:
-            again = outer(scan.second(t).unsqueeze(-1) * scan.v[:, t - 1], scan.k[:, t - 1])
+        write = rank_one(scan.beta[:, t, :, None] * scan.v[:, t], scan.k[:, t])
+        if t > 0 and scan.late is not None:
+            again = rank_one(scan.late[:, t - 1, :, None] * scan.v[:, t - 1], scan.k[:, t - 1])
             write = write + scan.forget(t, again)
         after = kept + write
         before = _norm(h)
@@ -170,8 +164,8 @@ def survival(scan: DeltaScan, at: int) -> Tensor:
         A write in two parts counts as one, beta_i + late_i, of which the last token has written beta_i only.
         NaN where nothing is written, as at padding.
     """
-    assert scan.late is not None
-    k, first, later = (x[:, : at + 1].transpose(1, 2) for x in (scan.k, scan.beta, scan.late))
+    late = torch.zeros_like(scan.beta) if scan.late is None else scan.late
+    k, first, later = (x[:, : at + 1].transpose(1, 2) for x in (scan.k, scan.beta, late))
     total = first + later  # (B, H, i)
     rows = k * (first / total).unsqueeze(-1)  # (B, H, i, N)
     for t in range(1, at + 1):
@@ -196,8 +190,8 @@ def hidden_attention(scan: DeltaScan, erase: bool = True) -> Tensor:
     weights = scan.v.new_zeros(B, H, L, L)
     rows = scan.k.new_zeros(B, H, L, scan.k.shape[-1])
     for t in range(L):
-        if t > 0:
-            rows[:, :, t - 1] += scan.second(t).unsqueeze(-1) * scan.k[:, t - 1]
+        if t > 0 and scan.late is not None:
+            rows[:, :, t - 1] += scan.late[:, t - 1, :, None] * scan.k[:, t - 1]
         rows[:, :, :t] = scan.forget(t, rows[:, :, :t], erase)
         rows[:, :, t] = scan.beta[:, t, :, None] * scan.k[:, t]
         weights[:, :, t, : t + 1] = (rows[:, :, : t + 1] * scan.q[:, t].unsqueeze(-2)).sum(-1)

@@ -13,7 +13,7 @@ Letters as in `ssm_retrieval.models.common`; c = patches side by side, T = token
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,8 +64,29 @@ def captured(**modules: nn.Module) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
-class MambaState:
-    """One Mamba block running on x (B, L, D): its states, and what a change of one adds to its output."""
+class BlockState:
+    """One block running on x (B, L, D): its states, and what a change of one adds to its output."""
+
+    def states(self, positions: list[int]) -> Tensor:
+        """States h_t after each of P positions, (B, P, *state)."""
+        raise NotImplementedError
+
+    def added(self, delta: Tensor, at: Tensor, start: int) -> Tensor:
+        """What replacing h_t by h_t + delta adds to the block's output.
+
+        Args:
+            delta: (c, B, *state).
+            at: (c, B) int64, the positions t.
+            start: The token from which the result begins, at most the smallest t.
+
+        Returns:
+            (c, B, T, D), 0 before t.
+        """
+        raise NotImplementedError
+
+
+class MambaState(BlockState):
+    """Of a Mamba block; states are (E, N)."""
 
     def __init__(self, block: Any, x: Tensor):
         self.mixer: MambaMixer = block.mixer
@@ -83,22 +104,11 @@ class MambaState:
         return selective_scan(u, dt, self.A, B, C, **options)
 
     def states(self, positions: list[int]) -> Tensor:
-        """States h_t after each of P positions, (B, P, E, N)."""
         stop = max(positions) + 1
         arguments = (t[:, :stop] for t in (self.u, self.dt, self.B, self.C))
         return self._scan(*arguments, states_at=positions)[-1]
 
     def added(self, delta: Tensor, at: Tensor, start: int) -> Tensor:
-        """What replacing h_t by h_t + delta adds to the block's output.
-
-        Args:
-            delta: (c, B, E, N).
-            at: (c, B) int64, the positions t.
-            start: The token from which the result begins, at most the smallest t.
-
-        Returns:
-            (c, B, T, D), 0 before t.
-        """
         c = len(delta)
         time = torch.arange(start, self.u.shape[1], device=at.device)
         early = (time < at[..., None]).flatten(0, 1)[..., None]  # (c * B, T, 1)
@@ -115,8 +125,8 @@ class MambaState:
         return self.mixer.out_proj(y).unflatten(0, (c, -1))
 
 
-class Mamba2State:
-    """As `MambaState`, for a Mamba-2 block; states are (H, P, N)."""
+class Mamba2State(BlockState):
+    """Of a Mamba-2 block; states are (H, P, N)."""
 
     def __init__(self, block: Any, x: Tensor):
         self.mixer: Mamba2Mixer = block.mixer
@@ -136,7 +146,6 @@ class Mamba2State:
         self.log_decay = (self.dt * self.A).double().cumsum(1)  # double: differences of long sums
 
     def states(self, positions: list[int]) -> Tensor:
-        """States h_t after each of T positions, (B, T, H, P, N)."""
         found: dict[int, Tensor] = {}
         done, h = 0, None
         for stop in sorted(set(positions)):
@@ -147,16 +156,6 @@ class Mamba2State:
         return torch.stack([found[t] for t in positions], dim=1)
 
     def added(self, delta: Tensor, at: Tensor, start: int) -> Tensor:
-        """What replacing h_t by h_t + delta adds to the block's output.
-
-        Args:
-            delta: (c, B, H, P, N).
-            at: (c, B) int64, the positions t.
-            start: The token from which the result begins, at most the smallest t.
-
-        Returns:
-            (c, B, T, D), 0 before t.
-        """
         C = self.C.repeat_interleave(self.u.shape[2] // self.C.shape[2], dim=2)  # (B, L, H, N)
         y = fading(delta, at, start, C, self.log_decay)
         before, z = self.y[:, start:], self.z[:, start:]
@@ -165,8 +164,8 @@ class Mamba2State:
         return self.mixer.out_proj(change)
 
 
-class LinearState:
-    """As `MambaState`, for a block of a linear SSM, which never forgets; states are (E, N)."""
+class LinearState(BlockState):
+    """Of a block of a linear SSM, which never forgets; states are (E, N)."""
 
     def __init__(self, block: Any, x: Tensor):
         self.mixer: LinearSSMMixer = block.mixer
@@ -176,30 +175,19 @@ class LinearState:
         self.B, self.C = seen["ssm_out"].chunk(2, dim=-1)
 
     def states(self, positions: list[int]) -> Tensor:
-        """States h_t after each of P positions, (B, P, E, N)."""
         stop = max(positions) + 1
         u, B, C = (t[:, :stop] for t in (self.u, self.B, self.C))
         A = u.new_zeros(u.shape[-1], B.shape[-1])
         return selective_scan(u, torch.ones_like(u), A, B, C, states_at=positions)[-1]
 
     def added(self, delta: Tensor, at: Tensor, start: int) -> Tensor:
-        """What replacing h_t by h_t + delta adds to the block's output.
-
-        Args:
-            delta: (c, B, E, N).
-            at: (c, B) int64, the positions t.
-            start: The token from which the result begins, at most the smallest t.
-
-        Returns:
-            (c, B, T, D), 0 before t.
-        """
         early = torch.arange(start, self.u.shape[1], device=at.device) < at[..., None]
         y = torch.einsum("btn,cben->cbte", self.C[:, start:].to(delta.dtype), delta)
         return self.mixer.out_proj(y.masked_fill(early[..., None], 0).to(self.u.dtype))
 
 
-class DeltaState:
-    """As `MambaState`, for a block with a delta rule or linear attention; states are (H, P, N).
+class DeltaState(BlockState):
+    """Of a block with a delta rule or linear attention; states are (H, P, N).
 
     What stands in the state decides what is erased of it, and the recurrence stays linear: a change of the
     state goes on as a state does into which nothing is written.
@@ -213,22 +201,11 @@ class DeltaState:
         self.middle = x + self.mixer.output(self.y, self.hidden)
 
     def states(self, positions: list[int]) -> Tensor:
-        """States h_t after each of T positions, (B, T, H, P, N)."""
         stop = max(positions) + 1
         inputs: Any = (None if t is None else t[:, :stop] for t in self.inputs)
         return delta_rule(*inputs, erase=self.mixer.erase, states_at=positions)[-1]
 
     def added(self, delta: Tensor, at: Tensor, start: int) -> Tensor:
-        """What replacing h_t by h_t + delta adds to the block's output.
-
-        Args:
-            delta: (c, B, H, P, N).
-            at: (c, B) int64, the positions t.
-            start: The token from which the result begins, at most the smallest t.
-
-        Returns:
-            (c, B, T, D), 0 before t.
-        """
         c = len(delta)
         time = torch.arange(start, self.y.shape[1], device=at.device)
         early = (time < at[..., None]).flatten(0, 1)[..., None]  # (c * B, T, 1)
@@ -247,8 +224,8 @@ class DeltaState:
         return through_mlp(self.block, change, self.middle[:, start:])
 
 
-class TrapezoidState:
-    """As `MambaState`, for a Mamba-3 block; states are (H, P, N)."""
+class TrapezoidState(BlockState):
+    """Of a Mamba-3 block; states are (H, P, N)."""
 
     def __init__(self, block: Any, x: Tensor):
         self.mixer: Mamba3Mixer = block.mixer
@@ -258,21 +235,10 @@ class TrapezoidState:
         self.log_decay = decay.double().cumsum(1)  # double: differences of long sums
 
     def states(self, positions: list[int]) -> Tensor:
-        """States h_t after each of T positions, (B, T, H, P, N)."""
         stop = max(positions) + 1
         return trapezoid(*(t[:, :stop] for t in self.inputs), states_at=positions)[-1]
 
     def added(self, delta: Tensor, at: Tensor, start: int) -> Tensor:
-        """What replacing h_t by h_t + delta adds to the block's output.
-
-        Args:
-            delta: (c, B, H, P, N).
-            at: (c, B) int64, the positions t.
-            start: The token from which the result begins, at most the smallest t.
-
-        Returns:
-            (c, B, T, D), 0 before t.
-        """
         y = fading(delta, at, start, self.q, self.log_decay)
         return self.mixer.output(y.to(self.v.dtype), self.z[:, start:])
 
@@ -320,7 +286,7 @@ def through_mlp(block: Any, change: Tensor, middle: Tensor) -> Tensor:
     return change + block.mlp(norm(middle + change)) - block.mlp(norm(middle))
 
 
-STATES: dict[type[nn.Module], Any] = {
+STATES: dict[type[nn.Module], Callable[[Any, Tensor], BlockState]] = {
     MambaMixer: MambaState,
     Mamba2Mixer: Mamba2State,
     LinearSSMMixer: LinearState,
@@ -332,7 +298,7 @@ STATES: dict[type[nn.Module], Any] = {
 }
 
 
-def ssm_state(block: Any, x: Tensor) -> Any:
+def ssm_state(block: Any, x: Tensor) -> BlockState:
     """The states of a block, by the class that `STATES` has for its mixer."""
     return STATES[type(block.mixer)](block, x)
 

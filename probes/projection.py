@@ -32,7 +32,7 @@ from probes.patch_sites import has_site
 from probes.readout import BUDGET, WIDE, fork
 from probes.scan import layers_with
 from ssm_retrieval.models.common import Cache, LanguageModel
-from ssm_retrieval.ops.trapezoid import outer
+from ssm_retrieval.ops.trapezoid import rank_one
 
 READ = ("hook_C", "hook_q", "hook_k", "hook_beta", "hook_before", "hook_A_bar", "hook_gate")
 
@@ -66,7 +66,7 @@ def project(model: LanguageModel, cache: Cache, tokens: Tensor) -> dict[int, Ten
         layer = cache.layers[i]
         h = layer["ssm"]
         if (before := read.pop("hook_before", None)) is not None:  # the second part of the last write
-            h = h + outer(before.unsqueeze(-1) * layer["last_v"], layer["last_k"])
+            h = h + rank_one(before.unsqueeze(-1) * layer["last_v"], layer["last_k"])
         output = _delta_output if "hook_q" in read else _output
         found[i] = model.head(model.norm(output(block.mixer, h, **read)))
     return found

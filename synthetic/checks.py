@@ -80,7 +80,9 @@ def option(name: str) -> str:
 
 
 def lacks(architecture: Architecture, name: str) -> bool:
-    """Whether an option, one of PARTICULAR, has no meaning for an architecture."""
+    """Whether an option has no meaning for an architecture, as only those of PARTICULAR can."""
+    if name not in PARTICULAR:
+        return False
     if name == "d_conv" and not getattr(architecture.config, "short_conv", True):  # off by default
         return True
     return not any(architecture.has(field) for field in PARTICULAR[name][0])

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from ssm_retrieval.errors import UserError
-from synthetic.checks import PARTICULAR, check, lacks, option, position
+from synthetic.checks import check, lacks, option, position
 
 if TYPE_CHECKING:
     from ssm_retrieval.models.architecture import Architecture
@@ -107,11 +107,7 @@ def changes(config: RunConfig, architecture: Architecture, usual: Any) -> dict[s
     Raises:
         UserError: If heads do not divide the width, or the architecture cannot have a value.
     """
-    asked = {
-        field: getattr(config, name)
-        for name, field in FIELDS.items()
-        if architecture.has(field) and not (name in PARTICULAR and lacks(architecture, name))
-    }
+    asked = {field: getattr(config, name) for name, field in FIELDS.items() if not lacks(architecture, name)}
     asked |= _heads(config, architecture, usual)
     found = {name: value for name, value in asked.items() if value not in (None, getattr(usual, name))}
     bare = {"position": "none"} if architecture.positions else {}  # `config.plan` checks what RoPE needs

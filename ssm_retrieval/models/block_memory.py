@@ -158,7 +158,7 @@ def mamba3(config: Any, step: Step) -> BlockMemory:
     kept += 2 * F32 * T * G * (1 + N * (1 + copies))  # norms of B and C
     kept += 5 * keys  # B and C before and after they turn, and B as the kernel reads it, one token behind
     kept += F32 * (T * wide + B * math.ceil(L / DELTA_CHUNK) * wide * N)  # x likewise; states
-    kept += F32 * T * E * (5 + 2 * copies) + copies * c * T * E  # x as written; what is read, y, gate
+    kept += F32 * T * E * (5 + copies) + copies * c * T * E  # x as written; what is read, y, gate
     casts = 2 * (J * D + E * D) if copies else 0
     # gradients of q, k, and of k one token behind; of x twice
     return BlockMemory(x, kept + casts, casts, 2 * x + 3 * keys + 2 * F32 * T * E)

@@ -97,6 +97,43 @@ class Config:
         return dataclasses.replace(cast(Any, self), **overrides)
 
 
+class HeadsConfig(Config):
+    """Base of configs whose states belong to heads: d_inner channels in heads of headdim."""
+
+    d_model: int
+    expand: float
+    headdim: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ssm(self)
+        width = self.expand * self.d_model
+        said = f"expand={self.expand} times d_model={self.d_model} is {width:g}"
+        require(width == round(width), f"{said}, which is no number of channels; change one of them")
+        require(
+            self.d_inner % self.headdim == 0,
+            f"headdim={self.headdim} does not divide d_inner={self.d_inner}; use a divisor",
+        )
+        groups = getattr(self, "ngroups", 1)
+        require(
+            self.n_head % groups == 0,
+            f"ngroups={groups} does not divide the {self.n_head} heads; use a divisor",
+        )
+
+    @property
+    def d_inner(self) -> int:
+        """Channels of all heads."""
+        return round(self.expand * self.d_model)
+
+    @property
+    def n_head(self) -> int:
+        return self.d_inner // self.headdim
+
+    @property
+    def d_head(self) -> int:
+        return self.headdim
+
+
 def derived(name: str, base: type[Config], fields: Iterable[tuple[str, Any, Any]]) -> type[Config]:
     """A config class for an architecture that a user describes without writing one.
 

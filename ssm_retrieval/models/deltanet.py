@@ -31,7 +31,7 @@ from ssm_retrieval.models.layers import RMSNorm, widen
 from ssm_retrieval.models.padding import fill_padding
 from ssm_retrieval.models.swiglu_block import (
     DeltaInputs,
-    HeadsConfig,
+    KeysConfig,
     KeyValueMixer,
     SwiGLUBlock,
     SwiGLUForCausalLM,
@@ -41,7 +41,7 @@ from ssm_retrieval.ops.linear import Linear
 
 
 @dataclass(frozen=True)
-class DeltaNetConfig(HeadsConfig):
+class DeltaNetConfig(KeysConfig):
     """Shape of a DeltaNet language model; the defaults are fla's, the 1.3 B of the paper.
 
     A state never decays, so that `ssm_init` "long" changes nothing.

@@ -24,12 +24,12 @@ from ssm_retrieval.models.deltanet import DeltaNetMixer
 from ssm_retrieval.models.layers import init_normal, widen
 from ssm_retrieval.models.padding import fill_padding
 from ssm_retrieval.models.ssm_init import dt_bias
-from ssm_retrieval.models.swiglu_block import HeadsConfig, SwiGLUBlock, SwiGLUForCausalLM, state_size
+from ssm_retrieval.models.swiglu_block import KeysConfig, SwiGLUBlock, SwiGLUForCausalLM, state_size
 from ssm_retrieval.ops.linear import Linear
 
 
 @dataclass(frozen=True)
-class GatedDeltaNetConfig(HeadsConfig):
+class GatedDeltaNetConfig(KeysConfig):
     """Shape of a gated DeltaNet language model; the defaults are fla's, the 1.3 B of the paper."""
 
     n_layer: int = 21

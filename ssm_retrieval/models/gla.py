@@ -29,7 +29,7 @@ from ssm_retrieval.models.padding import fill_padding
 from ssm_retrieval.models.ssm_init import parts_of
 from ssm_retrieval.models.swiglu_block import (
     DeltaInputs,
-    HeadsConfig,
+    KeysConfig,
     KeyValueMixer,
     SwiGLUBlock,
     SwiGLUForCausalLM,
@@ -43,7 +43,7 @@ LONG_BIAS = 8.0  # of the decay: sigmoid(8)^(1/16) = 0.99998
 
 
 @dataclass(frozen=True)
-class GLAConfig(HeadsConfig):
+class GLAConfig(KeysConfig):
     """Shape of a gated linear attention language model; the defaults are fla's, the 1.3 B of the paper.
 
     `ssm_init` "long" is a large bias of the decay.

@@ -1,4 +1,4 @@
-"""DeltaNet and its kin as flash-linear-attention (0.6) stores them: its configs <-> ours."""
+"""DeltaNet and its kin, and Mamba-3, as flash-linear-attention (0.6) stores them: its configs <-> ours."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
+from ssm_retrieval.models import hub_mamba
 from ssm_retrieval.models.architecture import Hub
 from ssm_retrieval.models.configuration import require
 from ssm_retrieval.models.hub_schema import (
@@ -17,12 +18,17 @@ from ssm_retrieval.models.hub_schema import (
     from_hub,
     names,
     parse,
+    same,
     to_hub,
     unlike,
 )
 
 # Of speed, or of training only
 IGNORED = names("attn_mode fuse_norm fuse_swiglu fuse_cross_entropy fuse_linear_cross_entropy use_l2warp")
+MAMBA3_IGNORED = names("""
+    chunk_size dt_init_floor rescale_prenorm_residual mimo_rank
+    fuse_norm fuse_cross_entropy fuse_linear_cross_entropy use_l2warp
+""")
 # A field of our config: fla's
 SPELLINGS = {
     "vocab_size": "vocab_size",
@@ -36,6 +42,26 @@ SPELLINGS = {
     "norm_eps": "norm_eps",
     "tie_word_embeddings": "tie_word_embeddings",
     "init_std": "initializer_range",
+}
+
+
+# The same of Mamba-3
+MAMBA3_SPELLINGS = {
+    "vocab_size": "vocab_size",
+    "d_model": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "d_state": "state_size",
+    "expand": "expand",
+    "headdim": "head_dim",
+    "ngroups": "n_groups",
+    "rope_fraction": "rope_fraction",
+    "A_floor": "A_floor",
+    "dt_min": "dt_min",
+    "dt_max": "dt_max",
+    "norm_eps": "norm_eps",
+    "residual_in_fp32": "residual_in_fp32",
+    "tie_word_embeddings": "tie_word_embeddings",
+    "embedding_std": "initializer_range",
 }
 
 
@@ -119,7 +145,32 @@ class Gla(Fla):
     use_gv: Literal[False] = False
 
 
-F = TypeVar("F", bound=Fla)
+class Mamba3(Fields):
+    """`Mamba3Config` of fla, for one input and output."""
+
+    vocab_size: Size = 32000
+    hidden_size: Size = 2048
+    num_hidden_layers: Size = 48
+    state_size: hub_mamba.StateSize = 128
+    expand: Size = 2
+    head_dim: Size = 64
+    num_heads: Size | None = None
+    n_groups: Size = 1
+    rope_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
+    A_floor: Positive = 1e-4
+    dt_min: Positive = 0.001
+    dt_max: Positive = 0.1
+    norm_eps: NotNegative = 1e-5
+    residual_in_fp32: bool = True
+    tie_word_embeddings: bool = False
+    initializer_range: NotNegative = 0.02
+    hidden_act: Literal["silu"] = "silu"
+    use_bias: Literal[False] = False
+    is_mimo: Literal[False] = False
+    is_outproj_norm: Literal[False] = False
+
+
+F = TypeVar("F", bound=Fields)
 
 
 def _channels(name: str, width: float, parts: int, where: str) -> int:
@@ -178,12 +229,22 @@ def _gla(fields: Gla, where: str) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name != "negative_eigenvalues"}
 
 
-def _reader(kind: type[F], options: Callable[[F, str], dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+def _mamba3(fields: Mamba3, where: str) -> dict[str, Any]:
+    """Options of `Mamba3Config`."""
+    heads = fields.expand * fields.hidden_size // fields.head_dim
+    same("num_heads", fields.num_heads, "expand * hidden_size / head_dim", heads, where)
+    return from_hub(fields, MAMBA3_SPELLINGS)
+
+
+def _reader(
+    kind: type[F], options: Callable[[F, str], dict[str, Any]], ignored: Collection[str] = IGNORED
+) -> Callable[..., dict[str, Any]]:
     """`Hub.read` of one of these configs.
 
     Args:
         kind: The fields that it may have.
         options: Maps these fields and the name of the file, for errors, to options of our config.
+        ignored: Fields without a meaning here.
 
     Returns:
         The function. Names of the tensors decide nothing here.
@@ -192,7 +253,7 @@ def _reader(kind: type[F], options: Callable[[F, str], dict[str, Any]]) -> Calla
     def read(
         raw: Mapping[str, Any], keys: Collection[str], where: str, beside: Collection[str]
     ) -> dict[str, Any]:
-        return options(parse(kind, raw, where, {*beside, *IGNORED}), where)
+        return options(parse(kind, raw, where, {*beside, *ignored}), where)
 
     return read
 
@@ -228,8 +289,20 @@ def write_gla(config: Any) -> dict[str, Any]:
     return fields | dict(use_output_gate=fields.pop("use_gate"))
 
 
+def write_mamba3(config: Any) -> dict[str, Any]:
+    """`Hub.write` of Mamba-3."""
+    fixed = dict(hidden_act="silu", pad_token_id=0)
+    return dict(to_hub(config, MAMBA3_SPELLINGS), **fixed, num_heads=config.n_head)
+
+
+def lacks_of_mamba3(config: Any) -> str | None:
+    """`Hub.lacks` of Mamba-3: as of Mamba, and other shares of turning channels than a half and all."""
+    half_or_all = config.rope_fraction in (0.5, 1.0)
+    return hub_mamba.lacks(config) or (None if half_or_all else f"rope_fraction={config.rope_fraction}")
+
+
 def lacks(config: Any) -> str | None:
-    """`Hub.lacks` of all: positions, and a residual stream wider than the weights."""
+    """`Hub.lacks` of all others: positions, and a residual stream wider than the weights."""
     return unlike(config, position="none", residual_in_fp32=False)
 
 
@@ -244,3 +317,7 @@ GATED_DELTANET = Hub(
 )  # fmt: skip
 KDA = Hub("kda", "KDAForCausalLM", _reader(Kda, _kda), write_kda, lacks, extras=DECAYS)
 GLA = Hub("gla", "GLAForCausalLM", _reader(Gla, _gla), write_gla, lacks, extras=OURS)
+MAMBA3 = Hub(
+    "mamba3", "Mamba3ForCausalLM", _reader(Mamba3, _mamba3, MAMBA3_IGNORED), write_mamba3,
+    lacks_of_mamba3, hub_mamba.published, hub_mamba.OURS,
+)  # fmt: skip

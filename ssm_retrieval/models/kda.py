@@ -26,12 +26,12 @@ from ssm_retrieval.models.deltanet import DeltaNetMixer
 from ssm_retrieval.models.layers import init_normal, widen
 from ssm_retrieval.models.padding import fill_padding
 from ssm_retrieval.models.ssm_init import dt_bias
-from ssm_retrieval.models.swiglu_block import HeadsConfig, SwiGLUBlock, SwiGLUForCausalLM, state_size
+from ssm_retrieval.models.swiglu_block import KeysConfig, SwiGLUBlock, SwiGLUForCausalLM, state_size
 from ssm_retrieval.ops.linear import Linear
 
 
 @dataclass(frozen=True)
-class KDAConfig(HeadsConfig):
+class KDAConfig(KeysConfig):
     """Shape of a language model with Kimi delta attention; the defaults are fla's."""
 
     negative_eigenvalues: bool = False

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from ssm_retrieval.models import block_memory, hub_mamba, instrumented
 from ssm_retrieval.models.architecture import TINY, Architecture
 from ssm_retrieval.models.common import WHOLE, Context, LayerCache
-from ssm_retrieval.models.configuration import Config, check_ssm, require
+from ssm_retrieval.models.configuration import HeadsConfig
 from ssm_retrieval.models.hooks import Hooked
 from ssm_retrieval.models.layers import widen
 from ssm_retrieval.models.mamba import MambaBlock, MambaForCausalLM
@@ -37,7 +37,7 @@ from ssm_retrieval.ops.ssd import ssd
 
 
 @dataclass(frozen=True)
-class Mamba2Config(Config):
+class Mamba2Config(HeadsConfig):
     """Shape of a Mamba-2 language model; the defaults are state-spaces/mamba2-130m."""
 
     vocab_size: int = 50288
@@ -59,30 +59,6 @@ class Mamba2Config(Config):
     residual_in_fp32: bool = True
     tie_word_embeddings: bool = True
     embedding_std: float = 0.02
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_ssm(self)
-        require(
-            self.d_inner % self.headdim == 0,
-            f"headdim={self.headdim} does not divide d_inner={self.d_inner}; use a divisor",
-        )
-        require(
-            self.n_head % self.ngroups == 0,
-            f"ngroups={self.ngroups} does not divide the {self.n_head} heads; use a divisor",
-        )
-
-    @property
-    def d_inner(self) -> int:
-        return self.expand * self.d_model
-
-    @property
-    def n_head(self) -> int:
-        return self.d_inner // self.headdim
-
-    @property
-    def d_head(self) -> int:
-        return self.headdim
 
     @property
     def conv_dim(self) -> int:

@@ -35,23 +35,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssm_retrieval.models import block_memory, hub_mamba3, instrumented
+from ssm_retrieval.models import block_memory, hub_fla, instrumented
 from ssm_retrieval.models.architecture import TINY, Architecture
 from ssm_retrieval.models.common import WHOLE, Context, LayerCache
-from ssm_retrieval.models.configuration import Config, check_ssm, require
+from ssm_retrieval.models.configuration import HeadsConfig, require
 from ssm_retrieval.models.hooks import Hooked
 from ssm_retrieval.models.layers import RMSNorm, widen
 from ssm_retrieval.models.mamba import MambaBlock, MambaForCausalLM
 from ssm_retrieval.models.padding import fill_padding
 from ssm_retrieval.models.ssm_init import dt_bias, parts_of
 from ssm_retrieval.ops.linear import Linear
-from ssm_retrieval.ops.trapezoid import outer, trapezoid
+from ssm_retrieval.ops.trapezoid import rank_one, trapezoid
 
 LONG_DT = 0.001  # with A = softplus(0) = ln 2 a state keeps 0.9993 of itself
 
 
 @dataclass(frozen=True)
-class Mamba3Config(Config):
+class Mamba3Config(HeadsConfig):
     """Shape of a Mamba-3 language model; the defaults are fla's.
 
     `ssm_init` "long" is a small step, dt = 0.001 and no weight to dt and A; "identity" changes nothing.
@@ -79,29 +79,8 @@ class Mamba3Config(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_ssm(self)
-        require(
-            self.d_inner % self.headdim == 0,
-            f"headdim={self.headdim} does not divide d_inner={self.d_inner}; use a divisor",
-        )
-        require(
-            self.n_head % self.ngroups == 0,
-            f"ngroups={self.ngroups} does not divide the {self.n_head} heads; use a divisor",
-        )
         said = f"rope_fraction={self.rope_fraction} of d_state={self.d_state}"
         require(self.n_angle > 0, f"{said} leaves no pair of channels to rotate; raise one")
-
-    @property
-    def d_inner(self) -> int:
-        return self.expand * self.d_model
-
-    @property
-    def n_head(self) -> int:
-        return self.d_inner // self.headdim
-
-    @property
-    def d_head(self) -> int:
-        return self.headdim
 
     @property
     def n_angle(self) -> int:
@@ -197,7 +176,7 @@ class Mamba3Mixer(Hooked, nn.Module):
         start = None if cache is None else cache.get("ssm")
         if cache is not None:
             if start is not None:  # with the second part of the last write
-                start = start + outer(first.unsqueeze(-1) * cache["last_v"], cache["last_k"])
+                start = start + rank_one(first.unsqueeze(-1) * cache["last_v"], cache["last_k"])
             for name, each in (("last_k", inputs[1]), ("last_v", inputs[2])):
                 cache[name] = last_real(each, context, cache.get(name))
         rule: Any = trapezoid if self.hook is None else partial(instrumented.trapezoid, self.hook)
@@ -319,5 +298,5 @@ ARCHITECTURE = Architecture(
         "1.3b": dict(d_model=2048, n_layer=48),
     },
     memory=block_memory.every_block(block_memory.mamba3),
-    block=lambda config: MambaBlock(config, Mamba3Mixer), hub=hub_mamba3.MAMBA3,
+    block=lambda config: MambaBlock(config, Mamba3Mixer), hub=hub_fla.MAMBA3,
 )  # fmt: skip

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ssm_retrieval.ops.delta_rule import delta_rule as fused_delta_rule
 from ssm_retrieval.ops.selective_scan import selective_scan as fused_scan
 from ssm_retrieval.ops.ssd import ssd as fused_ssd
-from ssm_retrieval.ops.trapezoid import outer
+from ssm_retrieval.ops.trapezoid import rank_one
 from ssm_retrieval.ops.trapezoid import trapezoid as fused_trapezoid
 
 
@@ -214,7 +214,7 @@ class TrapezoidRecurrence:
         """h with the second part of the write before token t, which token t adds."""
         if h is None or t == 0:  # what came before the first token is no part of the recurrence
             return h
-        return h + outer(self.late[:, t - 1, :, None] * self.v[:, t - 1], self.k[:, t - 1])
+        return h + rank_one(self.late[:, t - 1, :, None] * self.v[:, t - 1], self.k[:, t - 1])
 
     def scan(self, start: int, stop: int, h: Tensor | None, at: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         whole = (self.q, self.k, self.v, self.now, self.late, self.log_decay)
@@ -227,7 +227,7 @@ class TrapezoidRecurrence:
         return torch.exp(self.log_decay[:, positions])  # (B, positions, H)
 
     def step(self, t: int, h: Tensor | None, decay: Tensor) -> Tensor:
-        h, write = self._before(t, h), outer(self.now[:, t, :, None] * self.v[:, t], self.k[:, t])
+        h, write = self._before(t, h), rank_one(self.now[:, t, :, None] * self.v[:, t], self.k[:, t])
         return write if h is None else decay[..., None, None] * h + write
 
     def read(self, t: int, h: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ssm_retrieval.models import instrumented
 from ssm_retrieval.models.common import WHOLE, Context, LanguageModel, LayerCache, part
-from ssm_retrieval.models.configuration import Config, check_ssm, require
+from ssm_retrieval.models.configuration import HeadsConfig
 from ssm_retrieval.models.hooks import Hooked
 from ssm_retrieval.models.layers import RMSNorm, init_normal, learned_positions, widen
 from ssm_retrieval.models.padding import convolve, fill_padding
@@ -32,7 +32,7 @@ DeltaInputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)
-class HeadsConfig(Config):
+class KeysConfig(HeadsConfig):
     """What the configs of these models have in common; each adds its own fields, and its own defaults."""
 
     vocab_size: int = 32000
@@ -52,30 +52,6 @@ class HeadsConfig(Config):
     tie_word_embeddings: bool = False
     embedding_std: float = 0.02
     init_std: float = 0.02
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_ssm(self)
-        width = self.expand * self.d_model
-        said = f"expand={self.expand} times d_model={self.d_model} is {width:g}"
-        require(width == round(width), f"{said}, which is no number of channels; change one of them")
-        require(
-            self.d_inner % self.headdim == 0,
-            f"headdim={self.headdim} does not divide d_inner={self.d_inner}; use a divisor",
-        )
-
-    @property
-    def d_inner(self) -> int:
-        """Channels of all values."""
-        return round(self.expand * self.d_model)
-
-    @property
-    def n_head(self) -> int:
-        return self.d_inner // self.headdim
-
-    @property
-    def d_head(self) -> int:
-        return self.headdim
 
     @property
     def norm(self) -> str:

@@ -18,6 +18,7 @@ even in its rounding:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,28 +82,48 @@ def trapezoid(
         log_decay=(log_decay, heads), initial_state=(initial_state, state),
     )  # fmt: skip
     positions = None if states_at is None else check_positions(states_at, q.shape[1])
+    run: Any = _reference if backend == "reference" else partial(_by_delta_rule, backend=backend)
+    length = q.shape[1]
+    wanted = [*(positions or []), *([length - 1] if return_last_state and length else [])]
     with without_autocast(q.device.type):
         wide = torch.promote_types(v.dtype, torch.float32)
-        now, late = (x.to(wide).unsqueeze(-1) for x in (now, late))  # (batch, length, heads, 1)
-        if backend == "reference":
-            given = (q, k, v, now, late, log_decay.to(wide), initial_state)
-            y, *more = _reference(*given, positions, return_last_state)
-            return (y.to(v.dtype), *more) if more else y.to(v.dtype)
-        wanted = None if positions is None else [int(t) for t in positions]
-        found, *more = _tuple(  # g_{t-1} q_t, and g_{t-1}
-            delta_rule(
-                q, _behind(k), _behind((now + late) * v.to(wide)),
-                log_decay=_behind(log_decay.to(wide)), erase=False, initial_state=initial_state,
-                states_at=wanted, return_last_state=return_last_state, backend=backend,
-            )
-        )  # fmt: skip
-        decay, write = log_decay.to(wide).exp().unsqueeze(-1), now * v.to(wide)
-        y = decay * found + (k.to(wide) * q.to(wide)).sum(-1, keepdim=True) * write
-        if return_last_state and q.shape[1]:
-            more[0] = decay[:, -1, ..., None] * more[0] + outer(write[:, -1], k[:, -1])
-        if wanted is not None:
-            more[-1] = decay[:, wanted, ..., None] * more[-1] + outer(write[:, wanted], k[:, wanted])
+        given = [x.to(wide) for x in (q, k, v, now.unsqueeze(-1), late.unsqueeze(-1), log_decay)]
+        y, states = run(*given, initial_state, wanted)
+    more = []
+    if return_last_state and length:
+        more.append(states[:, -1])
+    elif return_last_state:
+        more.append(_start(initial_state, state, y))
+    if positions is not None:
+        more.append(states[:, : len(positions)])
     return (y.to(v.dtype), *more) if more else y.to(v.dtype)
+
+
+def _start(h: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """The first state, zeros if none is given, in the dtype of `like`."""
+    return like.new_zeros(shape) if h is None else h.to(like.dtype)
+
+
+def _by_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    now: Tensor,
+    late: Tensor,
+    log_decay: Tensor,
+    h: Tensor | None,
+    positions: list[int],
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """y, and the states at `positions`; now and late are (batch, length, heads, 1)."""
+    before, states = delta_rule(  # g_{t-1} q_t, and g_{t-1}
+        q, _behind(k), _behind((now + late) * v), log_decay=_behind(log_decay), erase=False,
+        initial_state=h, states_at=positions, backend=backend,
+    )  # fmt: skip
+    decay, write = log_decay.exp().unsqueeze(-1), now * v
+    y = decay * before + (k * q).sum(-1, keepdim=True) * write
+    states = decay[:, positions, ..., None] * states + rank_one(write[:, positions], k[:, positions])
+    return y, states
 
 
 def _behind(x: Tensor) -> Tensor:
@@ -110,13 +131,9 @@ def _behind(x: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
 
 
-def outer(v: Tensor, k: Tensor) -> Tensor:
+def rank_one(v: Tensor, k: Tensor) -> Tensor:
     """v k^T over the last axes, (..., P) and (..., N) -> (..., P, N), in v's dtype."""
     return v.unsqueeze(-1) * k.to(v.dtype).unsqueeze(-2)
-
-
-def _tuple(result: Any) -> tuple[Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
 
 
 def _reference(
@@ -127,24 +144,16 @@ def _reference(
     late: Tensor,
     log_decay: Tensor,
     h: Tensor | None,
-    positions: Sequence[int] | None,
-    return_last_state: bool,
-) -> list[Tensor]:
-    """The equations as written, on any device; now and late are (batch, length, heads, 1)."""
-    wide, (b, L, H, N), P = now.dtype, q.shape, v.shape[-1]
-    v = v.to(wide)
-    h = v.new_zeros(b, H, P, N) if h is None else h.to(wide)
-    ys, found = [], {}
-    for t in range(L):
+    positions: list[int],
+) -> tuple[Tensor, Tensor]:
+    """As `_by_delta_rule`, by the equations as written, on any device."""
+    h = _start(h, (q.shape[0], q.shape[2], v.shape[3], q.shape[3]), v)
+    none, ys, found = h.unsqueeze(1)[:, :0], [], []
+    for t in range(q.shape[1]):
         if t > 0:
-            h = h + outer(late[:, t - 1] * v[:, t - 1], k[:, t - 1])
-        h = log_decay[:, t].exp()[..., None, None] * h + outer(now[:, t] * v[:, t], k[:, t])
-        ys.append((h * q[:, t].to(wide).unsqueeze(-2)).sum(-1))
-        found[t] = h
-    out = [torch.stack(ys, dim=1) if ys else torch.zeros_like(v)]
-    if return_last_state:
-        out.append(h)
-    if positions is not None:
-        none = h.new_empty(b, 0, H, P, N)
-        out.append(torch.stack([found[int(t)] for t in positions], dim=1) if len(positions) else none)
-    return out
+            h = h + rank_one(late[:, t - 1] * v[:, t - 1], k[:, t - 1])
+        h = log_decay[:, t].exp()[..., None, None] * h + rank_one(now[:, t] * v[:, t], k[:, t])
+        ys.append((h * q[:, t].unsqueeze(-2)).sum(-1))
+        found.append(h.unsqueeze(1))
+    y = torch.stack(ys, dim=1) if ys else torch.zeros_like(v)
+    return y, torch.cat([none, *(found[t] for t in positions)], dim=1)

@@ -23,3 +23,8 @@ def to_parquet(rows: list[Row], columns: dict[str, tuple[str, str]]) -> bytes:
     content = io.BytesIO()
     parquet.write_table(table, content, compression="zstd")
     return content.getvalue()
+
+
+def rows_of(table: Any) -> list[Row]:
+    """The rows of a pandas data frame, as `to_parquet` takes them: missing values are None."""
+    return table.astype(object).where(table.notna(), None).to_dict("records")

@@ -22,6 +22,7 @@ from ssm_retrieval.style import NAMES
 from ssm_retrieval.tables import markdown
 from ssm_retrieval.training import store
 from ssm_retrieval.training.outcomes import examples_to_threshold
+from ssm_retrieval.training.parquet import rows_of, to_parquet
 from studies.curricula.config import FAMILIES, GROWTHS, LENGTH
 from synthetic import results
 from synthetic.runs import Run
@@ -43,8 +44,7 @@ def main(runs: str | None = None) -> int:
 def collect(runs: Path) -> None:
     """Keep what the finished runs of a sweep found."""
     table = analysis.load(str(runs))
-    rows: Any = table.astype(object).where(table.notna(), None).to_dict("records")
-    store.write_bytes(RESULTS, results.to_parquet(rows, results.EVALUATION))
+    store.write_bytes(RESULTS, to_parquet(rows_of(table), results.EVALUATION))
     store.write_bytes(RATES, (runs / RATES.name).read_bytes())
     found = []
     for name in table.loc[(table["purpose"] == "report") & (table["kind"] == "final"), "run"].unique():

@@ -27,6 +27,7 @@ from ssm_retrieval.style import NAMES
 from ssm_retrieval.tables import markdown
 from ssm_retrieval.training import store
 from ssm_retrieval.training.outcomes import reachable_length
+from ssm_retrieval.training.parquet import rows_of, to_parquet
 from synthetic import results
 
 HERE = Path(__file__).parent
@@ -37,25 +38,15 @@ KEYED, KEYED_RATES = HERE / "keyed.parquet", HERE / "keyed_rates.json"
 def main(runs: str | None = None, keyed: str | None = None) -> None:
     """Make the tables of README.md anew; from folders of runs, if given, else from the committed results."""
     if runs is not None:
-        keep(runs, "results", results.EVALUATION)
-        keep(runs, "targets", results.TARGET)
+        for name, columns in (("results", results.EVALUATION), ("targets", results.TARGET)):
+            found = rows_of(analysis.load(runs, name))
+            store.write_bytes(HERE / f"{name}.parquet", to_parquet(found, columns))
         store.write_bytes(RATES, (Path(runs) / RATES.name).read_bytes())
     if keyed is not None:
-        store.write_bytes(KEYED, to_parquet(analysis.load(keyed), results.EVALUATION))
+        store.write_bytes(KEYED, to_parquet(rows_of(analysis.load(keyed)), results.EVALUATION))
         store.write_bytes(KEYED_RATES, (Path(keyed) / RATES.name).read_bytes())
     text = (HERE / "README.md").read_text(encoding="utf-8")
     store.write_bytes(HERE / "README.md", filled(text).encode())
-
-
-def keep(runs: str, name: str, columns: Any) -> None:
-    """Write a table of a folder of runs beside this file."""
-    store.write_bytes(HERE / f"{name}.parquet", to_parquet(analysis.load(runs, name), columns))
-
-
-def to_parquet(table: pd.DataFrame, columns: Any) -> bytes:
-    """A table in the form of the results store."""
-    rows: Any = table.astype(object).where(table.notna(), None).to_dict("records")
-    return results.to_parquet(rows, columns)
 
 
 def filled(text: str) -> str:

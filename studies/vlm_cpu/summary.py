@@ -62,7 +62,7 @@ def collect(out: Path) -> None:
 
     import vlm.config
     from ssm_retrieval.training import store
-    from ssm_retrieval.training.parquet import to_parquet
+    from ssm_retrieval.training.parquet import rows_of, to_parquet
     from vlm.information_flow import target_ratios, target_table
     from vlm.results import COLUMNS
 
@@ -70,8 +70,7 @@ def collect(out: Path) -> None:
     found = concatenated(files(out))
     if found is None:
         raise SystemExit(f"error: no results in {out}; run vlm.train and vlm.evaluate first")
-    rows: Any = found.astype(object).where(found.notna(), None).to_dict("records")
-    store.write_bytes(RESULTS, to_parquet(rows, COLUMNS))
+    store.write_bytes(RESULTS, to_parquet(rows_of(found), COLUMNS))
     planned = vlm.config.read_file(HERE / "runs.py")
     looks = [target_ratios(target_table(run, out, EXAMPLES)) for run in planned]
     store.write_bytes(LOOKS, pd.concat(looks).to_csv(index=False, float_format="%.5g").encode())

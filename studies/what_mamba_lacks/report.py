@@ -25,6 +25,7 @@ from ssm_retrieval.errors import UserError
 from ssm_retrieval.style import NAMES
 from ssm_retrieval.tables import markdown, read
 from ssm_retrieval.training import store
+from ssm_retrieval.training.parquet import rows_of, to_parquet
 from studies.what_mamba_lacks import built, figures
 from studies.what_mamba_lacks.config import (
     ALL,
@@ -103,8 +104,7 @@ def collect(runs: Path) -> None:
     if not there:
         raise UserError(f"RUNS {runs} has none of the folders {', '.join(SWEEPS)}; run a sweep of this study")
     table = analysis.load([runs / name for name in there])
-    rows: Any = table.astype(object).where(table.notna(), None).to_dict("records")
-    store.write_bytes(RESULTS, results.to_parquet(rows, results.EVALUATION))
+    store.write_bytes(RESULTS, to_parquet(rows_of(table), results.EVALUATION))
     chosen = {name: runs / name / RATES.name for name in there}
     found = [
         {"sweep": name} | row

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from ssm_retrieval.ops import DELTA_CHUNK
+from ssm_retrieval.ops import DELTA_CHUNK, LANES, padded_values, value_lanes
 from ssm_retrieval.ops._delta_chunks import CHUNK
 from ssm_retrieval.ops.delta_rule import delta_rule
 
@@ -72,6 +72,14 @@ def test_every_backend_equals_the_equations_and_their_gradients(shape, decay, er
                          backend=backend)  # fmt: skip
         torch.testing.assert_close(got, tuple(results), rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(gradients(got), wanted, rtol=1e-8, atol=1e-9)
+
+
+def test_padded_values_are_taken_as_wide_as_they_were_padded_for():
+    """The kernels see the padded width only, and at most a third of it is padding beyond whole vectors."""
+    for headdim in range(1, 300):
+        padded, lanes = padded_values(headdim), value_lanes(headdim)
+        assert value_lanes(padded) == lanes and padded % lanes == 0 and padded >= headdim
+        assert 3 * padded <= 4 * (-(-headdim // LANES) * LANES)
 
 
 @pytest.mark.parametrize("L", [1, DELTA_CHUNK, DELTA_CHUNK + 1, 200])
