@@ -37,6 +37,8 @@ def between(value: Any, low: Any, high: Any, digits: int = 3) -> str:
     Returns:
         Text such as "0.42 [0.40, 0.44]".
     """
+    # The last bits depend on the order of a sum, and would decide how a half is rounded
+    value, low, high = (round(float(x), 10) for x in (value, low, high))
     return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 

@@ -52,7 +52,10 @@ def parse(options: type[Options], argv: Sequence[str] | None, prog: str) -> Opti
     """
     write_anything()
     try:
-        return tyro.cli(options, args=argv, prog=prog)
+        try:
+            return tyro.cli(options, args=argv, prog=prog)
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe can be told, and not when Python ends
     except BrokenPipeError:
         sys.exit(_nobody_reads())
 
@@ -72,7 +75,9 @@ def guarded(command: Callable[[], int], out: str | os.PathLike[str] = "", stoppe
         The exit status.
     """
     try:
-        return command()
+        status = command()
+        sys.stdout.flush()  # as in `parse`
+        return status
     except UserError as error:
         return fail(str(error))
     except BrokenPipeError:

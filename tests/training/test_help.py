@@ -49,14 +49,23 @@ def test_no_default_is_none(page):
     assert "None" not in page and "(default: random weights)" in page
 
 
-def test_a_reader_that_has_read_enough_gets_no_traceback():
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from dataclasses import make_dataclass; from ssm_retrieval.cli import parse; "
+        "parse(make_dataclass('Options', [('n', int, 1)]), ['--help'], 'command')",
+        "import sys; from ssm_retrieval.cli import guarded; sys.exit(guarded(lambda: print('a line') or 0))",
+    ],
+)
+def test_a_reader_that_has_read_enough_gets_no_traceback(code, buffered):
     """As `python -m synthetic.run --help | head -1` does, whose pipe closes early."""
     reading, writing = os.pipe()
     os.close(reading)
-    code = (
-        "from dataclasses import make_dataclass; from ssm_retrieval.cli import parse; "
-        "parse(make_dataclass('Options', [('n', int, 1)]), ['--help'], 'command')"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    environment |= {} if buffered else {"PYTHONUNBUFFERED": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, env=environment
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE)
     os.close(writing)
     assert (done.returncode, done.stderr) == (1, b"")
