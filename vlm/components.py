@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,11 @@ from vlm.data.samples import Sample
 from vlm.layout import grid_side, sequence
 from vlm.model import VLM, prefix_tokens
 
+if TYPE_CHECKING:
+    from vlm.scenes.words import Told
+
 ENCODERS, FEATURES = "encoders", "features"  # folders beside the runs
+WORDS, PLACE = "words", 32  # the encoder of `vlm.scenes.words`, and the pixels of its places: 96 have 3 x 3
 
 
 @lru_cache(maxsize=4)
@@ -40,12 +44,13 @@ def text(name: str) -> tokenizer.Text:
     if name != "scenes":
         return tokenizer.read(name)
     from vlm.scenes.source import SceneSource
+    from vlm.scenes.words import CORNERS, NOTHING
 
     packed = [
         SceneSource(task, 400, turns=7) for task in ("caption", "describe", "vqa", "locate", "pointing")
     ]
     texts = [chunk.text for source in packed for i in range(400) for chunk in source[i].chunks]
-    return tokenizer.from_words([*texts, *(f"{i / 100:.2f}" for i in range(101))])
+    return tokenizer.from_words([*texts, *(f"{i / 100:.2f}" for i in range(101)), *CORNERS, NOTHING])
 
 
 @dataclass(frozen=True)
@@ -53,14 +58,14 @@ class Eyes:
     """A frozen vision encoder: pictures -> features (B, P, F).
 
     Attributes:
-        module: The encoder.
+        module: The encoder; None for `WORDS`.
         key: Names encoder, weights and image size.
-        width: F, the width of the features.
+        width: F, the width of the features; 0 if they are weights of words (`vlm.scenes.words`).
         side: Patches along one side of the image; P = side^2.
         as_pixels: Pictures (height, width, 3) uint8 -> the pixels that `module` takes.
     """
 
-    module: nn.Module
+    module: nn.Module | None
     key: str
     width: int
     side: int
@@ -68,6 +73,10 @@ class Eyes:
 
     @torch.no_grad()
     def __call__(self, pictures: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
+        if self.module is None:
+            raise UserError(
+                f"encoder={WORDS!r} reads scenes in words, no pictures; use a run with another one"
+            )
         device = next(self.module.parameters()).device
         tokens = self.module(self.as_pixels(pictures).to(device))
         return tokens[:, prefix_tokens(self.module) :]
@@ -89,20 +98,23 @@ def eyes(name: str, image_size: int, out: Path, device: str = "cpu") -> Eyes:
     Raises:
         UserError: If `image_size` is no multiple of the scenes encoder's patch.
     """
-    if name == "scenes":
-        from vlm.scenes import encoder as scenes
+    from vlm.scenes import encoder as scenes
 
-        if image_size % scenes.PATCH:
-            raise UserError(
-                f"image_size={image_size} must be a multiple of the scenes encoder's {scenes.PATCH}"
-            )
-        module: nn.Module = scenes.trained(out / ENCODERS).to(device)
+    if name == WORDS:
+        return Eyes(
+            None, WORDS, 0, grid_side(image_size, PLACE), partial(scenes.resized, image_size=image_size)
+        )
+    if name in scenes.ENCODERS:
+        patch, _ = scenes.ENCODERS[name]
+        if image_size % patch:
+            raise UserError(f"image_size={image_size} must be a multiple of the {patch} of encoder {name!r}")
+        module: nn.Module = scenes.trained(out / ENCODERS, name).to(device)
 
         def as_pixels(pictures: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
             return scenes.scaled(scenes.resized(pictures, image_size))
 
-        key = f"{scenes.key()}-at-{image_size}px"
-        return Eyes(module, key, scenes.WIDTH, image_size // scenes.PATCH, as_pixels)
+        key = f"{scenes.key(name)}-at-{image_size}px"
+        return Eyes(module, key, scenes.WIDTH, image_size // patch, as_pixels)
     from PIL import Image
 
     built: Any = timm_encoder.build(name, image_size, pretrained=True, device=device)
@@ -114,7 +126,7 @@ def eyes(name: str, image_size: int, out: Path, device: str = "cpu") -> Eyes:
     return Eyes(built, f"{name}-{image_size}px", built.num_features, grid_side(image_size, patch), pixels)
 
 
-def features(run: Run, image_size: int, out: Path, device: str = "cpu") -> FeatureCache | Uncached:
+def features(run: Run, image_size: int, out: Path, device: str = "cpu") -> FeatureCache | Uncached | Told:
     """Return the features of a run's pictures.
 
     Args:
@@ -124,9 +136,14 @@ def features(run: Run, image_size: int, out: Path, device: str = "cpu") -> Featu
         device: Where the encoder runs.
 
     Returns:
-        A cache on disk, or features computed on the fly if `run.cache` is False.
+        A cache on disk, or features computed on the fly if `run.cache` is False; always for words.
     """
     seen = eyes(run.encoder, image_size, out, device)
+    if seen.module is None:
+        from vlm.scenes.words import Told
+
+        words = text(run.tokenizer)
+        return Told(words.encode, len(words), seen.side)
     return FeatureCache(out / FEATURES, seen.key, seen) if run.cache else Uncached(seen)
 
 

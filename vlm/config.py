@@ -50,6 +50,9 @@ class Stage:
         steps: Optimiser steps; give this or `epochs`.
         epochs: Passes over all data.
         weights: Shares of the sources (`vlm.data.mixture.Mixture`); None shuffles all examples together.
+        until: Running losses by source, in nats; the stage ends when all are below, after `steps` at the
+            latest. Its rate stays at the peak.
+        box_spread: Standard deviation of the soft targets of a box's numbers, in hundredths; 0 = hard ones.
         train: "connector", or "all" for connector and language model. The vision encoder is always frozen.
         layouts: Layouts of the prompts; consecutive batches take turns. Empty = the run's layout.
         image_size: Pixels a side; 0 = the run's.
@@ -72,6 +75,8 @@ class Stage:
     steps: Natural = 0
     epochs: NonNegative = 0.0
     weights: Mapping[str, NonNegative] | None = None
+    until: Mapping[str, Annotated[float, Field(gt=0)]] = field(default_factory=dict)
+    box_spread: Annotated[float, Field(ge=0, le=100)] = 0.0
     train: Literal["connector", "all"] = "all"
     layouts: Annotated[tuple[Layout, ...], AsTuple] = ()
     image_size: Annotated[int, Field(ge=0, le=4096)] = 0
@@ -89,6 +94,11 @@ class Stage:
             raise UserError(f"steps={self.steps} and epochs={self.epochs}: give one of them")
         if 0 < self.image_size < 16:
             raise UserError(f"image_size={self.image_size} is too small; use at least 16, or 0 for the run's")
+        unknown = ", ".join(sorted(self.until.keys() - self.data.keys()))
+        if unknown or (self.until and self.epochs):
+            raise UserError(
+                f"until={dict(self.until)} must name sources of data, and needs steps; see {unknown}"
+            )
         if self.weights is not None and self.weights.keys() != self.data.keys():
             odd = ", ".join(sorted(self.weights.keys() ^ self.data.keys()))
             raise UserError(f"weights and data must have the same names; only one of them has {odd}")
@@ -180,7 +190,7 @@ class Run:
         said: Any = {"version": TRAINING_VERSION} | {
             name: getattr(self, name) for name in ("model", "model_overrides", "init", "seed", "precision")
         }
-        said["encoder"] = encoder.key() if self.encoder == "scenes" else self.encoder
+        said["encoder"] = encoder.key(self.encoder) if self.encoder in encoder.ENCODERS else self.encoder
         said["tokenizer"] = tokenizer.fingerprint(self.tokenizer)
         names = []
         for number, stage in enumerate(self.stages):

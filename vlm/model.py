@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.models import LanguageModel, from_config, generate, hub, hub_configs
 from ssm_retrieval.models.checkpoints import fill
 from ssm_retrieval.ops.cross_entropy import linear_cross_entropy
 from vlm.layout import IGNORE, splice
+from vlm.near import Near
 
 CONNECTOR, ENCODER = "vision_embed_tokens.", "vision_encoder."  # prefixes of names in released checkpoints
 # fields of their config.json; not needed: the width equals d_model, and the encoder is a module of its own
@@ -45,7 +47,8 @@ class VLM(nn.Module):
 
     Args:
         lm: The language model.
-        features: F, the width of the encoder's output.
+        features: F, the width of the encoder's output; 0 if features are weights of words (B, P, V), whose
+            vectors are then added, and no connector is needed (`vlm.scenes.words`).
         encoder: Pixels (B, 3, S, S) -> (B, 1 + P, F), class token first (`prefix_tokens`). None if features
             come from elsewhere, such as a cache on disk.
     """
@@ -53,7 +56,7 @@ class VLM(nn.Module):
     def __init__(self, lm: LanguageModel, features: int = 1024, encoder: nn.Module | None = None):
         super().__init__()
         self.lm = lm
-        self.vision_embed_tokens = connector(features, lm.config.d_model)
+        self.vision_embed_tokens = connector(features, lm.config.d_model) if features else None
         self.vision_encoder = None if encoder is None else encoder.eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -70,12 +73,10 @@ class VLM(nn.Module):
     def embed(self, input_ids: Tensor, features: Tensor) -> Tensor:
         """Return the vectors (B, L, D) of token ids (B, L) int64 and features (B, P, F)."""
         table = self.lm.embedding.weight
-        return splice(table, input_ids, self.vision_embed_tokens(features.to(self.connector_dtype)))
-
-    @property
-    def connector_dtype(self) -> torch.dtype:
-        """Dtype of the connector's weights."""
-        return next(self.vision_embed_tokens.parameters()).dtype
+        if self.vision_embed_tokens is None:
+            return splice(table, input_ids, features.to(table.dtype) @ table)
+        dtype = next(self.vision_embed_tokens.parameters()).dtype
+        return splice(table, input_ids, self.vision_embed_tokens(features.to(dtype)))
 
     def forward(self, input_ids: Tensor, features: Tensor, **options: Any) -> Tensor:
         """Return next-token logits.
@@ -91,18 +92,22 @@ class VLM(nn.Module):
         return self.lm(inputs_embeds=self.embed(input_ids, features), **options)
 
     def loss(self, input_ids: Tensor, features: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean over examples of each example's mean cross-entropy, in nats.
+        """Return the mean of `losses`, a scalar. Long answers therefore weigh no more than short ones."""
+        return self.losses(input_ids, features, labels).mean()
 
-        Long answers therefore weigh no more than short ones. Sequences are padded on the right, where causal
-        models need no mask.
+    def losses(self, input_ids: Tensor, features: Tensor, labels: Tensor, near: Near | None = None) -> Tensor:
+        """Return each example's mean cross-entropy, in nats.
+
+        Sequences are padded on the right, where causal models need no mask.
 
         Args:
             input_ids: (B, L) int64; patches are placeholders.
             features: (B, P, F).
             labels: (B, L) int64, not shifted; -100 = not supervised.
+            near: Soft targets of numbers; None = every target is one token.
 
         Returns:
-            A scalar.
+            (B,) float32.
 
         Raises:
             UserError: If an example has no supervised token.
@@ -116,11 +121,11 @@ class VLM(nn.Module):
         # only labelled rows: with a published vocabulary the other rows would be most of the work
         counts = (targets != IGNORE).sum(1).tolist()
         rows, wanted = hidden[targets != IGNORE], targets[targets != IGNORE]
-        each = [
-            linear_cross_entropy(x, head, y)[0]
-            for x, y in zip(rows.split(counts), wanted.split(counts), strict=True)
-        ]
-        return torch.stack(each).mean()
+        if near is not None:
+            each = near.cross_entropy(F.linear(rows, head), wanted)
+            return torch.stack([tokens.mean() for tokens in each.split(counts)])
+        pairs = zip(rows.split(counts), wanted.split(counts), strict=True)
+        return torch.stack([linear_cross_entropy(x, head, y)[0] for x, y in pairs])
 
     @torch.no_grad()
     def generate(
@@ -193,6 +198,7 @@ def load(
     lm.accept_hub_spellings(parts[""])
     with torch.device("meta"):
         model = VLM(lm, features=first.shape[1])
+    assert model.vision_embed_tokens is not None
     fill(lm, parts[""], place, dtype=dtype, device=device)
     fill(model.vision_embed_tokens, parts[CONNECTOR], place, dtype=dtype, device=device)
     if encoder is not None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,19 +23,28 @@ from ssm_retrieval.training.distributed import World
 from ssm_retrieval.training.loop import Diverged, Interrupted, half_cosine, warm_up
 from ssm_retrieval.training.optimizers import trained
 from ssm_retrieval.training.records import Row
-from ssm_retrieval.training.session import Progress
 from vlm import components, folders
 from vlm.config import Run, Stage
 from vlm.data.loader import VLMBatch, batches
 from vlm.data.mixture import Mixture
 from vlm.folders import CHECKPOINT, METRICS, RESULT, WEIGHTS
 from vlm.model import VLM
+from vlm.near import Near
 
 __all__ = ["CHECKPOINT", "Interrupted", "Session", "train_stage"]
 
 LOG_EVERY = 20  # steps between rows of the metrics
 
 Listener = Callable[[dict[str, Any]], None]
+MEMORY = 0.95  # of the running losses, a batch
+
+
+@dataclass
+class Progress(session.Progress):
+    """Where a stage stands."""
+
+    losses: dict[str, float] = field(default_factory=dict)
+    """Running loss by source, in nats."""
 
 
 def train_stage(
@@ -146,11 +156,17 @@ class Session(session.Session[Progress, VLMBatch]):
         super().__init__(folder, model, optimizer, Progress(), world, limit=stage.steps)
         if world.main:
             store.prepare(folder, {"plans": [run.to_dict()]}, torch.get_num_threads())
-        self.loss_of, self.wrapped = accelerator.prepare(Loss(model), optimizer)
+        near = None
+        if stage.box_spread:
+            near = Near.of(
+                components.text(run.tokenizer).encode, model.lm.config.vocab_size, stage.box_spread
+            )
+            near = near.to(accelerator.device)
+        self.loss_of, self.wrapped = accelerator.prepare(Loss(model, near), optimizer)
 
     def done(self) -> bool:
-        """Whether all steps are done."""
-        return self.progress.step == self.stage.steps
+        """Whether all steps are done, or all running losses have reached the stage's goals."""
+        return self.progress.step == self.stage.steps or reached(self.progress.losses, self.stage.until)
 
     def rate(self) -> float:
         """The peak rate times `rate`."""
@@ -162,7 +178,9 @@ class Session(session.Session[Progress, VLMBatch]):
 
     def update(self, batch: VLMBatch) -> Row:
         """One optimizer step."""
-        return {"loss": update(self.loss_of, self.wrapped, batch, self.stage, self.accelerator)}
+        losses = update(self.loss_of, self.wrapped, batch, self.stage, self.accelerator)
+        self.progress.losses = running(self.progress.losses, batch.sources, losses)
+        return {"loss": math.fsum(losses) / len(losses)}
 
     def stepped(self, batch: VLMBatch, numbers: Row) -> None:
         """Tell the listener."""
@@ -179,7 +197,7 @@ class Session(session.Session[Progress, VLMBatch]):
         if self.world.main:
             weights = dict(self.model.named_parameters())
             store.save_tensors(self.folder / WEIGHTS, weights, {"run": self.name, "stage": self.number})
-            store.write_json(self.folder / RESULT, {"steps": self.stage.steps, "seconds": self.seconds()})
+            store.write_json(self.folder / RESULT, {"steps": self.progress.step, "seconds": self.seconds()})
             session.forget(self.folder)
         self.world.barrier()
 
@@ -207,18 +225,46 @@ class Session(session.Session[Progress, VLMBatch]):
         return now | dict(steps=self.stage.steps, seconds=round(self.progress.seconds, 3), **numbers)
 
 
-class Loss(nn.Module):
-    """`VLM.loss` as a forward pass, which is what accelerate wraps."""
+def reached(losses: Mapping[str, float], goals: Mapping[str, float]) -> bool:
+    """Return whether all goals are reached; never if there are none."""
+    return bool(goals) and all(losses.get(name, math.inf) < goal for name, goal in goals.items())
 
-    def __init__(self, model: VLM):
+
+def running(known: Mapping[str, float], sources: Sequence[str], losses: Sequence[float]) -> dict[str, float]:
+    """Return running losses by source after a batch; the first batch of a source begins its mean.
+
+    Args:
+        known: Running losses before it.
+        sources: Sources of the batch's examples.
+        losses: Losses of the batch's examples.
+
+    Returns:
+        Running losses.
+    """
+    found: dict[str, list[float]] = {}
+    for name, loss in zip(sources, losses, strict=True):
+        found.setdefault(name, []).append(loss)
+    means = {name: math.fsum(each) / len(each) for name, each in found.items()}
+    return dict(known) | {
+        name: MEMORY * known[name] + (1 - MEMORY) * mean if name in known else mean
+        for name, mean in means.items()
+    }
+
+
+class Loss(nn.Module):
+    """`VLM.losses` as a forward pass, which is what accelerate wraps."""
+
+    def __init__(self, model: VLM, near: Near | None = None):
         super().__init__()
-        self.model = model
+        self.model, self.near = model, near
 
     def forward(self, input_ids: Tensor, features: Tensor, labels: Tensor) -> Tensor:
-        return self.model.loss(input_ids, features, labels)
+        return self.model.losses(input_ids, features, labels, self.near)
 
 
-def update(loss_of: nn.Module, optimizer: Any, batch: VLMBatch, stage: Stage, accelerator: Any) -> float:
+def update(
+    loss_of: nn.Module, optimizer: Any, batch: VLMBatch, stage: Stage, accelerator: Any
+) -> list[float]:
     """One optimizer step on the mean loss of the batch's examples.
 
     Each process takes its rows, in `stage.accumulate` parts of one size, so that means of parts are the mean.
@@ -231,11 +277,11 @@ def update(loss_of: nn.Module, optimizer: Any, batch: VLMBatch, stage: Stage, ac
         accelerator: accelerate's.
 
     Returns:
-        The loss in nats, the same in all processes.
+        The losses of all examples in nats, the same in all processes.
     """
     rows = len(batch.samples) // accelerator.num_processes
     first, size = accelerator.process_index * rows, rows // stage.accumulate
-    total = torch.zeros((), device=accelerator.device)
+    each = []
     for part in range(stage.accumulate):
         chosen = slice(first + part * size, first + (part + 1) * size)
         last = part == stage.accumulate - 1
@@ -243,17 +289,22 @@ def update(loss_of: nn.Module, optimizer: Any, batch: VLMBatch, stage: Stage, ac
             ids, features, labels = (
                 x[chosen].to(accelerator.device) for x in (batch.input_ids, batch.features, batch.labels)
             )
-            loss = loss_of(ids, features, labels) / stage.accumulate
-            accelerator.backward(loss)
-        total += loss.detach()
+            losses = loss_of(ids, features, labels)
+            accelerator.backward(losses.mean() / stage.accumulate)
+        each.append(losses.detach())
     if stage.grad_clip > 0:
         accelerator.clip_grad_norm_(loss_of.parameters(), stage.grad_clip)
     optimizer.step()
     optimizer.zero_grad()
-    return float(accelerator.reduce(total, "mean"))
+    return accelerator.gather(torch.cat(each)).tolist()
 
 
 def rate(step: int, stage: Stage) -> float:
-    """Factor on the peak rate: linear warm-up over a share of the steps, then half a cosine to 0."""
+    """Factor on the peak rate: linear warm-up over a share of the steps, then half a cosine to 0.
+
+    A stage that ends by its losses keeps the peak rate after the warm-up, as its last step is not known.
+    """
     warm = max(1, round(stage.warmup * stage.steps))
-    return warm_up(step, warm) if step < warm else half_cosine(step - warm, stage.steps - warm)
+    if step < warm:
+        return warm_up(step, warm)
+    return 1.0 if stage.until else half_cosine(step - warm, stage.steps - warm)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 
 import pytest
 
@@ -87,7 +88,7 @@ def test_stage_ids_know_encoder_tokenizer_and_scenes(monkeypatch, tmp_path):
         with monkeypatch.context() as patched:
             patched.setattr(module, name, value)
             if name == "IMAGES":  # a default argument
-                patched.setattr(encoder, "key", lambda images=99, made=encoder.key: made(images))
+                patched.setattr(encoder, "key", partial(encoder.key, images=99))
             assert run().stage_ids() != before, name
     file = tmp_path / "tokenizer.json"
     file.write_text("{}")
@@ -120,9 +121,12 @@ def test_betas_are_part_of_a_stages_name_and_reach_the_optimizer(vlm_folder, mon
     train = pytest.importorskip("vlm.train", reason="accelerate is not installed; .ci/run installs it")
     wanted = dataclasses.replace(vlm_runs.run("mamba-tiny"), stages=(stage(betas=(0.5, 0.75), steps=1),))
     seen = []
-    monkeypatch.setattr(
-        stages, "update", lambda _, optimizer, *__: seen.append(optimizer.param_groups[0]["betas"]) or 1.0
-    )
+
+    def watched(loss_of, optimizer, batch, *_):
+        seen.append(optimizer.param_groups[0]["betas"])
+        return [1.0] * len(batch.samples)
+
+    monkeypatch.setattr(stages, "update", watched)
     stages.train_stage(wanted, 0, vlm_folder.parent, train.accelerate([wanted]))
     assert seen == [(0.5, 0.75)]
 

@@ -31,7 +31,7 @@ from vlm.information_flow import __main__ as command
 from vlm.layout import sequence
 from vlm.model import VLM
 from vlm.scenes import sample_scene
-from vlm.scenes.encoder import coverage
+from vlm.scenes.patches import coverage
 
 WIDTH, SIDE = 6, 3
 

@@ -151,7 +151,7 @@ def test_a_few_steps_teach_the_encoder_and_its_file_is_used_again(tmp_path, monk
     torch.manual_seed(0)
     assert not torch.equal(scenes.SceneEncoder()(x), encoder(x))
     assert not any(p.requires_grad for p in encoder.parameters())
-    with pytest.raises(ValueError, match="image_size=36 must be a multiple"):
+    with pytest.raises(ValueError, match="image_size=36 must be a multiple of the 8 of encoder 'scenes'"):
         components.eyes("scenes", 36, tmp_path)
 
 

@@ -16,8 +16,8 @@ pytest.importorskip("tokenizers", reason="tokenizers is not installed; .ci/run i
 pytest.importorskip("sklearn", reason="scikit-learn is not installed; .ci/run installs it")
 
 from ssm_retrieval.training import store
-from vlm import components, evaluate, predict, results, stages, train
-from vlm.config import Run, from_dict, read_file
+from vlm import components, evaluate, folders, predict, results, stages, train
+from vlm.config import Run, Stage, from_dict, read_file
 from vlm.scenes import encoder as scenes
 
 
@@ -96,7 +96,7 @@ def test_both_families_see_the_same_examples_in_the_same_order(out, monkeypatch)
         here.append(
             (tuple(s.id for s in batch.samples), batch.input_ids.tolist(), batch.features.sum().item())
         )
-        return 0.0
+        return [0.0] * len(batch.samples)
 
     monkeypatch.setattr(stages, "update", watched)
     for family in ("transformer", "mamba"):
@@ -128,6 +128,7 @@ def test_parts_of_a_batch_add_up_to_the_batch(out):
             torch.cat([torch.full((4, 17), -100), torch.randint(5, 90, (4, 5))], 1),
             torch.randn(4, 16, scenes.WIDTH),
             (None,) * 4,
+            ("locate",) * 4,
         )
         batch.labels[0, 18:] = -100  # answers of different lengths weigh the same
         stages.update(stages.Loss(model), optimizer, batch, wanted.stages[0], accelerator)
@@ -142,6 +143,26 @@ def test_the_learning_rate_rises_then_falls_as_a_cosine():
     rates = [stages.rate(k, stage) for k in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0 == max(rates)
     assert rates[55] == pytest.approx(0.5) and rates[99] == pytest.approx(0.5 * (1 + np.cos(np.pi * 89 / 90)))
+    kept = dataclasses.replace(stage, until={name: 0.5 for name in stage.data})
+    assert [stages.rate(k, kept) for k in range(100)] == [*rates[:10], *[1.0] * 90]
+
+
+def test_a_stage_ends_when_all_its_losses_are_low_enough(out, monkeypatch):
+    """Running means by hand: a source's first batch counts whole, later ones by a twentieth."""
+    told = iter([4.0, 2.0, 1.0, 0.5, 0.4, 0.3])
+    monkeypatch.setattr(stages, "update", lambda _, __, batch, *___: [next(told)] * len(batch.samples))
+    goal = 0.95 * (0.95 * 4.0 + 0.05 * 2.0) + 0.05 * 1.0
+    for most, until, steps in ((6, {"locate": goal + 1e-9}, 3), (2, {"locate": goal}, 2), (6, {}, 6)):
+        told = iter([4.0, 2.0, 1.0, 0.5, 0.4, 0.3])
+        stage = Stage({"locate": FIRST.data["locate"]}, steps=most, batch_size=4, lr=1e-3, until=until)
+        wanted = run(name=f"until{most}{len(until)}", stages=(stage,))
+        stages.train_stage(wanted, 0, out, train.accelerate([wanted]))
+        folder = out / wanted.stage_ids()[0]
+        assert folders.finished(folder).steps == steps
+        assert folders.metrics(folder)[-1]["step"] == steps
+    assert stages.running({"a": 1.0}, ["b", "a", "b"], [4.0, 3.0, 2.0]) == {"a": 0.95 + 0.05 * 3, "b": 3.0}
+    with pytest.raises(ValueError, match=r"until=\{'vqa': 1.0\} must name sources"):
+        Stage({"locate": FIRST.data["locate"]}, steps=2, batch_size=4, lr=1e-3, until={"vqa": 1.0})
 
 
 CONFIG = (

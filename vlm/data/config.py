@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Discriminator, Tag
 
-from ssm_retrieval.errors import UserError
 from vlm.data.samples import Source
 from vlm.schema import Natural, Positive, Seed, Text, checked
 
@@ -28,7 +27,9 @@ class Scenes:
         images: Number of scenes.
         split: "train", "heldout" or "combination".
         seed: Seed of the scenes.
-        turns: Questions about one image, for tasks that ask several.
+        turns: Most questions in a sample.
+        draws: Samples of each scene, with questions of their own.
+        shapes: Shapes of a scene.
     """
 
     task: str
@@ -36,12 +37,11 @@ class Scenes:
     split: Literal["train", "heldout", "combination"] = "train"
     seed: Seed = 0
     turns: Positive = 1
+    draws: Positive = 1
+    shapes: Positive = 6
 
     def __post_init__(self) -> None:
-        from vlm.scenes.source import SOURCES
-
-        if self.task not in SOURCES:
-            raise UserError(f"task {self.task!r} of scenes is unknown; use {', '.join(SOURCES)}")
+        self.build(answers=True)  # checks the values
 
     def build(self, *, answers: bool) -> Source:
         """Return the samples; `answers`: whether the prompts contain the answers."""
@@ -49,7 +49,7 @@ class Scenes:
 
         return SceneSource(
             self.task, self.images, seed=self.seed, split=self.split,
-            turns=self.turns, answers=answers,
+            turns=self.turns, draws=self.draws, shapes=self.shapes, answers=answers,
         )  # fmt: skip
 
     def declared(self) -> Scored:
@@ -62,7 +62,7 @@ class Scenes:
         """Return what a guess without the image learns from; None if no such guess is declared."""
         if self.declared().blind is None:
             return None
-        return dataclasses.replace(self, split="train", images=LEARNED)
+        return dataclasses.replace(self, split="train", images=LEARNED, draws=1)
 
 
 @checked

@@ -47,12 +47,14 @@ class VLMBatch:
         labels: (B, L) int64, not shifted; -100 = not supervised.
         features: (B, P, F).
         samples: B samples.
+        sources: B names, as the mixture has them.
     """
 
     input_ids: Tensor
     labels: Tensor
     features: Tensor
     samples: tuple[Sample, ...]
+    sources: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class _Text:
 
     input_ids: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
-    places: tuple[str, ...]  # the samples' sources, as the mixture names them
+    sources: tuple[str, ...]  # as the mixture names them
     samples: tuple[Sample, ...]
 
 
@@ -137,6 +139,7 @@ def batches(
                     torch.from_numpy(text.labels),
                     _fetch(mixture, features, text),
                     text.samples,
+                    text.sources,
                 )
 
 
@@ -207,7 +210,7 @@ def _padded(rows: Sequence[tuple[str, Sample, list[int], list[int]]]) -> _Text:
 def _fetch(mixture: Mixture, features: Features, text: _Text) -> Tensor:
     """Features in the order of the batch; one request per source."""
     rows: dict[str, list[int]] = {}
-    for i, name in enumerate(text.places):
+    for i, name in enumerate(text.sources):
         rows.setdefault(name, []).append(i)
     found = {
         name: features.get(mixture.sources[name], [text.samples[i].image for i in places])

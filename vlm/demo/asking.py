@@ -20,7 +20,7 @@ from vlm.pictures import Picture
 from vlm.predict import wording
 from vlm.prompts import END
 from vlm.scenes import TASKS, Example, Scene, make_example
-from vlm.scenes.source import answer, question
+from vlm.scenes.source import answer, conversation
 from vlm.tokenizer import SPECIAL, Text
 
 CAPTION = "Describe the image."  # the question of `vlm.scenes` that asks for a caption
@@ -95,7 +95,7 @@ def questions(scene: Scene) -> list[Question]:
     found = []
     for task in sorted(TASKS, key=lambda name: name != "grounding"):
         example = make_example(scene, task)
-        chunks = tuple(question(example, answers=False))
+        chunks = tuple(conversation([example], answers=False))
         sample = Sample(str(scene.index), task, str(scene.index), task, chunks, answer(example))
         found.append(Question(example.question, sample, example))
     return found

@@ -21,7 +21,8 @@ from vlm import components
 from vlm.config import Run, Scenes
 from vlm.evaluate import alike, load
 from vlm.information_flow.flow import answer_places, layer_flows
-from vlm.scenes.encoder import annotation, coverage
+from vlm.scenes.encoder import annotation
+from vlm.scenes.patches import coverage
 from vlm.scenes.scene import Box, Scene, sample_scene
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -24,15 +25,20 @@ from ssm_retrieval.models.seeding import seeded
 from ssm_retrieval.training import store
 from vlm import schema
 from vlm.scenes import VERSION as SCENES_VERSION
+from vlm.scenes.patches import owners
 from vlm.scenes.scene import Scene, sample_scene
 from vlm.scenes.stamps import COLOURS, SHAPES, SIZES, TEXTURES, WORDS, render
 
-PATCH = 8  # pixels a side
+# Encoder -> pixels of a patch's side, and of the images that it is trained on, in turn.
+ENCODERS: dict[str, tuple[int, tuple[int, ...]]] = {
+    "scenes": (8, (64, 96)),
+    "scenes-16px": (16, (96,)),
+    "scenes-32px": (32, (96,)),  # nine patches of 96 pixels: the cells of a scene, one object each
+}
 WIDTH = 128
 STEPS = 101  # 0.00 .. 1.00
-TRAINED = (64, 96)  # pixels of the images it is trained on, in turn
 IMAGES, EPOCHS, BATCH, LR = 16_000, 8, 64, 4e-3  # of its training
-VERSION = 1  # raise it when training leads to other weights
+VERSION = 2  # raise it when training leads to other weights
 # What a patch must tell of its object, with the number of answers; -1 = does not apply.
 QUESTIONS = {
     "kind": 4,
@@ -48,25 +54,26 @@ _NAMES = (*SHAPES, *map(str, range(10)), *WORDS)
 class SceneEncoder(nn.Module):
     """Pixels (B, 3, S, S), -1 .. 1 -> features after the last norm (B, P, 128).
 
-    There are P = (S / 8)^2 patches in raster order. Convolutions to one vector per patch of 8 x 8 pixels,
-    learned positions, one MLP, LayerNorm. The positions are those of TRAINED[0] pixels, interpolated for
-    other sizes, as in large encoders.
+    There are P = (S / patch)^2 patches in raster order. Convolutions to one vector per patch, learned
+    positions, one MLP, LayerNorm. The positions are those of the first size that it is trained on,
+    interpolated for other sizes, as in large encoders.
 
     Args:
+        name: One of ENCODERS.
         width: Width of the features.
     """
 
     num_prefix_tokens = 0  # no class token (timm's name for it)
 
-    def __init__(self, width: int = WIDTH):
+    def __init__(self, name: str = "scenes", width: int = WIDTH):
         super().__init__()
-        self.patch_embed = nn.Sequential(
-            nn.Conv2d(3, width // 4, 3, 2, 1), nn.GELU(),
-            nn.Conv2d(width // 4, width // 2, 3, 2, 1), nn.GELU(),
-            nn.Conv2d(width // 2, width, 3, 2, 1), nn.GELU(),
-        )  # fmt: skip
+        patch, trained_on = ENCODERS[name]
+        halvings = patch.bit_length() - 1
+        widths = [3, *(width >> max(2 - k, 0) for k in range(halvings))]
+        convolutions = [nn.Conv2d(i, o, 3, 2, 1) for i, o in pairwise(widths)]
+        self.patch_embed = nn.Sequential(*(layer for conv in convolutions for layer in (conv, nn.GELU())))
         self.blocks = nn.ModuleList(nn.Conv2d(width, width, 3, 1, 1) for _ in range(3))
-        side = TRAINED[0] // PATCH
+        side = trained_on[0] // patch
         self.pos_embed = nn.Parameter(torch.randn(1, width, side, side) * 0.02)
         self.norm_mlp = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
@@ -118,9 +125,7 @@ class Heads(nn.Module):
 
 
 def annotation(scene: Scene, side: int) -> tuple[dict[str, npt.NDArray[np.int64]], npt.NDArray[np.float32]]:
-    """Annotate the patches of a scene.
-
-    A patch belongs to the object that covers most of it, if any covers a tenth.
+    """Annotate the patches of a scene with the objects that they belong to (`patches.owners`).
 
     Args:
         scene: The scene.
@@ -133,37 +138,17 @@ def annotation(scene: Scene, side: int) -> tuple[dict[str, npt.NDArray[np.int64]
     labels = {name: np.full((side, side), -1) for name in QUESTIONS}
     labels["kind"][:] = 0
     boxes = np.zeros((side, side, 4), np.float32)
-    best = np.full((side, side), 0.1)
-    for item in scene.objects:
-        box = tuple(value / scene.size for value in item.box)
-        cover = coverage(box, side)
-        mine = cover > best
-        best = np.maximum(best, cover)
+    belongs = owners(scene, side)
+    for k, item in enumerate(scene.objects):
+        mine = belongs == k
         labels["kind"][mine] = _KINDS.index(item.kind)
         labels["name"][mine] = _NAMES.index(item.name)
         labels["colour"][mine] = list(COLOURS).index(item.colour)
         shape = item.kind == "shape"
         labels["size"][mine] = SIZES.index(item.size) if shape else -1
         labels["texture"][mine] = TEXTURES.index(item.texture) if shape else -1
-        boxes[mine] = box
+        boxes[mine] = [value / scene.size for value in item.box]
     return {name: value.reshape(-1) for name, value in labels.items()}, boxes.reshape(-1, 4)
-
-
-def coverage(box: Sequence[float], side: int) -> npt.NDArray[np.float64]:
-    """Return the share of each patch that a box covers.
-
-    Args:
-        box: x_min, y_min, x_max, y_max, as shares of the image.
-        side: Patches along one side.
-
-    Returns:
-        (side, side), 0 .. 1.
-    """
-    x0, y0, x1, y1 = box
-    edges = np.arange(side) / side
-    across = np.clip(np.minimum(edges + 1 / side, x1) - np.maximum(edges, x0), 0, None) * side
-    down = np.clip(np.minimum(edges + 1 / side, y1) - np.maximum(edges, y0), 0, None) * side
-    return down[:, None] * across
 
 
 def resized(pictures: Sequence[npt.NDArray[np.uint8]], image_size: int) -> Tensor:
@@ -188,19 +173,31 @@ def scaled(pixels: Tensor) -> Tensor:
     return (pixels.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
-def key(images: int = IMAGES) -> str:
-    """Return a name for everything that the encoder's weights depend on; `images`: of its training."""
-    sizes = "-".join(map(str, TRAINED))
-    more = hashlib.sha256(repr((SCENES_VERSION, PATCH, WIDTH, STEPS, BATCH, LR)).encode()).hexdigest()[:8]
-    return f"scenes-v{VERSION}-{sizes}px-{images}x{EPOCHS}-{more}"
+def key(name: str = "scenes", images: int = IMAGES) -> str:
+    """Return a name for everything that an encoder's weights depend on.
+
+    Args:
+        name: One of ENCODERS.
+        images: Number of training scenes.
+
+    Returns:
+        The name, which files can have.
+    """
+    patch, trained_on = ENCODERS[name]
+    sizes = "-".join(map(str, trained_on))
+    more = hashlib.sha256(repr((SCENES_VERSION, patch, WIDTH, STEPS, BATCH, LR)).encode()).hexdigest()[:8]
+    return f"{name}-v{VERSION}-{sizes}px-{images}x{EPOCHS}-{more}"
 
 
-def trained(folder: Path, *, images: int = IMAGES, progress: bool = True) -> SceneEncoder:
-    """Return the frozen encoder, from disk or trained first (about two minutes on two cores).
+def trained(
+    folder: Path, name: str = "scenes", *, images: int = IMAGES, progress: bool = True
+) -> SceneEncoder:
+    """Return a frozen encoder, from disk or trained first (about two minutes on two cores).
 
     Args:
         folder: Folder of the weights.
-        images: Number of training scenes; each is seen EPOCHS times, at the sizes TRAINED in turn.
+        name: One of ENCODERS.
+        images: Number of training scenes; each is seen EPOCHS times, at the encoder's sizes in turn.
         progress: Whether to show a bar.
 
     Returns:
@@ -210,14 +207,14 @@ def trained(folder: Path, *, images: int = IMAGES, progress: bool = True) -> Sce
         UserError: If the file of the weights is damaged.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{key(images)}.safetensors"
+    path = folder / f"{key(name, images)}.safetensors"
     with seeded(0):
-        encoder, heads = SceneEncoder(), Heads()
+        encoder, heads = SceneEncoder(name), Heads()
     with FileLock(path.with_suffix(".lock")):
         schema.remove_left(path)
         if not path.exists():
-            _train(encoder, heads, images, progress)
-            store.save_tensors(path, encoder.state_dict(), {"encoder": key(images)})
+            _train(encoder, heads, ENCODERS[name], images, progress)
+            store.save_tensors(path, encoder.state_dict(), {"encoder": key(name, images)})
     remedy = "delete it, and it is trained anew, which takes about two minutes"
     found, _ = schema.tensors(path, remedy)
     schema.check_tensors(path, found, encoder.state_dict(), remedy)
@@ -234,16 +231,19 @@ class _Set:
     boxes: Tensor
 
     @staticmethod
-    def of(scenes: Sequence[Scene], size: int) -> _Set:
+    def of(scenes: Sequence[Scene], size: int, patch: int) -> _Set:
         made = [resized([render(s) for s in scenes[i : i + 500]], size) for i in range(0, len(scenes), 500)]
-        annotated = [annotation(scene, size // PATCH) for scene in scenes]
+        annotated = [annotation(scene, size // patch) for scene in scenes]
         labels = {name: torch.from_numpy(np.stack([a[0][name] for a in annotated])) for name in QUESTIONS}
         return _Set(torch.cat(made), labels, torch.from_numpy(np.stack([a[1] for a in annotated])))
 
 
-def _train(encoder: SceneEncoder, heads: Heads, images: int, progress: bool) -> None:
+def _train(
+    encoder: SceneEncoder, heads: Heads, sizes: tuple[int, tuple[int, ...]], images: int, progress: bool
+) -> None:
     scenes = [sample_scene(0, "train", i) for i in range(images)]
-    sets = [_Set.of(scenes, size) for size in TRAINED]
+    patch, trained_on = sizes
+    sets = [_Set.of(scenes, size, patch) for size in trained_on]
     # torch's type for this call is missing
     encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     parameters = [*encoder.parameters(), *heads.parameters()]
@@ -255,8 +255,7 @@ def _train(encoder: SceneEncoder, heads: Heads, images: int, progress: bool) -> 
     for step in track(range(steps), "vision encoder", disable=not progress):
         rows, seen = order[step * BATCH : (step + 1) * BATCH], sets[step % len(sets)]
         labels = {name: y[rows] for name, y in seen.labels.items()}
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = heads.loss(encoder(scaled(seen.pixels[rows])), labels, seen.boxes[rows])
+        loss = heads.loss(encoder(scaled(seen.pixels[rows])), labels, seen.boxes[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

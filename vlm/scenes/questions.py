@@ -13,12 +13,15 @@ import numpy as np
 
 from ssm_retrieval.errors import UserError
 from vlm.prompts import box_text
-from vlm.scenes.scene import COLOUR_COUNTS, HELDOUT_PAIRS, Box, Object, Scene, scene_stream
+from vlm.scenes.scene import HELDOUT_PAIRS, Box, Object, Scene, scene_stream
 from vlm.scenes.stamps import COLOURS, SHAPES
 
 T = TypeVar("T")
+Even = Callable[[int], int]  # number of ways -> which one, each equally often (`balanced`)
 LETTERS = "ABCD"
-_QUESTION_INDEX = 2**60  # scenes below this index never share a random stream with a question
+# Scenes, whose indices are below 2**41, never share a random stream with a question, nor do two draws.
+_BALANCE_INDEX, _QUESTION_INDEX = 2**59, 2**60
+DRAW_STEP, MAX_DRAWS = 2**45, 2**14
 _ATTRIBUTES = ("colour", "name", "size", "texture")
 
 
@@ -43,43 +46,49 @@ class Example:
     boxes: tuple[Box, ...] = ()
 
 
-def make_example(scene: Scene, task: str) -> Example:
-    """Return the one example that a task makes of a scene.
+def make_example(scene: Scene, task: str, draw: int = 0) -> Example:
+    """Return an example that a task makes of a scene.
 
     Args:
         scene: The scene.
         task: Name in TASKS.
+        draw: Number of the question; each number asks anew about the same scene.
 
     Returns:
         The example.
 
     Raises:
-        UserError: If the task is unknown.
+        UserError: If the task is unknown, or the draw is out of range.
     """
     if task not in TASKS:
         raise UserError(f"unknown task {task!r}; valid: {', '.join(TASKS)}")
+    if not 0 <= draw < MAX_DRAWS:
+        raise UserError(f"draw {draw} must be in 0 .. {MAX_DRAWS - 1}")
     number = list(TASKS).index(task)
-    # each task has its own stream, so tasks do not depend on each other
-    rng = scene_stream(scene.seed, scene.split, _QUESTION_INDEX + scene.index * len(TASKS) + number)
-    return TASKS[task](scene, rng)
+    # each task and draw has its own stream, so questions do not depend on each other
+    place = _QUESTION_INDEX + draw * DRAW_STEP + scene.index * len(TASKS) + number
+    return TASKS[task](
+        scene, scene_stream(scene.seed, scene.split, place), partial(balanced, scene, task, draw)
+    )
 
 
-def balanced(scene: Scene, task: str, ways: int) -> int:
+def balanced(scene: Scene, task: str, draw: int, ways: int) -> int:
     """Draw a number that comes equally often: once in every `ways` consecutive scenes, in random order.
 
-    The order is the task's own, so questions about one image do not share their answers.
+    The order is the task's and draw's own, so questions about one image do not share their answers.
 
     Args:
         scene: The scene; its index decides the number.
         task: Name in TASKS.
+        draw: Number of the question.
         ways: How many numbers there are.
 
     Returns:
         0 .. ways - 1.
     """
     block, place = divmod(scene.index, ways)
-    order = scene_stream(scene.seed, scene.split, 2**59 + block * 16 + list(TASKS).index(task))
-    return int(order.permutation(ways)[place])
+    number = _BALANCE_INDEX + draw * DRAW_STEP + block * 16 + list(TASKS).index(task)
+    return int(scene_stream(scene.seed, scene.split, number).permutation(ways)[place])
 
 
 def _pick(rng: np.random.Generator, items: Sequence[T]) -> T:
@@ -121,7 +130,7 @@ def unique_phrases(scene: Scene, item: Object, attributes: Sequence[str] = _ATTR
     return []
 
 
-def caption(scene: Scene, rng: np.random.Generator) -> Example:
+def caption(scene: Scene, rng: np.random.Generator, even: Even) -> Example:
     """Ask for a caption; the answer lists every object in reading order."""
     parts = []
     for item in scene.objects:
@@ -136,7 +145,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> Example:
     return Example(scene, "caption", "Describe the image.", text[0].upper() + text[1:], boxes=boxes)
 
 
-def existence(scene: Scene, rng: np.random.Generator) -> Example:
+def existence(scene: Scene, rng: np.random.Generator, even: Even) -> Example:
     """Ask whether there is a shape of a colour; yes and no alternate evenly."""
     present = {(item.colour, item.name) for item in scene.shapes}
     asked = [
@@ -146,7 +155,7 @@ def existence(scene: Scene, rng: np.random.Generator) -> Example:
         # both answers ask about the same pairs: a pair that only "no" asks about would give itself away
         if ((colour, shape) in HELDOUT_PAIRS) == (scene.split == "combination")
     ]
-    yes = balanced(scene, "existence", 2) == 1
+    yes = even(2) == 1
     colour, shape = _pick(rng, [pair for pair in asked if (pair in present) == yes])
     boxes = tuple(o.box for o in scene.shapes if (o.colour, o.name) == (colour, shape))
     article = "an" if colour[0] in "aeiou" else "a"
@@ -160,17 +169,19 @@ def _colour_counts(scene: Scene) -> dict[str, int]:
     return {colour: counts[colour] for colour in COLOURS}
 
 
-def count(scene: Scene, rng: np.random.Generator) -> Example:
-    """Ask how many shapes have a colour; 0 .. 3 come equally often."""
-    answer = balanced(scene, "count", len(COLOUR_COUNTS) + 1)
-    colour = _pick(rng, [name for name, number in _colour_counts(scene).items() if number == answer])
+def count(scene: Scene, rng: np.random.Generator, even: Even) -> Example:
+    """Ask how many shapes have a colour; the answers that a scene allows (0 .. 3) come equally often."""
+    counts = _colour_counts(scene)
+    possible = sorted(set(counts.values()))
+    answer = possible[even(len(possible))]
+    colour = _pick(rng, [name for name, number in counts.items() if number == answer])
     boxes = tuple(item.box for item in scene.shapes if item.colour == colour)
     return Example(scene, "count", f"How many {colour} shapes are there?", str(answer), boxes=boxes)
 
 
-def attribute(scene: Scene, rng: np.random.Generator) -> Example:
+def attribute(scene: Scene, rng: np.random.Generator, even: Even) -> Example:
     """Ask for the colour, name, size or texture of a shape that the others identify."""
-    first = balanced(scene, "attribute", len(_ATTRIBUTES))
+    first = even(len(_ATTRIBUTES))
     # a scene may have no shape that can be named without its colour, for example; then ask another attribute
     for asked in _ATTRIBUTES[first:] + _ATTRIBUTES[:first]:
         others = [name for name in _ATTRIBUTES if name != asked]
@@ -183,18 +194,18 @@ def attribute(scene: Scene, rng: np.random.Generator) -> Example:
     return Example(scene, "attribute", question, getattr(item, asked), boxes=(item.box,))
 
 
-def comparison(scene: Scene, rng: np.random.Generator) -> Example:
+def comparison(scene: Scene, rng: np.random.Generator, even: Even) -> Example:
     """Ask whether one colour has more shapes than another; yes and no alternate evenly."""
     counts = _colour_counts(scene)
     pairs = [(a, b) for a in counts for b in counts if counts[a] > counts[b]]
     more, fewer = _pick(rng, pairs)
-    yes = balanced(scene, "comparison", 2) == 1
+    yes = even(2) == 1
     first, second = (more, fewer) if yes else (fewer, more)
     question = f"Are there more {first} shapes than {second} shapes?"
     return Example(scene, "comparison", question, "yes" if yes else "no")
 
 
-def spatial(scene: Scene, rng: np.random.Generator) -> Example:
+def spatial(scene: Scene, rng: np.random.Generator, even: Even) -> Example:
     """Ask whether a shape is left of, right of, above or below another one."""
     axes = [0, 1]
     pairs = [
@@ -205,7 +216,7 @@ def spatial(scene: Scene, rng: np.random.Generator) -> Example:
         if a is not b and (a.box[axis + 2] <= b.box[axis] or b.box[axis + 2] <= a.box[axis])
     ]
     a, b, axis = _pick(rng, pairs)
-    yes = balanced(scene, "spatial", 2) == 1
+    yes = even(2) == 1
     lower, higher = (("left of", "right of"), ("above", "below"))[axis]
     relation = lower if (a.box[axis] < b.box[axis]) == yes else higher
     names = phrase(a, ("colour", "name")), phrase(b, ("colour", "name"))
@@ -213,7 +224,7 @@ def spatial(scene: Scene, rng: np.random.Generator) -> Example:
     return Example(scene, "spatial", question, "yes" if yes else "no", boxes=(a.box, b.box))
 
 
-def grounding(scene: Scene, rng: np.random.Generator) -> Example:
+def grounding(scene: Scene, rng: np.random.Generator, even: Even) -> Example:
     """Ask for the box of a shape."""
     item = _pick(rng, subjects(scene))
     question = f"Where is the {_pick(rng, unique_phrases(scene, item))}?"
@@ -222,24 +233,25 @@ def grounding(scene: Scene, rng: np.random.Generator) -> Example:
     return Example(scene, "grounding", question, answer, boxes=(item.box,))
 
 
-def pointing(scene: Scene, rng: np.random.Generator) -> Example:
+def pointing(scene: Scene, rng: np.random.Generator, even: Even) -> Example:
     """Ask which of four boxes shows a shape; the right letter comes equally often."""
     item = _pick(rng, subjects(scene))
     others = [o for o in scene.shapes if o is not item]
     candidates = [others[k] for k in rng.permutation(len(others))[: len(LETTERS) - 1]]
-    place = balanced(scene, "pointing", len(LETTERS))
+    place = even(len(candidates) + 1)
     candidates.insert(place, item)
     question = f"Which box shows the {_pick(rng, unique_phrases(scene, item))}?"
     boxes = tuple(o.box for o in candidates)
-    return Example(scene, "pointing", question, LETTERS[place], tuple(LETTERS), boxes)
+    return Example(scene, "pointing", question, LETTERS[place], tuple(LETTERS[: len(boxes)]), boxes)
 
 
-def reading(scene: Scene, rng: np.random.Generator, kind: str) -> Example:
+def reading(scene: Scene, rng: np.random.Generator, even: Even, kind: str) -> Example:
     """Ask for the digit or the word in a scene.
 
     Args:
         scene: The scene.
         rng: Not used.
+        even: Not used.
         kind: "digit" or "word".
 
     Returns:
@@ -249,7 +261,7 @@ def reading(scene: Scene, rng: np.random.Generator, kind: str) -> Example:
     return Example(scene, f"reading-{kind}", f"Which {kind} is written?", item.name, boxes=(item.box,))
 
 
-TASKS: dict[str, Callable[[Scene, np.random.Generator], Example]] = {
+TASKS: dict[str, Callable[[Scene, np.random.Generator, Even], Example]] = {
     "caption": caption,
     "existence": existence,
     "count": count,

@@ -16,9 +16,10 @@ from vlm.scenes.stamps import COLOURS, GRID, MARGIN, SHAPES, SIZES, TEXTURES, WO
 # train; the same distribution with unseen digit images; colour x shape pairs that training never shows
 SPLITS = ("train", "heldout", "combination")
 MIN_SIZE = 96
-MAX_INDEX = 2**48  # streams of higher indices are for the questions
+MAX_INDEX = 2**41  # streams of higher indices are for the questions
 # One colour occurs once, one twice, one three times, three never: every scene has the counts 0 .. 3.
 COLOUR_COUNTS = (1, 2, 3)
+MOST_SHAPES = sum(COLOUR_COUNTS)
 _COMBINATION_INDEX = 2**62  # keeps the random streams of `combination` apart from those of `heldout`
 # Each colour has one held-out shape, and each shape one held-out colour.
 HELDOUT_PAIRS = frozenset((colour, SHAPES[(i + 1) % len(SHAPES)]) for i, colour in enumerate(COLOURS))
@@ -105,7 +106,7 @@ def digit_sources(split: str, digit: int) -> npt.NDArray[np.int64]:
     return images[(np.arange(images.size) % 5 == 4) == (split != "train")]
 
 
-def sample_scene(seed: int, split: str, index: int, size: int = 128) -> Scene:
+def sample_scene(seed: int, split: str, index: int, size: int = 128, shapes: int = MOST_SHAPES) -> Scene:
     """Make a scene: six shapes, a handwritten digit and a word, in eight of the image's nine cells.
 
     Colour and shape together identify one shape of a scene.
@@ -115,6 +116,7 @@ def sample_scene(seed: int, split: str, index: int, size: int = 128) -> Scene:
         split: One of SPLITS.
         index: Index of the scene.
         size: Pixels a side.
+        shapes: How many of the shapes to keep; the others are missing, and nothing else changes.
 
     Returns:
         The scene.
@@ -125,7 +127,9 @@ def sample_scene(seed: int, split: str, index: int, size: int = 128) -> Scene:
     if size < MIN_SIZE:
         raise UserError(f"size {size} is too small to read words in: give at least {MIN_SIZE} pixels")
     if not 0 <= index < MAX_INDEX:
-        raise UserError(f"index {index} must be in 0 .. 2**48 - 1")
+        raise UserError(f"index {index} must be in 0 .. 2**41 - 1")
+    if not 1 <= shapes <= MOST_SHAPES or (split == "combination" and shapes < MOST_SHAPES):
+        raise UserError(f"shapes={shapes} must be in 1 .. {MOST_SHAPES}, and {MOST_SHAPES} for 'combination'")
     rng = scene_stream(seed, split, index)
     items = [(("shape", shape, colour), -1) for colour, shape in _draw_pairs(rng, split)]
     digit = int(rng.integers(10))
@@ -146,7 +150,12 @@ def sample_scene(seed: int, split: str, index: int, size: int = 128) -> Scene:
             (0, 0, 0, 0), source,
         )  # fmt: skip
         objects.append(_place(rng, item, int(cells[k]), size))
-    return Scene(tuple(objects), size, int(rng.integers(225, 250)), seed, split, index)
+    ground = int(rng.integers(225, 250))
+    if shapes < MOST_SHAPES:
+        which = [k for k, item in enumerate(objects) if item.kind == "shape"]
+        gone = set(rng.permutation(which)[shapes:].tolist())
+        objects = [item for k, item in enumerate(objects) if k not in gone]
+    return Scene(tuple(objects), size, ground, seed, split, index)
 
 
 def _draw_pairs(rng: np.random.Generator, split: str) -> list[tuple[str, str]]:

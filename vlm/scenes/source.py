@@ -13,29 +13,33 @@ from vlm import prompts
 from vlm.data.samples import Sample
 from vlm.prompts import Chunk
 from vlm.scenes import TASKS, VERSION, Example, Object, Scene, make_example, render, sample_scene
-from vlm.scenes.questions import phrase, unique_phrases
-from vlm.scenes.scene import scene_stream
+from vlm.scenes.questions import DRAW_STEP, MAX_DRAWS, phrase, unique_phrases
+from vlm.scenes.scene import MOST_SHAPES, scene_stream
 
-QUESTIONS = ("existence", "count", "attribute", "comparison", "spatial", "reading-digit", "reading-word")
+READING = ("reading-digit", "reading-word")  # a scene has one digit and one word: asked once a sample
+ASKED = ("existence", "count", "attribute", "comparison", "spatial")
 PACKED = ("describe", "vqa", "locate")  # sources of several turns
 SOURCES = (*TASKS, *PACKED)
 _TURN_INDEX = 2**61  # keeps the streams here apart from those of scenes and questions
 
 
 class SceneSource:
-    """Samples of one task; sample i is about scene i.
+    """Samples of one task; sample i is about scene i modulo `images`.
 
     Args:
-        task: One of `vlm.scenes.TASKS`, or one that asks several questions about an image: "vqa" (questions
-            of different kinds), "locate" (boxes of phrases), "describe" (descriptions of boxes).
+        task: One of `vlm.scenes.TASKS`, or one of PACKED: "vqa" (short questions of all kinds), "locate"
+            (boxes of different shapes), "describe" (descriptions of boxes).
         images: Number of scenes.
         seed: Seed of the scenes.
         split: "train", "heldout" or "combination".
-        turns: Questions about an image, for the tasks that ask several; the others ignore it.
+        turns: Most questions in a sample. One that comes up twice is asked once; captions have one turn.
+        draws: Samples of each scene, with questions of their own.
+        shapes: Shapes of a scene (`sample_scene`).
         answers: Whether prompts contain the answers; if not, they are in `Sample.target`.
 
     Raises:
-        UserError: If the task is unknown.
+        UserError: If the task is unknown, several questions are asked without answers, or there are too many
+            questions about a scene.
     """
 
     def __init__(
@@ -46,34 +50,41 @@ class SceneSource:
         seed: int = 0,
         split: str = "train",
         turns: int = 1,
+        draws: int = 1,
+        shapes: int = MOST_SHAPES,
         answers: bool = True,
     ):
         if task not in SOURCES:
             raise UserError(f"task {task!r} of scenes is unknown; use {', '.join(SOURCES)}")
+        if turns * draws > MAX_DRAWS:
+            raise UserError(f"turns={turns} x draws={draws} must be at most {MAX_DRAWS}; lower one of them")
         self.name, self.images, self.seed, self.split = task, images, seed, split
-        self.turns, self.answers = turns, answers
-        self.fingerprint = f"scenes-v{VERSION}-{split}-seed{seed}"
+        self.turns, self.draws, self.shapes, self.answers = turns, draws, shapes, answers
+        self.scene("0")  # checks the rest
+        fewer = "" if shapes == MOST_SHAPES else f"-{shapes}shapes"
+        self.fingerprint = f"scenes-v{VERSION}-{split}-seed{seed}{fewer}"
 
     def __len__(self) -> int:
-        return self.images
+        return self.images * self.draws
 
     def keys(self) -> Sequence[str]:
         """Return the scenes' numbers as text."""
         return [str(i) for i in range(self.images)]
 
+    def scene(self, image: str) -> Scene:
+        """Return the scene of a picture by its key."""
+        return sample_scene(self.seed, self.split, int(image), shapes=self.shapes)
+
     def picture(self, image: str) -> npt.NDArray[np.uint8]:
         """Render a scene, (128, 128, 3) uint8, RGB."""
-        return render(sample_scene(self.seed, self.split, int(image)))
+        return render(self.scene(image))
 
     def __getitem__(self, index: int) -> Sample:
-        scene = sample_scene(self.seed, self.split, index)
-        rng = scene_stream(self.seed, self.split, _TURN_INDEX + index)
-        if self.name == "vqa":
-            kinds = rng.permutation(len(QUESTIONS))[: self.turns]
-            asked = [make_example(scene, QUESTIONS[k]) for k in kinds]
-            chunks = prompts.vqa([(e.question, e.answer) for e in asked])
-            target: dict[str, Any] = {}
-        elif self.name in ("locate", "describe"):
+        draw, number = divmod(index, self.images)
+        scene = self.scene(str(number))
+        rng = scene_stream(self.seed, self.split, _TURN_INDEX + draw * DRAW_STEP + number)
+        target: dict[str, Any] = {}
+        if self.name in ("locate", "describe"):
             chosen = [scene.shapes[k] for k in rng.permutation(len(scene.shapes))[: self.turns]]
             if self.name == "locate":
                 named = [_named(scene, item, rng) for item in chosen]
@@ -82,24 +93,49 @@ class SceneSource:
             else:
                 described = [(item.box, full_phrase(item)) for item in chosen]
                 chunks = prompts.dense_captioning(described, scene.size, scene.size)
-            target = {}
         else:
-            example = make_example(scene, self.name)
-            chunks, target = question(example, answers=self.answers), answer(example)
-        return Sample(str(index), self.name, str(index), self.name, tuple(chunks), target)
+            kinds = mixed(rng, self.turns) if self.name == "vqa" else [self.name] * self.turns
+            examples = [
+                make_example(scene, kind, draw * self.turns + turn) for turn, kind in enumerate(kinds)
+            ]
+            different = list({(e.question, e.boxes): e for e in examples}.values())
+            chunks = conversation(different, answers=self.answers)
+            if len(examples) == 1:
+                target = answer(examples[0])
+        id_ = str(number) if self.draws == 1 else f"{number}.{draw}"
+        return Sample(id_, self.name, str(number), self.name, tuple(chunks), target)
 
 
-def question(example: Example, *, answers: bool) -> list[Chunk]:
-    """Return the prompt of an example; `answers`: with its answer."""
-    size = example.scene.size
-    if example.task == "caption":
-        return prompts.captioning(example.answer if answers else None)
-    if example.task == "grounding":
-        return prompts.grounding([(referred(example), example.boxes[0] if answers else None)], size, size)
-    if example.task == "pointing":
-        right = example.choices.index(example.answer) if answers else None
-        return prompts.pointing([(example.question, example.boxes, right)], size, size)
-    return prompts.vqa([(example.question, example.answer if answers else None)])
+def mixed(rng: np.random.Generator, turns: int) -> list[str]:
+    """Draw kinds of questions: all of them in turn, but what is written in the picture only once."""
+    kinds = [*rng.permutation([*ASKED, *READING])]
+    while len(kinds) < turns:
+        kinds += [*rng.permutation(ASKED)]
+    return [str(kind) for kind in kinds[:turns]]
+
+
+def conversation(examples: Sequence[Example], *, answers: bool) -> list[Chunk]:
+    """Return the prompt of several examples of one scene and one form of answer.
+
+    Args:
+        examples: Examples, all of captions, of grounding, of pointing, or of short answers.
+        answers: Whether with their answers.
+
+    Returns:
+        The prompt.
+    """
+    first, size = examples[0], examples[0].scene.size
+    if first.task == "caption":
+        return prompts.captioning(first.answer if answers else None)
+    if first.task == "grounding":
+        return prompts.grounding(
+            [(referred(e), e.boxes[0] if answers else None) for e in examples], size, size
+        )
+    if first.task == "pointing":
+        right = [e.choices.index(e.answer) if answers else None for e in examples]
+        asked = [(e.question, e.boxes, one) for e, one in zip(examples, right, strict=True)]
+        return prompts.pointing(asked, size, size)
+    return prompts.vqa([(e.question, e.answer if answers else None) for e in examples])
 
 
 def referred(example: Example) -> str:
