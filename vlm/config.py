@@ -175,6 +175,7 @@ class Run:
     def stage_ids(self) -> list[str]:
         """Return the folder name of every stage."""
         from vlm import tokenizer
+        from vlm.data import sources
         from vlm.scenes import VERSION, encoder
 
         said: Any = {"version": TRAINING_VERSION} | {
@@ -190,6 +191,8 @@ class Run:
             del settled["steps" if stage.epochs else "epochs"]
             if any(isinstance(source, Scenes) for source in stage.data.values()):
                 settled["scenes"] = VERSION
+            if any(isinstance(source, Files) for source in stage.data.values()):
+                settled["files"] = sources.VERSION
             if number == len(self.stages) - 1 and settled["layouts"] != (self.layout,):
                 settled["asked"] = self.layout  # a folder's model is asked in one layout
             said = {"before": said, "stage": settled}

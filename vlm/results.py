@@ -100,13 +100,14 @@ def score(samples: Sequence[Sample], answers: Sequence[str]) -> list[Row]:
 
 def fingerprint(run: Run) -> str:
     """Hash of what a table of this run depends on beside its weights: what is asked, how, and the scores."""
+    from vlm.data.sources import VERSION as FILES
     from vlm.scenes import VERSION as SCENES
 
     asked = [
         (name, dataclasses.asdict(data), data.declared().max_new_tokens)
         for name, data in run.evaluation.items()
     ]
-    said = [VERSION, SCENES, asked, run.layout, run.max_new_tokens, catalogue.captions_are_scored()]
+    said = [VERSION, SCENES, FILES, asked, run.layout, run.max_new_tokens, catalogue.captions_are_scored()]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 

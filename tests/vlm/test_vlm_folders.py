@@ -103,6 +103,28 @@ def test_stage_ids_know_encoder_tokenizer_and_scenes(monkeypatch, tmp_path):
     assert elsewhere.stage_ids() != before
 
 
+def test_stage_ids_and_tables_know_the_version_of_samples_of_files(monkeypatch):
+    from vlm.data import sources
+
+    asked = {"c": Files("coco", "test", "a", "b")}
+    trained = run(stages=(stage(data={"c": Files("coco", "train", "a", "b")}),))
+    names, made = [trained.stage_ids(), run().stage_ids()], results.fingerprint(run(evaluation=asked))
+    monkeypatch.setattr(sources, "VERSION", 99)
+    assert trained.stage_ids() != names[0] and run().stage_ids() == names[1]
+    assert results.fingerprint(run(evaluation=asked)) != made
+
+
+@pytest.mark.parametrize("more", [
+    {"published": True}, {"every_slot": False}, {"filtered": True}, {"first": 3},
+    {"options": {"expressions": "last"}}, {"regions": "dense captioning"},
+])  # fmt: skip
+def test_stage_ids_and_tables_know_how_files_are_read(more):
+    plain, other = (Files("refcoco", "train", "a", "b", **given) for given in ({}, more))
+    ids = {tuple(run(stages=(stage(data={"r": data}),)).stage_ids()) for data in (plain, other)}
+    made = {results.fingerprint(run(evaluation={"r": data})) for data in (plain, other)}
+    assert len(ids) == len(made) == 2
+
+
 def test_features_of_scenes_know_their_version(monkeypatch):
     from vlm.scenes import source
 
