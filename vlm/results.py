@@ -103,11 +103,21 @@ def fingerprint(run: Run) -> str:
     from vlm.data.sources import VERSION as FILES
     from vlm.scenes import VERSION as SCENES
 
-    asked = [
-        (name, dataclasses.asdict(data), data.declared().max_new_tokens)
-        for name, data in run.evaluation.items()
+    asked = []
+    for name, data in run.evaluation.items():
+        scored = data.declared()
+        metric = scored.metric and scored.metric.name
+        asked.append((name, dataclasses.asdict(data), scored.max_new_tokens, metric, scored.chance))
+    said = [
+        VERSION,
+        SCENES,
+        FILES,
+        asked,
+        run.layout,
+        run.image_size,
+        run.max_new_tokens,
+        catalogue.captions_are_scored(),
     ]
-    said = [VERSION, SCENES, FILES, asked, run.layout, run.max_new_tokens, catalogue.captions_are_scored()]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 
