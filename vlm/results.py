@@ -108,16 +108,8 @@ def fingerprint(run: Run) -> str:
         scored = data.declared()
         metric = scored.metric and scored.metric.name
         asked.append((name, dataclasses.asdict(data), scored.max_new_tokens, metric, scored.chance))
-    said = [
-        VERSION,
-        SCENES,
-        FILES,
-        asked,
-        run.layout,
-        run.image_size,
-        run.max_new_tokens,
-        catalogue.captions_are_scored(),
-    ]
+    scores = catalogue.captions_are_scored()
+    said = [VERSION, SCENES, FILES, asked, run.layout, run.max_new_tokens, scores]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -13,6 +13,8 @@ from vlm_files import CASES, CHAT, INSTANCES, V7W, write
 from vlm_sources import ASKED, source
 
 from vlm import prompts
+from vlm.data import tasks
+from vlm.data.records import Choice, Grounded, GroundedCaption, Span
 from vlm.data.sources import FileSource
 from vlm.data.turns import Rules
 from vlm.prompts import END, INSTRUCTIONS, image_place
@@ -93,19 +95,22 @@ def test_published_boxes_are_rounded_after_they_were_scaled():
             assert plain.startswith(f"[{x / side:.2f},")
             differ += plain != wanted
     assert differ > 10
-    regions = prompts.dense_captioning([((5, 0, 200, 1), "sky")], 1000, 10, published=True)
-    assert regions[1].text == prompts.box_text((5, 0, 200, 1), 1000, 10, published=True) + ".\n"
 
 
 def test_boxes_are_cut_at_the_far_edges_unless_published():
     box = (2, 3, 12, 10.1)
     assert prompts.box_text(box, 10, 10) == "[0.20,0.30,1.00,1.00]"
     assert prompts.box_text(box, 10, 10, published=True) == "[0.20,0.30,1.20,1.01]"
-    for published, edge in ((False, "1.00"), (True, "1.20")):
-        shown = prompts.pointing([("q", [box, box], 0)], 10, 10, published=published)
-        told = prompts.grounding([("q", box)], 10, 10, published=published)
-        marked = prompts.grounded_captioning("a b", [(0, 1, [box])], 10, 10, published=published)
-        assert all(f",{edge}," in text_of(chunks) for chunks in (shown, told, marked))
+    head = dict(id="1", source="s", split="train", image="a.jpg", width=10, height=10)
+    span = Span(start=0, end=1, boxes=(box,), score=1.0)
+    region = Grounded(**head, phrase="p", box=box)
+    shown = Choice(**head, question="q", choices=("a", "b"), answer=0, boxes=(box, box))
+    for task, record in (
+        (tasks.GROUNDING, region), (tasks.DENSE_CAPTIONING, region), (tasks.POINTING, shown),
+        (tasks.GROUNDED_CAPTIONING, GroundedCaption(**head, caption="a b", spans=(span,))),
+    ):  # fmt: skip
+        for published, edge in ((False, "1.00"), (True, "1.20")):
+            assert f",{edge}," in text_of(task.prompt([record], True, lambda _: (10, 10), published))
 
 
 # --- samples ------------------------------------------------------------------------------------------------
