@@ -185,6 +185,7 @@ class Run:
     def stage_ids(self) -> list[str]:
         """Return the folder name of every stage."""
         from vlm import tokenizer
+        from vlm.data import sources
         from vlm.scenes import VERSION, encoder
 
         said: Any = {"version": TRAINING_VERSION} | {
@@ -200,8 +201,14 @@ class Run:
             del settled["steps" if stage.epochs else "epochs"]
             if any(isinstance(source, Scenes) for source in stage.data.values()):
                 settled["scenes"] = VERSION
-            if number == len(self.stages) - 1 and settled["layouts"] != (self.layout,):
-                settled["asked"] = self.layout  # a folder's model is asked in one layout
+            declared = [source.declared() for source in stage.data.values() if isinstance(source, Files)]
+            if declared:  # of a data set of yours, what it declares may change
+                settled["files"] = [sources.VERSION, [(d.task.name, d.turns, d.scattered) for d in declared]]
+            if number == len(self.stages) - 1:  # a folder's model is asked in one layout, at one size
+                if settled["layouts"] != (self.layout,):
+                    settled["asked"] = self.layout
+                if settled["image_size"] != self.image_size:
+                    settled["asked_size"] = self.image_size
             said = {"before": said, "stage": settled}
             digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
             names.append(f"{self.family}-{self.size(stage)}px-seed{self.seed}-{digest[:10]}")

@@ -4,7 +4,8 @@ A prompt is a list of chunks, each tokenised on its own; supervised chunks are a
 before all of them ("agnostic"), after the first ("instruction-first", the paper's task-aware condition: the
 model knows the kind of task, but not the query) or after everything before the first answer ("query-first",
 the stronger condition of the synthetic task). Each function here is one task; the tests have the SHA-256 of
-the released instructions.
+the released instructions. With `published=True` a function prints exactly what the released code prints, also
+where that harms the text; docs/data.md lists where the two differ.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ END = "<|endoftext|>"
 Layout = Literal["agnostic", "instruction-first", "query-first"]
 LAYOUTS: tuple[Layout, ...] = ("agnostic", "instruction-first", "query-first")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+IMAGE = "<image>"  # where the image stands in conversations of LLaVA
+RELEASED_SIZE = 336  # pixels a side to which the released code scales boxes before it prints them
 
 INSTRUCTIONS = {
     "captioning": "Provide a one-sentence caption for the provided image.",
@@ -72,13 +75,20 @@ def answer_text(text: str) -> str:
     return text[:1].upper() + text[1:].lower()
 
 
-def box_text(box: Box, width: float, height: float) -> str:
+def without_marker(text: str) -> str:
+    """Return a turn of a conversation without LLaVA's marker of the image."""
+    return text.replace(IMAGE, "").strip()
+
+
+def box_text(box: Box, width: float, height: float, *, published: bool = False) -> str:
     """Print a box as `[x_min,y_min,x_max,y_max]`, as shares of the image with two decimals.
 
     Args:
-        box: The box, in pixels.
+        box: The box, in pixels. What lies beyond the right and the lower edge of the image is cut.
         width: Width of the image, in pixels.
         height: Height of the image, in pixels.
+        published: Cut nothing, and round as the released code does, which scales boxes to pixels of its
+            encoder first: the last digit differs where a share lies half-way between two.
 
     Returns:
         The text.
@@ -91,7 +101,11 @@ def box_text(box: Box, width: float, height: float) -> str:
     x0, y0, x1, y1 = box
     if min(box) < 0 or x1 <= x0 or y1 <= y0:
         raise UserError(f"box {box} must be x_min < x_max, y_min < y_max, from 0 on; clip or drop it")
-    shares = (x0 / width, y0 / height, x1 / width, y1 / height)
+    sides = (width, height, width, height)
+    if published:
+        shares = [v * (RELEASED_SIZE / side) / RELEASED_SIZE for v, side in zip(box, sides, strict=True)]
+    else:
+        shares = [min(1.0, v / side) for v, side in zip(box, sides, strict=True)]
     return "[" + ",".join(f"{share:.2f}" for share in shares) + "]"
 
 
@@ -124,13 +138,20 @@ def captioning(caption: str | None = None) -> list[Chunk]:
     return [Chunk(INSTRUCTIONS["captioning"] + "\n"), *_answer(caption)]
 
 
-def vqa(turns: Sequence[tuple[str, str | None]], *, ocr: str = "", keep_case: bool = False) -> list[Chunk]:
+def vqa(
+    turns: Sequence[tuple[str, str | None]],
+    *,
+    ocr: str = "",
+    keep_case: bool = False,
+    published: bool = False,
+) -> list[Chunk]:
     """Ask questions about one image.
 
     Args:
         turns: Questions and answers; an answer of None is to be generated.
         ocr: Words in the image (TextVQA).
-        keep_case: As for `sentence`.
+        keep_case: As for `sentence`, but a question begins with a capital.
+        published: Leave the first letter of questions that keep their case.
 
     Returns:
         The prompt.
@@ -138,7 +159,9 @@ def vqa(turns: Sequence[tuple[str, str | None]], *, ocr: str = "", keep_case: bo
     first = INSTRUCTIONS["vqa"]
     chunks = [Chunk(f"{first}\nOCR text:\n{ocr}" if ocr else first)]
     for question, answer in turns:
-        chunks.append(Chunk(f"\nQuestion: {sentence(question, keep_case=keep_case)}\nAnswer: "))
+        asked = sentence(question, keep_case=keep_case)
+        asked = asked if published else asked[:1].upper() + asked[1:]
+        chunks.append(Chunk(f"\nQuestion: {asked}\nAnswer: "))
         chunks += _answer(answer, keep_case=keep_case)
     return chunks
 
@@ -168,7 +191,11 @@ def multiple_choice(
 
 
 def pointing(
-    turns: Sequence[tuple[str, Sequence[Box], int | None]], width: float, height: float
+    turns: Sequence[tuple[str, Sequence[Box], int | None]],
+    width: float,
+    height: float,
+    *,
+    published: bool = False,
 ) -> list[Chunk]:
     """Ask for the letter of a printed box (Visual7W pointing).
 
@@ -176,6 +203,7 @@ def pointing(
         turns: (question, boxes in pixels, index of the right one or None) about one image.
         width: Width of the image, in pixels.
         height: Height of the image, in pixels.
+        published: As for `box_text`.
 
     Returns:
         The prompt.
@@ -183,17 +211,21 @@ def pointing(
     chunks = [Chunk(INSTRUCTIONS["multiple choice"] + "\n")]
     for question, boxes, right in turns:
         chunks.append(Chunk(f"\nQuestion: {sentence(question)}\n"))
-        chunks += _choices([box_text(box, width, height) + "." for box in boxes], right)
+        printed = [box_text(box, width, height, published=published) + "." for box in boxes]
+        chunks += _choices(printed, right)
     return chunks
 
 
-def grounding(turns: Sequence[tuple[str, Box | None]], width: float, height: float) -> list[Chunk]:
+def grounding(
+    turns: Sequence[tuple[str, Box | None]], width: float, height: float, *, published: bool = False
+) -> list[Chunk]:
     """Ask for the boxes of phrases.
 
     Args:
         turns: Phrases and their boxes in pixels; a box of None is to be generated.
         width: Width of the image, in pixels.
         height: Height of the image, in pixels.
+        published: As for `box_text`.
 
     Returns:
         The prompt.
@@ -202,24 +234,28 @@ def grounding(turns: Sequence[tuple[str, Box | None]], width: float, height: flo
     for phrase, box in turns:
         chunks.append(Chunk(f"\n{sentence(phrase)}\n"))
         if box is not None:
-            chunks.append(Chunk(box_text(box, width, height) + "." + END, supervised=True))
+            printed = box_text(box, width, height, published=published)
+            chunks.append(Chunk(printed + "." + END, supervised=True))
     return chunks
 
 
-def dense_captioning(turns: Sequence[tuple[Box, str | None]], width: float, height: float) -> list[Chunk]:
+def dense_captioning(
+    turns: Sequence[tuple[Box, str | None]], width: float, height: float, *, published: bool = False
+) -> list[Chunk]:
     """Ask what is in boxes; only the last description ends with the end token.
 
     Args:
         turns: Boxes in pixels and their descriptions; None is to be generated.
         width: Width of the image, in pixels.
         height: Height of the image, in pixels.
+        published: As for `box_text`.
 
     Returns:
         The prompt.
     """
     chunks = [Chunk(INSTRUCTIONS["dense captioning"] + "\n")]
     for i, (box, phrase) in enumerate(turns):
-        chunks.append(Chunk(box_text(box, width, height) + ".\n"))
+        chunks.append(Chunk(box_text(box, width, height, published=published) + ".\n"))
         if phrase is not None:
             last = END if i == len(turns) - 1 else ""
             chunks.append(Chunk(sentence(phrase) + "\n" + last, supervised=True))
@@ -233,7 +269,12 @@ def image_text_match(caption: str, label: bool | None = None) -> list[Chunk]:
 
 
 def grounded_captioning(
-    caption: str, spans: Sequence[tuple[int, int, Sequence[Box]]], width: float, height: float
+    caption: str,
+    spans: Sequence[tuple[int, int, Sequence[Box]]],
+    width: float,
+    height: float,
+    *,
+    published: bool = False,
 ) -> list[Chunk]:
     """Ask for a caption with the boxes of its phrases, `||phrase [box][box]||`.
 
@@ -243,6 +284,8 @@ def grounded_captioning(
             wrong boxes.)
         width: Width of the image, in pixels.
         height: Height of the image, in pixels.
+        published: Make the marked caption a sentence: lower-case but for its first character, which may be
+            a mark. Boxes are printed as by `box_text`.
 
     Returns:
         Prompt and answer.
@@ -256,18 +299,21 @@ def grounded_captioning(
             raise UserError(
                 f"span {start}..{stop} overlaps another or leaves the caption {caption!r}; drop it"
             )
-        printed = "".join(box_text(box, width, height) for box in boxes)
+        printed = "".join(box_text(box, width, height, published=published) for box in boxes)
         text += f"{caption[end:start]}||{caption[start:stop]} {printed}||"
         end = stop
     text += caption[end:]
+    text = sentence(text) if published else text
     return [Chunk(INSTRUCTIONS["grounded captioning"] + "\n"), Chunk(text + END, supervised=True)]
 
 
-def chat(turns: Sequence[tuple[str, str]]) -> list[Chunk]:
+def chat(turns: Sequence[tuple[str, str]], *, published: bool = False) -> list[Chunk]:
     """Return a conversation of which only the model's turns are supervised.
 
     Args:
-        turns: (role, text), role "human" or "gpt".
+        turns: (role, text), role "human" or "gpt"; `IMAGE` marks the image in the text.
+        published: Make a sentence of every turn, lower-case but for its first character, before the marker
+            is taken out of the first turn.
 
     Returns:
         The prompt.
@@ -279,10 +325,15 @@ def chat(turns: Sequence[tuple[str, str]]) -> list[Chunk]:
     for i, (role, text) in enumerate(turns):
         if role not in ("human", "gpt"):
             raise UserError(f"role {role!r} is unknown; use 'human' or 'gpt'")
-        text = re.sub(r"\n?<image>\n?", "", text) if i == 0 else text
+        text = _published_turn(text, i) if published else without_marker(text)
         last = END if i == len(turns) - 1 else ""
         chunks.append(Chunk(text + "\n" + last, supervised=role == "gpt"))
     return chunks
+
+
+def _published_turn(text: str, number: int) -> str:
+    text = sentence(text) or "."
+    return text if number else text.replace("\n" + IMAGE, "").replace(IMAGE + "\n", "")
 
 
 def _answer(text: str | None, *, keep_case: bool = False) -> list[Chunk]:

@@ -100,13 +100,16 @@ def score(samples: Sequence[Sample], answers: Sequence[str]) -> list[Row]:
 
 def fingerprint(run: Run) -> str:
     """Hash of what a table of this run depends on beside its weights: what is asked, how, and the scores."""
+    from vlm.data.sources import VERSION as FILES
     from vlm.scenes import VERSION as SCENES
 
-    asked = [
-        (name, dataclasses.asdict(data), data.declared().max_new_tokens)
-        for name, data in run.evaluation.items()
-    ]
-    said = [VERSION, SCENES, asked, run.layout, run.max_new_tokens, catalogue.captions_are_scored()]
+    asked = []
+    for name, data in run.evaluation.items():
+        scored = data.declared()
+        metric = scored.metric and scored.metric.name
+        asked.append((name, dataclasses.asdict(data), scored.max_new_tokens, metric, scored.chance))
+    scores = catalogue.captions_are_scored()
+    said = [VERSION, SCENES, FILES, asked, run.layout, run.max_new_tokens, scores]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 

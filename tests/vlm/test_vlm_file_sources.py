@@ -65,6 +65,39 @@ def test_covers_that_show_nothing_are_left_out(tmp_path):
     assert len(FileSource("ocr-vqa", tmp_path, tmp_path, "val")) == len(names)
 
 
+def cover(path, size=(360, 360)):
+    pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def test_an_address_may_come_again_in_another_split(tmp_path):
+    """The released reader counts addresses among the books of the split."""
+    book = {"questions": ["Q?"], "answers": ["A"], "imageURL": "h/one.png"}
+    write(tmp_path, {"dataset.json": {"a": book | {"split": 2}, "b": book | {"split": 1}}})
+    for key in "abc":
+        cover(tmp_path / "images" / f"{key}.png")
+    (told,) = FileSource("ocr-vqa", tmp_path, tmp_path, "val", filtered=True)
+    assert told.image == "images/a.png"
+    write(tmp_path, {"dataset.json": {"a": book | {"split": 2}, "c": book | {"split": 2}}})
+    with pytest.raises(ValueError, match="nothing to train on"):
+        FileSource("ocr-vqa", tmp_path, tmp_path, "val", filtered=True)
+
+
+def test_articles_are_found_at_the_ends_of_words(tmp_path):
+    """The released code takes them out wherever \\b stands around them: "a-frame" is "-frame"."""
+    captions = ["an-arch", "The -ARCH", "-arch", "some  a -arch"]
+    rows = {
+        f"0/{i}.json": {
+            "caption": caption, "width": 100, "height": 100,
+            "noun_chunks": [[0, len(caption), 0, 0, 1, 1, 0.9]],
+        }
+        for i, caption in enumerate(captions)
+    }  # fmt: skip
+    write(tmp_path, rows | {name.replace("json", "jpg"): "" for name in rows})
+    assert len(FileSource("grit", tmp_path, tmp_path, "train", filtered=True)) == len(captions)
+
+
 def test_other_data_sets_lose_nothing(tmp_path):
     assert list(source("gqa", tmp_path, filtered=True)) == list(source("gqa", tmp_path))
 
@@ -89,6 +122,59 @@ def test_an_index_on_disk_is_used_again_and_notices_other_files(tmp_path, monkey
     assert len(FileSource("vqav2", tmp_path, tmp_path, "train", index_folder=index)) == 31
     with pytest.raises(IndexError):
         first[30]
+
+
+def test_an_index_notices_pictures_that_come_or_change_later(tmp_path):
+    book = {"questions": ["Q?"], "answers": ["A"], "split": 2}
+    rows = {key: book | {"imageURL": f"h/{key}.png"} for key in ("first", "cut", "late")}
+    write(tmp_path, {"dataset.json": rows})
+    for key in ("first", "cut"):
+        cover(tmp_path / "images" / f"{key}.png")
+    whole = (tmp_path / "images" / "cut.png").read_bytes()
+    (tmp_path / "images" / "cut.png").write_bytes(whole[:1000])
+
+    def kept():
+        more = dict(filtered=True, index_folder=tmp_path / "index")  # beside the pictures
+        return [s.image.split("/")[1] for s in FileSource("ocr-vqa", tmp_path, tmp_path, "val", **more)]
+
+    assert kept() == kept() == ["first.png"]
+    assert len(list((tmp_path / "index").glob("*.npy"))) == 1  # which the index itself does not change
+    cover(tmp_path / "images" / "late.png")
+    assert kept() == ["first.png", "late.png"]
+    (tmp_path / "images" / "cut.png").write_bytes(whole)
+    assert kept() == ["first.png", "cut.png", "late.png"]
+
+
+def test_an_index_notices_pictures_of_another_size(tmp_path):
+    write(tmp_path, CASES["visual7w-pointing"][1])
+
+    def width():
+        made = FileSource(
+            "visual7w-pointing", tmp_path, tmp_path / "images", "val", rules=ASKED,
+            index_folder=tmp_path / "index",
+        )  # fmt: skip
+        return made[0].target["width"]
+
+    cover(tmp_path / "images" / "v7w_1.jpg", (10, 20))
+    assert width() == 10
+    cover(tmp_path / "images" / "v7w_1.jpg", (30, 20))
+    assert width() == 30
+
+
+def test_an_index_notices_diagrams_that_come_later(tmp_path):
+    files = CASES["ai2d"][1]
+    write(tmp_path, files)
+
+    def found():
+        return len(FileSource("ai2d", tmp_path, "", "test", rules=ASKED, index_folder=tmp_path / "index"))
+
+    assert found() == 1
+    row = {"questionId": "12-1", "answerTexts": ["a", "b"], "correctAnswer": 0}
+    write(tmp_path, {
+        "ai2d/annotations/12.jpg.json": files["ai2d/annotations/12.png.json"],
+        "ai2d/questions/12.jpg.json": {"questions": {"R?": row}},
+    })  # fmt: skip
+    assert found() == 2
 
 
 def test_a_damaged_index_is_one_line(tmp_path):

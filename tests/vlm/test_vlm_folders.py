@@ -18,6 +18,7 @@ from vlm_runs import stage
 from ssm_retrieval.errors import UserError
 from vlm import evaluate, folders, results, stages
 from vlm.config import Files, Run, Scenes, from_dict
+from vlm.data.registry import DATASETS
 from vlm.metrics import catalogue
 from vlm.scenes import encoder
 from vlm.scenes.declared import SCENES
@@ -60,12 +61,15 @@ def test_runs_that_share_a_folder_are_all_remembered_the_latest_last(vlm_folder)
     assert (vlm_folder / folders.CONFIG).stat().st_mtime_ns == before  # nothing changes
 
 
-def test_runs_that_are_asked_in_another_layout_have_another_folder():
+def test_runs_that_are_asked_in_another_layout_or_size_have_another_folder():
     mixed = (stage(), stage(layouts=("agnostic", "query-first")))
     a, b = (run(name=name, stages=mixed, layout=name) for name in ("agnostic", "query-first"))
     assert a.stage_ids()[0] != b.stage_ids()[0]  # the first one is trained in the run's layout
     named = (stage(layouts=("agnostic", "query-first")),) * 2
     a, b = (run(name=name, stages=named, layout=name) for name in ("agnostic", "query-first"))
+    assert a.stage_ids()[0] == b.stage_ids()[0] and a.stage_ids()[1] != b.stage_ids()[1]
+    sized = (stage(image_size=64),) * 2
+    a, b = (run(name=str(size), stages=sized, image_size=size) for size in (64, 96))
     assert a.stage_ids()[0] == b.stage_ids()[0] and a.stage_ids()[1] != b.stage_ids()[1]
     # asked as it was trained: the same folder as where it is a stage of a longer run
     assert run().stage_ids()[0] == run(stages=(stage(), stage())).stage_ids()[0]
@@ -102,6 +106,31 @@ def test_stage_ids_know_encoder_tokenizer_and_scenes(monkeypatch, tmp_path):
     before = elsewhere.stage_ids()
     monkeypatch.setattr(vlm.scenes, "VERSION", 99)
     assert elsewhere.stage_ids() != before
+
+
+def test_stage_ids_and_tables_know_the_version_of_samples_of_files(monkeypatch):
+    from vlm.data import sources
+
+    asked = {"c": Files("coco", "test", "a", "b")}
+    trained = run(stages=(stage(data={"c": Files("coco", "train", "a", "b")}),))
+    names, made = [trained.stage_ids(), run().stage_ids()], results.fingerprint(run(evaluation=asked))
+    with monkeypatch.context() as patched:  # as a data set of one's own may be declared anew
+        patched.setitem(DATASETS, "coco", dataclasses.replace(DATASETS["coco"], turns=3))
+        assert trained.stage_ids() != names[0]
+    monkeypatch.setattr(sources, "VERSION", 99)
+    assert trained.stage_ids() != names[0] and run().stage_ids() == names[1]
+    assert results.fingerprint(run(evaluation=asked)) != made
+
+
+@pytest.mark.parametrize("more", [
+    {"published": True}, {"every_slot": False}, {"filtered": True}, {"first": 3},
+    {"options": {"expressions": "last"}}, {"regions": "dense captioning"},
+])  # fmt: skip
+def test_stage_ids_and_tables_know_how_files_are_read(more):
+    plain, other = (Files("refcoco", "train", "a", "b", **given) for given in ({}, more))
+    ids = {tuple(run(stages=(stage(data={"r": data}),)).stage_ids()) for data in (plain, other)}
+    made = {results.fingerprint(run(evaluation={"r": data})) for data in (plain, other)}
+    assert len(ids) == len(made) == 2
 
 
 def test_features_of_scenes_know_their_version(monkeypatch):
@@ -161,6 +190,8 @@ def test_a_table_is_current_until_what_is_asked_changes(tmp_path, monkeypatch):
         dataclasses.replace(wanted, evaluation={**asked, "count": Scenes("count", 12, "combination")}),
         dataclasses.replace(wanted, evaluation={"count": asked["count"]}),
         dataclasses.replace(wanted, layout="query-first", stages=(stage(layouts=("agnostic",)),)),
+        dataclasses.replace(wanted, image_size=96, stages=(stage(image_size=64),)),
+        dataclasses.replace(wanted, precision="no"),
         dataclasses.replace(wanted, seed=1),
     ]
     for other in others:
@@ -175,6 +206,10 @@ def test_a_table_is_current_until_what_is_asked_changes(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:  # shorter answers than were declared
         patched.setitem(SCENES, "count", dataclasses.replace(SCENES["count"], max_new_tokens=2))
         assert evaluate.current(tmp_path, wanted) is None
+    for more in (dict(metric=None), dict(chance=0.125)):
+        with monkeypatch.context() as patched:
+            patched.setitem(SCENES, "count", dataclasses.replace(SCENES["count"], **more))
+            assert evaluate.current(tmp_path, wanted) is None
     assert evaluate.current(tmp_path, wanted) is not None
 
 

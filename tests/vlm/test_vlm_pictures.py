@@ -57,6 +57,31 @@ def test_a_picture_on_its_side_is_turned_for_users_only(tmp_path):
     assert (predict.read_picture(path) == np.rot90(array, -1)).all()
 
 
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "BMP"])
+@pytest.mark.parametrize("name", ["a.jpg", "A.JPG", "a", "a.tar.gz"])
+def test_the_content_decides_the_format_and_not_the_name(tmp_path, kind, name):
+    first, later = Image.fromarray(RAMP), Image.fromarray(RAMP.T)
+    more = dict(save_all=True, append_images=[later]) if kind == "GIF" else {}
+    first.save(tmp_path / name, kind, **more | ({"lossless": True} if kind == "WEBP" else {}))
+    assert (pictures.read(tmp_path / name) == RAMP[..., None]).all()  # of a film the first picture
+    assert pictures.size(tmp_path / name) == (16, 16)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3000), (3000, 1), (3, 40)])
+def test_a_picture_of_any_shape_becomes_a_square_of_its_colour(tmp_path, shape):
+    from vlm import encoder as timm_encoder
+    from vlm.scenes import encoder as scenes_encoder
+
+    array = np.full((*shape, 3), (200, 10, 30), np.uint8)
+    found = pictures.read(saved(tmp_path / "a.png", array))
+    assert found.shape == array.shape
+    square = scenes_encoder.resized([found], 32)
+    assert square.shape == (1, 3, 32, 32) and (square == square[..., :1, :1]).all()
+    assert square[0, :, 0, 0].tolist() == [200, 10, 30]
+    pixels = timm_encoder.pixels([Image.fromarray(found)], 28)
+    assert pixels.shape == (1, 3, 28, 28) and (pixels == pixels[..., :1, :1]).all()
+
+
 def bomb_bmp() -> bytes:
     """54 bytes that promise 60000 x 60000 pixels."""
     return struct.pack("<2sIHHIIiiHHIIiiII", b"BM", 54, 0, 0, 54, 40, 60000, 60000, 1, 24, 0, 0, 1, 1, 0, 0)

@@ -132,18 +132,6 @@ def test_pointing_reads_the_size_from_the_picture(tmp_path):
     assert f"{'ABCD'[target['answer']]}: [0.00,0.05,0.30,0.30].\n" in texts(asked)[0]
 
 
-def test_released_evaluators_wording(tmp_path):
-    published = replace(ASKED, published=True)
-    assert [c.text for c in source("pope", tmp_path, published)[0].chunks] == [VQA + "\n", "Q?\n"]
-    assert [c.text for c in source("gqa", tmp_path, published)[0].chunks] == [
-        f"{VQA}\nQuestion: Q?\nAnswer: "
-    ]
-    assert len(source("textvqa", tmp_path, published)[0].chunks) == 1
-    picture(tmp_path, "v7w_1.jpg")
-    chunks = source("visual7w-pointing", tmp_path, published)[0].chunks
-    assert [c.text for c in chunks[:2]] == [CHOICE + "\n", "Question: Q?\n"]
-
-
 @pytest.mark.parametrize("name", ["vqav2", "gqa"])
 def test_questions_of_an_image_are_packed_twenty_a_sample(name, tmp_path):
     images = [(i, 1 if name == "vqav2" or i % 2 else 2) for i in range(46)]

@@ -3,15 +3,16 @@
     VLM_DATA=/data accelerate launch -m vlm.train vlm/configs/paper.py --only mamba-790m-agnostic
 
 `/data/<data set>` holds the official files, and its folder `DataSet.images` the pictures (docs/data.md).
-Rates, schedule and mixture are those of the released scripts. These disagree on epochs (one for Mamba, more
-for Pythia); here both families get one. Where nothing is published, such as the number of devices, the value
-is our choice: batches of 64 x 4 and 32 x 4. We have not run this config: we had no such data, weights or
-GPUs.
+Prompts, rates, schedule and mixture are those of the released code. Its scripts disagree on epochs (one for
+Mamba, more for Pythia); here both families get one. Where nothing is published, such as the number of
+devices, the value is our choice: batches of 64 x 4 and 32 x 4. We have not run this config: we had no such
+data, weights or GPUs.
 """
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from vlm.config import Data, Files, Run, Stage
 from vlm.data.registry import DATASETS
@@ -31,6 +32,7 @@ MIXTURE = (
     "refcoco", "refcoco+", "refcocog", "textcaps", "visual7w-telling", "visual7w-pointing",
     "visual-genome-regions", "visual-genome-qa", "vqav2", "vsr",
 )  # fmt: skip
+REFERRING = ("refcoco", "refcoco+", "refcocog")  # the released reader keeps an object's last expression
 ASKED = (
     "coco", "nocaps", "vqav2", "gqa", "visual7w-telling", "vsr", "pope", "refcoco", "refcoco+", "refcocog",
     "visual7w-pointing", "textcaps", "textvqa", "ai2d",
@@ -50,7 +52,9 @@ def files(name: str, split: str, **more: object) -> Files:
     """
     folder = f"{DATA}/{name}"
     images = f"{folder}/{DATASETS[name].images}"
-    return Files(name, split, folder, images, index=f"{DATA}/index", **more)  # type: ignore[arg-type]
+    options = {"expressions": "last"} if name in REFERRING else {}
+    settled: dict[str, Any] = dict(published=True, index=f"{DATA}/index", options=options)
+    return Files(name, split, folder, images, **settled | more)
 
 
 def evaluation() -> dict[str, Data]:

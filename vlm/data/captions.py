@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from vlm.data.files import load_json, require, structure
+from vlm.data.files import entry, load_json, require, structure
 from vlm.data.records import Captioned
 
 
@@ -29,7 +29,7 @@ NOCAPS_FILES = {"val": "nocaps_val_4500_captions.json", "test": "nocaps_test_ima
 
 
 def nocaps(folder: Path, split: str) -> Iterator[Captioned]:
-    """Yield one record per image with its ten captions and its domain; test has no captions."""
+    """Yield one record per image with its ten captions; test has none. Older files have no domains."""
     path = require(folder, NOCAPS_FILES[split], f"the {split} annotations of nocaps.org")
     with structure(path):
         content = load_json(path)
@@ -44,8 +44,10 @@ def nocaps(folder: Path, split: str) -> Iterator[Captioned]:
                 image=row["file_name"],
                 width=row.get("width"),
                 height=row.get("height"),
-                captions=tuple(captions[row["id"]]) if split == "val" else (),
-                domain=row["domain"] if split == "val" else row.get("domain"),
+                captions=tuple(entry(captions, row["id"], path, "captions of image"))
+                if split == "val"
+                else (),
+                domain=row.get("domain"),
             )
 
 

@@ -13,7 +13,7 @@ from vlm.data.samples import Source
 from vlm.schema import Natural, Positive, Seed, Text, checked
 
 if TYPE_CHECKING:
-    from vlm.data.declaration import Scored
+    from vlm.data.declaration import DataSet, Scored
 
 LEARNED = 4000  # training questions that a guess without the image learns from
 
@@ -112,8 +112,8 @@ class Files:
         )  # fmt: skip
         return First(source, self.first) if self.first else source
 
-    def declared(self) -> Scored:
-        """Return how answers are scored."""
+    def declared(self) -> DataSet:
+        """Return what is asked, and how answers are scored."""
         from vlm.data import registry
 
         return registry.asked_for(registry.DATASETS[self.dataset], self.regions)

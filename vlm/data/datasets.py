@@ -23,9 +23,10 @@ GENOME = ("image_data.json", "dataset_coco.json")
 # --- the released evaluators' wording -----------------------------------------------------------------------
 
 
-def one_string(record: Record, chunks: Sequence[Chunk]) -> list[Chunk]:
-    """Return the prompt of GQA and TextVQA, tokenised as one string."""
-    return [Chunk("".join(chunk.text for chunk in chunks))]
+def heading_without_words(record: Record, chunks: Sequence[Chunk]) -> list[Chunk]:
+    """Return the prompt of TextVQA, which has the heading of the words even if the image has none."""
+    assert isinstance(record, Question)
+    return list(chunks) if record.ocr else [Chunk(chunks[0].text + "\nOCR text:\n"), *chunks[1:]]
 
 
 def no_question_mark_up(record: Record, chunks: Sequence[Chunk]) -> list[Chunk]:
@@ -37,7 +38,8 @@ def no_question_mark_up(record: Record, chunks: Sequence[Chunk]) -> list[Chunk]:
 def question_as_written(record: Record, chunks: Sequence[Chunk]) -> list[Chunk]:
     """Return the prompt of Visual7W pointing: one newline fewer, and the question's own case."""
     assert isinstance(record, Choice)
-    return [chunks[0], Chunk(f"Question: {record.question}\n"), *chunks[2:]]
+    asked = Chunk(f"\nQuestion: {prompts.sentence(record.question, keep_case=True)}\n")
+    return [Chunk(INSTRUCTIONS["multiple choice"]), asked, *chunks[2:]]
 
 
 # --- captions -----------------------------------------------------------------------------------------------
@@ -94,7 +96,6 @@ GQA = DataSet(
     turns=20,
     scattered=True,
     metric=metrics.USUAL,
-    reword=one_string,
     asked=("testdev",),
 )
 VISUAL7W_TELLING = DataSet(
@@ -112,6 +113,7 @@ VISUAL7W_POINTING = DataSet(
     reader=grounding.visual7w_pointing,
     splits=THREE,
     files=("dataset_v7w_pointing.json", "v7w_pointing_answers.json"),
+    opens_pictures=True,
     task=tasks.POINTING,
     turns=3,
     metric=metrics.LETTER,
@@ -205,6 +207,7 @@ GRIT = DataSet(
     reader=grounding.grit,
     splits=("train",),
     files=("SHARD/KEY.json", "SHARD/KEY.jpg"),
+    images=".",
     task=tasks.GROUNDED_CAPTIONING,
     metric=None,
     keep=filters.balanced,
@@ -220,7 +223,7 @@ TEXTVQA = DataSet(
     task=tasks.questions(),
     turns=0,
     metric=metrics.ANNOTATORS,
-    reword=one_string,
+    reword=heading_without_words,
     asked=("val",),
 )
 AI2D = DataSet(
@@ -228,6 +231,7 @@ AI2D = DataSet(
     reader=documents.ai2d,
     splits=THREE,
     files=("ai2d/questions/IMAGE.json", "ai2d/annotations/IMAGE.json", "ai2d_test_ids.csv"),
+    images=".",
     task=tasks.choices(keep_case=True),
     metric=metrics.LETTER,
     asked=("test",),
@@ -259,6 +263,8 @@ OCR_VQA = DataSet(
     reader=documents.ocrvqa,
     splits=THREE,
     files=("dataset.json",),
+    images=".",
+    opens_pictures=True,
     task=tasks.questions(),
     turns=0,
     metric=metrics.ANNOTATORS,

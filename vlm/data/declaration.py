@@ -46,10 +46,12 @@ class DataSet(Scored):
         splits: Splits that the reader knows.
         files: Below the folder of annotations; {split}, SHARD, KEY and IMAGE stand for varying parts.
         task: Prompt, answer and target of a record.
-        images: Folder of the pictures below the data set's own folder.
+        images: Folder of the pictures below the data set's own folder; "." where `Record.image` begins with
+            the folders of the official archive.
         turns: Largest number of questions in a training sample; 0 = all questions about an image.
         scattered: Whether the records of one image lie apart in the files.
         keep: (read, annotations, images) -> the records that the published training data keep; None = all.
+        opens_pictures: Whether the samples depend on the pictures: on their size, or by `keep`.
         reword: (record, chunks) -> the prompt of the released evaluators, if it differs from training's.
         asked: Splits that the paper evaluates, the main one first.
     """
@@ -62,6 +64,7 @@ class DataSet(Scored):
     turns: int = 1
     scattered: bool = False
     keep: Keep | None = None
+    opens_pictures: bool = False
     reword: Reword | None = None
     asked: tuple[str, ...] = ()
     max_new_tokens: int = 40

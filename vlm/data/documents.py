@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path, PurePosixPath
 
 from ssm_retrieval.errors import UserError
 from vlm.data.captions import ocr_tokens, text_image
-from vlm.data.files import load_json, require, structure
+from vlm.data.files import load_json, require, structure, text_lines
 from vlm.data.records import Choice, Question
 
 
@@ -42,20 +44,24 @@ def ai2d_split(image_id: str, test_ids: set[str]) -> str:
 
 
 def ai2d(folder: Path, split: str) -> Iterator[Choice]:
-    """Yield one record per question; `ocr` has the lines `label: text` of the diagram's text boxes, by id."""
+    """Yield one record per question; `ocr` has the lines `label: text` of a diagram's text boxes, by label.
+
+    Labels are the letters that questions and answers use.
+    """
     what = "ai2d-all.zip and ai2d_test_ids.csv of AI2D"
     ids_path = require(folder, "ai2d_test_ids.csv", what)
     questions = require(folder, "ai2d/questions", what)
     annotations = require(folder, "ai2d/annotations", what)
-    test_ids = {line.strip() for line in ids_path.read_text(encoding="utf-8").splitlines()}
+    test_ids = {line.strip() for line in text_lines(ids_path)}
     for path in sorted(questions.glob("*.json")):
         name = path.name.removesuffix(".json")
         if ai2d_split(PurePosixPath(name).stem, test_ids) != split:
             continue
         boxes_path = require(annotations, path.name, what)
         with structure(boxes_path):
-            text = load_json(boxes_path)["text"]
-            ocr = tuple(f"{row['replacementText']}: {row['value']}" for _, row in sorted(text.items()))
+            rows = load_json(boxes_path)["text"].values()
+            labelled = sorted(((row["replacementText"], row["value"]) for row in rows), key=itemgetter(0))
+            ocr = tuple(f"{label}: {text}" for label, text in labelled)
         with structure(path):
             for question, row in load_json(path)["questions"].items():
                 yield Choice(
@@ -92,9 +98,13 @@ def _pages(source: str, path: Path, split: str, image_field: str) -> Iterator[Qu
 
 
 def docvqa(folder: Path, split: str) -> Iterator[Question]:
-    """Yield one record per question about a page with all its accepted answers; test has none."""
+    """Yield one record per question about a page with all its accepted answers; test has none.
+
+    Questions begin with a capital, as in the released code; many do not in the file.
+    """
     path = require(folder, DOCVQA_FILES[split], f"the {split} questions of DocVQA (task 1)")
-    return _pages("docvqa", path, split, "image")
+    for record in _pages("docvqa", path, split, "image"):
+        yield replace(record, question=record.question[:1].upper() + record.question[1:])
 
 
 def infographicvqa(folder: Path, split: str) -> Iterator[Question]:

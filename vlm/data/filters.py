@@ -6,6 +6,7 @@ A filter is a function (read, annotations, images) -> records (`DataSet.keep`). 
 from __future__ import annotations
 
 import heapq
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
@@ -26,7 +27,7 @@ SMALLEST_SIDE = 100  # pixels, of GRIT
 FEWEST, MOST = 3, 8  # images per phrase
 COVER_SIDE = 350  # pixels; covers must be larger
 PLAIN = 0.85  # share of a cover's pixels that one colour may take
-ARTICLES = frozenset(("a", "an", "the", "some"))
+ARTICLES = re.compile(r"\b(a|an|the|some)\b")
 
 
 def small_regions(read: Read, annotations: Path, images: Path) -> Iterator[Grounded]:
@@ -73,9 +74,9 @@ def balanced(read: Read, annotations: Path, images: Path) -> Iterator[GroundedCa
 
 
 def legible(read: Read, annotations: Path, images: Path) -> Iterator[Record]:
-    """Keep books whose cover has an address of its own and a picture that is large and not nearly plain.
+    """Keep books whose cover has an address of its own in the split and shows something.
 
-    All pictures are opened.
+    That is a picture that is large and not nearly plain. All pictures are opened.
 
     Args:
         read: Gives all records.
@@ -88,7 +89,7 @@ def legible(read: Read, annotations: Path, images: Path) -> Iterator[Record]:
     path = require(annotations, "dataset.json", "OCR-VQA's dataset.json")
     with structure(path):
         addresses = {key: row["imageURL"] for key, row in load_json(path).items()}
-    counts = Counter(addresses.values())
+    counts = Counter(addresses[key] for key in {Path(record.image).stem for record in read()})
     for image, group in groupby(read(), lambda record: record.image):
         if counts[addresses[Path(image).stem]] == 1 and _shows_something(images / image):
             yield from group
@@ -110,8 +111,8 @@ def _large(records: Iterable[GroundedCaption]) -> Iterator[GroundedCaption]:
 
 
 def _phrases(record: GroundedCaption) -> set[str]:
-    said = (record.caption[span.start : span.end].lower().split() for span in record.spans)
-    return {" ".join(word for word in words if word not in ARTICLES) for words in said}
+    said = (record.caption[span.start : span.end].lower() for span in record.spans)
+    return {" ".join(ARTICLES.sub("", phrase).split()) for phrase in said}
 
 
 def _draw(phrase: str, record: Record) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ssm_retrieval.errors import UserError
-from vlm.data.files import MissingFile, load_json, load_plain_pickle, require, structure
+from vlm.data.files import MissingFile, entry, load_json, load_plain_pickle, require, structure
 from vlm.data.records import Box, Choice, Grounded, GroundedCaption, Question, Span, xywh_box
 from vlm.data.vqa import shuffled
 
@@ -20,13 +20,15 @@ def _refer(source: str, refs_name: str, folder: Path, split: str, expressions: s
     with structure(boxes_path):
         instances = load_json(boxes_path)
         images = {row["id"]: row for row in instances["images"]}
-        boxes = {row["id"]: xywh_box(*row["bbox"]) for row in instances["annotations"]}
+        boxes = {row["id"]: row["bbox"] for row in instances["annotations"]}
     with structure(refs_path):
         refs = [ref for ref in load_plain_pickle(refs_path) if ref["split"] == split]
         if expressions == "last":
             refs = list({ref["ann_id"]: ref for ref in refs}.values())
         for ref in refs:
-            image = images[ref["image_id"]]
+            image = entry(images, ref["image_id"], boxes_path, "image")
+            with structure(boxes_path):  # others may be empty
+                box = xywh_box(*entry(boxes, ref["ann_id"], boxes_path, "annotation"))
             for sentence in ref["sentences"][-1 if expressions == "last" else 0 :]:
                 yield Grounded(
                     id=str(sentence["sent_id"]),
@@ -36,7 +38,7 @@ def _refer(source: str, refs_name: str, folder: Path, split: str, expressions: s
                     width=image["width"],
                     height=image["height"],
                     phrase=sentence["raw"],
-                    box=boxes[ref["ann_id"]],
+                    box=box,
                 )
 
 
@@ -83,25 +85,33 @@ def refcocog(folder: Path, split: str, expressions: str = "all") -> Iterator[Gro
 
 
 def visual7w_pointing(folder: Path, split: str) -> Iterator[Choice]:
-    """Yield one record per question whose four choices are boxes, in an order set by the question's id."""
-    what = "the pointing questions of Visual7W"
-    path = require(folder, "dataset_v7w_pointing.json", what)
-    boxes_path = require(folder, "v7w_pointing_answers.json", what)
-    with structure(boxes_path):
-        rows = {row["box_id"]: row for row in load_json(boxes_path)["boxes"]}
+    """Yield one record per question whose four choices are boxes, in an order set by the question's id.
+
+    The boxes are in the file of the questions; where they are left out, in v7w_pointing_answers.json.
+    """
+    path = boxes_path = require(folder, "dataset_v7w_pointing.json", "the pointing questions of Visual7W")
     with structure(path):
-        for image in load_json(path)["images"]:
+        content = found = load_json(path)
+        if "boxes" not in content:
+            what = "Visual7W's dataset_v7w_grounding_annotations.zip"
+            boxes_path = require(folder, "v7w_pointing_answers.json", what)
+            found = load_json(boxes_path)
+    with structure(boxes_path):
+        rows = {row["box_id"]: row for row in found["boxes"]}
+    with structure(path):
+        for image in content["images"]:
             for qa in image["qa_pairs"] if image["split"] == split else ():
                 ids, answer = shuffled(qa["answer"], qa["multiple_choices"], f"visual7w {qa['qa_id']}")
+                shown = [entry(rows, i, boxes_path, "box") for i in ids]
                 yield Choice(
                     id=str(qa["qa_id"]),
                     source="visual7w-pointing",
                     split=split,
                     image=image["filename"],
                     question=qa["question"],
-                    choices=tuple(rows[i].get("name", "") for i in ids),
+                    choices=tuple(row.get("name", "") for row in shown),
                     answer=answer,
-                    boxes=tuple(_sized(rows[i]) for i in ids),
+                    boxes=tuple(map(_sized, shown)),
                     kind=qa["type"],
                 )
 
@@ -136,7 +146,7 @@ def genome_regions(folder: Path, split: str) -> Iterator[Grounded]:
             if image is None:
                 continue
             for region in row["regions"]:
-                if region["width"] <= 0 or region["height"] <= 0 or min(_far_corner(region)) <= 0:
+                if _outside(region, image):
                     continue
                 yield Grounded(
                     id=str(region["region_id"]),
@@ -147,8 +157,11 @@ def genome_regions(folder: Path, split: str) -> Iterator[Grounded]:
                 )
 
 
-def _far_corner(row: dict[str, Any]) -> tuple[float, float]:
-    return row["x"] + row["width"], row["y"] + row["height"]
+def _outside(row: dict[str, Any], image: dict[str, Any]) -> bool:
+    """Whether nothing of a region lies in its image."""
+    x, y, width, height = row["x"], row["y"], row["width"], row["height"]
+    empty = width <= 0 or height <= 0
+    return empty or min(x + width, y + height) <= 0 or x >= image["width"] or y >= image["height"]
 
 
 def genome_questions(folder: Path, split: str) -> Iterator[Question]:

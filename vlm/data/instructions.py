@@ -15,14 +15,13 @@ ROLES = {"human": "human", "gpt": "assistant"}
 def _conversations(source: str, path: Path, split: str) -> Iterator[Conversation]:
     with structure(path):
         for row in load_json(path):
-            turns = tuple(
-                Turn(ROLES[turn["from"]], turn["value"].replace("<image>", "").strip())
-                for turn in row["conversations"]
-            )
-            if len(turns) % 2 or any(t.role != ("human", "assistant")[i % 2] for i, t in enumerate(turns)):
-                raise UserError(f"turns of {row['id']} do not alternate from human to gpt")
-            if "image" not in row:  # larger mixes have conversations without an image
+            said = row["conversations"]
+            if not row.get("image"):  # larger mixes have conversations without an image, of any form
                 continue
+            roles = [turn["from"] for turn in said]
+            if not roles or roles != ["human", "gpt"] * (len(roles) // 2):
+                raise UserError(f"the turns of {row['id']} do not alternate from human to gpt")
+            turns = tuple(Turn(ROLES[turn["from"]], turn["value"]) for turn in said)
             yield Conversation(id=str(row["id"]), source=source, split=split, image=row["image"], turns=turns)
 
 

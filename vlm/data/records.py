@@ -123,7 +123,7 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True)
 class Conversation(Record):
-    """Turns that alternate, human first, without the image marker."""
+    """Turns that alternate, human first, as written: `vlm.prompts.IMAGE` marks the image in one of them."""
 
     turns: tuple[Turn, ...]
 

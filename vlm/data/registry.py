@@ -96,10 +96,10 @@ def table() -> str:
     """Return the data sets and their files as a table in Markdown; docs/data.md has it."""
     rows = [
         f"| `{name}` | {', '.join(d.splits)} | {', '.join(f'`{file}`' for file in d.files)} | "
-        f"`{d.task.record.__name__}` |"
+        f"`{d.images}` | `{d.task.record.__name__}` |"
         for name, d in DATASETS.items()
     ]
-    return "\n".join(["| data set | splits | files | record |", "|---|---|---|---|", *rows])
+    return "\n".join(["| data set | splits | files | pictures | record |", "|---|---|---|---|---|", *rows])
 
 
 def asked_table() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -23,7 +24,7 @@ from vlm.data.samples import Sample
 from vlm.data.turns import Rules, samples
 from vlm.prompts import INSTRUCTIONS, Chunk
 
-VERSION = 1  # raise it when records lead to other samples; indices on disk are then rebuilt
+VERSION = 2  # raise it when records lead to other samples; indices on disk are then rebuilt
 
 
 class FileSource:
@@ -129,14 +130,32 @@ class FileSource:
         return path
 
     def _state(self, index_folder: Path) -> str:
-        """Hash of what the samples depend on: rules, options, and the official files by size and time."""
-        listed = registry.DATASETS[self.name].files
-        patterns = {re.sub(r"\{.*?\}|SHARD", "*", file).split("/")[0] for file in listed}
+        """Hash of what the samples depend on: rules, options, and files and pictures by size and time.
+
+        Of files that are one per image, the folders stand for all.
+        """
+        dataset = registry.DATASETS[self.name]
+        patterns = {re.sub(r"\{.*?\}|SHARD", "*", _folder_of_many(file)) for file in dataset.files}
         found = {path for pattern in patterns for path in self.annotations.glob(pattern)}
-        stats = [
-            (path.name, path.stat()) for path in sorted(found) if path.resolve() != index_folder.resolve()
-        ]
-        files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+        files = [_stamp(path) for path in sorted(found) if path.resolve() != index_folder.resolve()]
+        seen = sorted(map(_stamp, _below(self.images, index_folder))) if dataset.opens_pictures else []
         folders = [str(self.annotations.resolve()), self.fingerprint]
-        state = [VERSION, INSTRUCTIONS, asdict(self.rules), self.filtered, self.options, folders, files]
+        state = [VERSION, INSTRUCTIONS, asdict(self.rules), self.filtered, self.options, folders, files, seen]
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _folder_of_many(file: str) -> str:
+    """The folder of files that are one per image; another file as it is."""
+    return file.rpartition("/")[0] if re.search("KEY|IMAGE", file) else file
+
+
+def _below(folder: Path, without: Path) -> Iterator[Path]:
+    """All files in a folder and below, without those of one folder."""
+    for inside, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if (Path(inside) / name).resolve() != without.resolve()]
+        yield from (Path(inside) / name for name in names)
+
+
+def _stamp(path: Path) -> tuple[str, int, int]:
+    stat = path.stat()
+    return str(path), stat.st_size, stat.st_mtime_ns

@@ -52,8 +52,8 @@ class Task:
     Attributes:
         name: `Sample.task`.
         record: The type of the records.
-        prompt: (records about one image, whether answers are told, size) -> chunks. Takes one record if
-            answers are not told.
+        prompt: (records about one image, whether answers are told, size, whether to print what the released
+            code prints) -> chunks. Takes one record if answers are not told.
         target: (record, size) -> what metrics need to know of the right answer, as JSON values.
         rounds: (records about one image, whether choices come in every order) -> lists of records. No record
             of a list gives the answer of another one away; each list makes samples of its own.
@@ -61,7 +61,7 @@ class Task:
 
     name: str
     record: type[Record]
-    prompt: Callable[[Sequence[Any], bool, Size], list[Chunk]]
+    prompt: Callable[[Sequence[Any], bool, Size, bool], list[Chunk]]
     target: Callable[[Any, Size], dict[str, Any]]
     rounds: Callable[[Sequence[Any], bool], Rounds] = _one_round
 
@@ -104,7 +104,7 @@ def _caption_rounds(group: Sequence[Captioned], every_slot: bool) -> Rounds:
             yield [replace(record, id=f"{record.id}#{i}", captions=(caption,))]
 
 
-def _caption_prompt(turns: Sequence[Captioned], told: bool, size: Size) -> list[Chunk]:
+def _caption_prompt(turns: Sequence[Captioned], told: bool, size: Size, published: bool) -> list[Chunk]:
     return prompts.captioning(turns[0].captions[0] if told else None)
 
 
@@ -126,9 +126,10 @@ def _spans(record: GroundedCaption) -> list[tuple[int, int, Sequence[Box]]]:
     return spans
 
 
-def _mention_prompt(turns: Sequence[GroundedCaption], told: bool, size: Size) -> list[Chunk]:
+def _mention_prompt(turns: Sequence[GroundedCaption], told: bool, size: Size, published: bool) -> list[Chunk]:
     (record,) = turns
-    chunks = prompts.grounded_captioning(record.caption, _spans(record), *size(record))
+    spans, sides = _spans(record), size(record)
+    chunks = prompts.grounded_captioning(record.caption, spans, *sides, published=published)
     return chunks if told else chunks[:-1]
 
 
@@ -154,9 +155,10 @@ def questions(*, keep_case: bool = False, yes_no: bool = False) -> Task:
         The task.
     """
 
-    def prompt(turns: Sequence[Question], told: bool, size: Size) -> list[Chunk]:
+    def prompt(turns: Sequence[Question], told: bool, size: Size, published: bool) -> list[Chunk]:
         asked = [(t.question, known(t, most_frequent(t.answers)) if told else None) for t in turns]
-        return prompts.vqa(asked, ocr=" ".join(turns[0].ocr), keep_case=keep_case)
+        ocr = " ".join(turns[0].ocr)
+        return prompts.vqa(asked, ocr=ocr, keep_case=keep_case, published=published)
 
     def target(record: Question, size: Size) -> dict[str, Any]:
         found: dict[str, Any] = {"answers": record.answers, "kind": record.kind}
@@ -165,7 +167,7 @@ def questions(*, keep_case: bool = False, yes_no: bool = False) -> Task:
     return Task("vqa", Question, prompt, target)
 
 
-def _match_prompt(turns: Sequence[Statement], told: bool, size: Size) -> list[Chunk]:
+def _match_prompt(turns: Sequence[Statement], told: bool, size: Size, published: bool) -> list[Chunk]:
     return prompts.image_text_match(turns[0].statement, turns[0].label if told else None)
 
 
@@ -222,7 +224,7 @@ def choices(*, keep_case: bool = False, moved: bool = False) -> Task:
         The task.
     """
 
-    def prompt(turns: Sequence[Choice], told: bool, size: Size) -> list[Chunk]:
+    def prompt(turns: Sequence[Choice], told: bool, size: Size, published: bool) -> list[Chunk]:
         offered = [(t.question, t.choices, known(t, t.answer) if told else None) for t in turns]
         return prompts.multiple_choice(offered, ocr=turns[0].ocr, keep_case=keep_case)
 
@@ -232,9 +234,9 @@ def choices(*, keep_case: bool = False, moved: bool = False) -> Task:
     return Task("multiple choice", Choice, prompt, target, _choice_rounds(moved))
 
 
-def _pointing_prompt(turns: Sequence[Choice], told: bool, size: Size) -> list[Chunk]:
+def _pointing_prompt(turns: Sequence[Choice], told: bool, size: Size, published: bool) -> list[Chunk]:
     shown = [(t.question, t.boxes, known(t, t.answer) if told else None) for t in turns]
-    return prompts.pointing(shown, *size(turns[0]))
+    return prompts.pointing(shown, *size(turns[0]), published=published)
 
 
 POINTING = Task(
@@ -251,12 +253,14 @@ def _box_rounds(group: Sequence[Grounded], every_slot: bool) -> Rounds:
     return _rounds(group, lambda grounded: grounded.box)
 
 
-def _grounding_prompt(turns: Sequence[Grounded], told: bool, size: Size) -> list[Chunk]:
-    return prompts.grounding([(t.phrase, t.box if told else None) for t in turns], *size(turns[0]))
+def _grounding_prompt(turns: Sequence[Grounded], told: bool, size: Size, published: bool) -> list[Chunk]:
+    asked = [(t.phrase, t.box if told else None) for t in turns]
+    return prompts.grounding(asked, *size(turns[0]), published=published)
 
 
-def _dense_prompt(turns: Sequence[Grounded], told: bool, size: Size) -> list[Chunk]:
-    return prompts.dense_captioning([(t.box, t.phrase if told else None) for t in turns], *size(turns[0]))
+def _dense_prompt(turns: Sequence[Grounded], told: bool, size: Size, published: bool) -> list[Chunk]:
+    asked = [(t.box, t.phrase if told else None) for t in turns]
+    return prompts.dense_captioning(asked, *size(turns[0]), published=published)
 
 
 GROUNDING = Task(
@@ -273,18 +277,19 @@ DENSE_CAPTIONING = Task(
 
 
 def _last_turn(record: Conversation, size: Size) -> dict[str, Any]:
-    return {"text": record.turns[-1].text}
+    return {"text": prompts.without_marker(record.turns[-1].text)}
 
 
-def _request_prompt(turns: Sequence[Conversation], told: bool, size: Size) -> list[Chunk]:
-    request, caption = turns[0].turns
-    answer = [Chunk(prompts.sentence(caption.text) + END, supervised=True)]
-    return [Chunk(request.text + "\n"), *(answer if told else [])]
+def _request_prompt(turns: Sequence[Conversation], told: bool, size: Size, published: bool) -> list[Chunk]:
+    request, caption = (prompts.without_marker(turn.text) for turn in turns[0].turns)
+    answer = [Chunk(prompts.sentence(caption) + END, supervised=True)]
+    return [Chunk(request + "\n"), *(answer if told else [])]
 
 
-def _chat_prompt(turns: Sequence[Conversation], told: bool, size: Size) -> list[Chunk]:
+def _chat_prompt(turns: Sequence[Conversation], told: bool, size: Size, published: bool) -> list[Chunk]:
     roles = {"human": "human", "assistant": "gpt"}
-    chunks = prompts.chat([(roles[turn.role], turn.text) for turn in turns[0].turns])
+    said = [(roles[turn.role], turn.text) for turn in turns[0].turns]
+    chunks = prompts.chat(said, published=published)
     return chunks if told else chunks[:-1]
 
 

@@ -29,8 +29,9 @@ class Rules:
         regions: What `Grounded` records ask for, "grounding" or "dense captioning".
         every_slot: Training shows a multiple-choice question once per choice, with the right one at another
             place each time, as published.
-        published: Evaluation uses the wording of the released evaluators where it differs from training's
-            (POPE, GQA, TextVQA, pointing).
+        published: Print exactly what the released code prints, in training and evaluation, instead of better
+            text (docs/data.md lists the differences). Its evaluators have wordings of their own
+            (`DataSet.reword`).
     """
 
     training: bool = True
@@ -68,7 +69,7 @@ def samples(records: Iterable[Record], dataset: DataSet, rules: Rules, size: Siz
         return
     for group in _by_image(records, dataset.scattered):
         for turns in _packed(group, dataset, rules):
-            first, chunks = turns[0], _prompt(turns, dataset, True, sized)
+            first, chunks = turns[0], _prompt(turns, dataset, rules, sized)
             yield Sample(first.id, first.source, first.image, dataset.task.name, tuple(chunks))
 
 
@@ -96,16 +97,16 @@ def _packed(group: Sequence[Record], dataset: DataSet, rules: Rules) -> Iterator
 
 def _asked(record: Record, dataset: DataSet, rules: Rules, size: Size) -> Sample:
     """A sample without its answer, which `target` has."""
-    task, chunks = dataset.task, _prompt([record], dataset, False, size)
+    task, chunks = dataset.task, _prompt([record], dataset, rules, size)
     if rules.published and dataset.reword is not None:
         chunks = dataset.reword(record, chunks)
     target = task.target(record, size)
     return Sample(record.id, record.source, record.image, task.name, tuple(chunks), target)
 
 
-def _prompt(turns: Sequence[Record], dataset: DataSet, told: bool, size: Size) -> list[Chunk]:
+def _prompt(turns: Sequence[Record], dataset: DataSet, rules: Rules, size: Size) -> list[Chunk]:
     try:
-        return dataset.task.prompt(turns, told, size)
+        return dataset.task.prompt(turns, rules.training, size, rules.published)
     except MissingFile:  # its message says everything
         raise
     except ValueError as error:

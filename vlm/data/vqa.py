@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ssm_retrieval.errors import UserError
-from vlm.data.files import json_lines, load_json, require, structure
+from vlm.data.files import entry, json_lines, load_json, require, structure
 from vlm.data.records import Choice, Question, Statement
 
 VQA_SPLITS = {"train": "train2014", "val": "val2014", "testdev": "test-dev2015", "test": "test2015"}
@@ -19,23 +19,26 @@ def vqav2(folder: Path, split: str) -> Iterator[Question]:
     official = VQA_SPLITS[split]
     what = f"the {split} questions and annotations of VQA v2"
     path = require(folder, f"v2_OpenEnded_mscoco_{official}_questions.json", what)
-    answers = {}
-    if split in ("train", "val"):
+    hidden = split in ("testdev", "test")
+    known: dict[int, tuple[tuple[str, ...], str]] = {}
+    if not hidden:
         answer_path = require(folder, f"v2_mscoco_{official}_annotations.json", what)
         with structure(answer_path):
-            answers = {row["question_id"]: row for row in load_json(answer_path)["annotations"]}
+            for row in load_json(answer_path)["annotations"]:
+                known[row["question_id"]] = tuple(a["answer"] for a in row["answers"]), row["answer_type"]
     images = official.replace("-dev", "")
     with structure(path):
         for row in load_json(path)["questions"]:
-            annotation = answers[row["question_id"]] if answers else None
+            number = row["question_id"]
+            answers, kind = ((), None) if hidden else entry(known, number, answer_path, "answers to question")
             yield Question(
-                id=str(row["question_id"]),
+                id=str(number),
                 source="vqav2",
                 split=split,
                 image=f"{images}/COCO_{images}_{row['image_id']:012d}.jpg",
                 question=row["question"],
-                answers=tuple(a["answer"] for a in annotation["answers"]) if annotation else (),
-                kind=annotation["answer_type"] if annotation else None,
+                answers=answers,
+                kind=kind,
             )
 
 
