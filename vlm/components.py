@@ -17,12 +17,13 @@ from ssm_retrieval import models
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.models.seeding import seeded
 from vlm import encoder as timm_encoder
+from vlm import model as vlm_model
 from vlm import tokenizer
 from vlm.config import Run
 from vlm.data.cache import FeatureCache, Uncached
-from vlm.data.samples import Sample
 from vlm.layout import grid_side, sequence
 from vlm.model import VLM, prefix_tokens
+from vlm.prompts import Chunk
 
 ENCODERS, FEATURES = "encoders", "features"  # folders beside the runs
 
@@ -74,21 +75,25 @@ class Eyes:
 
 
 @lru_cache(maxsize=4)
-def eyes(name: str, image_size: int, out: Path, device: str = "cpu") -> Eyes:
-    """Return the encoder of a run; it is trained (scenes) or downloaded (timm) on first use.
+def eyes(name: str, image_size: int, out: Path, device: str = "cpu", checkpoint: str | None = None) -> Eyes:
+    """Return an encoder; it is trained (scenes) or downloaded (timm) on first use.
 
     Args:
         name: "scenes" or a name of timm.
         image_size: Pixels a side.
         out: Folder of the runs; encoders are kept in its folder `encoders`.
         device: Where the encoder runs.
+        checkpoint: A released checkpoint. If it has the encoder's weights, they are used instead.
 
     Returns:
         The encoder, frozen.
 
     Raises:
-        UserError: If `image_size` is no multiple of the scenes encoder's patch.
+        UserError: If `image_size` is no multiple of the scenes encoder's patch, or a checkpoint's weights are
+            not those of this encoder at this size.
     """
+    place = None if checkpoint is None else vlm_model.encoder_folder(checkpoint)
+    weights = "" if place is None else f"-of-{vlm_model.state(place)}"
     if name == "scenes":
         from vlm.scenes import encoder as scenes
 
@@ -96,22 +101,35 @@ def eyes(name: str, image_size: int, out: Path, device: str = "cpu") -> Eyes:
             raise UserError(
                 f"image_size={image_size} must be a multiple of the scenes encoder's {scenes.PATCH}"
             )
-        module: nn.Module = scenes.trained(out / ENCODERS).to(device)
+        module: nn.Module = scenes.SceneEncoder() if place else scenes.trained(out / ENCODERS)
 
         def as_pixels(pictures: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
             return scenes.scaled(scenes.resized(pictures, image_size))
 
-        key = f"{scenes.key()}-at-{image_size}px"
-        return Eyes(module, key, scenes.WIDTH, image_size // scenes.PATCH, as_pixels)
+        key = f"{scenes.key()}-at-{image_size}px{weights}"
+        return Eyes(_placed(module, place, device), key, scenes.WIDTH, image_size // scenes.PATCH, as_pixels)
     from PIL import Image
 
-    built: Any = timm_encoder.build(name, image_size, pretrained=True, device=device)
+    built: Any = timm_encoder.build(name, image_size, pretrained=place is None)
     patch = built.patch_embed.patch_size[0]
 
     def pixels(pictures: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
         return timm_encoder.pixels([Image.fromarray(picture) for picture in pictures], image_size, patch)
 
-    return Eyes(built, f"{name}-{image_size}px", built.num_features, grid_side(image_size, patch), pixels)
+    width, side = built.num_features, grid_side(image_size, patch)
+    return Eyes(_placed(built, place, device), f"{name}-{image_size}px{weights}", width, side, pixels)
+
+
+def _placed(module: nn.Module, place: Path | None, device: str) -> nn.Module:
+    """The encoder, frozen, on its device, with a released checkpoint's weights if `place` is one."""
+    if place is not None:
+        vlm_model.load_encoder(place, module)
+    return module.to(device).eval().requires_grad_(False)
+
+
+def eyes_of(run: Run, out: Path, device: str = "cpu") -> Eyes:
+    """Return the encoder that a run is asked with, as `eyes` does."""
+    return eyes(run.encoder, run.image_size, out, device, run.checkpoint)
 
 
 def features(run: Run, image_size: int, out: Path, device: str = "cpu") -> FeatureCache | Uncached:
@@ -126,7 +144,7 @@ def features(run: Run, image_size: int, out: Path, device: str = "cpu") -> Featu
     Returns:
         A cache on disk, or features computed on the fly if `run.cache` is False.
     """
-    seen = eyes(run.encoder, image_size, out, device)
+    seen = eyes(run.encoder, image_size, out, device, run.checkpoint)
     return FeatureCache(out / FEATURES, seen.key, seen) if run.cache else Uncached(seen)
 
 
@@ -148,25 +166,60 @@ def model(run: Run, width: int) -> VLM:
         lm = models.build(run.model, seed=run.seed, **{"vocab_size": words, **run.model_overrides})
     else:
         lm = models.load(run.init)
-    if words > lm.config.vocab_size:
-        raise UserError(
-            f"tokenizer={run.tokenizer!r} has {words} tokens and the model of run {run.name!r} "
-            f"{lm.config.vocab_size}; use the tokenizer that the model was made with"
-        )
+    _check_words(run, lm.config.vocab_size)
     with seeded(run.seed):
         return VLM(lm, width)
 
 
-def prompt(run: Run, sample: Sample, side: int) -> tuple[list[int], list[int]]:
-    """Turn a sample into token ids, in the layout and with the tokenizer of a run.
+def _check_words(run: Run, known: int) -> None:
+    words = len(text(run.tokenizer))
+    if words > known:
+        raise UserError(
+            f"tokenizer={run.tokenizer!r} has {words} tokens and the model of run {run.name!r} "
+            f"{known}; use the tokenizer that the model was made with"
+        )
+
+
+def released(run: Run, width: int, device: str = "cpu") -> VLM:
+    """Load the released checkpoint of a run, in float32.
+
+    Args:
+        run: Names the checkpoint, the family of its model and its tokenizer.
+        width: F, the width of the encoder's features.
+        device: Device of the model.
+
+    Returns:
+        The model, without an encoder, in evaluation mode.
+
+    Raises:
+        UserError: If it is no such checkpoint, or family, tokenizer or encoder are not those of the run.
+    """
+    assert run.checkpoint is not None
+    found = vlm_model.load(run.checkpoint, dtype=torch.float32, device=device)
+    where = f"checkpoint={run.checkpoint!r} of run {run.name!r}"
+    family = models.architecture_of(found.lm.config).name
+    if family != run.family:
+        raise UserError(f"{where} is a {family}, but model={run.model!r}; name a preset of {family}")
+    taken = found.vision_embed_tokens[0].in_features
+    if taken != width:
+        raise UserError(
+            f"{where} takes features of width {taken}, but those of encoder={run.encoder!r} have {width}; "
+            "name the encoder that it was trained with"
+        )
+    _check_words(run, found.lm.config.vocab_size)
+    return found
+
+
+def prompt(run: Run, chunks: Sequence[Chunk], side: int) -> tuple[list[int], list[int]]:
+    """Turn a prompt into token ids, in the layout and with the tokenizer of a run.
 
     Args:
         run: The run.
-        sample: Prompt and answers.
+        chunks: Prompt and answers.
         side: Patches along one side of the image.
 
     Returns:
         input_ids and labels, of equal length.
     """
     words = text(run.tokenizer)
-    return sequence(sample.chunks, words.encode, side, run.layout, markers=words.markers)
+    return sequence(chunks, words.encode, side, run.layout, markers=words.markers)

@@ -10,6 +10,8 @@ Parameters have the names of the released checkpoints, which `load` reads.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -179,17 +181,11 @@ def load(
         UserError: If the folder holds no VLM, or as `models.load` raises it.
     """
     place = hub.find_folder(folder)
-    stored = hub.contents(hub.weight_files(place))
-    parts: dict[str, dict[str, hub.Stored]] = {CONNECTOR: {}, ENCODER: {}, "": {}}
-    for key, found in stored.items():
-        prefix = next(prefix for prefix in parts if key.startswith(prefix))
-        parts[prefix][key.removeprefix(prefix)] = found
+    parts = _parts(place)
     first = parts[CONNECTOR].get("0.weight")
     if first is None:
         raise UserError(f"{place} has no {CONNECTOR}0.weight, so it is no VLM; use models.load for it")
-    raw = hub.read_json(place / "config.json")
-    config = hub_configs.read_config(raw, parts[""], str(place / "config.json"), beside=VISION_FIELDS)
-    lm = from_config(config, device="meta")
+    lm = from_config(_config(place, parts[""]), device="meta")
     lm.accept_hub_spellings(parts[""])
     with torch.device("meta"):
         model = VLM(lm, features=first.shape[1])
@@ -199,3 +195,56 @@ def load(
         fill(encoder, parts[ENCODER], place, dtype=dtype, device=device)
         model.vision_encoder = encoder.eval().requires_grad_(False)
     return model.eval()
+
+
+def language_config(folder: str | Path) -> Any:
+    """Return the config of a released checkpoint's language model; folder and errors are those of `load`."""
+    place = hub.find_folder(folder)
+    return _config(place, _parts(place)[""])
+
+
+def encoder_folder(folder: str | Path) -> Path | None:
+    """Return the local folder of a checkpoint with the weights of its vision encoder, None for others."""
+    place = hub.find_folder(folder)
+    return place if _parts(place)[ENCODER] else None
+
+
+def load_encoder(folder: Path, encoder: nn.Module) -> None:
+    """Copy the vision encoder's weights of a released checkpoint into a module, in float32.
+
+    Args:
+        folder: The checkpoint.
+        encoder: As for `load`.
+
+    Raises:
+        UserError: If the weights are not exactly those of the module.
+    """
+    fill(encoder, _parts(folder)[ENCODER], folder, dtype=torch.float32)
+
+
+def state(folder: str | Path) -> str:
+    """Identify the weights of a released checkpoint by sizes and times of its files.
+
+    Args:
+        folder: As for `load`.
+
+    Returns:
+        A short hash; a copy that keeps the times has the same.
+    """
+    files = hub.weight_files(hub.find_folder(folder)).files
+    listed = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(json.dumps(sorted(listed)).encode()).hexdigest()[:10]
+
+
+def _parts(place: Path) -> dict[str, dict[str, hub.Stored]]:
+    """What a checkpoint stores of connector, encoder and language model, by names without the prefix."""
+    parts: dict[str, dict[str, hub.Stored]] = {CONNECTOR: {}, ENCODER: {}, "": {}}
+    for key, found in hub.contents(hub.weight_files(place)).items():
+        prefix = next(prefix for prefix in parts if key.startswith(prefix))
+        parts[prefix][key.removeprefix(prefix)] = found
+    return parts
+
+
+def _config(place: Path, stored: dict[str, hub.Stored]) -> Any:
+    path = place / "config.json"
+    return hub_configs.read_config(hub.read_json(path), stored, str(path), beside=VISION_FIELDS)
