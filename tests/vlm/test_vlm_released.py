@@ -11,27 +11,21 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 pytest.importorskip("tokenizers", reason="tokenizers is not installed; .ci/run installs it")
 pytest.importorskip("sklearn", reason="scikit-learn is not installed; .ci/run installs it")
 
+from vlm_checkpoints import RELEASED, released
 from vlm_files import write
 from vlm_runs import one_line
 
-from ssm_retrieval import models
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.training import store
 from vlm import answering, components, evaluate, folders, predict, results
 from vlm.config import Run, read_file
 from vlm.layout import sequence
-from vlm.model import VLM
 from vlm.scenes import encoder as scenes
 
-SHAPES = {
-    "mamba": ("mamba-130m", dict(d_model=32, n_layer=2, norm="layer", residual_in_fp32=False)),
-    "transformer": ("pythia-14m", dict(d_model=32, n_layer=2, n_head=4)),
-}
 POPE = [
     {"question_id": i, "image": f"{i % 2}.png", "text": f"Is there a {what} in the image?", "label": label}
     for i, (what, label) in enumerate([("dog", "no"), ("cat", "yes"), ("red star", "yes")])
@@ -45,40 +39,6 @@ VSR = [
 @pytest.fixture(autouse=True)
 def known_encoders():
     components.eyes.cache_clear()
-
-
-def released(folder, family, seed=1):
-    """Write a random checkpoint with the released names, and the encoder of scenes in place of EVA-02.
-
-    Returns:
-        The model, and its encoder.
-    """
-    preset, options = SHAPES[family]
-    torch.manual_seed(seed)
-    lm = models.build(preset, seed=seed, vocab_size=len(components.text("scenes")), **options)
-    model = VLM(lm, scenes.WIDTH, scenes.SceneEncoder()).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    state = {key.removeprefix("lm."): value.detach().clone() for key, value in model.state_dict().items()}
-    vision = dict(
-        hidden_size=32, vision_encoder_name="scenes", select_layer=-2, select_feature="patch", image_size=64
-    )
-    if family == "mamba":
-        state.pop("lm_head.weight")
-        fields = vision | dict(
-            architectures=["VLMambaCLIPLMHeadModel"], d_model=32, n_layer=2,
-            vocab_size=lm.config.vocab_size, ssm_cfg={}, rms_norm=True, residual_in_fp32=True,
-            fused_add_norm=True, pad_vocab_size_multiple=1,
-        )  # fmt: skip
-    else:
-        fields = models.hub_configs.write_config(lm.config, None) | vision
-        fields["architectures"] = ["VLCLIPGPTNeoXForCausalLM"]
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(fields))
-    save_file({key: value.contiguous() for key, value in state.items()}, folder / "model.safetensors")
-    components.text("scenes").tokenizer.save(str(folder / "tokenizer.json"))
-    return model
 
 
 def official(folder):
@@ -115,7 +75,7 @@ def test_one_command_evaluates_a_released_checkpoint_on_official_files(family, c
     model = released(checkpoint, family)
     official(data)
     config = tmp_path / "asked.py"
-    given = dict(model=SHAPES[family][0], checkpoint=str(checkpoint), data=data, cache=cache)
+    given = dict(model=RELEASED[family][0], checkpoint=str(checkpoint), data=data, cache=cache)
     config.write_text(CONFIG.format(**given))
     assert evaluate.main([str(config), "--out", str(out)]) == 0, capsys.readouterr().err
     assert "pope (random)" in capsys.readouterr().out
@@ -150,7 +110,7 @@ def test_one_command_evaluates_a_released_checkpoint_on_official_files(family, c
     assert evaluate.current(out, run) is None
 
 
-@pytest.mark.parametrize("family", SHAPES)
+@pytest.mark.parametrize("family", RELEASED)
 def test_a_released_folder_is_asked_without_a_config(family, tmp_path, capsys):
     checkpoint = tmp_path / "mini-vl"
     model = released(checkpoint, family)
