@@ -7,6 +7,8 @@ import importlib
 import importlib.util
 import io
 import json
+import os
+import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -120,32 +122,32 @@ def test_the_adapter_answers_and_scores_as_evaluation_does(trained, tasks, lmms_
     )
 
 
-def test_lmms_eval_agrees_to_the_digit(trained, tasks, tmp_path, monkeypatch):
+def test_lmms_eval_agrees_to_the_digit(trained, tasks, tmp_path):
     """The program itself, on the files of the tasks; answers one by one, and every score."""
     pytest.importorskip("lmms_eval", reason="lmms-eval is not installed; .ci/run installs it")
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    from lmms_eval.evaluator import simple_evaluate
-    from lmms_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=str(tasks), include_defaults=False, model_name="ssm_retrieval_vlm")
-    found = simple_evaluate(
-        "ssm_retrieval_vlm", f"run={trained.folder}", tasks=["scenes"], task_manager=manager, batch_size=64,
-        device="cpu", log_samples=True, bootstrap_iters=0,
-    )  # fmt: skip
+    argv = [
+        "--model", "ssm_retrieval_vlm", "--model_args", f"run={trained.folder}", "--tasks", "scenes",
+        "--include_path", tasks, "--batch_size", "64", "--device", "cpu", "--log_samples",
+        "--output_path", tmp_path / "out",
+    ]  # fmt: skip
+    apart = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "lmms_eval", *map(str, argv)], env=apart, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (path,) = (tmp_path / "out").rglob("*_results.json")
     compared = [
         (name.removeprefix("scenes_"), key.removesuffix(",none"), value)
-        for name, scores in found["results"].items()
+        for name, scores in json.loads(path.read_text())["results"].items()
         for key, value in scores.items()
         if key.endswith(",none") and "stderr" not in key
     ]
-    assert sorted(compared) == sorted(
-        trained.table[["task", "metric", "value"]].itertuples(index=False, name=None)
-    )
+    expected = trained.table[["task", "metric", "value"]].itertuples(index=False, name=None)
+    assert sorted(compared) == sorted(expected)
     said = {
-        (name.removeprefix("scenes_"), str(sample["doc_id"])): sample["filtered_resps"][0]
-        for name, samples in found["samples"].items()
-        for sample in samples
+        (path.stem.partition("_samples_scenes_")[2], str(row["doc_id"])): row["filtered_resps"]
+        for path in (tmp_path / "out").rglob("*_samples_*.jsonl")
+        for row in store.read_rows(path)
     }
     assert said == {key: row["said"] for key, row in trained.said.items()}
 
