@@ -152,7 +152,16 @@ class Answerer:
 
     @classmethod
     def of(cls, run: Run, out: Path, device: str = "cpu") -> Answerer:
-        """Load the model of a run, as `load` does."""
+        """Load the model of a run.
+
+        Args:
+            run: As for `load`.
+            out: As for `load`.
+            device: As for `load`.
+
+        Returns:
+            The model, ready to answer.
+        """
         return cls(run, out, load(run, out, device), device)
 
     @property
@@ -200,5 +209,14 @@ class Answerer:
         return answer_prompts(self.model, self.run, ids, features, self.device, most, batch_size)
 
     def answer(self, picture: Picture, chunks: Sequence[Chunk], most: int | None = None) -> str:
-        """Answer one question, as `answers` does."""
+        """Answer one question.
+
+        Args:
+            picture: (height, width, 3) uint8, RGB.
+            chunks: The prompt.
+            most: As for `answers`.
+
+        Returns:
+            The answer, without the end token.
+        """
         return self.answers([chunks], lambda _: [picture], most)[0]

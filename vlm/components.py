@@ -128,7 +128,16 @@ def _placed(module: nn.Module, place: Path | None, device: str) -> nn.Module:
 
 
 def eyes_of(run: Run, out: Path, device: str = "cpu") -> Eyes:
-    """Return the encoder that a run is asked with, as `eyes` does."""
+    """Return the encoder that a run is asked with.
+
+    Args:
+        run: The run.
+        out: Folder of the runs.
+        device: Where the encoder runs.
+
+    Returns:
+        The encoder, as `eyes` gives it.
+    """
     return eyes(run.encoder, run.image_size, out, device, run.checkpoint)
 
 
