@@ -17,12 +17,13 @@ from ssm_retrieval import models
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.models.seeding import seeded
 from vlm import encoder as timm_encoder
+from vlm import model as vlm_model
 from vlm import tokenizer
 from vlm.config import Run
 from vlm.data.cache import FeatureCache, Uncached
-from vlm.data.samples import Sample
 from vlm.layout import grid_side, sequence
 from vlm.model import VLM, prefix_tokens
+from vlm.prompts import Chunk
 
 if TYPE_CHECKING:
     from vlm.scenes.words import Told
@@ -44,13 +45,12 @@ def text(name: str) -> tokenizer.Text:
     if name != "scenes":
         return tokenizer.read(name)
     from vlm.scenes.source import SceneSource
-    from vlm.scenes.words import CORNERS, NOTHING
 
     packed = [
         SceneSource(task, 400, turns=7) for task in ("caption", "describe", "vqa", "locate", "pointing")
     ]
     texts = [chunk.text for source in packed for i in range(400) for chunk in source[i].chunks]
-    return tokenizer.from_words([*texts, *(f"{i / 100:.2f}" for i in range(101)), *CORNERS, NOTHING])
+    return tokenizer.from_words([*texts, *(f"{i / 100:.2f}" for i in range(101))])
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Eyes:
     Attributes:
         module: The encoder; None for `WORDS`.
         key: Names encoder, weights and image size.
-        width: F, the width of the features; 0 if they are weights of words (`vlm.scenes.words`).
+        width: F, the width of the features.
         side: Patches along one side of the image; P = side^2.
         as_pixels: Pictures (height, width, 3) uint8 -> the pixels that `module` takes.
     """
@@ -83,47 +83,74 @@ class Eyes:
 
 
 @lru_cache(maxsize=4)
-def eyes(name: str, image_size: int, out: Path, device: str = "cpu") -> Eyes:
-    """Return the encoder of a run; it is trained (scenes) or downloaded (timm) on first use.
+def eyes(name: str, image_size: int, out: Path, device: str = "cpu", checkpoint: str | None = None) -> Eyes:
+    """Return an encoder; it is trained (scenes) or downloaded (timm) on first use.
 
     Args:
         name: "scenes" or a name of timm.
         image_size: Pixels a side.
         out: Folder of the runs; encoders are kept in its folder `encoders`.
         device: Where the encoder runs.
+        checkpoint: A released checkpoint. If it has the encoder's weights, they are used instead.
 
     Returns:
         The encoder, frozen.
 
     Raises:
-        UserError: If `image_size` is no multiple of the scenes encoder's patch.
+        UserError: If `image_size` is no multiple of the scenes encoder's patch, or a checkpoint's weights are
+            not those of this encoder at this size.
     """
     from vlm.scenes import encoder as scenes
 
     if name == WORDS:
-        return Eyes(
-            None, WORDS, 0, grid_side(image_size, PLACE), partial(scenes.resized, image_size=image_size)
-        )
+        from vlm.scenes.words import VOCABULARY
+
+        resized = partial(scenes.resized, image_size=image_size)
+        return Eyes(None, WORDS, len(VOCABULARY), grid_side(image_size, PLACE), resized)
+    place = None if checkpoint is None else vlm_model.encoder_folder(checkpoint)
+    weights = "" if place is None else f"-of-{vlm_model.state(place)}"
     if name in scenes.ENCODERS:
         patch, _ = scenes.ENCODERS[name]
         if image_size % patch:
             raise UserError(f"image_size={image_size} must be a multiple of the {patch} of encoder {name!r}")
-        module: nn.Module = scenes.trained(out / ENCODERS, name).to(device)
+        module: nn.Module = scenes.SceneEncoder(name) if place else scenes.trained(out / ENCODERS, name)
 
         def as_pixels(pictures: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
             return scenes.scaled(scenes.resized(pictures, image_size))
 
-        key = f"{scenes.key(name)}-at-{image_size}px"
-        return Eyes(module, key, scenes.WIDTH, image_size // patch, as_pixels)
+        key = f"{scenes.key(name)}-at-{image_size}px{weights}"
+        return Eyes(_placed(module, place, device), key, scenes.WIDTH, image_size // patch, as_pixels)
     from PIL import Image
 
-    built: Any = timm_encoder.build(name, image_size, pretrained=True, device=device)
+    built: Any = timm_encoder.build(name, image_size, pretrained=place is None)
     patch = built.patch_embed.patch_size[0]
 
     def pixels(pictures: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
         return timm_encoder.pixels([Image.fromarray(picture) for picture in pictures], image_size, patch)
 
-    return Eyes(built, f"{name}-{image_size}px", built.num_features, grid_side(image_size, patch), pixels)
+    width, side = built.num_features, grid_side(image_size, patch)
+    return Eyes(_placed(built, place, device), f"{name}-{image_size}px{weights}", width, side, pixels)
+
+
+def _placed(module: nn.Module, place: Path | None, device: str) -> nn.Module:
+    """The encoder, frozen, on its device, with a released checkpoint's weights if `place` is one."""
+    if place is not None:
+        vlm_model.load_encoder(place, module)
+    return module.to(device).eval().requires_grad_(False)
+
+
+def eyes_of(run: Run, out: Path, device: str = "cpu") -> Eyes:
+    """Return the encoder that a run is asked with.
+
+    Args:
+        run: The run.
+        out: Folder of the runs.
+        device: Where the encoder runs.
+
+    Returns:
+        The encoder, as `eyes` gives it.
+    """
+    return eyes(run.encoder, run.image_size, out, device, run.checkpoint)
 
 
 def features(run: Run, image_size: int, out: Path, device: str = "cpu") -> FeatureCache | Uncached | Told:
@@ -138,12 +165,11 @@ def features(run: Run, image_size: int, out: Path, device: str = "cpu") -> Featu
     Returns:
         A cache on disk, or features computed on the fly if `run.cache` is False; always for words.
     """
-    seen = eyes(run.encoder, image_size, out, device)
+    seen = eyes(run.encoder, image_size, out, device, run.checkpoint)
     if seen.module is None:
         from vlm.scenes.words import Told
 
-        words = text(run.tokenizer)
-        return Told(words.encode, len(words), seen.side)
+        return Told(seen.side)
     return FeatureCache(out / FEATURES, seen.key, seen) if run.cache else Uncached(seen)
 
 
@@ -165,25 +191,60 @@ def model(run: Run, width: int) -> VLM:
         lm = models.build(run.model, seed=run.seed, **{"vocab_size": words, **run.model_overrides})
     else:
         lm = models.load(run.init)
-    if words > lm.config.vocab_size:
-        raise UserError(
-            f"tokenizer={run.tokenizer!r} has {words} tokens and the model of run {run.name!r} "
-            f"{lm.config.vocab_size}; use the tokenizer that the model was made with"
-        )
+    _check_words(run, lm.config.vocab_size)
     with seeded(run.seed):
         return VLM(lm, width)
 
 
-def prompt(run: Run, sample: Sample, side: int) -> tuple[list[int], list[int]]:
-    """Turn a sample into token ids, in the layout and with the tokenizer of a run.
+def _check_words(run: Run, known: int) -> None:
+    words = len(text(run.tokenizer))
+    if words > known:
+        raise UserError(
+            f"tokenizer={run.tokenizer!r} has {words} tokens and the model of run {run.name!r} "
+            f"{known}; use the tokenizer that the model was made with"
+        )
+
+
+def released(run: Run, width: int, device: str = "cpu") -> VLM:
+    """Load the released checkpoint of a run, in float32.
+
+    Args:
+        run: Names the checkpoint, the family of its model and its tokenizer.
+        width: F, the width of the encoder's features.
+        device: Device of the model.
+
+    Returns:
+        The model, without an encoder, in evaluation mode.
+
+    Raises:
+        UserError: If it is no such checkpoint, or family, tokenizer or encoder are not those of the run.
+    """
+    assert run.checkpoint is not None
+    found = vlm_model.load(run.checkpoint, dtype=torch.float32, device=device)
+    where = f"checkpoint={run.checkpoint!r} of run {run.name!r}"
+    family = models.architecture_of(found.lm.config).name
+    if family != run.family:
+        raise UserError(f"{where} is a {family}, but model={run.model!r}; name a preset of {family}")
+    taken = found.vision_embed_tokens[0].in_features
+    if taken != width:
+        raise UserError(
+            f"{where} takes features of width {taken}, but those of encoder={run.encoder!r} have {width}; "
+            "name the encoder that it was trained with"
+        )
+    _check_words(run, found.lm.config.vocab_size)
+    return found
+
+
+def prompt(run: Run, chunks: Sequence[Chunk], side: int) -> tuple[list[int], list[int]]:
+    """Turn a prompt into token ids, in the layout and with the tokenizer of a run.
 
     Args:
         run: The run.
-        sample: Prompt and answers.
+        chunks: Prompt and answers.
         side: Patches along one side of the image.
 
     Returns:
         input_ids and labels, of equal length.
     """
     words = text(run.tokenizer)
-    return sequence(sample.chunks, words.encode, side, run.layout, markers=words.markers)
+    return sequence(chunks, words.encode, side, run.layout, markers=words.markers)

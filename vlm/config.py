@@ -116,10 +116,12 @@ class Stage:
 class Run:
     """A model, its training stages, and what it is evaluated on.
 
+    A run with `checkpoint` is a released model: it has no stages and can only be evaluated and asked.
+
     Attributes:
         name: Names the tables of results.
-        model: Preset of the language model (`models.build`).
-        stages: Run one after the other.
+        model: Preset of the language model (`models.build`); with `checkpoint` one of its family.
+        stages: Run one after the other; none with `checkpoint`.
         evaluation: Sources by name.
         model_overrides: Options that differ from the preset's.
         init: Pretrained weights of the language model (`models.load`).
@@ -132,6 +134,8 @@ class Run:
         precision: Precision of training and evaluation.
         max_new_tokens: Most tokens of an answer.
         cache: Keep features on disk.
+        checkpoint: A released Mamba-VL or Pythia-VL, as `vlm.model.load` takes it. The encoder has the
+            weights that are in it, and must be of its kind and size.
         imports: Your own modules that register data sets or models. Commands that are given the run's folder
             import them again. They are not part of a stage's id.
 
@@ -153,13 +157,19 @@ class Run:
     precision: Literal["no", "bf16", "fp16"] = "bf16"
     max_new_tokens: Annotated[int, Field(ge=1, le=100_000)] = 16
     cache: bool = True
+    checkpoint: Text | None = None
     imports: Annotated[tuple[Text, ...], AsTuple] = ()
 
     def __post_init__(self) -> None:
         from ssm_retrieval import models
 
-        if not self.stages:
-            raise UserError(f"run {self.name!r} has no stages; give at least one")
+        if self.checkpoint is None and not self.stages:
+            raise UserError(f"run {self.name!r} has no stages; give at least one, or a released checkpoint")
+        if self.checkpoint is not None and (self.stages or self.init or self.model_overrides):
+            raise UserError(
+                f"run {self.name!r} has checkpoint={self.checkpoint!r}, which is a whole model; give it "
+                "neither stages nor init nor model_overrides"
+            )
         try:
             json.dumps(dict(self.model_overrides), allow_nan=False)
         except (TypeError, ValueError) as error:
@@ -183,9 +193,10 @@ class Run:
         return stage.image_size or self.image_size
 
     def stage_ids(self) -> list[str]:
-        """Return the folder name of every stage."""
+        """Return the folder name of every stage; that of a checkpoint names its files, and is no folder."""
         from vlm import tokenizer
         from vlm.data import sources
+        from vlm.model import state
         from vlm.scenes import VERSION, encoder
 
         said: Any = {"version": TRAINING_VERSION} | {
@@ -193,6 +204,9 @@ class Run:
         }
         said["encoder"] = encoder.key(self.encoder) if self.encoder in encoder.ENCODERS else self.encoder
         said["tokenizer"] = tokenizer.fingerprint(self.tokenizer)
+        if self.checkpoint is not None:
+            said |= {"checkpoint": state(self.checkpoint), "image_size": self.image_size}
+            return [f"{self.family}-{self.image_size}px-released-{_digest(said)}"]
         names = []
         for number, stage in enumerate(self.stages):
             settled = stage.to_dict()
@@ -210,13 +224,16 @@ class Run:
                 if settled["image_size"] != self.image_size:
                     settled["asked_size"] = self.image_size
             said = {"before": said, "stage": settled}
-            digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-            names.append(f"{self.family}-{self.size(stage)}px-seed{self.seed}-{digest[:10]}")
+            names.append(f"{self.family}-{self.size(stage)}px-seed{self.seed}-{_digest(said)}")
         return names
 
     def to_dict(self) -> dict[str, Any]:
         stages = [stage.to_dict() for stage in self.stages]
         return dataclasses.asdict(self) | {"stages": stages}
+
+
+def _digest(said: Any) -> str:
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def from_dict(saved: Mapping[str, Any]) -> Run:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import tyro
 from torch import Tensor
 
@@ -18,15 +16,13 @@ from ssm_retrieval.cli import Imports, guarded, parse, use_threads
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.terminal import plain_console
 from vlm import components, folders, results
+from vlm.answering import answer_prompts, default_device, load
 from vlm.config import Data, Run, read_file
 from vlm.data.samples import Sample, Source
-from vlm.folders import RESULT
 from vlm.guesses import asked
 from vlm.layout import image_ids
 from vlm.model import VLM
-from vlm.prompts import END
 
-BATCH = 64
 MOST_ACROSS = 4  # runs that fit side by side
 
 
@@ -39,9 +35,11 @@ class Options:
     """
 
     run: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]
-    """Trained runs: folders that vlm.train printed, or config files, which stand for all their runs."""
+    """Trained runs: folders that vlm.train printed, or config files, which stand for all their runs. Those \
+of vlm/configs/released.py are released checkpoints."""
     out: Path = Path("runs/vlm")
-    """Folder that vlm.train wrote to. Needed for config files only."""
+    """Folder that vlm.train wrote to, or for the results of released checkpoints. Needed for config files \
+only."""
     only: str = ""
     """Evaluate only the runs whose name contains this text."""
     threads: int = 0
@@ -119,32 +117,10 @@ def current(out: Path, run: Run) -> Any:
     return table if made == {(run.stage_ids()[-1], results.fingerprint(run))} else None
 
 
-def load(run: Run, out: Path, device: str = "cpu") -> VLM:
-    """Load a trained model.
-
-    Args:
-        run: The run.
-        out: Folder of the runs.
-        device: Device of the model.
-
-    Returns:
-        The model, without encoder, in evaluation mode.
-
-    Raises:
-        UserError: If the run is not trained in `out`.
-    """
-    folder = out / run.stage_ids()[-1]
-    if not (folder / RESULT).exists():
-        raise UserError(f"run {run.name!r} is not trained in {out}; run python -m vlm.train first")
-    model = components.model(run, components.eyes(run.encoder, run.image_size, out, device).width)
-    folders.load_weights(folder, model)
-    return model.to(device).eval()
-
-
 def evaluate(
     run: Run, out: Path, progress: bool = False, device: str | None = None
 ) -> tuple[list[results.Row], list[results.Row]]:
-    """Ask and score a trained model.
+    """Ask and score a trained model, or a released one.
 
     Args:
         run: The run.
@@ -154,19 +130,22 @@ def evaluate(
 
     Returns:
         Rows of the results table (`vlm.results.COLUMNS`), and one row per answer.
+
+    Raises:
+        UserError: If the run has no evaluation, or is not trained in `out`.
     """
     from rich.markup import escape
     from rich.progress import track
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     model = load(run, out, device)
     features = components.features(run, run.image_size, out, device)
-    side = components.eyes(run.encoder, run.image_size, out, device).side
-    folder = out / run.stage_ids()[-1]
-    spent = [folders.finished(out / name) for name in run.stage_ids()]
+    side = components.eyes_of(run, out, device).side
+    if not run.evaluation:
+        raise UserError(f"run {run.name!r} has no evaluation; evaluate a config file that gives it some data")
     fixed = dict(
         run=run.name,
-        stage=folder.name,
+        stage=run.stage_ids()[-1],
         evaluation=results.fingerprint(run),
         family=run.family,
         model=run.model,
@@ -175,9 +154,7 @@ def evaluate(
         image_tokens=len(image_ids(side)),
         seed=run.seed,
         parameters=sum(p.numel() for p in model.parameters()),
-        steps=sum(stage.steps for stage in spent),
-        seconds=sum(stage.seconds for stage in spent),
-        commit=folders.commit(folder),
+        **_cost(run, out),
     )
     rows: list[dict[str, Any]] = []
     written: list[dict[str, Any]] = []
@@ -196,6 +173,18 @@ def evaluate(
                 | dict(said=said, right=results.right(sample, said), target=dict(sample.target))
             )
     return rows, written
+
+
+def _cost(run: Run, out: Path) -> dict[str, Any]:
+    """What training has cost, and the project's commit; unknown for a released checkpoint."""
+    if run.checkpoint is not None:
+        return dict(steps=None, seconds=None, commit=None)
+    spent = [folders.finished(out / name) for name in run.stage_ids()]
+    return dict(
+        steps=sum(stage.steps for stage in spent),
+        seconds=sum(stage.seconds for stage in spent),
+        commit=folders.commit(out / run.stage_ids()[-1]),
+    )
 
 
 def blind_rows(data: Data) -> Mapping[str, float]:
@@ -221,45 +210,6 @@ def _samples(source: Source) -> list[Sample]:
     return [source[i] for i in range(len(source))]
 
 
-def alike(keys: Iterable[Hashable], size: int) -> Iterator[list[int]]:
-    """Group things by equal keys, such as prompts by length, to get batches without padding.
-
-    Args:
-        keys: One per thing.
-        size: Largest group.
-
-    Yields:
-        Numbers of things with equal keys.
-    """
-    groups: dict[Hashable, list[int]] = defaultdict(list)
-    for number, key in enumerate(keys):
-        groups[key].append(number)
-    for group in groups.values():
-        yield from (group[start : start + size] for start in range(0, len(group), size))
-
-
-@torch.no_grad()
-def say(
-    model: VLM, run: Run, input_ids: Tensor, features: Tensor, most: int | None = None
-) -> list[list[int]]:
-    """Generate greedy answers in the run's precision.
-
-    Args:
-        model: The model.
-        run: Its run.
-        input_ids: (B, L) int64, prompts of one length.
-        features: (B, P, F).
-        most: Length limit, if it is below the run's.
-
-    Returns:
-        B lists of ids up to the end token; rows that end early repeat it.
-    """
-    length = min(run.max_new_tokens, most or run.max_new_tokens)
-    end = components.text(run.tokenizer).encode(END)[0]
-    with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
-        return model.generate(input_ids, features, length, eos_token_id=end).tolist()
-
-
 def answer_all(
     model: VLM, run: Run, features: Any, source: Source, samples: Sequence[Sample], side: int, device: str
 ) -> list[str]:
@@ -277,15 +227,13 @@ def answer_all(
     Returns:
         One answer per sample.
     """
-    text = components.text(run.tokenizer)
-    prompts = [components.prompt(run, sample, side)[0] for sample in samples]
-    answers, most = [""] * len(samples), results.declared(samples[0]).max_new_tokens
-    for numbers in alike(map(len, prompts), BATCH):
-        ids = torch.tensor([prompts[i] for i in numbers], device=device)
-        seen = features.get(source, [samples[i].image for i in numbers]).to(device)
-        for i, said in zip(numbers, say(model, run, ids, seen, most), strict=True):
-            answers[i] = text.decode(said)
-    return answers
+    prompts = [components.prompt(run, sample.chunks, side)[0] for sample in samples]
+
+    def seen(numbers: list[int]) -> Tensor:
+        return features.get(source, [samples[i].image for i in numbers])
+
+    most = results.declared(samples[0]).max_new_tokens
+    return answer_prompts(model, run, prompts, seen, device, most)
 
 
 def summary(rows: Any) -> Any:

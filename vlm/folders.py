@@ -25,14 +25,14 @@ from torch import nn
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.training import store
 from ssm_retrieval.training.store import CHECKPOINT, CONFIG, ENVIRONMENT, METRICS, WEIGHTS
-from vlm import schema
+from vlm import released, schema
 from vlm.config import Run, use_modules_of
 from vlm.schema import Natural, NonNegative, checked
 
 __all__ = ["CHECKPOINT", "CONFIG", "ENVIRONMENT", "METRICS", "WEIGHTS"]
 
 RESULT = "stage.json"
-FORMAT = 1  # of config.json; raise it when an older toolkit could not read it
+FORMAT = 2  # of config.json; raise it when an older toolkit could not read it
 
 
 @checked
@@ -119,15 +119,18 @@ def remember(run: Run, out: Path) -> None:
 
 
 def saved_runs(folder: Path) -> list[Run]:
-    """The runs whose last stage is in a folder, the latest one last.
+    """The runs whose last stage is in a folder, the latest one last; or the released checkpoint in it.
 
     Raises:
         UserError: For other folders.
     """
     place = folder.resolve()
+    if released.is_one(place):
+        return [released.run(place)]
     if not (place / CONFIG).exists() or not (place / RESULT).exists():
         raise UserError(
-            f"{folder} holds no trained VLM; give a folder that vlm.train printed, or a config file"
+            f"{folder} holds no trained VLM; give a folder that vlm.train printed, a config file, or the "
+            "folder of a released checkpoint"
         )
     finished(place)
     plans = _saved(place / CONFIG).plans

@@ -10,6 +10,8 @@ Parameters have the names of the released checkpoints, which `load` reads.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +49,7 @@ class VLM(nn.Module):
 
     Args:
         lm: The language model.
-        features: F, the width of the encoder's output; 0 if features are weights of words (B, P, V), whose
-            vectors are then added, and no connector is needed (`vlm.scenes.words`).
+        features: F, the width of the encoder's output.
         encoder: Pixels (B, 3, S, S) -> (B, 1 + P, F), class token first (`prefix_tokens`). None if features
             come from elsewhere, such as a cache on disk.
     """
@@ -56,7 +57,7 @@ class VLM(nn.Module):
     def __init__(self, lm: LanguageModel, features: int = 1024, encoder: nn.Module | None = None):
         super().__init__()
         self.lm = lm
-        self.vision_embed_tokens = connector(features, lm.config.d_model) if features else None
+        self.vision_embed_tokens = connector(features, lm.config.d_model)
         self.vision_encoder = None if encoder is None else encoder.eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -73,8 +74,6 @@ class VLM(nn.Module):
     def embed(self, input_ids: Tensor, features: Tensor) -> Tensor:
         """Return the vectors (B, L, D) of token ids (B, L) int64 and features (B, P, F)."""
         table = self.lm.embedding.weight
-        if self.vision_embed_tokens is None:
-            return splice(table, input_ids, features.to(table.dtype) @ table)
         dtype = next(self.vision_embed_tokens.parameters()).dtype
         return splice(table, input_ids, self.vision_embed_tokens(features.to(dtype)))
 
@@ -184,24 +183,70 @@ def load(
         UserError: If the folder holds no VLM, or as `models.load` raises it.
     """
     place = hub.find_folder(folder)
-    stored = hub.contents(hub.weight_files(place))
-    parts: dict[str, dict[str, hub.Stored]] = {CONNECTOR: {}, ENCODER: {}, "": {}}
-    for key, found in stored.items():
-        prefix = next(prefix for prefix in parts if key.startswith(prefix))
-        parts[prefix][key.removeprefix(prefix)] = found
+    parts = _parts(place)
     first = parts[CONNECTOR].get("0.weight")
     if first is None:
         raise UserError(f"{place} has no {CONNECTOR}0.weight, so it is no VLM; use models.load for it")
-    raw = hub.read_json(place / "config.json")
-    config = hub_configs.read_config(raw, parts[""], str(place / "config.json"), beside=VISION_FIELDS)
-    lm = from_config(config, device="meta")
+    lm = from_config(_config(place, parts[""]), device="meta")
     lm.accept_hub_spellings(parts[""])
     with torch.device("meta"):
         model = VLM(lm, features=first.shape[1])
-    assert model.vision_embed_tokens is not None
     fill(lm, parts[""], place, dtype=dtype, device=device)
     fill(model.vision_embed_tokens, parts[CONNECTOR], place, dtype=dtype, device=device)
     if encoder is not None:
         fill(encoder, parts[ENCODER], place, dtype=dtype, device=device)
         model.vision_encoder = encoder.eval().requires_grad_(False)
     return model.eval()
+
+
+def language_config(folder: str | Path) -> Any:
+    """Return the config of a released checkpoint's language model; folder and errors are those of `load`."""
+    place = hub.find_folder(folder)
+    return _config(place, _parts(place)[""])
+
+
+def encoder_folder(folder: str | Path) -> Path | None:
+    """Return the local folder of a checkpoint with the weights of its vision encoder, None for others."""
+    place = hub.find_folder(folder)
+    return place if _parts(place)[ENCODER] else None
+
+
+def load_encoder(folder: Path, encoder: nn.Module) -> None:
+    """Copy the vision encoder's weights of a released checkpoint into a module, in float32.
+
+    Args:
+        folder: The checkpoint.
+        encoder: As for `load`.
+
+    Raises:
+        UserError: If the weights are not exactly those of the module.
+    """
+    fill(encoder, _parts(folder)[ENCODER], folder, dtype=torch.float32)
+
+
+def state(folder: str | Path) -> str:
+    """Identify the weights of a released checkpoint by sizes and times of its files.
+
+    Args:
+        folder: As for `load`.
+
+    Returns:
+        A short hash; a copy that keeps the times has the same.
+    """
+    files = hub.weight_files(hub.find_folder(folder)).files
+    listed = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(json.dumps(sorted(listed)).encode()).hexdigest()[:10]
+
+
+def _parts(place: Path) -> dict[str, dict[str, hub.Stored]]:
+    """What a checkpoint stores of connector, encoder and language model, by names without the prefix."""
+    parts: dict[str, dict[str, hub.Stored]] = {CONNECTOR: {}, ENCODER: {}, "": {}}
+    for key, found in hub.contents(hub.weight_files(place)).items():
+        prefix = next(prefix for prefix in parts if key.startswith(prefix))
+        parts[prefix][key.removeprefix(prefix)] = found
+    return parts
+
+
+def _config(place: Path, stored: dict[str, hub.Stored]) -> Any:
+    path = place / "config.json"
+    return hub_configs.read_config(hub.read_json(path), stored, str(path), beside=VISION_FIELDS)

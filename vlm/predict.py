@@ -8,18 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import tyro
 
 from ssm_retrieval.cli import guarded, parse
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.training import store
-from vlm import components, pictures, prompts
-from vlm.config import Run
-from vlm.data.samples import Sample
-from vlm.evaluate import load, say
-from vlm.folders import saved_run
-from vlm.model import VLM
+from vlm import pictures, prompts
+from vlm.answering import Answerer
 from vlm.pictures import Picture
 
 OUTSIDE = 8  # pixels; boxes are clipped to this distance from the picture
@@ -33,7 +28,7 @@ class Options:
     """Ask a trained VLM one question about a picture."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """A trained run: the folder that vlm.train printed."""
+    """A trained run: the folder that vlm.train printed, or that of a released checkpoint."""
     image: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]
     """A picture in any format that Pillow reads."""
     question: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[QUESTION]")] = ""
@@ -53,8 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def predict(options: Options) -> int:
     """Answer the question of the command line; returns the exit status."""
     picture = read_picture(options.image)
-    run, out = saved_run(options.run)
-    said = ask(load(run, out), run, out, picture, options.question, options.task)
+    said = ask(Answerer.open(options.run), picture, options.question, options.task)
     print(said)
     height, width = picture.shape[:2]
     box = prompts.parse_box(said, width, height)
@@ -113,29 +107,20 @@ def wording(question: str, task: Task, width: int, height: int) -> list[prompts.
     return prompts.grounding([(question[start:].rstrip("?"), None)], width, height)
 
 
-def ask(
-    model: VLM, run: Run, out: Path, picture: Picture, question: str, task: Task = "auto", device: str = "cpu"
-) -> str:
+def ask(answerer: Answerer, picture: Picture, question: str, task: Task = "auto") -> str:
     """Answer a question about a picture.
 
     Args:
-        model: The trained model, without encoder.
-        run: Its run.
-        out: Folder of the runs, which has the encoder.
+        answerer: The model.
         picture: (height, width, 3) uint8, RGB.
         question: The question, in the user's words.
         task: As for `wording`.
-        device: Device of the model.
 
     Returns:
         The answer, without the end token.
     """
     height, width = picture.shape[:2]
-    sample = Sample("0", "picture", "0", task, tuple(wording(question, task, width, height)))
-    eyes = components.eyes(run.encoder, run.image_size, out, device)
-    ids, _ = components.prompt(run, sample, eyes.side)
-    (said,) = say(model, run, torch.tensor([ids], device=device), eyes([picture]))
-    return components.text(run.tokenizer).decode(said)
+    return answerer.answer(picture, wording(question, task, width, height))
 
 
 def draw(

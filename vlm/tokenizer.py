@@ -14,11 +14,8 @@ from typing import Any
 from ssm_retrieval.errors import MissingPackage, UserError
 from vlm.prompts import END
 
-# A piece: a number of a box, a word with the space before it, a word of `vlm.scenes.words`, or one character;
-# nothing is lost or added.
-PIECES = (
-    r"<\|endoftext\|>|###|&&|(?:left|top|right|bottom):\d\.\d\d|nothing:|\d\.\d\d| ?[A-Za-z]+|\n|[^A-Za-z]"
-)
+# A piece: a number of a box, a word with the space before it, or one character; nothing is lost or added.
+PIECES = r"<\|endoftext\|>|###|&&|\d\.\d\d| ?[A-Za-z]+|\n|[^A-Za-z]"
 SPECIAL = (END, "###", "&&", "<|unknown|>")
 HELP = 'text needs tokenizers: pip install -e ".[vlm]"'
 

@@ -14,7 +14,7 @@ from vlm_runs import one_line
 
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.training import session, store
-from vlm import components, evaluate, folders
+from vlm import answering, components, evaluate, folders
 from vlm.scenes import encoder
 
 NAN, INF = float("nan"), float("inf")
@@ -63,7 +63,7 @@ def test_a_damaged_field_of_a_saved_run_is_named(vlm_folder, place, value, said)
 
 def test_a_newer_file_is_told_as_newer(vlm_folder):
     (vlm_folder / folders.CONFIG).write_text('{"version": 99, "runs": {}}')
-    with pytest.raises(UserError, match="version 99, newer than 1, which this toolkit reads; update it"):
+    with pytest.raises(UserError, match="version 99, newer than 2, which this toolkit reads; update it"):
         folders.saved_run(vlm_folder)
 
 
@@ -125,7 +125,7 @@ TENSOR_DAMAGE = [
 def test_damaged_weights_of_a_stage_are_named(vlm_folder, how):
     damage_tensors(vlm_folder / folders.WEIGHTS, how)
     with pytest.raises(UserError, match=r"model.safetensors.*; delete the folder") as raised:
-        evaluate.load(*folders.saved_run(vlm_folder))
+        answering.load(*folders.saved_run(vlm_folder))
     one_line(raised)
 
 

@@ -23,6 +23,7 @@ import vlm_runs
 from PIL import Image
 
 from vlm import components, information_flow, predict
+from vlm.answering import Answerer
 from vlm.demo import __main__ as command
 from vlm.demo import asking, drawing
 from vlm.layout import sequence
@@ -59,11 +60,11 @@ def test_every_task_asks_about_a_scene_and_only_captions_have_no_right_answer(fo
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_the_answer_is_that_of_predict_and_the_maps_those_of_information_flow(folders, which):
-    contestant = asking.Contestant.open(folders[which])
+    contestant = Answerer.open(folders[which])
     picture, question = render(SCENE), asking.questions(SCENE)[0]
     reply = asking.ask(contestant, picture, question)
     run, out = contestant.run, contestant.out
-    assert reply.said == predict.ask(contestant.model, run, out, picture, question.text)
+    assert reply.said == predict.ask(contestant, picture, question.text)
     text, eyes = components.text("scenes"), components.eyes("scenes", 32, out)
     ids, _ = sequence(question.sample.chunks, text.encode, 4, run.layout, markers=text.markers)
     words = contestant.model.generate(torch.tensor([ids]), eyes([picture]), run.max_new_tokens)[0].tolist()
@@ -86,7 +87,7 @@ def test_the_answer_is_that_of_predict_and_the_maps_those_of_information_flow(fo
 
 
 def test_a_question_of_the_users_has_no_right_answer_and_may_have_words_that_the_model_lacks(folders):
-    contestant, picture = asking.Contestant.open(folders[1]), render(SCENE)
+    contestant, picture = Answerer.open(folders[1]), render(SCENE)
     reply = asking.ask(contestant, picture, asking.typed("Where is the striped giraffe?", picture))
     assert reply.right is None and reply.ratios == {} and reply.unknown == ("giraffe",)
 

@@ -289,7 +289,7 @@ def test_the_command_writes_what_each_layer_does_with_targets_and_distractors(fo
 
 
 def test_a_row_of_the_table_is_the_mean_over_its_patches(folders):
-    from vlm import components, evaluate
+    from vlm import answering, components
     from vlm.config import Scenes
     from vlm.folders import saved_run
 
@@ -299,7 +299,7 @@ def test_a_row_of_the_table_is_the_mean_over_its_patches(folders):
     eyes, text = components.eyes("scenes", 32, out), components.text("scenes")
     ids, _ = sequence(source[3].chunks, text.encode, 4, run.layout, markers=text.markers)
     features = eyes([source.picture("3")])
-    flow = layer_flows(evaluate.load(run, out), torch.tensor([ids]), features, [len(ids) - 1])[1]
+    flow = layer_flows(answering.load(run, out), torch.tensor([ids]), features, [len(ids) - 1])[1]
     written = flow.write[0].numpy()
     box = source[3].target["box"]
     centre = [int((box[k] + box[k + 2]) / 2 / 32) for k in (0, 1)]  # patches of 32 pixels, objects below 32

@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ssm_retrieval.ops.linear import Linear
 from ssm_retrieval.training import store
-from vlm import components, evaluate, stages, train
+from vlm import answering, components, stages, train
 from vlm.config import Run, Scenes, Stage
 from vlm.scenes import encoder as scenes
 
@@ -255,5 +255,5 @@ def test_products_have_the_precision_of_the_run(watch, model, precision, dtype):
     assert {w.dtype for w in seen.models[0].parameters()} == {torch.float32}
     seen.products.clear()
     batch = seen.batches[0]
-    evaluate.say(seen.models[0].eval(), wanted, batch.input_ids, batch.features)
+    answering.say(seen.models[0].eval(), wanted, batch.input_ids, batch.features)
     assert seen.products == {dtype}

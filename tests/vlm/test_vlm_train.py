@@ -16,7 +16,7 @@ pytest.importorskip("tokenizers", reason="tokenizers is not installed; .ci/run i
 pytest.importorskip("sklearn", reason="scikit-learn is not installed; .ci/run installs it")
 
 from ssm_retrieval.training import store
-from vlm import components, evaluate, folders, predict, results, stages, train
+from vlm import answering, components, evaluate, folders, predict, results, stages, train
 from vlm.config import Run, Stage, from_dict, read_file
 from vlm.scenes import encoder as scenes
 
@@ -205,11 +205,8 @@ def test_train_evaluate_predict_from_the_command_line(out, capsys, tmp_path):
     Image.fromarray(ASKED["count"].build(answers=False).picture("0")).save(picture)
     assert predict.main([folders[0], str(picture), "How many red shapes are there?"]) == 0
     (answer,) = capsys.readouterr().out.splitlines()[:1]
-    wanted = run()
-    model = evaluate.load(wanted, out)
-    assert answer == predict.ask(
-        model, wanted, out, predict.read_picture(picture), "How many red shapes are there?"
-    )
+    answerer = answering.Answerer.of(run(), out)
+    assert answer == predict.ask(answerer, predict.read_picture(picture), "How many red shapes are there?")
 
 
 def test_a_stopped_training_stops_the_processes_that_share_it(out, monkeypatch, tmp_path):
@@ -245,7 +242,7 @@ def test_a_box_in_the_answer_is_drawn_around_the_object(monkeypatch, out, capsys
     wanted = run(stages=(SECOND,))
     trained(wanted, out)
     said = components.text("scenes").encode("[0.25,0.50,0.75,1.00].")
-    monkeypatch.setattr(predict, "say", lambda *_: [said])
+    monkeypatch.setattr(answering, "say", lambda *_: [said])
     picture, drawn = tmp_path / "grey.png", tmp_path / "drawn.png"
     from PIL import Image
 

@@ -10,28 +10,22 @@ import torch
 pytest.importorskip("tokenizers", reason="tokenizers is not installed; .ci/run installs it")
 pytest.importorskip("sklearn", reason="scikit-learn is not installed; .ci/run installs it")
 
-from ssm_retrieval import models
-from vlm import components, layout
+from vlm import components
 from vlm.config import Run, Scenes, Stage
-from vlm.model import VLM
 from vlm.near import Near
 from vlm.scenes import make_example, sample_scene
 from vlm.scenes.questions import MAX_DRAWS
 from vlm.scenes.source import ASKED, READING, SceneSource
-from vlm.scenes.words import CORNER_WEIGHT, EDGES, NOTHING, Told
-
-
-def told(side: int = 3) -> Told:
-    text = components.text("scenes")
-    return Told(text.encode, len(text), side)
+from vlm.scenes.words import CORNER, EDGES, NOTHING, VOCABULARY, Told
 
 
 def test_every_place_has_the_words_of_its_object():
     """Against the objects, cell by cell: at 3 x 3 places each has at most one, and eight of nine have one."""
-    text, source = components.text("scenes"), SceneSource("vqa", 20)
+    source = SceneSource("vqa", 20)
     for key in map(str, range(20)):
         scene = source.scene(key)
-        rows = told().get(source, [key])[0]
+        rows = Told(3).get(source, [key])[0]
+        assert torch.allclose(rows.norm(dim=1), torch.tensor(len(VOCABULARY) ** 0.5))
         cells = {
             3 * int(3 * (item.box[1] + item.box[3]) / 2 / scene.size)
             + int(3 * (item.box[0] + item.box[2]) / 2 / scene.size): item
@@ -39,37 +33,28 @@ def test_every_place_has_the_words_of_its_object():
         }
         assert len(cells) == 8
         for place, row in enumerate(rows):
-            words = {text.tokenizer.id_to_token(i): float(row[i]) for i in row.nonzero().flatten().tolist()}
+            found = {VOCABULARY[i]: float(row[i]) for i in (row > 1e-3 * row.max()).nonzero().flatten()}
             if place not in cells:
-                assert words == {NOTHING: 1.0}
+                assert list(found) == [NOTHING]
                 continue
             item = cells[place]
-            plain = {word.strip() for word in words if ":" not in word}
-            shape = {item.size, item.texture} if item.kind == "shape" else {item.kind}
-            assert plain == {item.colour, item.name} | shape
+            plain = {word for word in found if ":" not in word}
+            assert plain == {item.colour, item.name} | (
+                {item.size, item.texture} if item.kind == "shape" else {item.kind}
+            )
             for edge, corner in zip(EDGES, item.box, strict=True):
-                bell = {float(w.partition(":")[2]): v for w, v in words.items() if w.startswith(edge)}
-                assert sum(bell.values()) == pytest.approx(CORNER_WEIGHT, abs=0.02)
+                bell = {float(w.partition(":")[2]): v for w, v in found.items() if w.startswith(edge)}
+                assert sum(bell.values()) / found[item.colour] == pytest.approx(CORNER, rel=0.02)
                 assert max(bell, key=bell.get) == pytest.approx(corner / scene.size, abs=0.0051)
 
 
-def test_a_model_reads_the_sum_of_the_words_vectors():
-    text = components.text("scenes")
-    lm = models.build("transformer-tiny", vocab_size=len(text), n_layer=1, d_model=32, n_head=2)
-    model, source = VLM(lm, features=0), SceneSource("count", 2)
-    features = told().get(source, ["0", "1"])
-    ids, _ = layout.sequence(source[0].chunks, text.encode, 3, markers=text.markers)
-    vectors = model.embed(torch.tensor([ids, ids]), features)
-    table, holes = lm.embedding.weight, [i for i, token in enumerate(ids) if token < 0]
-    for row in range(2):
-        for place, hole in enumerate(holes):
-            by_hand = sum(w * table[i] for i, w in enumerate(features[row, place].tolist()) if w)
-            assert torch.allclose(vectors[row, hole], by_hand, atol=1e-5)
-    assert [name for name, _ in model.named_parameters() if not name.startswith("lm.")] == []
+def test_words_are_of_scenes_alone():
     with pytest.raises(ValueError, match="encoder='words' reads scenes, and 'x' has none"):
-        told().fill(type("Source", (), {"name": "x"})())
+        Told(3).fill(type("Source", (), {"name": "x"})())
+    eyes = components.eyes("words", 96, None)
+    assert (eyes.side, eyes.width) == (3, len(VOCABULARY) == len(set(VOCABULARY)) and len(VOCABULARY))
     with pytest.raises(ValueError, match="encoder='words' reads scenes in words, no pictures"):
-        components.eyes("words", 96, None)([source.picture("0")])
+        eyes([SceneSource("vqa", 1).picture("0")])
 
 
 def test_draws_ask_anew_about_the_same_scenes():

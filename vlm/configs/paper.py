@@ -16,9 +16,11 @@ from typing import Any
 
 from vlm.config import Data, Files, Run, Stage
 from vlm.data.registry import DATASETS
+from vlm.encoder import DEFAULT as ENCODER
+from vlm.released import TOKENIZER
 
 DATA = os.environ.get("VLM_DATA", "data")
-TOKENIZER = "EleutherAI/gpt-neox-20b"
+IMAGE_SIZE = 336
 MODELS = {
     "pythia-1b": "EleutherAI/pythia-1b",
     "mamba-790m": "state-spaces/mamba-790m",
@@ -37,6 +39,7 @@ ASKED = (
     "coco", "nocaps", "vqav2", "gqa", "visual7w-telling", "vsr", "pope", "refcoco", "refcoco+", "refcocog",
     "visual7w-pointing", "textcaps", "textvqa", "ai2d",
 )  # fmt: skip
+LONGEST = max(DATASETS[name].max_new_tokens for name in ASKED)  # tokens of an answer
 
 
 def files(name: str, split: str, **more: object) -> Files:
@@ -91,14 +94,14 @@ def get_config() -> list[Run]:
             name=f"{name}-{layout}",
             model=name,
             init=init,
-            encoder="eva02_large_patch14_clip_336",
-            image_size=336,
+            encoder=ENCODER,
+            image_size=IMAGE_SIZE,
             tokenizer=TOKENIZER,
             layout=layout,
             stages=(align, instruct),
             evaluation=evaluation(),
             seed=12345,
-            max_new_tokens=max(DATASETS[name].max_new_tokens for name in ASKED),
+            max_new_tokens=LONGEST,
             cache=False,  # 1.2 MB per image
         )
         for name, init in MODELS.items()

@@ -12,7 +12,7 @@ import tyro
 
 from ssm_retrieval.cli import guarded, parse, use_threads
 from ssm_retrieval.errors import MissingPackage, UserError
-from vlm.demo.asking import Contestant
+from vlm.answering import Answerer
 
 HELP = 'the demo needs gradio: pip install -e ".[demo]"'
 
@@ -51,7 +51,7 @@ def serve(options: Options) -> int:
     if not 1 <= options.port <= 65535:
         raise UserError(f"--port {options.port} must lie in 1 .. 65535; choose another one")
     use_threads(options.threads)
-    contestants = [Contestant.open(folder) for folder in (options.run_a, options.run_b)]
+    contestants = [Answerer.open(folder) for folder in (options.run_a, options.run_b)]
     try:
         app.serve(app.build(contestants), options.port)
     except OSError:

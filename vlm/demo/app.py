@@ -12,8 +12,9 @@ import matplotlib.colors
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.style import NAMES, family_colors
 from vlm import pictures
+from vlm.answering import Answerer
 from vlm.demo import drawing
-from vlm.demo.asking import Contestant, Question, Reply, ask, questions, typed
+from vlm.demo.asking import Question, Reply, ask, questions, typed
 from vlm.metrics.catalogue import overlap
 from vlm.pictures import Picture
 from vlm.predict import MOST_ASKED
@@ -79,7 +80,7 @@ class Card:
         contestant: The model.
     """
 
-    def __init__(self, number: int, contestant: Contestant):
+    def __init__(self, number: int, contestant: Answerer):
         self.contestant = contestant
         run = contestant.run
         colour = matplotlib.colors.to_hex(family_colors()[run.family])
@@ -90,7 +91,7 @@ class Card:
             f'<div class="small">{html.escape(about)}</div></div>',
         )
         self.answer = gr.HTML(elem_id=f"answer-{number}", min_height=100)
-        last = contestant.layers - 1
+        last = contestant.model.lm.config.n_layer - 1
         self.layer = gr.Slider(
             0, max(last, 1), value=last // 2, step=1, visible=last > 0, elem_id=f"layer-{number}",
             label=f"Layer of the heat maps (0 = first, {last} = last)", buttons=[],
@@ -205,7 +206,7 @@ def _text(said: str) -> str:
     return html.escape(said.strip()) or "(nothing)"
 
 
-def build(contestants: Sequence[Contestant]) -> gr.Blocks:
+def build(contestants: Sequence[Answerer]) -> gr.Blocks:
     """Build the page of two models."""
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(INTRODUCTION)

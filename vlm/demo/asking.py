@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from vlm import components, results
-from vlm.config import Run
+from vlm import results
+from vlm.answering import Answerer, say
 from vlm.data.samples import Sample
-from vlm.evaluate import load, say
-from vlm.folders import saved_run
 from vlm.information_flow import group_weights, layer_flows
-from vlm.model import VLM
 from vlm.pictures import Picture
 from vlm.predict import wording
 from vlm.prompts import END
@@ -25,29 +21,6 @@ from vlm.tokenizer import SPECIAL, Text
 
 CAPTION = "Describe the image."  # the question of `vlm.scenes` that asks for a caption
 Maps = dict[str, npt.NDArray[np.float64]]  # quantity of `vlm.information_flow` -> (side, side)
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """A trained model that answers, its run, and the folder of the runs."""
-
-    run: Run
-    out: Path
-    model: VLM
-
-    @classmethod
-    def open(cls, folder: Path) -> Contestant:
-        """Load a trained model.
-
-        Raises:
-            UserError: If the folder is none that `vlm.train` wrote.
-        """
-        run, out = saved_run(folder)
-        return cls(run, out, load(run, out))
-
-    @property
-    def layers(self) -> int:
-        return self.model.lm.config.n_layer
 
 
 @dataclass(frozen=True)
@@ -118,7 +91,7 @@ def typed(text: str, picture: Picture) -> Question:
 
 
 @torch.no_grad()
-def ask(contestant: Contestant, picture: Picture, asked: Question) -> Reply:
+def ask(contestant: Answerer, picture: Picture, asked: Question) -> Reply:
     """Answer a question, and record what the model reads and writes while answering.
 
     Args:
@@ -129,24 +102,23 @@ def ask(contestant: Contestant, picture: Picture, asked: Question) -> Reply:
     Returns:
         The greedy answer and its maps.
     """
-    run, model = contestant.run, contestant.model
-    text, eyes = components.text(run.tokenizer), components.eyes(run.encoder, run.image_size, contestant.out)
-    ids, _ = components.prompt(run, asked.sample, eyes.side)
-    features, end = eyes([picture]), text.encode(END)[0]
-    (said,) = say(model, run, torch.tensor([ids]), features)
+    model, text, side = contestant.model, contestant.text, contestant.eyes.side
+    ids, features = contestant.ids(asked.sample.chunks), contestant.features([picture])
+    (said,) = say(model, contestant.run, torch.tensor([ids]), features)
+    end = text.encode(END)[0]
     words = said[: said.index(end)] if end in said else said
     # positions that predict the answer, or its end
     at = list(range(len(ids) - 1, len(ids) - 1 + max(1, len(words))))
     flows = layer_flows(model, torch.tensor([ids + words]), features, at)
     maps = {
         layer: {
-            name: value[0].double().mean(0).view(eyes.side, eyes.side).numpy()
+            name: value[0].double().mean(0).view(side, side).numpy()
             for name, value in found.quantities().items()
         }
         for layer, found in flows.items()
     }
     prompt = "".join(chunk.text for chunk in asked.sample.chunks)
-    return Reply(asked, text.decode(said), maps, _ratios(asked, maps, eyes.side), unknown(text, prompt))
+    return Reply(asked, text.decode(said), maps, _ratios(asked, maps, side), unknown(text, prompt))
 
 
 def _ratios(asked: Question, maps: dict[int, Maps], side: int) -> dict[int, dict[str, float]]:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ssm_retrieval.statistics import ratio_of_means
 from vlm import components
+from vlm.answering import alike, load
 from vlm.config import Run, Scenes
-from vlm.evaluate import alike, load
 from vlm.information_flow.flow import answer_places, layer_flows
 from vlm.scenes.encoder import annotation
 from vlm.scenes.patches import coverage
@@ -117,7 +117,7 @@ def target_table(run: Run, out: Path, examples: int = 100, device: str = "cpu") 
     """
     import pandas as pd
 
-    model, seen = load(run, out, device), components.eyes(run.encoder, run.image_size, out, device)
+    model, seen = load(run, out, device), components.eyes_of(run, out, device)
     source: Any = Scenes("grounding", examples, "heldout").build(answers=True)
     features = components.features(run, run.image_size, out, device)
     features.fill(source, progress=False)
@@ -164,7 +164,7 @@ def _by_place(quantity: str, values: Tensor) -> dict[str, Tensor]:
 
 def _prompts(run: Run, source: Any, side: int) -> Iterator[tuple[list[int], list[list[int]], list[int]]]:
     """Batches of equal length: numbers of samples, their input_ids, and the positions of their answers."""
-    prompts = [components.prompt(run, source[number], side) for number in range(len(source))]
+    prompts = [components.prompt(run, source[number].chunks, side) for number in range(len(source))]
     places = [answer_places(labels) for _, labels in prompts]
     for numbers in alike(((len(prompts[i][0]), *at) for i, at in enumerate(places)), BATCH):
         yield numbers, [prompts[i][0] for i in numbers], places[numbers[0]]

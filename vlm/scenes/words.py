@@ -1,79 +1,74 @@
-"""Scenes in words, place by place: what a language model can read of a scene before it has eyes.
+"""Scenes in words, place by place: what a language model can learn of scenes before it has eyes.
 
-The picture of a VLM is a square of patches, and a patch shows an object with all its attributes at once.
-Here each place of that square has the *words* of its object instead, such as
+The picture of a VLM is a square of patches, and a patch shows an object with all its attributes at once. Here
+each place of that square has the *words* of its object instead, such as
 
     red star small striped left:0.12 top:0.40 right:0.31 bottom:0.58
 
-and their vectors are added, as a place has room for one. So a language model pretrained on scenes in words
-knows everything that questions ask for, and stage 1 of a VLM, the connector alone, has to find only how a
-patch says the same words. Corners are hundredths of the picture's side. A corner spreads over its neighbours
-(SPREAD), so that near numbers get near vectors, as near places get near features from an encoder of pixels.
+as a vector of VOCABULARY with a number for every word: what an encoder would give that makes no mistakes. So
+a language model learns to look things up, count and compare from words, and stage 1 of a VLM, the connector
+alone, has only to find how a patch says them. Corners are hundredths of the picture's side. A corner spreads
+over its neighbours (SPREAD), so that near numbers are near each other, as in features of pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ssm_retrieval.errors import UserError
 from vlm.scenes.patches import owners
 from vlm.scenes.scene import Object, Scene
+from vlm.scenes.stamps import COLOURS, SHAPES, SIZES, TEXTURES, WORDS
 
 EDGES = ("left", "top", "right", "bottom")
-NOTHING = "nothing:"  # a place without an object
-CORNERS = tuple(f"{edge}:{i / 100:.2f}" for edge in EDGES for i in range(101))
+NOTHING = "nothing"  # a place without an object
+VOCABULARY = (
+    NOTHING, *COLOURS, *SHAPES, *SIZES, *TEXTURES, "digit", "word", *map(str, range(10)), *WORDS,
+    *(f"{edge}:{i / 100:.2f}" for edge in EDGES for i in range(101)),
+)  # fmt: skip
 SPREAD = 2.0  # hundredths, standard deviation
-CORNER_WEIGHT = 1.5  # of the words of a corner together; every other word weighs 1
-
-Encode = Callable[[str], list[int]]
+CORNER = 1.5  # weight of a corner, all its words together; every other word weighs 1
 
 
-def words(item: Object) -> tuple[str, ...]:
-    """Return the words of an object but for its corners, as they stand in sentences: with a space."""
-    if item.kind == "shape":
-        return tuple(f" {word}" for word in (item.colour, item.name, item.size, item.texture))
-    return (f" {item.colour}", f" {item.kind}", item.name if item.kind == "digit" else f" {item.name}")
-
-
-def place(item: Object, size: int) -> dict[str, float]:
-    """Return the words that stand in the place of an object, with their weights.
+def words(item: Object, size: int) -> dict[str, float]:
+    """Return the words of an object with their weights.
 
     Args:
         item: The object.
         size: Pixels of the scene's side.
 
     Returns:
-        Weights by word.
+        Weights by word of VOCABULARY.
     """
-    weights = dict.fromkeys(words(item), 1.0)
+    more = (item.size, item.texture) if item.kind == "shape" else (item.kind,)
+    weights = dict.fromkeys((item.colour, item.name, *more), 1.0)
     for edge, corner in zip(EDGES, item.box, strict=True):
         bell = _bell(round(100 * corner / size))
-        weights |= {f"{edge}:{i / 100:.2f}": weight for i, weight in enumerate(bell) if weight > 1e-3}
+        weights |= {f"{edge}:{i / 100:.2f}": weight for i, weight in enumerate(bell)}
     return weights
 
 
 @lru_cache(maxsize=101)
 def _bell(centre: int) -> list[float]:
     bell = torch.exp(-0.5 * ((torch.arange(101) - centre) / SPREAD) ** 2)
-    return (CORNER_WEIGHT * bell / bell.sum()).tolist()
+    return (CORNER * bell / bell.sum()).tolist()
 
 
 class Told:
     """Features of scenes in words, with the interface of `vlm.data.cache.FeatureCache`.
 
     Args:
-        encode: Text -> ids of the language model that reads them.
-        vocabulary: V, the number of ids.
         side: Places along one side.
     """
 
-    def __init__(self, encode: Encode, vocabulary: int, side: int):
-        self.encode, self.vocabulary, self.side = lru_cache(maxsize=None)(encode), vocabulary, side
+    def __init__(self, side: int):
+        self.side = side
 
     def fill(self, source: Any, progress: bool = True, batch_size: int = 32) -> None:
         """Do nothing: words cost less than files of them.
@@ -90,15 +85,21 @@ class Told:
             raise UserError(f"encoder='words' reads scenes, and {source.name!r} has none; use another one")
 
     def get(self, source: Any, images: Sequence[str]) -> Tensor:
-        """Return the weights of words (B, P, V), float32, in the places of scenes by key."""
+        """Return features (B, P, F), float32, of scenes by key."""
         return torch.stack([self.of(source.scene(image)) for image in images])
 
     def of(self, scene: Scene) -> Tensor:
-        """Return the weights of words (P, V), float32, in the places of a scene."""
-        told = [place(item, scene.size) for item in scene.objects]
-        found = torch.zeros(self.side**2, self.vocabulary)
-        for row, owner in zip(found, owners(scene, self.side).reshape(-1).tolist(), strict=True):
-            for word, weight in (told[owner] if owner >= 0 else {NOTHING: 1.0}).items():
-                (number,) = self.encode(word)
-                row[number] = weight
-        return found
+        """Return features (P, F), float32, of a scene, each as long as a normed one: sqrt(F)."""
+        rows = [_row(tuple(words(item, scene.size).items())) for item in scene.objects]
+        nothing = _row(((NOTHING, 1.0),))
+        belongs = owners(scene, self.side).reshape(-1).tolist()
+        return torch.stack([rows[owner] if owner >= 0 else nothing for owner in belongs])
+
+
+_NUMBERS = {word: i for i, word in enumerate(VOCABULARY)}
+
+
+def _row(weights: tuple[tuple[str, float], ...]) -> Tensor:
+    row = torch.zeros(len(VOCABULARY))
+    row[[_NUMBERS[word] for word, _ in weights]] = torch.tensor([weight for _, weight in weights])
+    return F.normalize(row, dim=0) * len(VOCABULARY) ** 0.5
