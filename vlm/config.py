@@ -175,8 +175,11 @@ class Run:
     def stage_ids(self) -> list[str]:
         """Return the folder name of every stage."""
         from vlm import tokenizer
-        from vlm.scenes import VERSION, encoder
+        from vlm.data.sources import VERSION as FILES
+        from vlm.scenes import VERSION as SCENES
+        from vlm.scenes import encoder
 
+        versions = [(Scenes, "scenes", SCENES), (Files, "files", FILES)]
         said: Any = {"version": TRAINING_VERSION} | {
             name: getattr(self, name) for name in ("model", "model_overrides", "init", "seed", "precision")
         }
@@ -188,8 +191,8 @@ class Run:
             settled |= {"layouts": stage.layouts or (self.layout,), "image_size": self.size(stage)}
             del settled["workers"]  # they change no number
             del settled["steps" if stage.epochs else "epochs"]
-            if any(isinstance(source, Scenes) for source in stage.data.values()):
-                settled["scenes"] = VERSION
+            kinds = {type(source) for source in stage.data.values()}
+            settled |= {name: version for kind, name, version in versions if kind in kinds}
             if number == len(self.stages) - 1 and settled["layouts"] != (self.layout,):
                 settled["asked"] = self.layout  # a folder's model is asked in one layout
             said = {"before": said, "stage": settled}

@@ -93,7 +93,7 @@ GQA = DataSet(
     task=tasks.questions(),
     turns=20,
     scattered=True,
-    metric=metrics.USUAL,
+    metric=metrics.GQA,
     reword=one_string,
     asked=("testdev",),
 )
@@ -104,7 +104,7 @@ VISUAL7W_TELLING = DataSet(
     files=("dataset_v7w_telling.json",),
     task=tasks.choices(moved=True),
     turns=3,
-    metric=metrics.LETTER,
+    metric=metrics.VISUAL7W,
     asked=("test",),
 )
 VISUAL7W_POINTING = DataSet(
@@ -114,7 +114,7 @@ VISUAL7W_POINTING = DataSet(
     files=("dataset_v7w_pointing.json", "v7w_pointing_answers.json"),
     task=tasks.POINTING,
     turns=3,
-    metric=metrics.LETTER,
+    metric=metrics.VISUAL7W,
     reword=question_as_written,
     asked=("test",),
 )
@@ -198,7 +198,7 @@ GENOME_QUESTIONS = DataSet(
     files=("question_answers.json", *GENOME),
     task=tasks.questions(),
     turns=10,
-    metric=metrics.ANNOTATORS,
+    metric=metrics.USUAL,
 )
 GRIT = DataSet(
     name="grit",
@@ -219,7 +219,7 @@ TEXTVQA = DataSet(
     files=("TextVQA_0.5.1_{split}.json", OCR),
     task=tasks.questions(),
     turns=0,
-    metric=metrics.ANNOTATORS,
+    metric=metrics.ANNOTATORS_M4C,
     reword=one_string,
     asked=("val",),
 )
@@ -229,7 +229,7 @@ AI2D = DataSet(
     splits=THREE,
     files=("ai2d/questions/IMAGE.json", "ai2d/annotations/IMAGE.json", "ai2d_test_ids.csv"),
     task=tasks.choices(keep_case=True),
-    metric=metrics.LETTER,
+    metric=metrics.AI2D,
     asked=("test",),
 )
 DOCVQA = DataSet(
@@ -239,7 +239,7 @@ DOCVQA = DataSet(
     files=("train_v1.0_withQT.json", "val_v1.0_withQT.json", "test_v1.0.json"),
     task=tasks.questions(keep_case=True),
     turns=0,
-    metric=metrics.ANNOTATORS,
+    metric=metrics.ANLS,
 )
 INFOGRAPHICVQA = DataSet(
     name="infographicvqa",
@@ -252,7 +252,7 @@ INFOGRAPHICVQA = DataSet(
     ),
     task=tasks.questions(keep_case=True),
     turns=0,
-    metric=metrics.ANNOTATORS,
+    metric=metrics.ANLS,
 )
 OCR_VQA = DataSet(
     name="ocr-vqa",
@@ -261,7 +261,7 @@ OCR_VQA = DataSet(
     files=("dataset.json",),
     task=tasks.questions(),
     turns=0,
-    metric=metrics.ANNOTATORS,
+    metric=metrics.USUAL,
     keep=filters.legible,
 )
 

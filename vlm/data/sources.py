@@ -23,7 +23,7 @@ from vlm.data.samples import Sample
 from vlm.data.turns import Rules, samples
 from vlm.prompts import INSTRUCTIONS, Chunk
 
-VERSION = 1  # raise it when records lead to other samples; indices on disk are then rebuilt
+VERSION = 2  # raise it when records lead to other samples; indices on disk are then rebuilt
 
 
 class FileSource:

@@ -63,10 +63,14 @@ class SceneSource:
 
     def picture(self, image: str) -> npt.NDArray[np.uint8]:
         """Render a scene, (128, 128, 3) uint8, RGB."""
-        return render(sample_scene(self.seed, self.split, int(image)))
+        return render(self.scene(int(image)))
+
+    def scene(self, index: int) -> Scene:
+        """Return the scene that a sample is about."""
+        return sample_scene(self.seed, self.split, index)
 
     def __getitem__(self, index: int) -> Sample:
-        scene = sample_scene(self.seed, self.split, index)
+        scene = self.scene(index)
         rng = scene_stream(self.seed, self.split, _TURN_INDEX + index)
         if self.name == "vqa":
             kinds = rng.permutation(len(QUESTIONS))[: self.turns]
