@@ -72,7 +72,14 @@ def accuracy(prediction: str, answers: Sequence[str], normal: Callable[[str], st
 
 
 def require_ten(answers: Sequence[str]) -> None:
-    """Raise UserError unless these are the answers of ten annotators."""
+    """Check that these are the answers of ten annotators.
+
+    Args:
+        answers: One per annotator.
+
+    Raises:
+        UserError: If there are more or fewer.
+    """
     if not answers:
         raise UserError("answers is empty: a hidden test set has to be scored by its server")
     if len(answers) != TEN:
