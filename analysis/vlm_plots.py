@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LIGHTEST = 0.45  # opacity of a family's first bar; the last one is opaque
-MAIN = ("accuracy", "iou@0.5", "vqa_accuracy")  # the metric of a task that figures show
+MAIN = ("accuracy", "iou@0.5", "vqa_accuracy", "anls")  # the metric of a task that figures show
 
 
 def gap_vs_scale(table: pd.DataFrame, width: float = DOUBLE) -> Figure:

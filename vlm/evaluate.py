@@ -19,19 +19,29 @@ from vlm import components, folders, results
 from vlm.answering import answer_prompts, default_device, load
 from vlm.config import Data, Run, read_file
 from vlm.data.samples import Sample, Source
-from vlm.guesses import asked
+from vlm.guesses import asked, expected
 from vlm.layout import image_ids
 from vlm.model import VLM
 
 MOST_ACROSS = 4  # runs that fit side by side
+# what the summary shows: metrics, and what stands behind the task where a number is no share of right answers
+PRINTED = {
+    "accuracy": "",
+    "iou@0.5": "",
+    "vqa_accuracy": "",
+    "anls": " ANLS",
+    "object_recall": " objects",
+    "cider": " CIDEr",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Ask trained VLMs the questions that their config names, and score the answers.
 
-    Prints the share of right answers per task, beside chance and a guess made without the image, and writes a
-    table and all answers to OUT/results. Runs that have an up-to-date table are not evaluated again.
+    Prints the share of right answers per task, beside chance, a guess made without the image and one that
+    ignores which object is asked for, and writes a table and all answers to OUT/results. Runs that have an
+    up-to-date table are not evaluated again.
     """
 
     run: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]
@@ -163,10 +173,11 @@ def evaluate(
         features.fill(source, progress=False)
         samples = _samples(source)
         answers = answer_all(model, run, features, source, samples, side, device)
-        blind, chance = blind_rows(data), data.declared().chance
+        about = fixed | dict(task=task, split=data.split, chance=data.declared().chance)
+        blind, sighted = guesses(data)
         for row in results.score(samples, answers):
-            more = dict(task=task, split=data.split, chance=chance, question_only=blind.get(row["metric"]))
-            rows.append(fixed | more | row)
+            name = row["metric"]
+            rows.append(about | dict(question_only=blind.get(name), image_only=sighted.get(name)) | row)
         for sample, said in zip(samples, answers, strict=True):
             written.append(
                 dict(task=task, id=sample.id, image=sample.image, asked=asked(sample))
@@ -187,23 +198,39 @@ def _cost(run: Run, out: Path) -> dict[str, Any]:
     )
 
 
-def blind_rows(data: Data) -> Mapping[str, float]:
-    """Score answers given without the image, learned from training samples of the same kind.
+def guesses(data: Data) -> tuple[Mapping[str, float], Mapping[str, float]]:
+    """Score what a model must do better than.
+
+    Args:
+        data: What is asked.
 
     Returns:
-        Values by metric; {} if the data declare no such guess.
+        Values by metric, {} if the data declare no such guess: of answers given without the image, learned
+        from training samples of the same kind; and of answers to a scene, whichever object is asked for.
     """
+    key = repr((data, data.declared()))
+    if key not in _guesses:
+        _guesses[key] = _blind(data), _sighted(data)
+    return _guesses[key]
+
+
+_guesses: dict[str, tuple[Mapping[str, float], Mapping[str, float]]] = {}  # by data, shared by all runs
+
+
+def _blind(data: Data) -> Mapping[str, float]:
     training, guess = data.training(), data.declared().blind
     if training is None or guess is None:
         return {}
-    key = repr((data, guess))
-    if key not in _blind:
-        known, test = (_samples(one.build(answers=False)) for one in (training, data))
-        _blind[key] = {row["metric"]: row["value"] for row in results.score(test, guess(known, test))}
-    return _blind[key]
+    known, test = (_samples(one.build(answers=False)) for one in (training, data))
+    return {row["metric"]: row["value"] for row in results.score(test, guess(known, test))}
 
 
-_blind: dict[str, Mapping[str, float]] = {}  # by data and guess, shared by all runs
+def _sighted(data: Data) -> Mapping[str, float]:
+    guess, metric = data.declared().sighted, data.declared().metric
+    if guess is None or metric is None:
+        return {}
+    source = data.build(answers=False)
+    return {metric.name: expected(metric, _samples(source), guess(source))}
 
 
 def _samples(source: Source) -> list[Sample]:
@@ -244,15 +271,15 @@ def summary(rows: Any) -> Any:
     from rich import box
     from rich.table import Table
 
-    main = rows[rows["metric"].isin(["accuracy", "iou@0.5"])]
+    main = rows[rows["metric"].isin(PRINTED)]
     runs = list(dict.fromkeys(main["run"]))
-    cells = [["", "chance", "question only", *runs]]
-    for (task, split), part in main.groupby(["task", "split"], sort=False):
+    cells = [["", "chance", "question only", "image only", *runs]]
+    for (task, split, metric), part in main.groupby(["task", "split", "metric"], sort=False):
         values = part.drop_duplicates("run").set_index("run")
-        first = values.iloc[0]
-        numbers = [first["chance"], first["question_only"], *(values["value"].get(name) for name in runs)]
+        guessed = values.iloc[0][["chance", "question_only", "image_only"]]
+        numbers = [*guessed, *(values["value"].get(name) for name in runs)]
         printed = ["-" if cell is None or cell != cell else f"{100 * cell:.1f}" for cell in numbers]
-        cells.append([f"{task} ({split})", *printed])
+        cells.append([f"{task} ({split}){PRINTED[metric]}", *printed])
     if len(runs) > MOST_ACROSS:
         cells = [list(line) for line in zip(*cells, strict=True)]
     table = Table(title="Right answers in per cent", box=box.SIMPLE_HEAD, padding=(0, 1))

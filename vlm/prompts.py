@@ -11,7 +11,6 @@ where that harms the text; docs/data.md lists where the two differ.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -65,14 +64,13 @@ def sentence(text: str, *, keep_case: bool = False) -> str:
     text = text.strip()
     if not text:
         return text
-    text = text if keep_case else text[0].upper() + text[1:].lower()
+    text = text if keep_case else text.capitalize()
     return text if text.endswith((".", "?", "!")) else text + "."
 
 
 def answer_text(text: str) -> str:
     """Return a text as `sentence` does, without the period, as choices are printed."""
-    text = text.strip()
-    return text[:1].upper() + text[1:].lower()
+    return text.strip().capitalize()
 
 
 def without_marker(text: str) -> str:
@@ -110,7 +108,11 @@ def box_text(box: Box, width: float, height: float, *, published: bool = False) 
 
 
 def parse_box(text: str, width: float, height: float) -> Box | None:
-    """Read the box in an answer: the first closed pair of brackets, with four finite numbers in it.
+    """Read the box in an answer, as the released evaluators do: four finite numbers behind the first bracket.
+
+    They end at the next closing bracket, or with the answer if there is none, but for its full stop. (The
+    released code drops the last letter of an answer, even if it is a digit of a box that was cut off.)
+    "[[0.1,0.2,0.3,0.4]]" has nothing but a bracket there, so it is no box.
 
     Args:
         text: The answer.
@@ -120,8 +122,8 @@ def parse_box(text: str, width: float, height: float) -> Box | None:
     Returns:
         The box in pixels; None if the answer has none, which counts as wrong.
     """
-    found = re.search(r"\[([^\[\]]*)\]", text)
-    parts = found.group(1).split(",") if found else []
+    behind = text.rstrip().removesuffix(".").split("[")[1:2]
+    parts = behind[0].split("]")[0].split(",") if behind else []
     try:
         x0, y0, x1, y1 = (float(part) for part in parts)
     except ValueError:

@@ -22,7 +22,7 @@ from vlm.schema import remove_left, shortened
 if TYPE_CHECKING:
     from vlm.config import Run
 
-VERSION = 1  # raise it when the same answers lead to other rows
+VERSION = 2  # raise it when the same answers lead to other rows
 RESULTS = "results"
 COLUMNS = {
     "run": ("string", "name in the config file"),
@@ -43,6 +43,11 @@ COLUMNS = {
     "count": ("int64", "examples"),
     "chance": ("float64", "of a guess among the answers that a question allows; missing where there is none"),
     "question_only": ("float64", "of the best answer without the image, learned from training questions"),
+    "image_only": (
+        "float64",
+        "of the best answer to the scene, whichever object is asked for; main metric only",
+    ),
+    "tokenizer": ("string", "of captions: ptb, the official one, which needs Java, or regex, close to it"),
     "parameters": ("int64", "of language model and connector"),
     "steps": ("int64", "optimiser steps of all stages"),
     "seconds": ("float64", "of training, all stages"),
@@ -91,8 +96,8 @@ def right(sample: Sample, said: str) -> bool | None:
 def score(samples: Sequence[Sample], answers: Sequence[str]) -> list[Row]:
     """Rows (metric, value, count, and ci_low, ci_high of shares) of one data set's answered samples.
 
-    [] for data sets without a metric, such as conversations, for captions where pycocoevalcap is missing, and
-    for hidden answers.
+    [] for data sets without a metric, such as conversations, for captions of official files where
+    pycocoevalcap is missing, and for hidden answers.
     """
     metric = declared(samples[0]).metric if samples[0].target else None
     return [] if metric is None else metric.rows(samples, answers)
@@ -108,7 +113,7 @@ def fingerprint(run: Run) -> str:
         scored = data.declared()
         metric = scored.metric and scored.metric.name
         asked.append((name, dataclasses.asdict(data), scored.max_new_tokens, metric, scored.chance))
-    scores = catalogue.captions_are_scored()
+    scores = catalogue.caption_tokenizer()
     said = [VERSION, SCENES, FILES, asked, run.layout, run.max_new_tokens, scores]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 

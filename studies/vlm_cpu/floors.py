@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from ssm_retrieval.training import store
+from vlm.config import Scenes
+from vlm.data.config import LEARNED
+from vlm.evaluate import guesses
+from vlm.guesses import best_caption
 from vlm.metrics import captions as metric
-from vlm.scenes import make_example
-from vlm.scenes.scene import sample_scene
+from vlm.scenes.source import SceneSource
 
 TABLE = Path(__file__).with_suffix(".csv")
 
@@ -18,34 +20,24 @@ TABLE = Path(__file__).with_suffix(".csv")
 def floors(count: int = 400) -> pd.DataFrame:
     """task, guess, value: what guesses get that do not look, or look and ignore which object is asked for.
 
-    From the annotation of the held-out scenes. Captions (CIDEr): that of the next scene, and one of training
-    for all scenes, the best of six. attribute: the asked attribute's commonest value among the scene's
-    shapes, drawn by lot if several are; grounding: the box of any shape, at random.
+    On held-out scenes. Captions (CIDEr): that of the next scene, and one of training for all scenes
+    (`vlm.guesses.best_caption`). The others are `vlm.scenes.guesses`.
     """
-    scenes = [sample_scene(0, "heldout", i) for i in range(count)]
-    right = {str(i): [make_example(scene, "caption").answer] for i, scene in enumerate(scenes)}
-    others = [
-        {key: right[str((int(key) + 1) % count)][0] for key in right},
-        *(
-            dict.fromkeys(right, make_example(sample_scene(0, "train", i), "caption").answer)
-            for i in range(6)
-        ),
+    heldout, train = (SceneSource("caption", number, split=split, answers=False)
+                      for number, split in ((count, "heldout"), (LEARNED, "train")))  # fmt: skip
+    known, test = ([source[i] for i in range(len(source))] for source in (train, heldout))
+    right = {sample.id: sample.target["captions"] for sample in test}
+    told = [texts[0] for texts in right.values()]
+    cider = [
+        metric.cider(dict(zip(right, said, strict=True)), right)
+        for said in ([*told[1:], told[0]], best_caption(known, test))
     ]
-    cider = [metric.scores(said, right)["cider"] for said in others]
-    shares: dict[str, list[float]] = {"attribute": [], "grounding": []}
-    for scene in scenes:
-        shapes = [item for item in scene.objects if item.kind == "shape"]
-        example = make_example(scene, "attribute")
-        asked = example.question.split()[1]  # What colour is the small circle?
-        values = [str(getattr(item, "name" if asked == "shape" else asked)) for item in shapes]
-        most = [value for value in set(values) if values.count(value) == max(map(values.count, values))]
-        shares["attribute"].append((example.answer in most) / len(most))
-        shares["grounding"].append(1 / len(shapes))
+    seen = {task: guesses(Scenes(task, count, "heldout"))[1] for task in ("attribute", "grounding")}
     rows = [
         ("caption", "the caption of another scene", cider[0]),
-        ("caption", "one caption for all scenes", max(cider[1:])),
-        ("attribute", "the scene's commonest value", float(np.mean(shares["attribute"]))),
-        ("grounding", "the box of any shape", float(np.mean(shares["grounding"]))),
+        ("caption", "one caption for all scenes", cider[1]),
+        ("attribute", "the scene's commonest value", seen["attribute"]["accuracy"]),
+        ("grounding", "the box of any shape", seen["grounding"]["iou@0.5"]),
     ]
     return pd.DataFrame(rows, columns=["task", "guess", "value"])
 

@@ -16,8 +16,9 @@ from vlm_runs import planned as run
 from vlm_runs import stage
 
 from ssm_retrieval.errors import UserError
-from vlm import evaluate, folders, results, stages
+from vlm import evaluate, folders, metrics, results, stages
 from vlm.config import Files, Run, Scenes, from_dict
+from vlm.data import config as data_config
 from vlm.data.registry import DATASETS
 from vlm.metrics import catalogue
 from vlm.scenes import encoder
@@ -199,9 +200,12 @@ def test_a_table_is_current_until_what_is_asked_changes(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(results, "VERSION", 99)
         assert evaluate.current(tmp_path, wanted) is None
-    with monkeypatch.context() as patched:  # captions could be scored now
-        now = catalogue.captions_are_scored()
-        patched.setattr(catalogue, "captions_are_scored", lambda: not now)
+    with monkeypatch.context() as patched:  # captions could be scored now, or with other tokens
+        other = {"ptb": "regex", "regex": None, None: "regex"}[catalogue.caption_tokenizer()]
+        patched.setattr(catalogue, "caption_tokenizer", lambda: other)
+        assert evaluate.current(tmp_path, wanted) is None
+    with monkeypatch.context() as patched:  # other wordings of official files
+        patched.setattr(sources, "VERSION", 99)
         assert evaluate.current(tmp_path, wanted) is None
     with monkeypatch.context() as patched:  # shorter answers than were declared
         patched.setitem(SCENES, "count", dataclasses.replace(SCENES["count"], max_new_tokens=2))
@@ -252,10 +256,13 @@ def test_what_a_killed_evaluation_left_is_removed(tmp_path):
 def test_captions_that_are_not_scored_are_said_in_one_line(monkeypatch, capsys):
     from vlm.data.samples import Sample
 
-    monkeypatch.setattr(catalogue, "captions_are_scored", lambda: False)
+    monkeypatch.setattr(catalogue, "caption_tokenizer", lambda: None)
     catalogue._warn_of_captions.cache_clear()
     sample = Sample("0", "caption", "0", "caption", (), {"captions": ["a star"]})
-    assert results.score([sample], ["a star"]) == results.score([sample], ["a star"]) == []
+    for _ in range(2):
+        scored = [(row["metric"], row["value"]) for row in results.score([sample], ["a star"])]
+        assert scored == [("object_precision", 1.0), ("object_recall", 1.0)]
+    assert metrics.CAPTIONS.rows([sample], ["a star"]) == []
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1 and "pycocoevalcap is missing" in said[0]
 
@@ -281,3 +288,33 @@ def test_evaluate_takes_every_run_of_a_folder_prints_names_as_they_are_and_keeps
     assert evaluate.main([str(vlm_folder), "--only", "[red]"]) == 0
     assert set(results.read(path)["count"]) == {4}  # the edited evaluation, not the old table
     assert not results.table_path(out, "two").exists()
+
+
+def test_guesses_stand_beside_the_scores_in_table_and_summary(vlm_folder, monkeypatch):
+    """Of captions two scores are printed; a guess has a number in the rows that it can be scored by."""
+    import pandas as pd
+
+    monkeypatch.setattr(data_config, "LEARNED", 40)
+    wanted, out = folders.saved_run(vlm_folder)
+    asked = {name: Scenes(name, 4, "heldout") for name in ("caption", "grounding", "count", "reading-word")}
+    rows, _ = evaluate.evaluate(dataclasses.replace(wanted, evaluation=asked), out)
+    found = {(row["task"], row["metric"]): row for row in rows}
+    for (task, metric), row in found.items():
+        assert row["question_only"] is not None, (task, metric)
+        assert (row["image_only"] is not None) == (
+            (task, metric) in {("grounding", "iou@0.5"), ("count", "accuracy")}
+        )
+        assert row.get("tokenizer") == (
+            None if metric[:3] not in ("cid", "ble", "rou") else catalogue.caption_tokenizer()
+        )
+    assert found["count", "accuracy"]["image_only"] == 0.25
+    assert found["grounding", "iou@0.5"]["image_only"] == pytest.approx(1 / 6)
+    table = pd.DataFrame(rows)
+    printed = evaluate.summary(pd.concat([table, table.assign(run="other")]))
+    columns = {column.header: list(column.cells) for column in printed.columns}
+    assert list(columns) == ["", "chance", "question only", "image only", wanted.name, "other"]
+    captions = ["caption (heldout) objects"]
+    captions += [] if catalogue.caption_tokenizer() is None else ["caption (heldout) CIDEr"]
+    assert columns[""] == [*captions, "grounding (heldout)", "count (heldout)", "reading-word (heldout)"]
+    assert columns["image only"] == [*(["-"] * len(captions)), "16.7", "25.0", "-"]
+    assert "-" not in columns["question only"]

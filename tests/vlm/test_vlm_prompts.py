@@ -76,6 +76,15 @@ def test_every_task_has_the_published_form():
     assert text_of(found) == f"Hi\n<<Yo\n>>Bye\n<<Ciao\n{END}>>"
 
 
+@pytest.mark.parametrize(
+    "text, wanted",
+    [("ßA", "Ssa."), ("ǆ", "ǅ."), ("ﬁN", "Fin."), ("ΑΣ", "Ας."), ("éTÉ", "Été."), ("9A", "9a.")],
+)
+def test_sentences_begin_as_python_capitalizes(text, wanted):
+    """As the released code does, also where a letter becomes two or has a title case."""
+    assert (prompts.sentence(text), prompts.answer_text(text)) == (wanted, wanted[:-1])
+
+
 @given(st.tuples(*[st.integers(0, 99)] * 4), st.integers(1, 4000), st.integers(1, 4000))
 def test_boxes_survive_printing_to_half_a_percent(corners, width, height):
     x = sorted((corners[0], corners[1] + 100))
@@ -87,15 +96,16 @@ def test_boxes_survive_printing_to_half_a_percent(corners, width, height):
 
 
 def test_what_is_no_box():
-    unclosed = ("[0.1,0.2", "[0.1,0.2,0.3,0.4", "0.1,0.2,0.3,0.4")
+    unclosed = ("[0.1,0.2", "0.1,0.2,0.3,0.4", "[[0.1,0.2,0.3,0.4]]", "[ [0.1,0.2,0.3,0.4]", "[x] [0,0,1,1]")
     others = ("", "none", "[1,2,3]", "[a,b,c,d]", "[0.1,0.2,0.3,0.4,0.5]", "[nan,0,1,1]", "[0,0,inf,1]")
     for text in (*unclosed, *others, "[0,0,1e308,1]", "[]", "[,,,]", "[0.1 0.2 0.3 0.4]"):
         assert prompts.parse_box(text, 10, 10) is None
     for text in (
         "[0.1,0.2,0.3,0.4] or [9,9,9,9]",
-        "[[0.1,0.2,0.3,0.4]",
-        "[[0.1,0.2,0.3,0.4]]",
-        "[ [0.1,0.2,0.3,0.4" + "]",
+        "[0.1,0.2,0.3,0.4",  # the released evaluators' rules for brackets that are not closed
+        "at [0.1,0.2,0.3,0.4.",
+        "[ 0.1, 0.2,0.3, 0.4 ]]. ",
+        "x]y[0.1,0.2,0.3,0.4].",
     ):
         assert prompts.parse_box(text, 10, 20) == pytest.approx((1, 4, 3, 8))
     for box in ((-1, 0, 1, 1), (1, 0, 1, 1), (0, 2, 1, 1)):

@@ -95,7 +95,7 @@ GQA = DataSet(
     task=tasks.questions(),
     turns=20,
     scattered=True,
-    metric=metrics.USUAL,
+    metric=metrics.GQA,
     asked=("testdev",),
 )
 VISUAL7W_TELLING = DataSet(
@@ -105,7 +105,7 @@ VISUAL7W_TELLING = DataSet(
     files=("dataset_v7w_telling.json",),
     task=tasks.choices(moved=True),
     turns=3,
-    metric=metrics.LETTER,
+    metric=metrics.VISUAL7W,
     asked=("test",),
 )
 VISUAL7W_POINTING = DataSet(
@@ -116,7 +116,7 @@ VISUAL7W_POINTING = DataSet(
     opens_pictures=True,
     task=tasks.POINTING,
     turns=3,
-    metric=metrics.LETTER,
+    metric=metrics.VISUAL7W,
     reword=question_as_written,
     asked=("test",),
 )
@@ -200,7 +200,7 @@ GENOME_QUESTIONS = DataSet(
     files=("question_answers.json", *GENOME),
     task=tasks.questions(),
     turns=10,
-    metric=metrics.ANNOTATORS,
+    metric=metrics.USUAL,
 )
 GRIT = DataSet(
     name="grit",
@@ -222,7 +222,7 @@ TEXTVQA = DataSet(
     files=("TextVQA_0.5.1_{split}.json", OCR),
     task=tasks.questions(),
     turns=0,
-    metric=metrics.ANNOTATORS,
+    metric=metrics.ANNOTATORS_M4C,
     reword=heading_without_words,
     asked=("val",),
 )
@@ -233,7 +233,7 @@ AI2D = DataSet(
     files=("ai2d/questions/IMAGE.json", "ai2d/annotations/IMAGE.json", "ai2d_test_ids.csv"),
     images=".",
     task=tasks.choices(keep_case=True),
-    metric=metrics.LETTER,
+    metric=metrics.AI2D,
     asked=("test",),
 )
 DOCVQA = DataSet(
@@ -243,7 +243,7 @@ DOCVQA = DataSet(
     files=("train_v1.0_withQT.json", "val_v1.0_withQT.json", "test_v1.0.json"),
     task=tasks.questions(keep_case=True),
     turns=0,
-    metric=metrics.ANNOTATORS,
+    metric=metrics.ANLS,
 )
 INFOGRAPHICVQA = DataSet(
     name="infographicvqa",
@@ -256,7 +256,7 @@ INFOGRAPHICVQA = DataSet(
     ),
     task=tasks.questions(keep_case=True),
     turns=0,
-    metric=metrics.ANNOTATORS,
+    metric=metrics.ANLS,
 )
 OCR_VQA = DataSet(
     name="ocr-vqa",
@@ -267,7 +267,7 @@ OCR_VQA = DataSet(
     opens_pictures=True,
     task=tasks.questions(),
     turns=0,
-    metric=metrics.ANNOTATORS,
+    metric=metrics.USUAL,
     keep=filters.legible,
 )
 

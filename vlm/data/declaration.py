@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vlm.data.records import Record
 from vlm.data.samples import Sample
@@ -13,6 +14,7 @@ from vlm.metrics import Metric
 from vlm.prompts import Chunk
 
 Guess = Callable[[Sequence[Sample], Sequence[Sample]], list[str]]
+Sighted = Callable[[Any], list[tuple[str, ...]]]
 Read = Callable[[], Iterable[Record]]
 Keep = Callable[[Read, Path, Path], Iterable[Record]]
 Reword = Callable[[Record, Sequence[Chunk]], list[Chunk]]
@@ -27,6 +29,8 @@ class Scored:
         metric: Scores answers; None if there is none.
         max_new_tokens: Length limit of an answer. A run may allow fewer.
         blind: (training samples, questions) -> answers without the image; None if none can be learned.
+        sighted: (source of questions) -> for each question the answers that serve equally well who sees the
+            picture and ignores which object is asked for; None if there is no such guess.
         chance: Accuracy of a guess among the answers that a question allows; None if unknown.
     """
 
@@ -34,6 +38,7 @@ class Scored:
     metric: Metric | None
     max_new_tokens: int
     blind: Guess | None = None
+    sighted: Sighted | None = None
     chance: float | None = None
 
 

@@ -7,6 +7,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from ssm_retrieval.errors import UserError
 
+_ROUNDING = 1e-12  # of an overlap
+
 
 def iou(predicted: ArrayLike, gold: ArrayLike) -> NDArray[np.float64]:
     """Return the intersection over union of boxes x_min, y_min, x_max, y_max.
@@ -34,3 +36,18 @@ def iou(predicted: ArrayLike, gold: ArrayLike) -> NDArray[np.float64]:
     shared = overlap.prod(axis=1)
     union = (p[:, 2:] - p[:, :2]).prod(axis=1) + (g[:, 2:] - g[:, :2]).prod(axis=1) - shared
     return np.where(valid, shared / union, 0.0)
+
+
+def above_half(overlaps: ArrayLike) -> NDArray[np.bool_]:
+    """Whether overlaps are above one half, where one of exactly one half is not, whatever its rounding.
+
+    0.28 x 100 is a little more than 28, so an exact half can come out above one. Boxes printed with two
+    decimals in images of up to 1,000 pixels a side cannot be that near to one half without being one half.
+
+    Args:
+        overlaps: What `iou` gives.
+
+    Returns:
+        Truth values of the same shape.
+    """
+    return np.asarray(overlaps, np.float64) > 0.5 + _ROUNDING

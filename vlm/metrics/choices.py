@@ -1,45 +1,35 @@
-"""Read letters, true or false, and yes or no from answers."""
+"""Read letters, true or false, and yes or no from answers; `released` has the released evaluators' rules."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from string import ascii_uppercase
 
 from ssm_retrieval.errors import UserError
+from vlm.prompts import LETTERS
 
 
 def letter(text: str) -> int | None:
-    """Return the index of the option whose letter stands before the first full stop.
+    """Return the index of the option whose letter, of either case, stands before the first full stop.
 
-    None if there is no single letter.
+    None if there is no single letter. The official scripts compare chosen texts, so the rule is our own.
     """
     said = text.split(".")[0].strip().upper()
-    return ascii_uppercase.index(said) if len(said) == 1 and said in ascii_uppercase else None
+    return LETTERS.index(said) if len(said) == 1 and said in LETTERS else None
 
 
-def says_yes(text: str, rule: str = "official") -> bool:
-    """Return whether an answer counts as yes.
+def says_yes(text: str) -> bool:
+    """Return whether an answer counts as yes, by POPE's official rule.
 
-    Args:
-        text: The answer.
-        rule: "official" (POPE): yes unless "no", "No" or "not" is a word of the first sentence. "published"
-            (the paper's): yes unless the whole answer is "no", so that "No." counts as yes.
-
-    Returns:
-        True for yes.
-
-    Raises:
-        UserError: If the rule is unknown.
+    Yes, unless "no", "No" or "not" is a word of the first sentence. Words are what stands between spaces.
     """
-    if rule == "published":
-        return text.strip().lower() != "no"
-    if rule != "official":
-        raise UserError(f"rule={rule!r} must be 'official' or 'published'")
-    return not {"No", "no", "not"} & set(text.split(".")[0].replace(",", "").split())
+    return not {"No", "no", "not"} & set(text.split(".")[0].replace(",", "").split(" "))
 
 
 def says_true(text: str) -> bool:
-    """Return whether an answer of VSR counts as true: unless it is "False" (also the paper's rule)."""
+    """Return whether an answer of VSR counts as true: unless its first sentence is "False", of any case.
+
+    VSR has no official rule for generated text; this one is our own.
+    """
     return text.split(".")[0].strip().lower() != "false"
 
 

@@ -1,12 +1,13 @@
-"""VQA accuracy: the official definition, and the variant behind the paper's numbers."""
+"""VQA accuracy and exact match of short answers, by their official definitions."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ssm_retrieval.errors import UserError
+from vlm.metrics.contractions import CONTRACTIONS
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 NUMBERS = {
@@ -16,70 +17,7 @@ NUMBERS = {
     )
 } | {"none": "0"}
 ARTICLES = frozenset(("a", "an", "the"))
-
-_NEGATED = [
-    "ai",
-    "are",
-    "ca",
-    "could",
-    "did",
-    "does",
-    "do",
-    "had",
-    "has",
-    "have",
-    "is",
-    "might",
-    "must",
-    "need",
-    "sha",
-    "should",
-    "was",
-    "were",
-    "wo",
-    "would",
-]
-_CONTRACTIONS = (
-    *(f"{verb}n't" for verb in _NEGATED),
-    *(f"{verb}n't've" for verb in ("could", "had", "might", "should", "would")),
-    *(f"{verb}'ve" for verb in ("could", "might", "must", "should", "would")),
-    *(
-        f"{who}'s"
-        for who in [
-            "he",
-            "she",
-            "that",
-            "there",
-            "what",
-            "when",
-            "where",
-            "who",
-            "why",
-            "how",
-            "somebody",
-            "someone",
-            "something",
-        ]
-    ),
-    *(f"{who}'ve" for who in ["i", "they", "we", "what", "who", "you"]),
-    *(f"{who}'re" for who in ["they", "there", "what", "you"]),
-    *(
-        f"{who}'d"
-        for who in ["how", "it", "that", "there", "they", "what", "when", "where", "who", "why", "you"]
-    ),
-    *(f"{who}'d've" for who in ["he", "i", "it", "she", "there", "they", "we", "who", "you"]),
-    *(f"{who}'ll" for who in ["it", "somebody", "something", "that", "they", "what", "who", "why", "you"]),
-    *("i'm", "let's", "ma'am", "o'clock", "y'all", "'twas", "'tis", "not've"),
-)
-
-
-def _without_some_apostrophes(word: str) -> list[str]:
-    """The ways of writing a contraction with an apostrophe missing, all of them missing first."""
-    places = [i for i, letter in enumerate(word) if letter == "'"]
-    return [word.replace("'", ""), *(word[:i] + word[i + 1 :] for i in places)]
-
-
-CONTRACTIONS = {wrong: word for word in _CONTRACTIONS for wrong in _without_some_apostrophes(word)}
+TEN = 10  # annotators of a question
 
 
 def normalise(answer: str) -> str:
@@ -95,61 +33,66 @@ def normalise(answer: str) -> str:
     for mark in PUNCTUATION:
         touches = f"{mark} " in answer or f" {mark}" in answer
         text = text.replace(mark, "" if touches or joined else " ")
-    text = re.sub(r"\.(?!\d)", "", text)
+    text = re.sub(r"\.(?!\d)", "", text, count=32)  # the official code passes a flag in the place of a count
     words = (NUMBERS.get(word, word) for word in text.lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
-def accuracy(prediction: str, answers: Sequence[str]) -> float:
+def m4c(answer: str) -> str:
+    """Normalise an answer as TextVQA's evaluation does (M4C).
+
+    Commas and question marks are dropped, not made spaces, and 's becomes a word; then as `normalise`.
+    """
+    return normalise(answer.lower().replace(",", "").replace("?", "").replace("'s", " 's"))
+
+
+def accuracy(prediction: str, answers: Sequence[str], normal: Callable[[str], str] = normalise) -> float:
     """Return the official accuracy of one prediction.
 
     Each annotator is left out in turn, and the prediction scores a third of the others' agreeing answers, at
-    most 1; the result is the mean. Prediction and answers are normalised. (The official code skips this if
-    all annotators wrote the same; doing it always is what the text-VQA benchmarks do.)
+    most 1; the result is the mean. Prediction and answers are always normalised. TextVQA's evaluation does
+    the same. VQAv2's compares them as written if all annotators wrote the same, so that "Red." is wrong where
+    all ten wrote "red"; models that end answers with a full stop cannot be scored so.
 
     Args:
         prediction: The answer.
-        answers: Answers of the annotators.
+        answers: Answers of the ten annotators.
+        normal: Normalises prediction and answers: `normalise` (VQAv2) or `m4c` (TextVQA).
 
     Returns:
         0 .. 1.
 
     Raises:
-        UserError: If there are no answers.
+        UserError: If there are not ten answers.
     """
-    if not answers:
-        raise UserError("answers is empty: a hidden test set has to be scored by its server")
-    said = normalise(prediction)
-    agree = [normalise(answer) == said for answer in answers]
+    require_ten(answers)
+    said = normal(prediction)
+    agree = [normal(answer) == said for answer in answers]
     return sum(min(1.0, (sum(agree) - this) / 3) for this in agree) / len(agree)
 
 
-def published_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """Return the paper's accuracy of one prediction.
-
-    It is 0, 0.3, 0.6, 0.9 or 1 for 0, 1, 2, 3 or more equal answers. Nobody is left out, and only the
-    prediction is normalised, so answers written with capitals or articles cannot be matched.
+def require_ten(answers: Sequence[str]) -> None:
+    """Check that these are the answers of ten annotators.
 
     Args:
-        prediction: The answer.
-        answers: Answers of the annotators.
-
-    Returns:
-        0 .. 1.
+        answers: One per annotator.
 
     Raises:
-        UserError: If there are no answers.
+        UserError: If there are more or fewer.
     """
     if not answers:
         raise UserError("answers is empty: a hidden test set has to be scored by its server")
-    text = prediction.lower().replace(",", "").replace("?", "").replace("'s", " 's")
-    agree = sum(answer == normalise(text) for answer in answers)
-    return min(1.0, round(0.3 * agree, 1))
+    if len(answers) != TEN:
+        raise UserError(
+            f"{len(answers)} answers: VQA accuracy is defined for {TEN} annotators; declare another metric, "
+            "such as vlm.metrics.USUAL or vlm.metrics.ANLS"
+        )
 
 
 def exact_match(prediction: str, answer: str) -> float:
-    """Return GQA's accuracy of one prediction, 0 or 1: equal but for case and one final full stop."""
-    return float(prediction.strip().removesuffix(".").lower() == answer.strip().lower())
+    """Return the accuracy of one prediction, 0 or 1: equal but for case and one final full stop."""
+    said, right = (text.strip().removesuffix(".").lower() for text in (prediction, answer))
+    return float(said == right)
 
 
 def most_frequent(answers: Sequence[str]) -> str | None:
