@@ -19,6 +19,7 @@ from ssm_retrieval.errors import UserError
 from vlm import evaluate, folders, metrics, results, stages
 from vlm.config import Files, Run, Scenes, from_dict
 from vlm.data import config as data_config
+from vlm.data import sources
 from vlm.data.registry import DATASETS
 from vlm.metrics import catalogue
 from vlm.scenes import encoder
