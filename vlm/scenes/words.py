@@ -36,28 +36,34 @@ SPREAD = 2.0  # hundredths, standard deviation
 CORNER = 1.5  # weight of a corner, all its words together; every other word weighs 1
 
 
-def words(item: Object, size: int) -> dict[str, float]:
-    """Return the words of an object with their weights.
+_NUMBERS = {word: i for i, word in enumerate(VOCABULARY)}
+
+
+@lru_cache(maxsize=2**16)
+def row(words: tuple[str, ...], corners: tuple[int, ...]) -> Tensor:
+    """Return the features of a place.
 
     Args:
-        item: The object.
-        size: Pixels of the scene's side.
+        words: Words that are said whole.
+        corners: Left, top, right and bottom in hundredths; () for no object.
 
     Returns:
-        Weights by word of VOCABULARY.
+        (F,) float32 as long as a normed vector, sqrt(F).
     """
+    found = torch.zeros(len(VOCABULARY))
+    found[[_NUMBERS[word] for word in words]] = 1.0
+    for edge, corner in zip(EDGES, corners, strict=False):
+        first = _NUMBERS[f"{edge}:0.00"]
+        bell = torch.exp(-0.5 * ((torch.arange(101) - corner) / SPREAD) ** 2)
+        found[first : first + 101] = CORNER * bell / bell.sum()
+    return F.normalize(found, dim=0) * len(VOCABULARY) ** 0.5
+
+
+def told(item: Object, size: int) -> Tensor:
+    """Return the features (F,) of an object; `size`: pixels of the scene's side."""
     more = (item.size, item.texture) if item.kind == "shape" else (item.kind,)
-    weights = dict.fromkeys((item.colour, item.name, *more), 1.0)
-    for edge, corner in zip(EDGES, item.box, strict=True):
-        bell = _bell(round(100 * corner / size))
-        weights |= {f"{edge}:{i / 100:.2f}": weight for i, weight in enumerate(bell)}
-    return weights
-
-
-@lru_cache(maxsize=101)
-def _bell(centre: int) -> list[float]:
-    bell = torch.exp(-0.5 * ((torch.arange(101) - centre) / SPREAD) ** 2)
-    return (CORNER * bell / bell.sum()).tolist()
+    corners = tuple(round(100 * corner / size) for corner in item.box)
+    return row((item.colour, item.name, *more), corners)
 
 
 class Told:
@@ -89,17 +95,8 @@ class Told:
         return torch.stack([self.of(source.scene(image)) for image in images])
 
     def of(self, scene: Scene) -> Tensor:
-        """Return features (P, F), float32, of a scene, each as long as a normed one: sqrt(F)."""
-        rows = [_row(tuple(words(item, scene.size).items())) for item in scene.objects]
-        nothing = _row(((NOTHING, 1.0),))
+        """Return features (P, F), float32, of a scene."""
+        rows = [told(item, scene.size) for item in scene.objects]
+        nothing = row((NOTHING,), ())
         belongs = owners(scene, self.side).reshape(-1).tolist()
         return torch.stack([rows[owner] if owner >= 0 else nothing for owner in belongs])
-
-
-_NUMBERS = {word: i for i, word in enumerate(VOCABULARY)}
-
-
-def _row(weights: tuple[tuple[str, float], ...]) -> Tensor:
-    row = torch.zeros(len(VOCABULARY))
-    row[[_NUMBERS[word] for word, _ in weights]] = torch.tensor([weight for _, weight in weights])
-    return F.normalize(row, dim=0) * len(VOCABULARY) ** 0.5

@@ -1,0 +1,81 @@
+"""Language models that know scenes in words: `python -m vlm.train vlm/configs/words.py`.
+
+The paper's models were language models before they saw a picture. This is that step in miniature: questions
+and answers about scenes whose objects are given in words (`vlm.scenes.words`). Stages end when their losses are
+low enough, and each asks for more: read what is written; look up attributes and boxes among two shapes, four,
+six; then everything. `python -m vlm.pretrained` writes the language models of the runs to
+vlm/scenes/pretrained, from where vlm/configs/cpu_tiny.py begins.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vlm.config import Run, Scenes, Stage
+
+SCENES, HELDOUT, SEED = 200_000, 200, 1  # another seed than that of pictures
+TASKS = (
+    "existence", "count", "attribute", "comparison", "spatial",
+    "grounding", "pointing", "reading-digit", "reading-word", "caption",
+)  # fmt: skip
+# About half a million weights each, in four layers.
+MODELS: dict[str, dict[str, Any]] = {
+    "transformer-tiny": dict(
+        n_layer=4, d_model=96, n_head=3, rotary_pct=1.0, init_std=0.06, embedding_std=0.1
+    ),
+    # The convolution begins as the identity: else a place's key is mixed with those of the places before it.
+    "mamba-tiny": dict(ssm_init="identity", embedding_std=0.1),
+}
+RATES = {"transformer-tiny": 2e-3, "mamba-tiny": 3e-3}
+
+
+def told(task: str, turns: int = 1, shapes: int = 6) -> Scenes:
+    """Return scenes with questions of a task."""
+    return Scenes(task, SCENES, seed=SEED, turns=turns, shapes=shapes)
+
+
+def stages(lr: float) -> tuple[Stage, ...]:
+    """Return the stages of a model."""
+    read = Stage(
+        {task: told(task) for task in ("reading-digit", "reading-word")},
+        steps=1000, batch_size=128, lr=lr, until={"reading-digit": 0.05, "reading-word": 0.05},
+    )  # fmt: skip
+    find = tuple(
+        Stage(
+            {
+                "attribute": told("attribute", 4, shapes), "existence": told("existence", 4, shapes),
+                "locate": told("locate", shapes, shapes), "describe": told("describe", shapes, shapes),
+            },
+            weights={"attribute": 3, "existence": 2, "locate": 4, "describe": 1},
+            steps=2500, batch_size=64, lr=lr, box_spread=1.5, group=8,
+            until={"attribute": 0.05, "existence": 0.1, "locate": 0.8},
+        )
+        for shapes in (2, 4, 6)
+    )  # fmt: skip
+    everything = Stage(
+        {
+            "vqa": told("vqa", 14), "locate": told("locate", 6), "pointing": told("pointing", 5),
+            "describe": told("describe", 6), "caption": told("caption"),
+        },
+        weights={"vqa": 5, "locate": 2, "pointing": 2, "describe": 0.5, "caption": 1.5},
+        steps=3000, batch_size=32, lr=lr, box_spread=1.5, group=8,
+    )  # fmt: skip
+    return (read, *find, everything)
+
+
+def get_config() -> list[Run]:
+    """Return one run per family."""
+    return [
+        Run(
+            name=model.partition("-")[0],
+            model=model,
+            model_overrides=overrides,
+            stages=stages(RATES[model]),
+            evaluation={task: Scenes(task, HELDOUT, "heldout") for task in TASKS},
+            encoder="words",
+            image_size=96,
+            precision="no",
+            max_new_tokens=64,
+        )
+        for model, overrides in MODELS.items()
+    ]
