@@ -116,7 +116,8 @@ class Run:
         encoder: "scenes" (trained on rendered scenes on first use) or a name of timm, whose weights are
             downloaded (`vlm.encoder.build`).
         image_size: Pixels a side.
-        tokenizer: "scenes", or a name or folder that `tokenizers` reads.
+        tokenizer: "scenes"; "words", made of the run's own training texts; or a name or folder that
+            `tokenizers` reads.
         layout: Where the image stands in the prompt.
         seed: Seed of weights and order of data.
         precision: Precision of training and evaluation.
@@ -173,15 +174,22 @@ class Run:
         return stage.image_size or self.image_size
 
     def stage_ids(self) -> list[str]:
-        """Return the folder name of every stage."""
-        from vlm import tokenizer
+        """Return the folder name of every stage.
+
+        Raises:
+            UserError: If the tokenizer is made of training texts and a file of them is missing.
+        """
+        from vlm import components, tokenizer
         from vlm.scenes import VERSION, encoder
 
         said: Any = {"version": TRAINING_VERSION} | {
             name: getattr(self, name) for name in ("model", "model_overrides", "init", "seed", "precision")
         }
         said["encoder"] = encoder.key() if self.encoder == "scenes" else self.encoder
-        said["tokenizer"] = tokenizer.fingerprint(self.tokenizer)
+        if self.tokenizer == tokenizer.WORDS:
+            said["tokenizer"] = f"words-{components.text_of(self).digest()}"
+        else:
+            said["tokenizer"] = tokenizer.fingerprint(self.tokenizer)
         names = []
         for number, stage in enumerate(self.stages):
             settled = stage.to_dict()

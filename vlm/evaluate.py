@@ -255,7 +255,7 @@ def say(
         B lists of ids up to the end token; rows that end early repeat it.
     """
     length = min(run.max_new_tokens, most or run.max_new_tokens)
-    end = components.text(run.tokenizer).encode(END)[0]
+    end = components.text_of(run).encode(END)[0]
     with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
         return model.generate(input_ids, features, length, eos_token_id=end).tolist()
 
@@ -277,7 +277,7 @@ def answer_all(
     Returns:
         One answer per sample.
     """
-    text = components.text(run.tokenizer)
+    text = components.text_of(run)
     prompts = [components.prompt(run, sample, side)[0] for sample in samples]
     answers, most = [""] * len(samples), results.declared(samples[0]).max_new_tokens
     for numbers in alike(map(len, prompts), BATCH):

@@ -135,7 +135,7 @@ def ask(
     eyes = components.eyes(run.encoder, run.image_size, out, device)
     ids, _ = components.prompt(run, sample, eyes.side)
     (said,) = say(model, run, torch.tensor([ids], device=device), eyes([picture]))
-    return components.text(run.tokenizer).decode(said)
+    return components.text_of(run).decode(said)
 
 
 def draw(

@@ -71,7 +71,7 @@ def train_stage(
             f"{stage.accumulate} parts; use a multiple of {world * stage.accumulate}"
         )
     device = str(accelerator.device)
-    text, seen = components.text(run.tokenizer), components.eyes(run.encoder, run.size(stage), out, device)
+    text, seen = components.text_of(run), components.eyes(run.encoder, run.size(stage), out, device)
     features = components.features(run, run.size(stage), out, device)
     sources = {name: data.build(answers=True) for name, data in stage.data.items()}
     mixture = Mixture(sources, stage.weights)

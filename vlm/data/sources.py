@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -131,12 +132,19 @@ class FileSource:
     def _state(self, index_folder: Path) -> str:
         """Hash of what the samples depend on: rules, options, and the official files by size and time."""
         listed = registry.DATASETS[self.name].files
-        patterns = {re.sub(r"\{.*?\}|SHARD", "*", file).split("/")[0] for file in listed}
-        found = {path for pattern in patterns for path in self.annotations.glob(pattern)}
+        found = {path for file in listed for path in self.annotations.glob(_pattern(file))}
         stats = [
-            (path.name, path.stat()) for path in sorted(found) if path.resolve() != index_folder.resolve()
+            (path.relative_to(self.annotations).as_posix(), path.stat())
+            for path in sorted(found)
+            if path.resolve() != index_folder.resolve()
         ]
         files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
         folders = [str(self.annotations.resolve()), self.fingerprint]
         state = [VERSION, INSTRUCTIONS, asdict(self.rules), self.filtered, self.options, folders, files]
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _pattern(file: str) -> str:
+    """What to look for of a declared file; where there is one per image, their folder stands for them."""
+    single = takewhile(lambda part: "KEY" not in part and "IMAGE" not in part, file.split("/"))
+    return re.sub(r"\{.*?\}|SHARD", "*", "/".join(single))

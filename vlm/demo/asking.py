@@ -130,7 +130,7 @@ def ask(contestant: Contestant, picture: Picture, asked: Question) -> Reply:
         The greedy answer and its maps.
     """
     run, model = contestant.run, contestant.model
-    text, eyes = components.text(run.tokenizer), components.eyes(run.encoder, run.image_size, contestant.out)
+    text, eyes = components.text_of(run), components.eyes(run.encoder, run.image_size, contestant.out)
     ids, _ = components.prompt(run, asked.sample, eyes.side)
     features, end = eyes([picture]), text.encode(END)[0]
     (said,) = say(model, run, torch.tensor([ids]), features)
