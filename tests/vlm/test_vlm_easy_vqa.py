@@ -20,6 +20,7 @@ from PIL import Image
 from vlm_files import CASES, write
 
 from ssm_retrieval.errors import MissingPackage, UserError
+from studies.easy_vqa import runs as study
 from vlm import components, evaluate, predict
 from vlm.config import Files, Scenes, from_dict
 from vlm.configs import easy_vqa as config
@@ -102,6 +103,15 @@ def test_an_eighth_of_the_training_pictures_is_held_out(package):
 def test_a_part_that_there_is_not_is_refused(tmp_path, split, part):
     with pytest.raises(UserError, match=f"part='{part}' of split '{split}' must be"):
         list(registry.read("easy-vqa", tmp_path, split, part=part))
+
+
+def test_open_questions_are_those_that_yes_or_no_does_not_answer(package):
+    found = records("test", asked="open")
+    whole = records("test")
+    assert found == [record for record in whole if record.answers[0] not in ("yes", "no")]
+    assert len(whole) - len(found) == 7136  # as the author states
+    with pytest.raises(UserError, match="asked='closed' must be 'all' or 'open'"):
+        records("test", asked="closed")
 
 
 def test_an_index_notices_that_questions_have_changed(tmp_path):
@@ -225,9 +235,15 @@ def test_the_config_treats_both_families_alike_and_never_asks_what_it_trained_on
     for run in runs:
         assert {data.split for data in run.evaluation.values()} == {"test"}
         assert {data.split for stage in run.stages for data in stage.data.values()} == {"train"}
-    tried = config.run("mamba-tiny", 1e-3, part="fit")
-    parts = [d.options["part"] for d in (*tried.stages[0].data.values(), *tried.evaluation.values())]
-    assert parts == ["fit", "val"]
+
+
+def test_rates_are_chosen_on_pictures_that_the_runs_have_not_seen():
+    tried = [run for run in study.get_config() if "-lr" in run.name]
+    assert len({(run.family, run.stages[0].lr) for run in tried}) == len(tried) == 2 * len(study.TRIED)
+    for run in tried:
+        assert {(data.split, data.options["part"]) for data in run.evaluation.values()} == {("train", "val")}
+        seen = [data for stage in run.stages for data in stage.data.values()]
+        assert {(data.split, data.options["part"]) for data in seen} == {("train", "fit")}
 
 
 def test_the_case_of_miniature_files_has_the_packages_structure(package):

@@ -1,6 +1,8 @@
-"""Both VLMs, tiny, on easy-VQA: `pip install easy-vqa && python -m vlm.train vlm/configs/easy_vqa.py`.
+"""Both VLMs, tiny, on easy-VQA: `pip install easy-vqa`, then `python -m vlm.train vlm/configs/easy_vqa.py`.
 
-Both families see the same data in the same order, through the same frozen encoder.
+Both families see the same data in the same order, through the same frozen encoder. The first stage only asks
+for colors and shapes: among the questions of yes or no, three in four, shapes were not learned within as many
+steps. The second stage has all questions.
 """
 
 from __future__ import annotations
@@ -14,31 +16,25 @@ MODELS: dict[str, dict[str, Any]] = {
     "transformer-tiny": dict(n_head=2, init_std=0.06),
     "mamba-tiny": {},
 }
-RATES = {"transformer-tiny": 2e-3, "mamba-tiny": 2e-3}
-STEPS, BATCH = 1200, 32
+# The best of three on held-out training pictures (studies/easy_vqa)
+RATES = {"transformer-tiny": 4e-3, "mamba-tiny": 4e-3}
+STEPS = {"open": 500, "all": 700}  # by what is asked
 
 
-def run(model: str, lr: float, seed: int = 0, part: str = "all") -> Run:
-    """Return a run.
+def stage(asked: str, lr: float, part: str = "all") -> Stage:
+    """Return a stage of training; `asked` and `part`: options of `vlm.data.easy_vqa.easy_vqa`."""
+    data = Files("easy-vqa", "train", options={"part": part, "asked": asked})
+    return Stage({"easy-vqa": data}, steps=STEPS[asked], batch_size=32, lr=lr)
 
-    Args:
-        model: One of MODELS.
-        lr: Peak learning rate.
-        seed: Seed of weights and order of data.
-        part: "all" trains on all training pictures and asks the test split; "fit" trains on seven in eight
-            and asks the others, to choose a rate.
 
-    Returns:
-        The run.
-    """
-    train = Files("easy-vqa", "train", options={"part": part})
-    held_out = Files("easy-vqa", "train", options={"part": "val"})
+def run(model: str, seed: int = 0) -> Run:
+    """Return the run of a model and a seed."""
     return Run(
-        name=f"{model.partition('-')[0]}-easy-{part}-lr{lr:g}-seed{seed}",
+        name=f"{model.partition('-')[0]}-seed{seed}",
         model=model,
         model_overrides=MODELS[model],
-        stages=(Stage({"easy": train}, steps=STEPS, batch_size=BATCH, lr=lr),),
-        evaluation={"easy-vqa": Files("easy-vqa", "test") if part == "all" else held_out},
+        stages=tuple(stage(asked, RATES[model]) for asked in STEPS),
+        evaluation={"easy-vqa": Files("easy-vqa", "test")},
         tokenizer="words",
         seed=seed,
         max_new_tokens=4,
@@ -47,4 +43,4 @@ def run(model: str, lr: float, seed: int = 0, part: str = "all") -> Run:
 
 def get_config() -> list[Run]:
     """Return one run per family."""
-    return [run(model, RATES[model]) for model in MODELS]
+    return [run(model) for model in MODELS]
