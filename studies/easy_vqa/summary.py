@@ -3,8 +3,9 @@
     python -m studies.easy_vqa.summary [RUNS]
 
 With RUNS (what `vlm.train --out` named) it first writes results.parquet, kinds.csv (right answers of every
-run by kind of question) and features.csv (what a linear probe reads from the encoder) beside this file. What
-stands between the markers `<!-- NAME -->` and `<!-- /NAME -->` in README.md is made from these tables.
+run by kind of question) and features.csv (what a linear probe reads from the encoder) beside this file;
+mixed.csv has earlier runs that README.md describes. What stands between the markers `<!-- NAME -->` and
+`<!-- /NAME -->` in README.md is made from these tables.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from vlm.data import easy_vqa
 
 HERE = Path(__file__).parent
 RESULTS, KINDS, FEATURES = HERE / "results.parquet", HERE / "kinds.csv", HERE / "features.csv"
+MIXED = HERE / "mixed.csv"
 FAMILIES = ("transformer", "mamba")
 ORDER = ("what color", "what shape", "is there a color", "is there a shape")
 BATCH = 100  # pictures encoded together
@@ -130,22 +132,19 @@ def probes(out: Path) -> list[dict[str, Any]]:
 
 
 def filled(text: str) -> str:
-    """README with its tables made anew."""
-    results, kinds = pd.read_parquet(RESULTS), pd.read_csv(KINDS)
-    made = {
-        "features": probed(pd.read_csv(FEATURES)),
-        "rates": rates(results),
-        "test": scores(results),
-        "kinds": asked(kinds),
-        "cost": cost(results),
-    }
+    """README with its tables made anew; those of runs that have not been made stay as they are."""
+    made = {"features": probed(pd.read_csv(FEATURES)), "mixed": by_family(pd.read_csv(MIXED))}
+    if RESULTS.exists():
+        results = pd.read_parquet(RESULTS)
+        made |= {"rates": rates(results), "test": scores(results), "cost": cost(results)}
+        made["kinds"] = by_family(pd.read_csv(KINDS))
     return fill(text, made)
 
 
 def percent(values: Any) -> str:
     """Shares of every seed in per cent, their mean before them."""
     data = 100 * np.asarray(values, float)
-    return f"{data.mean():.1f} ({by_seed(data, 1)})"
+    return f"{data.mean():.1f}" if data.size == 1 else f"{data.mean():.1f} ({by_seed(data, 1)})"
 
 
 def probed(table: pd.DataFrame) -> str:
@@ -182,9 +181,9 @@ def scores(results: pd.DataFrame) -> str:
     return markdown(["", "right answers in per cent"], rows)
 
 
-def asked(kinds: pd.DataFrame) -> str:
-    """Accuracy by what a question is about."""
-    shares = kinds.assign(share=kinds["right"] / kinds["count"]).sort_values("seed")
+def by_family(kinds: pd.DataFrame) -> str:
+    """Accuracy by what a question is about, every seed of a family in the order of the table."""
+    shares = kinds.assign(share=kinds["right"] / kinds["count"])
     rows = []
     for kind in ORDER:
         mine = shares[shares["kind"] == kind]

@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import replace
 from importlib import metadata
 
+import pandas as pd
 import pytest
 
 pytest.importorskip("tokenizers", reason="tokenizers is not installed; .ci/run installs it")
@@ -21,12 +22,15 @@ from vlm_files import CASES, write
 
 from ssm_retrieval.errors import MissingPackage, UserError
 from studies.easy_vqa import runs as study
+from studies.easy_vqa import summary
 from vlm import components, evaluate, predict
 from vlm.config import Files, Scenes, from_dict
 from vlm.configs import easy_vqa as config
 from vlm.data import easy_vqa, registry
 from vlm.data.config import LEARNED
 from vlm.data.sources import FileSource
+
+OTHER = {("yes",): ("no",), ("no",): ("yes",)}
 
 
 @pytest.fixture
@@ -244,6 +248,39 @@ def test_rates_are_chosen_on_pictures_that_the_runs_have_not_seen():
         assert {(data.split, data.options["part"]) for data in run.evaluation.values()} == {("train", "val")}
         seen = [data for stage in run.stages for data in stage.data.values()]
         assert {(data.split, data.options["part"]) for data in seen} == {("train", "fit")}
+
+
+def test_the_studys_page_has_its_tables_and_the_guess_that_its_models_did_not_beat(package):
+    """Kinds of questions against counting words of the package's own lists."""
+    page = (summary.HERE / "README.md").read_text()
+    assert summary.filled(page) == page
+    held_out = records("train", part="val")
+    fit = Counter((record.question, record.answers) for record in records("train", part="fit"))
+    asked = {"color": 0, "shape": 0}
+    right = 0
+    for record in held_out:
+        if record.kind == "yes/no":
+            named = {"circle", "rectangle", "triangle"} & set(record.question.rstrip("?").split())
+            asked["shape" if named else "color"] += 1
+            right += fit[record.question, record.answers] > fit[record.question, OTHER[record.answers]]
+    table = pd.read_csv(summary.MIXED).set_index(["family", "kind"])
+    for family in summary.FAMILIES:
+        closed = [table.loc[(family, f"is there a {what}")] for what in asked]
+        assert [row["count"] for row in closed] == list(asked.values())
+        assert sum(row["right"] for row in closed) == right == 2950
+
+
+def test_right_answers_are_counted_by_kind():
+    told = [
+        ("\nQuestion: Is there no circle?\nAnswer: ", "yes/no", True, "is there a shape"),
+        ("\nQuestion: Is there a red shape?\nAnswer: ", "yes/no", False, "is there a color"),
+        ("\nQuestion: What is the red shape?\nAnswer: ", "shape", True, "what shape"),
+    ]
+    rows = [dict(asked=asked, target={"kind": kind}, right=right) for asked, kind, right, _ in told]
+    found = summary.by_kind(rows)
+    assert {row["kind"]: (row["right"], row["count"]) for row in found} == {
+        kind: (int(right), 1) for _, _, right, kind in told
+    }
 
 
 def test_the_case_of_miniature_files_has_the_packages_structure(package):
