@@ -88,7 +88,7 @@ def say(
         B lists of ids up to the end token; rows that end early repeat it.
     """
     length = min(run.max_new_tokens, most or run.max_new_tokens)
-    end = components.text(run.tokenizer).encode(END)[0]
+    end = components.text_of(run).encode(END)[0]
     with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
         return model.generate(input_ids, features, length, eos_token_id=end).tolist()
 
@@ -116,7 +116,7 @@ def answer_prompts(
     Returns:
         N answers, without the end token.
     """
-    text, answers = components.text(run.tokenizer), [""] * len(prompts)
+    text, answers = components.text_of(run), [""] * len(prompts)
     for numbers in alike(map(len, prompts), batch_size):
         ids = torch.tensor([prompts[i] for i in numbers], device=device)
         found = say(model, run, ids, features(numbers).to(device), most)
@@ -172,7 +172,7 @@ class Answerer:
     @property
     def text(self) -> Text:
         """The run's tokenizer."""
-        return components.text(self.run.tokenizer)
+        return components.text_of(self.run)
 
     def ids(self, chunks: Sequence[Chunk]) -> list[int]:
         """Return the token ids of a prompt, in the run's layout."""

@@ -32,9 +32,35 @@ ENCODERS, FEATURES = "encoders", "features"  # folders beside the runs
 WORDS, PLACE = "words", 32  # the encoder of `vlm.scenes.words`, and the pixels of its places: 96 have 3 x 3
 
 
+_own_words: dict[str, tokenizer.Text] = {}  # by the data that they are made of
+
+
+def text_of(run: Run) -> tokenizer.Text:
+    """Return the tokenizer of a run.
+
+    Args:
+        run: The run.
+
+    Returns:
+        The tokenizer that it names; "own" is made of the texts of all its stages, answers included.
+
+    Raises:
+        UserError: If the data are needed and a file of them is missing.
+    """
+    if run.tokenizer != tokenizer.OWN:
+        return text(run.tokenizer)
+    data = [one for stage in run.stages for one in stage.data.values()]
+    key = repr(data)
+    if key not in _own_words:
+        sources = [one.build(answers=True) for one in data]
+        samples = (source[i] for source in sources for i in range(len(source)))
+        _own_words[key] = tokenizer.from_words({chunk.text for s in samples for chunk in s.chunks})
+    return _own_words[key]
+
+
 @lru_cache(maxsize=4)
 def text(name: str) -> tokenizer.Text:
-    """Return the tokenizer of a run.
+    """Return a tokenizer that is the same for all runs.
 
     Args:
         name: "scenes", a name on the hub, or a local file or folder.
@@ -186,7 +212,7 @@ def model(run: Run, width: int) -> VLM:
     Raises:
         UserError: If the tokenizer has more tokens than the model.
     """
-    words = len(text(run.tokenizer))
+    words = len(text_of(run))
     if run.init is None:
         lm = models.build(run.model, seed=run.seed, **{"vocab_size": words, **run.model_overrides})
     else:
@@ -197,7 +223,7 @@ def model(run: Run, width: int) -> VLM:
 
 
 def _check_words(run: Run, known: int) -> None:
-    words = len(text(run.tokenizer))
+    words = len(text_of(run))
     if words > known:
         raise UserError(
             f"tokenizer={run.tokenizer!r} has {words} tokens and the model of run {run.name!r} "
@@ -246,5 +272,5 @@ def prompt(run: Run, chunks: Sequence[Chunk], side: int) -> tuple[list[int], lis
     Returns:
         input_ids and labels, of equal length.
     """
-    words = text(run.tokenizer)
+    words = text_of(run)
     return sequence(chunks, words.encode, side, run.layout, markers=words.markers)

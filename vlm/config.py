@@ -21,7 +21,7 @@ from pydantic import BeforeValidator, Field
 
 from ssm_retrieval import registry
 from ssm_retrieval.errors import UserError
-from vlm import schema
+from vlm import schema, tokenizer
 from vlm.data.config import Data, Files, Scenes, Sources
 from vlm.prompts import Layout
 from vlm.schema import AsTuple, FileName, Momentum, Natural, NonNegative, Positive, Seed, Text, checked
@@ -128,7 +128,8 @@ class Run:
         encoder: "scenes" (trained on rendered scenes on first use) or a name of timm, whose weights are
             downloaded (`vlm.encoder.build`).
         image_size: Pixels a side.
-        tokenizer: "scenes", or a name or folder that `tokenizers` reads.
+        tokenizer: "scenes"; "own", made of the run's own training texts; or a name or folder that
+            `tokenizers` reads.
         layout: Where the image stands in the prompt.
         seed: Seed of weights and order of data.
         precision: Precision of training and evaluation.
@@ -170,6 +171,11 @@ class Run:
                 f"run {self.name!r} has checkpoint={self.checkpoint!r}, which is a whole model; give it "
                 "neither stages nor init nor model_overrides"
             )
+        if self.checkpoint is not None and self.tokenizer == tokenizer.OWN:
+            raise UserError(
+                f"tokenizer={tokenizer.OWN!r} of run {self.name!r} is made of training texts, and a released "
+                "checkpoint has none; give the tokenizer that it was trained with"
+            )
         try:
             json.dumps(dict(self.model_overrides), allow_nan=False)
         except (TypeError, ValueError) as error:
@@ -193,8 +199,12 @@ class Run:
         return stage.image_size or self.image_size
 
     def stage_ids(self) -> list[str]:
-        """Return the folder name of every stage; that of a checkpoint names its files, and is no folder."""
-        from vlm import tokenizer
+        """Return the folder name of every stage; that of a checkpoint names its files, and is no folder.
+
+        Raises:
+            UserError: If the tokenizer is made of training texts and a file of them is missing.
+        """
+        from vlm import components
         from vlm.data import sources
         from vlm.model import state
         from vlm.scenes import VERSION, encoder
@@ -203,7 +213,10 @@ class Run:
             name: getattr(self, name) for name in ("model", "model_overrides", "init", "seed", "precision")
         }
         said["encoder"] = encoder.key(self.encoder) if self.encoder in encoder.ENCODERS else self.encoder
-        said["tokenizer"] = tokenizer.fingerprint(self.tokenizer)
+        if self.tokenizer == tokenizer.OWN:
+            said["tokenizer"] = f"own-{components.text_of(self).digest()}"
+        else:
+            said["tokenizer"] = tokenizer.fingerprint(self.tokenizer)
         if self.checkpoint is not None:
             said |= {"checkpoint": state(self.checkpoint), "image_size": self.image_size}
             return [f"{self.family}-{self.image_size}px-released-{_digest(said)}"]

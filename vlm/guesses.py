@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from ssm_retrieval.errors import UserError
 from vlm.data.samples import Sample
-from vlm.metrics import Metric, boxes, captions, catalogue, objects
+from vlm.metrics import Metric, boxes, captions, catalogue, objects, vqa
 from vlm.prompts import box_text
 
 MOST_BOXES = 2000  # candidates for the best single box
@@ -32,7 +33,7 @@ def most_frequent_answer(known: Sequence[Sample], test: Sequence[Sample]) -> lis
     _need(known)
     same: dict[str, Counter[str]] = defaultdict(Counter)
     for sample in known:
-        same[asked(sample)][sample.target["answer"]] += 1
+        same[asked(sample)][_answer(sample.target)] += 1
     every = sum(same.values(), Counter())
     return [(same.get(asked(sample)) or every).most_common(1)[0][0] for sample in test]
 
@@ -107,6 +108,11 @@ def expected(metric: Metric, test: Sequence[Sample], guesses: Sequence[Sequence[
 def asked(sample: Sample) -> str:
     """Return the text of a sample without its answers."""
     return "".join(chunk.text for chunk in sample.chunks if not chunk.supervised)
+
+
+def _answer(target: Mapping[str, Any]) -> Any:
+    """The right answer; of several annotators' the most frequent one."""
+    return target["answer"] if "answer" in target else vqa.most_frequent(target["answers"])
 
 
 def _need(known: Sequence[Sample]) -> None:

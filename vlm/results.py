@@ -22,7 +22,7 @@ from vlm.schema import remove_left, shortened
 if TYPE_CHECKING:
     from vlm.config import Run
 
-VERSION = 2  # raise it when the same answers lead to other rows
+VERSION = 3  # raise it when the same answers lead to other rows
 RESULTS = "results"
 COLUMNS = {
     "run": ("string", "name in the config file"),

@@ -81,7 +81,7 @@ def train_stage(
             f"{stage.accumulate} parts; use a multiple of {world * stage.accumulate}"
         )
     device = str(accelerator.device)
-    text, seen = components.text(run.tokenizer), components.eyes(run.encoder, run.size(stage), out, device)
+    text, seen = components.text_of(run), components.eyes(run.encoder, run.size(stage), out, device)
     features = components.features(run, run.size(stage), out, device)
     sources = {name: data.build(answers=True) for name, data in stage.data.items()}
     mixture = Mixture(sources, stage.weights)
@@ -158,9 +158,7 @@ class Session(session.Session[Progress, VLMBatch]):
             store.prepare(folder, {"plans": [run.to_dict()]}, torch.get_num_threads())
         near = None
         if stage.box_spread:
-            near = Near.of(
-                components.text(run.tokenizer).encode, model.lm.config.vocab_size, stage.box_spread
-            )
+            near = Near.of(components.text_of(run).encode, model.lm.config.vocab_size, stage.box_spread)
             near = near.to(accelerator.device)
         self.loss_of, self.wrapped = accelerator.prepare(Loss(model, near), optimizer)
 

@@ -17,6 +17,7 @@ from vlm.prompts import END
 # A piece: a number of a box, a word with the space before it, or one character; nothing is lost or added.
 PIECES = r"<\|endoftext\|>|###|&&|\d\.\d\d| ?[A-Za-z]+|\n|[^A-Za-z]"
 SPECIAL = (END, "###", "&&", "<|unknown|>")
+OWN = "own"  # names the tokenizer that is made of a run's own training texts
 HELP = 'text needs tokenizers: pip install -e ".[vlm]"'
 
 
@@ -51,6 +52,10 @@ class Text:
 
     def __len__(self) -> int:
         return self.tokenizer.get_vocab_size()
+
+    def digest(self) -> str:
+        """Identify the ids that a tokenizer of `from_words` gives."""
+        return _digest(repr((PIECES, SPECIAL, sorted(self.tokenizer.get_vocab().items()))).encode())
 
 
 def from_words(texts: Iterable[str]) -> Text:

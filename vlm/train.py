@@ -99,6 +99,7 @@ def train_all(options: Options) -> int:
         # the one thing that all wait for: by all cores, before they are shared out
         with Stop():
             for run in runs:
+                run.stage_ids()  # what is wrong with its data is said before an encoder is trained
                 components.eyes(run.encoder, run.size(run.stages[0]), options.out, str(accelerator.device))
         print(f"{jobs} processes share {len(runs)} runs; what follows is the first one's part", flush=True)
     if threads:

@@ -196,6 +196,11 @@ CASES = {
         {"dataset.json": {"k": {"imageURL": "h/a.jpg", "questions": ["Q?"], "answers": ["A"], "split": 2}}},
         {"image": "images/k.jpg", "answers": ("A",)},
     ),
+    "easy-vqa": (
+        "train",
+        {"train/questions.json": [["is there a red shape?", "yes", 3]]},
+        {"image": "train/images/3.png", "answers": ("yes",), "kind": "yes/no"},
+    ),
     "llava-pretrain": ("train", {"blip_laion_cc_sbu_558k.json": CHAT}, {"image": "0/1.jpg"}),
     "llava-instruct": ("train", {"llava_instruct_150k.json": CHAT}, {"image": "0/1.jpg"}),
 }

@@ -141,6 +141,7 @@ def test_what_does_not_fit_a_checkpoint_is_told_in_one_line(tmp_path, monkeypatc
 
     for more, line in (
         (dict(init="state-spaces/mamba-130m"), "which is a whole model; give it neither stages nor init"),
+        (dict(tokenizer="own"), "tokenizer='own' of run 'a' is made of training texts, .* has none; give"),
         (dict(model="pythia-160m"), "is a mamba, but model='pythia-160m'; name a preset of mamba"),
         (dict(image_size=60), "image_size=60 must be a multiple of the 8 of encoder 'scenes'"),
         (dict(checkpoint=str(tmp_path)), "config.json|neither model.safetensors"),

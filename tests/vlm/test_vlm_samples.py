@@ -72,6 +72,11 @@ EXPECTED = {
     "docvqa": (f"{VQA}\nQuestion: Q?\nAnswer: ", "12.", {"answers": ["12"], "kind": None}),
     "infographicvqa": (f"{VQA}\nQuestion: Q?\nAnswer: ", "12.", {"answers": ["12"], "kind": None}),
     "ocr-vqa": (f"{VQA}\nQuestion: Q?\nAnswer: ", "A.", {"answers": ["A"], "kind": None}),
+    "easy-vqa": (
+        f"{VQA}\nQuestion: Is there a red shape?\nAnswer: ",
+        "Yes.",
+        {"answers": ["yes"], "kind": "yes/no"},
+    ),
     "aokvqa": (f"{CHOICE}\nQuestion: Q?\n{ABCD}", "C.", {"choices": list("abcd"), "answer": 2}),
     "ai2d": (
         f"{CHOICE}\nOCR text:\nB: leaf\nQuestion: Q?\n{ABCD}",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Discriminator, Tag
 
+from ssm_retrieval.errors import UserError
 from vlm.data.samples import Source
 from vlm.schema import Natural, Positive, Seed, Text, checked
 
@@ -59,8 +61,11 @@ class Scenes:
         return SCENES[self.task]
 
     def training(self) -> Scenes | None:
-        """Return what a guess without the image learns from; None if no such guess is declared."""
-        if self.declared().blind is None:
+        """Return what a guess without the image learns from.
+
+        None if no such guess is declared, or if these are training scenes, whose answers it would know.
+        """
+        if self.declared().blind is None or self.split == "train":
             return None
         return dataclasses.replace(self, split="train", images=LEARNED, draws=1)
 
@@ -72,8 +77,8 @@ class Files:
     Attributes:
         dataset: Name in `vlm.data.registry`.
         split: One of its splits.
-        annotations: Folder of the official files.
-        images: Folder of the pictures.
+        annotations: Folder of the official files; None = those of an installed package (`DataSet.installed`).
+        images: Folder of the pictures; None if `annotations` is.
         first: Use only this many samples; 0 = all.
         regions: What region descriptions ask for (`vlm.data.turns.Rules`).
         every_slot: As in `vlm.data.turns.Rules`.
@@ -85,8 +90,8 @@ class Files:
 
     dataset: str
     split: str
-    annotations: Text
-    images: Text
+    annotations: Text | None = None
+    images: Text | None = None
     first: Natural = 0
     regions: Literal["grounding", "dense captioning"] = "grounding"
     every_slot: bool = True
@@ -98,7 +103,13 @@ class Files:
     def __post_init__(self) -> None:
         from vlm.data import registry
 
-        registry.check(self.dataset, self.split)
+        found = registry.check(self.dataset, self.split)
+        if (self.annotations is None) != (self.images is None):
+            raise UserError(
+                f"annotations={self.annotations!r} and images={self.images!r}: give both folders or none"
+            )
+        if self.annotations is None and found.installed is None:
+            raise UserError(f"annotations=None and images=None: give the two folders of {self.dataset}")
 
     def build(self, *, answers: bool) -> Source:
         """Return the samples; `answers`: whether the prompts contain the answers."""
@@ -107,10 +118,24 @@ class Files:
 
         rules = Rules(answers, self.regions, self.every_slot, self.published)
         source = FileSource(
-            self.dataset, self.annotations, self.images, self.split,
+            self.dataset, *self.folders(), self.split,
             rules=rules, filtered=self.filtered, index_folder=self.index, **self.options,
         )  # fmt: skip
         return First(source, self.first) if self.first else source
+
+    def folders(self) -> tuple[str | Path, str | Path]:
+        """Return the folders of annotations and pictures.
+
+        Raises:
+            MissingPackage: If they are those of a package that is not installed.
+        """
+        from vlm.data import registry
+
+        if self.annotations is not None and self.images is not None:
+            return self.annotations, self.images
+        found = registry.DATASETS[self.dataset]
+        assert found.installed is not None
+        return found.installed(), found.installed() / found.images
 
     def declared(self) -> DataSet:
         """Return what is asked, and how answers are scored."""
@@ -121,11 +146,14 @@ class Files:
     def training(self) -> Files | None:
         """Return what a guess without the image learns from.
 
-        None if no such guess is declared, or if there is no training split.
+        None if no such guess is declared, if there is no training split, or if this is the training split,
+        whose answers it would know.
         """
         from vlm.data import registry
 
-        if self.declared().blind is None or "train" not in registry.DATASETS[self.dataset].splits:
+        if self.declared().blind is None or self.split == "train":
+            return None
+        if "train" not in registry.DATASETS[self.dataset].splits:
             return None
         return dataclasses.replace(self, split="train", first=LEARNED)
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vlm import metrics, prompts
-from vlm.data import captions, documents, filters, grounding, instructions, tasks, vqa
+from vlm.data import captions, documents, easy_vqa, filters, grounding, instructions, tasks, vqa
 from vlm.data.declaration import DataSet
 from vlm.data.records import Choice, Question, Record
+from vlm.guesses import most_frequent_answer
 from vlm.prompts import INSTRUCTIONS, Chunk
 
 THREE = ("train", "val", "test")
@@ -271,6 +272,21 @@ OCR_VQA = DataSet(
     keep=filters.legible,
 )
 
+# --- drawn pictures -----------------------------------------------------------------------------------------
+
+EASY_VQA = DataSet(
+    name="easy-vqa",
+    reader=easy_vqa.easy_vqa,
+    splits=("train", "test"),
+    files=("{split}/questions.json",),
+    task=tasks.questions(),
+    images=".",
+    installed=easy_vqa.installed,
+    metric=metrics.USUAL,
+    blind=most_frequent_answer,
+    max_new_tokens=8,
+)
+
 # --- conversations ------------------------------------------------------------------------------------------
 
 LLAVA_PRETRAIN = DataSet(
@@ -293,5 +309,5 @@ LLAVA_INSTRUCT = DataSet(
 OFFICIAL = (
     COCO, NOCAPS, TEXTCAPS, VQAV2, GQA, VISUAL7W_TELLING, VISUAL7W_POINTING, VSR, POPE, AOKVQA, REFCOCO,
     REFCOCO_PLUS, REFCOCOG, GENOME_REGIONS, GENOME_QUESTIONS, GRIT, TEXTVQA, AI2D, DOCVQA, INFOGRAPHICVQA,
-    OCR_VQA, LLAVA_PRETRAIN, LLAVA_INSTRUCT,
+    OCR_VQA, EASY_VQA, LLAVA_PRETRAIN, LLAVA_INSTRUCT,
 )  # fmt: skip

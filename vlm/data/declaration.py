@@ -53,6 +53,7 @@ class DataSet(Scored):
         task: Prompt, answer and target of a record.
         images: Folder of the pictures below the data set's own folder; "." where `Record.image` begins with
             the folders of the official archive.
+        installed: () -> the data set's own folder in an installed package; None = no package has it.
         turns: Largest number of questions in a training sample; 0 = all questions about an image.
         scattered: Whether the records of one image lie apart in the files.
         keep: (read, annotations, images) -> the records that the published training data keep; None = all.
@@ -66,6 +67,7 @@ class DataSet(Scored):
     files: tuple[str, ...]
     task: Task
     images: str = "images"
+    installed: Callable[[], Path] | None = None
     turns: int = 1
     scattered: bool = False
     keep: Keep | None = None
