@@ -18,7 +18,7 @@ from ssm_retrieval.errors import UserError
 from ssm_retrieval.models.seeding import seeded
 from vlm import encoder as timm_encoder
 from vlm import model as vlm_model
-from vlm import tokenizer
+from vlm import pretrained, tokenizer
 from vlm.config import Run
 from vlm.data.cache import FeatureCache, Uncached
 from vlm.layout import grid_side, sequence
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from vlm.scenes.words import Told
 
 ENCODERS, FEATURES = "encoders", "features"  # folders beside the runs
-WORDS, PLACE = "words", 32  # the encoder of `vlm.scenes.words`, and the pixels of its places: 96 have 3 x 3
+# The encoder of `vlm.scenes.words`, another name when its features change, and the pixels of its places.
+WORDS, PLACE = "words", 32
 
 
 _own_words: dict[str, tokenizer.Text] = {}  # by the data that they are made of
@@ -210,13 +211,18 @@ def model(run: Run, width: int) -> VLM:
         The model, without an encoder.
 
     Raises:
-        UserError: If the tokenizer has more tokens than the model.
+        UserError: If the tokenizer has more tokens than the model, or `init` is of another family.
     """
     words = len(text_of(run))
     if run.init is None:
         lm = models.build(run.model, seed=run.seed, **{"vocab_size": words, **run.model_overrides})
     else:
-        lm = models.load(run.init)
+        lm = models.load(pretrained.folder(run.family) if run.init == pretrained.SCENES else run.init)
+        if models.architecture_of(lm.config).name != run.family:
+            raise UserError(
+                f"init={run.init!r} of run {run.name!r} is no {run.family}, as model={run.model!r} says; "
+                "name a preset of its family"
+            )
     _check_words(run, lm.config.vocab_size)
     with seeded(run.seed):
         return VLM(lm, width)

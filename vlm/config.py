@@ -124,7 +124,8 @@ class Run:
         stages: Run one after the other; none with `checkpoint`.
         evaluation: Sources by name.
         model_overrides: Options that differ from the preset's.
-        init: Pretrained weights of the language model (`models.load`).
+        init: Pretrained weights of the language model: "scenes", the one of its family that comes with the
+            toolkit (`vlm.pretrained`), whose shape decides, or a name or folder for `models.load`.
         encoder: "scenes" (trained on rendered scenes on first use) or a name of timm, whose weights are
             downloaded (`vlm.encoder.build`).
         image_size: Pixels a side.
@@ -204,7 +205,7 @@ class Run:
         Raises:
             UserError: If the tokenizer is made of training texts and a file of them is missing.
         """
-        from vlm import components
+        from vlm import components, pretrained
         from vlm.data import sources
         from vlm.model import state
         from vlm.scenes import VERSION, encoder
@@ -212,6 +213,8 @@ class Run:
         said: Any = {"version": TRAINING_VERSION} | {
             name: getattr(self, name) for name in ("model", "model_overrides", "init", "seed", "precision")
         }
+        if self.init == pretrained.SCENES:
+            said["init"] = f"{self.init}-{pretrained.digest(self.family)}"
         said["encoder"] = encoder.key(self.encoder) if self.encoder in encoder.ENCODERS else self.encoder
         if self.tokenizer == tokenizer.OWN:
             said["tokenizer"] = f"own-{components.text_of(self).digest()}"

@@ -1,9 +1,9 @@
 """Language models that know scenes in words: `python -m vlm.train vlm/configs/words.py`.
 
 The paper's models were language models before they saw a picture. This is that step in miniature: questions
-and answers about scenes whose objects are given in words (`vlm.scenes.words`). Stages end when their losses are
-low enough, and each asks for more: read what is written; look up attributes and boxes among two shapes, four,
-six; then everything. `python -m vlm.pretrained` writes the language models of the runs to
+and answers about scenes whose objects are given in words (`vlm.scenes.words`). Stages end when their losses
+are low enough, and each asks for more: read what is written; look up attributes and boxes among two shapes,
+four, six; then everything. `python -m vlm.pretrained` writes the language models of the runs to
 vlm/scenes/pretrained, from where vlm/configs/cpu_tiny.py begins.
 """
 

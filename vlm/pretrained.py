@@ -1,0 +1,114 @@
+"""Language models that come with the toolkit: they know scenes in words, and a VLM begins with them.
+
+    python -m vlm.train vlm/configs/words.py     # pretrains one of each family
+    python -m vlm.pretrained                     # writes their language models to vlm/scenes/pretrained
+
+A run with init="scenes" begins with the one of its family.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from ssm_retrieval.cli import guarded, parse
+from ssm_retrieval.errors import UserError
+from ssm_retrieval.training import store
+
+FOLDER = Path(__file__).parent / "scenes" / "pretrained"
+SCENES = "scenes"  # the `init` of a run that begins with a model of this folder
+CONFIG = Path(__file__).parent / "configs" / "words.py"
+MADE = "made.json"  # beside the weights: what they were made of
+
+
+def folder(family: str) -> Path:
+    """Return the folder of a family's language model.
+
+    Args:
+        family: Architecture of the language model, such as "mamba".
+
+    Returns:
+        The folder, for `models.load`.
+
+    Raises:
+        UserError: If there is no such model.
+    """
+    if not (FOLDER / family / MADE).exists():
+        known = ", ".join(sorted(path.parent.name for path in FOLDER.glob(f"*/{MADE}")))
+        raise UserError(
+            f"init={SCENES!r}: no language model of {family!r} was pretrained, only of {known or 'none'}; "
+            "leave init out, or add a run to vlm/configs/words.py"
+        )
+    return FOLDER / family
+
+
+def digest(family: str) -> str:
+    """Return a hash of the weights of a family's language model."""
+    content = (folder(family) / store.WEIGHTS).read_bytes()
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Write the language models of trained runs to the toolkit, from where others begin."""
+
+    config: Annotated[Path, tyro.conf.Positional] = CONFIG
+    """The config file that they were trained with."""
+    out: Path = Path("runs/vlm")
+    """Folder that vlm.train wrote to."""
+    only: str = ""
+    """Only the runs whose name contains this."""
+    to: Path = FOLDER
+    """Folder of the language models, one folder a family."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 2 for bad input."""
+    options = parse(Options, argv, "python -m vlm.pretrained")
+    return guarded(lambda: write(options), out=options.to)
+
+
+def write(options: Options) -> int:
+    """Write the language models of the command line; returns the exit status.
+
+    Raises:
+        UserError: If a run is not trained.
+    """
+    from ssm_retrieval import models
+    from vlm import answering, folders
+    from vlm.config import read_file
+
+    runs = [run for run in read_file(options.config) if options.only in run.name]
+    if not runs:
+        raise UserError(f"--only {options.only}: no run of {options.config} has that in its name")
+    for run in runs:
+        lm = answering.load(run, options.out).lm
+        stage = run.stage_ids()[-1]
+        spent = [folders.finished(options.out / name) for name in run.stage_ids()]
+        made = {
+            "config": options.config.name, "run": run.name, "stage": stage,
+            "commit": folders.commit(options.out / stage), "parameters": lm.num_parameters(),
+            "steps": [one.steps for one in spent], "seconds": [round(one.seconds) for one in spent],
+        }  # fmt: skip
+        place = options.to / run.family
+        options.to.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=options.to) as temporary:
+            models.save(lm, Path(temporary) / "model")
+            store.write_json(Path(temporary) / "model" / MADE, made)
+            if place.exists():
+                shutil.rmtree(place)
+            (Path(temporary) / "model").rename(place)
+        print(place)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
