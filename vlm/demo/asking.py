@@ -19,6 +19,7 @@ from vlm.scenes import TASKS, Example, Scene, make_example
 from vlm.scenes.source import answer, conversation
 from vlm.tokenizer import SPECIAL, Text
 
+DRAWS = 3  # questions of a task about one scene
 CAPTION = "Describe the image."  # the question of `vlm.scenes` that asks for a caption
 Maps = dict[str, npt.NDArray[np.float64]]  # quantity of `vlm.information_flow` -> (side, side)
 
@@ -64,14 +65,15 @@ class Reply:
 
 
 def questions(scene: Scene) -> list[Question]:
-    """Return what can be asked about a scene: one question per task, the question for a box first."""
-    found = []
+    """Return what can be asked about a scene: DRAWS questions a task, those for a box first."""
+    found: dict[str, Question] = {}
     for task in sorted(TASKS, key=lambda name: name != "grounding"):
-        example = make_example(scene, task)
-        chunks = tuple(conversation([example], answers=False))
-        sample = Sample(str(scene.index), task, str(scene.index), task, chunks, answer(example))
-        found.append(Question(example.question, sample, example))
-    return found
+        for draw in range(DRAWS):
+            example = make_example(scene, task, draw)
+            chunks = tuple(conversation([example], answers=False))
+            sample = Sample(str(scene.index), task, str(scene.index), task, chunks, answer(example))
+            found.setdefault(example.question, Question(example.question, sample, example))
+    return list(found.values())
 
 
 def typed(text: str, picture: Picture) -> Question:
