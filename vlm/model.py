@@ -91,7 +91,16 @@ class VLM(nn.Module):
         return self.lm(inputs_embeds=self.embed(input_ids, features), **options)
 
     def loss(self, input_ids: Tensor, features: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean of `losses`, a scalar. Long answers therefore weigh no more than short ones."""
+        """Return the mean of `losses`; long answers therefore weigh no more than short ones.
+
+        Args:
+            input_ids: As for `losses`.
+            features: As for `losses`.
+            labels: As for `losses`.
+
+        Returns:
+            A scalar.
+        """
         return self.losses(input_ids, features, labels).mean()
 
     def losses(self, input_ids: Tensor, features: Tensor, labels: Tensor, near: Near | None = None) -> Tensor:

@@ -39,6 +39,7 @@ def v7w(answer, others):
     return {"images": [{"split": "val", "filename": "v7w_1.jpg", "image_id": 1, "qa_pairs": [qa]}]}
 
 
+NOT_OF_THE_PAPER = {"easy-vqa"}  # data sets that it neither trains on nor asks
 # name: (split, files, what to check of the only or first record)
 CASES = {
     "coco": ("val", {"dataset_coco.json": KARPATHY}, {"captions": ("A dog.",), "image": "val2014/a.jpg"}),

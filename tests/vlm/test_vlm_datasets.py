@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import replace
 
 import pytest
-from vlm_files import CASES, write
+from vlm_files import CASES, NOT_OF_THE_PAPER, write
 
 pytest.importorskip("tokenizers", reason="tokenizers is not installed; .ci/run installs it")
 pytest.importorskip("sklearn", reason="scikit-learn is not installed; .ci/run installs it")
@@ -267,9 +267,6 @@ def test_samples_have_the_declared_number_of_turns(name):
 # --- the paper ----------------------------------------------------------------------------------------------
 
 
-NOT_THE_PAPERS = {"easy-vqa"}
-
-
 def test_the_papers_config_asks_the_papers_splits():
     """README of the released code: its splits, two of RefCOCO and RefCOCO+, three kinds of POPE."""
     run = paper.get_config()[0]
@@ -286,4 +283,4 @@ def test_the_papers_config_asks_the_papers_splits():
     every = [data for stage in run.stages for data in stage.data.values()] + list(run.evaluation.values())
     for data in every:
         assert data.images == f"{data.annotations}/{DATASETS[data.dataset].images}"
-    assert {data.dataset for data in every} == DATASETS.keys() - NOT_THE_PAPERS
+    assert {data.dataset for data in every} == DATASETS.keys() - NOT_OF_THE_PAPER

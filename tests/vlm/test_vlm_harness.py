@@ -33,13 +33,13 @@ from vlm import answering, components, evaluate, prompts, results, stages, train
 from vlm.config import Scenes, Stage
 from vlm.harness import export_scenes, scene_tasks
 from vlm.harness.wording import answered, packed, worded
-from vlm.metrics.catalogue import captions_are_scored
+from vlm.metrics.catalogue import caption_tokenizer
 from vlm.model import VLM
 from vlm.scenes import TASKS
 
 IMAGES = 7
 # captions are exported where they can be scored
-ASKED = [task for task in TASKS if task != "caption" or captions_are_scored()]
+ASKED = [task for task in TASKS if task != "caption" or caption_tokenizer()]
 LMMS = importlib.util.find_spec("lmms_eval") is not None
 
 

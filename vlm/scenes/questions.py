@@ -130,7 +130,7 @@ def unique_phrases(scene: Scene, item: Object, attributes: Sequence[str] = _ATTR
     return []
 
 
-def caption(scene: Scene, rng: np.random.Generator, even: Even) -> Example:
+def _caption(scene: Scene, rng: np.random.Generator, even: Even) -> Example:
     """Ask for a caption; the answer lists every object in reading order."""
     parts = []
     for item in scene.objects:
@@ -145,7 +145,7 @@ def caption(scene: Scene, rng: np.random.Generator, even: Even) -> Example:
     return Example(scene, "caption", "Describe the image.", text[0].upper() + text[1:], boxes=boxes)
 
 
-def existence(scene: Scene, rng: np.random.Generator, even: Even) -> Example:
+def _existence(scene: Scene, rng: np.random.Generator, even: Even) -> Example:
     """Ask whether there is a shape of a colour; yes and no alternate evenly."""
     present = {(item.colour, item.name) for item in scene.shapes}
     asked = [
@@ -169,7 +169,7 @@ def _colour_counts(scene: Scene) -> dict[str, int]:
     return {colour: counts[colour] for colour in COLOURS}
 
 
-def count(scene: Scene, rng: np.random.Generator, even: Even) -> Example:
+def _count(scene: Scene, rng: np.random.Generator, even: Even) -> Example:
     """Ask how many shapes have a colour; the answers that a scene allows (0 .. 3) come equally often."""
     counts = _colour_counts(scene)
     possible = sorted(set(counts.values()))
@@ -179,7 +179,7 @@ def count(scene: Scene, rng: np.random.Generator, even: Even) -> Example:
     return Example(scene, "count", f"How many {colour} shapes are there?", str(answer), boxes=boxes)
 
 
-def attribute(scene: Scene, rng: np.random.Generator, even: Even) -> Example:
+def _attribute(scene: Scene, rng: np.random.Generator, even: Even) -> Example:
     """Ask for the colour, name, size or texture of a shape that the others identify."""
     first = even(len(_ATTRIBUTES))
     # a scene may have no shape that can be named without its colour, for example; then ask another attribute
@@ -194,7 +194,7 @@ def attribute(scene: Scene, rng: np.random.Generator, even: Even) -> Example:
     return Example(scene, "attribute", question, getattr(item, asked), boxes=(item.box,))
 
 
-def comparison(scene: Scene, rng: np.random.Generator, even: Even) -> Example:
+def _comparison(scene: Scene, rng: np.random.Generator, even: Even) -> Example:
     """Ask whether one colour has more shapes than another; yes and no alternate evenly."""
     counts = _colour_counts(scene)
     pairs = [(a, b) for a in counts for b in counts if counts[a] > counts[b]]
@@ -205,7 +205,7 @@ def comparison(scene: Scene, rng: np.random.Generator, even: Even) -> Example:
     return Example(scene, "comparison", question, "yes" if yes else "no")
 
 
-def spatial(scene: Scene, rng: np.random.Generator, even: Even) -> Example:
+def _spatial(scene: Scene, rng: np.random.Generator, even: Even) -> Example:
     """Ask whether a shape is left of, right of, above or below another one."""
     axes = [0, 1]
     pairs = [
@@ -224,7 +224,7 @@ def spatial(scene: Scene, rng: np.random.Generator, even: Even) -> Example:
     return Example(scene, "spatial", question, "yes" if yes else "no", boxes=(a.box, b.box))
 
 
-def grounding(scene: Scene, rng: np.random.Generator, even: Even) -> Example:
+def _grounding(scene: Scene, rng: np.random.Generator, even: Even) -> Example:
     """Ask for the box of a shape."""
     item = _pick(rng, subjects(scene))
     question = f"Where is the {_pick(rng, unique_phrases(scene, item))}?"
@@ -233,7 +233,7 @@ def grounding(scene: Scene, rng: np.random.Generator, even: Even) -> Example:
     return Example(scene, "grounding", question, answer, boxes=(item.box,))
 
 
-def pointing(scene: Scene, rng: np.random.Generator, even: Even) -> Example:
+def _pointing(scene: Scene, rng: np.random.Generator, even: Even) -> Example:
     """Ask which of four boxes shows a shape; the right letter comes equally often."""
     item = _pick(rng, subjects(scene))
     others = [o for o in scene.shapes if o is not item]
@@ -245,33 +245,23 @@ def pointing(scene: Scene, rng: np.random.Generator, even: Even) -> Example:
     return Example(scene, "pointing", question, LETTERS[place], tuple(LETTERS[: len(boxes)]), boxes)
 
 
-def reading(scene: Scene, rng: np.random.Generator, even: Even, kind: str) -> Example:
-    """Ask for the digit or the word in a scene.
-
-    Args:
-        scene: The scene.
-        rng: Not used.
-        even: Not used.
-        kind: "digit" or "word".
-
-    Returns:
-        The example.
-    """
+def _reading(scene: Scene, rng: np.random.Generator, even: Even, kind: str) -> Example:
+    """Ask for the digit or the word in a scene, by `kind`."""
     item = next(o for o in scene.objects if o.kind == kind)
     return Example(scene, f"reading-{kind}", f"Which {kind} is written?", item.name, boxes=(item.box,))
 
 
 TASKS: dict[str, Callable[[Scene, np.random.Generator, Even], Example]] = {
-    "caption": caption,
-    "existence": existence,
-    "count": count,
-    "attribute": attribute,
-    "comparison": comparison,
-    "spatial": spatial,
-    "grounding": grounding,
-    "pointing": pointing,
-    "reading-digit": partial(reading, kind="digit"),
-    "reading-word": partial(reading, kind="word"),
+    "caption": _caption,
+    "existence": _existence,
+    "count": _count,
+    "attribute": _attribute,
+    "comparison": _comparison,
+    "spatial": _spatial,
+    "grounding": _grounding,
+    "pointing": _pointing,
+    "reading-digit": partial(_reading, kind="digit"),
+    "reading-word": partial(_reading, kind="word"),
 }
 # Accuracy of guessing among the answers that a question allows (training never pairs a colour with its
 # held-out shape).
