@@ -225,7 +225,12 @@ def model(run: Run, width: int) -> VLM:
             )
     _check_words(run, lm.config.vocab_size)
     with seeded(run.seed):
-        return VLM(lm, width)
+        made = VLM(lm, width)
+        if run.encoder == WORDS:
+            from vlm.scenes.words import connector
+
+            made.vision_embed_tokens = connector(lm.embedding.weight, text_of(run).encode)
+    return made
 
 
 def _check_words(run: Run, known: int) -> None:

@@ -5,21 +5,22 @@ each place of that square has the *words* of its object instead, such as
 
     red star small striped left:0.12 top:0.40 right:0.31 bottom:0.58
 
-as a vector of VOCABULARY with a number for every word: what an encoder would give that makes no mistakes. So
-a language model learns to look things up, count and compare from words, and stage 1 of a VLM, the connector
-alone, has only to find how a patch says them. Corners are hundredths of the picture's side. A corner spreads
-over its neighbours (SPREAD), so that near numbers are near each other, as in features of pixels.
+as a vector of VOCABULARY with a number for every word: what an encoder would give that makes no mistakes. Its
+connector adds the words' vectors, which begin as those of the language model, so that "red" in a question is
+from the start the "red" in a place. So a language model learns to look things up, count and compare, and
+stage 1 of a VLM, the connector alone, has only to find how a patch says the words. Corners are hundredths of
+the picture's side. A corner spreads over its neighbours (SPREAD), so that near numbers are near each other, as
+in features of pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from ssm_retrieval.errors import UserError
 from vlm.scenes.patches import owners
@@ -48,7 +49,7 @@ def row(words: tuple[str, ...], corners: tuple[int, ...]) -> Tensor:
         corners: Left, top, right and bottom in hundredths; () for no object.
 
     Returns:
-        (F,) float32 as long as a normed vector, sqrt(F).
+        (F,) float32.
     """
     found = torch.zeros(len(VOCABULARY))
     found[[_NUMBERS[word] for word in words]] = 1.0
@@ -56,7 +57,7 @@ def row(words: tuple[str, ...], corners: tuple[int, ...]) -> Tensor:
         first = _NUMBERS[f"{edge}:0.00"]
         bell = torch.exp(-0.5 * ((torch.arange(101) - corner) / SPREAD) ** 2)
         found[first : first + 101] = CORNER * bell / bell.sum()
-    return F.normalize(found, dim=0) * len(VOCABULARY) ** 0.5
+    return found
 
 
 def told(item: Object, size: int) -> Tensor:
@@ -64,6 +65,33 @@ def told(item: Object, size: int) -> Tensor:
     more = (item.size, item.texture) if item.kind == "shape" else (item.kind,)
     corners = tuple(round(100 * corner / size) for corner in item.box)
     return row((item.colour, item.name, *more), corners)
+
+
+def connector(table: Tensor, encode: Callable[[str], list[int]]) -> nn.Sequential:
+    """Make the connector of words: (..., F) -> (..., D), the sum of their vectors.
+
+    Args:
+        table: (V, D), the vectors of a language model's tokens. Words that are tokens begin as these; the
+            corners, which are none, begin at random with the same spread.
+        encode: Text -> ids of the language model.
+
+    Returns:
+        A linear map.
+
+    Raises:
+        UserError: If the tokenizer splits a word.
+    """
+    layer = nn.Linear(len(VOCABULARY), table.shape[1], bias=False)
+    with torch.no_grad():
+        layer.weight.normal_(std=float(table.std()))
+        for number, word in enumerate(VOCABULARY):
+            if ":" in word or word == NOTHING:
+                continue
+            ids = encode(word if word.isdigit() else f" {word}")  # as words stand in sentences
+            if len(ids) != 1:
+                raise UserError(f"encoder='words' needs a tokenizer with a token for {word!r}; use 'scenes'")
+            layer.weight[:, number] = table[ids[0]]
+    return nn.Sequential(layer)
 
 
 class Told:
