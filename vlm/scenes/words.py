@@ -9,8 +9,8 @@ as a vector of VOCABULARY with a number for every word: what an encoder would gi
 connector adds the words' vectors, which begin as those of the language model, so that "red" in a question is
 from the start the "red" in a place. So a language model learns to look things up, count and compare, and
 stage 1 of a VLM, the connector alone, has only to find how a patch says the words. Corners are hundredths of
-the picture's side. A corner spreads over its neighbours (SPREAD), so that near numbers are near each other, as
-in features of pixels.
+the picture's side. A corner spreads over its neighbours (SPREAD), so that near numbers are near each other,
+as in features of pixels.
 """
 
 from __future__ import annotations
