@@ -58,7 +58,7 @@ def stages(lr: float) -> tuple[Stage, ...]:
             "describe": told("describe", 6), "caption": told("caption"),
         },
         weights={"vqa": 5, "locate": 2, "pointing": 2, "describe": 0.5, "caption": 1.5},
-        steps=3000, batch_size=32, lr=lr, box_spread=1.5, group=8,
+        steps=1500, batch_size=32, lr=lr, box_spread=1.5, group=8,
     )  # fmt: skip
     return (read, *find, everything)
 
