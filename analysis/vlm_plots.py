@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LIGHTEST = 0.45  # opacity of a family's first bar; the last one is opaque
+GUESSES = ["chance", "question_only", "image_only"]  # columns with what a model must do better than
+GUESSED = "best guess that looks nothing up"  # in legends
 MAIN = ("accuracy", "iou@0.5", "vqa_accuracy", "anls")  # the metric of a task that figures show
 
 
@@ -78,6 +80,11 @@ def main_rows(results: pd.DataFrame) -> pd.DataFrame:
     return results[results["metric"].isin(MAIN)]
 
 
+def best_guess(rows: pd.DataFrame) -> float:
+    """Return the highest of GUESSES in the rows of a task; nan if they have none."""
+    return float(rows[GUESSES].astype(float).max().max())
+
+
 def over_seeds(
     results: pd.DataFrame, by: list[str], bounds: tuple[float, float] | None = None
 ) -> pd.DataFrame:
@@ -113,7 +120,7 @@ def resolution_table(results: pd.DataFrame) -> pd.DataFrame:
     if rows["image_size"].nunique() < 2:
         return rows.iloc[:0]
     table = over_seeds(rows, ["task", "family", "model", "image_size"], (0, 1))
-    facts = rows.groupby("task", as_index=False)[["chance", "question_only"]].mean()
+    facts = rows.astype(dict.fromkeys(GUESSES, float)).groupby("task", as_index=False)[GUESSES].mean()
     return table.merge(facts, on="task", how="left")
 
 
@@ -137,7 +144,7 @@ def layout_table(results: pd.DataFrame) -> pd.DataFrame:
 def resolution(table: pd.DataFrame, width: float = DOUBLE) -> Figure:
     """Plot `resolution_table` as bars, one panel per family.
 
-    Chance and the blind guess are lines. `width` is in inches.
+    The best of GUESSES is a dotted line. `width` is in inches.
     """
     return _bars(table, lambda row: f"{row['image_size']} px", "right answers (share)", width, chance=True)
 
@@ -183,9 +190,9 @@ def _bars(
             if np.isfinite(row["low"]):
                 ax.plot([x, x], [row["low"], row["high"]], color="black", lw=0.8)
         for i, task in enumerate(tasks if chance else ()):
-            guess = mine[mine["task"] == task][["chance", "question_only"]].max(axis=1).max()
+            guess = best_guess(mine[mine["task"] == task])
             ax.plot([i - 0.45, i + 0.45], [guess, guess], color="black", ls=":", lw=1)
-        note = " (dotted: best guess without the image)" if chance else ""
+        note = f" (dotted: {GUESSED})" if chance else ""
         ax.set_title(NAMES[family] + (note.replace(" (", "\n(") if narrow else note), fontsize=7.5)
         ax.axhline(0, color="black", lw=0.8)
         ax.set_ylabel(label, fontsize=7)

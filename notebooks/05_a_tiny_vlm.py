@@ -32,6 +32,7 @@ from IPython.display import display
 from lab import begin, say
 from torch.nn import functional as F
 
+from analysis.vlm_plots import GUESSED, best_guess
 from ssm_retrieval import models
 from ssm_retrieval.statistics import mean_interval, wilson
 from ssm_retrieval.style import NAMES, family_colors, legend
@@ -304,8 +305,7 @@ figure, axes = plt.subplots(1, 3, figsize=(8.6, 3.8), sharey=True)
 for ax, place in zip(axes, LAYOUTS, strict=True):
     for k, task in enumerate(tasks):
         part = main[(main["task"] == task) & (main["layout"] == place)]
-        blind = part[["chance", "question_only"]].max(axis=1).max()
-        ax.plot([blind, blind], [k - 0.4, k + 0.4], color="0.3", ls=":")
+        ax.plot([best_guess(part)] * 2, [k - 0.4, k + 0.4], color="0.3", ls=":")
         for shift, family in ((-0.15, "transformer"), (0.15, "mamba")):
             values, color = part.loc[part["family"] == family, "value"], family_colors()[family]
             ax.plot(values, [k + shift] * len(values), "|", ms=7, mew=1.5, color=color)
@@ -315,19 +315,22 @@ for ax, place in zip(axes, LAYOUTS, strict=True):
 axes[0].set_yticks(range(len(tasks)), tasks, fontsize=8)
 axes[0].invert_yaxis()
 looks = {NAMES[family]: dict(marker="o", ls="", color=family_colors()[family]) for family in FAMILIES}
-legend(figure, looks | {"best guess without the image": dict(ls=":", color="0.3")}, width=2.4)
+legend(figure, looks | {GUESSED: dict(ls=":", color="0.3")}, width=2.4)
 figure.suptitle("measured: studies/vlm_cpu, 64 px", fontsize=8)
 plt.show()
 
 # %% [markdown]
-# *How to read it.* Strokes are seeds, dots their means. Three things to see:
+# *How to read it.* Strokes are seeds, dots their means. Dotted is what a guess gets that does not see the
+# picture, or sees it and ignores which object is asked for: of an attribute it says the commonest value, of
+# boxes that of any shape (of new combinations, any that may be asked for). Four things to see:
 #
+# * **Attributes** are below that guess in every run, and questions of yes or no near chance.
 # * **Grounding** is where the two differ most, and where seeds do: two Transformers find about half of the
 #   objects, the third never began to; every Mamba finds about a quarter.
 # * **The question before the picture** makes Mamba a little better at it in every seed and the Transformer
 #   worse. What the states do then is in the study, with `vlm.information_flow` as above.
-# * **Captions**, which are not in this figure, go the other way: Mamba's are better in most pairs of
-#   seeds. To list objects in their order needs no looking back.
+# * **Captions**, which are not in this figure, say nothing of the two: one caption for all pictures scores
+#   higher than every model.
 #
 # ## Try it
 #

@@ -112,7 +112,8 @@ def fingerprint(run: Run) -> str:
     for name, data in run.evaluation.items():
         scored = data.declared()
         metric = scored.metric and scored.metric.name
-        asked.append((name, dataclasses.asdict(data), scored.max_new_tokens, metric, scored.chance))
+        how = dataclasses.asdict(data), data.stamps(), scored.max_new_tokens, metric, scored.chance
+        asked.append((name, *how))
     scores = catalogue.caption_tokenizer()
     said = [VERSION, SCENES, FILES, asked, run.layout, run.max_new_tokens, scores]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.vlm_plots import main_rows
+from analysis.vlm_plots import GUESSED, best_guess, main_rows
 from ssm_retrieval.style import DOUBLE, NAMES, family_colors, legend
 from studies.vlm_cpu import summary
 from vlm.prompts import LAYOUTS
@@ -36,8 +36,7 @@ def accuracy(results: pd.DataFrame) -> Any:
 
     for i, task in enumerate(names):
         part = rows[rows["task"] == task]
-        blind = part[["chance", "question_only"]].max(axis=1).max()
-        left.plot([i - 0.45, i + 0.45], [blind, blind], color="0.2", ls=":", lw=1.2)
+        left.plot([i - 0.45, i + 0.45], [best_guess(part)] * 2, color="0.2", ls=":", lw=1.2)
         marks(left, part, i)
     marks(right, results[results["metric"] == "cider"], 0)
     left.set_xticks(range(len(names)), [name.replace("grounding-c", "grounding:\nnew c") for name in names])
@@ -53,7 +52,7 @@ def accuracy(results: pd.DataFrame) -> Any:
         f"{NAMES[family]}, {summary.named(cell)}": dict(ms=5, **_look(cell, colors[family]))
         for family, cell in looks
     }
-    legend(figure, shown | {"best guess without the image": dict(color="0.2", ls=":")}, width=2.6)
+    legend(figure, shown | {GUESSED: dict(color="0.2", ls=":")}, width=2.6)
     return figure
 
 

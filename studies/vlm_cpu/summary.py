@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.tables import agreed, by_seed, fill
-from analysis.vlm_plots import main_rows
+from analysis.vlm_plots import GUESSES, main_rows
 from ssm_retrieval.statistics import geometric_mean_interval
 from ssm_retrieval.style import NAMES, save, theme
 from ssm_retrieval.tables import markdown
@@ -200,9 +200,9 @@ def tasks(results: pd.DataFrame) -> str:
         first = part.iloc[0]
         for family in FAMILIES:
             shares = [points(part_of(part, family, cell)["value"]) for cell in cells(rows)]
-            blind = [_share(first["chance"]), _share(first["question_only"])]
-            lines.append([str(task), NAMES[family], *blind, *shares])
-    return markdown(["task", "model", "chance", "without the image", *map(named, cells(rows))], lines)
+            lines.append([str(task), NAMES[family], *(_share(first[guess]) for guess in GUESSES), *shares])
+    head = ["task", "model", "chance", "question only", "image only"]
+    return markdown([*head, *map(named, cells(rows))], lines)
 
 
 def _share(value: float) -> str:

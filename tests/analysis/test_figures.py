@@ -104,6 +104,21 @@ def test_relative_differences_are_paired_by_seed():
     assert vlm_plots.resolution_table(own(sizes=(64,))).empty
 
 
+def test_the_dotted_line_is_the_best_of_all_guesses():
+    """A guess that sees the picture stands beside the blind ones, whichever is best for a task."""
+    results = own().assign(image_only=None)
+    results.loc[results["task"] == "grounding", "image_only"] = 0.3  # count has a chance of 0.25
+
+    def dotted(figure):
+        names = [tick.get_text() for tick in figure.axes[-1].get_xticklabels()]
+        lines = [line for ax in figure.axes for line in ax.lines if line.get_linestyle() == ":"]
+        return [(names[round(np.mean(line.get_xdata()))], *set(line.get_ydata())) for line in lines]
+
+    figure = vlm_plots.resolution(vlm_plots.resolution_table(results))
+    assert sorted(dotted(figure)) == [("count", 0.25)] * 2 + [("grounding", 0.3)] * 2  # of both families
+    assert dotted(vlm_plots.layouts(vlm_plots.layout_table(results))) == []
+
+
 def test_models_of_one_family_are_not_averaged():
     """Relative differences +0.10, -0.10 and 0: nothing but their mean would be left of three presets."""
     rows = []

@@ -13,7 +13,9 @@ from scipy import stats
 from analysis import published
 from studies import claims
 from studies.vlm_cpu import floors
+from studies.vlm_cpu.runs import EVALUATION
 from studies.why_mamba_lags import contrasts
+from vlm.evaluate import guesses
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
@@ -230,6 +232,11 @@ def test_seeds_that_agree_stand_beside_what_chance_gives():
 @pytest.mark.slow
 def test_floors_of_the_vlm_study_are_what_guesses_get():
     pd.testing.assert_frame_equal(floors.floors(), pd.read_csv(floors.TABLE), atol=1e-4)
+    found = pd.read_parquet(ROOT / "studies" / "vlm_cpu" / "results.parquet")
+    for task, part in found.groupby("task"):
+        seen = guesses(EVALUATION[task])[1]
+        for metric, values in part.groupby("metric")["image_only"]:
+            assert set(values) == {seen[metric]} if metric in seen else values.isna().all(), (task, metric)
 
 
 def test_every_claim_says_the_four_things():

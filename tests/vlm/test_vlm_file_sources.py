@@ -44,6 +44,20 @@ def test_grit_is_balanced_by_phrase(tmp_path):
     assert len(FileSource("grit", tmp_path, tmp_path, "train")) == 29
 
 
+def test_grit_leaves_out_pictures_that_were_small_originally(tmp_path):
+    """img2dataset may have enlarged them; the released script looks at both sizes. Others do not say."""
+    sizes = {"a": (99, 200), "b": (200, 99), "c": (100, 100), "d": (50, 50), "e": None, "f": (640, 480)}
+    rows = {}
+    for key, size in sizes.items():
+        said = {} if size is None else {"original_width": size[0], "original_height": size[1]}
+        span = [0, 3, 0, 0, 1, 1, 0.9]
+        rows[f"0/{key}.json"] = {"caption": "cat", "width": 256, "height": 256, "noun_chunks": [span]} | said
+        rows[f"0/{key}.jpg"] = ""
+    write(tmp_path, rows)
+    assert [s.id for s in FileSource("grit", tmp_path, "", "train", filtered=True)] == ["c", "e", "f"]
+    assert len(FileSource("grit", tmp_path, "", "train")) == 6
+
+
 def test_covers_that_show_nothing_are_left_out(tmp_path):
     book = {"questions": ["Q?", "R?"], "answers": ["A", "B"], "split": 2}
     names = ("good", "plain", "small", "missing", "broken", "twice", "again")

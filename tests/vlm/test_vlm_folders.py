@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from functools import partial
 
 import pytest
@@ -12,6 +13,7 @@ pytest.importorskip("tokenizers", reason="tokenizers is not installed; .ci/run i
 pytest.importorskip("sklearn", reason="scikit-learn is not installed; .ci/run installs it")
 
 import vlm_runs
+from vlm_files import CASES, write
 from vlm_runs import planned as run
 from vlm_runs import stage
 
@@ -122,6 +124,25 @@ def test_stage_ids_and_tables_know_the_version_of_samples_of_files(monkeypatch):
     monkeypatch.setattr(sources, "VERSION", 99)
     assert trained.stage_ids() != names[0] and run().stage_ids() == names[1]
     assert results.fingerprint(run(evaluation=asked)) != made
+
+
+def test_a_table_is_asked_anew_when_official_files_are_replaced(tmp_path):
+    """As an index on disk is made anew: by size and time, of every file but those of pictures."""
+    write(tmp_path, CASES["coco"][1])
+    asked = Files("coco", "val", str(tmp_path), str(tmp_path / "images"), index=str(tmp_path / "index"))
+    wanted, file = run(evaluation={"c": asked}), tmp_path / "dataset_coco.json"
+
+    def made(content, time):
+        file.write_text(content)
+        os.utime(file, ns=(time, time))
+        return results.fingerprint(wanted)
+
+    content = file.read_text()
+    before = made(content, 1)
+    (tmp_path / "index").mkdir()
+    (tmp_path / "images").mkdir()
+    assert made(content, 1) == before
+    assert len({before, made(content + " ", 1), made(content, 2)}) == 3
 
 
 @pytest.mark.parametrize("more", [

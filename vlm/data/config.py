@@ -54,6 +54,10 @@ class Scenes:
             turns=self.turns, draws=self.draws, shapes=self.shapes, answers=answers,
         )  # fmt: skip
 
+    def stamps(self) -> list[tuple[str, int, int]]:
+        """Return nothing: scenes depend on no files."""
+        return []
+
     def declared(self) -> Scored:
         """Return how answers are scored."""
         from vlm.scenes.declared import SCENES
@@ -136,6 +140,12 @@ class Files:
         found = registry.DATASETS[self.dataset]
         assert found.installed is not None
         return found.installed(), found.installed() / found.images
+
+    def stamps(self) -> list[tuple[str, int, int]]:
+        """Return path, size and time of the official files (`vlm.data.sources.stamps`)."""
+        from vlm.data.sources import stamps
+
+        return stamps(self.dataset, Path(self.folders()[0]), Path(self.index) if self.index else None)
 
     def declared(self) -> DataSet:
         """Return what is asked, and how answers are scored."""

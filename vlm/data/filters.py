@@ -48,7 +48,7 @@ def small_regions(read: Read, annotations: Path, images: Path) -> Iterator[Groun
 
 
 def balanced(read: Read, annotations: Path, images: Path) -> Iterator[GroundedCaption]:
-    """Keep images that are not small and that at least one of their phrases keeps.
+    """Keep images that are and were not small, and that at least one of their phrases keeps.
 
     A phrase, without case and articles, with fewer than FEWEST images keeps none; one with more than MOST
     keeps MOST of them, drawn by a hash of phrase and image. All phrases are held in memory.
@@ -107,7 +107,11 @@ def _shows_something(path: Path) -> bool:
 
 
 def _large(records: Iterable[GroundedCaption]) -> Iterator[GroundedCaption]:
-    return (r for r in records if r.width and r.height and min(r.width, r.height) >= SMALLEST_SIDE)
+    """Those that are large enough, and were so before they were downloaded at another size."""
+    for record in records:
+        sides = (record.width or 0, record.height or 0, *(record.original or ()))
+        if min(sides) >= SMALLEST_SIDE:
+            yield record
 
 
 def _phrases(record: GroundedCaption) -> set[str]:

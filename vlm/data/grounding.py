@@ -195,6 +195,9 @@ def grit(folder: Path, split: str) -> Iterator[GroundedCaption]:
         with structure(path):
             row = load_json(path)
             width, height = int(row["width"]), int(row["height"])
+            original = None
+            if row.get("original_width"):  # img2dataset's; the data set's own descriptions lack it
+                original = int(row["original_width"]), int(row["original_height"])
             found: dict[tuple[int, int], list[tuple[Box, float]]] = {}
             for start, end, x1, y1, x2, y2, score in row["noun_chunks"]:
                 box = (x1 * width, y1 * height, x2 * width, y2 * height)
@@ -216,6 +219,7 @@ def grit(folder: Path, split: str) -> Iterator[GroundedCaption]:
                     )
                     for (start, end), chunk in sorted(found.items())
                 ),
+                original=original,
             )
     if empty:
         raise MissingFile(

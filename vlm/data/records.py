@@ -107,10 +107,15 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True)
 class GroundedCaption(Record):
-    """A caption with spans that refer to boxes, sorted by start; each box is with its own span."""
+    """A caption with spans that refer to boxes, sorted by start; each box is with its own span.
+
+    `original` is the picture's width and height before it was downloaded at another size; None if the file
+    does not say.
+    """
 
     caption: str
     spans: tuple[Span, ...]
+    original: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from vlm.data.samples import Sample
 from vlm.data.turns import Rules, samples
 from vlm.prompts import INSTRUCTIONS, Chunk
 
-VERSION = 2  # raise it when records lead to other samples; indices on disk are then rebuilt
+VERSION = 3  # raise it when records lead to other samples; indices on disk are then rebuilt
 
 
 class FileSource:
@@ -130,18 +130,32 @@ class FileSource:
         return path
 
     def _state(self, index_folder: Path) -> str:
-        """Hash of what the samples depend on: rules, options, and files and pictures by size and time.
-
-        Of files that are one per image, the folders stand for all.
-        """
-        dataset = registry.DATASETS[self.name]
-        patterns = {re.sub(r"\{.*?\}|SHARD", "*", _folder_of_many(file)) for file in dataset.files}
-        found = {path for pattern in patterns for path in self.annotations.glob(pattern)}
-        files = [_stamp(path) for path in sorted(found) if path.resolve() != index_folder.resolve()]
-        seen = sorted(map(_stamp, _below(self.images, index_folder))) if dataset.opens_pictures else []
+        """Hash of what the samples depend on: rules, options, and files and pictures by size and time."""
+        files = stamps(self.name, self.annotations, index_folder)
+        seen = []
+        if registry.DATASETS[self.name].opens_pictures:
+            seen = sorted(_stamp(path, self.images) for path in _below(self.images, index_folder))
         folders = [str(self.annotations.resolve()), self.fingerprint]
         state = [VERSION, INSTRUCTIONS, asdict(self.rules), self.filtered, self.options, folders, files, seen]
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def stamps(name: str, folder: Path, index_folder: Path | None = None) -> list[tuple[str, int, int]]:
+    """Return what the official files of a data set are known by without reading them.
+
+    Args:
+        name: Name of the data set.
+        folder: Folder with its official files.
+        index_folder: Left out.
+
+    Returns:
+        Path, size and time of the files; of files that are one per image, of their folders.
+    """
+    files = map(_folder_of_many, registry.DATASETS[name].files)
+    patterns = {re.sub(r"\{.*?\}|SHARD", "*", file) for file in files}
+    found = {path for pattern in patterns for path in folder.glob(pattern)}
+    index = index_folder and index_folder.resolve()
+    return [_stamp(path, folder) for path in sorted(found) if path.resolve() != index]
 
 
 def _folder_of_many(file: str) -> str:
@@ -156,6 +170,6 @@ def _below(folder: Path, without: Path) -> Iterator[Path]:
         yield from (Path(inside) / name for name in names)
 
 
-def _stamp(path: Path) -> tuple[str, int, int]:
+def _stamp(path: Path, folder: Path) -> tuple[str, int, int]:
     stat = path.stat()
-    return str(path), stat.st_size, stat.st_mtime_ns
+    return path.relative_to(folder).as_posix(), stat.st_size, stat.st_mtime_ns
