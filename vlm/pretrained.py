@@ -1,9 +1,10 @@
-"""Language models that come with the toolkit: they know scenes in words, and a VLM begins with them.
+"""What comes with the toolkit, so that a VLM need not begin with nothing: language models and an encoder.
 
-    python -m vlm.train vlm/configs/words.py     # pretrains one of each family
-    python -m vlm.pretrained                     # writes their language models to vlm/scenes/pretrained
+    python -m vlm.train vlm/configs/words.py             # pretrains one language model of each family
+    python -m vlm.pretrained --encoder scenes-32px       # writes them to vlm/scenes/pretrained
 
-A run with init="scenes" begins with the one of its family.
+A run with init="scenes" begins with the language model of its family, which knows scenes in words. An encoder
+that is there is not trained again.
 """
 
 from __future__ import annotations
@@ -66,8 +67,10 @@ class Options:
     """Folder that vlm.train wrote to."""
     only: str = ""
     """Only the runs whose name contains this."""
+    encoder: str = ""
+    """An encoder of scenes (vlm.scenes.encoder.ENCODERS) to write as well, in half precision."""
     to: Path = FOLDER
-    """Folder of the language models, one folder a family."""
+    """Folder of the language models, one folder a family, and of the encoder."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,7 +110,22 @@ def write(options: Options) -> int:
                 shutil.rmtree(place)
             (Path(temporary) / "model").rename(place)
         print(place)
+    if options.encoder:
+        print(_write_encoder(options))
     return 0
+
+
+def _write_encoder(options: Options) -> Path:
+    from vlm.components import ENCODERS
+    from vlm.scenes import encoder
+
+    if options.encoder not in encoder.ENCODERS:
+        raise UserError(f"--encoder {options.encoder} is none of {', '.join(encoder.ENCODERS)}")
+    trained = encoder.trained(options.out / ENCODERS, options.encoder)
+    path = options.to / f"{encoder.key(options.encoder)}.safetensors"
+    half = {name: tensor.half() for name, tensor in trained.state_dict().items()}
+    store.save_tensors(path, half, {"encoder": options.encoder})
+    return path
 
 
 if __name__ == "__main__":

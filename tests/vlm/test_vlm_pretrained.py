@@ -16,6 +16,7 @@ from ssm_retrieval import models
 from vlm import answering, components, evaluate, pretrained, stages, train
 from vlm.config import Run, Scenes, Stage, read_file
 from vlm.configs import cpu_tiny, words
+from vlm.scenes import encoder
 
 SMALL = {
     "mamba-tiny": {"n_layer": 1, "d_model": 32},
@@ -83,6 +84,36 @@ def test_what_cannot_be_begun_is_one_line(own, capsys):
         components.model(wrong, 16)
     assert pretrained.main([str(own / "told.py"), "--out", str(own / "empty"), "--to", str(own / "x")]) == 2
     assert "is not trained in" in capsys.readouterr().err
+
+
+def test_an_encoder_that_is_given_is_not_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoder, "GIVEN", tmp_path / "given")
+    monkeypatch.setattr(encoder, "IMAGES", 64)
+    monkeypatch.setattr(encoder.key, "__defaults__", ("scenes", 64))
+    monkeypatch.setattr(encoder.trained, "__kwdefaults__", {"images": 64, "progress": False})
+    run = told()
+    stages.train_stage(run, 0, tmp_path, train.accelerate([run]))
+    config = tmp_path / "told.py"
+    config.write_text("from test_vlm_pretrained import told\ndef get_config():\n    return [told()]\n")
+    command = [
+        str(config),
+        "--out",
+        str(tmp_path),
+        "--to",
+        str(tmp_path / "given"),
+        "--encoder",
+        "scenes-32px",
+    ]
+    assert pretrained.main(command) == 0
+    first = encoder.trained(tmp_path / "encoders", "scenes-32px")
+    (tmp_path / "encoders" / f"{encoder.key('scenes-32px')}.safetensors").unlink()
+    monkeypatch.setattr(encoder, "_train", None)  # a second training would fail
+    again = encoder.trained(tmp_path / "encoders", "scenes-32px")
+    for a, b in zip(first.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b) and torch.equal(a.half().float(), a)
+    with pytest.raises(TypeError):
+        encoder.trained(tmp_path / "encoders", "scenes")
+    assert pretrained.main([*command[:-1], "eva"]) == 2
 
 
 def test_words_are_asked_and_scored_as_pictures_are(own):

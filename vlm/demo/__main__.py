@@ -14,17 +14,20 @@ from ssm_retrieval.cli import guarded, parse, use_threads
 from ssm_retrieval.errors import MissingPackage, UserError
 from vlm.answering import Answerer
 
+MODELS = Path(__file__).parent / "models"
 HELP = 'the demo needs gradio: pip install -e ".[demo]"'
 
 
 @dataclass(frozen=True)
 class Options:
-    """Open a page on this machine where two trained VLMs answer the same question. Ctrl-C stops it."""
+    """Open a page on this machine where two trained VLMs answer the same question. Ctrl-C stops it.
 
-    run_a: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_A")]
-    """The model on the left: a folder that vlm.train printed."""
-    run_b: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_B")]
-    """The model on the right."""
+    Without runs it shows the two of the quick start (vlm/configs/cpu_tiny.py, seed 0), which come with the
+    toolkit.
+    """
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN_A RUN_B")] = ()
+    """The models on the left and on the right: folders that vlm.train printed."""
     port: int = 7860
     """The page is http://127.0.0.1:PORT."""
     threads: int = 0
@@ -50,13 +53,20 @@ def serve(options: Options) -> int:
         raise MissingPackage(f"{HELP} ({error})") from error
     if not 1 <= options.port <= 65535:
         raise UserError(f"--port {options.port} must lie in 1 .. 65535; choose another one")
+    if len(options.runs) not in (0, 2):
+        raise UserError(f"{len(options.runs)} runs given; give two, or none for those of the toolkit")
     use_threads(options.threads)
-    contestants = [Answerer.open(folder) for folder in (options.run_a, options.run_b)]
+    contestants = [Answerer.open(folder) for folder in options.runs or given()]
     try:
         app.serve(app.build(contestants), options.port)
     except OSError:
         raise UserError(f"--port {options.port} is not free; choose another one") from None
     return 0
+
+
+def given() -> list[Path]:
+    """Return the folders of the two models that come with the toolkit, the Transformer first."""
+    return sorted((path.parent for path in MODELS.glob("*/stage.json")), reverse=True)
 
 
 if __name__ == "__main__":
