@@ -133,7 +133,8 @@ class Run:
             `tokenizers` reads.
         layout: Where the image stands in the prompt.
         seed: Seed of weights and order of data.
-        precision: Precision of training and evaluation.
+        precision: Precision of training and evaluation; "no" = float32. Processors without bfloat16 emulate
+            it, many times slower.
         max_new_tokens: Most tokens of an answer.
         cache: Keep features on disk.
         checkpoint: A released Mamba-VL or Pythia-VL, as `vlm.model.load` takes it. The encoder has the
@@ -156,7 +157,7 @@ class Run:
     tokenizer: Text = "scenes"
     layout: Layout = "agnostic"
     seed: Seed = 0
-    precision: Literal["no", "bf16", "fp16"] = "bf16"
+    precision: Literal["no", "bf16", "fp16"] = "no"
     max_new_tokens: Annotated[int, Field(ge=1, le=100_000)] = 16
     cache: bool = True
     checkpoint: Text | None = None

@@ -54,6 +54,7 @@ def get_config() -> list[Run]:
             layout=layout,
             image_size=size,
             seed=seed,
+            precision="bf16",
             max_new_tokens=50,  # captions name eight objects
         )
         for seed in SEEDS

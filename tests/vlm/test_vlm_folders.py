@@ -214,7 +214,7 @@ def test_a_table_is_current_until_what_is_asked_changes(tmp_path, monkeypatch):
         dataclasses.replace(wanted, evaluation={"count": asked["count"]}),
         dataclasses.replace(wanted, layout="query-first", stages=(stage(layouts=("agnostic",)),)),
         dataclasses.replace(wanted, image_size=96, stages=(stage(image_size=64),)),
-        dataclasses.replace(wanted, precision="no"),
+        dataclasses.replace(wanted, precision="bf16"),
         dataclasses.replace(wanted, seed=1),
     ]
     for other in others:

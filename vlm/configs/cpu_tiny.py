@@ -41,7 +41,6 @@ def run(model: str, seed: int = 0) -> Run:
         init="scenes",
         encoder="scenes-32px",
         image_size=96,
-        precision="no",
         seed=seed,
         max_new_tokens=64,
     )

@@ -101,6 +101,7 @@ def get_config() -> list[Run]:
             stages=(align, instruct),
             evaluation=evaluation(),
             seed=12345,
+            precision="bf16",
             max_new_tokens=LONGEST,
             cache=False,  # 1.2 MB per image
         )

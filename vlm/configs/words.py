@@ -74,7 +74,6 @@ def get_config() -> list[Run]:
             evaluation={task: Scenes(task, HELDOUT, "heldout") for task in TASKS},
             encoder="words",
             image_size=96,
-            precision="no",
             max_new_tokens=64,
         )
         for model, overrides in MODELS.items()
