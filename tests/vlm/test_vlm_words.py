@@ -90,6 +90,10 @@ def test_draws_ask_anew_about_the_same_scenes():
     for i in range(15):
         asked = [c.text for c in source[i].chunks if not c.supervised]
         assert len(asked) == len(set(asked)) <= 15
+    again = SceneSource("attribute", 5, turns=2, draws=8)
+    for scene in range(5):  # with the same two questions in every draw there would be two
+        asked = [c.text for k in range(8) for c in again[scene + 5 * k].chunks if "Question" in c.text]
+        assert len(set(asked)) > 8
     first = SceneSource("vqa", 5, turns=14)
     assert [first[i].chunks for i in range(5)] == [source[i].chunks for i in range(5)]
     with pytest.raises(ValueError, match=r"turns=20 x draws=1000 must be at most 16384"):
