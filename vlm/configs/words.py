@@ -27,7 +27,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "mamba-tiny": dict(ssm_init="identity", embedding_std=0.1),
 }
 LR = 2e-3
-# Questions in a sample while lookups form. With several, the state of Mamba is full of other questions: it stays
+# Questions in a sample while lookups form. Mamba's state holds all questions of a sample: with several it stays
 # at chance for as many steps as the Transformer needs to learn (docs/vlm.md).
 TURNS = {"transformer-tiny": 4, "mamba-tiny": 1}
 
