@@ -14,12 +14,12 @@ import pandas as pd
 from analysis import published
 from ssm_retrieval.statistics import mean_interval, one_mode
 from ssm_retrieval.style import DOUBLE, NAMES, SINGLE, family_colors
+from vlm.results import GUESSES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LIGHTEST = 0.45  # opacity of a family's first bar; the last one is opaque
-GUESSES = ["chance", "question_only", "image_only"]  # columns with what a model must do better than
 GUESSED = "best guess that looks nothing up"  # in legends
 MAIN = ("accuracy", "iou@0.5", "vqa_accuracy", "anls")  # the metric of a task that figures show
 
@@ -82,7 +82,7 @@ def main_rows(results: pd.DataFrame) -> pd.DataFrame:
 
 def best_guess(rows: pd.DataFrame) -> float:
     """Return the highest of GUESSES in the rows of a task; nan if they have none."""
-    return float(rows[GUESSES].astype(float).max().max())
+    return float(rows[list(GUESSES)].astype(float).max().max())
 
 
 def over_seeds(
@@ -120,7 +120,7 @@ def resolution_table(results: pd.DataFrame) -> pd.DataFrame:
     if rows["image_size"].nunique() < 2:
         return rows.iloc[:0]
     table = over_seeds(rows, ["task", "family", "model", "image_size"], (0, 1))
-    facts = rows.astype(dict.fromkeys(GUESSES, float)).groupby("task", as_index=False)[GUESSES].mean()
+    facts = rows.astype(dict.fromkeys(GUESSES, float)).groupby("task", as_index=False)[list(GUESSES)].mean()
     return table.merge(facts, on="task", how="left")
 
 

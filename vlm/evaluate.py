@@ -276,7 +276,7 @@ def summary(rows: Any) -> Any:
     cells = [["", "chance", "question only", "image only", *runs]]
     for (task, split, metric), part in main.groupby(["task", "split", "metric"], sort=False):
         values = part.drop_duplicates("run").set_index("run")
-        guessed = values.iloc[0][["chance", "question_only", "image_only"]]
+        guessed = values.iloc[0][list(results.GUESSES)]
         numbers = [*guessed, *(values["value"].get(name) for name in runs)]
         printed = ["-" if cell is None or cell != cell else f"{100 * cell:.1f}" for cell in numbers]
         cells.append([f"{task} ({split}){PRINTED[metric]}", *printed])

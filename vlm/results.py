@@ -53,6 +53,7 @@ COLUMNS = {
     "seconds": ("float64", "of training, all stages"),
     "commit": ("string", "of this project; + if files differed from it"),
 }
+GUESSES = ("chance", "question_only", "image_only")  # what a model must do better than
 NEEDED = ("run", "stage", "evaluation", "family", "task", "metric", "value")  # never missing
 
 

@@ -19,12 +19,13 @@ import numpy as np
 import pandas as pd
 
 from analysis.tables import agreed, by_seed, fill
-from analysis.vlm_plots import GUESSES, main_rows
+from analysis.vlm_plots import main_rows
 from ssm_retrieval.statistics import geometric_mean_interval
 from ssm_retrieval.style import NAMES, save, theme
 from ssm_retrieval.tables import markdown
 from ssm_retrieval.training.tables import concatenated, files
 from vlm.prompts import LAYOUTS
+from vlm.results import GUESSES
 
 HERE = Path(__file__).parent
 RESULTS, LOOKS, FLOORS = HERE / "results.parquet", HERE / "looks.csv", HERE / "floors.csv"

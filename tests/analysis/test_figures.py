@@ -237,6 +237,14 @@ def test_own_runs_are_drawn_and_nothing_published_beside_them(tmp_path, capsys):
         assert ">measured: your runs<" in drawn
 
 
+def test_a_line_says_that_the_studies_tables_are_not_in_the_package(tmp_path, monkeypatch):
+    monkeypatch.setattr(entries, "STUDIES", tmp_path)  # as beside an installed package
+    found = list(entries.of_paper(DOUBLE))
+    lines = [one for one in found if isinstance(one, str)]
+    assert len(lines) == 2 and all(line.endswith(entries.ABSENT) for line in lines)
+    assert {one.name for one in found if isinstance(one, entries.Entry)} >= {"gap_vs_scale", "fig2_tasks"}
+
+
 def test_the_studies_figures_are_those_of_the_study():
     """Without the runs that chose learning rates, which its tables have, too."""
     committed = entries.STUDIES / entries.SYNTHETIC / "figures"

@@ -163,7 +163,7 @@ def _binary(says: Callable[[str], bool], published: Callable[[str], bool], rule:
 
     def rows(samples: Sequence[Sample], answers: Sequence[str]) -> list[Row]:
         more = choices.binary([says(said) for said in answers], [s.target["label"] for s in samples])
-        others = [dict(metric=k, value=v, count=len(samples)) for k, v in more.items() if k != "accuracy"]
+        others = [dict(metric=k, value=v, count=len(samples)) for k, v in more.items()]
         return shares(samples, answers) + others
 
     return Metric("accuracy", rule, right, rows)

@@ -34,16 +34,15 @@ def says_true(text: str) -> bool:
 
 
 def binary(predicted: Sequence[bool], gold: Sequence[bool]) -> dict[str, float]:
-    """Return accuracy, precision, recall and F1 of yes, and the share of yes; undefined ratios are 0."""
+    """Return precision, recall and F1 of yes, and the share of yes; undefined ratios are 0."""
     _same_length(predicted, gold)
-    pairs = list(zip(predicted, gold, strict=True))
-    hits, said, right = sum(p and g for p, g in pairs), sum(predicted), sum(gold)
+    hits = sum(p and g for p, g in zip(predicted, gold, strict=True))
+    said, right = sum(predicted), sum(gold)
     return {
-        "accuracy": sum(p == g for p, g in pairs) / len(pairs),
         "precision": hits / said if said else 0.0,
         "recall": hits / right if right else 0.0,
         "f1": 2 * hits / (said + right) if said + right else 0.0,
-        "yes_rate": said / len(pairs),
+        "yes_rate": said / len(predicted),
     }
 
 
