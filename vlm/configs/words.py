@@ -27,8 +27,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "mamba-tiny": dict(ssm_init="identity", embedding_std=0.1),
 }
 LR = 2e-3
-# Questions in a sample while lookups form. Mamba's state holds all questions of a sample: with several it stays
-# at chance for as many steps as the Transformer needs to learn (docs/vlm.md).
+# Questions in a sample while lookups form. Mamba's state holds all questions of a sample: with several it
+# stays at chance for as many steps as the Transformer needs to learn (docs/vlm.md).
 TURNS = {"transformer-tiny": 4, "mamba-tiny": 1}
 
 
@@ -52,7 +52,7 @@ def stages(most: int) -> tuple[Stage, ...]:
             },
             weights={"attribute": 3, "existence": 2, "locate": 4, "describe": 1},
             steps=2500, batch_size=64 if most > 1 else 128, lr=LR, box_spread=1.5, group=8,
-            until={"attribute": 0.05, "existence": 0.1, "locate": 0.8},
+            until={"attribute": 0.05, "existence": 0.1, "locate": 0.8 if shapes < 6 else 0.85},
         )
         for shapes in (2, 4, 6)
     )  # fmt: skip
