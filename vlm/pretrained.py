@@ -121,6 +121,7 @@ def _write_encoder(options: Options) -> Path:
 
     if options.encoder not in encoder.ENCODERS:
         raise UserError(f"--encoder {options.encoder} is none of {', '.join(encoder.ENCODERS)}")
+    options.to.mkdir(parents=True, exist_ok=True)
     trained = encoder.trained(options.out / ENCODERS, options.encoder)
     path = options.to / f"{encoder.key(options.encoder)}.safetensors"
     half = {name: tensor.half() for name, tensor in trained.state_dict().items()}
