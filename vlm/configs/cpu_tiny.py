@@ -7,28 +7,27 @@ order.
 
 from __future__ import annotations
 
-from vlm.config import Run, Scenes, Stage
-from vlm.configs.words import MODELS, TASKS
+from typing import Literal
 
-IMAGES, HELDOUT = 8000, 400
+from vlm.config import Run, Scenes, Stage
+from vlm.configs.words import MODELS, TASKS, WEIGHTS
+
+IMAGES, HELDOUT, TURNS = 8000, 400, 3
 
 
 def stages(seed: int) -> tuple[Stage, Stage]:
     """Return the stages of a model; `seed` decides which scenes it is trained on."""
-
-    def seen(task: str, turns: int = 1) -> Scenes:
-        return Scenes(task, IMAGES, seed=seed, turns=turns, draws=4)
-
+    once = ("reading-digit", "reading-word", "caption")
     data = {
-        "vqa": seen("vqa", 14), "locate": seen("locate", 6), "pointing": seen("pointing", 5),
-        "describe": seen("describe", 6), "caption": seen("caption"),
-    }  # fmt: skip
-    weights = {"vqa": 5, "locate": 2, "pointing": 1, "describe": 1, "caption": 1.5}
-    align = Stage(
-        data, weights=weights, train="connector", steps=400, batch_size=32, lr=3e-3, box_spread=1.5, group=8
-    )
-    answer = Stage(data, weights=weights, steps=600, batch_size=32, lr=1e-3, box_spread=1.5, group=8)
-    return align, answer
+        task: Scenes(task, IMAGES, seed=seed, turns=1 if task in once else TURNS, draws=8) for task in WEIGHTS
+    }
+
+    def stage(train: Literal["connector", "all"], steps: int, lr: float) -> Stage:
+        return Stage(
+            data, weights=WEIGHTS, train=train, steps=steps, lr=lr, batch_size=64, box_spread=1.5, group=8
+        )
+
+    return stage("connector", 300, 3e-3), stage("all", 900, 1e-3)
 
 
 def run(model: str, seed: int = 0) -> Run:
