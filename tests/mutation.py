@@ -58,7 +58,6 @@ TESTS: dict[str, list[str]] = {
     "vlm.metrics.anls": ["test_vlm_metrics"],
     "vlm.metrics.boxes": ["test_vlm_metrics"],
     "vlm.metrics.captions": ["test_vlm_metrics"],
-    "vlm.metrics.catalogue": ["test_vlm_datasets", "test_vlm_metrics", "test_vlm_scenes"],
     "vlm.metrics.choices": ["test_vlm_metrics"],
     "vlm.metrics.objects": ["test_vlm_metrics"],
     "vlm.metrics.released": ["test_vlm_metrics"],

@@ -114,7 +114,7 @@ def eyes(name: str, image_size: int, out: Path, device: str = "cpu", checkpoint:
     """Return an encoder; it is trained (scenes) or downloaded (timm) on first use.
 
     Args:
-        name: "scenes" or a name of timm.
+        name: As for `Run.encoder`.
         image_size: Pixels a side.
         out: Folder of the runs; encoders are kept in its folder `encoders`.
         device: Where the encoder runs.

@@ -126,8 +126,9 @@ class Run:
         model_overrides: Options that differ from the preset's.
         init: Pretrained weights of the language model: "scenes", the one of its family that comes with the
             toolkit (`vlm.pretrained`), whose shape decides, or a name or folder for `models.load`.
-        encoder: "scenes" (trained on rendered scenes on first use) or a name of timm, whose weights are
-            downloaded (`vlm.encoder.build`).
+        encoder: "scenes", "scenes-16px" or "scenes-32px" (trained on rendered scenes on first use); "words",
+            scenes in words (`vlm.scenes.words`); or a name of timm, whose weights are downloaded
+            (`vlm.encoder.build`).
         image_size: Pixels a side.
         tokenizer: "scenes"; "own", made of the run's own training texts; or a name or folder that
             `tokenizers` reads.
