@@ -72,8 +72,8 @@ def stages(most: int) -> tuple[Stage, ...]:
         weights={"vqa": 5, "locate": 2, "pointing": 2, "describe": 0.5, "caption": 1.5},
         steps=1500, batch_size=32, lr=LR, box_spread=1.5, group=8,
     )  # fmt: skip
-    # Its numbers can be told from the first one, whatever was asked for; among other tasks that one is a small
-    # part of the loss, and remains a guess.
+    # The other numbers of a box can be told from the first one, whatever was asked for. Among other tasks the
+    # first is so small a part of the loss that it remains a guess.
     boxes = Stage(
         {"locate": told("locate", 6), "attribute": told("attribute", most)},
         weights={"locate": 9, "attribute": 1},
