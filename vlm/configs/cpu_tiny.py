@@ -27,7 +27,7 @@ def stages(seed: int) -> tuple[Stage, Stage]:
             data, weights=WEIGHTS, train=train, steps=steps, lr=lr, batch_size=64, box_spread=1.5, group=8
         )
 
-    return stage("connector", 300, 3e-3), stage("all", 900, 1e-3)
+    return stage("connector", 300, 3e-3), stage("all", 1200, 1.5e-3)
 
 
 def run(model: str, seed: int = 0) -> Run:
