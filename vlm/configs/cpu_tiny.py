@@ -10,9 +10,14 @@ from __future__ import annotations
 from typing import Literal
 
 from vlm.config import Run, Scenes, Stage
-from vlm.configs.words import MODELS, TASKS, WEIGHTS
+from vlm.configs.words import MODELS, TASKS
 
 IMAGES, HELDOUT, TURNS = 8000, 400, 3
+# Shares of the tasks: what is read has one question a sample, and spatial relations and pointing come last.
+WEIGHTS = {
+    "existence": 0.7, "count": 1.5, "attribute": 0.7, "comparison": 0.7, "spatial": 3, "grounding": 2.5,
+    "pointing": 3, "reading-digit": 3, "reading-word": 4, "caption": 1.5, "describe": 0.3,
+}  # fmt: skip
 
 
 def stages(seed: int) -> tuple[Stage, Stage]:
