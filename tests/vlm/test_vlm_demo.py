@@ -42,6 +42,15 @@ def folders(tmp_path_factory):
     return [vlm_runs.save(vlm_runs.run(name, layout=layout), out) for name, layout in layouts.items()]
 
 
+def test_the_models_of_the_toolkit_open_without_training():
+    left, right = (Answerer.open(folder) for folder in command.given())
+    assert (left.run.family, right.run.family) == ("transformer", "mamba")
+    scene = sample_scene(0, "heldout", 3)
+    asked = [q for q in asking.questions(scene) if q.sample.task == "attribute"]
+    assert all(asking.ask(left, render(scene), question).right for question in asked)
+    assert not list(command.MODELS.glob("encoders"))  # nothing is written into the package
+
+
 # --- what is asked ------------------------------------------------------------------------------------------
 
 

@@ -209,17 +209,17 @@ def trained(
     Raises:
         UserError: If the file of the weights is damaged.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{key(name, images)}.safetensors"
     with seeded(0):
         encoder, heads = SceneEncoder(name), Heads()
-    with FileLock(path.with_suffix(".lock")):
-        schema.remove_left(path)
-        if (GIVEN / path.name).exists():
-            path = GIVEN / path.name
-        elif not path.exists():
-            _train(encoder, heads, ENCODERS[name], images, progress)
-            store.save_tensors(path, encoder.state_dict(), {"encoder": key(name, images)})
+    path = GIVEN / f"{key(name, images)}.safetensors"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / path.name
+        with FileLock(path.with_suffix(".lock")):
+            schema.remove_left(path)
+            if not path.exists():
+                _train(encoder, heads, ENCODERS[name], images, progress)
+                store.save_tensors(path, encoder.state_dict(), {"encoder": key(name, images)})
     remedy = "delete it, and it is trained anew, which takes about three minutes"
     found, _ = schema.tensors(path, remedy)
     schema.check_tensors(path, found, encoder.state_dict(), remedy)
