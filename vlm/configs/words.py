@@ -40,12 +40,28 @@ WEIGHTS = {
 
 
 def told(task: str, turns: int = 1, shapes: int = 6) -> Scenes:
-    """Return scenes with questions of a task."""
+    """Return scenes with questions of a task.
+
+    Args:
+        task: As for `Scenes`.
+        turns: Most questions in a sample.
+        shapes: Shapes of a scene.
+
+    Returns:
+        The data.
+    """
     return Scenes(task, SCENES, seed=SEED, turns=turns, shapes=shapes)
 
 
 def stages(most: int) -> tuple[Stage, ...]:
-    """Return the stages of a model; `most`: questions in a sample while lookups form."""
+    """Return the stages of a model.
+
+    Args:
+        most: Questions in a sample while lookups form.
+
+    Returns:
+        Stages for `Run`.
+    """
     read = Stage(
         {task: told(task) for task in ("reading-digit", "reading-word")},
         steps=1000, batch_size=128, lr=LR, until={"reading-digit": 0.05, "reading-word": 0.05},
