@@ -33,13 +33,10 @@ from vlm import answering, components, evaluate, prompts, results, stages, train
 from vlm.config import Scenes, Stage
 from vlm.harness import export_scenes, scene_tasks
 from vlm.harness.wording import answered, packed, worded
-from vlm.metrics.catalogue import caption_tokenizer
 from vlm.model import VLM
 from vlm.scenes import TASKS
 
 IMAGES = 7
-# captions are exported where they can be scored
-ASKED = [task for task in TASKS if task != "caption" or caption_tokenizer()]
 LMMS = importlib.util.find_spec("lmms_eval") is not None
 
 
@@ -50,7 +47,7 @@ def trained(tmp_path_factory):
     vlm_runs.save_encoder(out)
     data = {name: Scenes(name, 40) for name in ("locate", "existence", "caption", "pointing")}
     stage = Stage(data, steps=80, batch_size=4, lr=1e-2, weights=dict.fromkeys(data, 1))
-    asked = {task: Scenes(task, IMAGES, "heldout") for task in ASKED}
+    asked = {task: Scenes(task, IMAGES, "heldout") for task in TASKS}
     wanted = dataclasses.replace(
         run(stages=(stage,), layout="query-first", max_new_tokens=9), evaluation=asked
     )
@@ -104,10 +101,10 @@ def request(text, task, number=0, options=None, visual=scene_tasks.scene_visual)
 
 def test_the_adapter_answers_and_scores_as_evaluation_does(trained, tasks, lmms_model):
     model = lmms_model.RetrievalVLM(run=str(trained.folder), batch_size=64, device="cpu")
-    found = {task: documents(tasks, task) for task in ASKED}
+    found = {task: documents(tasks, task) for task in TASKS}
     model.task_dict = {task: {"test": rows} for task, rows in found.items()}
     options = {"max_new_tokens": 64, "until": []}
-    order = [(task, i) for i in range(IMAGES) for task in ASKED]  # tasks alternate
+    order = [(task, i) for i in range(IMAGES) for task in TASKS]  # tasks alternate
     said = model.generate_until([request(found[t][i]["prompt"], t, i, options) for t, i in order])
     rows: dict[str, dict[str, list]] = {}
     for (task, i), text in zip(order, said, strict=True):
@@ -163,7 +160,7 @@ def test_lmms_eval_finds_the_model_by_its_entry_point():
 
 
 def test_exported_prompts_are_those_of_evaluation(tasks):
-    for task in ASKED:
+    for task in TASKS:
         source = Scenes(task, IMAGES, "heldout").build(answers=False)
         for i, row in enumerate(documents(tasks, task)):
             assert worded(row["prompt"]) == list(source[i].chunks)

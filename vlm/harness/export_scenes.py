@@ -118,7 +118,7 @@ def write_task(out: Path, task: str, data: Scenes) -> bool:
         data: Its samples.
 
     Returns:
-        Whether it was written; not if its answers cannot be scored here, as captions without pycocoevalcap.
+        Whether it was written; not if its answers cannot be scored.
     """
     source = data.build(answers=False)
     samples = [source[i] for i in range(len(source))]
