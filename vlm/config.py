@@ -94,10 +94,10 @@ class Stage:
             raise UserError(f"steps={self.steps} and epochs={self.epochs}: give one of them")
         if 0 < self.image_size < 16:
             raise UserError(f"image_size={self.image_size} is too small; use at least 16, or 0 for the run's")
-        unknown = ", ".join(sorted(self.until.keys() - self.data.keys()))
-        if unknown or (self.until and self.epochs):
+        if self.until and (self.epochs or not self.until.keys() <= self.data.keys()):
             raise UserError(
-                f"until={dict(self.until)} must name sources of data, and needs steps; see {unknown}"
+                f"until={dict(self.until)} must name sources of data ({', '.join(self.data)}) "
+                "and stand beside steps, not epochs"
             )
         if self.weights is not None and self.weights.keys() != self.data.keys():
             odd = ", ".join(sorted(self.weights.keys() ^ self.data.keys()))

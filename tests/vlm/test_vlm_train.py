@@ -163,6 +163,8 @@ def test_a_stage_ends_when_all_its_losses_are_low_enough(out, monkeypatch):
     assert stages.running({"a": 1.0}, ["b", "a", "b"], [4.0, 3.0, 2.0]) == {"a": 0.95 + 0.05 * 3, "b": 3.0}
     with pytest.raises(ValueError, match=r"until=\{'vqa': 1.0\} must name sources"):
         Stage({"locate": FIRST.data["locate"]}, steps=2, batch_size=4, lr=1e-3, until={"vqa": 1.0})
+    with pytest.raises(ValueError, match=r"must name sources of data \(locate\) and stand beside steps"):
+        Stage({"locate": FIRST.data["locate"]}, epochs=1, batch_size=4, lr=1e-3, until={"locate": 1.0})
 
 
 CONFIG = (
