@@ -137,5 +137,11 @@ def launching(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """x, copied unless its last axis is contiguous, as kernels want it; its other strides they are given."""
-    return x if x.shape[-1] == 0 or x.stride(-1) == 1 else x.contiguous()
+    """x, copied unless neighbours on its last axis are neighbours in memory; other strides kernels are given."""
+    x = x.resolve_neg()
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def packed(x: Tensor) -> Tensor:
+    """x as a kernel reads it that is given no strides."""
+    return x.resolve_neg().contiguous()

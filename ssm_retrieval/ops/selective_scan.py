@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssm_retrieval.ops import _cuda_kernels
+from ssm_retrieval.ops import _cuda_kernels, _scan_triton, _triton
 from ssm_retrieval.ops._checks import check_flags, check_positions, check_shapes, check_tensor
-from ssm_retrieval.ops._route import asked, obstacle, refuse_tracing, require_cpu, transformed, warn_once
+from ssm_retrieval.ops._route import asked, obstacle, refuse_tracing, require_cpu, warn_once
 from ssm_retrieval.ops._scan_arguments import ScanArguments, skipped_and_gated, widened
 from ssm_retrieval.ops._scan_chunks import scan_by_chunks
 from ssm_retrieval.ops._scan_cpu import scan_on_cpu
@@ -91,6 +91,8 @@ def selective_scan(
         backend = _choose(given.tensors, positions, return_last_state and wants_grad)
     elif backend == "cpu":
         require_cpu(*given.tensors)
+    elif backend == "triton":
+        _triton.require(*given.tensors, dtypes=_scan_triton.DTYPES)
     if backend == "cuda":
         if not _cuda_kernels.takes(u):
             raise ValueError(
@@ -103,10 +105,9 @@ def selective_scan(
                 "state (mamba-ssm's kernel does not); use backend='auto'"
             )
         return _cuda(given, return_last_state)
-    if backend == "cpu" and (u.shape[1] == 0 or u.shape[0] == 0):
+    if backend in ("cpu", "triton") and u.numel() == 0:
         backend = "chunks"
-    run = {"cpu": scan_on_cpu, "chunks": scan_by_chunks, "reference": _reference}[backend]
-    y, *more = run(given, positions, return_last_state)
+    y, *more = _RUN[backend](given, positions, return_last_state)
     return (y, *more) if more else y
 
 
@@ -136,18 +137,10 @@ def _choose(tensors: tuple[Tensor | None, ...], positions: list[int] | None, nee
     assert u is not None
     if obstacle(*tensors) is None:
         return "cpu"
-    if u.device.type == "cuda" and not transformed():
+    if _triton.on_gpu(u):
         able = initial_state is None and positions is None and not needs_last_grad and _cuda_kernels.takes(u)
-        installed = _cuda_kernels.installed("mamba_ssm")
-        if able and installed:
-            return "cuda"
-        why = "whose kernel cannot do what is asked here" if installed else _cuda_kernels.how("mamba_ssm")
-        if u.shape[1] > 1:
-            warn_once(
-                "selective_scan runs in plain PyTorch on this GPU, by blocks of tokens, which is slow; the "
-                f"fast way is mamba-ssm, {why}"
-            )
-    elif u.device.type == "mps" and u.shape[1] > 1:
+        return _triton.choose("selective_scan", "mamba_ssm", able, *tensors, dtypes=_scan_triton.DTYPES)
+    if u.device.type == "mps" and u.shape[1] > 1:
         warn_once("selective_scan runs in plain PyTorch on this GPU, by blocks of tokens, which is slow")
     return "chunks"
 
@@ -168,6 +161,14 @@ def _reference(given: ScanArguments, positions: list[int] | None, return_last_st
     if positions is not None:
         out.append(trajectory[:, positions])
     return out
+
+
+_RUN: dict[str, Callable[..., list[Tensor]]] = {
+    "cpu": scan_on_cpu,
+    "triton": _scan_triton.scan_on_gpu,
+    "chunks": scan_by_chunks,
+    "reference": _reference,
+}
 
 
 def _cuda(given: ScanArguments, return_last_state: bool) -> Output:
