@@ -1,7 +1,8 @@
 """A forward and a backward kernel as one differentiable function, and as operators for torch.compile.
 
-For recurrences: their kernels take arguments in the kernels' layout, of which the last is the first state,
-and return y, the last state, states at chosen positions, and those that the backward pass starts from.
+`differentiable` is for recurrences: their kernels take arguments in the kernels' layout, of which the last is
+the first state, and return y, the last state, states at chosen positions, and those that the backward pass
+starts from. `differentiable_map` is for kernels with one result, which their backward pass does not need.
 """
 
 from __future__ import annotations
@@ -61,6 +62,55 @@ def differentiable(
         def forward(ctx: Any, *inputs: Any) -> Results:
             output = forward(*inputs)  # the kernel
             ctx.mark_non_differentiable(output[3])
+            save(ctx, inputs, output)
+            return output
+
+        backward = staticmethod(gradients)
+
+    forward_operator = torch.library.custom_op(f"ssm_retrieval::{name}", forward, mutates_args=())
+    backward_operator = torch.library.custom_op(f"ssm_retrieval::{name}_backward", backward, mutates_args=())
+    forward_operator.register_autograd(gradients, setup_context=save)
+    return Function.apply, forward_operator, backward_operator
+
+
+def differentiable_map(
+    name: str,
+    forward: Callable[..., Tensor],
+    backward: Callable[..., Sequence[Tensor]],
+    by_torch: Callable[..., Tensor],
+) -> tuple[Callable[..., Tensor], Any, Any]:
+    """Tie two kernels together.
+
+    Args:
+        name: Of the operator; the other is called by it and "_backward".
+        forward: Maps (*arguments, flag) to y.
+        backward: Maps (*arguments, flag, gradient of y) to the gradients of all arguments.
+        by_torch: As forward, by PyTorch's operations, which a gradient of gradients goes through.
+
+    Returns:
+        As `differentiable`.
+    """
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *arguments, ctx.flag = inputs
+        ctx.save_for_backward(*arguments)
+
+    def gradients(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        arguments = ctx.saved_tensors
+        if torch.is_grad_enabled():  # of the backward pass itself, whose own gradient somebody will want
+
+            def again(*own: Tensor | None) -> list[Tensor]:
+                return [by_torch(*own, ctx.flag)]
+
+            return (*differentiable_gradients(again, arguments, [gy]), None)
+        run: Any = backward_operator if traced(*arguments) else backward
+        found = run(*arguments, ctx.flag, gy)
+        return (*(None if x is None else grad for x, grad in zip(arguments, found, strict=True)), None)
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Tensor:
+            output = forward(*inputs)  # the kernel
             save(ctx, inputs, output)
             return output
 

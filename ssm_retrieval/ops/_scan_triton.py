@@ -1,8 +1,11 @@
-"""The selective scan by our Triton kernels: what they are given, their gradients, and torch.compile's operators.
+"""The selective scan by our Triton kernels: what they are given, gradients, torch.compile's operators.
 
-Why fixed tiles and no autotuning: the tile decides how many states the forward pass keeps for the backward
-pass, so both must use the same one; trying several costs minutes at the first call; and the interpreter,
-which the tests run in, has nothing to time.
+Nothing but its arguments is kept for the backward pass, which finds the states before each tile again: one
+exponential more for each (token, channel, state), instead of N / 16 numbers for each (token, channel).
+
+Why fixed tiles and no autotuning: registers leave little choice (16 tokens of a channel fill a thread's in
+the backward pass), trying several costs a minute at the first call, and sums would round otherwise from one
+machine to the next. One warp for each program: others would have to wait for it at every step of a scan.
 """
 
 from __future__ import annotations
@@ -74,31 +77,49 @@ def _forward(
     positions: list[int] | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run the forward kernels: y, last state, states, and those before each tile (if `keep`)."""
+    """Run the forward kernels: y, last state, states, and a copy of the first (if `keep`)."""
     from ssm_retrieval.ops import _scan_triton_kernels as kernels  # Triton: imported on first use only
 
     b, L, E, N, P, tiles = _sizes(u, A, positions)
     u, dt, B, C = (_triton.unit_stride(x) for x in (u, dt, B, C))
     z, D, bias = _unit_stride(z), _packed(D), _packed(bias)
     y, last, states = u.new_empty(b, L, E), A.new_empty(b, N, E), A.new_empty(b, P, N, E)
-    starts = A.new_empty(b, tiles, N, E)
     rate, flags = _scaled(A), _flags(A, softplus, bias)
     grid = (b * tiles * -(-E // _tile()[1]),)
     with _triton.launching(u):
-        if tiles > 1:
-            sums = A.new_empty(b, tiles, E)
-            given = (u, dt, rate, B, _some(bias, u), starts, sums, L, E, *_strides(u, dt, B))
-            kernels.tile_ends[grid](*given, **flags)
-            _carry(rate, h0, starts, sums, False)
-        elif h0 is None:
-            starts.zero_()
-        else:
-            starts.copy_(h0.unsqueeze(1))
+        starts = _starts(u, dt, rate, B, bias, h0, flags)
         given = (u, dt, rate, B, C, _some(D, u), _some(z, u), _some(bias, u), starts, _slots(u, positions))
         strides = _strides(u, dt, B, C, u if z is None else z)
         has = dict(HAS_D=D is not None, HAS_Z=z is not None, HAS_STATES=P > 0)
         kernels.scan_forward[grid](*given, y, states, last, L, E, P, *strides, **has, **flags)
-    return y, last, states, starts if keep else A.new_empty(b, 0, N, E)
+    return y, last, states, A.new_empty(0) if h0 is None or not keep else h0.clone()
+
+
+def _starts(
+    u: Tensor,
+    dt: Tensor,
+    rate: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    h0: Tensor | None,
+    flags: dict[str, Any],
+) -> Tensor:
+    """The states before each tile, (batch, tiles, N, channels)."""
+    from ssm_retrieval.ops import _scan_triton_kernels as kernels
+
+    b, L, E, N, _, tiles = _sizes(u, rate, None)
+    starts, sums = rate.new_empty(b, tiles, N, E), rate.new_empty(b, tiles, E)
+    if tiles == 1:
+        return _only(starts, h0)
+    given = (u, dt, rate, B, _some(bias, u), starts, sums, L, E, *_strides(u, dt, B))
+    kernels.tile_ends[(b * tiles * -(-E // flags["BE"]),)](*given, **flags)
+    _carry(rate, h0, starts, sums, False)
+    return starts
+
+
+def _only(states: Tensor, first: Tensor | None) -> Tensor:
+    """`states` (batch, 1, N, channels) of the only tile there is: `first`, or zeros."""
+    return states.zero_() if first is None else states.copy_(first.unsqueeze(1))
 
 
 def _backward(
@@ -110,7 +131,7 @@ def _backward(
     D: Tensor | None,
     z: Tensor | None,
     bias: Tensor | None,
-    starts: Tensor,
+    h0: Tensor,
     softplus: bool,
     positions: list[int] | None,
     gy: Tensor | None,
@@ -130,22 +151,21 @@ def _backward(
     dh0, ends, sums = A.new_empty(b, N, E), A.new_empty(b, tiles, N, E), A.new_empty(b, tiles, E)
     dD, dbias = A.new_zeros(2, b, tiles, E)
     rate, flags = _scaled(A), _flags(A, softplus, bias)
-    flags |= dict(HAS_Z=z is not None, HAS_STATES=gstates is not None)
+    has = dict(HAS_Z=z is not None, HAS_STATES=gstates is not None)
     slots = _slots(u, positions if gstates is not None else None)
     grid, some_z, some_states = (b * tiles * blocks,), _some(z, u), _some(gstates, u)
     with _triton.launching(u):
+        starts = _starts(u, dt, rate, B, bias, h0 if h0.numel() else None, flags)
         if tiles > 1:
             given = (gy, dt, rate, C, some_z, _some(bias, u), some_states, slots, ends, sums, L, E, P)
-            kernels.tile_starts[grid](*given, *_strides(gy, dt, C, some_z), **flags)
+            kernels.tile_starts[grid](*given, *_strides(gy, dt, C, some_z), **has, **flags)
             _carry(rate, glast, ends, sums, True)
-        elif glast is None:
-            ends.zero_()
         else:
-            ends.copy_(glast.unsqueeze(1))
+            _only(ends, glast)
         given = (u, dt, rate, B, C, _some(D, u), some_z, _some(bias, u), starts, ends, gy, some_states, slots)
         made = (du, ddt, dB, dC, dD, dz, dbias, dh0)
         strides = _strides(u, dt, B, C, some_z, gy)
-        kernels.scan_backward[grid](*given, *made, L, E, P, *strides, HAS_D=D is not None, **flags)
+        kernels.scan_backward[grid](*given, *made, L, E, P, *strides, HAS_D=D is not None, **has, **flags)
     dA, dD, dbias = ends.sum((0, 1)), dD.sum((0, 1)), dbias.sum((0, 1))
     return du, ddt, dA, dB.sum(1).to(B.dtype), dC.sum(1).to(C.dtype), dD, dz, dbias, dh0
 
@@ -168,7 +188,7 @@ def _tile() -> tuple[int, int]:
     """
     if _triton.interpreted():
         return 8, 4
-    return 32, 32 if torch.version.hip is None else 64
+    return 16, 32 if torch.version.hip is None else 64
 
 
 def _sizes(u: Tensor, A: Tensor, positions: list[int] | None) -> tuple[int, ...]:
@@ -230,10 +250,10 @@ _differentiable, scan_forward, scan_backward = differentiable(
 @scan_forward.register_fake
 def _(u: Tensor, dt: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *_, positions, keep = rest
-    b, L, E, N, P, tiles = _sizes(u, A, positions)
-    shapes = ((b, N, E), (b, P, N, E), (b, tiles if keep else 0, N, E))
-    last, states, starts = (A.new_empty(shape) for shape in shapes)
-    return u.new_empty(b, L, E), last, states, starts
+    b, L, E, N, P, _ = _sizes(u, A, positions)
+    h0, kept = rest[-4], (b, N, E)
+    first = A.new_empty(0) if h0 is None or not keep else A.new_empty(kept)
+    return u.new_empty(b, L, E), A.new_empty(kept), A.new_empty(b, P, N, E), first
 
 
 @scan_backward.register_fake

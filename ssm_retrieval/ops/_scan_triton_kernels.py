@@ -26,6 +26,16 @@ import triton.language as tl
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
 
+# Sizes of which the compiler is to assume nothing. It would see that rows are aligned, give every thread
+# several neighbouring channels and spread tokens over threads, so that each step of a scan goes through
+# shuffles. So a warp's threads are channels, and the tokens of a tile stay in their registers.
+_jit = triton.jit(
+    do_not_specialize=[
+        *("L", "E", "P", "u_b", "u_t", "dt_b", "dt_t", "B_b", "B_t", "C_b", "C_t", "z_b", "z_t"),
+        *("gy_b", "gy_t"),
+    ]
+)
+
 
 @triton.jit
 def _sigmoid(x):
@@ -48,12 +58,26 @@ def _after(decay, write, decay_next, write_next):
 
 
 @triton.jit
+def _then(decay, state, reach, held, decay_next, state_next, reach_next, held_next):
+    """As `_after`, with the same two numbers for all but the last token of a stretch.
+
+    So a scan also gives the state before each token, without a division of the one after it.
+    """
+    return (
+        decay * decay_next,
+        state * decay_next + state_next,
+        decay * reach_next,
+        state * reach_next + held_next,
+    )
+
+
+@triton.jit
 def _place(L, E, BT: tl.constexpr, BE: tl.constexpr):
-    """Sequence, tile and block of this program, its tokens (int64) and channels."""
+    """Sequence, tile and number of tiles of this program, its tokens (int64) and channels."""
     pid, blocks, tiles = tl.program_id(0), tl.cdiv(E, BE), tl.cdiv(L, BT)
-    block, rest = pid % blocks, (pid // blocks).to(tl.int64)
+    rest = (pid // blocks).to(tl.int64)
     b, tile = rest // tiles, rest % tiles
-    return b, tile, tiles, block, tile * BT + tl.arange(0, BT), block * BE + tl.arange(0, BE)
+    return b, tile, tiles, tile * BT + tl.arange(0, BT), pid % blocks * BE + tl.arange(0, BE)
 
 
 @triton.jit
@@ -70,7 +94,7 @@ def _column(x, b, t, n, x_b, x_t, mask, WIDE: tl.constexpr):
 
 @triton.jit
 def _steps(dt, b, t, e, dt_b, dt_t, shift, mask, SOFTPLUS: tl.constexpr, WIDE: tl.constexpr):
-    """delta = softplus(dt + bias) of a tile, 0 where the mask is off: such a token leaves a state as it is."""
+    """delta = softplus(dt + bias), 0 where the mask is off: such a token leaves a state as it is."""
     step = _tile(dt, b, t, e, dt_b, dt_t, mask, WIDE) + shift[None, :]
     if SOFTPLUS:
         step = _softplus(step)
@@ -86,7 +110,7 @@ def _per_channel(x, e, E, GIVEN: tl.constexpr, WIDE: tl.constexpr):
         return tl.zeros(e.shape, WIDE)
 
 
-@triton.jit
+@_jit
 def tile_ends(
     u, dt, A, B, bias, ends, sums, L, E, u_b, u_t, dt_b, dt_t, B_b, B_t,
     N: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -96,7 +120,7 @@ def tile_ends(
 
     sums (batch, tiles, channels): the sum of its steps.
     """
-    b, tile, tiles, block, t, e = _place(L, E, BT, BE)
+    b, tile, tiles, t, e = _place(L, E, BT, BE)
     here, mask = t < L, (t < L)[:, None] & (e < E)[None, :]
     shift = _per_channel(bias, e, E, HAS_BIAS, WIDE)
     delta = _steps(dt, b, t, e, dt_b, dt_t, shift, mask, SOFTPLUS, WIDE)
@@ -113,7 +137,7 @@ def tile_ends(
         tl.store(ends + (at * N + n) * E + e, end, mask=e < E)
 
 
-@triton.jit
+@_jit
 def tile_starts(
     gy, dt, A, C, z, bias, gstates, slots, starts, sums, L, E, P, gy_b, gy_t, dt_b, dt_t, C_b, C_t, z_b, z_t,
     N: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -123,7 +147,7 @@ def tile_starts(
 
     That is sum_t exp(A sum_{s <= t} delta_s) (C_t g_t + gstates_t). sums: as in `tile_ends`.
     """
-    b, tile, tiles, block, t, e = _place(L, E, BT, BE)
+    b, tile, tiles, t, e = _place(L, E, BT, BE)
     here, mask = t < L, (t < L)[:, None] & (e < E)[None, :]
     shift = _per_channel(bias, e, E, HAS_BIAS, WIDE)
     delta = _steps(dt, b, t, e, dt_b, dt_t, shift, mask, SOFTPLUS, WIDE)
@@ -183,7 +207,7 @@ def carry(
         h = tl.exp2(step * rate) * h + part
 
 
-@triton.jit
+@_jit
 def scan_forward(
     u, dt, A, B, C, D, z, bias, starts, slots, y, states, last, L, E, P,
     u_b, u_t, dt_b, dt_t, B_b, B_t, C_b, C_t, z_b, z_t,
@@ -191,7 +215,7 @@ def scan_forward(
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_STATES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """y, the states of tokens with a slot and that of the last token, given the state before each tile."""
-    b, tile, tiles, block, t, e = _place(L, E, BT, BE)
+    b, tile, tiles, t, e = _place(L, E, BT, BE)
     here, mask = t < L, (t < L)[:, None] & (e < E)[None, :]
     shift = _per_channel(bias, e, E, HAS_BIAS, WIDE)
     delta = _steps(dt, b, t, e, dt_b, dt_t, shift, mask, SOFTPLUS, WIDE)
@@ -205,7 +229,7 @@ def scan_forward(
         into = write * _column(B, b, t, n, B_b, B_t, here, WIDE)[:, None]
         before = tl.load(starts + ((b * tiles + tile) * N + n) * E + e, mask=e < E, other=0)[None, :]
         into += tl.where(begins, decay * before, 0)
-        _, h = tl.associative_scan((decay, into), 0, _after)
+        h = tl.associative_scan((decay, into), 0, _after)[1]
         out += h * _column(C, b, t, n, C_b, C_t, here, WIDE)[:, None]
         if HAS_STATES:
             at = states + (b * P * N + n) * E + slot[:, None] * (N * E) + e[None, :]
@@ -219,9 +243,10 @@ def scan_forward(
     tl.store(y + (b * L + t[:, None]) * E + e[None, :], out, mask=mask)
 
 
-@triton.jit
+@_jit
 def scan_backward(
-    u, dt, A, B, C, D, z, bias, starts, ends, gy, gstates, slots, du, ddt, dB, dC, dD, dz, dbias, dh0, L, E, P,
+    u, dt, A, B, C, D, z, bias, starts, ends, gy, gstates, slots, du, ddt, dB, dC, dD, dz, dbias, dh0,
+    L, E, P,
     u_b, u_t, dt_b, dt_t, B_b, B_t, C_b, C_t, z_b, z_t, gy_b, gy_t,
     N: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_STATES: tl.constexpr, WIDE: tl.constexpr,
@@ -232,66 +257,63 @@ def scan_backward(
     dbias (batch, tiles, channels). dB, dC (batch, blocks, length, N): to be summed over blocks of channels.
     Sums by torch instead of atomic additions, whose order, and with it the rounding, changes from run to run.
     """
-    b, tile, tiles, block, t, e = _place(L, E, BT, BE)
-    here, there, row = t < L, (e < E)[None, :], t % BT
-    mask = here[:, None] & there
+    b, tile, tiles, t, e = _place(L, E, BT, BE)
+    here, mask = t < L, (t < L)[:, None] & (e < E)[None, :]
+    first, final = (t % BT == 0)[:, None], (t % BT == BT - 1)[:, None]
     shift = _per_channel(bias, e, E, HAS_BIAS, WIDE)
+    skip = _per_channel(D, e, E, HAS_D, WIDE)[None, :]
     delta = _steps(dt, b, t, e, dt_b, dt_t, shift, mask, SOFTPLUS, WIDE)
-    follows = (row < BT - 1) & (t + 1 < L)
-    after = _steps(dt, b, t + 1, e, dt_b, dt_t, shift, follows[:, None] & there, SOFTPLUS, WIDE)
-    preceded = ((row > 0) & (t - 1 < L))[:, None] & there
-    earlier = _steps(dt, b, t - 1, e, dt_b, dt_t, shift, preceded, SOFTPLUS, WIDE)
-    earlier_write = earlier * _tile(u, b, t - 1, e, u_b, u_t, preceded, WIDE)
     given = _tile(u, b, t, e, u_b, u_t, mask, WIDE)
-    write = delta * given
+    write, out = delta * given, skip * given
     g = _tile(gy, b, t, e, gy_b, gy_t, mask, WIDE)
-    out = _per_channel(D, e, E, HAS_D, WIDE)[None, :] * given
     if HAS_Z:
         gate = _tile(z, b, t, e, z_b, z_t, mask, WIDE)
-        opened = _sigmoid(gate)
-        slope = g * opened * (1 + gate * (1 - opened))
-        g *= gate * opened
-    dwrite, dstep = tl.zeros_like(delta), tl.zeros_like(delta)
-    slot = _slots(slots, t, L, HAS_STATES)
+        g *= gate * _sigmoid(gate)
+    none, whole = tl.zeros_like(delta), tl.zeros_like(delta) + 1
+    dwrite, dstep = none, none
+    slot, blocks = _slots(slots, t, L, HAS_STATES), tl.cdiv(E, BE)
     for n in range(N):
         rate = tl.load(A + n * E + e, mask=e < E, other=0)[None, :]
         place = ((b * tiles + tile) * N + n) * E + e
-        before = tl.load(starts + place, mask=e < E, other=0)[None, :]
         Bn, Cn = _column(B, b, t, n, B_b, B_t, here, WIDE), _column(C, b, t, n, C_b, C_t, here, WIDE)
-        earlier_B = _column(B, b, t - 1, n, B_b, B_t, (row > 0) & (t - 1 < L), WIDE)
-        # h_{t - 1} in the place of h_t, which is not found from the latter by a division
-        into = tl.where((row == 0)[:, None], before, earlier_write * earlier_B[:, None])
-        _, held = tl.associative_scan((tl.exp2(earlier * rate), into), 0, _after)
         decay = tl.exp2(delta * rate)
-        h = decay * held + write * Bn[:, None]
+        before = tl.load(starts + place, mask=e < E, other=0)[None, :]
+        into = write * Bn[:, None] + tl.where(first, decay * before, 0)
+        _, h, _, held = tl.associative_scan((decay, into, whole, none), 0, _then)
+        held = tl.where(first, before, held)
+        beyond = tl.load(ends + place, mask=e < E, other=0)[None, :]
         come = g * Cn[:, None]
         if HAS_STATES:
             come += _state_rows(gstates, slot, b, n, e, E, P, N)
-        beyond = tl.load(ends + place, mask=e < E, other=0)[None, :]
-        come += tl.where((row == BT - 1)[:, None], beyond, 0)
-        _, dh = tl.associative_scan((tl.exp2(after * rate), come), 0, _after, reverse=True)
-        at = ((b * tl.cdiv(E, BE) + block) * L + t) * N + n
+        back = decay * (come + tl.where(final, beyond, 0))
+        _, dheld, _, dh = tl.associative_scan((decay, back, whole, none), 0, _then, reverse=True)
+        dh = come + tl.where(final, beyond, dh)
+        at = ((b * blocks + tl.program_id(0) % blocks) * L + t) * N + n
         tl.store(dB + at, tl.sum(dh * write, axis=1), mask=here)
         tl.store(dC + at, tl.sum(g * h, axis=1), mask=here)
         out += h * Cn[:, None]
         dwrite += dh * Bn[:, None]
-        dh *= decay
         if tile == 0:
             to = tl.broadcast_to(dh0 + (b * N + n) * E + e[None, :], [BT, BE])
-            tl.store(to, dh, mask=(t == 0)[:, None] & mask)
-        dexponent = dh * held
+            tl.store(to, dheld, mask=first & mask)
+        dexponent = dheld * held
         dstep += dexponent * rate
         tl.store(ends + place, tl.sum(dexponent * delta, axis=0), mask=e < E)
-    if HAS_Z:
-        tl.store(dz + (b * L + t[:, None]) * E + e[None, :], slope * out, mask=mask)
+    # read again: what is needed only now need not wait in registers
+    given = _tile(u, b, t, e, u_b, u_t, mask, WIDE)
     dstep = dwrite * given + dstep * LN2
     if SOFTPLUS:
         dstep *= _sigmoid(_tile(dt, b, t, e, dt_b, dt_t, mask, WIDE) + shift[None, :])
-    dgiven = dwrite * delta + g * _per_channel(D, e, E, HAS_D, WIDE)[None, :]
-    tl.store(du + (b * L + t[:, None]) * E + e[None, :], dgiven, mask=mask)
-    tl.store(ddt + (b * L + t[:, None]) * E + e[None, :], dstep, mask=mask)
+    to = (b * L + t[:, None]) * E + e[None, :]
+    tl.store(ddt + to, dstep, mask=mask)
+    tl.store(du + to, dwrite * delta + g * skip, mask=mask)
     sums = (b * tiles + tile) * E + e
     if HAS_BIAS:
         tl.store(dbias + sums, tl.sum(tl.where(mask, dstep, 0), axis=0), mask=e < E)
     if HAS_D:
         tl.store(dD + sums, tl.sum(g * given, axis=0), mask=e < E)
+    if HAS_Z:
+        gate = _tile(z, b, t, e, z_b, z_t, mask, WIDE)
+        opened = _sigmoid(gate)
+        slope = opened * (1 + gate * (1 - opened))
+        tl.store(dz + to, _tile(gy, b, t, e, gy_b, gy_t, mask, WIDE) * slope * out, mask=mask)

@@ -137,9 +137,9 @@ def launching(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """x, copied unless neighbours on its last axis are neighbours in memory; other strides kernels are given."""
+    """x, copied unless neighbours on its last axis are so in memory; its other strides kernels are given."""
     x = x.resolve_neg()
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 def packed(x: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
-"""Selective scan of Mamba (Gu & Dao 2023, arXiv 2312.00752, equations 2 and 4), one function, four backends.
+"""Selective scan of Mamba (Gu & Dao 2023, arXiv 2312.00752, equations 2 and 4), one function, five backends.
 
     delta_t = softplus(dt_t + dt_bias)                            both optional
     h_t     = exp(delta_t A) h_{t-1} + delta_t B_t u_t            h_{-1} = initial_state or 0
     y_t     = (C_t . h_t + D u_t) * silu(z_t)                     D and z optional
 
 `reference` is that loop. `chunks` goes by blocks of tokens in plain PyTorch (`_scan_chunks.py`). `cuda`
-is mamba-ssm's kernel. `cpu` is ours (`_scan_cpu.py`): it never stores (batch, length, d_inner, d_state),
-returns states at chosen positions from the same pass, starts from any state, and gives gradients to and from
-all of them.
+is mamba-ssm's kernel. `cpu` (`_scan_cpu.py`) and `triton`, for GPUs (`_scan_triton.py`), are ours: they never
+store (batch, length, d_inner, d_state), return states at chosen positions from the same pass, start from any
+state, and give gradients to and from all of them.
 """
 
 from __future__ import annotations
@@ -64,10 +64,11 @@ def selective_scan(
         initial_state: h before the first token, (batch, d_inner, d_state).
         states_at: Positions in [0, length), any order, the same for the whole batch.
         return_last_state: Whether to return h after the last token.
-        backend: "auto" takes the one of the enclosing `ops.backend`, else `cpu` for CPU tensors, `cuda` for
-            CUDA tensors if mamba-ssm is installed and can do what is asked, else `chunks`; it warns where
-            that runs on a GPU. A gradient of `cpu`'s gradients is computed by `chunks`, as is everything
-            inside transforms of torch.func.
+        backend: "auto" takes the one of the enclosing `ops.backend`, else `cpu` for CPU tensors; on a GPU
+            (CUDA or ROCm) `cuda` if mamba-ssm is installed, can do what is asked and is not known to be
+            slower, or `triton` if Triton is installed, which comes with torch there; else `chunks`, and it
+            warns where that runs on a GPU. A gradient of the gradients of `cpu` and `triton` is computed by
+            `chunks`, as is everything inside transforms of torch.func.
 
     Returns:
         y (batch, length, d_inner) in u's dtype; with return_last_state also h after the last token (batch,
@@ -77,7 +78,7 @@ def selective_scan(
 
     Raises:
         ValueError: For wrong shapes, dtypes, devices, positions, d_state or backend.
-        ImportError: If mamba-ssm is asked for and missing.
+        ImportError: If mamba-ssm or Triton is asked for and missing.
         NotImplementedError: Under torch.jit.trace.
     """
     refuse_tracing("selective_scan")
@@ -135,11 +136,11 @@ def _choose(tensors: tuple[Tensor | None, ...], positions: list[int] | None, nee
     """The fastest backend that can do what is asked."""
     u, initial_state = tensors[0], tensors[-1]
     assert u is not None
-    if obstacle(*tensors) is None:
-        return "cpu"
     if _triton.on_gpu(u):
         able = initial_state is None and positions is None and not needs_last_grad and _cuda_kernels.takes(u)
         return _triton.choose("selective_scan", "mamba_ssm", able, *tensors, dtypes=_scan_triton.DTYPES)
+    if obstacle(*tensors) is None:
+        return "cpu"
     if u.device.type == "mps" and u.shape[1] > 1:
         warn_once("selective_scan runs in plain PyTorch on this GPU, by blocks of tokens, which is slow")
     return "chunks"
