@@ -117,13 +117,19 @@ def choose(
     if ours:
         return "triton"
     if first.shape[1] > 1 and not transformed():
-        missing = "triton is not installed: pip install triton"
-        why = f"they {obstacle(*tensors, dtypes=dtypes)}" if installed() else missing
-        warn_once(
-            f"{operator} runs in plain PyTorch on this GPU, by blocks of tokens, which is slow; Triton's "
-            f"kernels would be fast, but {why}"
-        )
+        _warn(operator, obstacle(*tensors, dtypes=dtypes) if installed() else None)
     return "chunks"
+
+
+def _warn(operator: str, why: str | None) -> None:
+    """Warn, once, that the plain path runs on a GPU: `why` the kernels cannot, or that Triton is missing."""
+    if why is None:  # the same line for all operators
+        warn_once(
+            "state space models run in plain PyTorch on this GPU, by blocks of tokens, which is slow; the "
+            "fast way is triton, which is not installed: pip install triton"
+        )
+    else:
+        warn_once(f"{operator} runs in plain PyTorch on this GPU, which is slow: Triton's kernels {why}")
 
 
 def _faster(operator: str, tokens: int) -> str:

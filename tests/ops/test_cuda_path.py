@@ -12,9 +12,11 @@ import warnings
 import pytest
 import torch
 from conftest import import_without_kernels
+from operator_inputs import conv_inputs, inputs, outputs
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import cuda
-from ssm_retrieval.ops import _cuda_kernels, _route, causal_conv1d, selective_scan
+from ssm_retrieval.ops import _cuda_kernels, _route, _triton, causal_conv1d, selective_scan
 from ssm_retrieval.ops import ssd as ssd_module
 from ssm_retrieval.ops.ssd import ssd, ssd_reference
 
@@ -172,19 +174,20 @@ def test_auto_takes_a_cuda_kernel_for_what_it_accepts(with_packages, dtype, leng
         scan = selective_scan._choose((u, *[None] * 8), None, False)
     assert scan == ("cuda" if want else "chunks")
     conv = causal_conv1d._choose(u, torch.ones(8, 4), None, None)
-    assert conv == ("cuda" if want else "reference")
-    assert causal_conv1d._choose(u, torch.ones(8, 5), None, None) == "reference"
+    assert conv == ("cuda" if want else "chunks")
     assert ssd_module._choose(OnGpu(2, length, 4, 2, dtype=dtype), None) == ("cuda" if want else "chunks")
 
 
 def test_auto_warns_once_where_no_kernel_fits_on_a_gpu(monkeypatch):
     _route.warn_once.cache_clear()
     monkeypatch.setattr(_cuda_kernels, "installed", lambda package: False)
+    monkeypatch.setattr(_triton, "installed", lambda: False)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for length, warned in ((1, 0), (7, 1), (8, 1)):  # one token is quick
             assert selective_scan._choose((OnGpu(1, length, 8), *[None] * 8), None, False) == "chunks"
-            assert len(caught) == warned
+            assert causal_conv1d._choose(OnGpu(1, length, 8), torch.ones(8, 4), None, None) == "chunks"
+            assert len(caught) == warned  # one line for all operators
     line = str(caught[0].message)
     assert "plain PyTorch on this GPU" in line and "pip install" in line and "\n" not in line
 
@@ -213,3 +216,82 @@ def test_one_token_reaches_causal_conv1d_with_strides_in_multiples_of_8():
     ((batch, channel, token),) = seen
     assert (batch % 8, channel, token % 8) == (0, 1, 0)
     torch.testing.assert_close(y, causal_conv1d.causal_conv1d(sliced, weight, bias))
+
+
+# --- a GPU simulated: CPU tensors count as tensors on one, and Triton's interpreter is its compiler ----------
+
+
+@pytest.fixture
+def simulated(monkeypatch):
+    """Without mamba-ssm and causal-conv1d; no equation may run token by token."""
+
+    def never(*_):
+        raise AssertionError("a loop over time")
+
+    monkeypatch.setattr(_triton, "on_gpu", lambda x: True)
+    monkeypatch.setattr(_cuda_kernels, "installed", lambda package: False)
+    monkeypatch.setitem(selective_scan._RUN, "reference", never)
+    _route.warn_once.cache_clear()
+    yield
+    _route.warn_once.cache_clear()
+
+
+class Calls(TorchDispatchMode):
+    """How many operators of torch were called meanwhile."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += 1
+        return func(*args, **(kwargs or {}))
+
+
+def calls(length):
+    """Those of a scan with everything that it can be asked for and of a convolution, and of their gradients."""
+    scan, conv = inputs(1, length, 2, 1), conv_inputs(1, length, 2, 4)
+    with Calls() as counted:
+        results = [*outputs(scan, "auto", [0, length - 1])]
+        results += causal_conv1d.causal_conv1d(**conv, activation="silu", return_last_state=True)
+        sum(r.sum() for r in results).backward()
+    return counted.number
+
+
+@pytest.mark.skipif(not _triton.installed(), reason="triton is not installed")
+def test_the_number_of_calls_on_a_gpu_does_not_depend_on_the_length(simulated):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert calls(9) == calls(17) == calls(33)
+
+
+def test_without_triton_a_gpu_goes_by_blocks_of_64_tokens(simulated, monkeypatch):
+    monkeypatch.setattr(_triton, "installed", lambda: False)
+    with pytest.warns(UserWarning, match="pip install triton"):
+        one, two, three = calls(128), calls(192), calls(256)
+    assert three - two == two - one  # for 64 tokens more, whose loop over time would be thousands
+    assert three - two < 8 * 64
+
+
+@pytest.mark.skipif(not _triton.installed(), reason="triton is not installed")
+def test_which_kernel_a_gpu_takes(simulated, monkeypatch):
+    """What mamba-ssm cannot do, or does more slowly where that was measured, is Triton's."""
+    u, state = torch.ones(2, 9, 8), torch.ones(2, 8, 4)
+    alone, continued = (u, *[None] * 8), (u, *[None] * 7, state)
+    weight = torch.ones(8, 4)
+    assert selective_scan._choose(alone, None, False) == "triton"
+    monkeypatch.setattr(_cuda_kernels, "installed", lambda package: True)
+    assert selective_scan._choose(alone, None, False) == "cuda"
+    assert causal_conv1d._choose(u, weight, None, None) == "cuda"
+    for given, positions, wants_grad in ((continued, None, False), (alone, [1], False), (alone, None, True)):
+        assert selective_scan._choose(given, positions, wants_grad) == "triton"
+    assert selective_scan._choose((u.double(), *[None] * 8), None, False) == "triton"
+    assert causal_conv1d._choose(u, weight, None, torch.ones(2, 3, 8)) == "triton"
+    assert causal_conv1d._choose(u, torch.ones(8, 5), None, None) == "triton"
+    assert causal_conv1d._choose(u, torch.ones(8, 9), None, None) == "reference"
+    monkeypatch.setitem(_triton.MEASURED, "selective_scan", ((0, "cuda"), (18, "triton")))
+    assert selective_scan._choose(alone, None, False) == "triton"
+    assert selective_scan._choose((u[:, 1:], *[None] * 8), None, False) == "cuda"
+    seen = []
+    torch.func.vmap(lambda x: seen.append(selective_scan._choose((x, *[None] * 8), None, False)) or x)(
+        u[None]
+    )
+    assert seen == ["chunks"]

@@ -9,6 +9,7 @@ import torch
 from conftest import import_without_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operator_inputs import conv_inputs
 from torch.nn import functional as F
 
 from ssm_retrieval import models
@@ -18,12 +19,6 @@ from ssm_retrieval.ops.cross_entropy import linear_cross_entropy
 from ssm_retrieval.ops.linear import Linear, linear
 
 # --- causal_conv1d -----------------------------------------------------------------------------------
-
-
-def conv_inputs(b, L, E, K, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(0)
-    shapes = dict(x=(b, L, E), weight=(E, K), bias=(E,), initial_state=(b, K - 1, E))
-    return {k: torch.randn(s, generator=generator, dtype=dtype).requires_grad_() for k, s in shapes.items()}
 
 
 def by_definition(x, weight, bias, initial_state):

@@ -10,36 +10,11 @@ import torch
 from conftest import import_without_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operator_inputs import NAMES, Largest, gradients, inputs, outputs
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssm_retrieval.ops._threads import _with_pool
 from ssm_retrieval.ops.selective_scan import selective_scan
-
-NAMES = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
-
-
-def inputs(b, L, E, N, dtype=torch.float64, seed=0, absent=()):
-    """Arguments of a scan by name, with gradients, as a Mamba block has them: A negative."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = dict(u=(b, L, E), dt=(b, L, E), A=(E, N), B=(b, L, N), C=(b, L, N), D=(E,), z=(b, L, E))
-    shapes |= dict(dt_bias=(E,), initial_state=(b, E, N))
-    made = {name: torch.randn(shape, generator=generator, dtype=dtype) for name, shape in shapes.items()}
-    made["A"] = -torch.exp(made["A"])
-    return {name: t.requires_grad_() for name, t in made.items() if name not in absent}
-
-
-def outputs(arguments, backend, positions, softplus=True):
-    return selective_scan(
-        **arguments, dt_softplus=softplus, states_at=positions, return_last_state=True, backend=backend
-    )
-
-
-def gradients(arguments, results, seed=1):
-    """Gradients of a random linear function of every result."""
-    generator = torch.Generator().manual_seed(seed)
-    total = sum((r * torch.randn(r.shape, generator=generator, dtype=r.dtype)).sum() for r in results)
-    return torch.autograd.grad(total, list(arguments.values()), allow_unused=True, materialize_grads=True)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "chunks"])
@@ -220,18 +195,6 @@ def test_result_does_not_depend_on_threads(monkeypatch):
         assert all(torch.equal(x, y) for x, y in zip(alone, everything(), strict=True))
     finally:
         torch.set_num_threads(before)
-
-
-class Largest(TorchDispatchMode):
-    """The most numbers that one tensor made meanwhile has."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            self.numel = max(self.numel, x.numel() if isinstance(x, torch.Tensor) else 0)
-        return out
 
 
 def test_chunks_never_hold_the_states_of_a_whole_sequence():

@@ -17,12 +17,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operator_inputs import NAMES, Largest, inputs, outputs
 from torch.nn import functional as F
 
 from ssm_retrieval.errors import MissingPackage
-from ssm_retrieval.ops import _scan_triton, _triton
+from ssm_retrieval.ops import _triton
 from ssm_retrieval.ops.selective_scan import selective_scan
-from test_scan import NAMES, Largest, gradients, inputs, outputs
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
@@ -144,7 +144,9 @@ def test_decays_near_zero_leave_the_latest_write():
     y = selective_scan(**a, backend="triton")
     want = a["dt"] * a["u"] * (a["B"] * a["C"]).sum(-1, keepdim=True)
     torch.testing.assert_close(y, want)
-    got, exact = (torch.autograd.grad(r.square().sum(), [a[n] for n in ("u", "dt", "B", "C")]) for r in (y, want))
+    got, exact = (
+        torch.autograd.grad(r.square().sum(), [a[n] for n in ("u", "dt", "B", "C")]) for r in (y, want)
+    )
     torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-4)
 
 
@@ -163,7 +165,9 @@ def test_extreme_values():
     y = scan(u=broken)
     assert y[0, 3].isnan().any() and not y[0, :3].isnan().any()
     one = {k: v[:, :1] if v.dim() == 3 else v for k, v in a.items() if k not in ("D", "z", "dt_bias")}
-    one["dt"] = torch.tensor([[[-12.0, -30.0]]], device=DEVICE)  # softplus of -12 is 6e-6, log(1 + that) is not
+    one["dt"] = torch.tensor(
+        [[[-12.0, -30.0]]], device=DEVICE
+    )  # softplus of -12 is 6e-6, log(1 + that) is not
     y = selective_scan(**one, dt_softplus=True, backend="triton")
     want = F.softplus(one["dt"].double()) * one["u"] * (one["B"] * one["C"]).sum(-1)
     torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=0)
@@ -199,13 +203,10 @@ def test_compiled_whole():
 
 def test_no_state_for_every_position_is_made():
     """Forward and backward: nothing has as many numbers as (batch, length, d_inner, d_state)."""
-    a = on_device(inputs(1, 32, 4, 3, torch.float32))
+    a = on_device(inputs(1, 32, 4, 12, torch.float32))
     with Largest() as largest:
-        results = outputs(a, "triton", [3])
-        kept = sum(x.numel() for x in results[0].grad_fn.saved_tensors) if hasattr(results[0].grad_fn, "saved_tensors") else 0
-        gradients(a, [r.cpu() for r in results])
-    assert largest.numel <= 32 * 4 * 3 // 2
-    assert kept <= 4 * 32 * 4 + 32 * 8 * 3
+        sum(r.sum() for r in outputs(a, "triton", [3])).backward()
+    assert 32 * 4 <= largest.numel <= 32 * 4 * 12 // 2
 
 
 def test_the_backend_says_what_it_needs(monkeypatch):
@@ -219,11 +220,12 @@ def test_the_backend_says_what_it_needs(monkeypatch):
 
 
 def test_kernels_compile_for_gpus(tmp_path):
-    """For NVIDIA's of compute capability 8.0 and 9.0 and AMD's gfx942, which needs no GPU; nothing spills."""
+    """For NVIDIA's A100 and AMD's MI300, which needs no GPU: what the interpreter takes need not compile."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     script = HERE.parent / "support" / "triton_compile.py"
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
     assert {row[0] for row in rows} >= {"tile_ends", "tile_starts", "carry", "scan_forward", "scan_backward"}
-    assert _scan_triton.__name__
+    shuffles = {row[0]: row[3] for row in rows if row[1:3] == ["sm_80", "bfloat16"]}
+    assert shuffles["scan_forward"] == "0"  # a thread scans its own channel
