@@ -24,8 +24,7 @@ def conv_on_gpu(
 ) -> Tensor:
     """Bring the arguments of `causal_conv1d` into the kernels' layout (differentiably)."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    before = None if initial_state is None or weight.shape[1] == 1 else initial_state
-    arguments = (x, weight.to(wide).t(), bias, before)
+    arguments = (x, weight.to(wide).t(), bias, initial_state)
     run: Any = conv_forward if traced(*arguments) else _differentiable
     return run(*arguments, silu)
 

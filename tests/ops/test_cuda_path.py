@@ -218,7 +218,7 @@ def test_one_token_reaches_causal_conv1d_with_strides_in_multiples_of_8():
     torch.testing.assert_close(y, causal_conv1d.causal_conv1d(sliced, weight, bias))
 
 
-# --- a GPU simulated: CPU tensors count as tensors on one, and Triton's interpreter is its compiler ----------
+# --- a GPU simulated: CPU tensors count as tensors on one, and Triton's interpreter is its compiler ------
 
 
 @pytest.fixture
@@ -247,7 +247,7 @@ class Calls(TorchDispatchMode):
 
 
 def calls(length):
-    """Those of a scan with everything that it can be asked for and of a convolution, and of their gradients."""
+    """Those of a scan with all that it can be asked for and of a convolution, and of their gradients."""
     scan, conv = inputs(1, length, 2, 1), conv_inputs(1, length, 2, 4)
     with Calls() as counted:
         results = [*outputs(scan, "auto", [0, length - 1])]
@@ -291,7 +291,10 @@ def test_which_kernel_a_gpu_takes(simulated, monkeypatch):
     assert selective_scan._choose(alone, None, False) == "triton"
     assert selective_scan._choose((u[:, 1:], *[None] * 8), None, False) == "cuda"
     seen = []
-    torch.func.vmap(lambda x: seen.append(selective_scan._choose((x, *[None] * 8), None, False)) or x)(
-        u[None]
-    )
+
+    def look(x):
+        seen.append(selective_scan._choose((x, *[None] * 8), None, False))
+        return x
+
+    torch.func.vmap(look)(u[None])
     assert seen == ["chunks"]

@@ -1,7 +1,7 @@
 """The selective scan by Triton kernels in Triton's interpreter, against its equations in float64.
 
-The interpreter runs one program after the other, on NumPy arrays. It shows wrong numbers, masks, positions and
-carries. It cannot show races, misaligned or out-of-range accesses that happen to hit memory, registers that
+The interpreter runs one program after the other, on NumPy arrays. It shows wrong numbers, masks, positions
+and carries. It cannot show races, misaligned or out-of-range accesses that happen to hit memory, registers that
 spill, or the rounding of a GPU's exponentials; docs/gpu.md has a recipe for compute-sanitizer. With
 TRITON_INTERPRET=0 the same tests run on a GPU.
 """
@@ -167,10 +167,19 @@ def test_extreme_values():
     one = {k: v[:, :1] if v.dim() == 3 else v for k, v in a.items() if k not in ("D", "z", "dt_bias")}
     one["dt"] = torch.tensor(
         [[[-12.0, -30.0]]], device=DEVICE
-    )  # softplus of -12 is 6e-6, log(1 + that) is not
+    )  # 1 + e^-12 has lost digits
     y = selective_scan(**one, dt_softplus=True, backend="triton")
     want = F.softplus(one["dt"].double()) * one["u"] * (one["B"] * one["C"]).sum(-1)
     torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=0)
+
+
+def test_stretches_of_tokens_join_in_any_order():
+    """A GPU scans by pieces, the interpreter one token after the other, so that it does not show this."""
+    from ssm_retrieval.ops import _scan_triton_kernels as kernels
+
+    for join, size in ((kernels._after.fn, 2), (kernels._then.fn, 4)):
+        a, b, c = torch.randn(3, size, generator=torch.Generator().manual_seed(0)).tolist()
+        assert join(*join(*a, *b), *c) == pytest.approx(join(*a, *join(*b, *c)))
 
 
 def test_gradients_of_gradients():

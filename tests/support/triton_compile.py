@@ -20,22 +20,7 @@ from triton.compiler import ASTSource
 OPS = Path(__file__).parents[2] / "ssm_retrieval" / "ops"
 TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
 TYPES = {"bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
-ROWS = {
-    "u",
-    "dt",
-    "B",
-    "C",
-    "z",
-    "gy",
-    "y",
-    "du",
-    "ddt",
-    "dz",
-    "x",
-    "before",
-    "dx",
-    "dbefore",
-}  # as they come
+ROWS = "u dt B C z gy y du ddt dz x before dx dbefore".split()  # what has the type of the model's activations
 
 
 def kernels(name):
@@ -46,14 +31,13 @@ def kernels(name):
     return {key: each for key, each in vars(module).items() if hasattr(each, "arg_names") and key[0] != "_"}
 
 
-def compiled(kernel, target, dtype, **chosen):
-    """The kernel for one target, with every option on."""
+def compiled(kernel, target, dtype):
+    """The kernel for one target, with every option on and tiles as on that GPU."""
     wide = dtype if dtype == "float64" else "float32"
     names = kernel.arg_names
-    constants = dict(N=16, K=4, BT=16, BE=64 if target == "gfx942" else 32, WIDE=getattr(tl, wide), **chosen)
-    constants |= {
-        name: True for name in names if name.startswith("HAS_") or name in ("SOFTPLUS", "SILU", "REVERSE")
-    }
+    constants = dict(N=16, K=4, BT=16, BE=64 if target == "gfx942" else 32, WIDE=getattr(tl, wide))
+    flags = (name for name in names if name.startswith("HAS_") or name in ("SOFTPLUS", "SILU", "REVERSE"))
+    constants |= dict.fromkeys(flags, True)
 
     def kind(name):
         if name in constants:
@@ -66,7 +50,8 @@ def compiled(kernel, target, dtype, **chosen):
 
     signature = {name: kind(name) for name in names}
     values = {(names.index(name),): value for name, value in constants.items() if name in names}
-    source = ASTSource(kernel, signature, values)
+    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in names if signature[n].startswith("*")}
+    source = ASTSource(kernel, signature, values, aligned)
     return compile_kernel(source, target=TARGETS[target], options={"num_warps": 1})
 
 
@@ -75,4 +60,4 @@ if __name__ == "__main__":
     for target, dtype in itertools.product(TARGETS, ("bfloat16", "float64")):
         for name, kernel in found.items():
             made = compiled(kernel, target, dtype).asm
-            print(name, target, dtype, made["ptx"].count("shfl.sync") if "ptx" in made else "-")
+            print(name, target, dtype, made["ptx"].count("shfl.sync") if "ptx" in made else "-", flush=True)
