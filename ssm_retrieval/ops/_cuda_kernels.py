@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 
 from ssm_retrieval.errors import MissingPackage
+from ssm_retrieval.ops._route import constant_for_compilers
 
 OLDEST = {"mamba_ssm": "mamba-ssm>=2.2", "causal_conv1d": "causal-conv1d>=1.4"}
 INSTALL = "pip install --no-build-isolation"
 GPU_CHUNK = 256  # of the kernel for Mamba-2, its authors' choice on GPUs; the result does not depend on it
 
 
+@constant_for_compilers
 def installed(package: str) -> bool:
     """Whether the package is there, without importing it."""
     return importlib.util.find_spec(package) is not None

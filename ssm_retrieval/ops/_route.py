@@ -102,7 +102,7 @@ def obstacle(*tensors: Tensor | None) -> str | None:
     return "needs numba's compiler, which NUMBA_DISABLE_JIT turns off" if _numba_is_off() else None
 
 
-def constant_for_compilers(function: Callable[[], bool]) -> Callable[[], bool]:
+def constant_for_compilers(function: Callable[..., bool]) -> Callable[..., bool]:
     """torch.compile calls `function` instead of tracing it, and takes what it returns as a constant.
 
     `torch._dynamo.assume_constant_result` sets this attribute too, but takes a second to import.

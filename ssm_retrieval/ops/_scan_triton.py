@@ -92,7 +92,8 @@ def _forward(
         strides = _strides(u, dt, B, C, u if z is None else z)
         has = dict(HAS_D=D is not None, HAS_Z=z is not None, HAS_STATES=P > 0)
         kernels.scan_forward[grid](*given, y, states, last, L, E, P, *strides, **has, **flags)
-    return y, last, states, A.new_empty(0) if h0 is None or not keep else h0.clone()
+    first = A.new_empty(0) if h0 is None or not keep else h0.clone(memory_format=torch.contiguous_format)
+    return y, last, states, first
 
 
 def _starts(

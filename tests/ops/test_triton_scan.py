@@ -194,11 +194,12 @@ def test_gradients_of_gradients():
     torch.testing.assert_close(home(got), list(want), rtol=1e-9, atol=1e-9)
 
 
-def test_compiled_whole():
-    """One operator each way in the graphs of torch.compile."""
+def test_compiled_whole(monkeypatch):
+    """One operator each way in the graphs of torch.compile, the choice of `auto` on a GPU included."""
+    monkeypatch.setattr(_triton, "on_gpu", lambda x: True)
 
     def scan(a):
-        y, last, states = outputs(a, "triton", [2, 0])
+        y, last, states = outputs(a, "auto", [2, 0])
         return y.sum() + last.sum() + states.sum()
 
     torch._dynamo.reset()
