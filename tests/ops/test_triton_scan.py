@@ -20,8 +20,10 @@ from hypothesis import strategies as st
 from operator_inputs import NAMES, Largest, inputs, outputs
 from torch.nn import functional as F
 
+from ssm_retrieval import ops
 from ssm_retrieval.errors import MissingPackage
 from ssm_retrieval.ops import _triton
+from ssm_retrieval.ops.causal_conv1d import causal_conv1d
 from ssm_retrieval.ops.selective_scan import selective_scan
 
 pytest.importorskip("triton")
@@ -165,9 +167,7 @@ def test_extreme_values():
     y = scan(u=broken)
     assert y[0, 3].isnan().any() and not y[0, :3].isnan().any()
     one = {k: v[:, :1] if v.dim() == 3 else v for k, v in a.items() if k not in ("D", "z", "dt_bias")}
-    one["dt"] = torch.tensor(
-        [[[-12.0, -30.0]]], device=DEVICE
-    )  # 1 + e^-12 has lost digits
+    one["dt"] = torch.tensor([[[-12.0, -30.0]]], device=DEVICE)  # 1 + e^-12 has lost digits
     y = selective_scan(**one, dt_softplus=True, backend="triton")
     want = F.softplus(one["dt"].double()) * one["u"] * (one["B"] * one["C"]).sum(-1)
     torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=0)
@@ -224,6 +224,8 @@ def test_the_backend_says_what_it_needs(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match=r"^backend='triton' got tensors on cpu; use backend='auto'$"):
         selective_scan(**a, backend="triton")
+    with ops.backend("triton"), pytest.raises(ValueError, match="got tensors on cpu"):
+        causal_conv1d(a["u"], torch.ones(4, 2))
     monkeypatch.setattr(_triton, "installed", lambda: False)
     with pytest.raises(MissingPackage, match=r"^backend='triton' needs triton, .*: pip install triton "):
         selective_scan(**a, backend="triton")
