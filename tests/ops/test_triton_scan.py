@@ -1,8 +1,8 @@
 """The selective scan by Triton kernels in Triton's interpreter, against its equations in float64.
 
 The interpreter runs one program after the other, on NumPy arrays. It shows wrong numbers, masks, positions
-and carries. It cannot show races, misaligned or out-of-range accesses that happen to hit memory, registers that
-spill, or the rounding of a GPU's exponentials; docs/gpu.md has a recipe for compute-sanitizer. With
+and carries. It cannot show races, misaligned or out-of-range accesses that happen to hit memory, registers
+that spill, or the rounding of a GPU's exponentials; docs/gpu.md has a recipe for compute-sanitizer. With
 TRITON_INTERPRET=0 the same tests run on a GPU.
 """
 

@@ -20,7 +20,8 @@ from triton.compiler import ASTSource
 OPS = Path(__file__).parents[2] / "ssm_retrieval" / "ops"
 TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
 TYPES = {"bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
-ROWS = "u dt B C z gy y du ddt dz x before dx dbefore".split()  # what has the type of the model's activations
+# what has the type of the model's activations
+ROWS = ["u", "dt", "B", "C", "z", "gy", "y", "du", "ddt", "dz", "x", "before", "dx", "dbefore"]
 
 
 def kernels(name):
