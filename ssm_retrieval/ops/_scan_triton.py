@@ -158,8 +158,10 @@ def _backward(
     with _triton.launching(u):
         starts = _starts(u, dt, rate, B, bias, h0 if h0.numel() else None, flags)
         if tiles > 1:
-            given = (gy, dt, rate, C, some_z, _some(bias, u), some_states, slots, ends, sums, L, E, P)
-            kernels.tile_starts[grid](*given, *_strides(gy, dt, C, some_z), **has, **flags)
+            read = (gy, dt, rate, C, some_z, _some(bias, u), some_states, slots)
+            kernels.tile_starts[grid](
+                *read, ends, sums, L, E, P, *_strides(gy, dt, C, some_z), **has, **flags
+            )
             _carry(rate, glast, ends, sums, True)
         else:
             _only(ends, glast)
