@@ -144,7 +144,8 @@ def _backward(
 
     b, L, E, N, P, tiles = _sizes(u, A, positions)
     u, dt, B, C = (_triton.unit_stride(x) for x in (u, dt, B, C))
-    z, D, bias, gstates = _unit_stride(z), _packed(D), _packed(bias), _packed(gstates)
+    gstates = _packed(gstates) if P > 0 else None  # of no positions there is a gradient, too, an empty one
+    z, D, bias = _unit_stride(z), _packed(D), _packed(bias)
     gy = u.new_zeros(1, 1, E).expand(b, L, E) if gy is None else _triton.unit_stride(gy)
     du, ddt, dz = (x.new_empty(b, L, E) for x in (u, dt, u if z is None else z))
     blocks = -(-E // _tile()[1])

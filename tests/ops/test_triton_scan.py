@@ -62,6 +62,10 @@ def test_equals_the_loop(b, L, E, N):
     compare(inputs(b, L, E, N), [L - 1, 0, L // 2, 0])
 
 
+def test_states_at_no_positions():
+    compare(inputs(1, 2, 2, 1), [])
+
+
 @settings(deadline=None, max_examples=6)
 @given(
     L=st.integers(1, 18),
