@@ -16,6 +16,7 @@ import pytest
 
 # Idle threads of torch sleep: two test processes share the cores. Before torch is loaded, hence the order.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, by whichever test comes first
 
 from hook_models import FAMILIES, build
 from tiny_runs import tiny_runs

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 from ssm_retrieval.ops._checks import check_name
 
-BACKENDS = ("auto", "reference", "chunks", "cpu", "cuda")
+BACKENDS = ("auto", "reference", "chunks", "cpu", "cuda", "triton")
 
 
 class _Switch(threading.local):  # not a ContextVar, which torch.compile can neither read nor guard
@@ -34,8 +34,8 @@ def backend(name: str) -> Iterator[None]:
     Args:
         name: "auto" is the fastest that can take the input, and the default; "reference" the equations as
             written, token by token, in plain PyTorch; "chunks" plain PyTorch, recurrences by blocks of
-            tokens; "cpu" our kernels; "cuda" those of mamba-ssm and causal-conv1d. An operator without such
-            a kernel runs its PyTorch form.
+            tokens; "cpu" our kernels; "triton" ours for GPUs; "cuda" those of mamba-ssm and causal-conv1d. An
+            operator without such a kernel runs its PyTorch form.
 
     Raises:
         ValueError: For another name; later, by the operator, for an input that the backend cannot take.
@@ -66,10 +66,11 @@ def transformed() -> bool:
 
 def traced(*tensors: Tensor | None) -> bool:
     """Whether the operator is being recorded, by torch.compile or torch.export, or run on fake tensors."""
-    return torch.compiler.is_compiling() or any(_is_fake(x) for x in tensors)
+    return torch.compiler.is_compiling() or any(is_fake(x) for x in tensors)
 
 
-def _is_fake(x: Tensor | None) -> bool:
+def is_fake(x: Tensor | None) -> bool:
+    """Whether x is one of the tensors without numbers that stand for real ones while a graph is recorded."""
     if x is None or type(x) in (Tensor, Parameter):
         return False
     return type(x) in _fake_types()
@@ -94,7 +95,7 @@ def obstacle(*tensors: Tensor | None) -> str | None:
             continue
         if x.device.type != "cpu":
             return f"got tensors on {x.device}"
-        if type(x) not in (Tensor, Parameter) and not _is_fake(x):  # subclasses hold other numbers than ours
+        if type(x) not in (Tensor, Parameter) and not is_fake(x):  # subclasses hold other numbers than ours
             return f"got a {type(x).__name__}"
     if transformed():
         return "cannot be mapped or differentiated by torch.func"
