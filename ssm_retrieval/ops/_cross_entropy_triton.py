@@ -19,7 +19,7 @@ WIDTH = 2048  # logits that a program has in registers at a time, 16 for each th
 
 @triton.jit(do_not_specialize=["V"])
 def softmax_rows(
-    logits, labels, losses, predictions, scale, V, IGNORE: tl.constexpr, KEEP: tl.constexpr, WIDTH: tl.constexpr
+    logits, labels, losses, top_ids, scale, V, IGNORE: tl.constexpr, KEEP: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
     """`softmax_rows` of `_softmax_kernels.py`. With KEEP the logits become their gradient times *scale."""
     row = tl.program_id(0).to(tl.int64)
@@ -45,7 +45,7 @@ def softmax_rows(
     real = label != IGNORE
     loss = tl.where((label >= 0) & (label < V), norm - tl.sum(chosen, 0), float("nan"))
     tl.store(losses + row, tl.where(real, loss, 0.0))
-    tl.store(predictions + row, first.to(tl.int64))
+    tl.store(top_ids + row, first.to(tl.int64))
     if KEEP:
         factor = tl.where(real, tl.load(scale), 0.0)
         for start in range(0, V, WIDTH):
@@ -60,12 +60,14 @@ def triton_rows(
 ) -> tuple[Tensor, Tensor]:
     """Loss and arg-max of each row of contiguous logits, which become scale * (softmax - onehot) if `keep`.
 
-    logits: (M, V), float32, bfloat16 or float16; computed in float32. A label outside of the vocabulary, which
-    only a kernel sees without waiting for the GPU, makes the loss NaN.
+    logits: (M, V), float32, bfloat16 or float16; computed in float32. A label outside of the vocabulary makes
+    the loss NaN: to look for it first would wait for the GPU.
     """
     M, V = logits.shape
     if not logits.is_contiguous():
-        raise ValueError(f"the kernel wants contiguous logits, not {logits.stride()} for {tuple(logits.shape)}")
+        raise ValueError(
+            f"the kernel wants contiguous logits; got {logits.stride()} of {tuple(logits.shape)}"
+        )
     losses, predictions = logits.new_empty(M, dtype=torch.float32), torch.empty_like(labels)
     width = min(WIDTH, triton.next_power_of_2(V))
     with _triton.launching(logits):

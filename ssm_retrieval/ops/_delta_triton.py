@@ -1,7 +1,7 @@
 """The delta rule, linear attention and state space duality by our Triton kernels, forward and backward.
 
-The kernels (`_delta_triton_kernels.py`, `_delta_triton_backward.py`) know one recurrence, that of `delta_rule`,
-whose keys and queries several heads may share; `ssd` is the case without erasure. Two things are done here:
+The kernels (`_delta_triton_kernels.py`, `_delta_triton_backward.py`) know the recurrence of `delta_rule` with
+keys and queries that several heads may share; `ssd` is the case without erasure. Two things are done here:
 
 * States at chosen positions. Chunks need not be equally long, so one is made to end at every position: its
   state is there anyway, and so is the gradient that comes back to it.
@@ -10,7 +10,8 @@ whose keys and queries several heads may share; `ssd` is the case without erasur
 
 Sizes are fixed instead of found by triton.autotune, which would compile and time dozens of variants in the
 first step of every run, let the choice and with it the rounding depend on what else the GPU does, and cannot
-work in the interpreter. They keep what a program holds within the registers and shared memory of an sm_80.
+work in the interpreter. They keep shared memory, as the compiler reports it, within the 64 KiB that AMD's
+GPUs and the smaller ones of NVIDIA have.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def delta_on_triton(
         *(_triton.unit_stride(x) for x in (q, k, v)),
         v.new_ones(()).expand(shape) if beta is None else beta,
         _triton.unit_stride(log) if log.dim() == 4 else log,
-        h if h is None else h.contiguous(),
+        h if h is None else _triton.packed(h),
     )
     wanted = None if positions is None else sorted(set(positions))
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments)
@@ -100,21 +101,23 @@ class _Call:
         q, k, v, beta, log, h0 = arguments
         (B, L, H, P), (G, N) = v.shape, k.shape[2:]
         channel = log.dim() == 4
-        Q = SMALL_CHUNK if channel else CHUNK
-        if erase and N > 128:  # a chunk's keys are in shared memory as whole rows
-            Q = min(Q, 32)
+        rounding = precision(q, k, v)
+        # what products have in shared memory must fit 64 KiB: with erasure whole rows of a chunk's keys
+        large = (erase and N > 128) + (rounding["DOT"].primitive_bitwidth == 32)
+        Q = SMALL_CHUNK if channel else max(SMALL_CHUNK, CHUNK >> large)
         self.chunks = Chunks.cut(L, Q, positions or (), v.device)
         # where every channel has its own decay, pairs of tokens times channels are in registers
         self.columns = SMALL_CHUNK if channel else min(64, power_of_2(N))
         self.values = min(64, power_of_2(P))
         # of a state that one program takes from chunk to chunk: with erasure a write depends on whole rows
-        self.state = min(ROWS, power_of_2(P)), power_of_2(N) if erase else self.columns
+        whole = power_of_2(N) if erase else self.columns
+        self.state = min(ROWS if whole <= 128 else ROWS // 2, power_of_2(P)), whole
         self.shared = max(i for i in range(1, SHARED + 1) if (H // G) % i == 0)
         self.known: dict[str, Any] = dict(
             starts=self.chunks.starts, h0=h0, y_strides=(L * H * P, H * P, P),
             B=B, L=L, H=H, P=P, N=N, chunks=self.chunks.number,
             REP=H // G, Q=Q, CHANNEL=channel, ERASE=erase, SPLIT=self.chunks.starts is not None,
-            STARTED=h0 is not None, **precision(q, k, v),
+            STARTED=h0 is not None, **rounding,
         )  # fmt: skip
         self.give(q=q, k=k, v=v, beta=beta, log=log)
 
@@ -137,7 +140,7 @@ class _Call:
             kernel[grid](**{name: known[name] for name in kernel.arg_names}, num_warps=warps)
 
     def states(self) -> Tensor:
-        """The states before every chunk and after the last, (batch, chunks + 1, heads, P, N); makes r known."""
+        """The states before every chunk and after the last, (batch, chunks + 1, heads, P, N); also r."""
         from ssm_retrieval.ops import _delta_triton_kernels as kernels
 
         B, L, H, P, N, chunks = (self.known[name] for name in ("B", "L", "H", "P", "N", "chunks"))
@@ -191,7 +194,7 @@ def _forward(
     positions: list[int] | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, the last state, states at sorted positions and, if `keep`, the first state as a tensor of its own."""
+    """y, the last state, states at sorted positions and, if `keep`, a copy of the first state."""
     from ssm_retrieval.ops import _delta_triton_kernels as kernels
 
     call = _Call((q, k, v, beta, log_decay, h0), erase, positions)
@@ -243,12 +246,13 @@ def _backward(
     call.run(kernels.state_gradients, (B * H, -(-P // PB), -(-N // NB)), PB=PB, NB=NB)
     if not erase:
         call.per_chunk(kernels.write_gradients)
-    heads, blocks = H // call.shared, -(-N // call.columns)
+    columns = min(32, call.columns)  # of which it has more matrices at a time than the others
+    heads, blocks = H // call.shared, -(-N // columns)
     dq, dk = call.new(B, L, heads, N), call.new(B, L, heads, N)
     dlog = call.new(B, L, H, N) if log_decay.dim() == 4 else call.new(blocks, B, L, H)
     call.known |= dict(dq=dq, dk=dk, dlog=dlog, SHARED=call.shared)
     grid = (B * heads * chunks, blocks)
-    call.run(kernels.key_gradients, grid, PB=min(32, call.values), NB=call.columns)
+    call.run(kernels.key_gradients, grid, PB=min(32, call.values), NB=columns)
     dq, dk = (x.view(B, L, G, heads // G, N).sum(3) if heads > G else x for x in (dq, dk))
     dlog = dlog if log_decay.dim() == 4 else dlog.sum(0)
     dbeta = (lam * call.known["r"]).sum(-1)
@@ -269,10 +273,10 @@ def _given_gradients(
             slots[chunk] = i
     stored = None if slots is None else gstates
     return dict(
-        dy=v.new_zeros(v.shape) if gy is None else gy.contiguous(),
-        dlast=None if glast is None else glast.contiguous(),
+        dy=v.new_zeros(v.shape) if gy is None else _triton.packed(gy),
+        dlast=None if glast is None else _triton.packed(glast),
         LAST=glast is not None,
-        dstates=None if stored is None else stored.contiguous(),
+        dstates=None if stored is None else _triton.packed(stored),
         slots=None if slots is None else torch.tensor(slots, dtype=torch.int32, device=v.device),
         STORED=slots is not None,
         stored=len(chunks.ends),

@@ -7,15 +7,15 @@ With dy, and D the gradient of the state that a chunk leaves, the gradient of it
     lam = du - K^T (beta du)              with it: that of V - (k exp(G)) S^T - M u
 
 so that dv = beta lam and dbeta = lam . r, and the gradient of the state that the chunk began with is
-D exp(total) + dy^T (q exp(G)) - (beta lam)^T (k exp(G)), the last term with erasure only. All that q, k and the
-decays enter are A, M and the products with S and D, whose gradients are
+D exp(total) + dy^T (q exp(G)) - (beta lam)^T (k exp(G)), the last term with erasure only. All that q, k and
+the decays enter are A, M and the products with S and D, whose gradients are
 
     dA = dy u^T     dM = -(beta lam) u^T     d(q exp(G)) = dy S     d(k exp(G)) = -(beta lam) S
     d(k exp(total - G)) = u D                d exp(total) = sum_p S D
 
-As q and k come with exp(G) wherever they come with a later token's and exp(-G) where with an earlier one's,
-dG_t = q_t dq_t + k_t (dk_t as the later) - k_t (dk_t as the earlier), and a token's log decay is in all G from
-there on.
+q_t and k_t come with exp(G_t) wherever token t is the later of a pair, and with exp(-G_t) where it is the
+earlier: dG_t = q_t dq_t + k_t (dk_t as the later) - k_t (dk_t as the earlier). A token's log decay is in all
+G from there on.
 """
 
 from __future__ import annotations
@@ -109,10 +109,10 @@ def state_gradients(
 
 @triton.jit(do_not_specialize=["L", "chunks"])
 def key_gradients(
-    q, q_strides, k, k_strides, r, r_strides, beta, beta_strides, log, log_strides, starts, dy, y_strides, lam, S,
-    D, dq, dk, dlog, B, L, H, P, N, chunks, REP: tl.constexpr, SHARED: tl.constexpr, ERASE: tl.constexpr,
-    Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, CHANNEL: tl.constexpr, SPLIT: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    q, q_strides, k, k_strides, r, r_strides, beta, beta_strides, log, log_strides, starts, dy, y_strides,
+    lam, S, D, dq, dk, dlog, B, L, H, P, N, chunks, REP: tl.constexpr, SHARED: tl.constexpr,
+    ERASE: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, CHANNEL: tl.constexpr,
+    SPLIT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of q, k and the log decays, for a block of N.
 

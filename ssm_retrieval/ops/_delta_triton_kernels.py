@@ -8,13 +8,13 @@ decays up to t and total the sum of all. With write u_t = beta_t r_t and
     R = V                                                    without erasure
     R = X - K (beta X), X = V - (k exp(G)) S^T, K = M (I + beta M)^-1       with it
 
-a chunk gives y = A u + (q exp(G)) S^T and leaves S exp(total) + u^T (k exp(total - G)). No exponent is above 0.
+a chunk gives y = A u + (q exp(G)) S^T and leaves S exp(total) + u^T (k exp(total - G)). No exponent passes 0.
 
 K serves both passes, because (I + beta M)^-1 = I - beta K and (I + M beta)^-1 = I - K beta: no division by a
 beta that may be 0.
 
-Kernels take one head of one sequence and one chunk each, all at once; only the state goes from chunk to chunk
-in a loop, with a block of P for each program. Values of chunks: states are (batch, chunks + 1, heads, P, N), K
+Programs take one head of one sequence and one chunk each, all at once; only the state goes from chunk to
+chunk in a loop, a block of P by each program. Layouts: states are (batch, chunks + 1, heads, P, N) and K
 is (batch, heads, chunks, Q, Q), both float32; R is (batch, length, heads, P). q and k may have fewer heads,
 each for REP heads of v. Loads and stores are masked, so that any size works; blocks are powers of 2, at
 least 16 where they enter a product.
@@ -148,8 +148,8 @@ def overlaps(
 ):  # fmt: skip
     """K = M (I + beta M)^-1 of every chunk.
 
-    The inverse of a triangular matrix whose blocks of `width` on the diagonal are inverted, D, has in the blocks
-    of twice the width D - D X D, where X is what lies below the former within the latter. So it grows from 1
+    Let D be the inverses of a triangular matrix's blocks of `width` on the diagonal. The blocks of twice the
+    width have the inverses D - D X D, where X is what these blocks hold beside the former. So it grows from 1
     to Q in log Q steps, as stable as substitution row by row: no power of M is formed.
     """
     pid = tl.program_id(0)
@@ -174,9 +174,10 @@ def overlaps(
 
 @triton.jit(do_not_specialize=["L", "chunks"])
 def states(
-    k, k_strides, v, v_strides, beta, beta_strides, log, log_strides, starts, K, h0, S, R, y_strides, L, H, P, N,
-    chunks, REP: tl.constexpr, ERASE: tl.constexpr, STARTED: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr,
-    NB: tl.constexpr, CHANNEL: tl.constexpr, SPLIT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    k, k_strides, v, v_strides, beta, beta_strides, log, log_strides, starts, K, h0, S, R, y_strides, L, H,
+    P, N, chunks, REP: tl.constexpr, ERASE: tl.constexpr, STARTED: tl.constexpr, Q: tl.constexpr,
+    PB: tl.constexpr, NB: tl.constexpr, CHANNEL: tl.constexpr, SPLIT: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The state before every chunk and after the last; with ERASE (then NB holds all of N) also R."""
     pid = tl.program_id(0).to(tl.int64)
@@ -206,9 +207,9 @@ def states(
 
 @triton.jit(do_not_specialize=["L", "chunks"])
 def outputs(
-    q, q_strides, k, k_strides, r, r_strides, beta, beta_strides, log, log_strides, starts, S, y, y_strides, L, H,
-    P, N, chunks, REP: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, CHANNEL: tl.constexpr,
-    SPLIT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    q, q_strides, k, k_strides, r, r_strides, beta, beta_strides, log, log_strides, starts, S, y, y_strides,
+    L, H, P, N, chunks, REP: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr,
+    CHANNEL: tl.constexpr, SPLIT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y of every chunk, from the state before it."""
     b, h, c = place(tl.program_id(0), chunks, H)

@@ -117,13 +117,19 @@ def choose(
     if ours:
         return "triton"
     if first.shape[1] > 1 and not transformed():
-        missing = "triton is not installed: pip install triton"
-        why = f"they {obstacle(*tensors, dtypes=dtypes)}" if installed() else missing
-        warn_once(
-            f"{operator} runs in plain PyTorch on this GPU, by blocks of tokens, which is slow; Triton's "
-            f"kernels would be fast, but {why}"
-        )
+        _warn(operator, obstacle(*tensors, dtypes=dtypes) if installed() else None)
     return "chunks"
+
+
+def _warn(operator: str, why: str | None) -> None:
+    """Warn, once, that the plain path runs on a GPU: `why` the kernels cannot, or that Triton is missing."""
+    if why is None:  # the same line for all operators
+        warn_once(
+            "state space models run in plain PyTorch on this GPU, by blocks of tokens, which is slow; the "
+            "fast way is triton, which is not installed: pip install triton"
+        )
+    else:
+        warn_once(f"{operator} runs in plain PyTorch on this GPU, which is slow: Triton's kernels {why}")
 
 
 def _faster(operator: str, tokens: int) -> str:
@@ -137,5 +143,11 @@ def launching(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """x, copied unless its last axis is contiguous, as kernels want it; its other strides they are given."""
-    return x if x.shape[-1] == 0 or x.stride(-1) == 1 else x.contiguous()
+    """x, copied unless neighbours on its last axis are so in memory; its other strides kernels are given."""
+    x = x.resolve_neg()
+    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
+def packed(x: Tensor) -> Tensor:
+    """x as a kernel reads it that is given no strides."""
+    return x.resolve_neg().contiguous()

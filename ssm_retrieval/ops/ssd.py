@@ -118,7 +118,7 @@ def ssd(
     check_flags(return_last_state=return_last_state)
     positions = None if states_at is None else check_positions(states_at, x.shape[1])
     if backend == "auto":
-        backend = _choose((x, dt, A, B, C, initial_state), positions)
+        backend = _choose(x, positions, dt, A, B, C, initial_state)
     elif backend == "cpu" and x.device.type != "cpu":
         raise ValueError(f"backend='cpu' got tensors on {x.device}; use backend='chunks'")
     if backend == "cuda":
@@ -221,11 +221,11 @@ def _check(
     )
 
 
-def _choose(given: tuple[Any, ...], positions: list[int] | None) -> str:
-    if not _triton.on_gpu(given[0]):
+def _choose(x: Tensor, positions: list[int] | None, *others: Tensor | None) -> str:
+    if not _triton.on_gpu(x):
         return "chunks"
-    able = positions is None and _cuda_kernels.takes(given[0])
-    return _triton.choose("ssd", "mamba_ssm", able, *given)
+    able = positions is None and _cuda_kernels.takes(x)
+    return _triton.choose("ssd", "mamba_ssm", able, x, *others)
 
 
 def _by_triton(

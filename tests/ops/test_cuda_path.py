@@ -174,7 +174,7 @@ def test_auto_takes_a_cuda_kernel_for_what_it_accepts(with_packages, dtype, leng
     conv = causal_conv1d._choose(u, torch.ones(8, 4), None, None)
     assert conv == ("cuda" if want else "reference")
     assert causal_conv1d._choose(u, torch.ones(8, 5), None, None) == "reference"
-    assert ssd_module._choose((OnGpu(2, length, 4, 2, dtype=dtype),), None) == ("cuda" if want else "chunks")
+    assert ssd_module._choose(OnGpu(2, length, 4, 2, dtype=dtype), None) == ("cuda" if want else "chunks")
 
 
 def test_auto_warns_once_where_no_kernel_fits_on_a_gpu(monkeypatch):

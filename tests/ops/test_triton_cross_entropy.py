@@ -110,7 +110,7 @@ def test_logits_stay_where_no_gradient_is_wanted_and_wrong_labels_show():
     before = logits.clone()
     losses, _ = triton_rows(logits, torch.tensor([20, -1, IGNORE]), torch.tensor(1.0), IGNORE, False)
     assert logits.equal(before) and losses.isnan().tolist() == [True, True, False] and losses[2] == 0
-    with pytest.raises(ValueError, match=r"wants contiguous logits, not \(1, 3\) for \(3, 20\)"):
+    with pytest.raises(ValueError, match=r"wants contiguous logits; got \(1, 3\) of \(3, 20\)"):
         triton_rows(logits.t().contiguous().t(), torch.zeros(3).long(), torch.tensor(1.0), IGNORE, False)
 
 

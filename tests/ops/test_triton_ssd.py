@@ -87,7 +87,7 @@ def test_blocks_of_heads_values_and_columns():
 
 def test_chunks_of_their_real_size(monkeypatch):
     monkeypatch.undo()
-    compare(arguments(1, 130, 1, 2, 3, 5), states_at=[100])
+    compare(arguments(1, 70, 1, 2, 3, 5), states_at=[50])
 
 
 def test_no_token_and_one_token():
