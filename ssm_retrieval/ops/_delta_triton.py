@@ -135,9 +135,11 @@ class _Call:
     def run(self, kernel: Any, grid: tuple[int, ...], **blocks: Any) -> None:
         """Run a kernel with what it names of all that is known."""
         known = self.known | blocks
-        warps = 8 if known["Q"] * known["NB"] > 2048 else 4
+        options = dict(num_warps=8 if known["Q"] * known["NB"] > 2048 else 4)
+        if known["DOT"].primitive_bitwidth == 32:
+            options["num_stages"] = 1  # no room to load for the next round of a loop ahead
         with _triton.launching(known["v"]):
-            kernel[grid](**{name: known[name] for name in kernel.arg_names}, num_warps=warps)
+            kernel[grid](**{name: known[name] for name in kernel.arg_names}, **options)
 
     def states(self) -> Tensor:
         """The states before every chunk and after the last, (batch, chunks + 1, heads, P, N); also r."""
