@@ -136,7 +136,7 @@ class _Call:
         """Run a kernel with what it names of all that is known."""
         known = self.known | blocks
         options = dict(num_warps=8 if known["Q"] * known["NB"] > 2048 else 4)
-        if known["DOT"].primitive_bitwidth == 32:
+        if known["DOT"].primitive_bitwidth == 32 or known["NB"] > 128:
             options["num_stages"] = 1  # no room to load for the next round of a loop ahead
         with _triton.launching(known["v"]):
             kernel[grid](**{name: known[name] for name in kernel.arg_names}, **options)

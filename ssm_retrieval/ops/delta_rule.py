@@ -30,7 +30,14 @@ from ssm_retrieval.ops._checks import check_flags, check_positions, check_shapes
 from ssm_retrieval.ops._delta_chunks import DeltaArguments, delta_by_chunks
 from ssm_retrieval.ops._delta_cpu import delta_on_cpu
 from ssm_retrieval.ops._delta_triton import WIDEST, delta_on_triton
-from ssm_retrieval.ops._route import asked, obstacle, refuse_tracing, require_cpu, without_autocast
+from ssm_retrieval.ops._route import (
+    asked,
+    obstacle,
+    refuse_tracing,
+    require_cpu,
+    warn_once,
+    without_autocast,
+)
 
 
 def delta_rule(
@@ -94,7 +101,11 @@ def delta_rule(
 def _choose(backend: str, given: DeltaArguments) -> str:
     """The form that a backend means for these arguments, a name of _RUN."""
     wide = given.erase and given.k.shape[-1] > WIDEST
-    if backend == "auto" and _triton.on_gpu(given.v) and not wide:
+    if backend == "auto" and _triton.on_gpu(given.v) and wide:
+        why = f"Triton's kernels erase in at most {WIDEST} columns"
+        warn_once(f"delta_rule runs in plain PyTorch on this GPU, which is slow: {why}")
+        backend = "chunks"
+    elif backend == "auto" and _triton.on_gpu(given.v):
         backend = _triton.choose("delta_rule", None, False, *given.tensors)
     elif backend == "auto":
         backend = "cpu" if obstacle(*given.tensors) is None else "chunks"

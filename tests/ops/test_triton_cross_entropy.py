@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from ssm_retrieval import ops
-from ssm_retrieval.ops import cross_entropy
+from ssm_retrieval.ops import _route, _triton, cross_entropy
 from ssm_retrieval.ops.cross_entropy import IGNORE, linear_cross_entropy
 
 pytest.importorskip("triton")
@@ -141,3 +141,15 @@ def test_float64_is_refused_in_one_line():
     x, weight, labels = arguments(2, 5, 3, torch.float64)
     with pytest.raises(ValueError, match=r"^backend='triton' got float64; use backend='auto'$"):
         by_triton(x, weight, labels)
+
+
+def test_what_a_gpu_takes(monkeypatch):
+    x, weight, labels = arguments(2, 5, 3)
+    assert cross_entropy._choose("auto", x, weight, labels) == "cpu"
+    monkeypatch.setattr(_triton, "on_gpu", lambda x: True)
+    assert cross_entropy._choose("auto", x, weight, labels) == "triton"
+    assert cross_entropy._choose("chunks", x, weight, labels) == "chunks"
+    monkeypatch.setattr(_triton, "installed", lambda: False)
+    _route.warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="pip install triton"):
+        assert cross_entropy._choose("auto", x, weight, labels) == "chunks"

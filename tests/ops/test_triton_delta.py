@@ -6,6 +6,7 @@ The interpreter spends a second on a handful of programs, so chunks are 16 token
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -13,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from ssm_retrieval.ops import _delta_triton
+from ssm_retrieval.ops import _delta_triton, _route, _triton
 from ssm_retrieval.ops._delta_chunks import DeltaArguments
 from ssm_retrieval.ops._delta_triton import Chunks, delta_on_triton
-from ssm_retrieval.ops.delta_rule import delta_rule
+from ssm_retrieval.ops.delta_rule import _choose, delta_rule
 from ssm_retrieval.ops.trapezoid import trapezoid
 
 pytest.importorskip("triton")
@@ -225,3 +226,25 @@ def test_what_the_kernels_cannot_take_is_one_line():
     turned = torch.zeros(1, 4, 1, 3).transpose(1, 3)
     with pytest.raises(ValueError, match=r"want a contiguous last axis; q has the strides \(12, 1, 3, 3\)"):
         _delta_triton._forward(*[turned] * 3, beta.float(), log_decay.float(), None, True, None, False)
+
+
+def test_what_a_gpu_takes(monkeypatch):
+    """Triton, and where that cannot, chunks with one line of warning; never the loop over time."""
+    monkeypatch.setattr(_triton, "on_gpu", lambda x: True)
+    _route.warn_once.cache_clear()
+
+    def chosen(erase=True, N=4, dtype=torch.float32):
+        x = torch.zeros(1, 3, 1, N, dtype=dtype)
+        return _choose("auto", DeltaArguments(x, x, x, None, None, erase, None))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [chosen(), chosen(N=256), chosen(N=300, erase=False)] == ["triton"] * 3
+        assert torch.func.vmap(lambda x: x * (chosen() == "chunks"))(torch.ones(2)).tolist() == [1, 1]
+    for line, options in (("256 columns", dict(N=257)), ("got float64", dict(dtype=torch.float64))):
+        with pytest.warns(UserWarning, match=line):
+            assert chosen(**options) == "chunks"
+    monkeypatch.setattr(_triton, "installed", lambda: False)
+    with pytest.warns(UserWarning, match="pip install triton"):
+        assert chosen() == "chunks"
+    _route.warn_once.cache_clear()

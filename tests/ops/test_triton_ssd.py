@@ -7,11 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssm_retrieval.ops import _delta_triton
-from ssm_retrieval.ops.ssd import ssd
+from ssm_retrieval.ops import _cuda_kernels, _delta_triton, _triton
+from ssm_retrieval.ops.ssd import _choose, ssd
 
 pytest.importorskip("triton")
-NAMES = ("x", "dt", "A", "B", "C", "initial_state")
 
 
 @pytest.fixture(autouse=True)
@@ -130,3 +129,16 @@ def test_a_gradient_of_the_gradient():
 def test_float64_is_refused_in_one_line():
     with pytest.raises(ValueError, match=r"^backend='triton' got float64; use backend='auto'$"):
         ssd(**arguments(1, 2, 1, 1, 3, 4), backend="triton")
+
+
+def test_what_a_gpu_takes(monkeypatch):
+    """mamba-ssm's kernel where it is installed and can, unless ours was measured to be faster; else ours."""
+    x = torch.zeros(1, 3, 2, 4)
+    assert _choose(x, None) == "chunks"
+    monkeypatch.setattr(_triton, "on_gpu", lambda x: True)
+    monkeypatch.setattr(_cuda_kernels, "installed", lambda package: False)
+    assert _choose(x, None) == "triton"
+    monkeypatch.setattr(_cuda_kernels, "installed", lambda package: True)
+    assert (_choose(x, None), _choose(x, [1]), _choose(x[:, :0], None)) == ("cuda", "triton", "triton")
+    monkeypatch.setitem(_triton.MEASURED, "ssd", ((3, "triton"),))
+    assert (_choose(x, None), _choose(x[:, 1:], None)) == ("triton", "cuda")
