@@ -115,7 +115,7 @@ def test_decay_of_80_a_token():
 
 
 def test_a_gradient_of_the_gradient():
-    given = arguments(1, 18, 1, 2, 3, 4)
+    given = arguments(1, 18, 2, 2, 3, 4)
 
     def twice(backend, dtype):
         leaves = {name: x.detach().to(dtype).requires_grad_() for name, x in given.items()}
