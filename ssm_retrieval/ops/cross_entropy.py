@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ssm_retrieval.ops import _triton
 from ssm_retrieval.ops import linear as ops
 from ssm_retrieval.ops._arrays import flat
 from ssm_retrieval.ops._checks import check_tensor
@@ -37,6 +38,7 @@ from ssm_retrieval.ops._route import (
 from ssm_retrieval.ops._threads import run_tasks
 
 BLOCK_LOGITS = 2**21  # logits per block: 8 MiB in float32, within the last level of a laptop's cache
+GPU_LOGITS = 2**25  # on a GPU 64 MiB in bfloat16: enough rows to fill it, 667 with a vocabulary of 50,280
 IGNORE = -100
 
 
@@ -47,7 +49,8 @@ def linear_cross_entropy(
 
     Products are made in autocast's dtype where it is on, sums in float32. The loss is NaN if no position has
     a label, as with `F.cross_entropy`. Under `ops.backend("reference")` and inside transforms of torch.func
-    all logits exist at once; so they do for a gradient of the gradients.
+    all logits exist at once; so they do for a gradient of the gradients. On a GPU our Triton kernel takes a
+    block of rows at a time where it can, PyTorch's operations elsewhere.
 
     Args:
         x: (..., D), floating.
@@ -62,7 +65,8 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: For other shapes, dtypes or devices, for a label_smoothing outside of 0 .. 1 and, on a
-            CPU, for a label outside of the vocabulary.
+            CPU, for a label outside of the vocabulary (with Triton the loss is NaN then).
+        MissingPackage: If Triton is asked for by `ops.backend` and missing.
         NotImplementedError: Under torch.jit.trace.
     """
     refuse_tracing("linear_cross_entropy")
@@ -80,13 +84,24 @@ def linear_cross_entropy(
     if backend == "reference" or transformed():
         loss, predictions = _reference(rows, weight, target, dtype)
     else:
-        fused = backend in ("auto", "cpu") and obstacle(x, weight, labels) is None
+        kernel = _choose(backend, x, weight, labels)
         keep = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         run: Any = fused_cross_entropy if recorded else _LinearCrossEntropy.apply
-        loss, predictions, _, _ = run(rows, weight, target, dtype, keep, fused)
+        loss, predictions, _, _ = run(rows, weight, target, dtype, keep, kernel)
     if label_smoothing > 0:
         loss = loss + label_smoothing * _label_above_mean(rows, weight, target)
     return loss, predictions.view(labels.shape)
+
+
+def _choose(backend: str, x: Tensor, weight: Tensor, labels: Tensor) -> str:
+    """What turns a block of logits into their gradient: "cpu", "triton" or PyTorch's operations, "chunks"."""
+    if backend == "triton":
+        _triton.require(x, weight)
+    elif backend == "auto" and _triton.on_gpu(x):
+        return _triton.choose("linear_cross_entropy", None, False, x, weight)
+    elif backend in ("auto", "cpu"):
+        return "cpu" if obstacle(x, weight, labels) is None else "chunks"
+    return "triton" if backend == "triton" else "chunks"
 
 
 def _label_above_mean(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -136,7 +151,7 @@ def _check(x: Tensor, weight: Tensor, labels: Tensor) -> None:
 
 
 def _forward(
-    x: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, keep: bool, fused: bool
+    x: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, keep: bool, kernel: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss, the predictions and, if `keep`, the gradients of x and of weight (else empty)."""
     if x.device.type == "cpu":
@@ -148,14 +163,18 @@ def _forward(
     dx = torch.empty_like(x) if keep else x.new_empty(0)
     dW = torch.zeros_like(weight, dtype=wide) if keep else weight.new_empty(0, dtype=wide)
     scale = 1.0 / (labels != IGNORE).sum().to(wide)
-    rows = max(1, BLOCK_LOGITS // V)
+    rows = max(1, (GPU_LOGITS if _triton.on_gpu(x) else BLOCK_LOGITS) // V)
     with without_autocast(x.device.type):
         for start in range(0, M, rows):
             part = slice(start, start + rows)
             xs = x[part].to(dtype)
-            logits = (ops.matmul(xs, W) if onednn else xs @ W.t()).to(wide)
-            kernel = _cpu_rows if fused else _reference_rows
-            losses[part], predictions[part] = kernel(logits, labels[part], scale)
+            logits = ops.matmul(xs, W) if onednn else xs @ W.t()
+            if kernel == "triton":
+                losses[part], predictions[part] = _triton_rows(logits, labels[part], scale, keep)
+            else:
+                logits = logits.to(wide)
+                each = _cpu_rows if kernel == "cpu" else _reference_rows
+                losses[part], predictions[part] = each(logits, labels[part], scale)
             if keep:
                 g = logits.to(dtype)
                 dx[part] = ops.matmul(g, W.t()) if onednn else g @ W
@@ -203,7 +222,7 @@ fused_cross_entropy.register_autograd(_gradients, setup_context=_save)
 
 @fused_cross_entropy.register_fake
 def _(
-    x: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, keep: bool, fused: bool
+    x: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, keep: bool, kernel: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
     dx = torch.empty_like(x) if keep else x.new_empty(0)
@@ -232,3 +251,10 @@ def _cpu_rows(logits: Tensor, labels: Tensor, scale: Tensor) -> tuple[Tensor, Te
     arrays = [flat(t, t.dtype) for t in (logits, labels, losses, predictions)]
     run_tasks(lambda rows: softmax_rows(rows, V, IGNORE, float(scale), *arrays), M)
     return losses, predictions
+
+
+def _triton_rows(logits: Tensor, labels: Tensor, scale: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    """The same by a Triton kernel, which reads logits of any dtype and changes them only if `keep`."""
+    from ssm_retrieval.ops._cross_entropy_triton import triton_rows  # Triton: imported on first use only
+
+    return triton_rows(logits, labels, scale, IGNORE, keep)

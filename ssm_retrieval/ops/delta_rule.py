@@ -13,7 +13,8 @@ a_t multiplies the N columns of h, all by the same number or each by its own. Th
     gated linear attention (arXiv 2312.06635)  no erasure, a decay for each channel of the key
 
 They want keys of length 1 and scale q by N^-1/2; that is up to the caller. `reference` is the recurrence as
-written, `chunks` solves it by blocks of tokens (`_delta_chunks.py`), `cpu` is our kernel (`_delta_cpu.py`).
+written, `chunks` solves it by blocks of tokens (`_delta_chunks.py`), `cpu` and `triton` are our kernels for
+CPUs (`_delta_cpu.py`) and for GPUs (`_delta_triton.py`), of which the latter do the same blocks.
 """
 
 from __future__ import annotations
@@ -24,10 +25,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssm_retrieval.ops import _triton
 from ssm_retrieval.ops._checks import check_flags, check_positions, check_shapes, check_tensor
 from ssm_retrieval.ops._delta_chunks import DeltaArguments, delta_by_chunks
 from ssm_retrieval.ops._delta_cpu import delta_on_cpu
-from ssm_retrieval.ops._route import asked, obstacle, refuse_tracing, require_cpu, without_autocast
+from ssm_retrieval.ops._delta_triton import WIDEST, delta_on_triton
+from ssm_retrieval.ops._route import (
+    asked,
+    obstacle,
+    refuse_tracing,
+    require_cpu,
+    warn_once,
+    without_autocast,
+)
 
 
 def delta_rule(
@@ -60,9 +70,11 @@ def delta_rule(
         initial_state: h before the first token, (batch, heads, P, N).
         states_at: Positions in [0, length), any order, the same for the whole batch.
         return_last_state: Whether to return h after the last token.
-        backend: "auto" takes the one of the enclosing `ops.backend`, else `cpu` for CPU tensors and `chunks`
-            for others, which "cuda" is too. A gradient of `cpu`'s gradients is computed by `chunks`, as is
-            everything inside transforms of torch.func.
+        backend: "auto" takes the one of the enclosing `ops.backend`, else `cpu` for CPU tensors, `triton` for
+            those on a GPU, not in float64 and with erasure up to N = 256, and `chunks` for others, which
+            "cuda" is too. A gradient of the kernels' gradients is computed by `chunks`, as is everything
+            inside transforms of torch.func. `triton` rounds the operands of matrix products to bfloat16 if
+            q, k and v are all bfloat16.
 
     Returns:
         y (batch, length, heads, P) in v's dtype; with return_last_state also the last state (batch, heads, P,
@@ -71,6 +83,7 @@ def delta_rule(
 
     Raises:
         ValueError: For wrong shapes, dtypes, devices, positions or backend.
+        MissingPackage: If Triton is asked for and missing.
         NotImplementedError: Under torch.jit.trace.
     """
     refuse_tracing("delta_rule")
@@ -79,16 +92,34 @@ def delta_rule(
     _check(given)
     check_flags(erase=erase, return_last_state=return_last_state)
     positions = None if states_at is None else check_positions(states_at, q.shape[1])
-    if backend == "auto":
-        backend = "cpu" if obstacle(*given.tensors) is None else "chunks"
-    if backend == "cpu":
-        require_cpu(*given.tensors)
-    if backend == "cuda" or (backend == "cpu" and v.numel() == 0):
-        backend = "chunks"
-    run = {"cpu": delta_on_cpu, "chunks": delta_by_chunks, "reference": _reference}[backend]
+    run = _RUN[_choose(backend, given)]
     with without_autocast(v.device.type):
         y, *more = run(given, positions, return_last_state)
     return (y, *more) if more else y
+
+
+def _choose(backend: str, given: DeltaArguments) -> str:
+    """The form that a backend means for these arguments, a name of _RUN."""
+    wide = given.erase and given.k.shape[-1] > WIDEST
+    if backend == "auto" and _triton.on_gpu(given.v) and wide:
+        why = f"Triton's kernels erase in at most {WIDEST} columns"
+        warn_once(f"delta_rule runs in plain PyTorch on this GPU, which is slow: {why}")
+        backend = "chunks"
+    elif backend == "auto" and _triton.on_gpu(given.v):
+        backend = _triton.choose("delta_rule", None, False, *given.tensors)
+    elif backend == "auto":
+        backend = "cpu" if obstacle(*given.tensors) is None else "chunks"
+    elif backend == "cpu":
+        require_cpu(*given.tensors)
+    elif backend == "triton":
+        _triton.require(*given.tensors)
+        if wide:
+            N = given.k.shape[-1]
+            raise ValueError(
+                f"backend='triton' erases in at most {WIDEST} columns, not {N}; use backend='auto'"
+            )
+    empty = backend in ("cpu", "triton") and given.v.numel() == 0
+    return "chunks" if backend == "cuda" or empty else backend
 
 
 def _check(given: DeltaArguments) -> None:
@@ -131,3 +162,8 @@ def _reference(
         none = h.new_empty(len(h), 0, *h.shape[1:])
         out.append(torch.stack([found[t] for t in positions], dim=1) if positions else none)
     return out
+
+
+_RUN = {
+    "cpu": delta_on_cpu, "triton": delta_on_triton, "chunks": delta_by_chunks, "reference": _reference,
+}  # fmt: skip

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssm_retrieval.ops import _cuda_kernels
+from ssm_retrieval.ops import _cuda_kernels, _triton
 from ssm_retrieval.ops._checks import check_flags, check_positions, check_shapes, check_tensor
-from ssm_retrieval.ops._route import asked, refuse_tracing, transformed
+from ssm_retrieval.ops._delta_chunks import DeltaArguments
+from ssm_retrieval.ops._delta_triton import delta_on_triton
+from ssm_retrieval.ops._route import asked, refuse_tracing, without_autocast
 
 
 def ssd_reference(
@@ -95,10 +97,11 @@ def ssd(
         chunk_size: Tokens per chunk: a choice of speed, not of function.
         return_last_state: Whether to return the state after the last token.
         states_at: Positions in [0, L), any order.
-        backend: "chunks" computes here, "cuda" by mamba-ssm's `mamba_chunk_scan_combined` (not with
-            states_at), "reference" token by token, "cpu" is "chunks" for tensors on a CPU; "auto" takes the
-            one of the enclosing `ops.backend`, else "cuda" for CUDA tensors where that is installed and takes
-            the input, else "chunks".
+        backend: "chunks" computes here, "triton" by our kernels, whose chunks are 64 tokens and whose sums
+            and states are float32, "cuda" by mamba-ssm's `mamba_chunk_scan_combined` (not with states_at),
+            "reference" token by token, "cpu" is "chunks" for tensors on a CPU; "auto" takes the one of the
+            enclosing `ops.backend`, else on a GPU "cuda" where that is installed, takes the input and is
+            faster, then "triton" where that takes it, else "chunks".
 
     Returns:
         y (b, L, H, P), with return_last_state also the last state (b, H, P, N), with states_at also h_t (b,
@@ -106,7 +109,7 @@ def ssd(
 
     Raises:
         ValueError: For wrong shapes, dtypes, devices, positions or names.
-        ImportError: If mamba-ssm is asked for and missing.
+        MissingPackage: If mamba-ssm or Triton is asked for and missing.
         NotImplementedError: Under torch.jit.trace.
     """
     refuse_tracing("ssd")
@@ -115,7 +118,7 @@ def ssd(
     check_flags(return_last_state=return_last_state)
     positions = None if states_at is None else check_positions(states_at, x.shape[1])
     if backend == "auto":
-        backend = _choose(x, positions)
+        backend = _choose(x, positions, dt, A, B, C, initial_state)
     elif backend == "cpu" and x.device.type != "cpu":
         raise ValueError(f"backend='cpu' got tensors on {x.device}; use backend='chunks'")
     if backend == "cuda":
@@ -127,6 +130,10 @@ def ssd(
                 f"{tuple(x.shape)}; use backend='auto'"
             )
         return _given(*_cuda(x, dt, A, B, C, initial_state, return_last_state))
+    if backend == "triton":
+        _triton.require(x, dt, A, B, C, initial_state)
+        if x.numel() > 0 and B.shape[-1] > 0:
+            return _by_triton(x, dt, A, B, C, initial_state, return_last_state, positions)
     if backend == "reference":
         y, last, states = _recurrence(x, dt, A, B, C, initial_state, positions or ())
         return _given(y, last if return_last_state else None, None if positions is None else states)
@@ -214,10 +221,28 @@ def _check(
     )
 
 
-def _choose(x: Tensor, positions: list[int] | None) -> str:
-    able = positions is None and _cuda_kernels.takes(x) and not transformed()
-    cuda = x.device.type == "cuda" and able and _cuda_kernels.installed("mamba_ssm")
-    return "cuda" if cuda else "chunks"
+def _choose(x: Tensor, positions: list[int] | None, *others: Tensor | None) -> str:
+    if not _triton.on_gpu(x):
+        return "chunks"
+    able = positions is None and _cuda_kernels.takes(x)
+    return _triton.choose("ssd", "mamba_ssm", able, x, *others)
+
+
+def _by_triton(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor | None,
+    return_last_state: bool,
+    positions: list[int] | None,
+) -> Any:
+    """Linear attention with decay: C, B, x as q, k, v, dt as strength and exp(dt A) as decay."""
+    with without_autocast(x.device.type):
+        decay = dt.float() * A.float()
+        given = DeltaArguments(C, B, x, dt, decay, False, initial_state)
+        return _given(*delta_on_triton(given, positions, return_last_state))
 
 
 def _cuda(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
