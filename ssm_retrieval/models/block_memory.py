@@ -3,7 +3,8 @@
 Each term of a formula is a tensor that an autograd function in that architecture's file (or in ops/) saves.
 The letters are those of common.py, T = B * L, and c is the bytes of a product's operand: 4, or 2 under
 bfloat16 autocast, which also keeps a copy of each weight. The tests count saved tensors;
-`benchmarks/plan.py` measures processes. The formulas describe the CPU kernels.
+`benchmarks/plan.py` measures processes. The formulas describe the CPU kernels, that of Mamba on a GPU the
+kernels in Triton.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Step:
         optimizer: A name of ssm_retrieval/training/optimizers.py.
         accumulate: Parts that a batch is computed in.
         checkpointing: Whether a block keeps its input only (`LanguageModel.checkpointing`).
+        device: "cpu", "cuda" or "mps".
     """
 
     rows: int
@@ -41,6 +43,7 @@ class Step:
     optimizer: str = "adamw"
     accumulate: int = 1
     checkpointing: bool = False
+    device: str = "cpu"
 
     @property
     def at_once(self) -> int:
@@ -103,6 +106,8 @@ def attention(config: Any, step: Step) -> BlockMemory:
 
 def mamba(config: Any, step: Step) -> BlockMemory:
     """A Mamba block: norm, in_proj, convolution, x_proj, dt_proj, scan, out_proj."""
+    if step.device == "cuda":
+        return mamba_on_gpu(config, step)
     B, L, c = step.at_once, step.length, step.itemsize
     D, E, N, R, T = config.d_model, config.d_inner, config.d_state, config.rank, B * L
     wide = -(-E // LANES) * LANES  # the kernels' channels
@@ -118,6 +123,32 @@ def mamba(config: Any, step: Step) -> BlockMemory:
     groups = math.ceil(wide / LANES / SCAN_GROUP)
     working = 4 * channels - c * T * E + 2 * F32 * groups * T * N + 2 * x
     return BlockMemory(x, kept + casts, casts, working)
+
+
+def mamba_on_gpu(config: Any, step: Step) -> BlockMemory:
+    """A Mamba block on a GPU, where what lies between in_proj and out_proj runs twice (`mamba.runs_twice`).
+
+    Kept are only the stream, its norm as in_proj reads it, in_proj's output and what out_proj reads:
+
+        kept = x + norm + c T (D + 2 E + E)
+
+    While the block's gradients are made, convolution and scan have run again and keep, for the kernels in
+    Triton take their inputs where and as they are,
+
+        c T (2 E + R + 2 N)  u, dt, and x_proj's output, of which B and C are parts
+        4 B S E N            float32 states, S = ceil(L / SCAN_CHUNK), from which the backward pass starts
+
+    and beside them are dy in the operands' dtype, and du, ddt, dz, dB, dC, which the kernel may sum in
+    float32. No tensor has the axes (B, L, E, N).
+    """
+    B, L, c = step.at_once, step.length, step.itemsize
+    D, E, N, R, T = config.d_model, config.d_inner, config.d_state, config.rank, B * L
+    x = F32 * T * D
+    kept = x + norm(config.norm, T, D) + c * T * (D + 3 * E)
+    casts = 2 * (2 * D * E + E * (R + 2 * N) + R * E + E * D) if step.bfloat16 else 0
+    again = c * T * (2 * E + R + 2 * N) + F32 * B * math.ceil(L / SCAN_CHUNK) * E * N
+    gradients = c * T * E + F32 * T * (3 * E + 2 * N)
+    return BlockMemory(x, kept + casts, casts, again + gradients + 2 * x)
 
 
 def mamba2(config: Any, step: Step) -> BlockMemory:
