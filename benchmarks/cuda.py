@@ -89,7 +89,7 @@ def compare(name: str, config: Any, route: str, device: str, sizes: argparse.Nam
     found, states = {}, route != "mamba-ssm"  # whose kernels return no chosen states
     for dtype in sizes.dtypes:
         given = operators.make_inputs(name, config, 2, sizes.compared, dtype, device, states)
-        want, limits = operators.compare(name, given, states, operators.roundoff_of(dtype, route))
+        want, limits = operators.compare(name, given, states, operators.roundoff_of(name, dtype, route))
         with ops.backend(BACKENDS[route]):
             got = operators.errors(operators.forward_and_backward(name, given, states), want)
         found |= {
@@ -268,7 +268,7 @@ def check_operator(name: str, config: Any) -> list[str]:
     both = 2 * into + out + sum(x.nbytes for x in (*grads, *differentiable))
     if operators.moved(name, config, 2, 9, dtype) != {"forward": into + out, "both": both}:
         wrong.append("the memory floor is not the bytes that go in and out")
-    want, limits = operators.compare(name, given, False, operators.roundoff_of(dtype, "triton"))
+    want, limits = operators.compare(name, given, False, operators.roundoff_of(name, dtype, "triton"))
     with ops.backend("chunks"):
         got = operators.forward_and_backward(name, given, False)
     if any(not error <= limits[key] for key, error in operators.errors(got, want).items()):

@@ -6,10 +6,10 @@ inputs widened), over the largest value there. **Limits** are measured on the sa
     limit = 2 max(e_reference, e_chunks) + r e_rounding
 
 The first term is what plain PyTorch, in its two ways, is off by in this dtype, and as much again. e_rounding
-is what becomes of a result in float64 if every argument is off by one unit roundoff of the operands of the
-kernel's matrix products, up or down at random. r is how many operands on the way to a result are rounded so,
-counted from the algorithm (`Operator.roundings`; gradients have come that way twice). It is 0 for what
-computes in float32 throughout.
+is what becomes of a result in float64 if every argument is off by one unit roundoff, up or down at random: of
+the operands of the kernel's matrix products, or of float32 where it has none. r is how many numbers on the
+way to a result are rounded so, counted from the algorithm (`Operator.roundings`; gradients have come that way
+twice).
 
 **Floors** are bytes that must move, whatever the algorithm. Forward, each input is read and each output
 written; backward, the inputs and the outputs' gradients are read and the inputs' gradients are written:
@@ -52,18 +52,20 @@ class Operator:
         shapes: Maps config, batch and length to the shapes of all arguments; `initial_state` is optional.
         outputs: Likewise, of what a plain call returns.
         call: Maps arguments, and whether first, last and chosen states are wanted, to results by name.
+        roundings: Numbers that are rounded on the way to a result.
+        products: Whether they are operands of matrix products, which have the dtype of the arguments.
         single: Arguments that are float32 whatever the others are.
         made: How standard normal numbers become an argument.
-        roundings: Operands that are rounded on the way to a result.
     """
 
     package: str | None
     shapes: Callable[[Any, int, int], Shapes]
     outputs: Callable[[Any, int, int], Shapes]
     call: Callable[[Inputs, bool], Inputs]
+    roundings: int
+    products: bool = True
     single: frozenset[str] = frozenset()
     made: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
-    roundings: int = 0
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -127,28 +129,30 @@ def _head_shapes(c: Any, B: int, L: int) -> Shapes:
 OPERATORS = {
     "selective_scan": Operator(
         "mamba_ssm", _scan_shapes, lambda c, B, L: {"y": (B, L, c.d_inner)}, _scan,
+        4, False,  # a step, its product with A, the exponential of that, what is written
         frozenset({"A", "D", "dt_bias", "initial_state"}), {"A": lambda x: -x.exp()},
     ),
     "causal_conv1d": Operator(
         "causal_conv1d", _conv_shapes, lambda c, B, L: {"y": (B, L, _channels(c))}, _conv,
+        2, False,  # the sum, its sigmoid
     ),
-    # x times dt, the weights of a chunk, what it adds to the state, the state
     "ssd": Operator(
         "mamba_ssm", _ssd_shapes, lambda c, B, L: {"y": (B, L, c.n_head, c.headdim)},
         lambda inputs, states: _named(ssd, states, inputs["x"].shape[1], inputs),
-        frozenset({"dt", "A", "initial_state"}), {"dt": F.softplus, "A": lambda x: -x.exp()}, roundings=4,
+        4, True,  # x times dt, the weights of a chunk, what it adds to the state, the state
+        frozenset({"dt", "A", "initial_state"}), {"dt": F.softplus, "A": lambda x: -x.exp()},
     ),
-    # what each token writes, the weights of a chunk, the keys with their decay, the state
     "delta_rule": Operator(
         None, _delta_shapes, lambda c, B, L: {"y": (B, L, c.n_head, c.headdim)},
         lambda inputs, states: _named(delta_rule, states, inputs["v"].shape[1], inputs),
+        4, True,  # what a token writes, the weights of a chunk, the keys with their decay, the state
         frozenset({"beta", "log_decay", "initial_state"}),
-        {"q": _unit, "k": _unit, "beta": torch.sigmoid, "log_decay": lambda x: -F.softplus(x)}, roundings=4,
+        {"q": _unit, "k": _unit, "beta": torch.sigmoid, "log_decay": lambda x: -F.softplus(x)},
     ),
-    # the gradient of the logits
     "linear_cross_entropy": Operator(
         None, _head_shapes, lambda c, B, L: {"loss": (), "predictions": (B, L)}, _head,
-        made={"weight": lambda x: x / math.sqrt(x.shape[-1])}, roundings=1,
+        1, True,  # the gradient of the logits
+        made={"weight": lambda x: x / math.sqrt(x.shape[-1])},
     ),
 }  # fmt: skip
 PARTS = {
@@ -240,7 +244,7 @@ def compare(name: str, inputs: Inputs, states: bool, roundoff: float) -> tuple[I
         name: Of the operator.
         inputs: From `make_inputs`.
         states: As in `forward_and_backward`.
-        roundoff: Unit roundoff of the operands of the kernel's matrix products.
+        roundoff: From `roundoff_of`.
 
     Returns:
         What every way should return, and the limits.
@@ -259,10 +263,10 @@ def compare(name: str, inputs: Inputs, states: bool, roundoff: float) -> tuple[I
     return want, limits
 
 
-def roundoff_of(dtype: torch.dtype, route: str) -> float:
-    """Unit roundoff of the operands of matrix products in this dtype, as a route has them."""
-    exact = float(torch.finfo(dtype).eps) / 2
-    return max(exact, TF32) if route == "mamba-ssm" else exact
+def roundoff_of(name: str, dtype: torch.dtype, route: str) -> float:
+    """Unit roundoff of what a route's kernel computes with, for arguments of this dtype."""
+    exact = float(torch.finfo(dtype if OPERATORS[name].products else torch.float32).eps) / 2
+    return max(exact, TF32) if OPERATORS[name].products and route == "mamba-ssm" else exact
 
 
 def moved(name: str, config: Any, batch: int, length: int, dtype: torch.dtype) -> dict[str, int]:

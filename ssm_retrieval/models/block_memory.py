@@ -18,6 +18,7 @@ from ssm_retrieval.ops import DELTA_CHUNK, LANES, padded_values
 
 SCAN_CHUNK = 64  # tokens between the states that the scan keeps (ssm_retrieval/ops/_scan_kernels.py)
 SCAN_GROUP = 8  # blocks of channels whose dB, dC are summed before they are stored (the same file)
+TILE = 32  # tokens, and channels, of a tile of the scan in Triton (ssm_retrieval/ops/_scan_triton.py)
 F32 = 4
 
 
@@ -132,23 +133,40 @@ def mamba_on_gpu(config: Any, step: Step) -> BlockMemory:
 
         kept = x + norm + c T (D + 2 E + E)
 
-    While the block's gradients are made, convolution and scan have run again and keep, for the kernels in
-    Triton take their inputs where and as they are,
+    While the block's gradients are made, `recomputed` is there again, and beside it the scan's gradients: of
+    y, u, dt and z, of the states at the borders of tiles, and of B and C for each block of channels:
 
-        c T (2 E + R + 2 N)  u, dt, and x_proj's output, of which B and C are parts
-        4 B S E N            float32 states, S = ceil(L / SCAN_CHUNK), from which the backward pass starts
-
-    and beside them are dy in the operands' dtype, and du, ddt, dz, dB, dC, which the kernel may sum in
-    float32. No tensor has the axes (B, L, E, N).
+        4 c T E + 4 B S N E + 8 T N ceil(E / TILE),  S = ceil(L / TILE)
     """
     B, L, c = step.at_once, step.length, step.itemsize
     D, E, N, R, T = config.d_model, config.d_inner, config.d_state, config.rank, B * L
     x = F32 * T * D
     kept = x + norm(config.norm, T, D) + c * T * (D + 3 * E)
     casts = 2 * (2 * D * E + E * (R + 2 * N) + R * E + E * D) if step.bfloat16 else 0
-    again = c * T * (2 * E + R + 2 * N) + F32 * B * math.ceil(L / SCAN_CHUNK) * E * N
-    gradients = c * T * E + F32 * T * (3 * E + 2 * N)
-    return BlockMemory(x, kept + casts, casts, again + gradients + 2 * x)
+    gradients = 4 * c * T * E + F32 * B * math.ceil(L / TILE) * E * N + 2 * F32 * T * N * math.ceil(E / TILE)
+    return BlockMemory(x, kept + casts, casts, recomputed(config, step) + gradients + 2 * x)
+
+
+def recomputed(config: Any, step: Step, tile: int = TILE) -> int:
+    """Bytes that convolution, step sizes and scan of a Mamba block keep with the kernels in Triton.
+
+    These take their inputs where and as they are. No tensor has the axes (B, L, E, N):
+
+        c T (2 E + R + 2 N)    u, dt, and x_proj's output, of which B and C are parts
+        4 B S N E              float32 states at the borders of tiles, S = ceil(L / tile)
+        4 (2 E N)              A, twice
+
+    Args:
+        config: The model's.
+        step: The training step.
+        tile: Tokens of a tile.
+
+    Returns:
+        Bytes, beside in_proj's output.
+    """
+    B, L, c = step.at_once, step.length, step.itemsize
+    E, N, T = config.d_inner, config.d_state, step.at_once * step.length
+    return c * T * (2 * E + config.rank + 2 * N) + F32 * E * N * (B * math.ceil(L / tile) + 2)
 
 
 def mamba2(config: Any, step: Step) -> BlockMemory:

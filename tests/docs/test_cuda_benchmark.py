@@ -46,7 +46,7 @@ def test_limits_pass_plain_pytorch_and_no_wrong_carry(name, family):
     config = models.config(family, **TINY, **({} if family == "mamba" else dict(headdim=8)))
     for dtype in (torch.float32, BF16):
         given = operators.make_inputs(name, config, 2, 12, dtype, "cpu", states=True)
-        want, limits = operators.compare(name, given, True, operators.roundoff_of(dtype, "triton"))
+        want, limits = operators.compare(name, given, True, operators.roundoff_of(name, dtype, "triton"))
         assert {key: x.shape for key, x in want.items() if key[0] == "d"}.items() == {
             f"d{key}": x.shape for key, x in given.items()
         }.items()
@@ -69,9 +69,10 @@ def test_limits_pass_plain_pytorch_and_no_wrong_carry(name, family):
 
 def test_limits_know_what_matrix_products_round():
     """A unit roundoff of each operand; mamba-ssm's products take float32 as TF32."""
-    assert operators.roundoff_of(BF16, "triton") == 2**-9
-    assert operators.roundoff_of(torch.float32, "triton") == 2**-24
-    assert operators.roundoff_of(torch.float32, "mamba-ssm") == 2**-11
+    assert operators.roundoff_of("ssd", BF16, "triton") == 2**-9
+    assert operators.roundoff_of("ssd", torch.float32, "triton") == 2**-24
+    assert operators.roundoff_of("ssd", torch.float32, "mamba-ssm") == 2**-11
+    assert operators.roundoff_of("selective_scan", BF16, "mamba-ssm") == 2**-24  # it has no products
     given = {"x": torch.ones(1000, dtype=BF16), "labels": torch.arange(3)}
     off = operators.widened(given, 2**-9)
     assert set(off["x"].tolist()) == {1 - 2**-9, 1 + 2**-9} and off["labels"] is given["labels"]

@@ -154,6 +154,12 @@ def test_constants_are_those_of_the_kernels():
     assert (block_memory.SCAN_CHUNK, block_memory.SCAN_GROUP) == (_scan_kernels.CHUNK, _scan_kernels.GROUP)
 
 
+def test_tiles_are_those_of_the_kernels_in_triton(monkeypatch):
+    scan = pytest.importorskip("ssm_retrieval.ops._scan_triton")
+    monkeypatch.setattr(scan._triton, "interpreted", lambda: False)
+    assert scan._tile() == (block_memory.TILE, block_memory.TILE)
+
+
 def test_less_memory_by_every_option():
     peak = {}
     for name, options in {

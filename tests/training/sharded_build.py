@@ -5,6 +5,8 @@ python -m torch.distributed.run --nproc-per-node 2 tests/training/sharded_build.
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import json
 import sys
 import weakref
@@ -20,10 +22,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from ssm_retrieval import models
+from ssm_retrieval import models, ops
 from ssm_retrieval.models.architecture import Architecture
 from ssm_retrieval.models.mamba import MambaConfig, MambaForCausalLM
-from ssm_retrieval.training import distributed
+from ssm_retrieval.ops._route import BACKENDS
+from ssm_retrieval.training import distributed, store
+from ssm_retrieval.training.optimizers import make_state
 
 SHAPE = dict(d_model=32, n_layer=6, vocab_size=48)
 MODELS = {
@@ -104,14 +108,67 @@ def report(make: Callable[..., models.LanguageModel], world: distributed.World) 
     )
 
 
+def resumed(make: Callable[..., models.LanguageModel], folder: Path, world: distributed.World) -> list[str]:
+    """Names of weights and moments that differ after a checkpoint was read into another seed's model."""
+
+    def start(seed: int) -> tuple[nn.Module, torch.optim.Optimizer, distributed.Loss]:
+        model = distributed.build(partial(make, seed=seed), "cpu", world)
+        loss_of = distributed.spread(model, world)
+        return model, torch.optim.AdamW(model.parameters(), lr=0.01), loss_of
+
+    def whole(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+        tensors = store.checkpoint_tensors(model, optimizer)
+        return {name: distributed.full(tensor.detach()) for name, tensor in tensors.items()}
+
+    model, optimizer, loss_of = start(seed=3)
+    ids = torch.arange(24).view(2, 12) + world.rank
+    loss_of(ids, labels=ids)[0].backward()
+    optimizer.step()
+    distributed.save(folder, store.checkpoint_tensors(model, optimizer), {"step": 1}, world)
+    again, other, _ = start(seed=4)
+    make_state(again, other, 1)
+    before = whole(again, other)
+    distributed.load(folder / "checkpoint-1", store.checkpoint_tensors(again, other), world)
+    wanted, found = whole(model, optimizer), whole(again, other)
+    assert not all(torch.equal(before[name], wanted[name]) for name in wanted)
+    return [name for name in wanted if not torch.equal(found[name], wanted[name])]
+
+
+def by_triton(world: distributed.World) -> list[str] | None:
+    """Names of gradients by our kernels in Triton that are not those of the equations in one process.
+
+    None without Triton. All processes have the same rows, so that the mean of their gradients is each one's.
+    """
+    if "triton" not in BACKENDS or importlib.util.find_spec("triton") is None:
+        return None
+    make = partial(models.build, "mamba", seed=3, d_model=8, n_layer=1, vocab_size=16, d_state=2)
+    ids, far = torch.arange(10).view(2, 5), []
+    alone = make(device="cpu")
+    with ops.backend("reference"):
+        alone.loss(ids, labels=ids)[0].backward()
+    wanted = {name: p.grad for name, p in alone.named_parameters()}
+    for strategy in ("ddp", "fsdp"):
+        part = dataclasses.replace(world, strategy=strategy)
+        model = distributed.build(make, "cpu", part)
+        with ops.backend("triton"):
+            distributed.spread(model, part)(ids, labels=ids)[0].backward()
+        for name, p in model.named_parameters():
+            if not torch.allclose(distributed.full(p.grad), wanted[name], rtol=1e-3, atol=1e-5):
+                far.append(f"{strategy} {name}")
+    return far
+
+
 def main(folder: Path) -> None:
     """Write folder/<rank>.json."""
     plan = SimpleNamespace(optimizer="adamw", lora=0, device="cpu")
     with distributed.joined("fsdp", plan) as world:
-        found = {}
+        found: dict[str, Any] = {}
         for family, options in MODELS.items():
             make = partial(models.build, family, seed=3, **SHAPE, **options)
             found[family] = report(make, world)
+        make = partial(models.build, "mamba", **SHAPE, **MODELS["mamba"])
+        found["resumed"] = resumed(make, folder, world)
+        found["triton"] = by_triton(world)
         (folder / f"{world.rank}.json").write_text(json.dumps(found))
 
 

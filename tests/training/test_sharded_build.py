@@ -23,7 +23,12 @@ def ranks(tmp_path_factory):
         [*launcher, str(HERE / "sharded_build.py"), str(folder)],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "TRITON_INTERPRET": "1",
+            "PYTHONPATH": str(HERE.parents[1]),
+        },
         timeout=900,
     )
     assert done.returncode == 0, done.stderr
@@ -40,6 +45,18 @@ def test_shards_hold_the_weights_of_one_process(ranks, family):
         sharded, alone = rank["losses"]
         assert sharded == pytest.approx(alone, rel=1e-5)
         assert rank["shards"] < 0.6 * rank["whole"]
+
+
+def test_shards_of_a_checkpoint_go_into_shards_of_another_model(ranks):
+    """Weights and moments; the other model was drawn from another seed."""
+    assert [rank["resumed"] for rank in ranks] == [[], []]
+
+
+def test_kernels_in_triton_run_in_several_processes(ranks):
+    """Under DDP and FSDP, in Triton's interpreter: the gradients of the equations in one process."""
+    if ranks[0]["triton"] is None:
+        pytest.skip("Triton is not installed")
+    assert [rank["triton"] for rank in ranks] == [[], []]
 
 
 @pytest.mark.parametrize("family", MODELS)
