@@ -139,10 +139,10 @@ def mamba_on_gpu(config: Any, step: Step) -> BlockMemory:
         4 c T E + 4 B S N E + 8 T N ceil(E / TILE),  S = ceil(L / TILE)
     """
     B, L, c = step.at_once, step.length, step.itemsize
-    D, E, N, R, T = config.d_model, config.d_inner, config.d_state, config.rank, B * L
+    D, E, N, T = config.d_model, config.d_inner, config.d_state, B * L
     x = F32 * T * D
     kept = x + norm(config.norm, T, D) + c * T * (D + 3 * E)
-    casts = 2 * (2 * D * E + E * (R + 2 * N) + R * E + E * D) if step.bfloat16 else 0
+    casts = 2 * (2 * D * E + E * D) if step.bfloat16 else 0  # others' copies go when the loss is there
     gradients = 4 * c * T * E + F32 * B * math.ceil(L / TILE) * E * N + 2 * F32 * T * N * math.ceil(E / TILE)
     return BlockMemory(x, kept + casts, casts, recomputed(config, step) + gradients + 2 * x)
 

@@ -78,7 +78,7 @@ def test_activations_of_mamba_on_a_gpu_are_what_autograd_saves(family, options, 
 def test_what_runs_twice_has_the_same_gradients(checkpointing, scans, monkeypatch):
     """Each of two layers scans once, and once more for its gradients: never three times."""
     ids = torch.randint(0, 60, (2, 70))
-    model = small("mamba", n_layer=2)
+    model = small("mamba")
     model.loss(ids, labels=ids)[0].backward()
     wanted = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
