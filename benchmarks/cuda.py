@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import sys
 import tempfile
@@ -92,9 +93,9 @@ def compare(name: str, config: Any, route: str, device: str, sizes: argparse.Nam
         want, limits = operators.compare(name, given, states, operators.roundoff_of(name, dtype, route))
         with ops.backend(BACKENDS[route]):
             got = operators.errors(operators.forward_and_backward(name, given, states), want)
-        found |= {
-            f"{str(dtype)[6:]} {key}": dict(error=error, limit=limits[key]) for key, error in got.items()
-        }
+        for key, error in got.items():
+            pair = dict(error=error, limit=limits[key])
+            found[f"{str(dtype)[6:]} {key}"] = {k: x if math.isfinite(x) else None for k, x in pair.items()}
     return found
 
 
@@ -171,7 +172,7 @@ def exceeded(rows: list[dict[str, Any]]) -> list[str]:
             f"{row['preset']} {row['operator']} {row['route']} {key}"
             for row in rows
             for key, e in row.get("errors", {}).items()
-            if not e["error"] <= e["limit"]
+            if table.share(e) > 1
         }
     )
 
@@ -183,8 +184,9 @@ def say_operator(row: dict[str, Any]) -> None:
         print(f"left out {name} batch {row['batch']}: {row['why']}", flush=True)
         return
     for key, e in row["errors"].items():
-        verdict = "" if e["error"] <= e["limit"] else "  EXCEEDS"
-        print(f"error {name} {key} {e['error']:.1e} limit {e['limit']:.1e}{verdict}")
+        verdict = "  EXCEEDS" if table.share(e) > 1 else ""
+        numbers = ["NaN" if number is None else f"{number:.1e}" for number in (e["error"], e["limit"])]
+        print(f"error {name} {key} {numbers[0]} limit {numbers[1]}{verdict}")
     for part, seconds in row["seconds"].items():
         ratio = row["floor_seconds"][part] / seconds
         print(f"time {name} batch {row['batch']} {part} {1e3 * seconds:.3f} ms, floor / time {ratio:.2f}")

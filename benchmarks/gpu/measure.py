@@ -15,7 +15,7 @@ import torch
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.ops._route import BACKENDS as KNOWN
 
-PACKAGES = ("torch", "triton", "mamba-ssm", "causal-conv1d", "ssm-retrieval")
+PACKAGES = ("causal-conv1d", "mamba-ssm", "ssm-retrieval", "torch", "triton")
 CANNOT = (ImportError, NotImplementedError, UserError, ValueError)  # what a route raises for what it has not
 
 

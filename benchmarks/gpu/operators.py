@@ -6,8 +6,8 @@ inputs widened), over the largest value there. **Limits** are measured on the sa
     limit = 2 max(e_reference, e_chunks) + r e_rounding
 
 The first term is what plain PyTorch, in its two ways, is off by in this dtype, and as much again. e_rounding
-is what becomes of a result in float64 if every argument is off by one unit roundoff, up or down at random: of
-the operands of the kernel's matrix products, or of float32 where it has none. r is how many numbers on the
+is what becomes of a result in float64 if arguments are off by one unit roundoff, up or down at random: those
+that are operands of the kernel's matrix products, or in float32 all of them where it has none. r is how many numbers on the
 way to a result are rounded so, counted from the algorithm (`Operator.roundings`; gradients have come that way
 twice).
 
@@ -20,7 +20,7 @@ written; backward, the inputs and the outputs' gradients are read and the inputs
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -216,13 +216,14 @@ def forward_and_backward(name: str, inputs: Inputs, states: bool) -> Inputs:
     return results | {f"d{key}": grad for key, grad in zip(leaves, grads, strict=True)}
 
 
-def widened(inputs: Inputs, roundoff: float = 0.0) -> Inputs:
-    """Arguments in float64, each number off by the roundoff, up or down at random."""
+def widened(inputs: Inputs, roundoff: float = 0.0, exact: Collection[str] = ()) -> Inputs:
+    """Arguments in float64, each number off by the roundoff, up or down at random, but for those of `exact`."""
     g, found = torch.Generator().manual_seed(2), {}
     for key, x in inputs.items():
         if x.is_floating_point():
             signs = 2.0 * torch.randint(0, 2, x.shape, generator=g).double() - 1.0
-            found[key] = (x.detach().double() * (1.0 + roundoff * signs.to(x.device))).requires_grad_()
+            off = 0.0 if key in exact else roundoff
+            found[key] = (x.detach().double() * (1.0 + off * signs.to(x.device))).requires_grad_()
         else:
             found[key] = x
     return found
@@ -249,16 +250,18 @@ def compare(name: str, inputs: Inputs, states: bool, roundoff: float) -> tuple[I
     Returns:
         What every way should return, and the limits.
     """
+    operator = OPERATORS[name]
+    exact = operator.single - {"initial_state"} if operator.products else ()  # are no operands of products
     with ops.backend("reference"):
         want = forward_and_backward(name, widened(inputs), states)
-        nudged = errors(forward_and_backward(name, widened(inputs, roundoff), states), want)
+        nudged = errors(forward_and_backward(name, widened(inputs, roundoff, exact), states), want)
     plain = []
     for backend in PLAIN:
         with ops.backend(backend):
             plain.append(errors(forward_and_backward(name, inputs, states), want))
-    r = OPERATORS[name].roundings
     limits = {
-        key: 2 * max(e[key] for e in plain) + r * (1 + key.startswith("d")) * nudged[key] for key in want
+        key: 2 * max(e[key] for e in plain) + operator.roundings * (1 + key.startswith("d")) * nudged[key]
+        for key in want
     }
     return want, limits
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ def markdown(found: dict[str, Any]) -> str:
         Markdown, without a line break at its end.
     """
     here = found["environment"]
-    packages = ", ".join(f"{name} {version}" for name, version in here["packages"].items() if version)
+    packages = ", ".join(f"{name} {version}" for name, version in sorted(here["packages"].items()) if version)
     said = f"{here['device']}, driver {here['driver'] or 'unknown'}; {packages}. A copy moves "
     said += f"{found['bandwidth'] / 1e9:,.0f} GB/s."
     verdict = f"**{len(found['exceeded'])} errors exceed their limits.**" if found["exceeded"] else ""
@@ -32,8 +33,7 @@ def operators(found: dict[str, Any]) -> str:
         cells = rows.setdefault(key, {"floor": f"{1e3 * row['floor_seconds']['both']:.3f}"})
         cells[row["route"]] = f"{1e3 * row['seconds']['both']:.3f}" if "seconds" in row else "-"
         if "errors" in row:
-            worst = max(e["error"] / e["limit"] if e["limit"] else 0.0 for e in row["errors"].values())
-            cells[row["route"]] += f" ({worst:.2f})"
+            cells[row["route"]] += f" ({max(map(share, row['errors'].values())):.2f})"
     routes = found["routes"]
     head = [
         "preset",
@@ -46,6 +46,14 @@ def operators(found: dict[str, Any]) -> str:
         [*key, cells["floor"], *(cells.get(route, "-") for route in routes)] for key, cells in rows.items()
     )
     return _table(head, body)
+
+
+def share(result: dict[str, float | None]) -> float:
+    """A result's error over its limit; infinite for NaN, which JSON holds as null."""
+    error, limit = result["error"], result["limit"]
+    if error is None or limit is None:
+        return math.inf
+    return error / limit if limit else math.inf * error if error else 0.0
 
 
 def presets(found: dict[str, Any]) -> str:

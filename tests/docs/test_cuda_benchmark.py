@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -51,7 +52,7 @@ def test_limits_pass_plain_pytorch_and_no_wrong_carry(name, family):
             f"d{key}": x.shape for key, x in given.items()
         }.items()
         assert all(x.dtype == torch.float64 for x in want.values())
-        assert all(0 < limit < 0.1 for limit in limits.values())
+        assert all(0 < limit < 0.3 for limit in limits.values()), limits
         with ops.backend("chunks"):
             got = operators.forward_and_backward(name, given, True)
         found = operators.errors(got, want)
@@ -69,7 +70,7 @@ def test_limits_pass_plain_pytorch_and_no_wrong_carry(name, family):
 
 def test_limits_know_what_matrix_products_round():
     """A unit roundoff of each operand; mamba-ssm's products take float32 as TF32."""
-    assert operators.roundoff_of("ssd", BF16, "triton") == 2**-9
+    assert operators.roundoff_of("ssd", BF16, "triton") == 2**-8
     assert operators.roundoff_of("ssd", torch.float32, "triton") == 2**-24
     assert operators.roundoff_of("ssd", torch.float32, "mamba-ssm") == 2**-11
     assert operators.roundoff_of("selective_scan", BF16, "mamba-ssm") == 2**-24  # it has no products
@@ -83,9 +84,28 @@ def test_limits_know_what_matrix_products_round():
 
 
 def test_errors_beyond_a_limit_and_nan_are_named():
-    fine, off, nan = (dict(error=e, limit=1e-3) for e in (1e-3, 2e-3, float("nan")))
+    fine, off, nan = (dict(error=e, limit=1e-3) for e in (1e-3, 2e-3, None))
+    exact, inexact = (dict(error=e, limit=0.0) for e in (0.0, 1e-9))
     row = dict(preset="p", operator="o", route="r", errors={"y": fine, "dx": off, "dA": nan})
-    assert cuda.exceeded([row, row, dict(why="absent")]) == ["p o r dA", "p o r dx"]
+    row["errors"] |= {"last_state": exact, "states": inexact}
+    assert cuda.exceeded([row, row, dict(why="absent")]) == ["p o r dA", "p o r dx", "p o r states"]
+
+
+def test_nan_is_null_in_the_json_and_no_limit_hides_it(monkeypatch, tmp_path):
+    config = models.config("mamba", **TINY)
+    run = operators.forward_and_backward
+
+    def broken(name, inputs, states):
+        found = run(name, inputs, states)
+        return found if found["y"].dtype == torch.float64 else found | {"dx": found["dx"] * float("nan")}
+
+    monkeypatch.setattr(operators, "forward_and_backward", broken)
+    sizes = argparse.Namespace(compared=5, dtypes=(torch.float32,))
+    errors = cuda.compare("causal_conv1d", config, "chunks", "cpu", sizes)
+    assert errors["float32 dx"]["error"] is None and errors["float32 y"]["error"] > 0
+    write_json(tmp_path / "cuda.json", errors)
+    row = dict(preset="p", operator="o", route="r", errors=read_json(tmp_path / "cuda.json"))
+    assert cuda.exceeded([row]) == ["p o r float32 dx"]
 
 
 def test_a_missing_route_and_too_little_memory_have_a_reason():
