@@ -7,9 +7,9 @@ inputs widened), over the largest value there. **Limits** are measured on the sa
 
 The first term is what plain PyTorch, in its two ways, is off by in this dtype, and as much again. e_rounding
 is what becomes of a result in float64 if arguments are off by one unit roundoff, up or down at random: those
-that are operands of the kernel's matrix products, or in float32 all of them where it has none. r is how many numbers on the
-way to a result are rounded so, counted from the algorithm (`Operator.roundings`; gradients have come that way
-twice).
+that are operands of the kernel's matrix products, or all of them, by that of float32, where it has none. r is
+how many numbers on the way to a result are rounded so, counted from the algorithm (`Operator.roundings`;
+gradients have come that way twice).
 
 **Floors** are bytes that must move, whatever the algorithm. Forward, each input is read and each output
 written; backward, the inputs and the outputs' gradients are read and the inputs' gradients are written:
@@ -217,7 +217,7 @@ def forward_and_backward(name: str, inputs: Inputs, states: bool) -> Inputs:
 
 
 def widened(inputs: Inputs, roundoff: float = 0.0, exact: Collection[str] = ()) -> Inputs:
-    """Arguments in float64, each number off by the roundoff, up or down at random, but for those of `exact`."""
+    """Arguments in float64, all numbers but those of `exact` off by the roundoff, up or down at random."""
     g, found = torch.Generator().manual_seed(2), {}
     for key, x in inputs.items():
         if x.is_floating_point():
