@@ -22,6 +22,7 @@ import math
 import os
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +69,9 @@ def operator_rows(preset: str, name: str, device: str, sizes: argparse.Namespace
         if why is not None:
             rows += [dict(route=route, batch=batch, why=why) for batch in sizes.batches]
             continue
-        compared = measure.attempt(
-            lambda r=route: dict(errors=compare(name, config, r, device, sizes)), device
-        )
+        compared = measure.attempt(partial(compare, name, config, route, device, sizes), device)
         for batch in sizes.batches:
-            timed = measure.attempt(
-                lambda r=route, b=batch: time_operator(name, config, r, b, device, sizes), device
-            )
+            timed = measure.attempt(partial(time_operator, name, config, route, batch, device, sizes), device)
             rows.append(dict(route=route, batch=batch) | compared | timed)
     for row in rows:
         bytes_ = operators.moved(name, config, row["batch"], sizes.length, torch.bfloat16)
@@ -86,8 +83,9 @@ def operator_rows(preset: str, name: str, device: str, sizes: argparse.Namespace
 
 
 def compare(name: str, config: Any, route: str, device: str, sizes: argparse.Namespace) -> dict[str, Any]:
-    """Error and limit of each result, as "<dtype> <result>"."""
-    found, states = {}, route != "mamba-ssm"  # whose kernels return no chosen states
+    """Error and limit of each result, as "<dtype> <result>" in `errors`."""
+    found: dict[str, dict[str, float | None]] = {}
+    states = route != "mamba-ssm"  # whose kernels return no chosen states
     for dtype in sizes.dtypes:
         given = operators.make_inputs(name, config, 2, sizes.compared, dtype, device, states)
         want, limits = operators.compare(name, given, states, operators.roundoff_of(name, dtype, route))
@@ -96,7 +94,7 @@ def compare(name: str, config: Any, route: str, device: str, sizes: argparse.Nam
         for key, error in got.items():
             pair = dict(error=error, limit=limits[key])
             found[f"{str(dtype)[6:]} {key}"] = {k: x if math.isfinite(x) else None for k, x in pair.items()}
-    return found
+    return {"errors": found}
 
 
 def time_operator(
@@ -135,8 +133,8 @@ def model_row(preset: str, route: str, device: str, sizes: argparse.Namespace) -
     batch, length = max(sizes.batches), sizes.length
     with ops.backend(BACKENDS[route]):
         # decoding first: the optimizer's moments would stay beside it
-        decoded = measure.attempt(lambda: presets.decoding(model, batch, length, sizes.new, device), device)
-        trained = measure.attempt(lambda: presets.training(model, batch, length, device), device)
+        decoded = measure.attempt(partial(presets.decoding, model, batch, length, sizes.new, device), device)
+        trained = measure.attempt(partial(presets.training, model, batch, length, device), device)
     return row | dict(training=trained, decoding=decoded, parameters=model.num_parameters())
 
 

@@ -92,7 +92,8 @@ def _scan_shapes(c: Any, B: int, L: int) -> Shapes:
 
 
 def _conv(inputs: Inputs, states: bool) -> Inputs:
-    found = causal_conv1d(**inputs, activation="silu", return_last_state=states)
+    given: dict[str, Any] = dict(inputs)
+    found = causal_conv1d(**given, activation="silu", return_last_state=states)
     return dict(zip(("y", "last_state"), found, strict=True)) if states else {"y": found}
 
 
@@ -118,7 +119,7 @@ def _delta_shapes(c: Any, B: int, L: int) -> Shapes:
 
 
 def _head(inputs: Inputs, states: bool) -> Inputs:
-    loss, predictions = linear_cross_entropy(**inputs)
+    loss, predictions = linear_cross_entropy(inputs["x"], inputs["weight"], inputs["labels"])
     return {"loss": loss, "predictions": predictions}
 
 

@@ -101,7 +101,7 @@ def test_nan_is_null_in_the_json_and_no_limit_hides_it(monkeypatch, tmp_path):
 
     monkeypatch.setattr(operators, "forward_and_backward", broken)
     sizes = argparse.Namespace(compared=5, dtypes=(torch.float32,))
-    errors = cuda.compare("causal_conv1d", config, "chunks", "cpu", sizes)
+    errors = cuda.compare("causal_conv1d", config, "chunks", "cpu", sizes)["errors"]
     assert errors["float32 dx"]["error"] is None and errors["float32 y"]["error"] > 0
     write_json(tmp_path / "cuda.json", errors)
     row = dict(preset="p", operator="o", route="r", errors=read_json(tmp_path / "cuda.json"))

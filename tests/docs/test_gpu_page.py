@@ -14,6 +14,7 @@ from synthetic.config import RunConfig, plan
 from synthetic.memory import meta_model
 
 PAGE = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text(encoding="utf-8")
+FLAT = " ".join(PAGE.split())
 TOKENS = 20_000_000 * 1028
 PEAKS = {"H100": 989e12, "A100": 312e12}
 
@@ -44,7 +45,7 @@ def test_the_first_line_says_that_nothing_was_measured():
 
 
 def test_hours_are_the_formula(paper):
-    said = re.findall(r"([\d.]+e19)(?: FLOP)? for (?:the )?(Transformer|Mamba)", " ".join(PAGE.split()))
+    said = re.findall(r"([\d.]+e19)(?: FLOP)? for (?:the )?(Transformer|Mamba)", FLAT)
     assert len(said) == 2
     for number, name in said:
         assert float(number) == pytest.approx(TOKENS * flop(paper[name.lower()], name.lower()), rel=3e-3)
@@ -60,9 +61,9 @@ def test_bytes_of_mambas_blocks(paper):
     c = paper["mamba"].config
     found = block_memory.mamba(c, Step(128, 1028, 2, bfloat16=True, device="cuda"))
     token = (found.kept - found.casts) / (128 * 1028)
-    assert f"{token / 1e3:.1f} KB a token and layer, of which {4 * c.d_model / 1e3:.1f} KB" in PAGE
+    assert f"{token / 1e3:.1f} KB a token and layer, of which {4 * c.d_model / 1e3:.1f} KB" in FLAT
     hours = 2 * token * c.n_layer * TOKENS / 3.35e12 / 3600
-    assert f"takes {hours:.1f} h of an H100's 3.35 TB/s" in " ".join(PAGE.split())
+    assert f"takes {hours:.1f} h of an H100's 3.35 TB/s" in FLAT
 
 
 def test_the_snippet_runs(tmp_path):
