@@ -152,7 +152,7 @@ OPERATORS = {
     ),
     "linear_cross_entropy": Operator(
         None, _head_shapes, lambda c, B, L: {"loss": (), "predictions": (B, L)}, _head,
-        1, True,  # the gradient of the logits
+        2, True,  # the logits, their gradient
         made={"weight": lambda x: x / math.sqrt(x.shape[-1])},
     ),
 }  # fmt: skip
