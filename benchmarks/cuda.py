@@ -220,8 +220,9 @@ def print_comparisons(found: dict[str, Any]) -> None:
         if "why" not in row["training"]:
             speed.setdefault(row["preset"], {})[row["route"]] = row["training"]["tokens_per_second"]
     for preset, routes in speed.items():
-        for route in set(routes) - {"chunks"} if "chunks" in routes else ():
-            print(f"ratio train_step_{preset}_{route}_vs_chunks {routes[route] / routes['chunks']:.2f}")
+        for route, tokens in routes.items():
+            if route != "chunks" and "chunks" in routes:
+                print(f"ratio train_step_{preset}_{route}_vs_chunks {tokens / routes['chunks']:.2f}")
 
 
 def selfcheck(sizes: argparse.Namespace) -> list[str]:
