@@ -45,12 +45,12 @@ NO_GPU = (
 )
 FULL: dict[str, Any] = dict(
     presets=PRESETS, batches=[1, 8], length=2048, compared=256, new=64, copied=2**30, overrides={},
-    dtypes=(torch.float32, torch.bfloat16),
+    least=0.05, repeats=5, dtypes=(torch.float32, torch.bfloat16),
 )  # fmt: skip
 QUICK = dict(presets=["mamba-130m", "mamba2-130m"], batches=[1], length=256, compared=70, new=8, copied=2**26)
 TINY = dict(
     presets=["mamba-tiny", "mamba2-tiny", "gated-deltanet-tiny"], batches=[2], length=10, compared=9, new=2,
-    copied=2**16, overrides=dict(d_model=32, n_layer=1, vocab_size=40, d_state=8),
+    copied=2**16, least=0.0, repeats=1, overrides=dict(d_model=32, n_layer=1, vocab_size=40, d_state=8),
 )  # fmt: skip
 HEADS = dict(headdim=16)  # of tiny models that have some
 
@@ -117,7 +117,7 @@ def time_operator(
 
     with ops.backend(BACKENDS[route]):
         seconds = {
-            part: measure.seconds_of(call, device, sizes.least)
+            part: measure.seconds_of(call, device, sizes.least, sizes.repeats)
             for part, call in (("forward", forward), ("both", both))
         }
         return dict(seconds=seconds, peak_bytes=measure.peak_of(both, device))
@@ -130,11 +130,11 @@ def model_row(preset: str, route: str, device: str, sizes: argparse.Namespace) -
     if why is not None:
         return row | dict(training=dict(why=why), decoding=dict(why=why))
     model = models.from_config(config_of(preset, sizes), dtype=torch.bfloat16, device=device)
-    batch, length = max(sizes.batches), sizes.length
+    at, repeats = (max(sizes.batches), sizes.length), sizes.repeats
     with ops.backend(BACKENDS[route]):
         # decoding first: the optimizer's moments would stay beside it
-        decoded = measure.attempt(partial(presets.decoding, model, batch, length, sizes.new, device), device)
-        trained = measure.attempt(partial(presets.training, model, batch, length, device), device)
+        decoded = measure.attempt(partial(presets.decoding, model, *at, sizes.new, device, repeats), device)
+        trained = measure.attempt(partial(presets.training, model, *at, device, repeats), device)
     return row | dict(training=trained, decoding=decoded, parameters=model.num_parameters())
 
 
@@ -250,7 +250,7 @@ def selfcheck(sizes: argparse.Namespace) -> list[str]:
         wrong.append("the portable route did not train and decode")
     model = models.from_config(config, dtype=torch.bfloat16)
     state = models.state_size(config, 8)
-    numbers = presets.decoding(model, 3, 8, 1, "cpu")
+    numbers = presets.decoding(model, 3, 8, 1, "cpu", repeats=1)
     least = sum(p.nbytes for p in model.parameters()) + 2 * 3 * 2 * state
     if not least <= numbers["floor_bytes"] <= 2 * least:
         wrong.append("the floor of decoding is not that of weights and state")
@@ -292,9 +292,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--table", type=Path, metavar="JSON", help="print the tables of a JSON, and no more")
     parser.add_argument("--selfcheck", action="store_true", help="run on this CPU in tiny sizes")
     checked = "--selfcheck" in (sys.argv[1:] if argv is None else argv)
-    sizes = parse(
-        parser, FULL | (TINY if checked else {}) | dict(least=0.0 if checked else 0.05), QUICK, argv
-    )
+    sizes = parse(parser, FULL | (TINY if checked else {}), QUICK, argv)
     try:
         if sizes.table is not None:
             print(table.markdown(read_json(sizes.table)))

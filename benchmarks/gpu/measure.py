@@ -25,7 +25,7 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def seconds_of(call: Callable[[], Any], device: str, least: float = 0.05, repeats: int = 5) -> float:
+def seconds_of(call: Callable[[], Any], device: str, least: float, repeats: int) -> float:
     """The median time of a call.
 
     Args:
@@ -67,7 +67,7 @@ def copy_bandwidth(device: str, size: int) -> float:
     """Bytes that move per second while `size` bytes are copied on the device, read and written."""
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * size / seconds_of(lambda: target.copy_(source), device)
+    return 2 * size / seconds_of(lambda: target.copy_(source), device, least=0.05, repeats=5)
 
 
 def attempt(measure: Callable[[], dict[str, Any]], device: str) -> dict[str, Any]:

@@ -33,7 +33,9 @@ def decoding_floor(weights: int, state: int) -> int:
     return weights + 2 * state
 
 
-def training(model: models.LanguageModel, batch: int, length: int, device: str) -> dict[str, Any]:
+def training(
+    model: models.LanguageModel, batch: int, length: int, device: str, repeats: int
+) -> dict[str, Any]:
     """Time and memory of a training step: forward, loss, backward, AdamW.
 
     Args:
@@ -41,6 +43,7 @@ def training(model: models.LanguageModel, batch: int, length: int, device: str) 
         batch: Sequences.
         length: Tokens of each.
         device: Where it runs.
+        repeats: Measurements; the median counts.
 
     Returns:
         `seconds`, `tokens_per_second`, `peak_bytes` beside the weights, and `floor_bytes`.
@@ -55,7 +58,7 @@ def training(model: models.LanguageModel, batch: int, length: int, device: str) 
         optimizer.zero_grad()
 
     peak = peak_of(step, device)
-    seconds = seconds_of(step, device, least=0.0, repeats=3)
+    seconds = seconds_of(step, device, least=0.0, repeats=repeats)
     moments = [x for state in optimizer.state.values() for x in state.values() if x.dim() > 0]
     weights = sum(p.nbytes for p in model.parameters())
     return dict(
@@ -66,7 +69,9 @@ def training(model: models.LanguageModel, batch: int, length: int, device: str) 
     )
 
 
-def decoding(model: models.LanguageModel, batch: int, length: int, new: int, device: str) -> dict[str, Any]:
+def decoding(
+    model: models.LanguageModel, batch: int, length: int, new: int, device: str, repeats: int
+) -> dict[str, Any]:
     """Time of prefilling a prompt, and of the tokens after it, one at a time.
 
     Args:
@@ -75,6 +80,7 @@ def decoding(model: models.LanguageModel, batch: int, length: int, new: int, dev
         length: Tokens of the prompt.
         new: Tokens that are decoded.
         device: Where it runs.
+        repeats: Measurements; the median counts.
 
     Returns:
         `prefill_seconds`; `seconds` and `tokens_per_second` of decoding, of all sequences together;
@@ -82,7 +88,7 @@ def decoding(model: models.LanguageModel, batch: int, length: int, new: int, dev
     """
     ids, last = tokens(model, batch, length, device), torch.tensor([-1], device=device)
     with torch.no_grad():
-        prefill = seconds_of(lambda: model(ids, logits_at=last), device, least=0.0, repeats=3)
+        prefill = seconds_of(lambda: model(ids, logits_at=last), device, least=0.0, repeats=repeats)
         cache = model.init_cache()
         chosen = model(ids, logits_at=last, cache=cache).argmax(-1)[:, -1]
         state = sum(x.nbytes for layer in cache.layers for x in layer.values())
@@ -92,7 +98,7 @@ def decoding(model: models.LanguageModel, batch: int, length: int, new: int, dev
             for _ in range(new):
                 token = model.step(token, cache).argmax(-1)
 
-        seconds = seconds_of(decode, device, least=0.0, repeats=3)
+        seconds = seconds_of(decode, device, least=0.0, repeats=repeats)
     wait(device)
     weights = sum(p.nbytes for p in model.parameters())
     return dict(
