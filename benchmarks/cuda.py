@@ -62,7 +62,17 @@ def config_of(preset: str, sizes: argparse.Namespace) -> Any:
 
 
 def operator_rows(preset: str, name: str, device: str, sizes: argparse.Namespace) -> list[dict[str, Any]]:
-    """Errors, time and memory of an operator in a preset's shapes, a row for each route and batch."""
+    """Errors, time and memory of an operator in a preset's shapes.
+
+    Args:
+        preset: The model.
+        name: Of the operator.
+        device: Where it runs.
+        sizes: Of the benchmark.
+
+    Returns:
+        A row for each route and batch; `why` in place of numbers where a route cannot run.
+    """
     config, rows = config_of(preset, sizes), []
     for route in BACKENDS:
         why = measure.missing(route, OPERATORS[name].package)
@@ -83,7 +93,18 @@ def operator_rows(preset: str, name: str, device: str, sizes: argparse.Namespace
 
 
 def compare(name: str, config: Any, route: str, device: str, sizes: argparse.Namespace) -> dict[str, Any]:
-    """Error and limit of each result, as "<dtype> <result>" in `errors`."""
+    """Compare an operator with the float64 reference.
+
+    Args:
+        name: Of the operator.
+        config: Of the model whose shapes it has.
+        route: How it runs.
+        device: Where.
+        sizes: Of the benchmark.
+
+    Returns:
+        In `errors`, by "<dtype> <result>", its `error` and its `limit`; None in place of NaN and infinity.
+    """
     found: dict[str, dict[str, float | None]] = {}
     states = route != "mamba-ssm"  # whose kernels return no chosen states
     for dtype in sizes.dtypes:
@@ -100,7 +121,19 @@ def compare(name: str, config: Any, route: str, device: str, sizes: argparse.Nam
 def time_operator(
     name: str, config: Any, route: str, batch: int, device: str, sizes: argparse.Namespace
 ) -> dict[str, Any]:
-    """Seconds forward, and forward and backward, and the latter's peak memory, in bfloat16."""
+    """Time an operator in bfloat16.
+
+    Args:
+        name: Of the operator.
+        config: Of the model whose shapes it has.
+        route: How it runs.
+        batch: Sequences.
+        device: Where it runs.
+        sizes: Of the benchmark.
+
+    Returns:
+        `seconds`, "forward" and "both" with the backward pass, and `peak_bytes` of the latter.
+    """
     given = operators.make_inputs(name, config, batch, sizes.length, torch.bfloat16, device, states=False)
 
     def forward() -> None:
@@ -124,7 +157,17 @@ def time_operator(
 
 
 def model_row(preset: str, route: str, device: str, sizes: argparse.Namespace) -> dict[str, Any]:
-    """Training and decoding of a preset by one route."""
+    """Training and decoding of a preset by one route.
+
+    Args:
+        preset: The model.
+        route: How its operators run.
+        device: Where.
+        sizes: Of the benchmark.
+
+    Returns:
+        The row: `training` and `decoding` as in benchmarks/gpu/presets.py, or with `why` in place of numbers.
+    """
     row: dict[str, Any] = dict(preset=preset, route=route)
     why = measure.missing(route, "mamba_ssm")
     if why is not None:

@@ -84,11 +84,14 @@ def attempt(measure: Callable[[], dict[str, Any]], device: str) -> dict[str, Any
 
 
 def missing(route: str, package: str | None) -> str | None:
-    """Why a route cannot run on this machine, or None.
+    """Why a route cannot run on this machine.
 
     Args:
         route: "mamba-ssm", "triton" or "chunks".
         package: The one whose kernel "mamba-ssm" would take; None where there is none.
+
+    Returns:
+        The reason; None if it can.
     """
     if route == "mamba-ssm":
         if package is None:

@@ -218,7 +218,16 @@ def forward_and_backward(name: str, inputs: Inputs, states: bool) -> Inputs:
 
 
 def widened(inputs: Inputs, roundoff: float = 0.0, exact: Collection[str] = ()) -> Inputs:
-    """Arguments in float64, all numbers but those of `exact` off by the roundoff, up or down at random."""
+    """Arguments in float64.
+
+    Args:
+        inputs: From `make_inputs`.
+        roundoff: By how much of itself each number is off, up or down at random.
+        exact: Arguments that are not.
+
+    Returns:
+        New leaves of the graph; integers as they are.
+    """
     g, found = torch.Generator().manual_seed(2), {}
     for key, x in inputs.items():
         if x.is_floating_point():
@@ -268,13 +277,33 @@ def compare(name: str, inputs: Inputs, states: bool, roundoff: float) -> tuple[I
 
 
 def roundoff_of(name: str, dtype: torch.dtype, route: str) -> float:
-    """Unit roundoff of what a route's kernel computes with, for arguments of this dtype."""
+    """Unit roundoff of what a kernel computes with.
+
+    Args:
+        name: Of the operator.
+        dtype: Of its arguments.
+        route: Whose kernel.
+
+    Returns:
+        Half the distance from 1 to the next number.
+    """
     exact = float(torch.finfo(dtype if OPERATORS[name].products else torch.float32).eps) / 2
     return max(exact, TF32) if OPERATORS[name].products and route == "mamba-ssm" else exact
 
 
 def moved(name: str, config: Any, batch: int, length: int, dtype: torch.dtype) -> dict[str, int]:
-    """The floor: bytes that must move in a plain call, forward, and forward and backward together."""
+    """The floor: bytes that must move in a plain call.
+
+    Args:
+        name: Of the operator.
+        config: Of the model whose shapes it has.
+        batch: Sequences.
+        length: Tokens in each.
+        dtype: Of the arguments that may be narrow.
+
+    Returns:
+        Bytes "forward", and "both" forward and backward.
+    """
     operator = OPERATORS[name]
 
     def size(key: str, shape: tuple[int, ...]) -> int:

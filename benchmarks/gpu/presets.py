@@ -111,6 +111,16 @@ def decoding(
 
 
 def tokens(model: models.LanguageModel, batch: int, length: int, device: str) -> Tensor:
-    """Random ids, the same for every route."""
+    """Random ids, the same for every route.
+
+    Args:
+        model: Whose vocabulary they are of.
+        batch: Sequences.
+        length: Tokens of each.
+        device: Where they go.
+
+    Returns:
+        (batch, length) int64.
+    """
     g = torch.Generator().manual_seed(0)
     return torch.randint(0, model.config.vocab_size, (batch, length), generator=g).to(device)

@@ -119,7 +119,17 @@ class MambaMixer(Hooked, nn.Module):
         return self.out_proj(y)
 
     def mix(self, x: Tensor, z: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
-        """What lies between the two projections, (B, L, E) to (B, L, E); arguments as in `forward`."""
+        """What lies between the two projections.
+
+        Args:
+            x: The half of in_proj's output that is convolved and scanned, (B, L, E).
+            z: The gate, as x.
+            context: As in `forward`.
+            cache: As in `forward`.
+
+        Returns:
+            What out_proj reads, (B, L, E).
+        """
         config, mask = self.config, context.mask
         x = self.tap("hook_in", fill_padding(x, mask), mask)
         u = convolve(x, self.conv1d.weight, self.conv1d.bias, context, cache)
