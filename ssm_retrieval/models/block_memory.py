@@ -18,7 +18,7 @@ from ssm_retrieval.ops import DELTA_CHUNK, LANES, padded_values
 
 SCAN_CHUNK = 64  # tokens between the states that the scan keeps (ssm_retrieval/ops/_scan_kernels.py)
 SCAN_GROUP = 8  # blocks of channels whose dB, dC are summed before they are stored (the same file)
-TILE = 32  # tokens, and channels, of a tile of the scan in Triton (ssm_retrieval/ops/_scan_triton.py)
+TILE = 16, 32  # tokens and channels of a tile of the scan in Triton (ssm_retrieval/ops/_scan_triton.py)
 F32 = 4
 
 
@@ -133,40 +133,39 @@ def mamba_on_gpu(config: Any, step: Step) -> BlockMemory:
 
         kept = x + norm + c T (D + 2 E + E)
 
-    While the block's gradients are made, `recomputed` is there again, and beside it the scan's gradients: of
-    y, u, dt and z, of the states at the borders of tiles, and of B and C for each block of channels:
+    While the block's gradients are made, `recomputed` is there again, and beside it what the scan's backward
+    pass makes: gradients of y, u, dt and z; in float32, for each tile, states from both sides and three
+    numbers for each channel; and those of B and C for each block of channels:
 
-        4 c T E + 4 B S N E + 8 T N ceil(E / TILE),  S = ceil(L / TILE)
+        4 c T E + 4 B S E (2 N + 3) + 8 T N ceil(E / 32),  S = ceil(L / 16)
     """
     B, L, c = step.at_once, step.length, step.itemsize
     D, E, N, T = config.d_model, config.d_inner, config.d_state, B * L
     x = F32 * T * D
     kept = x + norm(config.norm, T, D) + c * T * (D + 3 * E)
     casts = 2 * (2 * D * E + E * D) if step.bfloat16 else 0  # others' copies go when the loss is there
-    gradients = 4 * c * T * E + F32 * B * math.ceil(L / TILE) * E * N + 2 * F32 * T * N * math.ceil(E / TILE)
+    tiles, blocks = B * math.ceil(L / TILE[0]), math.ceil(E / TILE[1])
+    gradients = 4 * c * T * E + F32 * tiles * E * (2 * N + 3) + 2 * F32 * T * N * blocks
     return BlockMemory(x, kept + casts, casts, recomputed(config, step) + gradients + 2 * x)
 
 
-def recomputed(config: Any, step: Step, tile: int = TILE) -> int:
+def recomputed(config: Any, step: Step) -> int:
     """Bytes that convolution, step sizes and scan of a Mamba block keep with the kernels in Triton.
 
-    These take their inputs where and as they are. No tensor has the axes (B, L, E, N):
+    These keep their arguments, where and as they are, and nothing else; no tensor has the axes (B, L, E, N):
 
         c T (2 E + R + 2 N)    u, dt, and x_proj's output, of which B and C are parts
-        4 B S N E              float32 states at the borders of tiles, S = ceil(L / tile)
         4 (2 E N)              A, twice
 
     Args:
         config: The model's.
         step: The training step.
-        tile: Tokens of a tile.
 
     Returns:
         Bytes, beside in_proj's output.
     """
-    B, L, c = step.at_once, step.length, step.itemsize
     E, N, T = config.d_inner, config.d_state, step.at_once * step.length
-    return c * T * (2 * E + config.rank + 2 * N) + F32 * E * N * (B * math.ceil(L / tile) + 2)
+    return step.itemsize * T * (2 * E + config.rank + 2 * N) + 2 * F32 * E * N
 
 
 def mamba2(config: Any, step: Step) -> BlockMemory:

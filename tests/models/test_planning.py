@@ -11,7 +11,7 @@ import torch
 from memory_options import FAMILIES, OPTIMIZERS, needs, small
 from small_runs import SMALL, command
 
-from ssm_retrieval import models
+from ssm_retrieval import models, ops
 from ssm_retrieval.models import block_memory, mamba, planning
 from ssm_retrieval.models.planning import Machine, Step, head_memory, step_memory
 from ssm_retrieval.ops import _scan_kernels
@@ -157,7 +157,33 @@ def test_constants_are_those_of_the_kernels():
 def test_tiles_are_those_of_the_kernels_in_triton(monkeypatch):
     scan = pytest.importorskip("ssm_retrieval.ops._scan_triton")
     monkeypatch.setattr(scan._triton, "interpreted", lambda: False)
-    assert scan._tile() == (block_memory.TILE, block_memory.TILE)
+    monkeypatch.setattr(scan.torch.version, "hip", None)
+    assert scan._tile() == block_memory.TILE
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_kernels_in_triton_keep_nothing_but_their_arguments(precision):
+    """In Triton's interpreter: what autograd saves between a Mamba block's projections."""
+    pytest.importorskip("triton")
+    pytest.importorskip("ssm_retrieval.ops._scan_triton")
+    config = models.config("mamba", d_model=4, n_layer=1, vocab_size=8, d_state=2)
+    mixer, found = mamba.MambaMixer(config), {}
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    both = torch.randn(2, 9, 16, dtype=dtype, requires_grad=True) * 1  # as in_proj makes it
+    ours = {t.untyped_storage().data_ptr() for t in (*mixer.parameters(), both)}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        found[storage.data_ptr()] = storage
+        return t
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+    with hooks, autocast("cpu", precision), ops.backend("triton"):
+        mixer.mix(*both.chunk(2, dim=-1), mamba.WHOLE)
+    bytes_ = sum(storage.nbytes() for at, storage in found.items() if at not in ours)
+    casts = 2 * (8 * 5 + 8) if precision == "bfloat16" else 0  # of the weights of x_proj and dt_proj
+    step = Step(2, 9, 1, bfloat16=precision == "bfloat16", device="cuda")
+    assert bytes_ - casts == block_memory.recomputed(config, step)
 
 
 def test_less_memory_by_every_option():
