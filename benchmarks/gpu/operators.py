@@ -3,11 +3,12 @@
 **Errors** are largest differences from the float64 reference (the equations, token by token, on the same
 inputs widened), over the largest value there. **Limits** are measured on the same numbers:
 
-    limit = 2 max(e_reference, e_chunks) + r e_rounding
+    limit = 2 max(e_reference, e_chunks, u) + r e_rounding
 
-The first term is what plain PyTorch, in its two ways, is off by in this dtype, and as much again. e_rounding
-is what becomes of a result in float64 if arguments are off by one unit roundoff, up or down at random: those
-that are operands of the kernel's matrix products, or all of them, by that of float32, where it has none. r is
+The first term is what plain PyTorch, in its two ways, is off by in this dtype, or the unit roundoff u of the
+result's own dtype if that is more, and as much again (Triton's interpreter cuts bfloat16 off, within 2 u).
+e_rounding is what becomes of a result in float64 if arguments are off by one unit roundoff, up or down at random:
+those that are operands of the kernel's matrix products, or all of them, by that of float32, where it has none. r is
 how many numbers on the way to a result are rounded so, counted from the algorithm (`Operator.roundings`;
 gradients have come that way twice).
 
@@ -265,13 +266,14 @@ def compare(name: str, inputs: Inputs, states: bool, roundoff: float) -> tuple[I
     with ops.backend("reference"):
         want = forward_and_backward(name, widened(inputs), states)
         nudged = errors(forward_and_backward(name, widened(inputs, roundoff, exact), states), want)
-    plain = []
+    plain = {key: 0.0 for key in want}
     for backend in PLAIN:
         with ops.backend(backend):
-            plain.append(errors(forward_and_backward(name, inputs, states), want))
+            got = forward_and_backward(name, inputs, states)
+        for key, error in errors(got, want).items():
+            plain[key] = max(plain[key], error, float(torch.finfo(got[key].dtype).eps) / 2)
     limits = {
-        key: 2 * max(e[key] for e in plain) + operator.roundings * (1 + key.startswith("d")) * nudged[key]
-        for key in want
+        key: 2 * plain[key] + operator.roundings * (1 + key.startswith("d")) * nudged[key] for key in want
     }
     return want, limits
 
