@@ -7,10 +7,10 @@ inputs widened), over the largest value there. **Limits** are measured on the sa
 
 The first term is what plain PyTorch, in its two ways, is off by in this dtype, or the unit roundoff u of the
 result's own dtype if that is more, and as much again (Triton's interpreter cuts bfloat16 off, within 2 u).
-e_rounding is what becomes of a result in float64 if arguments are off by one unit roundoff, up or down at random:
-those that are operands of the kernel's matrix products, or all of them, by that of float32, where it has none. r is
-how many numbers on the way to a result are rounded so, counted from the algorithm (`Operator.roundings`;
-gradients have come that way twice).
+e_rounding is what becomes of a result in float64 if arguments are off by one unit roundoff, up or down at
+random: those that are operands of the kernel's matrix products, or all of them, by that of float32, where it
+has none. r is how many numbers on the way to a result are rounded so, counted from the algorithm
+(`Operator.roundings`; gradients have come that way twice).
 
 **Floors** are bytes that must move, whatever the algorithm. Forward, each input is read and each output
 written; backward, the inputs and the outputs' gradients are read and the inputs' gradients are written:
