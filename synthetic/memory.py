@@ -57,6 +57,7 @@ def training_steps(plan: Plan) -> list[Step]:
                 optimizer=plan.optimizer,
                 accumulate=plan.accumulate,
                 checkpointing=plan.checkpointing,
+                device=plan.device,
             )
         )
     return steps
@@ -69,7 +70,8 @@ def evaluation_step(plan: Plan) -> Step:
     row = task.batch(1, seed=plan.seed, index=0, queries=task.usual_queries(plan.seq_len))
     rows = rows_at_once(task, examples, plan.seq_len)
     at = row.answer_at[..., : row.retrieved]
-    return Step(rows, row.input_ids.shape[1], at.shape[-1], bfloat16=plan.precision == "bfloat16")
+    bfloat16 = plan.precision == "bfloat16"
+    return Step(rows, row.input_ids.shape[1], at.shape[-1], bfloat16=bfloat16, device=plan.device)
 
 
 def require(plan: Plan) -> None:

@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,8 @@ class Session(session.Session[Progress, Batch]):
         self.plan, self.listener, self.evaluate_every = plan, listener, plan.eval_every
         self.task = tasks.build(plan.task, **plan.task_options)
         if plan.init is None or session.begun(folder):
-            model = models.build(plan.model, seed=plan.seed, device=plan.device, **plan.model_overrides)
+            make = partial(models.build, plan.model, seed=plan.seed, **plan.model_overrides)
+            model = distributed.build(make, plan.device, world)
         else:
             model = pretrained.first_model(plan)
         model.checkpointing = plan.checkpointing
@@ -244,7 +246,7 @@ class Session(session.Session[Progress, Batch]):
         by_length = [self._unseen("heldout", plan.final_eval_examples, n) for n in lengths(plan)]
         final = by_length[-1]
         self.require_finite(final.loss, "the held-out loss")
-        weights = {name: distributed.full(p) for name, p in self.model.named_parameters()}
+        weights = distributed.whole_weights(self.model, world=self.world)
         result = self._row("heldout", final)
         result |= dict(
             format=FORMAT,

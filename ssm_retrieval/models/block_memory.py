@@ -3,7 +3,8 @@
 Each term of a formula is a tensor that an autograd function in that architecture's file (or in ops/) saves.
 The letters are those of common.py, T = B * L, and c is the bytes of a product's operand: 4, or 2 under
 bfloat16 autocast, which also keeps a copy of each weight. The tests count saved tensors;
-`benchmarks/plan.py` measures processes. The formulas describe the CPU kernels.
+`benchmarks/plan.py` measures processes. The formulas describe the CPU kernels, that of Mamba on a GPU the
+kernels in Triton.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from ssm_retrieval.ops import DELTA_CHUNK, LANES, padded_values
 
 SCAN_CHUNK = 64  # tokens between the states that the scan keeps (ssm_retrieval/ops/_scan_kernels.py)
 SCAN_GROUP = 8  # blocks of channels whose dB, dC are summed before they are stored (the same file)
+TILE = 16, 32  # tokens and channels of a tile of the scan in Triton (ssm_retrieval/ops/_scan_triton.py)
 F32 = 4
 
 
@@ -32,6 +34,7 @@ class Step:
         optimizer: A name of ssm_retrieval/training/optimizers.py.
         accumulate: Parts that a batch is computed in.
         checkpointing: Whether a block keeps its input only (`LanguageModel.checkpointing`).
+        device: "cpu", "cuda" or "mps".
     """
 
     rows: int
@@ -41,6 +44,7 @@ class Step:
     optimizer: str = "adamw"
     accumulate: int = 1
     checkpointing: bool = False
+    device: str = "cpu"
 
     @property
     def at_once(self) -> int:
@@ -103,6 +107,8 @@ def attention(config: Any, step: Step) -> BlockMemory:
 
 def mamba(config: Any, step: Step) -> BlockMemory:
     """A Mamba block: norm, in_proj, convolution, x_proj, dt_proj, scan, out_proj."""
+    if step.device == "cuda":
+        return mamba_on_gpu(config, step)
     B, L, c = step.at_once, step.length, step.itemsize
     D, E, N, R, T = config.d_model, config.d_inner, config.d_state, config.rank, B * L
     wide = -(-E // LANES) * LANES  # the kernels' channels
@@ -118,6 +124,48 @@ def mamba(config: Any, step: Step) -> BlockMemory:
     groups = math.ceil(wide / LANES / SCAN_GROUP)
     working = 4 * channels - c * T * E + 2 * F32 * groups * T * N + 2 * x
     return BlockMemory(x, kept + casts, casts, working)
+
+
+def mamba_on_gpu(config: Any, step: Step) -> BlockMemory:
+    """A Mamba block on a GPU, where what lies between in_proj and out_proj runs twice (`mamba.runs_twice`).
+
+    Kept are only the stream, its norm as in_proj reads it, in_proj's output and what out_proj reads:
+
+        kept = x + norm + c T (D + 2 E + E)
+
+    While the block's gradients are made, `recomputed` is there again, and beside it what the scan's backward
+    pass makes: gradients of y, u, dt and z; in float32, for each tile, states from both sides and three
+    numbers for each channel; and those of B and C for each block of channels:
+
+        4 c T E + 4 B S E (2 N + 3) + 8 T N ceil(E / 32),  S = ceil(L / 16)
+    """
+    B, L, c = step.at_once, step.length, step.itemsize
+    D, E, N, T = config.d_model, config.d_inner, config.d_state, B * L
+    x = F32 * T * D
+    kept = x + norm(config.norm, T, D) + c * T * (D + 3 * E)
+    casts = 2 * (2 * D * E + E * D) if step.bfloat16 else 0  # others' copies go when the loss is there
+    tiles, blocks = B * math.ceil(L / TILE[0]), math.ceil(E / TILE[1])
+    gradients = 4 * c * T * E + F32 * tiles * E * (2 * N + 3) + 2 * F32 * T * N * blocks
+    return BlockMemory(x, kept + casts, casts, recomputed(config, step) + gradients + 2 * x)
+
+
+def recomputed(config: Any, step: Step) -> int:
+    """Bytes that convolution, step sizes and scan of a Mamba block keep with the kernels in Triton.
+
+    These keep their arguments, where and as they are, and nothing else; no tensor has the axes (B, L, E, N):
+
+        c T (2 E + R + 2 N)    u, dt, and x_proj's output, of which B and C are parts
+        4 (2 E N)              A, twice
+
+    Args:
+        config: The model's.
+        step: The training step.
+
+    Returns:
+        Bytes, beside in_proj's output.
+    """
+    E, N, T = config.d_inner, config.d_state, step.at_once * step.length
+    return step.itemsize * T * (2 * E + config.rank + 2 * N) + 2 * F32 * E * N
 
 
 def mamba2(config: Any, step: Step) -> BlockMemory:

@@ -65,6 +65,7 @@ class Context:
         positions: (L,) or (B, L) int64, index of each token in its sequence.
         cached: Whether tokens came before this call.
         kept: Whether tokens may come after this call.
+        again: Whether the block keeps only its input, and runs again for its gradients.
     """
 
     mask: Tensor | None = None
@@ -72,6 +73,7 @@ class Context:
     positions: Tensor | None = None
     cached: bool = False
     kept: bool = False
+    again: bool = False
     _order: list[Tensor | None] = field(default_factory=list)  # torch.compile knows no cached_property
 
     @property
@@ -325,6 +327,7 @@ class LanguageModel(Hooked, nn.Module):
         x = widen(x) if self.config.residual_in_fp32 else x
         # a block that records or updates something must not run twice
         again = self.checkpointing and torch.is_grad_enabled() and cache is None and self.hook is None
+        context.again = again
         for i, block in enumerate(self.blocks):
             if again:
                 x = checkpoint(block, x, context, use_reentrant=False, preserve_rng_state=False)

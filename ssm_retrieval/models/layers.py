@@ -42,9 +42,10 @@ class LayerNorm(nn.LayerNorm):
 
 
 def init_normal(weight: Tensor, std: float) -> None:
-    """Fill with normal(0, std), drawn in float32 so that every precision gets the same weights."""
+    """Fill with normal(0, std), drawn in float32 on the CPU: the same whatever device and precision."""
     with torch.no_grad():
-        drawn = torch.empty(weight.shape, device=weight.device, dtype=torch.float32)
+        device = "meta" if weight.is_meta else "cpu"
+        drawn = torch.empty(weight.shape, device=device, dtype=torch.float32)
         weight.copy_(drawn.normal_(std=std))
 
 

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ssm_retrieval.models import block_memory, hub_mamba, instrumented
 from ssm_retrieval.models.architecture import TINY, Architecture
@@ -31,6 +32,7 @@ from ssm_retrieval.models.hooks import Hooked
 from ssm_retrieval.models.layers import init_normal, learned_positions, make_norm, widen
 from ssm_retrieval.models.padding import convolve, fill_padding
 from ssm_retrieval.models.ssm_init import dt_bias, recall_init
+from ssm_retrieval.ops._route import transformed
 from ssm_retrieval.ops.linear import Linear, linear
 from ssm_retrieval.ops.selective_scan import selective_scan
 
@@ -109,8 +111,26 @@ class MambaMixer(Hooked, nn.Module):
         Returns:
             (B, L, D).
         """
-        config, mask = self.config, context.mask
         x, z = self.in_proj(hidden).chunk(2, dim=-1)  # (B, L, E) each
+        if cache is None and self.hook is None and not context.again and runs_twice(x):
+            y = checkpoint(self.mix, x, z, context, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y = self.mix(x, z, context, cache)
+        return self.out_proj(y)
+
+    def mix(self, x: Tensor, z: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+        """What lies between the two projections.
+
+        Args:
+            x: The half of in_proj's output that is convolved and scanned, (B, L, E).
+            z: The gate, as x.
+            context: As in `forward`.
+            cache: As in `forward`.
+
+        Returns:
+            What out_proj reads, (B, L, E).
+        """
+        config, mask = self.config, context.mask
         x = self.tap("hook_in", fill_padding(x, mask), mask)
         u = convolve(x, self.conv1d.weight, self.conv1d.bias, context, cache)
         u = self.tap("hook_conv", u)  # (B, L, E), after silu
@@ -128,7 +148,16 @@ class MambaMixer(Hooked, nn.Module):
         )  # fmt: skip
         if cache is not None:
             y, cache["ssm"] = y
-        return self.out_proj(y)
+        return y
+
+
+def runs_twice(x: Tensor) -> bool:
+    """Whether convolution, step sizes and scan keep nothing and run again for their gradients.
+
+    They do on a GPU, as in mamba-ssm's own block: what they make is as large as the activations of all other
+    parts of a block together, and a few per cent of its arithmetic.
+    """
+    return x.is_cuda and torch.is_grad_enabled() and not (transformed() or torch.compiler.is_compiling())
 
 
 class MambaBlock(Hooked, nn.Module):

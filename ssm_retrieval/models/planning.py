@@ -10,8 +10,9 @@ are always there):
 
 What a block keeps follows from its equations: `Architecture.memory`, for ours a function in block_memory.py.
 
-The formulas describe the CPU kernels. The CUDA kernels of mamba-ssm and causal-conv1d keep less (operands in
-bfloat16); the reference scan keeps far more (every state).
+The formulas describe the CPU kernels, and for Mamba on a GPU the kernels in Triton. Other SSMs keep less
+there than is said here, because their kernels take bfloat16 as it is; the reference scan keeps far more
+(every state).
 """
 
 from __future__ import annotations

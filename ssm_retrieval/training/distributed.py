@@ -6,7 +6,8 @@ shares' label counts. So data order, curriculum and results do not depend on how
 a run can go on in another number of them.
 
     ddp    every process holds the whole model, gradients are summed (Li et al. 2020, arXiv 2006.15704)
-    fsdp   weights, gradients and moments are sharded by block (FSDP2; Zhao et al. 2023, arXiv 2304.11277)
+    fsdp   weights, gradients and moments are sharded by block (FSDP2; Zhao et al. 2023, arXiv 2304.11277) as
+           soon as a block is built, so that no process ever holds a whole model
 
 Checkpoints are sharded: each process writes its part as safetensors, through torch.distributed.checkpoint.
 Only the first process writes results.
@@ -27,10 +28,12 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ssm_retrieval.errors import UserError
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from typing_extensions import Self
 
     from ssm_retrieval.models import LanguageModel
@@ -164,18 +167,100 @@ class _Loss(nn.Module):
         return self.model.loss(*inputs, **options)
 
 
+def build(make: Callable[..., LanguageModel], device: str, world: World) -> LanguageModel:
+    """A freshly drawn model for this process, which `spread` then takes.
+
+    With fsdp it consists of shards from the start: its numbers are those that `make` draws in one process,
+    but no process ever holds more of them whole than one block and what lies outside of the blocks.
+
+    Args:
+        make: Maps `device` to the model, as `functools.partial(models.build, name, seed=seed)` does.
+        device: Where it is to live.
+        world: The processes, which all call this.
+
+    Returns:
+        The model.
+    """
+    if world.size == 1 or world.strategy == "ddp":
+        return make(device=device)
+    with _blocks_as_shards(make(device="meta")):
+        return make(device=device)
+
+
+@contextmanager
+def _blocks_as_shards(outline: LanguageModel) -> Iterator[None]:
+    """While a model of this outline is built, each block becomes shards as soon as it is in its list.
+
+    A block in a list of another module, such as the experts of a layer, has other names and is left alone.
+    """
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+    from torch.nn.modules.module import register_module_module_registration_hook
+
+    waiting, mesh = [_shapes(block) for block in cast(list[nn.Module], outline.blocks)], _mesh()
+
+    def shard(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+        if not isinstance(parent, nn.ModuleList) or child is None or isinstance(child, FSDPModule):
+            return
+        if waiting and _shapes(child) == waiting[0]:
+            del waiting[0]
+            fully_shard(child, mesh=mesh)
+
+    handle = register_module_module_registration_hook(shard)
+    try:
+        with _ChangedWhole():
+            yield
+    finally:
+        handle.remove()
+
+
+def _shapes(module: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
+    return [(name, tuple(parameter.shape)) for name, parameter in module.named_parameters()]
+
+
+class _ChangedWhole(TorchFunctionMode):
+    """A function that changes a sharded weight in place gets the whole one, one weight at a time.
+
+    Constructors may draw weights again after their blocks are there, and sharded tensors draw numbers of
+    their own.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        from torch.distributed.tensor import DTensor
+
+        options = dict(kwargs or {})
+        name = getattr(function, "__name__", "")
+        changes = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+        tensors = [x for x in (*args, *options.values()) if isinstance(x, Tensor)]
+        if not (changes and tensors and isinstance(tensors[0], DTensor)):
+            return function(*args, **options)
+        with torch.no_grad():
+            whole = {id(x): full(x).cpu() for x in tensors if isinstance(x, DTensor)}
+            named = {key: whole.get(id(x), x) for key, x in options.items()}
+            function(*(whole.get(id(x), x) for x in args), **named)
+            fill(tensors[0], whole[id(tensors[0])])
+        return tensors[0]
+
+
+def _mesh() -> DeviceMesh:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cuda" if dist.get_backend() == "nccl" else "cpu", (dist.get_world_size(),))
+
+
 def spread(model: LanguageModel, world: World) -> Loss:
     """`model.loss` with averaged gradients. With fsdp the model's parameters become shards, in place."""
     if world.size == 1:
         return model.loss
     if world.strategy == "ddp":
         return nn.parallel.DistributedDataParallel(_Loss(model))
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-    mesh = init_device_mesh("cuda" if dist.get_backend() == "nccl" else "cpu", (world.size,))
+    mesh = _mesh()
     for block in cast(list[nn.Module], model.blocks):
-        fully_shard(block, mesh=mesh)
+        if not isinstance(block, FSDPModule):
+            fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "loss")
     return model.loss
@@ -213,6 +298,16 @@ def reshard(model: LanguageModel) -> None:
 def full(parameter: Tensor) -> Tensor:
     """A parameter with its shards put together; every process must ask."""
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+
+
+def whole_weights(model: nn.Module, world: World) -> dict[str, Tensor]:
+    """All parameters by name, put together on the CPU of the first process. The others must ask, too."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        whole = full(parameter.detach())
+        if world.main:
+            found[name] = whole.cpu()
+    return found
 
 
 def fill(target: Tensor, value: Tensor) -> None:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 RATIO = re.compile(r"ratio (\w\S*) (\d+\.?\d*(?:e[+-]\d+)?)(?: to (\d\S*).*)?")  # `NAME NUMBER`, or a range
 NAMES = {  # of one ratio that each benchmark ends with
     "checkpoint_memory": "read_mamba-tiny_safetensors_peak_per_model",
-    "cuda": "train_step_mamba-130m_kernels_vs_chunks",
+    "cuda": "train_step_mamba-130m_triton_vs_chunks",
     "data": "data_vs_model",
     "delta": "gated_delta_vs_transformers",
     "hooks": "hook_overhead_unused",

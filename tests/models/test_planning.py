@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import types
 
 import pytest
 import torch
 from memory_options import FAMILIES, OPTIMIZERS, needs, small
 from small_runs import SMALL, command
 
-from ssm_retrieval import models
-from ssm_retrieval.models import block_memory, planning
+from ssm_retrieval import models, ops
+from ssm_retrieval.models import block_memory, mamba, planning
 from ssm_retrieval.models.planning import Machine, Step, head_memory, step_memory
 from ssm_retrieval.ops import _scan_kernels
 from ssm_retrieval.training.optimizers import make_optimizer
@@ -59,6 +60,43 @@ def test_activations_are_what_autograd_saves(family, options, precision):
         memory = step_memory(model, step)
         predicted = memory.activations + head_memory(model.config, step)[0]
         assert predicted == pytest.approx(saved_bytes(model, ids, at, precision), rel=0.02)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family, options", [("mamba", {}), ("hybrid", dict(pattern="M A M+A", headdim=32))])
+def test_activations_of_mamba_on_a_gpu_are_what_autograd_saves(family, options, precision, monkeypatch):
+    """No kernel's own tensors are among them, so those of the CPU show it."""
+    monkeypatch.setattr(mamba, "runs_twice", lambda x: True)
+    model = small(family, **options)
+    ids, at = torch.randint(0, 60, (2, 130)), torch.arange(100, 130)
+    step = Step(2, 130, 30, bfloat16=precision == "bfloat16", device="cuda")
+    predicted = step_memory(model, step).activations + head_memory(model.config, step)[0]
+    assert predicted == pytest.approx(saved_bytes(model, ids, at, precision), rel=0.02)
+
+
+@pytest.mark.parametrize("checkpointing, scans", [(False, 4), (True, 4)])
+def test_what_runs_twice_has_the_same_gradients(checkpointing, scans, monkeypatch):
+    """Each of two layers scans once, and once more for its gradients: never three times."""
+    ids = torch.randint(0, 60, (2, 70))
+    model = small("mamba")
+    model.loss(ids, labels=ids)[0].backward()
+    wanted = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    calls, scan = [], mamba.selective_scan
+    monkeypatch.setattr(mamba, "runs_twice", lambda x: True)
+    monkeypatch.setattr(mamba, "selective_scan", lambda *a, **k: calls.append(1) or scan(*a, **k))
+    model.checkpointing = checkpointing
+    model.loss(ids, labels=ids)[0].backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, wanted[name], rtol=1e-6, atol=1e-7)
+    assert len(calls) == scans
+
+
+def test_nothing_runs_twice_without_gradients_or_off_a_gpu():
+    on_gpu = types.SimpleNamespace(is_cuda=True)
+    assert mamba.runs_twice(on_gpu) and not mamba.runs_twice(torch.zeros(1))
+    with torch.no_grad():
+        assert not mamba.runs_twice(on_gpu)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -116,6 +154,38 @@ def test_constants_are_those_of_the_kernels():
     assert (block_memory.SCAN_CHUNK, block_memory.SCAN_GROUP) == (_scan_kernels.CHUNK, _scan_kernels.GROUP)
 
 
+def test_tiles_are_those_of_the_kernels_in_triton(monkeypatch):
+    scan = pytest.importorskip("ssm_retrieval.ops._scan_triton")
+    monkeypatch.setattr(scan._triton, "interpreted", lambda: False)
+    monkeypatch.setattr(scan.torch.version, "hip", None)
+    assert scan._tile() == block_memory.TILE
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_kernels_in_triton_keep_nothing_but_their_arguments(precision):
+    """In Triton's interpreter: what autograd saves between a Mamba block's projections."""
+    pytest.importorskip("triton")
+    pytest.importorskip("ssm_retrieval.ops._scan_triton")
+    config = models.config("mamba", d_model=4, n_layer=1, vocab_size=8, d_state=2)
+    mixer, found = mamba.MambaMixer(config), {}
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    both = torch.randn(2, 9, 16, dtype=dtype, requires_grad=True) * 1  # as in_proj makes it
+    ours = {t.untyped_storage().data_ptr() for t in (*mixer.parameters(), both)}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        found[storage.data_ptr()] = storage
+        return t
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+    with hooks, autocast("cpu", precision), ops.backend("triton"):
+        mixer.mix(*both.chunk(2, dim=-1), mamba.WHOLE)
+    bytes_ = sum(storage.nbytes() for at, storage in found.items() if at not in ours)
+    casts = 2 * (8 * 5 + 8) if precision == "bfloat16" else 0  # of the weights of x_proj and dt_proj
+    step = Step(2, 9, 1, bfloat16=precision == "bfloat16", device="cuda")
+    assert bytes_ - casts == block_memory.recomputed(config, step)
+
+
 def test_less_memory_by_every_option():
     peak = {}
     for name, options in {
@@ -156,6 +226,14 @@ def test_plan_prints_and_trains_nothing(tmp_path, capsys):
     p = plan(SMALL, "mamba")
     assert f"{meta_model(p).num_parameters():,}" in said and "smallest machine" in said
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_papers_protocol_fits_one_gpu(tmp_path, capsys):
+    """Mamba's 24 layers of 131,584 tokens, without an option that saves memory."""
+    words = ["--plan", "--protocol", "paper", "--preset", "150m", "--device", "cuda"]
+    assert run.main([*words, "--out", str(tmp_path / "runs")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "128 x 1,028 128 x 1,028" in said and "smallest machine GPU, 80 GiB GPU, 80 GiB" in said
 
 
 def test_plan_of_a_model_that_fits_nowhere_here(tmp_path, capsys):

@@ -1,0 +1,1 @@
+"""What `python -m benchmarks.cuda` measures, and how."""
