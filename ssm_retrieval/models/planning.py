@@ -29,7 +29,7 @@ from ssm_retrieval.models import registry
 from ssm_retrieval.models.block_memory import F32, BlockMemory, norm
 from ssm_retrieval.models.block_memory import Step as Step
 from ssm_retrieval.models.common import LanguageModel
-from ssm_retrieval.ops.cross_entropy import BLOCK_LOGITS
+from ssm_retrieval.ops.cross_entropy import BLOCK_LOGITS, GPU_LOGITS
 
 EIGHT_BIT_FROM, EIGHT_BIT_BLOCK = 4096, 256  # of bitsandbytes
 INT64 = 8
@@ -168,7 +168,9 @@ def head_memory(config: Any, step: Step) -> tuple[int, int]:
     kept += norm(config.norm, rows, D)
     kept += (F32 * D + INT64) * rows  # the head's input and the labels, for a gradient of the gradients
     kept += F32 * rows * D + F32 * V * D  # the gradients of x and of the head's weights
-    logits = min(rows, max(1, BLOCK_LOGITS // V)) * V * (F32 if c == 4 else 2 * c + F32)
+    # on a GPU the kernel turns a block's logits into their gradients in place
+    block, each = (GPU_LOGITS, c) if step.device == "cuda" else (BLOCK_LOGITS, F32 if c == 4 else 2 * c + F32)
+    logits = min(rows, max(1, block // V)) * V * each
     weights = c * V * D if c == 2 else 0
     return kept, logits + weights + F32 * rows * D + c * V * D
 

@@ -175,6 +175,7 @@ def test_without_a_gpu_it_says_so(capsys):
     assert not out and error.count("\n") == 1 and "torch.cuda.is_available() is False" in error
 
 
+@pytest.mark.slow
 def test_it_checks_itself(tmp_path):
     """The whole program in tiny sizes, with the kernels in Triton's interpreter where they are."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -123,20 +123,6 @@ def test_cuda_backend_of_ssd_refuses_what_it_cannot(monkeypatch):
         ssd(*inputs, backend="cuda")
 
 
-@pytest.mark.parametrize("op, fast", [("selective_scan", "cpu"), ("causal_conv1d", "cpu"), ("ssd", "auto")])
-def test_benchmark_compares_every_result(op, fast):
-    """On a CPU, where other backends stand in for the kernels."""
-    found = cuda.errors(op, torch.float32, "cpu", fast)
-    assert {"y", *(f"d{name}" for name in cuda.op_inputs(op, torch.float32, "cpu"))} <= found.keys()
-    assert max(found.values()) < 1e-4
-
-
-def test_benchmark_sees_an_error(monkeypatch, capsys):
-    monkeypatch.setattr(cuda, "errors", lambda *_: {"y": float("nan")})
-    assert not cuda.report_errors("cpu", lambda op: "cpu")
-    assert "error ssd bfloat16 y nan  EXCEEDS" in capsys.readouterr().out
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_benchmark_without_a_gpu_is_one_line():
     done = subprocess.run([sys.executable, "-m", "benchmarks.cuda"], capture_output=True, text=True)
@@ -194,11 +180,16 @@ def test_auto_warns_once_where_no_kernel_fits_on_a_gpu(monkeypatch):
 
 @pytest.mark.parametrize("op", ["selective_scan", "causal_conv1d", "ssd"])
 def test_cuda_backend_refuses_float64_in_one_line(op):
-    inputs = {k: v.detach().double() for k, v in cuda.op_inputs(op, torch.float32, "cpu").items()}
-    modules = {"selective_scan": selective_scan, "causal_conv1d": causal_conv1d, "ssd": ssd_module}
-    function = getattr(modules[op], op)
+    x, weight = torch.ones(1, 3, 8, dtype=torch.float64), torch.ones(8, 4, dtype=torch.float64)
+    calls = {
+        "selective_scan": lambda: selective_scan.selective_scan(
+            x, x, -weight, x[..., :4], x[..., :4], backend="cuda"
+        ),
+        "causal_conv1d": lambda: causal_conv1d.causal_conv1d(x, weight, backend="cuda"),
+        "ssd": lambda: ssd(*(t.double() for t in ssd_inputs(L=4)), backend="cuda"),
+    }
     with pytest.raises(ValueError, match=r"^backend='cuda' takes float32, .*backend='auto'$"):
-        function(**inputs, backend="cuda")
+        calls[op]()
 
 
 def test_one_token_reaches_causal_conv1d_with_strides_in_multiples_of_8():

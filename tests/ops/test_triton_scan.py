@@ -235,6 +235,7 @@ def test_the_backend_says_what_it_needs(monkeypatch):
         selective_scan(**a, backend="triton")
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_gpus(tmp_path):
     """For NVIDIA's A100 and AMD's MI300, which needs no GPU: what the interpreter takes need not compile."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
