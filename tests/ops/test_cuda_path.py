@@ -16,6 +16,7 @@ from operator_inputs import conv_inputs, inputs, outputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import cuda
+from ssm_retrieval import models
 from ssm_retrieval.ops import _cuda_kernels, _route, _triton, causal_conv1d, selective_scan
 from ssm_retrieval.ops import ssd as ssd_module
 from ssm_retrieval.ops.ssd import ssd, ssd_reference
@@ -289,3 +290,30 @@ def test_which_kernel_a_gpu_takes(simulated, monkeypatch):
 
     torch.func.vmap(look)(u[None])
     assert seen == ["chunks"]
+
+
+TINY = dict(vocab_size=16, n_layer=1, d_model=16)
+SSMS = {
+    "mamba": dict(d_state=2), "mamba2": dict(d_state=4, headdim=8), "mamba3": dict(d_state=4, headdim=8),
+    **{name: dict(d_state=4, headdim=8) for name in ("deltanet", "gated-deltanet", "kda", "gla")},
+}  # fmt: skip
+
+
+def training_calls(family, length):
+    """Those of a loss and its gradients."""
+    model = models.build(f"{family}-tiny", **TINY | SSMS[family])
+    ids = torch.arange(length)[None] % 16
+    with Calls() as counted:
+        model.loss(ids, labels=ids)[0].backward()
+    return counted.number
+
+
+@pytest.mark.skipif(not _triton.installed(), reason="triton is not installed")
+@pytest.mark.parametrize("family", SSMS)
+def test_no_model_goes_token_by_token_on_a_gpu(simulated, monkeypatch, family):
+    assert training_calls(family, 9) == training_calls(family, 17)
+    monkeypatch.setattr(_triton, "installed", lambda: False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        one, two, three = (training_calls(family, length) for length in (128, 192, 256))
+    assert three - two == two - one < 8 * 64

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -54,6 +56,25 @@ def test_packed_turns_are_about_the_scene_and_differ_between_images():
         assert np.allclose(sorted(said), boxes, atol=0.005 * 128 + 1e-9)
     assert SceneSource("locate", 5)[3] == SceneSource("locate", 5)[3]
     assert SceneSource("locate", 5, seed=1)[3] != SceneSource("locate", 5)[3]
+
+
+def test_pointing_is_practised_with_phrases_that_say_everything():
+    source, full = SceneSource("point", 60, turns=2, shapes=4), 0
+    for i in range(60):
+        scene = source.scene(str(i))
+        text = "".join(chunk.text for chunk in source[i].chunks)
+        turns = re.findall(r"Which box shows the ([a-z ]+)\?\n(.*?)Answer: ([A-D])\.", text, re.DOTALL)
+        assert len(turns) == len(set(turns)) in (1, 2)
+        for said, printed, letter in turns:
+            line = next(line for line in printed.splitlines() if line.startswith(letter))
+            box = prompts.parse_box(line, scene.size, scene.size)
+            item = min(
+                scene.shapes, key=lambda one: sum(abs(a - b) for a, b in zip(one.box, box, strict=True))
+            )
+            words = {item.size, item.texture, item.colour, item.name, "shape"}
+            assert set(said.split()) <= words
+            full += said == f"{item.size} {item.texture} {item.colour} {item.name}"
+    assert 40 < full < 80  # of at most 120
 
 
 def test_unknown_tasks_are_refused():

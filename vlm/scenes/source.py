@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from vlm.scenes.scene import MOST_SHAPES, scene_stream
 
 READING = ("reading-digit", "reading-word")  # a scene has one digit and one word: asked once a sample
 ASKED = ("existence", "count", "attribute", "comparison", "spatial")
-PACKED = ("describe", "vqa", "locate")  # sources of several turns
+PACKED = ("describe", "vqa", "locate", "point")  # sources of several turns
 SOURCES = (*TASKS, *PACKED)
 _TURN_INDEX = 2**61  # keeps the streams here apart from those of scenes and questions
 
@@ -28,7 +29,8 @@ class SceneSource:
 
     Args:
         task: One of `vlm.scenes.TASKS`, or one of PACKED: "vqa" (short questions of all kinds), "locate"
-            (boxes of different shapes), "describe" (descriptions of boxes).
+            (boxes of different shapes), "describe" (descriptions of boxes), "point" (pointing, where half of
+            the questions say all that can be said of the shape).
         images: Number of scenes.
         seed: Seed of the scenes.
         split: "train", "heldout" or "combination".
@@ -94,10 +96,13 @@ class SceneSource:
                 described = [(item.box, full_phrase(item)) for item in chosen]
                 chunks = prompts.dense_captioning(described, scene.size, scene.size)
         else:
-            kinds = mixed(rng, self.turns) if self.name == "vqa" else [self.name] * self.turns
+            task = "pointing" if self.name == "point" else self.name
+            kinds = mixed(rng, self.turns) if task == "vqa" else [task] * self.turns
             examples = [
                 make_example(scene, kind, draw * self.turns + turn) for turn, kind in enumerate(kinds)
             ]
+            if self.name == "point":
+                examples = [_renamed(e, rng) for e in examples]
             different = list({(e.question, e.boxes): e for e in examples}.values())
             chunks = conversation(different, answers=self.answers)
             if len(examples) == 1:
@@ -160,6 +165,13 @@ def _named(scene: Scene, item: Object, rng: np.random.Generator) -> str:
     """
     short = unique_phrases(scene, item)
     return full_phrase(item) if rng.integers(2) else short[int(rng.integers(len(short)))]
+
+
+def _renamed(example: Example, rng: np.random.Generator) -> Example:
+    """A pointing question whose phrase is that of `_named`."""
+    right = example.boxes[example.choices.index(example.answer)]
+    item = next(one for one in example.scene.shapes if one.box == right)
+    return replace(example, question=f"Which box shows the {_named(example.scene, item, rng)}?")
 
 
 def full_phrase(item: Object) -> str:

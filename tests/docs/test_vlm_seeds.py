@@ -1,0 +1,59 @@
+"""The study of the quick start: its table is of its runs, and the pages have the table's numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from studies.vlm_pretrained import summary
+from vlm.config import read_file
+from vlm.results import COLUMNS
+
+
+@pytest.fixture(scope="module")
+def results() -> pd.DataFrame:
+    return pd.read_parquet(summary.RESULTS)
+
+
+def test_results_are_of_all_runs_and_no_others(results):
+    assert list(results.columns) == list(COLUMNS) and not results.duplicated(["run", "task", "metric"]).any()
+    wanted = {run.name: run for run in read_file(summary.HERE / "runs.py")}
+    assert set(results["run"]) == set(wanted)
+    for name, part in results.groupby("run"):
+        run = wanted[name]
+        assert set(part["task"]) == set(run.evaluation)
+        assert set(part["stage"]) == {run.stage_ids()[-1]}
+        settled = run.family, run.seed, sum(stage.steps for stage in run.stages)
+        assert set(part[["family", "seed", "steps"]].itertuples(index=False, name=None)) == {settled}
+
+
+def test_pages_have_the_numbers_of_the_table(results):
+    for path, text in summary.filled(results).items():
+        assert path.read_text(encoding="utf-8") == text, f"python -m studies.vlm_pretrained.summary: {path}"
+
+
+def test_goals_are_counted_by_seed():
+    def row(family, seed, task, metric, value):
+        return dict(family=family, seed=seed, task=task, metric=metric, value=value, chance=0.5,
+                    question_only=0.4, image_only=float("nan"))  # fmt: skip
+
+    found = [
+        row(family, seed, task, metric, 0.9 if (family, seed) != ("mamba", 1) else 0.1)
+        for family in summary.FAMILIES
+        for seed in range(3)
+        for task, metric in summary.GOALS
+    ]
+    lines = summary.scores(pd.DataFrame(found)).splitlines()
+    cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
+    assert cells == [
+        "existence", "50.0", "85", "90.0 (90.0, 90.0, 90.0)", "3 of 3 [0.29, 1.00]",
+        "63.3 (90.0, 10.0, 90.0)", "2 of 3 [0.09, 0.99]",
+    ]  # fmt: skip
+    assert len(lines) == 2 + len(summary.GOALS)
+
+
+def test_the_demo_has_the_first_seed_of_the_study(results):
+    shown = {path.name for path in (Path(summary.HERE).parents[1] / "vlm" / "demo" / "models").iterdir()}
+    assert shown == set(results.loc[results["seed"] == 0, "stage"])
