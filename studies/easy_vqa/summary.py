@@ -46,18 +46,12 @@ def main(runs: Path | None) -> None:
 
 def collect(out: Path) -> None:
     """Write the committed tables of trained and evaluated runs."""
-    from ssm_retrieval.training.parquet import rows_of, to_parquet
-    from ssm_retrieval.training.tables import concatenated
+    from studies.scores import collect as collect_scores
     from vlm.config import read_file
-    from vlm.results import COLUMNS, answers_path, table_path
+    from vlm.results import answers_path
 
     runs = read_file(HERE / "runs.py")
-    missing = [run.name for run in runs if not table_path(out, run.name).exists()]
-    if missing:
-        raise SystemExit(f"error: {out} has no results of {missing[0]}; run vlm.train and vlm.evaluate first")
-    found = concatenated([table_path(out, run.name) for run in runs])
-    assert found is not None
-    store.write_bytes(RESULTS, to_parquet(rows_of(found), COLUMNS))
+    collect_scores(runs, out, RESULTS)
     counted = [
         dict(run=run.name, family=run.family, seed=run.seed) | row
         for run in runs

@@ -19,6 +19,8 @@ from analysis.tables import by_seed, fill, share
 from ssm_retrieval.style import NAMES
 from ssm_retrieval.tables import markdown
 from ssm_retrieval.training import store
+from studies.scores import collect
+from vlm.config import read_file
 from vlm.results import GUESSES
 
 HERE = Path(__file__).parent
@@ -39,7 +41,7 @@ PAGES = {HERE / "README.md": ("scores", "cost"), HERE.parents[1] / "docs" / "vlm
 def main(runs: Path | None) -> None:
     """Make the tables of the pages anew; first from a folder of runs, if given."""
     if runs is not None:
-        collect(runs)
+        collect(read_file(HERE / "runs.py"), runs, RESULTS)
     for path, text in filled(pd.read_parquet(RESULTS)).items():
         store.write_bytes(path, text.encode())
 
@@ -51,22 +53,6 @@ def filled(results: pd.DataFrame) -> dict[Path, str]:
         path: fill(path.read_text(encoding="utf-8"), {name: made[name] for name in names})
         for path, names in PAGES.items()
     }
-
-
-def collect(out: Path) -> None:
-    """Write the committed table of trained and evaluated runs."""
-    from ssm_retrieval.training.parquet import rows_of, to_parquet
-    from ssm_retrieval.training.tables import concatenated
-    from vlm.config import read_file
-    from vlm.results import COLUMNS, table_path
-
-    runs = read_file(HERE / "runs.py")
-    missing = [run.name for run in runs if not table_path(out, run.name).exists()]
-    if missing:
-        raise SystemExit(f"error: {out} has no results of {missing[0]}; run vlm.train and vlm.evaluate first")
-    found = concatenated([table_path(out, run.name) for run in runs])
-    assert found is not None
-    store.write_bytes(RESULTS, to_parquet(rows_of(found), COLUMNS))
 
 
 def scores(results: pd.DataFrame) -> str:
