@@ -21,6 +21,7 @@ from PIL import Image
 from vlm_files import CASES, write
 
 from ssm_retrieval.errors import MissingPackage, UserError
+from ssm_retrieval.style import NAMES
 from studies.easy_vqa import runs as study
 from studies.easy_vqa import summary
 from vlm import components, evaluate, predict
@@ -289,3 +290,15 @@ def test_the_case_of_miniature_files_has_the_packages_structure(package):
     (mine,) = CASES["easy-vqa"][1].values()
     theirs = json.loads((easy_vqa.installed() / "train/questions.json").read_text())
     assert {tuple(map(type, row)) for row in theirs} == {tuple(map(type, row)) for row in mine}
+
+
+def test_pages_have_the_scores_of_the_study():
+    text = (summary.HERE / "README.md").read_text(encoding="utf-8")
+    assert summary.filled(text) == text, "python -m studies.easy_vqa.summary"
+    results = pd.read_parquet(summary.RESULTS)
+    assert set(results["run"]) == {run.name for run in study.get_config()}
+    page = (summary.HERE.parents[1] / "docs" / "vlm.md").read_text(encoding="utf-8")
+    for family in summary.FAMILIES:
+        mine = summary.test_split(results, family)
+        assert set(mine["steps"]) == {sum(config.STEPS.values())}
+        assert f"{NAMES[family]}-VL, mean of three seeds (each) | {summary.percent(mine['value'])} |" in page
