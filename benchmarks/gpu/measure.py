@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import platform
 import subprocess
 import time
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from ssm_retrieval.errors import UserError
-from ssm_retrieval.ops._route import BACKENDS as KNOWN
+from ssm_retrieval.ops import _cuda_kernels, _triton
 
 PACKAGES = ("causal-conv1d", "mamba-ssm", "ssm-retrieval", "torch", "triton")
 CANNOT = (ImportError, NotImplementedError, UserError, ValueError)  # what a route raises for what it has not
@@ -96,12 +95,8 @@ def missing(route: str, package: str | None) -> str | None:
     if route == "mamba-ssm":
         if package is None:
             return "it has no such kernel"
-        return None if importlib.util.find_spec(package) else f"{package} is not installed"
-    if route == "triton":
-        if "triton" not in KNOWN:
-            return "this version has no kernels in Triton"
-        return None if importlib.util.find_spec("triton") else "triton is not installed"
-    return None
+        return None if _cuda_kernels.installed(package) else f"{package} is not installed"
+    return "triton is not installed" if route == "triton" and not _triton.installed() else None
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ssm_retrieval.ops import DELTA_CHUNK, LANES, padded_values
+from ssm_retrieval.ops._scan_triton import TILE
 
 SCAN_CHUNK = 64  # tokens between the states that the scan keeps (ssm_retrieval/ops/_scan_kernels.py)
 SCAN_GROUP = 8  # blocks of channels whose dB, dC are summed before they are stored (the same file)
-TILE = 16, 32  # tokens and channels of a tile of the scan in Triton (ssm_retrieval/ops/_scan_triton.py)
 F32 = 4
 
 

@@ -326,10 +326,9 @@ class LanguageModel(Hooked, nn.Module):
         x = self.tap("hook_embed", x)
         x = widen(x) if self.config.residual_in_fp32 else x
         # a block that records or updates something must not run twice
-        again = self.checkpointing and torch.is_grad_enabled() and cache is None and self.hook is None
-        context.again = again
+        context.again = self.checkpointing and torch.is_grad_enabled() and cache is None and self.hook is None
         for i, block in enumerate(self.blocks):
-            if again:
+            if context.again:
                 x = checkpoint(block, x, context, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, context, None if cache is None else cache.layers[i])

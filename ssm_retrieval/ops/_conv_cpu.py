@@ -11,7 +11,6 @@ from ssm_retrieval.ops import LANES
 from ssm_retrieval.ops._arrays import flat, pad_channels
 from ssm_retrieval.ops._conv_torch import conv_by_torch
 from ssm_retrieval.ops._kernel_autograd import differentiable_map
-from ssm_retrieval.ops._route import traced
 from ssm_retrieval.ops._threads import run_tasks
 
 
@@ -23,8 +22,7 @@ def conv_on_cpu(
     shift = x.new_zeros(E) if bias is None else bias
     before = None if initial_state is None else pad_channels(initial_state, wide)
     arguments = [pad_channels(t, wide) for t in (x, weight.t(), shift)]
-    run: Any = conv_forward if traced(*arguments, before) else _differentiable
-    y = run(*arguments, before, silu)
+    y = _run(*arguments, before, silu)
     return (y if y.shape[-1] == E else y[..., :E]).to(dtype)
 
 
@@ -61,9 +59,7 @@ def _by_torch(x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None, si
     return conv_by_torch(x, weight.t(), bias, silu, before)
 
 
-_differentiable, conv_forward, conv_backward = differentiable_map(
-    "causal_conv1d", _forward, _backward, _by_torch
-)
+_run, conv_forward, conv_backward = differentiable_map("causal_conv1d", _forward, _backward, _by_torch)
 
 
 @conv_forward.register_fake

@@ -13,7 +13,6 @@ from torch import Tensor
 from ssm_retrieval.ops import _triton
 from ssm_retrieval.ops._conv_torch import conv_by_torch
 from ssm_retrieval.ops._kernel_autograd import differentiable_map
-from ssm_retrieval.ops._route import traced
 
 DTYPES = (*_triton.DTYPES, torch.float64)
 MAX_TAPS = 8  # loops over taps are unrolled
@@ -24,9 +23,7 @@ def conv_on_gpu(
 ) -> Tensor:
     """Bring the arguments of `causal_conv1d` into the kernels' layout (differentiably)."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    arguments = (x, weight.to(wide).t(), bias, initial_state)
-    run: Any = conv_forward if traced(*arguments) else _differentiable
-    return run(*arguments, silu)
+    return _run(x, weight.to(wide).t(), bias, initial_state, silu)
 
 
 def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None, silu: bool) -> Tensor:
@@ -99,9 +96,7 @@ def _grid(batch: int, tokens: int, channels: int) -> tuple[int]:
     return (batch * -(-tokens // BT) * -(-channels // BE),)
 
 
-_differentiable, conv_forward, conv_backward = differentiable_map(
-    "causal_conv1d_triton", _forward, _backward, _by_torch
-)
+_run, conv_forward, conv_backward = differentiable_map("causal_conv1d_triton", _forward, _backward, _by_torch)
 
 
 @conv_forward.register_fake

@@ -22,7 +22,6 @@ from ssm_retrieval.ops import DELTA_CHUNK, LANES, value_lanes
 from ssm_retrieval.ops._arrays import at_positions, blocked, flat, pad_channels, unblocked
 from ssm_retrieval.ops._delta_chunks import DeltaArguments, delta_by_chunks
 from ssm_retrieval.ops._kernel_autograd import differentiable
-from ssm_retrieval.ops._route import traced
 from ssm_retrieval.ops._threads import run_tasks
 
 
@@ -41,12 +40,7 @@ def delta_on_cpu(
         log_decay.exp().contiguous(),
         None if given.initial_state is None else blocked(h, lanes),
     )
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments)
-    if traced(*arguments):
-        run: Any = delta_forward
-    else:
-        run = _differentiable if keep else _forward
-    y, last, states, _ = run(*arguments, given.erase, wanted, keep)
+    y, last, states, _ = _run(*arguments, given.erase, wanted)
     out = [(y if y.shape[-1] == P else y[..., :P]).to(given.v.dtype)]
     if return_last_state:
         out.append(unblocked(last, P))
@@ -150,7 +144,7 @@ def _backward(
     return grads
 
 
-_differentiable, delta_forward, delta_backward = differentiable("delta_rule", _forward, _backward, _by_chunks)
+_run, delta_forward, delta_backward = differentiable("delta_rule", _forward, _backward, _by_chunks)
 
 
 @delta_forward.register_fake

@@ -26,7 +26,6 @@ from ssm_retrieval.ops import _triton
 from ssm_retrieval.ops._arrays import at_positions
 from ssm_retrieval.ops._delta_chunks import CHUNK, SMALL_CHUNK, DeltaArguments, delta_by_chunks
 from ssm_retrieval.ops._kernel_autograd import differentiable
-from ssm_retrieval.ops._route import traced
 
 WIDEST = 256  # columns of a state; with erasure a program holds whole rows of it
 SHARED = 8  # heads with the same q and k whose gradients one program adds up, at most
@@ -71,12 +70,7 @@ def delta_on_triton(
         h if h is None else _triton.packed(h),
     )
     wanted = None if positions is None else sorted(set(positions))
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments)
-    if traced(*arguments):
-        run: Any = delta_forward
-    else:
-        run = _differentiable if keep else _forward
-    y, last, states, _ = run(*arguments, given.erase, wanted, keep)
+    y, last, states, _ = _run(*arguments, given.erase, wanted)
     out = [y]
     if return_last_state:
         out.append(last)
@@ -285,9 +279,7 @@ def _given_gradients(
     )
 
 
-_differentiable, delta_forward, delta_backward = differentiable(
-    "delta_rule_triton", _forward, _backward, _by_chunks
-)
+_run, delta_forward, delta_backward = differentiable("delta_rule_triton", _forward, _backward, _by_chunks)
 
 
 @delta_forward.register_fake

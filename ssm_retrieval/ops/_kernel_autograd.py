@@ -36,8 +36,9 @@ def differentiable(
             which a gradient of gradients goes through.
 
     Returns:
-        The differentiable function, with forward's arguments and results, and the two operators, which still
-        need what they return for fake tensors (`register_fake`).
+        A differentiable function of (*arguments, flag, positions) with forward's results, which keeps
+        checkpoints only where a gradient is wanted, and the two operators, which still need what they return
+        for fake tensors (`register_fake`).
     """
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
@@ -57,20 +58,15 @@ def differentiable(
             found = [None if x is None else grad for x, grad in zip(arguments, made, strict=True)]
         return (*found, None, None, None)
 
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> Results:
-            output = forward(*inputs)  # the kernel
-            ctx.mark_non_differentiable(output[3])
-            save(ctx, inputs, output)
-            return output
+    apply, forward_operator, backward_operator = _tied(name, forward, backward, save, gradients, kept=3)
 
-        backward = staticmethod(gradients)
+    def call(*given: Any) -> Results:
+        *arguments, _, _ = given
+        keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments)
+        run = forward_operator if traced(*arguments) else apply if keep else forward
+        return run(*given, keep)
 
-    forward_operator = torch.library.custom_op(f"ssm_retrieval::{name}", forward, mutates_args=())
-    backward_operator = torch.library.custom_op(f"ssm_retrieval::{name}_backward", backward, mutates_args=())
-    forward_operator.register_autograd(gradients, setup_context=save)
-    return Function.apply, forward_operator, backward_operator
+    return call, forward_operator, backward_operator
 
 
 def differentiable_map(
@@ -88,7 +84,8 @@ def differentiable_map(
         by_torch: As forward, by PyTorch's operations, which a gradient of gradients goes through.
 
     Returns:
-        As `differentiable`.
+        A differentiable function with forward's arguments and result, and the two operators, as
+        `differentiable` does.
     """
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -107,10 +104,33 @@ def differentiable_map(
         found = run(*arguments, ctx.flag, gy)
         return (*(None if x is None else grad for x, grad in zip(arguments, found, strict=True)), None)
 
+    apply, forward_operator, backward_operator = _tied(name, forward, backward, save, gradients)
+
+    def call(*given: Any) -> Tensor:
+        return (forward_operator if traced(*given[:-1]) else apply)(*given)
+
+    return call, forward_operator, backward_operator
+
+
+def _tied(
+    name: str,
+    forward: Callable[..., Any],
+    backward: Callable[..., Sequence[Tensor]],
+    save: Callable[..., None],
+    gradients: Callable[..., tuple[Tensor | None, ...]],
+    kept: int | None = None,
+) -> tuple[Callable[..., Any], Any, Any]:
+    """A node of autograd's graph that runs `forward`, and both kernels as operators.
+
+    `kept` is the number of the result, if any, that is only there for the backward pass.
+    """
+
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> Tensor:
+        def forward(ctx: Any, *inputs: Any) -> Any:
             output = forward(*inputs)  # the kernel
+            if kept is not None:
+                ctx.mark_non_differentiable(output[kept])
             save(ctx, inputs, output)
             return output
 

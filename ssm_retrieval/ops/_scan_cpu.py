@@ -28,7 +28,6 @@ from torch import Tensor
 from ssm_retrieval.ops import CHUNK, GROUP, LANES
 from ssm_retrieval.ops._arrays import at_positions, blocked, flat, pad_channels, unblocked
 from ssm_retrieval.ops._kernel_autograd import differentiable
-from ssm_retrieval.ops._route import traced
 from ssm_retrieval.ops._scan_arguments import ScanArguments
 from ssm_retrieval.ops._scan_chunks import scan_by_chunks
 from ssm_retrieval.ops._threads import run_tasks
@@ -56,12 +55,7 @@ def scan_on_cpu(
         channels(u.new_zeros(E) if dt_bias is None else dt_bias),
         None if initial_state is None else blocked(initial_state.to(wide)),
     )
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments)
-    if traced(*arguments):
-        run: Any = scan_forward
-    else:
-        run = _differentiable if keep else _forward
-    y, last, states, _ = run(*arguments, dt_softplus, wanted, keep)
+    y, last, states, _ = _run(*arguments, dt_softplus, wanted)
     out = [(y if y.shape[-1] == E else y[..., :E]).to(dtype)]
     if return_last_state:
         out.append(unblocked(last, E))
@@ -161,9 +155,7 @@ def _backward(
     return du, ddt, dA.sum(0), dB.sum(0), dC.sum(0), dD.sum(0), dz, dbias.sum(0), dh0
 
 
-_differentiable, scan_forward, scan_backward = differentiable(
-    "selective_scan", _forward, _backward, _by_chunks
-)
+_run, scan_forward, scan_backward = differentiable("selective_scan", _forward, _backward, _by_chunks)
 
 
 @scan_forward.register_fake

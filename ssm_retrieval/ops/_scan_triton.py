@@ -20,11 +20,11 @@ from torch import Tensor
 from ssm_retrieval.ops import _triton
 from ssm_retrieval.ops._arrays import at_positions
 from ssm_retrieval.ops._kernel_autograd import differentiable
-from ssm_retrieval.ops._route import traced
 from ssm_retrieval.ops._scan_arguments import ScanArguments
 from ssm_retrieval.ops._scan_chunks import scan_by_chunks
 
 DTYPES = (*_triton.DTYPES, torch.float64)
+TILE = 16, 32  # tokens and channels of a tile on NVIDIA's GPUs
 
 
 def scan_on_gpu(
@@ -39,12 +39,7 @@ def scan_on_gpu(
     wanted = None if positions is None else sorted(set(positions))
     h0 = None if initial_state is None else turned(initial_state)
     arguments = (u, dt, turned(A), B, C, D, z, dt_bias, h0)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments)
-    if traced(*arguments):
-        run: Any = scan_forward
-    else:
-        run = _differentiable if keep else _forward
-    y, last, states, _ = run(*arguments, dt_softplus, wanted, keep)
+    y, last, states, _ = _run(*arguments, dt_softplus, wanted)
     out = [y]
     if return_last_state:
         out.append(last.transpose(-1, -2))
@@ -192,7 +187,7 @@ def _tile() -> tuple[int, int]:
     """
     if _triton.interpreted():
         return 8, 4
-    return 16, 32 if torch.version.hip is None else 64
+    return TILE if torch.version.hip is None else (16, 64)
 
 
 def _sizes(u: Tensor, A: Tensor, positions: list[int] | None) -> tuple[int, ...]:
@@ -246,9 +241,7 @@ def _packed(x: Tensor | None) -> Tensor | None:
     return None if x is None else _triton.packed(x)
 
 
-_differentiable, scan_forward, scan_backward = differentiable(
-    "selective_scan_triton", _forward, _backward, _by_chunks
-)
+_run, scan_forward, scan_backward = differentiable("selective_scan_triton", _forward, _backward, _by_chunks)
 
 
 @scan_forward.register_fake

@@ -14,7 +14,7 @@ from small_runs import SMALL, command
 from ssm_retrieval import models, ops
 from ssm_retrieval.models import block_memory, mamba, planning
 from ssm_retrieval.models.planning import Machine, Step, head_memory, step_memory
-from ssm_retrieval.ops import _scan_kernels
+from ssm_retrieval.ops import _scan_kernels, _scan_triton
 from ssm_retrieval.training.optimizers import make_optimizer
 from synthetic import curricula, run, tasks, trainer
 from synthetic.config import RunConfig, plan
@@ -155,17 +155,15 @@ def test_constants_are_those_of_the_kernels():
 
 
 def test_tiles_are_those_of_the_kernels_in_triton(monkeypatch):
-    scan = pytest.importorskip("ssm_retrieval.ops._scan_triton")
-    monkeypatch.setattr(scan._triton, "interpreted", lambda: False)
-    monkeypatch.setattr(scan.torch.version, "hip", None)
-    assert scan._tile() == block_memory.TILE
+    monkeypatch.setattr(_scan_triton._triton, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert _scan_triton._tile() == block_memory.TILE
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_kernels_in_triton_keep_nothing_but_their_arguments(precision):
     """In Triton's interpreter: what autograd saves between a Mamba block's projections."""
     pytest.importorskip("triton")
-    pytest.importorskip("ssm_retrieval.ops._scan_triton")
     config = models.config("mamba", d_model=4, n_layer=1, vocab_size=8, d_state=2)
     mixer, found = mamba.MambaMixer(config), {}
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
