@@ -1,10 +1,14 @@
-"""The committed scores of a study of VLMs."""
+"""The committed scores of a study of VLMs, and what its models cost."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
+import pandas as pd
+
+from ssm_retrieval.style import NAMES
+from ssm_retrieval.tables import markdown
 from ssm_retrieval.training import store
 from vlm.config import Run
 from vlm.results import COLUMNS, table_path
@@ -30,3 +34,22 @@ def collect(runs: Sequence[Run], out: Path, to: Path) -> None:
     found = concatenated([table_path(out, run.name) for run in runs])
     assert found is not None
     store.write_bytes(to, to_parquet(rows_of(found), COLUMNS))
+
+
+def cost(results: pd.DataFrame, families: Sequence[str]) -> str:
+    """Return a Markdown table of weights, steps and seconds of the models.
+
+    Args:
+        results: Scores of runs that all have the same stages.
+        families: Families, in the order of the rows.
+
+    Returns:
+        The table.
+    """
+    rows = []
+    for family in families:
+        mine = results[results["family"] == family]
+        first = mine.iloc[0]
+        seconds = f"{mine['seconds'].min():.0f} to {mine['seconds'].max():.0f}"
+        rows.append([NAMES[family], f"{first['parameters']:,}", int(first["steps"]), seconds])
+    return markdown(["model", "weights", "steps", "seconds of a model"], rows)

@@ -23,6 +23,7 @@ from analysis.tables import by_seed, fill
 from ssm_retrieval.style import NAMES
 from ssm_retrieval.tables import markdown
 from ssm_retrieval.training import store
+from studies import scores as scores_of
 from vlm.data import easy_vqa
 
 HERE = Path(__file__).parent
@@ -46,12 +47,11 @@ def main(runs: Path | None) -> None:
 
 def collect(out: Path) -> None:
     """Write the committed tables of trained and evaluated runs."""
-    from studies.scores import collect as collect_scores
     from vlm.config import read_file
     from vlm.results import answers_path
 
     runs = read_file(HERE / "runs.py")
-    collect_scores(runs, out, RESULTS)
+    scores_of.collect(runs, out, RESULTS)
     counted = [
         dict(run=run.name, family=run.family, seed=run.seed) | row
         for run in runs
@@ -126,12 +126,16 @@ def probes(out: Path) -> list[dict[str, Any]]:
 
 
 def filled(text: str) -> str:
-    """README with its tables made anew; those of runs that have not been made stay as they are."""
-    made = {"features": probed(pd.read_csv(FEATURES)), "mixed": by_family(pd.read_csv(MIXED))}
-    if RESULTS.exists():
-        results = pd.read_parquet(RESULTS)
-        made |= {"rates": rates(results), "test": scores(results), "cost": cost(results)}
-        made["kinds"] = by_family(pd.read_csv(KINDS))
+    """README with its tables made anew."""
+    results = pd.read_parquet(RESULTS)
+    made = {
+        "features": probed(pd.read_csv(FEATURES)),
+        "mixed": by_family(pd.read_csv(MIXED)),
+        "rates": rates(results),
+        "test": scores(results),
+        "cost": scores_of.cost(results[results["task"] == "easy-vqa"], FAMILIES),
+        "kinds": by_family(pd.read_csv(KINDS)),
+    }
     return fill(text, made)
 
 
@@ -184,17 +188,6 @@ def by_family(kinds: pd.DataFrame) -> str:
         of = [percent(mine.loc[mine["family"] == family, "share"]) for family in FAMILIES]
         rows.append([kind, int(mine["count"].iloc[0]), *of])
     return markdown(["question", "asked", *(NAMES[family] for family in FAMILIES)], rows)
-
-
-def cost(results: pd.DataFrame) -> str:
-    """Weights, steps and seconds of the models of the test split."""
-    rows = []
-    for family in FAMILIES:
-        mine = test_split(results, family)
-        first = mine.iloc[0]
-        seconds = f"{mine['seconds'].min():.0f} to {mine['seconds'].max():.0f}"
-        rows.append([NAMES[family], f"{first['parameters']:,}", int(first["steps"]), seconds])
-    return markdown(["model", "weights", "steps", "seconds of a model"], rows)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from analysis.tables import by_seed, fill, share
 from ssm_retrieval.style import NAMES
 from ssm_retrieval.tables import markdown
 from ssm_retrieval.training import store
-from studies.scores import collect
+from studies.scores import collect, cost
 from vlm.config import read_file
 from vlm.results import GUESSES
 
@@ -48,7 +48,7 @@ def main(runs: Path | None) -> None:
 
 def filled(results: pd.DataFrame) -> dict[Path, str]:
     """Return the text of every page with its tables made anew."""
-    made = {"scores": scores(results), "cost": cost(results), "quick start": first_seed(results)}
+    made = {"scores": scores(results), "cost": cost(results, FAMILIES), "quick start": first_seed(results)}
     return {
         path: fill(path.read_text(encoding="utf-8"), {name: made[name] for name in names})
         for path, names in PAGES.items()
@@ -95,17 +95,6 @@ def label(task: str, metric: str) -> str:
 def seeds(values: Any) -> str:
     """The mean over seeds, and every seed's value."""
     return f"{values.mean():.1f} ({by_seed(values, 1)})"
-
-
-def cost(results: pd.DataFrame) -> str:
-    """Weights, steps and seconds of the models."""
-    rows = []
-    for family in FAMILIES:
-        mine = results[results["family"] == family]
-        first = mine.iloc[0]
-        seconds = f"{mine['seconds'].min():.0f} to {mine['seconds'].max():.0f}"
-        rows.append([NAMES[family], f"{first['parameters']:,}", int(first["steps"]), seconds])
-    return markdown(["model", "weights", "steps", "seconds of a model"], rows)
 
 
 if __name__ == "__main__":
