@@ -18,6 +18,7 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, by whichever test comes first
 
+import torch
 from hook_models import FAMILIES, build
 from tiny_runs import tiny_runs
 
@@ -49,6 +50,12 @@ def _peers() -> dict[str, Any]:
         if name.partition(".")[0] in (*KERNELS, "mamba_ssm", "causal_conv1d"):
             del sys.modules[name]
     return peers
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_every_time():
+    """What a test draws without a seed of its own does not depend on the tests before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(params=FAMILIES, scope="module")

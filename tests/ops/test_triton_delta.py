@@ -6,7 +6,11 @@ The interpreter spends a second on a handful of programs, so chunks are 16 token
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -248,3 +252,17 @@ def test_what_a_gpu_takes(monkeypatch):
     with pytest.warns(UserWarning, match="pip install triton"):
         assert chosen() == "chunks"
     _route.warn_once.cache_clear()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
+def test_kernels_compile_for_gpus_and_fit_their_shared_memory(tmp_path, target):
+    """For an A100 and an MI300, which need not be there: every choice of blocks, and the cross-entropy."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    script = Path(__file__).parents[1] / "support" / "triton_compile_delta.py"
+    done = subprocess.run([sys.executable, script, target], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    kernels = {"overlaps", "states", "outputs", "write_gradients", "state_gradients", "key_gradients"}
+    assert {row[0] for row in rows} == kernels | {"softmax_rows"}
+    assert max(int(row[-1]) for row in rows) <= 64 * 1024
