@@ -86,15 +86,28 @@ def find(config: RunConfig, init: str, family: str) -> Start:
     return Start(found, checkpoint.config, record)
 
 
-def first_model(plan: Plan) -> models.LanguageModel:
-    """The model that a plan with `init` starts from, in float32. Raises UserError if it has changed."""
+def first_model(plan: Plan, device: Any) -> models.LanguageModel:
+    """The model that a plan with `init` starts from, in float32.
+
+    Args:
+        plan: The plan.
+        device: Where it is to live; on "meta" no weight is read.
+
+    Returns:
+        The model.
+
+    Raises:
+        UserError: If the checkpoint has changed since the run was planned.
+    """
     assert plan.init is not None
+    if str(device) == "meta":
+        return models.build(plan.model, device=device, **plan.model_overrides)
     path = plan.init["path"]
     check(
         fingerprint(examine(path)) == plan.init["sha256"],
         f"--init {path} has changed since this run was planned; run the command again",
     )
-    model = models.load(path, dtype=torch.float32, device=plan.device)
+    model = models.load(path, dtype=torch.float32, device=device)
     rows = plan.model_overrides["vocab_size"] - model.config.vocab_size
     return models.grow_vocabulary(model, rows, seed=plan.seed)
 

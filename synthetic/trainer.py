@@ -115,9 +115,9 @@ class Session(session.Session[Progress, Batch]):
         self.task = tasks.build(plan.task, **plan.task_options)
         if plan.init is None or session.begun(folder):
             make = partial(models.build, plan.model, seed=plan.seed, **plan.model_overrides)
-            model = distributed.build(make, plan.device, world)
         else:
-            model = pretrained.first_model(plan)
+            make = partial(pretrained.first_model, plan)
+        model = distributed.build(make, plan.device, world)
         model.checkpointing = plan.checkpointing
         if plan.lora:
             add_adapters(model, plan.lora, plan.seed)

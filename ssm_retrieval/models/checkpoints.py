@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,8 @@ def fill(
 ) -> None:
     """Give a module that was made on the "meta" device its weights, tensor by tensor.
 
-    Tied weights may be stored under one of their names or all of them.
+    Tied weights may be stored under one of their names or all of them. Parameters that have memory already
+    keep it, and their dtype.
 
     Args:
         model: The module.
@@ -211,8 +212,13 @@ def _compare(sources: dict[str, hub.Stored], wanted: dict[str, tuple[int, ...]],
     require(not said, f"the weights in {folder} do not fit its config.json: {said}; fetch both anew")
 
 
-def _assign(model: nn.Module, names: Iterable[str], tensor: Tensor) -> None:
-    """Make one parameter of `tensor`, under all of its names."""
+def _assign(model: nn.Module, names: Sequence[str], tensor: Tensor) -> None:
+    """Make one parameter of `tensor`, under all of its names; one that has memory is filled where it is."""
+    there = model.get_parameter(names[0])
+    if not there.is_meta:  # a shard: `training.distributed.build`
+        with torch.no_grad():
+            there.copy_(tensor)
+        return
     parameter = nn.Parameter(tensor)
     for name in names:
         owner, _, attribute = name.rpartition(".")

@@ -163,7 +163,7 @@ def from_config(
     meta = device.type == "meta"
     with seeded(seed), defaults(device if meta else torch.device("cpu")):
         built = record.model(config, dtype)
-    return built.to(device=device, dtype=dtype)
+    return built.to(device=None if meta else device, dtype=dtype)  # shards may have memory by now
 
 
 def build(

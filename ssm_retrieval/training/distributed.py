@@ -168,13 +168,14 @@ class _Loss(nn.Module):
 
 
 def build(make: Callable[..., LanguageModel], device: str, world: World) -> LanguageModel:
-    """A freshly drawn model for this process, which `spread` then takes.
+    """A freshly drawn or loaded model for this process, which `spread` then takes.
 
-    With fsdp it consists of shards from the start: its numbers are those that `make` draws in one process,
+    With fsdp it consists of shards from the start: its numbers are those that `make` gives in one process,
     but no process ever holds more of them whole than one block and what lies outside of the blocks.
 
     Args:
-        make: Maps `device` to the model, as `functools.partial(models.build, name, seed=seed)` does.
+        make: Maps `device` to the model, as `functools.partial(models.build, name, seed=seed)` does. It may
+            outline the model on the "meta" device and then fill it in place, as `models.load` does.
         device: Where it is to live.
         world: The processes, which all call this.
 
@@ -183,15 +184,16 @@ def build(make: Callable[..., LanguageModel], device: str, world: World) -> Lang
     """
     if world.size == 1 or world.strategy == "ddp":
         return make(device=device)
-    with _blocks_as_shards(make(device="meta")):
+    with _blocks_as_shards(make(device="meta"), device):
         return make(device=device)
 
 
 @contextmanager
-def _blocks_as_shards(outline: LanguageModel) -> Iterator[None]:
+def _blocks_as_shards(outline: LanguageModel, device: str) -> Iterator[None]:
     """While a model of this outline is built, each block becomes shards as soon as it is in its list.
 
-    A block in a list of another module, such as the experts of a layer, has other names and is left alone.
+    The shards of a block without memory get some. A block in a list of another module, such as the experts of
+    a layer, has other names and is left alone.
     """
     from torch.distributed.fsdp import FSDPModule, fully_shard
     from torch.nn.modules.module import register_module_module_registration_hook
@@ -204,6 +206,8 @@ def _blocks_as_shards(outline: LanguageModel) -> Iterator[None]:
         if waiting and _shapes(child) == waiting[0]:
             del waiting[0]
             fully_shard(child, mesh=mesh)
+            if all(parameter.is_meta for parameter in child.parameters()):
+                child.to_empty(device=device)
 
     handle = register_module_module_registration_hook(shard)
     try:
@@ -221,7 +225,7 @@ class _ChangedWhole(TorchFunctionMode):
     """A function that changes a sharded weight in place gets the whole one, one weight at a time.
 
     Constructors may draw weights again after their blocks are there, and sharded tensors draw numbers of
-    their own.
+    their own. What is copied into a sharded weight is whole: each process keeps its part.
     """
 
     def __torch_function__(
@@ -235,6 +239,9 @@ class _ChangedWhole(TorchFunctionMode):
         tensors = [x for x in (*args, *options.values()) if isinstance(x, Tensor)]
         if not (changes and tensors and isinstance(tensors[0], DTensor)):
             return function(*args, **options)
+        if name == "copy_" and not isinstance(args[1], DTensor):
+            fill(args[0], args[1])
+            return args[0]
         with torch.no_grad():
             whole = {id(x): full(x).cpu() for x in tensors if isinstance(x, DTensor)}
             named = {key: whole.get(id(x), x) for key, x in options.items()}

@@ -13,7 +13,7 @@ import dataclasses
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, Protocol, TypeVar
@@ -250,7 +250,7 @@ def resume(
         UserError: If the checkpoint is damaged or of another model.
     """
     path, sharded = folder / store.CHECKPOINT, distributed.saved(folder)
-    tensors: dict[str, Tensor] = {}
+    tensors: Mapping[str, Tensor] = {}
     header: Row = {"step": -1}
     remedy = remedy or store.anew(path)
     fields: Any = kind
@@ -261,7 +261,7 @@ def resume(
             raise UserError(f"{where} is damaged (step={header['step']} of {limit}); {remedy}")
 
     if path.exists():
-        tensors, header = store.load_tensors(path, remedy)
+        tensors, header = store.stored_tensors(path, remedy)
         check(header, path)
     if sharded is not None:
         check(sharded[1], folder / distributed.POINTER)

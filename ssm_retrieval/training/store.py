@@ -28,7 +28,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -168,8 +168,40 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Row) -> None
             raise OSError(code, os.strerror(code), str(path)) from error
 
 
-def load_tensors(path: Path, remedy: str = "") -> tuple[dict[str, Tensor], Row]:
-    """What `save_tensors` wrote.
+class StoredTensors(Mapping[str, Tensor]):
+    """Tensors of a safetensors file by name; each is read when it is asked for, and not kept.
+
+    Args:
+        path: Path of the file.
+
+    Raises:
+        SafetensorError: For a damaged file.
+    """
+
+    def __init__(self, path: Path):
+        self._file = safe_open(path, framework="pt")
+        self._names = frozenset(self._file.keys())
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The texts of the file's header."""
+        return self._file.metadata() or {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._names))
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def stored_tensors(path: Path, remedy: str = "") -> tuple[StoredTensors, Row]:
+    """What `save_tensors` wrote, to be read tensor by tensor.
 
     Args:
         path: Path of the file.
@@ -182,14 +214,19 @@ def load_tensors(path: Path, remedy: str = "") -> tuple[dict[str, Tensor], Row]:
         UserError: For a damaged file.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})["state"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = StoredTensors(path)
+        header = json.loads(tensors.metadata["state"])
     except (SafetensorError, KeyError, json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); {remedy or anew(path)}") from error
     if not isinstance(header, dict):
         raise UserError(f"{path} is damaged (its header is no object); {remedy or anew(path)}")
     return tensors, header
+
+
+def load_tensors(path: Path, remedy: str = "") -> tuple[dict[str, Tensor], Row]:
+    """`stored_tensors`, all of them in memory."""
+    tensors, header = stored_tensors(path, remedy)
+    return dict(tensors), header
 
 
 def anew(path: Path) -> str:

@@ -26,8 +26,11 @@ from ssm_retrieval import models, ops
 from ssm_retrieval.models.architecture import Architecture
 from ssm_retrieval.models.mamba import MambaConfig, MambaForCausalLM
 from ssm_retrieval.ops._route import BACKENDS
-from ssm_retrieval.training import distributed, store
+from ssm_retrieval.training import distributed, session, store
 from ssm_retrieval.training.optimizers import make_state
+from synthetic import pretrained
+from synthetic.config import RunConfig
+from synthetic.config import plan as plan_of
 
 SHAPE = dict(d_model=32, n_layer=6, vocab_size=48)
 MODELS = {
@@ -108,8 +111,11 @@ def report(make: Callable[..., models.LanguageModel], world: distributed.World) 
     )
 
 
-def resumed(make: Callable[..., models.LanguageModel], folder: Path, world: distributed.World) -> list[str]:
-    """Names of weights and moments that differ after a checkpoint was read into another seed's model."""
+def resumed(make: Callable[..., models.LanguageModel], folder: Path, world: distributed.World) -> Any:
+    """What another seed's model gets from checkpoints that several processes, and one, have written.
+
+    Names of weights and moments that differ, and how many bytes of the single file were here at once.
+    """
 
     def start(seed: int) -> tuple[nn.Module, torch.optim.Optimizer, distributed.Loss]:
         model = distributed.build(partial(make, seed=seed), "cpu", world)
@@ -124,14 +130,55 @@ def resumed(make: Callable[..., models.LanguageModel], folder: Path, world: dist
     ids = torch.arange(24).view(2, 12) + world.rank
     loss_of(ids, labels=ids)[0].backward()
     optimizer.step()
-    distributed.save(folder, store.checkpoint_tensors(model, optimizer), {"step": 1}, world)
-    again, other, _ = start(seed=4)
-    make_state(again, other, 1)
-    before = whole(again, other)
-    distributed.load(folder / "checkpoint-1", store.checkpoint_tensors(again, other), world)
-    wanted, found = whole(model, optimizer), whole(again, other)
-    assert not all(torch.equal(before[name], wanted[name]) for name in wanted)
-    return [name for name in wanted if not torch.equal(found[name], wanted[name])]
+    wanted = whole(model, optimizer)
+    header = dataclasses.asdict(session.Progress(step=1))
+    several, single = folder / "several", folder / "single"
+    if world.main:
+        several.mkdir()
+        single.mkdir()
+        store.save_tensors(single / store.CHECKPOINT, wanted, header)
+    world.barrier()
+    distributed.save(several, store.checkpoint_tensors(model, optimizer), header, world)
+    found: dict[str, Any] = {}
+    for place in (several, single):
+        again, other, _ = start(seed=4)
+        make_state(again, other, 1)
+        before = whole(again, other)
+        assert not all(torch.equal(before[name], wanted[name]) for name in wanted)
+        with read_bytes() as most:
+            assert session.resume(place, again, other, session.Progress, world) is not None
+        after = whole(again, other)
+        found[place.name] = [name for name in wanted if not torch.equal(after[name], wanted[name])]
+    largest = max(tensor.nbytes for tensor in wanted.values())
+    return found | {"most": most(), "largest": largest}
+
+
+@contextmanager
+def read_bytes() -> Iterator[Callable[[], int]]:
+    """Says afterwards how many bytes of a checkpoint of one process were in memory at once, at most."""
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most, get = 0, store.StoredTensors.__getitem__
+
+    def look(self: store.StoredTensors, name: str) -> torch.Tensor:
+        nonlocal most
+        tensor = get(self, name)
+        alive.add(tensor)
+        most = max(most, sum(one.nbytes for one in alive))
+        return tensor
+
+    store.StoredTensors.__getitem__ = look  # type: ignore[method-assign]
+    yield lambda: most
+    store.StoredTensors.__getitem__ = get  # type: ignore[method-assign]
+
+
+def published(folder: Path, world: distributed.World) -> Callable[..., models.LanguageModel]:
+    """The model of a run with --init, as a function of the device."""
+    place = folder / "published"
+    if world.main:
+        models.save(models.build("mamba", seed=7, **SHAPE), place)
+    world.barrier()
+    wish = RunConfig(seq_len=8, num_symbols=20, model=("mamba",), device="cpu", init=str(place))
+    return partial(pretrained.first_model, plan_of(wish, "mamba"))
 
 
 def by_triton(world: distributed.World) -> list[str] | None:
@@ -166,6 +213,7 @@ def main(folder: Path) -> None:
         for family, options in MODELS.items():
             make = partial(models.build, family, seed=3, **SHAPE, **options)
             found[family] = report(make, world)
+        found["init"] = report(published(folder, world), world)
         make = partial(models.build, "mamba", **SHAPE, **MODELS["mamba"])
         found["resumed"] = resumed(make, folder, world)
         found["triton"] = by_triton(world)

@@ -101,7 +101,7 @@ def test_resumed_equals_uninterrupted_even_if_the_checkpoint_is_gone(folder, tmp
 
 def test_first_model_is_the_checkpoint_and_seeded_rows(folder):
     p = plan(config(folder), "mamba")
-    model, other = (pretrained.first_model(dataclasses.replace(p, seed=s)) for s in (0, 1))
+    model, other = (pretrained.first_model(dataclasses.replace(p, seed=s), "cpu") for s in (0, 1))
     assert model.config.to_dict() == p.model_overrides and p.model == "mamba"
     assert models.config(p.model, **p.model_overrides) == model.config
     old = peer("mamba").backbone.embeddings.weight
@@ -148,7 +148,7 @@ def test_run_id_follows_the_weights_not_their_place(folder, tmp_path):
     save_file(tensors, file)
     assert name(tmp_path / "copy") != first
     with pytest.raises(ValueError, match="has changed since this run was planned"):
-        pretrained.first_model(p)
+        pretrained.first_model(p, "cpu")
 
 
 def test_sweeps_tune_checkpoints_apart(folder):

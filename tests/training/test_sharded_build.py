@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-MODELS = ("transformer", "mamba", "hybrid", "late")
+MODELS = ("transformer", "mamba", "hybrid", "late", "init")
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +47,15 @@ def test_shards_hold_the_weights_of_one_process(ranks, family):
         assert rank["shards"] < 0.6 * rank["whole"]
 
 
-def test_shards_of_a_checkpoint_go_into_shards_of_another_model(ranks):
-    """Weights and moments; the other model was drawn from another seed."""
-    assert [rank["resumed"] for rank in ranks] == [[], []]
+@pytest.mark.parametrize("wrote", ["several", "single"])
+def test_a_checkpoint_goes_into_shards_of_another_model(ranks, wrote):
+    """Weights and moments, whether several processes or one wrote them; the other model has another seed."""
+    assert [rank["resumed"][wrote] for rank in ranks] == [[], []]
+
+
+def test_a_checkpoint_of_one_process_is_read_tensor_by_tensor(ranks):
+    for found in (rank["resumed"] for rank in ranks):
+        assert found["largest"] <= found["most"] <= 2 * found["largest"]
 
 
 def test_kernels_in_triton_run_in_several_processes(ranks):
