@@ -43,7 +43,6 @@ from vlm.data.mixture import Mixture
 from vlm.evaluate import answer_all
 from vlm.information_flow import layer_flows, patch_places
 from vlm.model import VLM
-from vlm.prompts import LAYOUTS
 from vlm.results import right
 from vlm.scenes import make_example, render, sample_scene
 from vlm.scenes.encoder import QUESTIONS, STEPS, annotation
@@ -105,6 +104,7 @@ def kinds(ids, labels, image):
 
 figure, axes = plt.subplots(3, 1, figsize=(7.5, 2.6), sharex=True)
 image = layout.image_ids(SIDE, words.markers)
+LAYOUTS = ("agnostic", "instruction-first", "query-first")
 for ax, name in zip(axes, LAYOUTS, strict=True):
     ids, labels = layout.sequence(sample.chunks, words.encode, SIDE, name, markers=words.markers)
     for i, kind in enumerate(kinds(ids, labels, image)):

@@ -10,11 +10,13 @@ user's module registers its own records, and `--import my_module` (`use`) makes 
 from __future__ import annotations
 
 import difflib
-import importlib
+import importlib.util
 import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import Any, Generic, TypeVar
 
 from ssm_retrieval.errors import UserError
@@ -151,3 +153,23 @@ def use(modules: Iterable[str], where: str = "") -> None:
                 f"{said} there is no module {missing}; run the command in the folder of {missing}.py, or add "
                 "that folder to PYTHONPATH"
             ) from error
+
+
+def run_file(path: Path) -> ModuleType:
+    """Run a user's Python file, such as a config file.
+
+    As after an import, it is in `sys.modules`, where dataclasses look for the module of a class.
+
+    Args:
+        path: The file. What it raises keeps its traceback.
+
+    Returns:
+        The module.
+    """
+    name = f"_file_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None, f"the name of {path} must end in .py"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module

@@ -16,7 +16,6 @@ and the like. Runs with the validation seeds decide; these seeds must not be amo
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import itertools
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,6 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ssm_retrieval import registry
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.training.store import Row
 from synthetic import options
@@ -154,14 +154,9 @@ def load(file: Path) -> Sweep:
         UserError: In one line, if the file has none or raises an error itself.
     """
     check(file.is_file(), f"FILE {file} does not exist; give a Python file with a get_config()")
-    spec = importlib.util.spec_from_file_location("sweep_config", file)
-    check(
-        spec is not None and spec.loader is not None, f"FILE {file} is no Python file; its name ends in .py"
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    check(file.suffix == ".py", f"FILE {file} is no Python file; its name ends in .py")
     try:
-        spec.loader.exec_module(module)
+        module = registry.run_file(file)
         get_config: Callable[[], Sweep] | None = getattr(module, "get_config", None)
         if get_config is None:
             raise UserError("defines no get_config()")

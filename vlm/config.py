@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import traceback
 from collections.abc import Mapping, Sequence
@@ -306,17 +305,14 @@ def read_file(path: str | Path, imports: Sequence[str] = ()) -> list[Run]:
             f"{path} is no Python file with get_config(); give one such as vlm/configs/cpu_tiny.py"
         )
     registry.use(imports)
-    spec = importlib.util.spec_from_file_location(f"_vlm_config_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
     runs: Any = ()
     try:
-        spec.loader.exec_module(module)
+        module = registry.run_file(path)
         if callable(getattr(module, "get_config", None)):
             runs = module.get_config()
             runs = list(runs) if isinstance(runs, Sequence) and not isinstance(runs, str) else ()
     except Exception as error:
-        line = _line_of(str(spec.origin), error)
+        line = _line_of(str(path.absolute()), error)
         if line is None:
             raise
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "

@@ -20,7 +20,7 @@ from vlm.answering import answer_prompts, default_device, load
 from vlm.config import Data, Run, read_file
 from vlm.data.samples import Sample, Source
 from vlm.guesses import asked, expected
-from vlm.layout import image_ids
+from vlm.layout import image_ids, readings
 from vlm.model import VLM
 
 MOST_ACROSS = 4  # runs that fit side by side
@@ -161,7 +161,7 @@ def evaluate(
         model=run.model,
         layout=run.layout,
         image_size=run.image_size,
-        image_tokens=len(image_ids(side)),
+        image_tokens=len(image_ids(side)) * readings(run.layout),
         seed=run.seed,
         parameters=sum(p.numel() for p in model.parameters()),
         **_cost(run, out),

@@ -56,6 +56,11 @@ def image_ids(side: int, markers: tuple[int, int] = (BEGIN, ROW)) -> list[int]:
     return ids
 
 
+def readings(layout: str) -> int:
+    """Return how many times an image stands in a prompt of a layout."""
+    return 2 if layout == "two-pass" else 1
+
+
 def sequence(
     chunks: Sequence[Chunk],
     encode: Encode,
@@ -81,13 +86,13 @@ def sequence(
         UserError: If `max_length` cuts every image of this size.
         TooLong: If only this prompt has its image cut or loses all its supervised tokens.
     """
-    place = image_place(chunks, layout)
+    place, image = image_place(chunks, layout), image_ids(side, markers) * readings(layout)
     ids: list[int] = []
     labels: list[int] = []
     for i in range(len(chunks) + 1):
         if i == place:
-            ids += image_ids(side, markers)
-            labels += [IGNORE] * (side * (side + 1) + 1)
+            ids += image
+            labels += [IGNORE] * len(image)
             image_stop = len(ids)
         if i < len(chunks):
             found = encode(chunks[i].text)
@@ -96,7 +101,7 @@ def sequence(
     if max_length is None or len(ids) <= max_length:
         return ids, labels
     if image_stop > max_length:
-        error = TooLong if side * (side + 1) + 1 <= max_length else UserError
+        error = TooLong if len(image) <= max_length else UserError
         raise error(
             f"max_length={max_length} cuts the image, which ends at token {image_stop}; use at least that"
         )
@@ -112,7 +117,7 @@ def splice(table: Tensor, input_ids: Tensor, patches: Tensor) -> Tensor:
 
     Args:
         table: (V, D) token embedding.
-        input_ids: (B, L) int64 with exactly P negative ids per row.
+        input_ids: (B, L) int64 with exactly P negative ids per row, or 2 P where the image stands twice.
         patches: (B, P, D) vectors, in the order of the placeholders.
 
     Returns:
@@ -123,7 +128,9 @@ def splice(table: Tensor, input_ids: Tensor, patches: Tensor) -> Tensor:
     """
     holes = input_ids < 0
     counts = sorted(set(holes.sum(1).tolist()))
-    if counts != [patches.shape[1]]:
+    if counts == [2 * patches.shape[1]]:
+        patches = patches.repeat(1, 2, 1)
+    elif counts != [patches.shape[1]]:
         raise UserError(f"{counts} placeholders a row for {patches.shape[1]} patches; they must be equal")
     vectors = table[input_ids.clamp(min=0)]
     return vectors.masked_scatter(holes[..., None], patches.to(vectors.dtype))

@@ -3,9 +3,11 @@
 A prompt is a list of chunks, each tokenised on its own; supervised chunks are answers. The image stands
 before all of them ("agnostic"), after the first ("instruction-first", the paper's task-aware condition: the
 model knows the kind of task, but not the query) or after everything before the first answer ("query-first",
-the stronger condition of the synthetic task). Each function here is one task; the tests have the SHA-256 of
-the released instructions. With `published=True` a function prints exactly what the released code prints, also
-where that harms the text; docs/data.md lists where the two differ.
+the stronger condition of the synthetic task). In "two-pass" it stands before all of them twice.
+
+Each function here is one task; the tests have the SHA-256 of the released instructions. With `published=True`
+a function prints exactly what the released code prints, also where that harms the text; docs/data.md lists
+where the two differ.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from typing import Literal
 from ssm_retrieval.errors import UserError
 
 END = "<|endoftext|>"
-Layout = Literal["agnostic", "instruction-first", "query-first"]
-LAYOUTS: tuple[Layout, ...] = ("agnostic", "instruction-first", "query-first")
+Layout = Literal["agnostic", "instruction-first", "query-first", "two-pass"]
+LAYOUTS: tuple[Layout, ...] = ("agnostic", "instruction-first", "query-first", "two-pass")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 IMAGE = "<image>"  # where the image stands in conversations of LLaVA
 RELEASED_SIZE = 336  # pixels a side to which the released code scales boxes before it prints them
@@ -366,7 +368,7 @@ def image_place(chunks: Sequence[Chunk], layout: str) -> int:
 
     Args:
         chunks: The prompt.
-        layout: "agnostic", "instruction-first" or "query-first".
+        layout: One of LAYOUTS.
 
     Returns:
         A number from 0 on.
@@ -376,7 +378,7 @@ def image_place(chunks: Sequence[Chunk], layout: str) -> int:
     """
     if layout not in LAYOUTS:
         raise UserError(f"layout {layout!r} is unknown; use {', '.join(LAYOUTS)}")
-    if layout == "agnostic":
+    if layout in ("agnostic", "two-pass"):
         return 0
     first = next((i for i, chunk in enumerate(chunks) if chunk.supervised), len(chunks))
     return min(1, first) if layout == "instruction-first" else first

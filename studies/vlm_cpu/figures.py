@@ -10,7 +10,7 @@ import pandas as pd
 from analysis.vlm_plots import GUESSED, best_guess, main_rows
 from ssm_retrieval.style import DOUBLE, NAMES, family_colors, legend
 from studies.vlm_cpu import summary
-from vlm.prompts import LAYOUTS
+from studies.vlm_cpu.runs import LAYOUTS
 
 MARKS = {"agnostic": "s", "instruction-first": "D", "query-first": "o"}
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 from vlm.config import Run, Scenes, Stage
-from vlm.prompts import LAYOUTS
+from vlm.prompts import Layout
 
 SEEDS = (0, 1, 2)
+LAYOUTS: tuple[Layout, ...] = ("agnostic", "instruction-first", "query-first")
 SIZES = (64, 96)  # pixels a side: 8 x 8 and 12 x 12 patches
 IMAGES, HELDOUT = 8000, 400
 # Counting, comparing, spatial relations, pointing and digits stay at chance for longer than a run has here.

@@ -24,7 +24,7 @@ from ssm_retrieval.statistics import geometric_mean_interval
 from ssm_retrieval.style import NAMES, save, theme
 from ssm_retrieval.tables import markdown
 from ssm_retrieval.training.tables import concatenated, files
-from vlm.prompts import LAYOUTS
+from studies.vlm_cpu.runs import LAYOUTS
 from vlm.results import GUESSES
 
 HERE = Path(__file__).parent

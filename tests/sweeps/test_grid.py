@@ -99,6 +99,17 @@ def test_files_without_a_sweep(text, message, tmp_path):
     assert str(file) in str(error.value)
 
 
+def test_files_may_have_dataclasses(tmp_path):
+    file = tmp_path / "sweep.py"
+    file.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "from synthetic.grid import Sweep\nfrom synthetic.config import RunConfig\n"
+        "@dataclass(frozen=True)\nclass Cell:\n    steps: int\n"
+        "def get_config(): return Sweep([RunConfig(steps=Cell(3).steps, model=('mamba',))])\n"
+    )
+    assert grids.load(file).runs[0].steps == 3
+
+
 def test_missing_file_and_wrong_kind(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         grids.load(tmp_path / "no.py")

@@ -130,6 +130,16 @@ def test_a_bad_config_file_is_one_line_with_its_name(name, tmp_path):
     assert str(path) in one_line(raised)
 
 
+def test_config_files_may_have_dataclasses(tmp_path):
+    path = tmp_path / "cells.py"
+    path.write_text(
+        f"from __future__ import annotations\n{HEAD}from dataclasses import dataclass\n"
+        "@dataclass(frozen=True)\nclass Cell:\n    name: str\n"
+        f"def get_config():\n    return [{GOOD}]\n"
+    )
+    assert [run.name for run in read_file(path)] == ["a"]
+
+
 def test_a_bug_of_ours_under_a_config_file_keeps_its_traceback(tmp_path, monkeypatch):
     def broken(self):
         raise KeyError("a bug")

@@ -15,6 +15,7 @@ import probes
 from probes.scan import Scan, iterate_states
 from ssm_retrieval import models
 from vlm import prompts
+from vlm.config import Run, Scenes, Stage
 from vlm.information_flow import (
     COLUMNS,
     answer_places,
@@ -28,7 +29,7 @@ from vlm.information_flow import (
     targets,
 )
 from vlm.information_flow import __main__ as command
-from vlm.layout import sequence
+from vlm.layout import readings, sequence
 from vlm.model import VLM
 from vlm.scenes import sample_scene
 from vlm.scenes.patches import coverage
@@ -78,7 +79,7 @@ def test_attention_is_that_of_transformers():
 def test_a_head_that_attends_to_one_patch_is_measured_so(layout):
     model, (ids, features) = vlm(n_head=2), prompt(layout=layout)
     places = patch_places(ids)[0].tolist()
-    assert [ids[0, i].item() for i in places] == [-200] * SIDE**2
+    assert [ids[0, i].item() for i in places] == [-200] * SIDE**2 * readings(layout)
     last = ids.shape[1] - 1
     for patch, place in enumerate(places):
 
@@ -90,7 +91,7 @@ def test_a_head_that_attends_to_one_patch_is_measured_so(layout):
         with probes.intervene(model.lm, {"blocks.0.attn.hook_attn_scores": only}):
             (flow,) = layer_flows(model, ids, features, [last]).values()
         seen = flow.attention[0, 0, 1]
-        assert seen.tolist() == np.eye(SIDE**2)[patch].tolist()
+        assert seen.tolist() == np.eye(len(places))[patch].tolist()
         assert 0 < flow.attention[0, 0, 0].sum() < 1  # the other head attends to text as well
 
 
@@ -177,6 +178,13 @@ def test_a_mamba_layer_of_a_vlm_is_measured_with_its_own_recurrence():
         (flow.share, share[..., where]),
     ):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_an_image_that_stands_twice_has_no_single_place_for_a_patch(tmp_path):
+    stage = Stage({"boxes": Scenes("grounding", 2)}, steps=1, batch_size=1, lr=1e-3)
+    wanted = Run("twice", "mamba-tiny", stages=(stage,), evaluation={}, layout="two-pass")
+    with pytest.raises(ValueError, match="reads the image twice"):
+        target_table(wanted, tmp_path, examples=2)
 
 
 def test_only_a_question_before_the_image_changes_what_is_written():

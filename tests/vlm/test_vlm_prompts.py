@@ -128,12 +128,13 @@ def test_lengths_of_images(pixels, length):
 
 def test_where_the_image_stands():
     chunks = prompts.grounding([("left dog", (0, 0, 1, 1))], 2, 2)
-    before = {"agnostic": 0, "instruction-first": 1, "query-first": 2}
+    before = {"agnostic": 0, "instruction-first": 1, "query-first": 2, "two-pass": 0}
     assert tuple(before) == LAYOUTS
     for name, count in before.items():
         ids, labels = layout.sequence(chunks, encode, 2, name)
         texts = ["".join(chunk.text for chunk in part) for part in (chunks[:count], chunks[count:])]
-        assert ids == encode(texts[0]) + layout.image_ids(2) + encode(texts[1])
+        image = layout.image_ids(2) * (2 if name == "two-pass" else 1)
+        assert ids == encode(texts[0]) + image + encode(texts[1])
         assert [label for label in labels if label != layout.IGNORE] == encode(chunks[-1].text)
         assert all(label in (layout.IGNORE, i) for label, i in zip(labels, ids, strict=True))
     assert prompts.image_place(prompts.captioning("x"), "query-first") == 1
@@ -161,6 +162,10 @@ def test_splicing():
             wanted = patches[row, at] if token < 0 else table[token]
             at += token < 0
             assert torch.equal(vectors[row, place], wanted)
+    twice = torch.tensor([layout.image_ids(2) * 2, layout.image_ids(2) * 2])
+    again = layout.splice(table, twice, patches)
+    assert torch.equal(again[0, twice[0] < 0], torch.cat([patches[0], patches[0]]))
+    assert torch.equal(again[1, twice[1] < 0], torch.cat([patches[1], patches[1]]))
     vectors.sum().backward()
     assert torch.equal(patches.grad, torch.ones_like(patches)) and int(table.grad.sum()) == 3 * 8
     with pytest.raises(ValueError, match=r"\[4\] placeholders a row for 3 patches"):

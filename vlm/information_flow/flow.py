@@ -50,7 +50,10 @@ class Flow:
 
 
 def patch_places(input_ids: Tensor) -> Tensor:
-    """Return the positions (B, P) int64 of the patches in sequences (B, L), in raster order."""
+    """Return the positions (B, P) int64 of the patches in sequences (B, L), in raster order.
+
+    An image that stands twice has 2 P places.
+    """
     return (input_ids < 0).nonzero()[:, 1].view(len(input_ids), -1)
 
 

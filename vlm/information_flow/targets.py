@@ -16,11 +16,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ssm_retrieval.errors import UserError
 from ssm_retrieval.statistics import ratio_of_means
 from vlm import components
 from vlm.answering import alike, load
 from vlm.config import Run, Scenes
 from vlm.information_flow.flow import answer_places, layer_flows
+from vlm.layout import readings
 from vlm.scenes.encoder import annotation
 from vlm.scenes.patches import coverage
 from vlm.scenes.scene import Box, Scene, sample_scene
@@ -32,7 +34,7 @@ BATCH = 16
 COLUMNS = {
     "run": ("string", "name in the config file"),
     "family": ("string", "mamba, transformer, ..."),
-    "layout": ("string", "agnostic, instruction-first or query-first"),
+    "layout": ("string", "where the image stands: `vlm.prompts.LAYOUTS`"),
     "image_size": ("int64", "pixels a side that the encoder sees"),
     "seed": ("int64", "of weights and order of data"),
     "layer": ("int64", "block, 0-based"),
@@ -113,9 +115,15 @@ def target_table(run: Run, out: Path, examples: int = 100, device: str = "cpu") 
         COLUMNS; one row per example, layer, quantity and `at`.
 
     Raises:
-        UserError: If the run is not trained in `out`.
+        UserError: If the run is not trained in `out`, or its layout shows the image twice.
     """
     import pandas as pd
+
+    if readings(run.layout) > 1:
+        raise UserError(
+            f"run {run.name!r} reads the image twice (layout={run.layout!r}), so that a patch has no single "
+            "place; ask for a run of another layout"
+        )
 
     model, seen = load(run, out, device), components.eyes_of(run, out, device)
     source: Any = Scenes("grounding", examples, "heldout").build(answers=True)

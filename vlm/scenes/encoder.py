@@ -32,7 +32,7 @@ from vlm.scenes.stamps import COLOURS, SHAPES, SIZES, TEXTURES, WORDS, render
 # Encoder -> pixels of a patch's side, and of the images that it is trained on, in turn.
 ENCODERS: dict[str, tuple[int, tuple[int, ...]]] = {
     "scenes": (8, (64, 96)),
-    "scenes-16px": (16, (96,)),
+    "scenes-16px": (16, (64, 96)),
     "scenes-32px": (32, (96,)),  # nine patches of 96 pixels: the cells of a scene, one object each
 }
 WIDTH = 128

@@ -12,14 +12,14 @@ import numpy.typing as npt
 from ssm_retrieval.errors import UserError
 from vlm import prompts
 from vlm.data.samples import Sample
-from vlm.prompts import Chunk
+from vlm.prompts import Chunk, box_text
 from vlm.scenes import TASKS, VERSION, Example, Object, Scene, make_example, render, sample_scene
 from vlm.scenes.questions import DRAW_STEP, MAX_DRAWS, phrase, unique_phrases
 from vlm.scenes.scene import MOST_SHAPES, scene_stream
 
 READING = ("reading-digit", "reading-word")  # a scene has one digit and one word: asked once a sample
 ASKED = ("existence", "count", "attribute", "comparison", "spatial")
-PACKED = ("describe", "vqa", "locate", "point")  # sources of several turns
+PACKED = ("describe", "vqa", "locate", "point", "placed")  # sources of several turns
 SOURCES = (*TASKS, *PACKED)
 _TURN_INDEX = 2**61  # keeps the streams here apart from those of scenes and questions
 
@@ -30,7 +30,8 @@ class SceneSource:
     Args:
         task: One of `vlm.scenes.TASKS`, or one of PACKED: "vqa" (short questions of all kinds), "locate"
             (boxes of different shapes), "describe" (descriptions of boxes), "point" (pointing, where half of
-            the questions say all that can be said of the shape).
+            the questions say all that can be said of the shape), "placed" (spatial questions, where either
+            shape is as often given by its box).
         images: Number of scenes.
         seed: Seed of the scenes.
         split: "train", "heldout" or "combination".
@@ -96,13 +97,15 @@ class SceneSource:
                 described = [(item.box, full_phrase(item)) for item in chosen]
                 chunks = prompts.dense_captioning(described, scene.size, scene.size)
         else:
-            task = "pointing" if self.name == "point" else self.name
+            task = {"point": "pointing", "placed": "spatial"}.get(self.name, self.name)
             kinds = mixed(rng, self.turns) if task == "vqa" else [task] * self.turns
             examples = [
                 make_example(scene, kind, draw * self.turns + turn) for turn, kind in enumerate(kinds)
             ]
             if self.name == "point":
                 examples = [_renamed(e, rng) for e in examples]
+            if self.name == "placed":
+                examples = [_placed(e, rng) for e in examples]
             different = list({(e.question, e.boxes): e for e in examples}.values())
             chunks = conversation(different, answers=self.answers)
             if len(examples) == 1:
@@ -172,6 +175,19 @@ def _renamed(example: Example, rng: np.random.Generator) -> Example:
     right = example.boxes[example.choices.index(example.answer)]
     item = next(one for one in example.scene.shapes if one.box == right)
     return replace(example, question=f"Which box shows the {_named(example.scene, item, rng)}?")
+
+
+def _placed(example: Example, rng: np.random.Generator) -> Example:
+    """A spatial question in which each shape is given by its box, half of the time.
+
+    Of two boxes only numbers must be compared, of one box and one phrase one shape must be found.
+    """
+    question, size = example.question, example.scene.size
+    by_box = {item.box: phrase(item, ("colour", "name")) for item in example.scene.shapes}
+    for box in example.boxes:
+        if rng.integers(2):
+            question = question.replace(f"the {by_box[box]}", box_text(box, size, size))
+    return replace(example, question=question)
 
 
 def full_phrase(item: Object) -> str:

@@ -1,0 +1,1 @@
+"""Pretrained VLMs that look things up: layouts, patches, objects, families. README.md has the results."""
