@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -45,7 +46,7 @@ def main(out: Path) -> None:
     """Write rates.csv: right answers by family, rate and task, and their mean."""
     rows = []
     for one in get_config():
-        found = pd.read_parquet(table_path(out, one.name))
+        found: Any = pd.read_parquet(table_path(out, one.name))
         found = found[found["metric"].isin(["accuracy", "iou@0.5"])].set_index("task")["value"]
         row = {"family": one.family, "lr": one.stages[-1].lr, **{task: found[task] for task in TASKS}}
         rows.append(row | {"mean": sum(found[task] for task in TASKS) / len(TASKS)})

@@ -77,6 +77,25 @@ def test_pointing_is_practised_with_phrases_that_say_everything():
     assert 40 < full < 80  # of at most 120
 
 
+def test_spatial_relations_are_practised_with_boxes_in_place_of_phrases():
+    """Every answer follows from the boxes, those printed and those of the shapes that are named."""
+    source, printed = SceneSource("placed", 120, shapes=4), 0
+    for i in range(120):
+        scene, whole = source.scene(str(i)), text(source[i])
+        asked = re.search(r"Is (.+) (left of|right of|above|below) (.+)\?\nAnswer: (Yes|No)\.", whole)
+        boxes = []
+        for said in (asked[1], asked[3]):
+            box = prompts.parse_box(said, scene.size, scene.size)
+            printed += box is not None
+            named = [o.box for o in scene.shapes if f"the {o.colour} {o.name}" == said]
+            assert (box is None) == (len(named) == 1)
+            boxes.append(box or named[0])
+        axis, sign = {"left of": (0, 1), "right of": (0, -1), "above": (1, 1), "below": (1, -1)}[asked[2]]
+        assert (sign * (boxes[1][axis] - boxes[0][axis]) > 0) == (asked[4] == "Yes")
+        assert source[i].target == {"answer": asked[4].lower()}
+    assert 90 < printed < 150  # of 240
+
+
 def test_unknown_tasks_are_refused():
     with pytest.raises(ValueError, match="task 'dance' of scenes is unknown"):
         SceneSource("dance", 3)

@@ -1,0 +1,116 @@
+"""The study of looking up: what its probes change in a picture, and what its tables compare."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+pytest.importorskip("tokenizers", reason="tokenizers is not installed; .ci/run installs it")
+
+from studies.vlm_retrieval import probes, rates, runs, summary
+from vlm.scenes import sample_scene
+from vlm.scenes.words import Told, row
+
+SIDE = 3
+
+
+def places_of(number):
+    """A scene with nine places, the object asked for, and what the probes find there."""
+    scene = sample_scene(0, "heldout", number)
+    target = scene.shapes[number % len(scene.shapes)]
+    return scene, target, probes.Places.of(scene, target.box, SIDE)
+
+
+def test_changes_move_what_a_patch_shows_and_nothing_else():
+    """By scenes in words, where every place says its object."""
+    told, seen = Told(SIDE), 0
+    for number in range(40):
+        scene, target, places = places_of(number)
+        if places is None:
+            continue
+        seen += 1
+        patches = told.of(scene)
+        (mine,) = [k for k in range(9) if torch.equal(patches[k], _row(told, scene, target))]
+        other = next(item for item in scene.shapes if item.box == places.other_box)
+        (theirs,) = [k for k in range(9) if torch.equal(patches[k], _row(told, scene, other))]
+        nothing = patches[places.empty]
+        assert nothing[0] == 1 and nothing[1:].abs().sum() == 0  # the word "nothing"
+        wanted = {how: patches.clone() for how in probes.CHANGES}
+        wanted["target empty"][mine] = wanted["other empty"][theirs] = nothing
+        wanted["exchanged"][mine], wanted["exchanged"][theirs] = patches[theirs], patches[mine]
+        for how in probes.CHANGES:
+            assert torch.equal(places.change(patches, how), wanted[how]), how
+    assert seen > 20
+
+
+def _row(told, scene, item):
+    """What the place of an object says, by the place of its middle."""
+    x, y = (item.box[0] + item.box[2]) / 2, (item.box[1] + item.box[3]) / 2
+    return told.of(scene)[int(SIDE * y / scene.size) * SIDE + int(SIDE * x / scene.size)]
+
+
+def test_objects_of_several_patches_are_left_out():
+    """With six patches a side an object has one or more; its places all say the same."""
+    told, kept = Told(6), []
+    for number in range(60):
+        scene = sample_scene(0, "heldout", number)
+        patches = told.of(scene)
+        for target in scene.shapes:
+            wanted = row((target.colour, target.name, target.size, target.texture), _corners(scene, target))
+            count = sum(torch.equal(patch, wanted) for patch in patches)
+            found = probes.Places.of(scene, target.box, 6)
+            assert found is None or count == 1
+            kept.append(found is not None)
+    assert 0 < sum(kept) < len(kept)
+
+
+def _corners(scene, item):
+    return tuple(round(100 * corner / scene.size) for corner in item.box)
+
+
+def test_every_run_of_the_study_has_a_cell_and_the_rate_of_its_family():
+    planned = runs.get_config()
+    assert len({run.name for run in planned}) == len(planned) == 8 * sum(len(c.families) for c in runs.CELLS)
+    tried = {(run.family, run.stages[-1].lr) for run in rates.get_config()}
+    for run in planned:
+        assert (run.family, run.stages[-1].lr) in tried
+        assert run.stages[0].data.keys() == runs.WEIGHTS.keys() and run.seed in runs.SEEDS
+    data = {(run.seed, str(run.stages[-1].data)) for run in planned}
+    assert len(data) == len(runs.SEEDS)  # all families and cells see the same pictures, and every seed others
+
+
+def table(gap):
+    """Results in which Mamba is `gap` below the Transformer in every seed; both rise by a point a seed."""
+    return pd.DataFrame(
+        {
+            "run": f"{family}-base-seed{seed}", "family": family, "seed": seed, "task": task,
+            "metric": "iou@0.5" if "grounding" in task else "accuracy",
+            "value": 0.425 + 0.01 * seed - (gap if family == "mamba" else 0),
+            "chance": 0.25, "question_only": 0.1, "image_only": 0.45,
+        }
+        for family in runs.PAPER for seed in range(8) for task in summary.TASKS
+    )  # fmt: skip
+
+
+def test_scores_are_points_by_cell_with_the_best_guess():
+    found = summary.scores(table(0.2))
+    assert set(found["cell"]) == {"base"} and set(found["guess"]) == {45.0}
+    values = summary.of(found, "base", "mamba", "grounding")
+    assert np.allclose(values, 22.5 + np.arange(8)) and list(values.index) == list(range(8))
+    line = next(row for row in summary.base(found).splitlines() if row.startswith("| existence "))
+    assert "46.0 [44.0, 48.0]; 5 of 8 [0.24, 0.91] | 26.0 [24.0, 28.0]; 0 of 8 [0.00, 0.37]" in line
+
+
+def test_differences_are_paired_and_their_intervals_hold_for_all_comparisons():
+    """A gap that is the same in every seed has an interval of no width, however much the seeds differ."""
+    found = summary.scores(table(0.2))
+    a, b = (summary.of(found, "base", family, "grounding") for family in ("transformer", "mamba"))
+    assert summary.difference(a, b) == "20.0 [20.0, 20.0]"
+    noise = pd.Series([1.0, -1, 1, -1, 1, -1, 1, -1])
+    wide = 3.5 + 0 * noise  # sd of the noise is sqrt(8 / 7), its mean 0: Student's quantile of 7 degrees
+    from scipy import stats
+
+    half = stats.t.ppf(1 - 0.025 / summary.COMPARISONS, 7) * np.sqrt(8 / 7 / 8)
+    assert summary.difference(wide + noise, 0 * noise) == f"3.5 [{3.5 - half:.1f}, {3.5 + half:.1f}]"
