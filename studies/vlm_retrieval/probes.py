@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import torch
 from torch import Tensor
@@ -36,8 +37,10 @@ from vlm.scenes.patches import owners
 from vlm.scenes.scene import Box, Scene
 
 HERE = Path(__file__).parent
+Array = npt.NDArray[np.float64]
 PROBED = ("base", "query-first")
 QUESTIONS = 200
+FAR, NEAR = 0.15, 0.07  # of edges, in shares of the side: half a patch, a fifth of one
 CHANGES = ("intact", "target empty", "other empty", "exchanged")
 
 
@@ -94,7 +97,10 @@ class Changed:
 
 
 def changed(one: Run, out: Path) -> pd.DataFrame:
-    """Return how many boxes are the target's, and the other object's, after each change."""
+    """Return which boxes are answered after each change: the target's, or the other object's.
+
+    The columns `target_x` to `other_y` say it of left edges and of top edges alone (`edges_near`).
+    """
     source: Any = Scenes("grounding", 2 * QUESTIONS, "heldout").build(answers=False)
     side = components.eyes_of(one, out, "cpu").side
     samples = [source[i] for i in range(2 * QUESTIONS)]
@@ -104,23 +110,39 @@ def changed(one: Run, out: Path) -> pd.DataFrame:
     features = components.features(one, one.image_size, out, "cpu")
     features.fill(source, progress=False)
     model, rows = answering.load(one, out), []
+    size = samples[0].target["width"]
+    wanted = {
+        "target": np.array([s.target["box"] for s in samples]) / size,
+        "other": np.array([places[s.image].other_box for s in samples]) / size,
+    }
     for how in CHANGES:
         said = answer_all(model, one, Changed(features, places, how), source, samples, side, "cpu")
-        boxes = [
-            parse_box(text, s.target["width"], s.target["height"])
-            for text, s in zip(said, samples, strict=True)
-        ]
-        hits = [
-            (_hit(box, tuple(s.target["box"])), _hit(box, places[s.image].other_box))
-            for box, s in zip(boxes, samples, strict=True)
-        ]
-        target, other = np.mean(hits, axis=0)
-        rows.append({"change": how, "target": target, "other": other, "questions": len(samples)})
+        read = [parse_box(text, 1, 1) or (np.nan,) * 4 for text in said]
+        row: dict[str, Any] = {"change": how, "questions": len(samples)}
+        row |= {name: above_half(iou(read, boxes)).mean() for name, boxes in wanted.items()}
+        rows.append(row | edges_near(np.array(read), **wanted))
     return _about(one, pd.DataFrame(rows))
 
 
-def _hit(box: Box | None, wanted: Box) -> bool:
-    return box is not None and bool(above_half(iou([box], [wanted]))[0])
+def edges_near(said: Array, target: Array, other: Array) -> dict[str, float]:
+    """Return how often the left and the top edge of an answer are those of two boxes.
+
+    Args:
+        said: (N, 4), boxes as shares of the side; NaN where an answer is none.
+        target: (N, 4).
+        other: (N, 4).
+
+    Returns:
+        `target_x`, `other_x` (left edges), `target_y`, `other_y` (top edges): shares of the boxes that differ
+        by more than FAR in that edge, of which the answer is nearer than NEAR.
+    """
+    found = {}
+    for axis, letter in enumerate("xy"):
+        differ = np.abs(target[:, axis] - other[:, axis]) > FAR
+        for name, box in (("target", target), ("other", other)):
+            near = np.abs(said[differ, axis] - box[differ, axis]) < NEAR
+            found[f"{name}_{letter}"] = float(near.mean())
+    return found
 
 
 def places(one: Run, out: Path) -> pd.DataFrame:

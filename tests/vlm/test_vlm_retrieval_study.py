@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,7 +11,9 @@ import torch
 
 pytest.importorskip("tokenizers", reason="tokenizers is not installed; .ci/run installs it")
 
-from studies.vlm_retrieval import probes, rates, runs, summary
+from ssm_retrieval import models
+from studies.vlm_retrieval import ablation, probes, rates, runs, summary
+from vlm.configs.words import MODELS
 from vlm.scenes import sample_scene
 from vlm.scenes.words import Told, row
 
@@ -70,6 +74,15 @@ def _corners(scene, item):
     return tuple(round(100 * corner / scene.size) for corner in item.box)
 
 
+def test_edges_are_counted_where_the_two_boxes_differ():
+    target = np.array([[0.1, 0.1, 0.3, 0.3], [0.1, 0.4, 0.3, 0.6], [0.5, 0.1, 0.7, 0.3]])
+    other = np.array([[0.7, 0.7, 0.9, 0.9], [0.7, 0.42, 0.9, 0.6], [0.1, 0.7, 0.3, 0.9]])
+    said = np.array([[0.12, 0.69, 0.3, 0.9], [0.71, 0.4, 0.9, 0.6], [np.nan] * 4])
+    # x: all three pairs differ, one follows the target, one the other; y: the second pair does not differ
+    wanted = {"target_x": 1 / 3, "other_x": 1 / 3, "target_y": 0.0, "other_y": 1 / 2}
+    assert probes.edges_near(said, target, other) == pytest.approx(wanted)
+
+
 def test_every_run_of_the_study_has_a_cell_and_the_rate_of_its_family():
     planned = runs.get_config()
     assert len({run.name for run in planned}) == len(planned) == 8 * sum(len(c.families) for c in runs.CELLS)
@@ -79,6 +92,28 @@ def test_every_run_of_the_study_has_a_cell_and_the_rate_of_its_family():
         assert run.stages[0].data.keys() == runs.WEIGHTS.keys() and run.seed in runs.SEEDS
     data = {(run.seed, str(run.stages[-1].data)) for run in planned}
     assert len(data) == len(runs.SEEDS)  # all families and cells see the same pictures, and every seed others
+
+
+def test_ablations_ask_as_many_questions_and_change_something():
+    def questions(run):
+        return [s.steps * s.batch_size * next(iter(s.data.values())).turns for s in run.stages]
+
+    base = {(one.family, one.seed): one for one in runs.get_config() if "-base-" in one.name}
+    names = [one.name for one in ablation.get_config()]
+    assert len(set(names)) == len(names) == 3 * (2 * len(ablation.CHANGES) + 8)
+    for one in ablation.pictures():
+        like = base[one.family, one.seed]
+        assert one.stages != like.stages
+        assert questions(one) == questions(like)[-len(one.stages) :]
+        assert dataclasses.replace(one, name=like.name, stages=like.stages) == like
+    for family, options in ablation.OPTIONS.items():
+        sizes = [
+            models.build(
+                f"{family}-tiny", vocab_size=300, **MODELS[f"{family}-tiny"] | changed
+            ).num_parameters()
+            for changed in options.values()
+        ]
+        assert max(sizes) < 1.05 * min(sizes)  # a shallow model is as large
 
 
 def table(gap):

@@ -28,6 +28,13 @@ MODELS: dict[str, dict[str, Any]] = {
     # The convolution begins as the identity: else a place's key is mixed with those of the places before it.
     "mamba-tiny": dict(ssm_init="identity", embedding_std=0.1),
 }
+# Not in the paper: a Mamba in which one block of four is attention, and a model with the gated delta rule.
+OTHERS: dict[str, dict[str, Any]] = {
+    "hybrid-tiny": dict(
+        n_layer=4, d_model=112, pattern="M M A M", rotary_pct=1.0, ssm_init="identity", embedding_std=0.1
+    ),
+    "gated-deltanet-tiny": dict(n_layer=3, d_model=96, d_mlp=192, ssm_init="identity", embedding_std=0.1),
+}
 LR = 2e-3
 READING = ("reading-digit", "reading-word")
 ONCE = (*READING, "caption")  # asked once a scene
@@ -163,38 +170,72 @@ def transformer_stages() -> tuple[Stage, ...]:
     )  # fmt: skip
 
 
-def mamba_stages() -> tuple[Stage, ...]:
-    """Return the stages of Mamba: one question a sample throughout."""
-    find = tuple(lookups(shapes, turns=1, each=1, batch_size=128) for shapes in (2, 4))
-    counted = {
-        "reading-digit": 0.7, "reading-word": 0.7, "attribute": 3, "existence": 1.5, "locate": 3.5,
-        "describe": 1, "count": 1.5, "comparison": 1, "grounding": 0.5, "caption": 1,
+def one_question_stages(lr: float, first: Stage) -> tuple[Stage, ...]:
+    """Return stages with one question a sample, for models with a state: with several they forget lookups.
+
+    What is written in a scene is asked for throughout. Otherwise the vectors of its words, of which input and
+    output share the table, are pushed together while other things are learned, and the words are lost.
+
+    Args:
+        lr: Peak learning rate; that of the last stage is four fifths of it.
+        first: The stage before lookups.
+
+    Returns:
+        The stages.
+    """
+    find = {
+        "attribute": 3, "existence": 1.5, "locate": 3, "describe": 1,
+        "reading-digit": 0.5, "reading-word": 0.75,
     }  # fmt: skip
-    two_boxes = {
-        "reading-digit": 3, "reading-word": 3, "spatial": 4, "point": 5, "attribute": 1, "locate": 2,
-        "count": 0.5, "existence": 0.3, "comparison": 1, "describe": 1, "grounding": 0.5, "caption": 1,
-    }  # fmt: skip
-    whole = {
-        "reading-word": 4, "reading-digit": 1.5, "spatial": 3, "point": 2, "pointing": 2, "attribute": 1.5,
-        "locate": 1, "grounding": 0.7, "count": 0.7, "comparison": 0.7, "describe": 0.7, "existence": 0.3,
-        "caption": 0.7,
+    found = {task: 0.08 for task in ("attribute", "existence")} | dict.fromkeys(READING, 0.1)
+    more = {"placed": 2.5, "point": 2, "count": 1.5, "comparison": 1, "caption": 1}
+    everything = {
+        "existence": 0.5, "count": 1, "attribute": 1.5, "comparison": 0.7, "spatial": 2, "placed": 1.5,
+        "grounding": 1.5, "locate": 1.5, "pointing": 2, "point": 2, "describe": 0.7,
+        "reading-digit": 0.7, "reading-word": 0.8, "caption": 1.3,
     }  # fmt: skip
     return (
-        READ, *find,
-        practice(counted, 2000),
-        practice(two_boxes, 2000, shapes={"spatial": 2, "point": 2}),
-        practice(whole, 2000, lr=1e-3, shapes={"spatial": 2}),
+        first,
+        practice(
+            find | {"placed": 2}, 2500, lr=lr, shapes=dict.fromkeys((*find, "placed"), 2),
+            until=found | {"locate": 0.72},
+        ),
+        practice(
+            find | {"placed": 2, "point": 1}, 2000, lr=lr,
+            shapes=dict.fromkeys(find, 4) | {"placed": 2, "point": 2}, until=found | {"locate": 0.75},
+        ),
+        practice(find | more, 2500, lr=lr, shapes={"placed": 4, "point": 2}),
+        practice(everything, 2500, lr=0.8 * lr, shapes={"point": 3}),
     )  # fmt: skip
 
 
-STAGES = {"transformer-tiny": transformer_stages, "mamba-tiny": mamba_stages}
+def mamba_stages() -> tuple[Stage, ...]:
+    """Return the stages of Mamba, which looks things up while it learns to read."""
+    weights = {
+        "attribute": 3, "existence": 1, "locate": 3.5, "describe": 1, "reading-digit": 0.5,
+        "reading-word": 0.75,
+    }  # fmt: skip
+    until = dict.fromkeys(("attribute", "existence", *READING), 0.1) | {"locate": 0.75}
+    first = practice(weights, 2000, lr=1.2e-3, shapes=dict.fromkeys(weights, 2), until=until)
+    return one_question_stages(1.2e-3, first)
+
+
+def other_stages() -> tuple[Stage, ...]:
+    """Return the stages of the other families, which learn to read first."""
+    return one_question_stages(1.5e-3, READ)
+
+
+STAGES = {
+    "transformer-tiny": transformer_stages, "mamba-tiny": mamba_stages,
+    "hybrid-tiny": other_stages, "gated-deltanet-tiny": other_stages,
+}  # fmt: skip
 
 
 def get_config() -> list[Run]:
     """Return one run per family."""
     return [
         Run(
-            name=model.partition("-")[0],
+            name=model.removesuffix("-tiny"),
             model=model,
             model_overrides=overrides,
             stages=STAGES[model](),
@@ -203,5 +244,5 @@ def get_config() -> list[Run]:
             image_size=96,
             max_new_tokens=64,
         )
-        for model, overrides in MODELS.items()
+        for model, overrides in (MODELS | OTHERS).items()
     ]
