@@ -5,8 +5,9 @@ Your own results are the table of `vlm.evaluate` (`vlm.results.COLUMNS`): one ro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ import pandas as pd
 from analysis import published
 from ssm_retrieval.statistics import mean_interval, one_mode
 from ssm_retrieval.style import DOUBLE, NAMES, SINGLE, family_colors
+from vlm.layout import readings
 from vlm.results import GUESSES
 
 if TYPE_CHECKING:
@@ -113,13 +115,28 @@ def over_seeds(
     return pd.DataFrame(rows)
 
 
+def patch_pixels(image_size: int, image_tokens: int, layout: str) -> int:
+    """Return the pixels of a patch's side, of an image of `image_tokens` tokens (`vlm.layout.image_ids`)."""
+    one = image_tokens // readings(layout)  # side (side + 1) + 1
+    return image_size // ((math.isqrt(4 * one - 3) - 1) // 2)
+
+
+def by_patch(results: pd.DataFrame) -> pd.DataFrame:
+    """Return the main rows with a column `patch`: encoders of other patches are other models."""
+    rows = main_rows(results)
+    columns = (rows[name] for name in ("image_size", "image_tokens", "layout"))
+    return rows.assign(patch=[patch_pixels(*values) for values in zip(*columns, strict=True)])
+
+
 def resolution_table(results: pd.DataFrame) -> pd.DataFrame:
     """Return right answers by task, model and resolution (Fig. 3), agnostic; empty for one resolution."""
-    rows = main_rows(results)
+    rows = by_patch(results)
     rows = rows[rows["layout"] == "agnostic"]
-    if rows["image_size"].nunique() < 2:
-        return rows.iloc[:0]
-    table = over_seeds(rows, ["task", "family", "model", "image_size"], (0, 1))
+    sizes: Any = rows.groupby(["family", "model", "patch"])["image_size"]
+    rows = rows[sizes.transform("nunique") > 1]
+    if rows.empty:
+        return rows
+    table = over_seeds(rows, ["task", "family", "model", "patch", "image_size"], (0, 1))
     facts = rows.astype(dict.fromkeys(GUESSES, float)).groupby("task", as_index=False)[list(GUESSES)].mean()
     return table.merge(facts, on="task", how="left")
 
@@ -127,18 +144,18 @@ def resolution_table(results: pd.DataFrame) -> pd.DataFrame:
 def layout_table(results: pd.DataFrame) -> pd.DataFrame:
     """Return the relative difference of other layouts to the agnostic one (Fig. 4), seed by seed.
 
-    The difference is (value - agnostic) / agnostic of runs of equal model, resolution and seed. The table is
-    empty if there is no other layout to compare.
+    The difference is (value - agnostic) / agnostic of runs of equal model, patches, resolution and seed. The
+    table is empty if there is no other layout to compare.
     """
-    rows = main_rows(results)
-    keys = ["task", "family", "model", "image_size", "seed"]
+    rows = by_patch(results)
+    keys = ["task", "family", "model", "patch", "image_size", "seed"]
     base = rows[rows["layout"] == "agnostic"].set_index(keys)["value"]
     others = rows[rows["layout"] != "agnostic"].join(base.rename("agnostic"), on=keys)
     others = others[others["agnostic"] > 0]
     if others.empty:
         return others
     others = others.assign(value=(others["value"] - others["agnostic"]) / others["agnostic"])
-    return over_seeds(others, ["task", "family", "model", "image_size", "layout"])
+    return over_seeds(others, ["task", "family", "model", "patch", "image_size", "layout"])
 
 
 def resolution(table: pd.DataFrame, width: float = DOUBLE) -> Figure:
@@ -158,10 +175,14 @@ def layouts(table: pd.DataFrame, width: float = DOUBLE) -> Figure:
     return _bars(table, name, "relative difference to agnostic", width, chance=False)
 
 
+def _said(key: str, row: pd.Series) -> str:
+    return f"patches of {row[key]} px" if key == "patch" else str(row[key])
+
+
 def _bars(
     table: pd.DataFrame, name: Callable[[pd.Series], str], label: str, width: float, chance: bool
 ) -> Figure:
-    """A bar a row, named by name(row) and, in a family of several models, by the model as well."""
+    """A bar a row, named by name(row) and, of several models or patches in a family, by these as well."""
     import matplotlib.pyplot as plt
 
     families = [name for name in NAMES if name in set(table["family"])]
@@ -176,8 +197,8 @@ def _bars(
     colours = family_colors()
     for ax, family in zip(axes[:, 0], families, strict=True):
         mine = table[table["family"] == family]
-        several = mine["model"].nunique() > 1
-        named = [f"{row['model']}, {name(row)}" if several else name(row) for _, row in mine.iterrows()]
+        also = [key for key in ("model", "patch") if mine[key].nunique() > 1]
+        named = [", ".join([*(_said(key, row) for key in also), name(row)]) for _, row in mine.iterrows()]
         names = list(dict.fromkeys(named))
         bar = 0.8 / len(names)
         for said, (_, row) in zip(named, mine.iterrows(), strict=True):

@@ -35,13 +35,19 @@ def _data(stage: Stage, **changed: Any) -> Stage:
     return dataclasses.replace(stage, data=data)
 
 
-# Pictures: stages of a run -> stages without one thing, of equally many questions.
-CHANGES: dict[str, Callable[[tuple[Stage, ...]], tuple[Stage, ...]]] = {
-    "no stage for the connector alone": lambda stages: stages[1:],
-    "boxes without smoothing": lambda stages: tuple(dataclasses.replace(s, box_spread=0.0) for s in stages),
-    "one question a picture and task": lambda stages: tuple(_data(s, draws=1) for s in stages),
-    "four questions a sample": lambda stages: tuple(
-        dataclasses.replace(_data(s, turns=4, draws=4), batch_size=s.batch_size // 4) for s in stages
+def _each(change: Callable[[Stage], Stage]) -> Callable[[Run], Run]:
+    """Change every stage of a run."""
+    return lambda one: dataclasses.replace(one, stages=tuple(change(stage) for stage in one.stages))
+
+
+# Pictures: a run -> the run without one thing, with equally many questions.
+CHANGES: dict[str, Callable[[Run], Run]] = {
+    "from scratch": lambda one: dataclasses.replace(one, init=None, model_overrides=MODELS[one.model]),
+    "no stage for the connector alone": lambda one: dataclasses.replace(one, stages=one.stages[1:]),
+    "boxes without smoothing": _each(lambda stage: dataclasses.replace(stage, box_spread=0.0)),
+    "one question a picture and task": _each(lambda stage: _data(stage, draws=1)),
+    "four questions a sample": _each(
+        lambda stage: dataclasses.replace(_data(stage, turns=4, draws=4), batch_size=stage.batch_size // 4)
     ),
 }
 # Words: changes of a model's options.
@@ -67,9 +73,8 @@ def pictures() -> list[Run]:
     for name, change in CHANGES.items():
         for seed in SEEDS:
             for family in PAPER:
-                one = run(CELLS[0], family, seed)
                 what = f"{family}-{name.replace(' ', '-')}-seed{seed}"
-                made.append(dataclasses.replace(one, name=what, stages=change(one.stages)))
+                made.append(dataclasses.replace(change(run(CELLS[0], family, seed)), name=what))
     return made
 
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vlm.config import Run, Scenes, Stage
-from vlm.configs.words import MODELS
 from vlm.prompts import Layout
 
 SEEDS = range(8)
@@ -47,7 +46,6 @@ class Cell:
         layout: Where the image stands.
         encoder: Encoder, which decides the side of a patch.
         image_size: Pixels a side.
-        init: Where the language model comes from; None = random weights.
     """
 
     name: str
@@ -55,7 +53,6 @@ class Cell:
     layout: Layout = "agnostic"
     encoder: str = "scenes-32px"
     image_size: int = 96
-    init: str | None = "scenes"
 
 
 CELLS = (
@@ -65,7 +62,6 @@ CELLS = (
     Cell("two-pass", layout="two-pass"),
     Cell("16 patches", encoder="scenes-16px", image_size=64),
     Cell("36 patches", (*PAPER, *OTHERS), encoder="scenes-16px"),
-    Cell("from scratch", init=None),
 )
 
 
@@ -86,10 +82,9 @@ def run(cell: Cell, family: str, seed: int) -> Run:
     return Run(
         name=f"{family}-{cell.name.replace(' ', '-')}-seed{seed}",
         model=f"{family}-tiny",
-        model_overrides={} if cell.init else MODELS[f"{family}-tiny"],
         stages=stages(seed, RATES[family]),
         evaluation=EVALUATION,
-        init=cell.init,
+        init="scenes",
         layout=cell.layout,
         encoder=cell.encoder,
         image_size=cell.image_size,

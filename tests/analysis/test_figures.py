@@ -22,6 +22,8 @@ from analysis.plots import FIGURES, lens, patch
 from analysis.plots.common import grid_of
 from probes.suite import PROBES
 from ssm_retrieval.style import DOUBLE, SINGLE, theme
+from vlm.layout import image_ids, sequence
+from vlm.prompts import LAYOUTS
 from vlm.results import COLUMNS
 
 
@@ -81,7 +83,7 @@ def own(layouts=("agnostic", "query-first"), sizes=(64, 96), seeds=(0, 1, 2)):
             run=f"{family}-{layout}-{size}-{seed}", family=family, model=f"{family}-tiny", layout=layout,
             image_size=size, seed=seed, task=task, split="heldout", value=rng.uniform(0.2, 0.9), count=100,
             metric="iou@0.5" if task == "grounding" else "accuracy", question_only=0.1,
-            chance=0.25 if task == "count" else None,
+            chance=0.25 if task == "count" else None, image_tokens=len(image_ids(size // 8)),
         )  # fmt: skip
         rows.append(row)
     return pd.DataFrame(rows)
@@ -119,6 +121,36 @@ def test_the_dotted_line_is_the_best_of_all_guesses():
     assert dotted(vlm_plots.layouts(vlm_plots.layout_table(results))) == []
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_side_of_a_patch_follows_from_the_tokens_of_an_image(layout):
+    for side, pixels in ((3, 32), (6, 16), (24, 14), (34, 14)):
+        tokens = sequence([], list, side, layout)[0]  # an image without text
+        assert vlm_plots.patch_pixels(side * pixels, len(tokens), layout) == pixels
+    assert vlm_plots.patch_pixels(480, len(image_ids(34)), "agnostic") == 14  # four pixels are not seen
+
+
+def test_encoders_of_other_patches_are_not_averaged():
+    """By the tokens of an image; a resolution is compared among equal patches only."""
+    results = own(layouts=("agnostic", "two-pass"))
+    coarse = results[results["image_size"] == 96].assign(value=0.1)
+    coarse["image_tokens"] = [
+        len(image_ids(3)) * (2 if name == "two-pass" else 1) for name in coarse["layout"]
+    ]
+    fine = results.assign(
+        image_tokens=[
+            len(image_ids(size // 8)) * (2 if layout == "two-pass" else 1)
+            for size, layout in zip(results["image_size"], results["layout"], strict=True)
+        ]
+    )
+    both = pd.concat([fine, coarse])
+    pd.testing.assert_frame_equal(vlm_plots.resolution_table(both), vlm_plots.resolution_table(fine))
+    table = vlm_plots.layout_table(both)
+    assert table.groupby("patch").size().to_dict() == {8: 8, 32: 4}
+    assert set(table.loc[table["patch"] == 32, "mean"]) == {0.0}
+    names = vlm_plots.layouts(table).axes[0].get_legend_handles_labels()[1]
+    assert "patches of 32 px, two-pass, 96 px" in names
+
+
 def test_models_of_one_family_are_not_averaged():
     """Relative differences +0.10, -0.10 and 0: nothing but their mean would be left of three presets."""
     rows = []
@@ -127,7 +159,8 @@ def test_models_of_one_family_are_not_averaged():
             value = 0.5 * (1 + gain * (layout != "agnostic")) + (gain if size == 480 else 0)
             rows.append(
                 dict.fromkeys(COLUMNS) | dict(run=model, family="mamba", model=model, layout=layout, seed=0,
-                image_size=size, task="vqa", metric="accuracy", value=value, chance=None, question_only=0.1)
+                image_size=size, task="vqa", metric="accuracy", value=value, chance=None, question_only=0.1,
+                image_tokens=len(image_ids(size // 14)))
             )  # fmt: skip
     table, sizes = vlm_plots.layout_table(pd.DataFrame(rows)), vlm_plots.resolution_table(pd.DataFrame(rows))
     assert dict(zip(table["model"], table["mean"], strict=True)) == pytest.approx(
