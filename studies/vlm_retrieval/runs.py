@@ -19,9 +19,9 @@ from vlm.prompts import Layout
 SEEDS = range(8)
 IMAGES, HELDOUT = 8000, 400
 PAPER = ("transformer", "mamba")  # the families that the paper compares
-OTHERS = ("hybrid", "gated-deltanet")
+OTHERS = ("hybrid",)
 # Peak rate of the second stage, by family: the best of rates.py on validation scenes.
-RATES = {"transformer": 1.5e-3, "mamba": 1.5e-3, "hybrid": 1.5e-3, "gated-deltanet": 1.5e-3}
+RATES = {"transformer": 1.5e-3, "mamba": 1.5e-3, "hybrid": 1.5e-3}
 WEIGHTS = {"attribute": 1.5, "existence": 1, "locate": 2, "grounding": 2}
 # Of scenes of fewer shapes a model must hold less. "combination" has colours with shapes that no training
 # picture shows.

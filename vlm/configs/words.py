@@ -28,12 +28,11 @@ MODELS: dict[str, dict[str, Any]] = {
     # The convolution begins as the identity: else a place's key is mixed with those of the places before it.
     "mamba-tiny": dict(ssm_init="identity", embedding_std=0.1),
 }
-# Not in the paper: a Mamba in which one block of four is attention, and a model with the gated delta rule.
+# Not in the paper: a Mamba in which one block of four is attention.
 OTHERS: dict[str, dict[str, Any]] = {
     "hybrid-tiny": dict(
         n_layer=4, d_model=112, pattern="M M A M", rotary_pct=1.0, ssm_init="identity", embedding_std=0.1
     ),
-    "gated-deltanet-tiny": dict(n_layer=3, d_model=96, d_mlp=192, ssm_init="identity", embedding_std=0.1),
 }
 LR = 2e-3
 READING = ("reading-digit", "reading-word")
@@ -220,14 +219,14 @@ def mamba_stages() -> tuple[Stage, ...]:
     return one_question_stages(1.2e-3, first)
 
 
-def other_stages() -> tuple[Stage, ...]:
-    """Return the stages of the other families, which learn to read first."""
+def hybrid_stages() -> tuple[Stage, ...]:
+    """Return the stages of the hybrid, which learns to read first."""
     return one_question_stages(1.5e-3, READ)
 
 
 STAGES = {
     "transformer-tiny": transformer_stages, "mamba-tiny": mamba_stages,
-    "hybrid-tiny": other_stages, "gated-deltanet-tiny": other_stages,
+    "hybrid-tiny": hybrid_stages,
 }  # fmt: skip
 
 
