@@ -6,6 +6,7 @@ from ssm_retrieval.models.common import Cache, LanguageModel
 from ssm_retrieval.models.decoding import generate, stream
 from ssm_retrieval.models.hybrid import from_pattern
 from ssm_retrieval.models.mixer import from_mixer
+from ssm_retrieval.models.quantized import quantize
 from ssm_retrieval.models.registry import (
     ARCHITECTURES,
     architecture_of,
@@ -35,6 +36,7 @@ __all__ = [
     "grow_vocabulary",
     "load",
     "presets",
+    "quantize",
     "register",
     "resolve",
     "save",

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ssm_retrieval.models import hub, hub_configs, own_configs
 from ssm_retrieval.models.common import Config, LanguageModel, require
+from ssm_retrieval.models.quantized import is_quantized
 from ssm_retrieval.models.registry import architecture_of, from_config
 
 # dtypes of weights that models here compute with; weights of others must be converted
@@ -257,11 +258,12 @@ def save(model: LanguageModel, folder: str | Path, *, max_shard_size: int | str 
         The folder.
 
     Raises:
-        UserError: If the folder is not empty.
+        UserError: If the folder is not empty, or the model's weights are in 8 bits.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
     folder = Path(folder)
+    require(not is_quantized(model), "a model in 8 bits cannot be saved; save it before models.quantize")
     require(
         not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
         f"{folder} exists and is not empty; choose a new folder",

@@ -126,7 +126,7 @@ class LinearSSMMixer(Hooked, nn.Module):
             (B, L, D).
         """
         N, mask = self.config.d_state, context.mask
-        hidden = hidden.to(self.in_proj.weight.dtype)  # a hybrid's stream may be wider
+        hidden = hidden.to(self.in_proj.dtype)  # a hybrid's stream may be wider
         x = self.tap("hook_in", fill_padding(self.in_proj(hidden), mask), mask)  # (B, L, E)
         u = self.tap("hook_conv", convolve(x, self.conv1d.weight, None, context, cache, activation=None))
         B, C = self.x_proj(u).split([N, N], dim=-1)

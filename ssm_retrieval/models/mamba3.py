@@ -253,7 +253,7 @@ class Mamba3Mixer(Hooked, nn.Module):
             (..., L, D).
         """
         gate = self.tap("hook_gate", F.silu(widen(z)).unflatten(-1, (self.config.n_head, -1)))
-        return self.out_proj((y * gate).flatten(-2).to(self.out_proj.weight.dtype))
+        return self.out_proj((y * gate).flatten(-2).to(self.out_proj.dtype))
 
 
 def last_real(x: Tensor, context: Context, before: Tensor | None) -> Tensor:

@@ -102,7 +102,7 @@ class KeyValueMixer(Hooked, nn.Module):
         Returns:
             (B, L, D).
         """
-        hidden = hidden.to(self.o_proj.weight.dtype)  # a hybrid's stream may be wider
+        hidden = hidden.to(self.o_proj.dtype)  # a hybrid's stream may be wider
         rule: Any = delta_rule if self.hook is None else partial(instrumented.delta_rule, self.hook)
         y = rule(
             *self.inputs(hidden, context, cache), erase=self.erase,

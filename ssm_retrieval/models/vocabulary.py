@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ssm_retrieval.models.common import LanguageModel
 from ssm_retrieval.models.configuration import require
+from ssm_retrieval.models.quantized import is_quantized
 
 
 @torch.no_grad()
@@ -29,8 +30,9 @@ def grow_vocabulary(model: LanguageModel, new_tokens: int, seed: int = 0) -> Lan
         The model.
 
     Raises:
-        UserError: Unless new_tokens is at least 1.
+        UserError: Unless new_tokens is at least 1, and for a model in 8 bits.
     """
+    require(not is_quantized(model), "a model in 8 bits cannot grow; grow it before models.quantize")
     require(new_tokens >= 1, f"new_tokens={new_tokens} must be at least 1")
     embedding, head = model.embedding, model.head
     tied = head.weight is embedding.weight

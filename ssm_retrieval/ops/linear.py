@@ -73,6 +73,11 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 class Linear(nn.Linear):
     """`nn.Linear` that multiplies with `linear`."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights, and of the activations that they take."""
+        return self.weight.dtype
+
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 

@@ -2,13 +2,15 @@
 
     python -m studies.vlm_pretrained.summary [RUNS]
 
-With RUNS (what `vlm.train --out` named) it first writes results.parquet beside this file. What stands between
-the markers `<!-- NAME -->` and `<!-- /NAME -->` in README.md and docs/vlm.md is made from that table.
+With RUNS (what `vlm.train --out` named) it first writes results.parquet beside this file and, of the language
+models themselves (vlm/configs/words.py), words.parquet. What stands between the markers `<!-- NAME -->` and
+`<!-- /NAME -->` in README.md and docs/vlm.md is made from those tables.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,12 @@ from ssm_retrieval.style import NAMES
 from ssm_retrieval.tables import markdown
 from ssm_retrieval.training import store
 from studies.scores import collect, cost
+from vlm import pretrained
 from vlm.config import read_file
 from vlm.results import GUESSES
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results.parquet"
+RESULTS, WORDS = HERE / "results.parquet", HERE / "words.parquet"
 FAMILIES = ("transformer", "mamba")
 # What the quick start is meant to reach, in per cent; CIDEr x 100.
 GOALS = {
@@ -35,20 +38,26 @@ GOALS = {
 }  # fmt: skip
 
 
-PAGES = {HERE / "README.md": ("scores", "cost"), HERE.parents[1] / "docs" / "vlm.md": ("quick start",)}
+DOCS = HERE.parents[1] / "docs" / "vlm.md"
+PAGES = {HERE / "README.md": ("scores", "cost"), DOCS: ("in words", "quick start")}
 
 
 def main(runs: Path | None) -> None:
     """Make the tables of the pages anew; first from a folder of runs, if given."""
     if runs is not None:
         collect(read_file(HERE / "runs.py"), runs, RESULTS)
+        collect(read_file(pretrained.CONFIG), runs, WORDS)
     for path, text in filled(pd.read_parquet(RESULTS)).items():
         store.write_bytes(path, text.encode())
 
 
 def filled(results: pd.DataFrame) -> dict[Path, str]:
     """Return the text of every page with its tables made anew."""
-    made = {"scores": scores(results), "cost": cost(results, FAMILIES), "quick start": first_seed(results)}
+    made = {
+        "scores": scores(results), "cost": cost(results, FAMILIES),
+        "quick start": first_seed(results, FAMILIES),
+        "in words": first_seed(pd.read_parquet(WORDS), (*FAMILIES, "hybrid")),
+    }  # fmt: skip
     return {
         path: fill(path.read_text(encoding="utf-8"), {name: made[name] for name in names})
         for path, names in PAGES.items()
@@ -70,16 +79,16 @@ def scores(results: pd.DataFrame) -> str:
     return markdown(["task", "best guess", "goal", *families], rows)
 
 
-def first_seed(results: pd.DataFrame) -> str:
-    """Scores of seed 0, which is what the quick start gives, beside each of the guesses."""
+def first_seed(results: pd.DataFrame, families: Sequence[str]) -> str:
+    """Scores of seed 0, which is what a config of the toolkit gives, beside each of the guesses."""
     part: Any = results[results["seed"] == 0].set_index(["task", "metric", "family"]).sort_index()
     rows = []
     for task, metric in GOALS:
         both: Any = part.loc[(task, metric)]
         guesses = [percent(both[name].iloc[0]) for name in GUESSES]
-        rows.append([label(task, metric), *guesses, *(percent(both["value"][family]) for family in FAMILIES)])
+        rows.append([label(task, metric), *guesses, *(percent(both["value"][family]) for family in families)])
     columns = ["task", "chance", "without the image", "ignoring the object"]
-    return markdown([*columns, *(NAMES[family] for family in FAMILIES)], rows)
+    return markdown([*columns, *(NAMES[family] for family in families)], rows)
 
 
 def percent(value: Any) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from studies.vlm_pretrained import summary
+from vlm import pretrained
 from vlm.config import read_file
 from vlm.results import COLUMNS
 
@@ -32,6 +34,17 @@ def test_results_are_of_all_runs_and_no_others(results):
 def test_pages_have_the_numbers_of_the_table(results):
     for path, text in summary.filled(results).items():
         assert path.read_text(encoding="utf-8") == text, f"python -m studies.vlm_pretrained.summary: {path}"
+
+
+def test_scores_in_words_are_of_the_models_of_the_toolkit():
+    found = pd.read_parquet(summary.WORDS)
+    wanted = {run.family: run for run in read_file(pretrained.CONFIG)}
+    assert set(found["family"]) == set(wanted)
+    for family, part in found.groupby("family"):
+        made = json.loads((pretrained.FOLDER / family / pretrained.MADE).read_text())
+        assert set(part["stage"]) == {made["stage"]} and set(part["steps"]) == {sum(made["steps"])}
+        assert set(part["task"]) == set(wanted[family].evaluation)
+        assert part["parameters"].min() > made["parameters"]  # and a connector
 
 
 def test_goals_are_counted_by_seed():
