@@ -116,13 +116,29 @@ def over_seeds(
 
 
 def patch_pixels(image_size: int, image_tokens: int, layout: str) -> int:
-    """Return the pixels of a patch's side, of an image of `image_tokens` tokens (`vlm.layout.image_ids`)."""
+    """Find the patches of an image by its tokens.
+
+    Args:
+        image_size: Pixels of the image's side.
+        image_tokens: Tokens of the image (`vlm.layout.image_ids`), all that stand in the prompt.
+        layout: Where the image stands.
+
+    Returns:
+        Pixels of a patch's side.
+    """
     one = image_tokens // readings(layout)  # side (side + 1) + 1
     return image_size // ((math.isqrt(4 * one - 3) - 1) // 2)
 
 
 def by_patch(results: pd.DataFrame) -> pd.DataFrame:
-    """Return the main rows with a column `patch`: encoders of other patches are other models."""
+    """Tell encoders of other patches apart.
+
+    Args:
+        results: Columns `vlm.results.COLUMNS`.
+
+    Returns:
+        The main rows, and in the column `patch` the pixels of a patch's side.
+    """
     rows = main_rows(results)
     columns = (rows[name] for name in ("image_size", "image_tokens", "layout"))
     return rows.assign(patch=[patch_pixels(*values) for values in zip(*columns, strict=True)])
