@@ -5,11 +5,13 @@
 
 Weights are random and shared: both models read the same tensors, so that two of 2.8 B fit into 24 GiB. The
 peers are MambaForCausalLM on its path for CPUs, a loop over time, and GPTNeoXForCausalLM with sdpa, both with
-their cache. Peak memory is that of a fresh process that has only our model. The last lines are ratios.
+their cache. Peak memory is that of a fresh process that has only our model. Then our model decodes in 8 bits
+(`models.quantize`) as well. The last lines are ratios.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -166,6 +168,35 @@ def compare(name: str, length: int, tokens: int, repeats: int) -> dict[str, floa
     return {"prefill": their_prefill / ours_prefill, "decode": their_decode / ours_decode}
 
 
+@torch.inference_mode()
+def in_8_bits(name: str, length: int, tokens: int, repeats: int) -> float:
+    """Print the speed of decoding in 8 bits beside bfloat16, and how far the answers are from each other.
+
+    Args:
+        name: A preset.
+        length: Tokens of context.
+        tokens: How many to decode.
+        repeats: Runs of each, which take turns; the median counts.
+
+    Returns:
+        How many times as fast decoding is.
+    """
+    wide, narrow = ours(name), models.quantize(ours(name))
+    ids = _ids(wide, length)
+    was, now = (model(ids).float().log_softmax(-1) for model in (wide, narrow))
+    kl = float((was.exp() * (was - now)).sum(-1).mean())
+    print(f"  8 bits: KL from bfloat16 {kl:.2e}, perplexity of its tokens +{100 * math.expm1(kl):.3f} %")
+    took: list[list[float]] = [[], []]
+    for _ in range(1 + repeats):
+        for model, seconds in zip((wide, narrow), took, strict=True):
+            seconds.append(our_run(model, ids, tokens)[1])
+    bfloat16, bits = (sorted(seconds[1:])[repeats // 2] for seconds in took)
+    print(
+        f"  decoding in bfloat16 {tokens / bfloat16:8.2f} tokens/s, in 8 bits {tokens / bits:8.2f} tokens/s"
+    )
+    return bfloat16 / bits
+
+
 def main() -> None:
     """Run the benchmark."""
     parser = command(__doc__)
@@ -185,6 +216,8 @@ def main() -> None:
         print(f"  peak memory of our process {most / 1024:.2f} GiB, weights {weights / 1024:.2f} GiB")
         for what, ratio in compare(name, options.length, options.tokens, options.repeats).items():
             ratios[f"{what}_{family}_{options.preset}_vs_transformers"] = ratio
+        bits = in_8_bits(name, options.length, options.tokens, options.repeats)
+        ratios[f"decode_{family}_{options.preset}_8bit_vs_bfloat16"] = bits
     print_ratios(ratios)
 
 
