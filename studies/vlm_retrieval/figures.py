@@ -20,31 +20,36 @@ SHOWN = {
 
 
 def held(found: pd.DataFrame) -> Any:
-    """Grounding by what must be held: the number of shapes, and of patches; dots are seeds, lines means."""
+    """Boxes found by shapes in a scene, by known and new combinations, and by patches, as far as measured.
+
+    Dots are seeds, lines go through their means.
+    """
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(DOUBLE, 3.0), sharey=True)
-    by_shapes = {n: ("base", task) for n, task in summary.BY_SHAPES.items()}
-    by_patches = {n: (cell, "grounding") for n, cell in summary.BY_PATCHES.items()}
-    for ax, cells, what in (
-        (left, by_shapes, "shapes in a scene"),
-        (right, by_patches, "patches of a picture"),
-    ):
+    known = set(found["cell"])
+    panels: dict[str, dict[str, tuple[str, str]]] = {
+        "shapes in a scene": {str(n): ("base", task) for n, task in summary.BY_SHAPES.items()},
+        "colour with shape": {"known": ("base", "grounding"), "new": ("base", "grounding-combination")},
+        "patches of a picture": {
+            str(n): (cell, "grounding") for n, cell in summary.BY_PATCHES.items() if cell in known
+        },
+    }
+    panels = {what: cells for what, cells in panels.items() if len(cells) > 1}
+    figure, axes = plt.subplots(1, len(panels), figsize=(DOUBLE, 3.0), sharey=True)
+    shown = [family for family in summary.FAMILIES if (found["family"] == family).any()]
+    for ax, (what, cells) in zip(axes, panels.items(), strict=True):
         _guess(ax, [_best(found, task) for _, task in cells.values()])
-        for k, family in enumerate(summary.FAMILIES):
-            values = {
-                i: summary.of(found, *cell[:1], family, cell[1]) for i, cell in enumerate(cells.values())
-            }
-            values = {i: mine for i, mine in values.items() if mine.size}
-            color, shift = family_colors()[family], 0.07 * (k - 1.5)
-            for i, mine in values.items():
-                ax.plot([i + shift] * mine.size, mine, ".", ms=3, color=color, alpha=0.5)
-            means = [mine.mean() for mine in values.values()]
-            ax.plot([i + shift for i in values], means, "o-", ms=4, lw=1, color=color)
-        ax.set_xticks(range(len(cells)), [str(number) for number in cells])
+        for k, family in enumerate(shown):
+            color, shift = family_colors()[family], 0.09 * (k - (len(shown) - 1) / 2)
+            by_cell = [summary.of(found, cell, family, task) for cell, task in cells.values()]
+            values = {i + shift: mine for i, mine in enumerate(by_cell) if mine.size}
+            for x, mine in values.items():
+                ax.plot([x] * mine.size, mine, ".", ms=3, color=color, alpha=0.5)
+            ax.plot([*values], [mine.mean() for mine in values.values()], "o-", ms=4, lw=1, color=color)
+        ax.set_xticks(range(len(cells)), list(cells))
         ax.set(xlabel=what, ylim=(0, 102))
-    left.set_ylabel("boxes found, per cent")
-    looks = {NAMES[f]: dict(marker="o", color=family_colors()[f]) for f in summary.FAMILIES if _has(found, f)}
+    axes[0].set_ylabel("boxes found, per cent")
+    looks = {NAMES[family]: dict(marker="o", color=family_colors()[family]) for family in shown}
     legend(figure, looks | {GUESSED: dict(color="0.3", ls=":")})
     return figure
 
@@ -53,7 +58,7 @@ def layouts(found: pd.DataFrame) -> Any:
     """Right answers of the paper's two families by where the image stands: means, 95 % intervals, seeds."""
     import matplotlib.pyplot as plt
 
-    cells = ("base", *summary.LAYOUTS)
+    cells = [cell for cell in ("base", *summary.LAYOUTS) if (found["cell"] == cell).any()]
     figure, axes = plt.subplots(1, len(SHOWN), figsize=(DOUBLE * 1.25, 3.0), sharey=True)
     for ax, (task, title) in zip(axes, SHOWN.items(), strict=True):
         _guess(ax, [_best(found, task)] * len(cells))
@@ -85,7 +90,3 @@ def _best(found: pd.DataFrame, task: str) -> float:
 def _guess(ax: Any, guesses: list[float]) -> None:
     for i, guess in enumerate(guesses):
         ax.plot([i - 0.35, i + 0.35], [guess, guess], color="0.3", ls=":", lw=1.2)
-
-
-def _has(found: pd.DataFrame, family: str) -> bool:
-    return bool((found["family"] == family).any())

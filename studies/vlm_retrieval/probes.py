@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ssm_retrieval.training import store
-from studies.vlm_retrieval.runs import CELLS, Cell, run
+from studies.vlm_retrieval.runs import CELLS, run
 from vlm import answering, components
 from vlm.config import Run, Scenes
 from vlm.evaluate import answer_all
@@ -167,11 +167,12 @@ def _about(one: Run, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def main(out: Path, seeds: Sequence[int]) -> None:
-    """Write the three tables."""
+    """Write the three tables, of the runs that are evaluated so far."""
     torch.set_num_threads(1)
     cells = [cell for cell in CELLS if cell.name in PROBED]
+    runs = [run(cell, family, seed) for cell in cells for seed in seeds for family in cell.families]
     made: dict[str, list[pd.DataFrame]] = {"changed": [], "places": [], "looks": []}
-    for one in _runs(cells, seeds):
+    for one in (one for one in runs if answers_path(out, one.name).exists()):
         made["changed"].append(changed(one, out))
         made["places"].append(places(one, out))
         if one.family != "gated-deltanet":  # information_flow knows attention and selective scans
@@ -180,10 +181,6 @@ def main(out: Path, seeds: Sequence[int]) -> None:
     for name, tables in made.items():
         text = pd.concat(tables).to_csv(index=False, float_format="%.5g")
         store.write_bytes(HERE / f"{name}.csv", text.encode())
-
-
-def _runs(cells: Sequence[Cell], seeds: Sequence[int]) -> list[Run]:
-    return [run(cell, family, seed) for cell in cells for seed in seeds for family in cell.families]
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
     python -m studies.vlm_retrieval.summary [RUNS]
 
-With RUNS (what `vlm.train --out` named) it first writes results.parquet beside this file. Cells are named
-as in runs.py. Differences are paired by seed: the same pictures in the same order. An interval in square
-brackets is Student's over seeds at 95 %; in the tables of differences it holds for all COMPARISONS at once
-(Bonferroni).
+With RUNS (what `vlm.train --out` named) it first writes results.parquet beside this file, of the runs that
+are evaluated so far. Cells are named as in runs.py. Differences are paired by seed: the same pictures in the
+same order. An interval in square brackets is Student's over seeds at 95 %; in the tables of differences it
+holds for all COMPARISONS at once (Bonferroni).
 """
 
 from __future__ import annotations
@@ -15,18 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
+from analysis.capacity_law import recall_probability
 from analysis.tables import between, fill, share
 from analysis.vlm_plots import main_rows
-from ssm_retrieval.statistics import mean_interval
+from ssm_retrieval import models
+from ssm_retrieval.statistics import geometric_mean_interval, mean_interval
+from ssm_retrieval.statistics.seeds import APART
 from ssm_retrieval.style import NAMES, save, theme
 from ssm_retrieval.tables import markdown
 from ssm_retrieval.training import store
 from studies.scores import collect
 from studies.vlm_retrieval.runs import CELLS, EVALUATION, OTHERS, PAPER, SEEDS
 from vlm.config import read_file
-from vlm.results import GUESSES
+from vlm.configs.words import MODELS
+from vlm.results import GUESSES, table_path
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.parquet"
@@ -35,6 +40,9 @@ LAYOUTS = ("query-first", "instruction-first", "two-pass")
 BY_PATCHES = {9: "base", 16: "16 patches", 36: "36 patches"}
 BY_SHAPES = {2: "grounding-2shapes", 4: "grounding-4shapes", 6: "grounding"}
 TASKS = tuple(EVALUATION)
+FACTS = 8  # of an object: colour, name, size, texture and four corners
+VOCABULARY = 300  # tokens of the tokenizer, rounded up
+WORST = 2.13  # the constant of Mamba on mqar in studies/capacity, far above the published one
 # What the page asks, all of it decided before the runs: families in every cell and task; layouts against the
 # base, in every task; and resolution (36 against 16 patches), in every task.
 COMPARISONS = (len(CELLS) + 2 * len(LAYOUTS) + 2) * len(TASKS)
@@ -43,7 +51,8 @@ COMPARISONS = (len(CELLS) + 2 * len(LAYOUTS) + 2) * len(TASKS)
 def main(runs: Path | None) -> None:
     """Make the figures and the tables of README.md anew; first from a folder of runs, if given."""
     if runs is not None:
-        collect(read_file(HERE / "runs.py"), runs, RESULTS)
+        done = [run for run in read_file(HERE / "runs.py") if table_path(runs, run.name).exists()]
+        collect(done, runs, RESULTS)
     found = scores(pd.read_parquet(RESULTS))
     import matplotlib
 
@@ -52,27 +61,31 @@ def main(runs: Path | None) -> None:
 
     with theme():
         save(figures.held(found), HERE / "held")
-        save(figures.layouts(found), HERE / "layouts")
+        if set(LAYOUTS) <= set(found["cell"]):
+            save(figures.layouts(found), HERE / "layouts")
     path = HERE / "README.md"
     store.write_bytes(path, filled(path.read_text(encoding="utf-8")).encode())
 
 
 def filled(text: str) -> str:
-    """README with its tables made anew."""
+    """README with its tables made anew; those of cells that have not run yet have no place in it."""
     results = pd.read_parquet(RESULTS)
     found = scores(results)
-    return fill(
-        text,
-        {
-            "base": base(found),
-            "families": families(found),
-            "shapes": shapes(found),
-            "patches": patches(found),
-            "layouts": layouts(found),
-            "resolution": resolution(found),
-            "cost": cost(results),
-        },
-    )
+    tables = {
+        "base": base(found),
+        "families": families(found),
+        "shapes": shapes(found),
+        "patches": patches(found),
+        "layouts": layouts(found),
+        "resolution": resolution(found),
+        "cost": cost(results),
+        "state": state(found),
+        "changed": changed(pd.read_csv(HERE / "changed.csv")),
+        "edges": edges(pd.read_csv(HERE / "changed.csv")),
+        "places": places(pd.read_csv(HERE / "places.csv")),
+        "looks": looks(pd.read_csv(HERE / "looks.csv")),
+    }
+    return fill(text, {name: made for name, made in tables.items() if f"<!-- {name} -->" in text})
 
 
 def scores(results: pd.DataFrame) -> pd.DataFrame:
@@ -102,16 +115,21 @@ def of(found: pd.DataFrame, cell: str, family: str, task: str) -> pd.Series:
 
 def difference(a: pd.Series, b: pd.Series) -> str:
     """Return the mean of a - b, paired by seed, with an interval that holds for all COMPARISONS at once."""
-    values = (a - b).dropna().to_numpy()
-    if values.size < 2:
-        return "–"
-    mean, low, high = mean_interval(values, 1 - 0.05 / COMPARISONS)
-    return between(mean, low, high, 1)
+    return _mean((a - b).dropna().to_numpy(), 1 - 0.05 / COMPARISONS)
 
 
 def level(values: pd.Series) -> str:
-    """Return the mean over seeds with its 95 % interval."""
-    return "–" if values.size < 2 else between(*mean_interval(values.to_numpy()), 1)
+    """Return the mean over seeds with its 95 % interval, or with the range of two groups of seeds."""
+    return _mean(values.to_numpy(), 0.95)
+
+
+def _mean(values: npt.NDArray[np.float64], confidence: float) -> str:
+    """A mean of points by seed with Student's interval; with the range if neighbours are APART."""
+    if values.size < 2:
+        return "–"
+    if np.diff(np.sort(values)).max() > 100 * APART:
+        return f"{values.mean():.1f} ({values.min():.1f} to {values.max():.1f})"
+    return between(*mean_interval(values, confidence), 1)
 
 
 def base(found: pd.DataFrame) -> str:
@@ -131,7 +149,7 @@ def base(found: pd.DataFrame) -> str:
 
 def families(found: pd.DataFrame) -> str:
     """Mamba minus Transformer: cells across, tasks down."""
-    names = [cell.name for cell in CELLS]
+    names = [cell.name for cell in CELLS if (found["cell"] == cell.name).any()]
     lines = [
         [
             task,
@@ -145,15 +163,34 @@ def families(found: pd.DataFrame) -> str:
     return markdown(["task", *names], lines)
 
 
+def law(shapes: int) -> float:
+    """What the capacity law lets a state of Mamba's size recall, in per cent.
+
+    Args:
+        shapes: Shapes of a scene, beside a digit and a word; each has FACTS.
+
+    Returns:
+        The probability that a fact is recalled, with the largest constant that studies/capacity has found.
+    """
+    config: Any = models.config("mamba-tiny", **MODELS["mamba-tiny"])
+    facts = FACTS * (shapes + 2)
+    recalled = recall_probability(
+        facts, config.d_model, config.d_state, VOCABULARY, n_layer=config.n_layer, a=WORST
+    )
+    return 100 * float(recalled)
+
+
 def shapes(found: pd.DataFrame) -> str:
-    """Grounding by the number of shapes in a scene, in the base cell."""
+    """Grounding by the number of shapes in a scene, in the base cell, beside the capacity law."""
     lines = []
     for number, task in BY_SHAPES.items():
         guess = found.loc[found["task"] == task, "guess"].max()
         values = {family: of(found, "base", family, task) for family in FAMILIES}
         gap = difference(values["transformer"], values["mamba"])
-        lines.append([number, f"{guess:.1f}", *(level(values[family]) for family in FAMILIES), gap])
+        every = (level(values[family]) for family in FAMILIES)
+        lines.append([number, f"{guess:.1f}", *every, gap, f"{law(number):.2f}"])
     head = ["shapes", "best guess", *(NAMES[family] for family in FAMILIES), "Transformer − Mamba"]
+    head.append("a state of Mamba's size could recall")
     return markdown(head, lines)
 
 
@@ -203,10 +240,72 @@ def cost(results: pd.DataFrame) -> str:
     return markdown(["model", "weights", "runs", "seconds of a run"], rows)
 
 
-def complete(found: pd.DataFrame) -> bool:
-    """Whether every cell, family, seed and task is there once."""
-    wanted = len(SEEDS) * len(TASKS) * sum(len(cell.families) for cell in CELLS)
-    return len(found) == wanted and not found.duplicated(["cell", "family", "seed", "task"]).any()
+# --- the probes ---------------------------------------------------------------------------------------------
+
+
+def _cells(table: pd.DataFrame) -> list[tuple[str, str]]:
+    """(family, layout) of a table of probes, in the order of the page."""
+    order = ("agnostic", *LAYOUTS)
+    found = set(zip(table["family"], table["layout"], strict=True))
+    return sorted(found, key=lambda cell: (order.index(cell[1]), FAMILIES.index(cell[0])))
+
+
+def changed(table: pd.DataFrame) -> str:
+    """Boxes answered after each change of the patches: the target's and, if exchanged, the other object's."""
+    lines = []
+    for family, layout in _cells(table):
+        part = table[(table["family"] == family) & (table["layout"] == layout)]
+        row = [NAMES[family], layout]
+        for how in ("intact", "other empty", "target empty", "exchanged"):
+            row.append(level(100 * part.loc[part["change"] == how, "target"]))
+        lines.append([*row, level(100 * part.loc[part["change"] == "exchanged", "other"])])
+    head = ["intact", "another object's patch empty", "its own patch empty", "the two exchanged"]
+    return markdown(["model", "layout", *head, "exchanged: the other object's box"], lines)
+
+
+def edges(table: pd.DataFrame) -> str:
+    """After the exchange: does an edge of the answer follow what the patch shows, or where it stands?"""
+    rows = table[table["change"] == "exchanged"]
+    lines = []
+    for family, layout in _cells(table):
+        part = rows[(rows["family"] == family) & (rows["layout"] == layout)]
+        values = [level(100 * part[name]) for name in ("target_x", "other_x", "target_y", "other_y")]
+        lines.append([NAMES[family], layout, *values])
+    head = ["left edge by content", "left edge by place", "top edge by content", "top edge by place"]
+    return markdown(["model", "layout", *head], lines)
+
+
+def places(table: pd.DataFrame) -> str:
+    """Right boxes by the place of the object, of three rows and columns in the order of reading."""
+    lines = []
+    for family, layout in _cells(table):
+        part = table[(table["family"] == family) & (table["layout"] == layout)]
+        means = [100 * part.loc[part["place"] == place, "right"].mean() for place in range(9)]
+        lines.append([NAMES[family], layout, *(f"{mean:.0f}" for mean in means)])
+    return markdown(["model", "layout", *(f"row {i // 3 + 1}, {i % 3 + 1}" for i in range(9))], lines)
+
+
+def looks(table: pd.DataFrame) -> str:
+    """Patches of the object asked for over those of others, by layer: read at the answer, and written."""
+    lines = []
+    for family, layout in _cells(table):
+        part = table[(table["family"] == family) & (table["layout"] == layout)]
+        for quantity, at, word in (("attention", "answer", "read"), ("write", "patch", "written")):
+            mine = part[(part["quantity"] == quantity) & (part["at"] == at)]
+            said = []
+            for layer in sorted(set(mine["layer"])):
+                values = mine.loc[mine["layer"] == layer, "ratio"]
+                said.append(f"{layer}: {between(*geometric_mean_interval(values), 2)}")
+            if said:
+                lines.append([NAMES[family], layout, word, "; ".join(said)])
+    return markdown(["model", "layout", "", "by layer"], lines)
+
+
+def state(found: pd.DataFrame) -> str:
+    """How many of the planned runs there are."""
+    planned = len(SEEDS) * sum(len(cell.families) for cell in CELLS)
+    done = len(found.drop_duplicates(["cell", "family", "seed"]))
+    return f"{done} of {planned} runs are done."
 
 
 if __name__ == "__main__":

@@ -131,6 +131,29 @@ def table(gap):
     )  # fmt: skip
 
 
+def test_results_are_of_planned_runs_and_the_page_has_their_numbers():
+    results = pd.read_parquet(summary.RESULTS)
+    planned = {run.name: run for run in runs.get_config()}
+    assert not results.duplicated(["run", "task", "metric"]).any() and set(results["run"]) <= set(planned)
+    for name, part in results.groupby("run"):
+        run = planned[name]
+        assert set(part["task"]) == set(run.evaluation) and set(part["stage"]) == {run.stage_ids()[-1]}
+        settled = run.family, run.seed, run.layout, sum(stage.steps for stage in run.stages)
+        columns = ["family", "seed", "layout", "steps"]
+        assert set(part[columns].itertuples(index=False, name=None)) == {settled}
+    cells = summary.scores(results).groupby(["cell", "family"])["seed"].nunique()
+    assert set(cells) == {len(runs.SEEDS)}  # no cell is shown with fewer seeds
+    text = (summary.HERE / "README.md").read_text(encoding="utf-8")
+    assert summary.filled(text) == text, "python -m studies.vlm_retrieval.summary"
+
+
+def test_the_rates_are_the_best_on_validation_pictures():
+    found = pd.read_csv(rates.HERE / "rates.csv")
+    best = found.loc[found.groupby("family")["mean"].idxmax()].set_index("family")["lr"]
+    assert best.to_dict() == pytest.approx(runs.RATES)
+    assert found.groupby("family")["lr"].apply(lambda lr: tuple(sorted(lr)) == rates.TRIED).all()
+
+
 def test_scores_are_points_by_cell_with_the_best_guess():
     found = summary.scores(table(0.2))
     assert set(found["cell"]) == {"base"} and set(found["guess"]) == {45.0}
