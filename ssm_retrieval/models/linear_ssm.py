@@ -34,7 +34,7 @@ from ssm_retrieval.models.configuration import Config, require
 from ssm_retrieval.models.hooks import Hooked
 from ssm_retrieval.models.layers import init_normal, learned_positions
 from ssm_retrieval.models.padding import convolve, fill_padding
-from ssm_retrieval.ops.linear import Linear
+from ssm_retrieval.ops.linear import Linear, dtype_of
 from ssm_retrieval.ops.selective_scan import selective_scan
 
 POSITIONS = ("none", "learned")
@@ -126,7 +126,7 @@ class LinearSSMMixer(Hooked, nn.Module):
             (B, L, D).
         """
         N, mask = self.config.d_state, context.mask
-        hidden = hidden.to(self.in_proj.dtype)  # a hybrid's stream may be wider
+        hidden = hidden.to(dtype_of(self.in_proj))  # a hybrid's stream may be wider
         x = self.tap("hook_in", fill_padding(self.in_proj(hidden), mask), mask)  # (B, L, E)
         u = self.tap("hook_conv", convolve(x, self.conv1d.weight, None, context, cache, activation=None))
         B, C = self.x_proj(u).split([N, N], dim=-1)

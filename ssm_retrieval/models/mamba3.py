@@ -44,7 +44,7 @@ from ssm_retrieval.models.layers import RMSNorm, widen
 from ssm_retrieval.models.mamba import MambaBlock, MambaForCausalLM
 from ssm_retrieval.models.padding import fill_padding
 from ssm_retrieval.models.ssm_init import dt_bias, parts_of
-from ssm_retrieval.ops.linear import Linear
+from ssm_retrieval.ops.linear import Linear, dtype_of
 from ssm_retrieval.ops.trapezoid import rank_one, trapezoid
 
 LONG_DT = 0.001  # with A = softplus(0) = ln 2 a state keeps 0.9993 of itself
@@ -253,7 +253,7 @@ class Mamba3Mixer(Hooked, nn.Module):
             (..., L, D).
         """
         gate = self.tap("hook_gate", F.silu(widen(z)).unflatten(-1, (self.config.n_head, -1)))
-        return self.out_proj((y * gate).flatten(-2).to(self.out_proj.dtype))
+        return self.out_proj((y * gate).flatten(-2).to(dtype_of(self.out_proj)))
 
 
 def last_real(x: Tensor, context: Context, before: Tensor | None) -> Tensor:

@@ -26,7 +26,7 @@ from ssm_retrieval.models.layers import RMSNorm, init_normal, learned_positions,
 from ssm_retrieval.models.padding import convolve, fill_padding
 from ssm_retrieval.models.ssm_init import recall_init
 from ssm_retrieval.ops.delta_rule import delta_rule
-from ssm_retrieval.ops.linear import Linear
+from ssm_retrieval.ops.linear import Linear, dtype_of
 
 DeltaInputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
@@ -102,7 +102,7 @@ class KeyValueMixer(Hooked, nn.Module):
         Returns:
             (B, L, D).
         """
-        hidden = hidden.to(self.o_proj.dtype)  # a hybrid's stream may be wider
+        hidden = hidden.to(dtype_of(self.o_proj))  # a hybrid's stream may be wider
         rule: Any = delta_rule if self.hook is None else partial(instrumented.delta_rule, self.hook)
         y = rule(
             *self.inputs(hidden, context, cache), erase=self.erase,

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,13 +70,14 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             raise ValueError(f"{name} is {other.dtype}, x is {x.dtype}; cast one of them")
 
 
+def dtype_of(layer: nn.Module) -> torch.dtype:
+    """Return the dtype of activations that an affine layer takes: of its weights, unless it says another."""
+    dtype: torch.dtype = getattr(layer, "dtype", None) or cast(Tensor, layer.weight).dtype
+    return dtype
+
+
 class Linear(nn.Linear):
     """`nn.Linear` that multiplies with `linear`."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the weights, and of the activations that they take."""
-        return self.weight.dtype
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
