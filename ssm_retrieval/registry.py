@@ -171,5 +171,9 @@ def run_file(path: Path) -> ModuleType:
     assert spec is not None and spec.loader is not None, f"the name of {path} must end in .py"
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ssm_retrieval.training import store
-from studies.vlm_retrieval.runs import CELLS, run
+from studies.vlm_retrieval.runs import CELLS, SEEDS, run
 from vlm import answering, components
 from vlm.config import Run, Scenes
 from vlm.evaluate import answer_all
@@ -106,17 +106,17 @@ def changed(one: Run, out: Path) -> pd.DataFrame:
     samples = [source[i] for i in range(2 * QUESTIONS)]
     found = {s.image: Places.of(source.scene(s.image), tuple(s.target["box"]), side) for s in samples}
     samples = [s for s in samples if found[s.image] is not None][:QUESTIONS]
-    places = {s.image: place for s in samples if (place := found[s.image]) is not None}
+    where = {s.image: place for s in samples if (place := found[s.image]) is not None}
     features = components.features(one, one.image_size, out, "cpu")
     features.fill(source, progress=False)
     model, rows = answering.load(one, out), []
     size = samples[0].target["width"]
     wanted = {
         "target": np.array([s.target["box"] for s in samples]) / size,
-        "other": np.array([places[s.image].other_box for s in samples]) / size,
+        "other": np.array([where[s.image].other_box for s in samples]) / size,
     }
     for how in CHANGES:
-        said = answer_all(model, one, Changed(features, places, how), source, samples, side, "cpu")
+        said = answer_all(model, one, Changed(features, where, how), source, samples, side, "cpu")
         read = [parse_box(text, 1, 1) or (np.nan,) * 4 for text in said]
         row: dict[str, Any] = {"change": how, "questions": len(samples)}
         row |= {name: above_half(iou(read, boxes)).mean() for name, boxes in wanted.items()}
@@ -166,11 +166,11 @@ def _about(one: Run, table: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def main(out: Path, seeds: Sequence[int]) -> None:
+def main(out: Path) -> None:
     """Write the three tables, of the runs that are evaluated so far."""
     torch.set_num_threads(1)
     cells = [cell for cell in CELLS if cell.name in PROBED]
-    runs = [run(cell, family, seed) for cell in cells for seed in seeds for family in cell.families]
+    runs = [run(cell, family, seed) for cell in cells for seed in SEEDS for family in cell.families]
     made: dict[str, list[pd.DataFrame]] = {"changed": [], "places": [], "looks": []}
     for one in (one for one in runs if answers_path(out, one.name).exists()):
         made["changed"].append(changed(one, out))
@@ -184,6 +184,4 @@ def main(out: Path, seeds: Sequence[int]) -> None:
 
 
 if __name__ == "__main__":
-    from studies.vlm_retrieval.runs import SEEDS
-
-    main(Path(sys.argv[1]), SEEDS)
+    main(Path(sys.argv[1]))

@@ -27,7 +27,7 @@ from ssm_retrieval.statistics.seeds import APART
 from ssm_retrieval.style import NAMES, save, theme
 from ssm_retrieval.tables import markdown
 from ssm_retrieval.training import store
-from studies.scores import collect
+from studies.scores import collect, cost
 from studies.vlm_retrieval.runs import CELLS, EVALUATION, OTHERS, PAPER, SEEDS
 from vlm.config import read_file
 from vlm.configs.words import MODELS
@@ -78,7 +78,7 @@ def filled(text: str) -> str:
         "patches": patches(found),
         "layouts": layouts(found),
         "resolution": resolution(found),
-        "cost": cost(results),
+        "cost": cost(results, FAMILIES),
         "state": state(found),
         "changed": changed(pd.read_csv(HERE / "changed.csv")),
         "edges": edges(pd.read_csv(HERE / "changed.csv")),
@@ -225,19 +225,6 @@ def resolution(found: pd.DataFrame) -> str:
         for task in TASKS
     ]
     return markdown(["task", *(NAMES[family] for family in PAPER)], lines)
-
-
-def cost(results: pd.DataFrame) -> str:
-    """Weights and seconds of the models by family."""
-    rows = []
-    for family in FAMILIES:
-        mine = results[results["family"] == family]
-        if mine.empty:
-            continue
-        seconds = mine.drop_duplicates("run")["seconds"]
-        weights = f"{mine['parameters'].iloc[0]:,}"
-        rows.append([NAMES[family], weights, len(seconds), f"{seconds.min():.0f} to {seconds.max():.0f}"])
-    return markdown(["model", "weights", "runs", "seconds of a run"], rows)
 
 
 # --- the probes ---------------------------------------------------------------------------------------------

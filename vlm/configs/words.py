@@ -231,9 +231,8 @@ def get_config() -> list[Run]:
     """Return one run per family."""
     return [
         Run(
-            name=model.replace(
-                "-tiny", "-words"
-            ),  # not that of the quick start, which may be in the same folder
+            # not the name of the quick start's run, whose results may be in the same folder
+            name=model.replace("-tiny", "-words"),
             model=model,
             model_overrides=overrides,
             stages=STAGES[model](),

@@ -97,15 +97,13 @@ class SceneSource:
                 described = [(item.box, full_phrase(item)) for item in chosen]
                 chunks = prompts.dense_captioning(described, scene.size, scene.size)
         else:
-            task = {"point": "pointing", "placed": "spatial"}.get(self.name, self.name)
+            task, changed = PRACTISED.get(self.name, (self.name, None))
             kinds = mixed(rng, self.turns) if task == "vqa" else [task] * self.turns
             examples = [
                 make_example(scene, kind, draw * self.turns + turn) for turn, kind in enumerate(kinds)
             ]
-            if self.name == "point":
-                examples = [_renamed(e, rng) for e in examples]
-            if self.name == "placed":
-                examples = [_placed(e, rng) for e in examples]
+            if changed is not None:
+                examples = [changed(e, rng) for e in examples]
             different = list({(e.question, e.boxes): e for e in examples}.values())
             chunks = conversation(different, answers=self.answers)
             if len(examples) == 1:
@@ -193,3 +191,7 @@ def _placed(example: Example, rng: np.random.Generator) -> Example:
 def full_phrase(item: Object) -> str:
     """Return everything that can be said of an object."""
     return phrase(item, ("size", "texture", "colour", "name"))
+
+
+# Sources that ask a task's questions in another wording.
+PRACTISED = {"point": ("pointing", _renamed), "placed": ("spatial", _placed)}
