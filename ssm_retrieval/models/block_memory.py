@@ -14,11 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ssm_retrieval.ops import DELTA_CHUNK, LANES, padded_values
+from ssm_retrieval.ops import CHUNK, DELTA_CHUNK, LANES, padded_values, scan_group
 from ssm_retrieval.ops._scan_triton import TILE
 
-SCAN_CHUNK = 64  # tokens between the states that the scan keeps (ssm_retrieval/ops/_scan_kernels.py)
-SCAN_GROUP = 8  # blocks of channels whose dB, dC are summed before they are stored (the same file)
 F32 = 4
 
 
@@ -117,11 +115,11 @@ def mamba(config: Any, step: Step) -> BlockMemory:
     kept += channels + F32 * config.d_conv * wide  # convolution
     kept += 3 * channels + (c * T * E if c == 2 else 0)  # u, dt, z in float32; u also as x_proj reads it
     kept += c * T * (R + 2 * N) + 2 * F32 * T * N + 2 * F32 * E * N  # x_proj's output, B, C, A
-    kept += F32 * B * math.ceil(L / SCAN_CHUNK) * wide * N  # states
+    kept += F32 * B * math.ceil(L / CHUNK) * wide * N  # states
     kept += c * T * E  # y
     casts = 2 * (2 * D * E + E * (R + 2 * N) + R * E + E * D) if step.bfloat16 else 0
     # gradients of y (freed), u, dt, z, and of B and C for each group of channels
-    groups = math.ceil(wide / LANES / SCAN_GROUP)
+    groups = math.ceil(wide / LANES / scan_group(B, wide // LANES))
     working = 4 * channels - c * T * E + 2 * F32 * groups * T * N + 2 * x
     return BlockMemory(x, kept + casts, casts, working)
 
@@ -222,10 +220,10 @@ def linear_ssm(config: Any, step: Step) -> BlockMemory:
     kept += channels + F32 * config.d_conv * wide  # convolution
     kept += 2 * channels + (c * T * E if c == 2 else 0)  # u and dt in float32; u also as x_proj reads it
     kept += 2 * F32 * T * N + F32 * wide * N  # B, C, A
-    kept += F32 * B * math.ceil(L / SCAN_CHUNK) * wide * N  # states
+    kept += F32 * B * math.ceil(L / CHUNK) * wide * N  # states
     kept += c * T * E  # y
     casts = 2 * (2 * D * E + 2 * E * N) if step.bfloat16 else 0
-    groups = math.ceil(wide / LANES / SCAN_GROUP)
+    groups = math.ceil(wide / LANES / scan_group(B, wide // LANES))
     working = 4 * channels - c * T * E + 2 * F32 * groups * T * N + 2 * x
     return BlockMemory(x, kept + casts, casts, working)
 

@@ -8,9 +8,21 @@ from ssm_retrieval.ops._route import backend as backend
 # Sizes of the kernels. They stand here because the kernels' own files import numba
 LANES = 16  # channels that fill a vector
 CHUNK = 64  # tokens between the states that a scan keeps for its backward pass
-GROUP = 8  # blocks of LANES channels in one task of that pass
+TILE = 4  # states that stay in registers while that pass goes through a chunk
+GROUP = 5  # most blocks of LANES channels in one task of that pass
+TASKS = 16  # of that pass, at least, where there are as many blocks
 DELTA_CHUNK = 32  # tokens between the states that the delta rule keeps
 WIDE = 4 * LANES  # channels of a value that the delta rule takes at a time, if a head has about as many
+
+
+def scan_group(batch: int, blocks: int) -> int:
+    """Blocks of channels in one task of a scan's backward pass, of `blocks` in each of `batch` sequences.
+
+    It depends on the shape alone, because the order of sums decides the last bits of dB and dC. Many cores
+    need many tasks; but each has dB and dC of its own, which cost memory and time.
+    """
+    most = max(1, min(GROUP, batch * blocks // TASKS))
+    return -(-blocks // -(-blocks // most))  # as equal as can be
 
 
 def value_lanes(headdim: int) -> int:

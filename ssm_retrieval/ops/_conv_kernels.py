@@ -8,11 +8,9 @@ its inputs, `before` in front, into a buffer that stays in the cache, so no loop
 
 from __future__ import annotations
 
-import numpy as np
-
 from ssm_retrieval.ops import LANES
 from ssm_retrieval.ops._compile import kernel
-from ssm_retrieval.ops._simd import add, fill, fma, load, mul, store, sub
+from ssm_retrieval.ops._simd import add, aligned, fill, fma, load, mul, store, sub
 from ssm_retrieval.ops._simd_exp import sigmoid
 
 
@@ -31,7 +29,7 @@ def conv_forward(tasks, sizes, silu, x, weight, bias, before, y):
     """y_t = bias + sum_k weight[k] x[t - K + 1 + k], then silu."""
     L, blocks, K = sizes
     E = blocks * LANES
-    inputs = np.empty((L + K) * LANES, x.dtype)
+    inputs = aligned((L + K) * LANES, x)
     for task in range(tasks[0], tasks[1]):
         b, c0 = task // blocks, task % blocks * LANES
         _gather(inputs, x, before, b, c0, L, K, E)
@@ -51,8 +49,8 @@ def conv_backward(tasks, sizes, silu, x, weight, bias, before, gy, dx, dweight, 
     L, blocks, K = sizes
     E = blocks * LANES
     zero, one = fill(x, 0.0), fill(x, 1.0)
-    inputs = np.empty((L + K) * LANES, x.dtype)
-    grads = np.zeros((L + 2 * K) * LANES, x.dtype)  # of the sums before silu, K - 1 zeros at either end
+    inputs = aligned((L + K) * LANES, x)
+    grads = aligned((L + 2 * K) * LANES, x)  # of the sums before silu, K - 1 zeros at either end
     for task in range(tasks[0], tasks[1]):
         b, c0 = task // blocks, task % blocks * LANES
         _gather(inputs, x, before, b, c0, L, K, E)

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssm_retrieval.ops import CHUNK, GROUP, LANES
+from ssm_retrieval.ops import CHUNK, LANES, TILE, scan_group
 from ssm_retrieval.ops._arrays import at_positions, blocked, flat, pad_channels, unblocked
 from ssm_retrieval.ops._kernel_autograd import differentiable
 from ssm_retrieval.ops._scan_arguments import ScanArguments
@@ -136,23 +136,25 @@ def _backward(
     gy = torch.zeros_like(u) if gy is None else gy.contiguous()
     glast = None if glast is None else glast.contiguous()
     gstates = None if gstates is None else gstates.contiguous()
-    groups = -(-blocks // GROUP)
+    group, tiles = scan_group(b, blocks), -(-N // TILE)
+    groups = -(-blocks // group)
     du, ddt = torch.empty_like(u), torch.empty_like(u)
     dz = torch.empty_like(u) if z is not None else u.new_empty(0)
     dA, dh0 = u.new_empty(b, blocks, N, LANES), u.new_empty(b, blocks, N, LANES)
-    dB, dC = u.new_empty(groups, b, L, N), u.new_empty(groups, b, L, N)
+    dB, dC = (u.new_empty(groups, b, tiles, L + -L % 4, TILE) for _ in range(2))
     dD, dbias = u.new_empty(b, blocks * LANES), u.new_empty(b, blocks * LANES)
     given = [flat(x, u.dtype) for x in (u, dt, _scaled(A), B, C, D, z, bias, checkpoints)]
     grads = [flat(x, u.dtype) for x in (gy, gstates, glast)]
     out = [flat(x, u.dtype) for x in (du, ddt, dA, dB, dC, dD, dz, dbias, dh0)]
     where = np.array(positions or (), np.int64)
     flags = (softplus, D is not None, z is not None, gstates is not None, glast is not None)
-    sizes = (L, blocks, N, P)
+    sizes = (L, blocks, N, P, group)
     run_tasks(
         lambda tasks: _scan_kernels.scan_backward(tasks, sizes, flags, *given, where, *grads, *out),
         b * groups,
     )
-    return du, ddt, dA.sum(0), dB.sum(0), dC.sum(0), dD.sum(0), dz, dbias.sum(0), dh0
+    dB, dC = (x.sum(0).transpose(1, 2).reshape(b, -1, tiles * TILE)[:, :L, :N] for x in (dB, dC))
+    return du, ddt, dA.sum(0), dB.contiguous(), dC.contiguous(), dD.sum(0), dz, dbias.sum(0), dh0
 
 
 _run, scan_forward, scan_backward = differentiable("selective_scan", _forward, _backward, _by_chunks)

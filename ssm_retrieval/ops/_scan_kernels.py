@@ -9,19 +9,22 @@ Arrays are flattened; shapes below are (batch, tokens, channels) with channels a
 "blocked" arrays (..., blocks, N, 16) hold a (..., channels, N) tensor with 16 channels innermost.
 Work is split into tasks (sequence, group of blocks). A group's sums over channels (dB, dC) go to its own
 slice, and slices are added in a fixed order afterwards, so results do not depend on the number of threads.
-A task of the backward pass keeps the dB, dC of GROUP blocks in vectors before it sums their lanes.
+A task of the backward pass keeps the dB, dC of its blocks in vectors before it sums their lanes.
 """
 
 from __future__ import annotations
 
-import numpy as np
-
-from ssm_retrieval.ops import CHUNK, GROUP, LANES
+from ssm_retrieval.ops import CHUNK, LANES, TILE
 from ssm_retrieval.ops._compile import kernel
 from ssm_retrieval.ops._simd import (
     add,
+    aligned,
     fill,
     fma,
+    fold1,
+    fold2,
+    fold4,
+    fold8,
     load,
     mul,
     prefetch,
@@ -59,7 +62,7 @@ def scan_forward(
     softplus, has_D, has_z, has_h0, keep = flags
     E, NL = blocks * LANES, N * LANES
     chunks = (L + CHUNK - 1) // CHUNK
-    h = np.zeros(NL, y.dtype)
+    h = aligned(NL, y)
     zero = fill(y, 0.0)
     for task in range(tasks[0], tasks[1]):
         b, block = task // blocks, task % blocks
@@ -105,31 +108,201 @@ def scan_forward(
             store(last, blocked + i, load(h, i))
 
 
+@kernel(inline="always")
+def _recompute(n, tokens, N, tok, A, a0, B, C, checkpoints, at, outputs, deltas, writes, hs, decays, ys):
+    """States n .. n + 3 before a chunk and after each of its tokens, and their decays; `outputs`: adds to ys.
+
+    tok: the chunk's first token in B and C. a0, at: where the block's states begin in A and checkpoints.
+    hs: (CHUNK + 1, 4, 16); decays: (CHUNK, 4, 16).
+    """
+    i = n * LANES
+    A0, A1 = load(A, a0 + i), load(A, a0 + i + LANES)
+    A2, A3 = load(A, a0 + i + 2 * LANES), load(A, a0 + i + 3 * LANES)
+    h0, h1 = load(checkpoints, at + i), load(checkpoints, at + i + LANES)
+    h2, h3 = load(checkpoints, at + i + 2 * LANES), load(checkpoints, at + i + 3 * LANES)
+    for t in range(tokens):
+        k, m = t * LANES, (tok + t) * N + n
+        s = TILE * k
+        store(hs, s, h0)
+        store(hs, s + LANES, h1)
+        store(hs, s + 2 * LANES, h2)
+        store(hs, s + 3 * LANES, h3)
+        delta, write = load(deltas, k), load(writes, k)
+        d0, d1 = exp2(mul(delta, A0)), exp2(mul(delta, A1))
+        d2, d3 = exp2(mul(delta, A2)), exp2(mul(delta, A3))
+        store(decays, s, d0)
+        store(decays, s + LANES, d1)
+        store(decays, s + 2 * LANES, d2)
+        store(decays, s + 3 * LANES, d3)
+        h0 = fma(d0, h0, mul(write, spread(B, m)))
+        h1 = fma(d1, h1, mul(write, spread(B, m + 1)))
+        h2 = fma(d2, h2, mul(write, spread(B, m + 2)))
+        h3 = fma(d3, h3, mul(write, spread(B, m + 3)))
+        if outputs:
+            y = fma(h0, spread(C, m), load(ys, k))
+            y = fma(h1, spread(C, m + 1), y)
+            y = fma(h2, spread(C, m + 2), y)
+            store(ys, k, fma(h3, spread(C, m + 3), y))
+    end = tokens * TILE * LANES
+    store(hs, end, h0)
+    store(hs, end + LANES, h1)
+    store(hs, end + 2 * LANES, h2)
+    store(hs, end + 3 * LANES, h3)
+
+
+@kernel(inline="always")
+def _recompute_one(n, tokens, N, tok, A, a0, B, C, checkpoints, at, outputs, deltas, writes, hs, decays, ys):
+    """`_recompute` of state n alone; hs: (CHUNK + 1, 16), decays: (CHUNK, 16)."""
+    An, h = load(A, a0 + n * LANES), load(checkpoints, at + n * LANES)
+    for t in range(tokens):
+        k, m = t * LANES, (tok + t) * N + n
+        store(hs, k, h)
+        decay = exp2(mul(load(deltas, k), An))
+        store(decays, k, decay)
+        h = fma(decay, h, mul(load(writes, k), spread(B, m)))
+        if outputs:
+            store(ys, k, fma(h, spread(C, m), load(ys, k)))
+    store(hs, tokens * LANES, h)
+
+
+@kernel(inline="always")
+def _quarters(a, b, c, d):
+    """Four sums of four lanes each, of every vector."""
+    return fold4(fold8(a, b), fold8(c, d))
+
+
+@kernel(inline="always")
+def _reverse(
+    n, tokens, N, tok, A, a0, B, C, deltas, writes, gs, hs, decays, dA, dh, at, gstates, positions, p,
+    p_start, t0, states_at, step, sumB, sumC, dwrites, dexponents,
+):  # fmt: skip
+    """From a chunk's last token to its first: gradients of the states n .. n + 3, and what they add to sums.
+
+    at: where the block's states begin in dA and dh. gstates[states_at + q step]: those of stored position q;
+    positions p, p - 1, .. p_start lie in the chunk. sumB, sumC: (N / 4, CHUNK, 16), quarters of four states.
+    """
+    i, r, end = n * LANES, n // TILE * CHUNK * LANES, tokens * TILE * LANES
+    A0, A1 = load(A, a0 + i), load(A, a0 + i + LANES)
+    A2, A3 = load(A, a0 + i + 2 * LANES), load(A, a0 + i + 3 * LANES)
+    g0, g1 = load(dh, at + i), load(dh, at + i + LANES)
+    g2, g3 = load(dh, at + i + 2 * LANES), load(dh, at + i + 3 * LANES)
+    s0, s1 = load(dA, at + i), load(dA, at + i + LANES)
+    s2, s3 = load(dA, at + i + 2 * LANES), load(dA, at + i + 3 * LANES)
+    h0, h1 = load(hs, end), load(hs, end + LANES)
+    h2, h3 = load(hs, end + 2 * LANES), load(hs, end + 3 * LANES)
+    for t in range(tokens - 1, -1, -1):
+        k, m = t * LANES, (tok + t) * N + n
+        s = TILE * k
+        if p >= p_start and positions[p] == t0 + t:
+            q = states_at + p * step + i
+            g0, g1 = add(g0, load(gstates, q)), add(g1, load(gstates, q + LANES))
+            g2, g3 = add(g2, load(gstates, q + 2 * LANES)), add(g3, load(gstates, q + 3 * LANES))
+            p -= 1
+        delta, write, g = load(deltas, k), load(writes, k), load(gs, k)
+        quarters = _quarters(mul(g, h0), mul(g, h1), mul(g, h2), mul(g, h3))
+        store(sumC, r + k, add(quarters, load(sumC, r + k)))
+        g0, g1 = fma(g, spread(C, m), g0), fma(g, spread(C, m + 1), g1)
+        g2, g3 = fma(g, spread(C, m + 2), g2), fma(g, spread(C, m + 3), g3)
+        quarters = _quarters(mul(g0, write), mul(g1, write), mul(g2, write), mul(g3, write))
+        store(sumB, r + k, add(quarters, load(sumB, r + k)))
+        dwrite = fma(g0, spread(B, m), load(dwrites, k))
+        dwrite = fma(g1, spread(B, m + 1), dwrite)
+        dwrite = fma(g2, spread(B, m + 2), dwrite)
+        store(dwrites, k, fma(g3, spread(B, m + 3), dwrite))
+        g0, g1 = mul(g0, load(decays, s)), mul(g1, load(decays, s + LANES))
+        g2, g3 = mul(g2, load(decays, s + 2 * LANES)), mul(g3, load(decays, s + 3 * LANES))
+        h0, h1 = load(hs, s), load(hs, s + LANES)
+        h2, h3 = load(hs, s + 2 * LANES), load(hs, s + 3 * LANES)
+        e0, e1, e2, e3 = mul(g0, h0), mul(g1, h1), mul(g2, h2), mul(g3, h3)  # gradients of delta * A
+        dexponent = fma(e0, A0, load(dexponents, k))
+        dexponent = fma(e1, A1, dexponent)
+        dexponent = fma(e2, A2, dexponent)
+        store(dexponents, k, fma(e3, A3, dexponent))
+        s0, s1, s2, s3 = fma(e0, delta, s0), fma(e1, delta, s1), fma(e2, delta, s2), fma(e3, delta, s3)
+    store(dh, at + i, g0)
+    store(dh, at + i + LANES, g1)
+    store(dh, at + i + 2 * LANES, g2)
+    store(dh, at + i + 3 * LANES, g3)
+    store(dA, at + i, s0)
+    store(dA, at + i + LANES, s1)
+    store(dA, at + i + 2 * LANES, s2)
+    store(dA, at + i + 3 * LANES, s3)
+
+
+@kernel(inline="always")
+def _reverse_one(
+    n, tokens, N, tok, A, a0, B, C, deltas, writes, gs, hs, decays, dA, dh, at, gstates, positions, p,
+    p_start, t0, states_at, step, restB, restC, dwrites, dexponents,
+):  # fmt: skip
+    """`_reverse` of state n alone; restB, restC: (N % 4, CHUNK, 16)."""
+    i, r = n * LANES, n % TILE * CHUNK * LANES
+    An, gn, sn, h = load(A, a0 + i), load(dh, at + i), load(dA, at + i), load(hs, tokens * LANES)
+    for t in range(tokens - 1, -1, -1):
+        k, m = t * LANES, (tok + t) * N + n
+        if p >= p_start and positions[p] == t0 + t:
+            gn = add(gn, load(gstates, states_at + p * step + i))
+            p -= 1
+        g = load(gs, k)
+        store(restC, r + k, fma(g, h, load(restC, r + k)))
+        gn = fma(g, spread(C, m), gn)
+        store(restB, r + k, fma(gn, load(writes, k), load(restB, r + k)))
+        store(dwrites, k, fma(gn, spread(B, m), load(dwrites, k)))
+        gn = mul(gn, load(decays, k))
+        h = load(hs, k)
+        e = mul(gn, h)
+        store(dexponents, k, fma(e, An, load(dexponents, k)))
+        sn = fma(e, load(deltas, k), sn)
+    store(dh, at + i, gn)
+    store(dA, at + i, sn)
+
+
+@kernel(inline="always")
+def _store_sums(out, at, tokens, rows, N, quarters, rest):
+    """out[at + (n / 4) rows 4 + 4 t + n % 4] of a chunk, from quarters of four states and lanes of a rest."""
+    for n in range(0, N - N % TILE, TILE):
+        for t in range(0, tokens, 4):  # beyond the last token there are zeros, and room for them
+            i = (n // TILE * CHUNK + t) * LANES
+            a = fold2(load(quarters, i), load(quarters, i + LANES))
+            b = fold2(load(quarters, i + 2 * LANES), load(quarters, i + 3 * LANES))
+            store(out, at + n * rows + TILE * t, fold1(a, b))
+    for n in range(N - N % TILE, N):
+        for t in range(tokens):
+            i = at + (n - n % TILE) * rows + TILE * t + n % TILE
+            out[i] = total(load(rest, (n % TILE * CHUNK + t) * LANES))
+
+
 @kernel(error_model="numpy")
 def scan_backward(
     tasks, sizes, flags, u, dt, A, B, C, D, z, bias, checkpoints, positions, gy, gstates, glast,
     du, ddt, dA, dB, dC, dD, dz, dbias, dh0,
 ):  # fmt: skip
-    """Tasks [first, stop) of the backward pass; a task is (sequence, group of GROUP blocks).
+    """Tasks [first, stop) of the backward pass; a task is (sequence, group of blocks).
 
+    sizes: length, blocks, N, stored positions, blocks of a group.
     gy: gradient of y (batch, L, E); gstates, glast: gradients of the stored states and the last state.
     du, ddt, dz: as u. dA: (batch, blocks, N, 16), dD, dbias: (batch, blocks, 16), to be summed over batch.
-    dB, dC: (groups, batch, L, N), to be summed over groups. dh0: blocked. dA belongs to A without log2(e).
+    dB, dC: (groups, batch, N / 4, L, 4), L and N up to multiples of 4, to be summed over groups. dh0:
+    blocked. dA belongs to A without log2(e).
     """
-    L, blocks, N, P = sizes
+    L, blocks, N, P, size_of_group = sizes
     softplus, has_D, has_z, has_states, has_last = flags
     E, NL = blocks * LANES, N * LANES
-    chunks, groups = (L + CHUNK - 1) // CHUNK, (blocks + GROUP - 1) // GROUP
+    chunks, groups = (L + CHUNK - 1) // CHUNK, (blocks + size_of_group - 1) // size_of_group
     batch = u.size // max(1, L * E)
-    hs = np.empty((CHUNK + 1) * NL, gy.dtype)  # h before the chunk, then after each of its tokens
-    decays = np.empty(CHUNK * NL, gy.dtype)
-    deltas = np.empty(CHUNK * LANES, gy.dtype)
-    ys = np.empty(CHUNK * LANES, gy.dtype)  # y before the gate
-    sumB, sumC = np.empty(CHUNK * NL, gy.dtype), np.empty(CHUNK * NL, gy.dtype)
+    whole = N - N % TILE
+    hs = aligned((CHUNK + 1) * TILE * LANES, gy)  # h before the chunk, then after each of its tokens
+    decays = aligned(CHUNK * TILE * LANES, gy)
+    deltas, writes = aligned(CHUNK * LANES, gy), aligned(CHUNK * LANES, gy)  # writes: delta * u
+    ys, gs = aligned(CHUNK * LANES, gy), aligned(CHUNK * LANES, gy)  # y before the gate, its gradient
+    dwrites, dexponents = aligned(CHUNK * LANES, gy), aligned(CHUNK * LANES, gy)
+    size, rest = CHUNK * whole // TILE * LANES, CHUNK * TILE * LANES
+    sumB, sumC, restB, restC = aligned(size, gy), aligned(size, gy), aligned(rest, gy), aligned(rest, gy)
+    rows, tiles = L + -L % 4, (N + TILE - 1) // TILE
     zero, one, ln2 = fill(gy, 0.0), fill(gy, 1.0), fill(gy, 0.6931471805599453)
     for task in range(tasks[0], tasks[1]):
         b, group = task // groups, task % groups
-        first, stop = group * GROUP, min(group * GROUP + GROUP, blocks)
+        first = group * size_of_group
+        stop = min(first + size_of_group, blocks)
         for block in range(first, stop):  # dh0 doubles as the running dh of each block, from last to first
             blocked = (b * blocks + block) * NL
             for i in range(0, NL, LANES):
@@ -140,9 +313,12 @@ def scan_backward(
         p_end = P
         for chunk in range(chunks - 1, -1, -1):
             t0, t1 = chunk * CHUNK, min(chunk * CHUNK + CHUNK, L)
-            for i in range(0, (t1 - t0) * NL, LANES):
+            for i in range(0, size, LANES):
                 store(sumB, i, zero)
                 store(sumC, i, zero)
+            for i in range(0, N % TILE * CHUNK * LANES, LANES):
+                store(restB, i, zero)
+                store(restC, i, zero)
             p_start = p_end
             while has_states and p_start > 0 and positions[p_start - 1] >= t0:
                 p_start -= 1
@@ -152,73 +328,64 @@ def scan_backward(
                 skip = load(D, c0) if has_D else zero
                 shift = load(bias, c0)
                 at = ((b * chunks + chunk) * blocks + block) * NL
-                for i in range(0, NL, LANES):
-                    store(hs, i, load(checkpoints, at + i))
-                for t in range(t0, t1):  # recompute the chunk
-                    row, s = (b * L + t) * E + c0, (t - t0) * NL
+                tokens, tok, a0 = t1 - t0, b * L + t0, block * NL
+                for t in range(tokens):  # what all states share
+                    row, k = (tok + t) * E + c0, t * LANES
                     prefetch(u, row + AHEAD * E)
                     prefetch(dt, row + AHEAD * E)
-                    prefetch(gy, row)
+                    prefetch(gy, row + AHEAD * E)
                     if has_z:
-                        prefetch(z, row)
-                    ut = load(u, row)
+                        prefetch(z, row + AHEAD * E)
+                    ut, g = load(u, row), load(gy, row)
                     delta = add(load(dt, row), shift)
                     if softplus:
                         delta = _softplus(gy, delta)
-                    store(deltas, (t - t0) * LANES, delta)
-                    write = mul(delta, ut)
-                    out = mul(skip, ut)
-                    bc = (b * L + t) * N
-                    for n in range(N):
-                        i = s + n * LANES
-                        decay = exp2(mul(delta, load(A, block * NL + n * LANES)))
-                        store(decays, i, decay)
-                        ht = fma(decay, load(hs, i), mul(write, spread(B, bc + n)))
-                        store(hs, i + NL, ht)
-                        if has_z:
-                            out = fma(ht, spread(C, bc + n), out)
-                    store(ys, (t - t0) * LANES, out)
-                p = p_end - 1
-                for t in range(t1 - 1, t0 - 1, -1):
-                    row, s = (b * L + t) * E + c0, (t - t0) * NL
-                    if has_states and p >= p_start and positions[p] == t:
-                        at = ((b * P + p) * blocks + block) * NL
-                        for i in range(0, NL, LANES):
-                            store(dh0, blocked + i, add(load(dh0, blocked + i), load(gstates, at + i)))
-                        p -= 1
-                    ut, g = load(u, row), load(gy, row)
                     if has_z:  # out = y * z * sigmoid(z)
                         zt = load(z, row)
+                        g = mul(g, mul(zt, sigmoid(gy, zt)))
+                    store(deltas, k, delta)
+                    store(writes, k, mul(delta, ut))
+                    store(gs, k, g)
+                    store(ys, k, mul(skip, ut))
+                    store(dwrites, k, zero)
+                    store(dexponents, k, zero)
+                p, states_at, step = p_end - 1, (b * P * blocks + block) * NL, blocks * NL
+                for n in range(0, whole, TILE):
+                    _recompute(
+                        n, tokens, N, tok, A, a0, B, C, checkpoints, at, has_z, deltas, writes, hs, decays, ys
+                    )
+                    _reverse(
+                        n, tokens, N, tok, A, a0, B, C, deltas, writes, gs, hs, decays, dA, dh0, blocked,
+                        gstates, positions, p, p_start, t0, states_at, step, sumB, sumC, dwrites, dexponents,
+                    )  # fmt: skip
+                for n in range(whole, N):
+                    _recompute_one(
+                        n, tokens, N, tok, A, a0, B, C, checkpoints, at, has_z, deltas, writes, hs, decays, ys
+                    )
+                    _reverse_one(
+                        n, tokens, N, tok, A, a0, B, C, deltas, writes, gs, hs, decays, dA, dh0, blocked,
+                        gstates, positions, p, p_start, t0, states_at, step, restB, restC, dwrites,
+                        dexponents,
+                    )  # fmt: skip
+                sums = (b * blocks + block) * LANES
+                sum_bias, sum_D = load(dbias, sums), load(dD, sums)
+                for t in range(tokens - 1, -1, -1):
+                    row, k = (tok + t) * E + c0, t * LANES
+                    ut, g, dwrite = load(u, row), load(gs, k), load(dwrites, k)
+                    if has_z:
+                        zt = load(z, row)
                         opened = sigmoid(gy, zt)
-                        gate = mul(zt, opened)
                         slope = mul(opened, add(one, mul(zt, sub(one, opened))))
-                        store(dz, row, mul(mul(g, load(ys, (t - t0) * LANES)), slope))
-                        g = mul(g, gate)
-                    delta = load(deltas, (t - t0) * LANES)
-                    write = mul(delta, ut)
-                    dwrite, dexponent = zero, zero
-                    bc = (b * L + t) * N
-                    for n in range(N):
-                        i, carry = s + n * LANES, blocked + n * LANES
-                        dh = fma(g, spread(C, bc + n), load(dh0, carry))
-                        store(sumC, i, fma(g, load(hs, i + NL), load(sumC, i)))
-                        store(sumB, i, fma(dh, write, load(sumB, i)))
-                        dwrite = fma(dh, spread(B, bc + n), dwrite)
-                        dh = mul(dh, load(decays, i))
-                        store(dh0, carry, dh)
-                        ddecay = mul(dh, load(hs, i))  # gradient of the exponent delta * A
-                        dexponent = fma(ddecay, load(A, block * NL + n * LANES), dexponent)
-                        store(dA, carry, fma(ddecay, delta, load(dA, carry)))
-                    ddelta = fma(dwrite, ut, mul(ln2, dexponent))
-                    store(du, row, fma(dwrite, delta, mul(g, skip)))
+                        store(dz, row, mul(mul(load(gy, row), load(ys, k)), slope))
+                    ddelta = fma(dwrite, ut, mul(ln2, load(dexponents, k)))
+                    store(du, row, fma(dwrite, load(deltas, k), mul(g, skip)))
                     if softplus:
                         ddelta = mul(ddelta, sigmoid(gy, add(load(dt, row), shift)))
                     store(ddt, row, ddelta)
-                    sums = (b * blocks + block) * LANES
-                    store(dbias, sums, add(load(dbias, sums), ddelta))
-                    store(dD, sums, fma(g, ut, load(dD, sums)))
+                    sum_bias, sum_D = add(sum_bias, ddelta), fma(g, ut, sum_D)
+                store(dbias, sums, sum_bias)
+                store(dD, sums, sum_D)
             p_end = p_start
-            base = ((group * batch + b) * L + t0) * N
-            for i in range((t1 - t0) * N):
-                dB[base + i] = total(load(sumB, i * LANES))
-                dC[base + i] = total(load(sumC, i * LANES))
+            base = ((group * batch + b) * tiles * rows + t0) * TILE
+            _store_sums(dB, base, t1 - t0, rows, N, sumB, restB)
+            _store_sums(dC, base, t1 - t0, rows, N, sumC, restC)

@@ -14,7 +14,7 @@ from small_runs import SMALL, command
 from ssm_retrieval import models, ops
 from ssm_retrieval.models import block_memory, mamba, planning
 from ssm_retrieval.models.planning import Machine, Step, head_memory, step_memory
-from ssm_retrieval.ops import _scan_kernels, _scan_triton
+from ssm_retrieval.ops import _scan_triton
 from ssm_retrieval.training.optimizers import make_optimizer
 from synthetic import curricula, run, tasks, trainer
 from synthetic.config import RunConfig, plan
@@ -148,10 +148,6 @@ def test_adapters_have_the_only_moments():
     table = p.model_overrides["vocab_size"] * 768
     adapters = 24 * 8 * ((768 + 2 * 1536) + (1536 + 48 + 32) + (1536 + 768))
     assert memory.gradients == 4 * (table + adapters) and memory.optimizer == 2 * memory.gradients
-
-
-def test_constants_are_those_of_the_kernels():
-    assert (block_memory.SCAN_CHUNK, block_memory.SCAN_GROUP) == (_scan_kernels.CHUNK, _scan_kernels.GROUP)
 
 
 def test_tiles_are_those_of_the_kernels_in_triton(monkeypatch):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from operator_inputs import NAMES, Largest, gradients, inputs, outputs
 from torch.nn import functional as F
 
+from ssm_retrieval.ops import GROUP, scan_group
 from ssm_retrieval.ops._threads import _with_pool
 from ssm_retrieval.ops.selective_scan import selective_scan
 
@@ -195,6 +196,17 @@ def test_result_does_not_depend_on_threads(monkeypatch):
         assert all(torch.equal(x, y) for x, y in zip(alone, everything(), strict=True))
     finally:
         torch.set_num_threads(before)
+
+
+def test_every_core_has_its_share_of_one_wide_sequence():
+    """Of the backward pass's tasks: at batch 1 and width 2,560 thirty-two cores have two each."""
+    for batch, blocks, cores in ((1, 320, 32), (1, 320, 16), (8, 16, 32), (8, 16, 16), (1, 48, 16)):
+        tasks = batch * -(-blocks // scan_group(batch, blocks))
+        busiest = max(tasks * (i + 1) // cores - tasks * i // cores for i in range(cores))
+        assert tasks >= cores and busiest <= 1.25 * tasks / cores, (batch, blocks, cores)
+    for batch, blocks in ((1, 1), (1, 3), (2, 7), (3, 100), (64, 320)):
+        size = scan_group(batch, blocks)
+        assert 1 <= size <= GROUP and -(-blocks // size) * size - blocks < size
 
 
 def test_chunks_never_hold_the_states_of_a_whole_sequence():
