@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.common import command, fresh, machine, parse, print_ratios
+from benchmarks.common import command, finish, fresh, machine, parse
 from ssm_retrieval import models
 from ssm_retrieval.models.checkpoints import load, save
 from ssm_retrieval.models.hub_configs import write_config
@@ -154,8 +154,7 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         ratios = [compare(name, Path(folder), options.shard) for name in options.models]
-    for ratio in ratios:
-        print_ratios(ratio, ".3f")
+    finish(options, {name: ratio for found in ratios for name, ratio in found.items()})
 
 
 if __name__ == "__main__":

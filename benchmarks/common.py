@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
+import platform
 import resource
 import sys
 import time
 import tracemalloc
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
 
 import torch
+
+PACKAGES = ("torch", "numba", "numpy", "transformers", "mambapy", "llama-cpp-python", "transformer-lens")
 
 
 def command(doc: str | None) -> argparse.ArgumentParser:
@@ -37,20 +44,65 @@ def parse(
         The arguments and sizes.
     """
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run? (not a measurement)")
+    parser.add_argument("--json", type=Path, help="file to write the ratios to as well")
     parser.set_defaults(**full)
     if parser.parse_args(argv).quick:
         parser.set_defaults(**quick)
     return parser.parse_args(argv)
 
 
-def print_ratios(ratios: Mapping[str, float], form: str = ".2f") -> None:
-    """Print the lines for machines that a benchmark ends with: `ratio NAME NUMBER`."""
+class Ratio(NamedTuple):
+    """The median of paired ratios, and the lowest and highest of them.
+
+    That range of n pairs holds the true median with a probability of 1 - 2^(1 - n).
+    """
+
+    median: float
+    low: float
+    high: float
+
+
+def paired(theirs: Sequence[float], ours: Sequence[float]) -> Ratio:
+    """Return how many times as fast ours is.
+
+    Args:
+        theirs: Seconds of a peer in each pair.
+        ours: Our seconds in the same pairs.
+
+    Returns:
+        The ratio of times.
+    """
+    ratios = sorted(other / mine for other, mine in zip(theirs, ours, strict=True))
+    return Ratio(median(ratios), ratios[0], ratios[-1])
+
+
+def finish(options: argparse.Namespace, ratios: Mapping[str, float | Ratio], **more: Any) -> None:
+    """End a benchmark: print its ratios and, with `--json`, write them to a file.
+
+    A line is `ratio NAME NUMBER`, with the range of the pairs behind it where there are pairs.
+
+    Args:
+        options: From `parse`.
+        ratios: By name.
+        **more: What else to write, as JSON values.
+    """
     for name, ratio in ratios.items():
-        print(f"ratio {name} {ratio:{form}}")
+        if isinstance(ratio, Ratio):
+            print(f"ratio {name} {ratio.median:.4g} [{ratio.low:.4g}, {ratio.high:.4g}]")
+        else:
+            print(f"ratio {name} {ratio:.4g}")
+    if options.json is not None:
+        from ssm_retrieval.training import store
+
+        store.write_json(options.json, {"machine": where(), "quick": options.quick, "ratios": ratios} | more)
 
 
-def seconds(calls: dict[str, Callable[[], Any]], repeats: int, warmup: int = 1) -> dict[str, float]:
+def take_turns(
+    calls: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 1
+) -> dict[str, list[float]]:
     """Time calls. They take turns, so that a slow spell of the machine hits all of them.
+
+    Every other round goes backwards, so that no call is always the first.
 
     Args:
         calls: What to time, by name.
@@ -58,16 +110,21 @@ def seconds(calls: dict[str, Callable[[], Any]], repeats: int, warmup: int = 1) 
         warmup: Rounds before those.
 
     Returns:
-        The median wall time of each call, in seconds, by name.
+        The wall times of each call in every round, in seconds, by name.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(warmup + repeats):
-        for name, call in calls.items():
+    for i in range(-warmup, repeats):
+        for name, call in list(calls.items())[:: 1 if i % 2 == 0 else -1]:
             started = time.perf_counter()
             call()
-            if i >= warmup:
+            if i >= 0:
                 times[name].append(time.perf_counter() - started)
-    return {name: sorted(t)[len(t) // 2] for name, t in times.items()}
+    return times
+
+
+def seconds(calls: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 1) -> dict[str, float]:
+    """Return the median of `take_turns` by name."""
+    return {name: median(took) for name, took in take_turns(calls, repeats, warmup).items()}
 
 
 def peak() -> float:
@@ -145,4 +202,35 @@ def numpy_peak(call: Callable[[], Any]) -> float:
 def machine() -> str:
     """One line that says where the numbers come from."""
     vectors = torch.backends.cpu.get_cpu_capability()
-    return f"torch {torch.__version__}, {torch.get_num_threads()} threads, {vectors}"
+    return f"torch {torch.__version__}, {torch.get_num_threads()} threads, {vectors}, {processor()}"
+
+
+def where() -> dict[str, Any]:
+    """Where the numbers come from: processor, vector instructions, threads, versions, day."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "processor": processor(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "day": time.strftime("%Y-%m-%d"),
+    }
+
+
+def processor() -> str:
+    """The processor's name and, where Linux tells them, its family and model, and whether it has AMX."""
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return platform.processor() or platform.machine()
+    lines = (line.partition(":") for line in path.read_text().splitlines())
+    said = {key.strip(): value.strip() for key, _, value in lines}
+    name = said.get("model name", platform.machine())
+    kind = f" (family {said['cpu family']}, model {said['model']})" if "cpu family" in said else ""
+    return name + kind + (", AMX" if "amx_tile" in said.get("flags", "").split() else "")

@@ -1,6 +1,6 @@
 """Our operators and models on a GPU: errors, time, memory, and how far they are from what must be moved.
 
-    python -m benchmarks.cuda [--quick] [--presets mamba-130m ...] [--out cuda.json]
+    python -m benchmarks.cuda [--quick] [--presets mamba-130m ...] [--json cuda.json]
     python -m benchmarks.cuda --table cuda.json     the Markdown tables of docs/gpu.md
     python -m benchmarks.cuda --selfcheck           the whole program on a CPU, in tiny sizes: does it work?
 
@@ -44,7 +44,7 @@ NO_GPU = (
 )
 FULL: dict[str, Any] = dict(
     presets=PRESETS, batches=[1, 8], length=2048, compared=256, new=64, copied=2**30, overrides={},
-    least=0.05, repeats=5, dtypes=(torch.float32, torch.bfloat16),
+    least=0.05, repeats=5, dtypes=(torch.float32, torch.bfloat16), json=Path("cuda.json"),
 )  # fmt: skip
 QUICK = dict(presets=["mamba-130m", "mamba2-130m"], batches=[1], length=256, compared=70, new=8, copied=2**26)
 TINY = dict(  # for Triton's interpreter, which takes every number by itself
@@ -330,7 +330,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--presets", nargs="+", help="models (default: %(default)s)")
     parser.add_argument("--batches", nargs="+", type=int, help="sequences (default: %(default)s)")
     parser.add_argument("--length", type=int, help="tokens of each (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("cuda.json"), help="the JSON (default: %(default)s)")
     parser.add_argument("--table", type=Path, metavar="JSON", help="print the tables of a JSON, and no more")
     parser.add_argument("--selfcheck", action="store_true", help="run on this CPU in tiny sizes")
     checked = "--selfcheck" in (sys.argv[1:] if argv is None else argv)
@@ -350,8 +349,8 @@ def main(argv: list[str] | None = None) -> int:
             print(NO_GPU, file=sys.stderr)
             return 2
         found = measured("cuda", sizes)
-        write_json(sizes.out, found)
-        print(f"written to {sizes.out}; `python -m benchmarks.cuda --table {sizes.out}` prints its tables")
+        write_json(sizes.json, found)
+        print(f"written to {sizes.json}; `python -m benchmarks.cuda --table {sizes.json}` prints its tables")
         print_comparisons(found)
     except (ImportError, UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.common import command, machine, numpy_peak, parse, print_ratios, seconds
+from benchmarks.common import command, finish, machine, numpy_peak, parse, seconds
 from ssm_retrieval.ops.memory import keep_freed_memory
 from synthetic import tasks
 from synthetic.config import RunConfig
@@ -233,9 +233,9 @@ def main() -> None:
 
     print()
     long = sizes.compared[0]
-    print_ratios({f"data_vs_{name}": ratio for (name, n), ratio in ratios.items() if n == long}, ".1f")
     ours = [ratio for (name, _), ratio in ratios.items() if name != "transformers_lib"]
-    print_ratios({"data_vs_model": min(ours)}, ".1f")
+    of_long = {f"data_vs_{name}": ratio for (name, n), ratio in ratios.items() if n == long}
+    finish(sizes, of_long | {"data_vs_model": min(ours)})
 
 
 if __name__ == "__main__":

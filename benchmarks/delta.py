@@ -20,12 +20,13 @@ from __future__ import annotations
 import importlib.util
 import inspect
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from benchmarks.common import command, machine, parse, peak_memory, print_ratios, seconds
+from benchmarks.common import Ratio, command, finish, machine, paired, parse, peak_memory, seconds, take_turns
 from ssm_retrieval import models
 from ssm_retrieval.ops.delta_rule import delta_rule
 from ssm_retrieval.ops.memory import keep_freed_memory
@@ -149,15 +150,16 @@ def main() -> None:
     print(machine())
     heads = f"{HEADS} heads of {WIDTH} x {WIDTH}"
     print(f"forward + backward, batch {shape[0]}, length {shape[1]}, {heads}, float32")
-    ratios = {}
+    ratios: dict[str, float | Ratio] = {}
     for per_channel, rule in ((False, "gated_delta"), (True, "kimi_delta")):
         calls = {"ours": ours(*shape, per_channel), "transformers": transformers(*shape, per_channel)}
-        t = seconds(calls, sizes.repeats)
+        t = take_turns(calls, sizes.repeats)
         memory = {f.__name__: peak_memory(f, (1, 64, per_channel), (*shape, per_channel))
                   for f in (ours, transformers)}  # fmt: skip
         for name in t:
-            print(f"  {rule:11} {name:12} {t[name] * 1e3:9.1f} ms {memory[name]:7.0f} MiB above the inputs")
-        ratios[f"{rule}_vs_transformers"] = t["transformers"] / t["ours"]
+            took = f"{median(t[name]) * 1e3:9.1f} ms {memory[name]:7.0f} MiB above the inputs"
+            print(f"  {rule:11} {name:12} {took}")
+        ratios[f"{rule}_vs_transformers"] = paired(t["transformers"], t["ours"])
         ratios[f"{rule}_memory_vs_transformers"] = memory["transformers"] / memory["ours"]
     layers = seconds({n: layer(n, *shape) for n in ("gated-deltanet", "deltanet", "mamba2")}, sizes.repeats)
     print(f"whole layer, width {D_MODEL}: " + ", ".join(f"{n} {t * 1e3:.1f} ms" for n, t in layers.items()))
@@ -179,7 +181,7 @@ def main() -> None:
     keep_freed_memory()
     print(f"{words}; freed memory kept")
     ratios["delta_linearity_deviation"] = linearity(*scaling)
-    print_ratios(ratios, ".3g")
+    finish(sizes, ratios)
 
 
 if __name__ == "__main__":

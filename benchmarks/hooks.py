@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import probes
-from benchmarks.common import command, machine, parse, print_ratios, seconds
+from benchmarks.common import command, finish, machine, parse, seconds
 from ssm_retrieval import models
 from ssm_retrieval.models.hooks import Hooked
 from ssm_retrieval.ops.memory import keep_freed_memory
@@ -151,9 +151,12 @@ def main() -> None:
     print(machine())
     unused = [overhead(name, sizes.step, sizes.steps, sizes.calls) for name in MODELS]
     recorded = [recording(name, sizes.forward, sizes.repeats) for name in MODELS if "mamba" in name]
-    print_ratios({"taps_of_step": max(share for _, share in unused)}, ".6f")
-    print_ratios({"hook_overhead_unused": max(ratio for ratio, _ in unused)}, ".4f")
-    print_ratios({f"record_{POSITIONS}_states_vs_forward": max(recorded)}, ".3f")
+    ratios = {
+        "taps_of_step": max(share for _, share in unused),
+        "hook_overhead_unused": max(ratio for ratio, _ in unused),
+        f"record_{POSITIONS}_states_vs_forward": max(recorded),
+    }
+    finish(sizes, ratios)
 
 
 if __name__ == "__main__":

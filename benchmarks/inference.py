@@ -1,224 +1,239 @@
-"""Prefill and recurrent decoding in bfloat16 on a CPU, against transformers with the same weights.
+"""Prefill and recurrent decoding on a CPU, against llama.cpp and transformers with the same weights.
 
-    python -m benchmarks.inference [--quick] [--preset 2.8b] [--family mamba transformer]
-                                   [--length 1024] [--tokens 32]
+    python -m benchmarks.inference [--quick] [--models mamba-130m pythia-160m] [--peers llama.cpp]
+                                   [--length 1024] [--tokens 128] [--pairs 5]
 
-Weights are random and shared: both models read the same tensors, so that two of 2.8 B fit into 24 GiB. The
-peers are MambaForCausalLM on its path for CPUs, a loop over time, and GPTNeoXForCausalLM with sdpa, both with
-their cache. Peak memory is that of a fresh process that has only our model. Then our model decodes in 8 bits
-(`models.quantize`) as well. The last lines are ratios.
+Weights are random and the same on both sides. Peers, each at its best setting here:
+
+    transformers    the hub's classes: Mamba on its path for CPUs, GPT-NeoX with sdpa, with their caches
+    compiled        the same under torch.compile (of Mamba an associative scan), up to 800 M
+    llama.cpp       through llama-cpp-python, built for this processor; a GGUF file of our weights
+
+Each side has a process of its own; sides take turns (benchmarks.turns). Matrices are in bfloat16 on all
+sides. "8bit" is our `models.quantize` against llama.cpp's Q8_0, and against our bfloat16. Before anything is
+timed, the logits after the context are compared. Peaks are those of the processes. The last lines are ratios:
+how many times as fast this project is. A peer that is not installed is left out, and a line says so.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
-import time
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.common import command, fresh, machine, parse, peak, print_ratios
+from benchmarks.common import Ratio, command, finish, machine, parse
+from benchmarks.gguf_file import LlamaCpp, write
+from benchmarks.peers import library
+from benchmarks.turns import Calls, Side, race
 from ssm_retrieval import models
-from ssm_retrieval.models.hub_configs import write_config
 
-DTYPE = torch.bfloat16
+MODELS = ("mamba-130m", "mamba2-130m", "pythia-160m", "mamba-2.8b", "pythia-2.8b")
+PEERS = ("transformers", "compiled", "llama.cpp")
+NEEDED = {"llama.cpp": "llama_cpp", "transformers": "transformers", "compiled": "transformers"}
+COMPILED = 800e6  # weights; beyond that torch.compile takes longer than the benchmark
+CALLS = ("prefill", "decode")
 
 
-def ours(name: str) -> models.LanguageModel:
+def build(name: str) -> models.LanguageModel:
     """A model with random weights in bfloat16, made without a float32 copy."""
-    model = models.build(name, device="meta", dtype=DTYPE)
+    model = models.build(name, device="meta", dtype=torch.bfloat16)
     model = model.to_empty(device="cpu").eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for key, parameter in model.named_parameters():
-        if key.endswith("A_log"):  # decay rates 1 .. d_state, as initialised
-            parameter.copy_(torch.arange(1.0, parameter.shape[-1] + 1).log().expand_as(parameter))
+        if key.endswith("A_log"):  # decay rates 1 .. d_state (Mamba), 1 .. 16 (Mamba-2), as initialised
+            rates = torch.linspace(1, 16, len(parameter)) if parameter.ndim == 1 else None
+            steps = torch.arange(1.0, parameter.shape[-1] + 1) if rates is None else rates
+            parameter.copy_(steps.log().expand_as(parameter))
         elif ("norm" in key and key.endswith("weight")) or key.endswith(".D"):
             parameter.fill_(1)
-        elif key.endswith("dt_proj.bias"):  # softplus of it is 0.001 .. 0.01
+        elif key.endswith(("dt_proj.bias", "dt_bias")):  # softplus of it is 0.001 .. 0.01
             parameter.uniform_(-6.9, -4.6, generator=generator)
         else:
             parameter.normal_(0, 0.02, generator=generator)
     return model
 
 
-def library(model: models.LanguageModel) -> torch.nn.Module:
-    """The same architecture in transformers, on the same storage."""
-    import transformers
-
-    fields = write_config(model.config, "bfloat16")
-    (name,) = fields["architectures"]
-    config = getattr(transformers, name.replace("ForCausalLM", "Config"))(**fields)
-    with torch.device("meta"):
-        peer = getattr(transformers, name)(config).to(DTYPE)
-    state = {
-        key.replace("backbone.embedding.", "backbone.embeddings."): p for key, p in model.state_dict().items()
-    }
-    known = peer.state_dict()
-    if "embed_out.weight" not in known and "embed_out.weight" in state:
-        state["lm_head.weight"] = state.pop("embed_out.weight")
-    peer.load_state_dict(state, strict=True, assign=True)
-    for module in peer.modules():  # constants that no checkpoint has
-        if hasattr(module, "rotary_emb"):
-            module.rotary_emb = type(module.rotary_emb)(config)
-    return peer.eval().requires_grad_(False)
+def context(vocab_size: int, length: int) -> Tensor:
+    """(1, L) int64, random tokens."""
+    return torch.randint(0, vocab_size, (1, length), generator=torch.Generator().manual_seed(1))
 
 
-def our_run(model: models.LanguageModel, ids: Tensor, tokens: int) -> tuple[float, float, Tensor]:
-    """Generate greedily with our model.
+# --- sides: calls "logits", "prefill" (until the first token) and "decode" (the tokens after it) -----------
+
+
+def ours(name: str, length: int, tokens: int, bits: int = 16) -> Calls:
+    """This project's model, in bfloat16 or with matrices of 8 bits."""
+    model = build(name) if bits == 16 else models.quantize(build(name))
+    ids = context(model.config.vocab_size, length)
+    going: list[Iterator[Tensor]] = []
+
+    @torch.inference_mode()
+    def prefill() -> int:
+        going[:] = [model.stream(ids, 1 + tokens)]
+        return int(next(going[0]))
+
+    @torch.inference_mode()
+    def decode() -> list[int]:
+        return [int(token) for token in going[0]]
+
+    @torch.inference_mode()
+    def logits() -> Any:
+        return model(ids)[0, -1].float().numpy()
+
+    return {"logits": logits, "prefill": prefill, "decode": decode}
+
+
+def transformers_calls(name: str, length: int, tokens: int, compiled: bool = False) -> Calls:
+    """transformers' model, with its forward pass and cache."""
+    model = library(build(name)).eval().requires_grad_(False)
+    ids = context(model.config.vocab_size, length)
+    forward: Callable[..., Any] = torch.compile(model) if compiled else model
+    key = "cache_params" if "Mamba" in type(model).__name__ else "past_key_values"
+    state: dict[str, Any] = {}
+
+    def begin() -> dict[str, Any]:
+        if not compiled or key == "cache_params":
+            return {}
+        from transformers import StaticCache
+
+        return {key: StaticCache(config=model.config, max_cache_len=length + tokens + 1)}
+
+    @torch.inference_mode()
+    def prefill() -> int:
+        out = forward(ids, use_cache=True, logits_to_keep=1, **begin())
+        state.update(cache=out[key], token=out.logits[:, -1].argmax(-1))
+        return int(state["token"])
+
+    @torch.inference_mode()
+    def decode() -> list[int]:
+        found = []
+        for _ in range(tokens):
+            out = forward(state["token"][:, None], use_cache=True, **{key: state["cache"]})
+            state.update(cache=out[key], token=out.logits[:, -1].argmax(-1))
+            found.append(int(state["token"]))
+        return found
+
+    @torch.inference_mode()
+    def logits() -> Any:
+        return model(ids, logits_to_keep=1).logits[0, -1].float().numpy()
+
+    return {"logits": logits, "prefill": prefill, "decode": decode}
+
+
+def llama_calls(path: str, vocab_size: int, length: int, tokens: int, threads: int) -> Calls:
+    """llama.cpp, on a GGUF file."""
+    model = LlamaCpp(Path(path), threads, length + tokens + 1)
+    ids = context(vocab_size, length)[0].tolist()
+    state: dict[str, int] = {}
+
+    def logits() -> Any:
+        model.start()
+        return model.step(ids)
+
+    def prefill() -> int:
+        state["token"] = int(logits().argmax())
+        return state["token"]
+
+    def decode() -> list[int]:
+        found = []
+        for _ in range(tokens):
+            state["token"] = int(model.step([state["token"]]).argmax())
+            found.append(state["token"])
+        return found
+
+    return {"logits": logits, "prefill": prefill, "decode": decode}
+
+
+# --- rows -------------------------------------------------------------------------------------------------
+
+
+def distance(a: Any, b: Any) -> float:
+    """KL divergence of the next token's distribution b from a, in nats, from logits (V,)."""
+    p, q = (torch.from_numpy(np.array(x)).double().log_softmax(-1) for x in (a, b))
+    return float((p.exp() * (p - q)).sum())
+
+
+def compare(title: str, sides: Sequence[Side], sizes: Any) -> tuple[dict[str, Ratio], dict[str, Any]]:
+    """Race two sides, ours first, and print what was measured.
 
     Args:
-        model: From `ours`.
-        ids: (1, L) int64, the context.
-        tokens: How many to decode after the first.
+        title: Of the comparison.
+        sides: Ours and the peer.
+        sizes: Options of the command.
 
     Returns:
-        Prefill: Seconds until the first token.
-        decoding: Seconds of the others.
-        found: (1, 1 + tokens) int64, the tokens.
+        Ratio by call; and seconds, peaks and the distance of the logits.
     """
-    stream = model.stream(ids, 1 + tokens)
-    started = time.perf_counter()
-    found = [next(stream)]
-    filled = time.perf_counter()
-    found += stream
-    return filled - started, time.perf_counter() - filled, torch.stack(found, 1)
-
-
-def their_run(model: Any, ids: Tensor, tokens: int) -> tuple[float, float, Tensor]:
-    """Generate greedily with the library's forward pass and cache.
-
-    Args:
-        model: From `library`.
-        ids: (1, L) int64, the context.
-        tokens: How many to decode after the first.
-
-    Returns:
-        What `our_run` returns.
-    """
-    mamba = "Mamba" in type(model).__name__
-    name = "cache_params" if mamba else "past_key_values"
-    started = time.perf_counter()
-    out = model(ids, use_cache=True, logits_to_keep=1)
-    token = out.logits[:, -1].argmax(-1)
-    filled = time.perf_counter()
-    found = [token]
-    for _ in range(tokens):
-        out = model(token[:, None], use_cache=True, **{name: out[name]})
-        token = out.logits[:, -1].argmax(-1)
-        found.append(token)
-    return filled - started, time.perf_counter() - filled, torch.stack(found, 1)
-
-
-@torch.inference_mode()
-def alone(name: str, length: int, tokens: int) -> tuple[float, float]:
-    """Generate in a process that has only our model.
-
-    Args:
-        name: A preset.
-        length: Tokens of context.
-        tokens: How many to decode.
-
-    Returns:
-        The peak of the process and the size of the weights, in MiB.
-    """
-    model = ours(name)
-    our_run(model, _ids(model, length), tokens)
-    return peak(), sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
-
-
-def _ids(model: models.LanguageModel, length: int) -> Tensor:
-    return torch.randint(0, model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(1))
-
-
-@torch.inference_mode()
-def compare(name: str, length: int, tokens: int, repeats: int) -> dict[str, float]:
-    """Print the median speeds of both, which take turns.
-
-    Args:
-        name: A preset.
-        length: Tokens of context.
-        tokens: How many to decode.
-        repeats: Runs of each.
-
-    Returns:
-        How many times as fast ours is, by "prefill" and "decode".
-    """
-    model = ours(name)
-    peer, ids = library(model), _ids(model, length)
-    runs: dict[str, list[tuple[float, float]]] = {"ours": [], "transformers": []}
-    our_run(model, ids[:, :16], 2)  # compiles
-    same = 0.0
-    for _ in range(repeats):
-        *ours_took, mine = our_run(model, ids, tokens)
-        *theirs_took, other = their_run(peer, ids, tokens)
-        runs["ours"].append((ours_took[0], ours_took[1]))
-        runs["transformers"].append((theirs_took[0], theirs_took[1]))
-        same = float((mine == other).float().mean())
-    median = {
-        side: [sorted(t)[len(t) // 2] for t in zip(*times, strict=True)] for side, times in runs.items()
-    }
-    for side, (prefill, decode) in median.items():
-        print(
-            f"  {side:14} prefill {prefill:8.2f} s {length / prefill:9.1f} tokens/s"
-            f"   decoding {decode:8.2f} s {tokens / decode:8.2f} tokens/s"
+    raced = race(sides, CALLS, sizes.pairs, threads=torch.get_num_threads(), checked=("logits",))
+    mine, peer = (side.name for side in sides)
+    kl = distance(*(raced.answers[name]["logits"] for name in (mine, peer)))
+    print(f"{title}: KL of the next token {kl:.1e}")
+    work = {"prefill": sizes.length, "decode": sizes.tokens}
+    for name in (mine, peer):
+        speeds = ", ".join(
+            f"{call} {work[call] / np.median(raced.seconds[name][call]):.2f} tokens/s" for call in CALLS
         )
-    print(f"  share of equal greedy tokens {same:.2f} (bfloat16 rounds differently in each)")
-    (ours_prefill, ours_decode), (their_prefill, their_decode) = median["ours"], median["transformers"]
-    return {"prefill": their_prefill / ours_prefill, "decode": their_decode / ours_decode}
+        print(f"  {name:20} {speeds}, peak {raced.peak_mib[name] / 1024:.2f} GiB")
+    ratios = {call: raced.ratio(call, mine, peer) for call in CALLS}
+    return ratios, {"seconds": raced.seconds, "peak_mib": raced.peak_mib, "kl": kl, "work": work}
 
 
-@torch.inference_mode()
-def in_8_bits(name: str, length: int, tokens: int, repeats: int) -> float:
-    """Print the speed of decoding in 8 bits beside bfloat16, and how far the answers are from each other.
-
-    Args:
-        name: A preset.
-        length: Tokens of context.
-        tokens: How many to decode.
-        repeats: Runs of each, which take turns; the median counts.
-
-    Returns:
-        How many times as fast decoding is.
-    """
-    wide, narrow = ours(name), models.quantize(ours(name))
-    ids = _ids(wide, length)
-    was, now = (model(ids).float().log_softmax(-1) for model in (wide, narrow))
-    kl = float((was.exp() * (was - now)).sum(-1).mean())
-    print(f"  8 bits: KL from bfloat16 {kl:.2e}, perplexity of its tokens +{100 * math.expm1(kl):.3f} %")
-    took: list[list[float]] = [[], []]
-    for _ in range(1 + repeats):
-        for model, seconds in zip((wide, narrow), took, strict=True):
-            seconds.append(our_run(model, ids, tokens)[1])
-    bfloat16, bits = (sorted(seconds[1:])[repeats // 2] for seconds in took)
-    print(
-        f"  decoding in bfloat16 {tokens / bfloat16:8.2f} tokens/s, in 8 bits {tokens / bits:8.2f} tokens/s"
-    )
-    return bfloat16 / bits
+def rows(name: str, sizes: Any, folder: Path) -> Iterator[tuple[str, Sequence[Side]]]:
+    """Yield every comparison of a model: the end of its ratio's name, and its sides."""
+    config: Any = models.config(name)
+    shape = {"length": sizes.length, "tokens": sizes.tokens}
+    mine = {bits: Side(f"ours, {bits} bits", ours, {"name": name, "bits": bits, **shape}) for bits in (16, 8)}
+    for peer in (peer for peer in sizes.peers if importlib.util.find_spec(NEEDED[peer])):
+        if peer == "llama.cpp":
+            for kind, bits in (("BF16", 16), ("Q8_0", 8)):
+                path = write(build(name), folder / f"{name}-{kind}.gguf", kind)
+                options = {"path": str(path), "vocab_size": config.vocab_size, **shape}
+                options["threads"] = torch.get_num_threads()
+                end = "llama_cpp" if bits == 16 else "llama_cpp_8bit"
+                yield f"{name}_vs_{end}", (mine[bits], Side(f"llama.cpp, {kind}", llama_calls, options))
+                path.unlink()
+        else:
+            compiled = peer == "compiled"
+            if compiled and models.build(name, device="meta").num_parameters() > COMPILED:
+                continue
+            options = {"name": name, "compiled": compiled, **shape}
+            yield f"{name}_vs_{peer}", (mine[16], Side(peer, transformers_calls, options))
+    yield f"{name}_8bit_vs_bfloat16", (mine[8], mine[16])
 
 
 def main() -> None:
     """Run the benchmark."""
     parser = command(__doc__)
-    parser.add_argument("--preset", help="size of the models")
-    parser.add_argument("--family", nargs="+", choices=["mamba", "mamba2", "transformer"])
+    parser.add_argument("--models", nargs="+", help="presets")
+    parser.add_argument("--peers", nargs="+", choices=PEERS)
     parser.add_argument("--length", type=int, help="tokens of context")
     parser.add_argument("--tokens", type=int, help="tokens to decode")
-    parser.add_argument("--repeats", type=int, help="runs of each model, of which the median counts")
-    full = dict(preset="2.8b", family=["mamba", "transformer"], length=1024, tokens=32, repeats=1)
-    options = parse(parser, full, quick=dict(preset="tiny", length=32, tokens=4))
+    parser.add_argument("--pairs", type=int, help="turns of each side")
+    full = dict(models=MODELS, peers=PEERS, length=1024, tokens=128, pairs=5)
+    quick = dict(models=("mamba-tiny", "transformer-tiny"), length=32, tokens=4, pairs=1)
+    sizes = parse(parser, full, quick)
     print(machine())
-    ratios = {}
-    for family in options.family:
-        name = f"{family}-{options.preset}"
-        print(f"{name}, bfloat16, batch 1, {options.length} tokens of context, {options.tokens} generated")
-        most, weights = fresh(alone, name, options.length, options.tokens)
-        print(f"  peak memory of our process {most / 1024:.2f} GiB, weights {weights / 1024:.2f} GiB")
-        for what, ratio in compare(name, options.length, options.tokens, options.repeats).items():
-            ratios[f"{what}_{family}_{options.preset}_vs_transformers"] = ratio
-        bits = in_8_bits(name, options.length, options.tokens, options.repeats)
-        ratios[f"decode_{family}_{options.preset}_8bit_vs_bfloat16"] = bits
-    print_ratios(ratios)
+    print(f"batch 1, {sizes.length} tokens of context, {sizes.tokens} generated, {sizes.pairs} pairs")
+    for peer in sizes.peers:
+        if importlib.util.find_spec(NEEDED[peer]) is None:
+            print(f"{peer} is not installed and left out")
+    ratios: dict[str, float | Ratio] = {}
+    facts: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in sizes.models:
+            for end, sides in rows(name, sizes, Path(folder)):
+                found, facts[end] = compare(end.replace("_", " "), sides, sizes)
+                ratios |= {f"{call}_{end}": ratio for call, ratio in found.items()}
+                if end.endswith("8bit_vs_bfloat16"):
+                    print(f"  perplexity of bfloat16's tokens: +{100 * math.expm1(facts[end]['kl']):.3f} %")
+    finish(sizes, ratios, facts=facts)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,12 @@ import gc
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import median
 from typing import Any
 
 import torch
 
-from benchmarks.common import command, fresh, machine, parse, peak
+from benchmarks.common import Ratio, command, finish, fresh, machine, parse, peak
 from ssm_retrieval.ops.memory import keep_freed_memory, return_freed_memory
 from ssm_retrieval.registry import ARCHITECTURES
 from synthetic.config import Plan, RunConfig, plan
@@ -143,11 +144,11 @@ def main() -> None:
     rows = cases(asked.family, asked.quick)
     ratios = [compare(case) for case in rows]
     off = sum(abs(ratio - 1) > 0.15 for ratio in ratios)
-    print(f"ratio plan_memory {min(ratios):.2f} to {max(ratios):.2f}, {off} of {len(ratios)} off by > 15 %")
+    print(f"{off} of {len(ratios)} are off by more than 15 %")
     longest = rows[-1]["seq_len"]
     kept = [compare(case, keep=True) for case in rows if len(case) == 4 and case["seq_len"] == longest]
-    if kept:
-        print(f"ratio plan_memory_kept {min(kept):.2f} to {max(kept):.2f}")
+    found = {"plan_memory": ratios, "plan_memory_kept": kept}
+    finish(asked, {name: Ratio(median(r), min(r), max(r)) for name, r in found.items() if r})
 
 
 if __name__ == "__main__":

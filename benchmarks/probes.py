@@ -14,8 +14,9 @@ of every layer is recorded by
     ours         probes.record(model, "*.mixer.hook_ssm_state")
     compute      run_with_cache and compute_ssm_state, the peer's call for states, which makes a tensor
                  channels x d_state x length x length; up to the longest length within --memory-gib
-    at 64        ours at 64 positions, the way states of long sequences are recorded; no ratio is taken
-    eager_scan   run_with_cache with the peer's opt-in loop over time, whose hook_ssm_state has the states
+    at 64        ours at 64 positions, the way states of long sequences are recorded
+    eager_scan   run_with_cache with the peer's opt-in loop over time, whose hook_ssm_state has the states,
+                 every one of them
 
 and the grid of residual patches, layers x positions, is measured with the peer's `get_act_patch_resid_pre`
 and with `probes.patching.trace`, on the same sequences, cells and metric. Peaks of memory are those of fresh
@@ -32,6 +33,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from importlib import metadata
+from statistics import median
 from typing import Any
 
 import pandas as pd
@@ -39,7 +41,7 @@ import torch
 from torch import Tensor
 
 import probes
-from benchmarks.common import command, machine, parse, peak_memory, print_ratios, seconds
+from benchmarks.common import Ratio, command, finish, machine, paired, parse, peak_memory, take_turns
 from probes import patching
 from probes.contrast_pairs import Pairs, contrast_pairs
 from probes.patch_cells import Cell
@@ -292,7 +294,7 @@ def main() -> int:
     """Run the benchmark, and return its exit status."""
     parser = command(__doc__)
     parser.add_argument("--memory-gib", type=float, help="what the peer may use (default: %(default)s)")
-    full = dict(memory_gib=8.0, lengths=LENGTHS, grid_length=1024, grid_positions=16, repeats=3)
+    full = dict(memory_gib=8.0, lengths=LENGTHS, grid_length=1024, grid_positions=16, repeats=5)
     quick = dict(lengths=LENGTHS[:1], grid_length=64, grid_positions=4, repeats=1)
     options = parse(parser, full, quick)
     try:
@@ -309,35 +311,38 @@ def main() -> int:
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("transformer-lens", "transformers"))
     print(f"{machine()}, {versions}")
     compare()
-    ratios: dict[str, float] = {}
+    ratios: dict[str, float | Ratio] = {}
 
     length = max(longest(options.memory_gib * 1024, options.lengths))
     print(f"states of {N_LAYER} layers, d_inner {2 * D_MODEL}, d_state {D_STATE}, one sequence")
     for n in sorted({length, options.grid_length}):
         makers = {"ours": our_states, "at 64": our_states_at_64, "eager_scan": eager_states}
         makers |= {"compute": peer_states} if n == length else {}
-        times = seconds({name: make(n) for name, make in makers.items()}, options.repeats)
+        times = take_turns({name: make(n) for name, make in makers.items()}, options.repeats)
         memory = {name: peak_memory(make, (16,), (n,)) for name, make in makers.items()}
-        for name, time in times.items():
-            print(f"  length {n:5}  {name:11} {time * 1e3:9.1f} ms  peak {memory[name]:7.0f} MiB")
+        for name, took in times.items():
+            print(f"  length {n:5}  {name:11} {median(took) * 1e3:9.1f} ms  peak {memory[name]:7.0f} MiB")
         for name in times.keys() - {"ours", "at 64"}:
             suffix = "" if name == "compute" else f"_eager_scan_{n}"
-            ratios[f"record_states_vs_transformer_lens{suffix}"] = times[name] / times["ours"]
+            ratios[f"record_states_vs_transformer_lens{suffix}"] = paired(times[name], times["ours"])
             ratios[f"record_states_memory_vs_transformer_lens{suffix}"] = memory[name] / memory["ours"]
+        ratios[f"states_at_64_vs_transformer_lens_eager_scan_{n}"] = paired(
+            times["eager_scan"], times["at 64"]
+        )
 
     shape = (options.grid_length, options.grid_positions)
     print(f"grid of {N_LAYER} x {shape[1]} residual patches, {GRID_PAIRS} pairs of length {shape[0]}")
     for family, suffix in (("mamba", ""), ("neox", "_neox")):
         makers_of = {"ours": our_grid, "transformer-lens": peer_grid}
         calls = {name: make(family, *shape) for name, make in makers_of.items()}
-        times = seconds(calls, options.repeats)
+        times = take_turns(calls, options.repeats)
         memory = {
             name: peak_memory(make, (family, 32, 2), (family, *shape)) for name, make in makers_of.items()
         }
-        for name, time in times.items():
-            print(f"  {family:6} {name:17} {time:8.2f} s  peak {memory[name]:6.0f} MiB")
-        ratios[f"patch_grid_vs_transformer_lens{suffix}"] = times["transformer-lens"] / times["ours"]
-    print_ratios(dict(sorted(ratios.items())), ".3g")
+        for name, took in times.items():
+            print(f"  {family:6} {name:17} {median(took):8.2f} s  peak {memory[name]:6.0f} MiB")
+        ratios[f"patch_grid_vs_transformer_lens{suffix}"] = paired(times["transformer-lens"], times["ours"])
+    finish(options, dict(sorted(ratios.items())))
     return 0
 
 

@@ -14,11 +14,12 @@ headline ratio is taken in such a process; "_kept_memory" is measured after
 from __future__ import annotations
 
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import torch
 
-from benchmarks.common import command, machine, parse, peak_memory, print_ratios, seconds
+from benchmarks.common import Ratio, command, finish, machine, paired, parse, peak_memory, seconds, take_turns
 from ssm_retrieval.ops.memory import keep_freed_memory
 from ssm_retrieval.ops.selective_scan import selective_scan
 
@@ -84,21 +85,21 @@ def main() -> None:
     sizes = parse(command(__doc__), full, quick)
     print(machine())
     batch, length = shape = (sizes.batch, sizes.length)
-    ratios = {}
+    ratios: dict[str, float | Ratio] = {}
     print(
         f"forward + backward, batch {batch}, length {length}, d_inner {D_INNER}, d_state {D_STATE}, float32"
     )
     for allocator, suffix in (("default", ""), ("kept", "_kept_memory")):
         if suffix:
             keep_freed_memory()
-        t = seconds({"ours": ours(*shape), "mambapy": mambapy(*shape)}, sizes.repeats)
-        ratios[f"scan_vs_mambapy{suffix}"] = t["mambapy"] / t["ours"]
-        both = ", ".join(f"{name} {value * 1e3:.1f} ms" for name, value in t.items())
+        t = take_turns({"ours": ours(*shape), "mambapy": mambapy(*shape)}, sizes.repeats)
+        ratios[f"scan_vs_mambapy{suffix}"] = paired(t["mambapy"], t["ours"])
+        both = ", ".join(f"{name} {median(took) * 1e3:.1f} ms" for name, took in t.items())
         print(f"  allocator {allocator}: {both}")
-    m = seconds({"ours": our_mixer(*shape), "transformers": library_mixer(*shape)}, sizes.layers)
+    m = take_turns({"ours": our_mixer(*shape), "transformers": library_mixer(*shape)}, sizes.layers)
     print(f"whole Mamba layer, hidden {D_INNER // 2}")
-    print(f"  ours           {m['ours'] * 1e3:9.1f} ms")
-    print(f"  transformers   {m['transformers'] * 1e3:9.1f} ms")
+    print(f"  ours           {median(m['ours']) * 1e3:9.1f} ms")
+    print(f"  transformers   {median(m['transformers']) * 1e3:9.1f} ms")
 
     memory = {f.__name__: peak_memory(f, (1, 64), shape) for f in (ours, mambapy)}
     print("peak memory above the inputs: " + ", ".join(f"{k} {v:.0f} MiB" for k, v in memory.items()))
@@ -113,9 +114,9 @@ def main() -> None:
     worst = max(abs(c / middle - 1) for c in cost.values())
 
     ratios["scan_memory_vs_mambapy"] = memory["mambapy"] / memory["ours"]
-    ratios["mixer_vs_transformers"] = m["transformers"] / m["ours"]
+    ratios["mixer_vs_transformers"] = paired(m["transformers"], m["ours"])
     ratios["scan_linearity_deviation"] = worst
-    print_ratios(ratios, ".3g")
+    finish(sizes, ratios)
 
 
 if __name__ == "__main__":

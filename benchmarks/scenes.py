@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import command, parse, print_ratios
+from benchmarks.common import command, finish, parse
 from vlm.scenes import TASKS, Scene, make_example, render, sample_scene
 from vlm.scenes.stamps import COLOURS
 
@@ -89,7 +89,7 @@ def main() -> None:
     if args.images < 8:
         parser.error(f"--images {args.images} is too few to time: give at least 8")
     print(f"{images_per_second(args.images):.1f} images per second on {_CORES} cores")
-    print_ratios({"scenes_vs_matplotlib": ratio_to_matplotlib(args.drawn)}, ".1f")
+    finish(args, {"scenes_vs_matplotlib": ratio_to_matplotlib(args.drawn)})
 
 
 if __name__ == "__main__":

@@ -17,19 +17,21 @@ from benchmarks import common, data
 from synthetic import tasks
 
 ROOT = Path(__file__).parents[2]
-RATIO = re.compile(r"ratio (\w\S*) (\d+\.?\d*(?:e[+-]\d+)?)(?: to (\d\S*).*)?")  # `NAME NUMBER`, or a range
+NUMBER = r"(\d+\.?\d*(?:e[+-]\d+)?)"
+RATIO = re.compile(rf"ratio (\w\S*) {NUMBER}(?: \[{NUMBER}, {NUMBER}\])?")  # `NAME NUMBER`, and its range
 NAMES = {  # of one ratio that each benchmark ends with
     "checkpoint_memory": "read_mamba-tiny_safetensors_peak_per_model",
     "cuda": "train_step_mamba-130m_triton_vs_chunks",
     "data": "data_vs_model",
     "delta": "gated_delta_vs_transformers",
     "hooks": "hook_overhead_unused",
-    "inference": "decode_transformer_tiny_vs_transformers",
+    "inference": "decode_transformer-tiny_vs_transformers",
+    "limits": "share_selective_scan",
     "plan": "plan_memory_kept",
     "probes": "patch_grid_vs_transformer_lens",
     "scan": "scan_memory_vs_mambapy",
     "scenes": "scenes_vs_matplotlib",
-    "train_step": "mamba_memory_vs_transformers",
+    "train_step": "memory_mamba_tiny_float32_vs_mambapy",
 }
 MISSING = {  # what few machines have: without it a benchmark says so
     "cuda": not torch.cuda.is_available(),
@@ -39,7 +41,7 @@ MISSING = {  # what few machines have: without it a benchmark says so
 
 def test_every_benchmark_has_a_quick_run():
     files = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
-    assert set(NAMES) == files - {"__init__", "common"}
+    assert set(NAMES) == files - {"__init__", "common", "turns", "gguf_file", "peers"}
 
 
 @pytest.mark.slow
