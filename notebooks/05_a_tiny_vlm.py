@@ -19,9 +19,9 @@
 # patch into a vector as wide as a word's, and a language model reads patches and words as one sequence. That
 # is all there is to Mamba-VL and Pythia-VL; the two differ in the language model alone.
 #
-# You will see what such a sequence looks like, teach a Transformer and a Mamba of half a million weights to
-# **read one word** in a picture, look at *where* each looks for it, and find in the tables of a longer study
-# what they learn beyond reading. Training takes about two minutes on one core.
+# You will see what such a sequence looks like, find out what it is worth that the language model could talk
+# *before* it could see, ask two trained models about a picture, exchange two patches behind their backs, and
+# read the tables of a study with eight seeds. Training takes about a minute on one core.
 
 # %%
 import matplotlib.pyplot as plt
@@ -29,28 +29,31 @@ import numpy as np
 import pandas as pd
 import torch
 from IPython.display import display
-from lab import begin, say
-from torch.nn import functional as F
+from lab import OUT, begin
 
-from analysis.vlm_plots import GUESSED, best_guess
-from ssm_retrieval import models
-from ssm_retrieval.statistics import mean_interval, wilson
+from analysis.vlm_plots import GUESSED, best_guess, by_patch
+from ssm_retrieval.statistics import wilson
 from ssm_retrieval.style import NAMES, family_colors, legend
 from vlm import components, layout
+from vlm.answering import Answerer, answer_prompts
 from vlm.config import Run, Scenes, Stage
+from vlm.configs.words import MODELS
 from vlm.data.loader import batches
 from vlm.data.mixture import Mixture
+from vlm.demo.__main__ import given
+from vlm.demo.asking import ask, questions
 from vlm.evaluate import answer_all
-from vlm.information_flow import layer_flows, patch_places
-from vlm.model import VLM
+from vlm.metrics.boxes import above_half, iou
+from vlm.predict import RIGHT, SAID, WRONG, draw
+from vlm.prompts import parse_box
 from vlm.results import right
 from vlm.scenes import make_example, render, sample_scene
-from vlm.scenes.encoder import QUESTIONS, STEPS, annotation
+from vlm.scenes.patches import owners
 from vlm.stages import rate
 
 begin()
 FAMILIES = ("transformer", "mamba")
-SIDE = 8  # patches along a side of the image
+PIXELS, SIDE = 96, 3  # of an image; patches along its side
 
 # %% [markdown]
 # ## A picture and its questions
@@ -60,10 +63,11 @@ SIDE = 8  # patches along a side of the image
 
 # %%
 scene = sample_scene(seed=0, split="heldout", index=3)
+picture = render(scene)
 TASKS = ("reading-word", "attribute", "existence", "count", "spatial", "grounding")
 
 figure, ax = plt.subplots(figsize=(3.2, 3.2))
-ax.imshow(render(scene))
+ax.imshow(picture)
 for k in range(1, SIDE):
     ax.axhline(k * scene.size / SIDE - 0.5, color="0.7", lw=0.5)
     ax.axvline(k * scene.size / SIDE - 0.5, color="0.7", lw=0.5)
@@ -74,7 +78,7 @@ rows = [dict(task=e.task, question=e.question, answer=e.answer) for e in asked]
 display(pd.DataFrame(rows).set_index("task"))
 
 # %% [markdown]
-# The thin lines cut the picture into 8 x 8 patches: this is what the language model gets to read, row by row.
+# The thin lines cut the picture into 3 x 3 patches: this is what the language model gets to read, row by row.
 # The answer of *grounding* is a box: left, top, right and bottom edge as shares of the picture.
 #
 # ## The same question in three places
@@ -85,9 +89,8 @@ display(pd.DataFrame(rows).set_index("task"))
 # known, which the paper did not try).
 
 # %%
-words = components.text("scenes")  # a small tokenizer for scenes
-source = Scenes("reading-word", 400, "heldout").build(answers=True)
-sample = source[3]
+text = components.text("scenes")  # a small tokenizer for scenes
+sample = Scenes("grounding", 400, "heldout").build(answers=True)[3]
 KINDS = ("patch of the picture", "marker of the picture", "question", "answer")
 SHADES = ("#b8c4d6", "#3d4f6b", "#d1495b", "#edae49")
 
@@ -103,10 +106,10 @@ def kinds(ids, labels, image):
 
 
 figure, axes = plt.subplots(3, 1, figsize=(7.5, 2.6), sharex=True)
-image = layout.image_ids(SIDE, words.markers)
+image = layout.image_ids(SIDE, text.markers)
 LAYOUTS = ("agnostic", "instruction-first", "query-first")
 for ax, name in zip(axes, LAYOUTS, strict=True):
-    ids, labels = layout.sequence(sample.chunks, words.encode, SIDE, name, markers=words.markers)
+    ids, labels = layout.sequence(sample.chunks, text.encode, SIDE, name, markers=text.markers)
     for i, kind in enumerate(kinds(ids, labels, image)):
         ax.bar(i, 1, width=1.0, color=SHADES[kind], lw=0)
     ax.set_yticks([])
@@ -119,222 +122,255 @@ plt.show()
 print("".join(chunk.text for chunk in sample.chunks))
 
 # %% [markdown]
-# *How to read it.* One bar is one token, read from left to right. Between the picture's two markers stand 64
+# *How to read it.* One bar is one token, read from left to right. Between the picture's two markers stand the
 # patches (grey), with a marker behind each row. Training asks for the answer's tokens only (yellow).
 #
-# ## Eyes
+# ## Language first
 #
-# `python -m vlm.train` trains a small encoder for scenes first, which takes two minutes. Here we give the
-# models **perfect eyes** instead: a patch tells what covers it (kind, shape or digit or word, colour, size,
-# texture) and the box of that object. With such eyes nothing remains to be *seen*; what remains is to find,
-# among 64 patches, the one that matters. That is the paper's question.
-
-
-# %%
-class PerfectEyes:
-    """Features of scenes' patches from their annotation: what is asked of an encoder, in ones and zeros."""
-
-    def __init__(self):
-        self.known = {}
-
-    def patches(self, split, index):
-        """(64, F) of one scene."""
-        if (split, index) not in self.known:
-            labels, boxes = annotation(sample_scene(0, split, index), SIDE)
-            told = [F.one_hot(torch.tensor(labels[q]) + 1, n + 1)[:, 1:] for q, n in QUESTIONS.items()]
-            edges = F.one_hot((torch.tensor(boxes) * 100).round().long(), STEPS).flatten(1)
-            edges = edges * (torch.tensor(labels["kind"]) > 0)[:, None]
-            self.known[split, index] = torch.cat([*told, edges], 1).to(torch.bool)
-        return self.known[split, index]
-
-    def get(self, source, images):
-        """(B, 64, F), what `vlm.data.loader.batches` asks of any encoder."""
-        return torch.stack([self.patches(source.split, int(i)) for i in images]).float() * 4
-
-
-eyes = PerfectEyes()
-say(f"Each of the 64 patches is told in {eyes.patches('heldout', 3).shape[1]} numbers.")
-
-# %% [markdown]
-# ## Two models learn to read
+# The paper's models were language models before they saw a picture. So are ours: a Transformer and a Mamba of
+# half a million weights each come with the toolkit that know such scenes *in words*
+# ([how they were made](../vlm/configs/words.py), and [what they answer](../docs/vlm.md#results)): where a
+# picture has a patch, a scene in words says what is there, such as *a large striped green cross* and its box.
+# What is left to learn is what a patch of a *picture* says.
 #
 # The loop below is all of training: a batch of sequences with their patches, the mean loss over examples, a
-# step. Both models get the same pictures in the same order. The question is always the same (*What does the
-# word say?*), so there is little to understand: find the patches that show a word, say which of 16 it is.
+# step. It teaches four models to read the word in a picture (*What does the word say?*): both families, with
+# the language model that comes along and with a new one. As in the paper, the connector learns alone first
+# where there is something to connect to. All four see the same pictures in the same order.
 
 # %%
-STEPS_EACH = 200
-WORDS = {"reading-word": Scenes("reading-word", 4000)}
-STAGE = Stage(data=WORDS, batch_size=32, lr=2e-3, steps=STEPS_EACH)
-SIZES = {"transformer": dict(n_head=2, init_std=0.06), "mamba": {}}
+STEPS, ALONE = 200, 50  # steps in all; of these for the connector alone
+WORDS = {"reading-word": Scenes("reading-word", 2000)}
+BEGINNINGS = {"scenes": "language first", None: "from nothing"}
 
 
-def learn(family, place="agnostic"):
-    """A model trained to read, and its loss at every step."""
-    lm = models.build(f"{family}-tiny", vocab_size=len(words), seed=0, **SIZES[family])
-    torch.manual_seed(0)
-    model = VLM(lm, features=eyes.patches("train", 0).shape[1])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=STAGE.lr, betas=(0.9, 0.95))
-    read = Mixture({name: words.build(answers=True) for name, words in STAGE.data.items()})
-    losses = []
-    for batch in batches(
-        read, eyes, batch_size=STAGE.batch_size, start=0, stop=STEPS_EACH, seed=0,
-        encode=words.encode, markers=words.markers, side=SIDE, layout=place,
-    ):  # fmt: skip
-        for group in optimizer.param_groups:
-            group["lr"] = STAGE.lr * rate(len(losses), STAGE)
-        loss = model.loss(batch.input_ids, batch.features, batch.labels)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+def plan(family, init):
+    """What is trained; `vlm.train` takes a file of such runs."""
+    stages = [Stage(WORDS, batch_size=32, lr=1.5e-3, steps=STEPS)]
+    if init:
+        alone = Stage(WORDS, batch_size=32, lr=3e-3, steps=ALONE, train="connector")
+        stages = [alone, Stage(WORDS, batch_size=32, lr=1.5e-3, steps=STEPS - ALONE)]
+    return Run(
+        name=f"{family}-{BEGINNINGS[init]}", model=f"{family}-tiny", stages=tuple(stages), evaluation={},
+        init=init, model_overrides={} if init else MODELS[f"{family}-tiny"],
+        encoder="scenes-32px", image_size=PIXELS,
+    )  # fmt: skip
+
+
+def learn(run, features):
+    """A model trained as `run` says, and its loss at every step."""
+    source = WORDS["reading-word"].build(answers=True)
+    model, losses = components.model(run, components.eyes_of(run, OUT).width), []
+    for stage in run.stages:
+        model.lm.requires_grad_(stage.train == "all")
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        optimizer = torch.optim.AdamW(weights, lr=stage.lr, betas=stage.betas, weight_decay=0.0)
+        seen = batches(
+            Mixture({"reading-word": source}), features, batch_size=stage.batch_size,
+            start=len(losses), stop=len(losses) + stage.steps, seed=0,
+            encode=text.encode, markers=text.markers, side=SIDE, layout=run.layout,
+        )  # fmt: skip
+        for step, batch in enumerate(seen):
+            for group in optimizer.param_groups:
+                group["lr"] = stage.lr * rate(step, stage)
+            loss = model.loss(batch.input_ids, batch.features, batch.labels)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
     return model.eval(), losses
 
 
-found = {family: learn(family) for family in FAMILIES}
+HELDOUT = 300
+test = Scenes("reading-word", HELDOUT, "heldout").build(answers=False)
+samples = [test[i] for i in range(HELDOUT)]
+losses, rows = {}, []
+for family in FAMILIES:
+    for init, beginning in BEGINNINGS.items():
+        run = plan(family, init)
+        features = components.features(run, PIXELS, OUT)  # of the encoder, which comes along too
+        for source in (WORDS["reading-word"].build(answers=True), test):
+            features.fill(source, progress=False)
+        model, losses[family, beginning] = learn(run, features)
+        said = answer_all(model, run, features, test, samples, SIDE, "cpu")
+        hits = sum(right(sample, answer) for sample, answer in zip(samples, said, strict=True))
+        low, high = wilson(hits, HELDOUT)
+        about = {"model": NAMES[family], "begins": beginning, "right": hits / HELDOUT}
+        rows.append(about | {"low": low, "high": high, "chance": 1 / 16})
+display(pd.DataFrame(rows).set_index(["model", "begins"]).style.format("{:.3f}"))
 
 # %%
+source = Scenes("reading-word", 1, "heldout").build(answers=True)
+labels = layout.sequence(source[0].chunks, text.encode, SIDE, "agnostic", markers=text.markers)[1]
 tokens = sum(label != layout.IGNORE for label in labels)  # of an answer
 guess = np.log(16) / tokens  # the word is one of 16; the answer's other tokens are always the same
 
 figure, ax = plt.subplots(figsize=(5.5, 3.2))
-for family, (_, losses) in found.items():
-    smooth = pd.Series(losses).rolling(8, min_periods=1).mean()
-    ax.plot(range(1, STEPS_EACH + 1), smooth, color=family_colors()[family], label=NAMES[family])
+for (family, beginning), values in losses.items():
+    smooth = pd.Series(values).rolling(8, min_periods=1).mean()
+    style = "-" if beginning == "language first" else "--"
+    label = f"{NAMES[family]}, {beginning}"
+    ax.plot(range(1, STEPS + 1), smooth, style, color=family_colors()[family], label=label)
 ax.axhline(guess, color="0.3", ls=":", label="a guess among 16 words")
-ax.set(xlabel="steps of 32 pictures", ylabel="loss (nats per token)", ylim=(0, 2))
-ax.legend(frameon=False)
+ax.axvline(ALONE, color="0.8", lw=0.8)
+ax.set(xlabel="steps of 32 pictures", ylabel="loss (nats per token)", ylim=(0, 3))
+ax.legend(frameon=False, fontsize=8)
 plt.show()
 
 # %% [markdown]
-# *How to read it.* Both soon know what an answer looks like and reach the dotted line: the loss of naming any
-# of the 16 words. To get below it a model must look at the picture.
+# *How to read it.* Left of the thin line the connector of the solid curves learns alone, with the language
+# model frozen. The dotted line is the loss of naming any of the 16 words: to get below it a model must look
+# at the picture. For reading, language buys nothing: the question is always the same, so there is nothing to
+# look up, and models that begin with nothing need no more steps than the others. Where every picture is asked
+# something else, [the study below](../studies/vlm_retrieval/README.md) measures what it buys.
+#
+# ## Ask two trained models
+#
+# The two models of the quick start, which learned ten tasks with 2,500 such steps, come with the toolkit as
+# well. `python -m vlm.demo` opens a page to talk to them; here is the same in Python.
 
 # %%
-HELDOUT = 300
-test = Scenes("reading-word", HELDOUT, "heldout").build(answers=False)
-samples = [test[i] for i in range(HELDOUT)]
+models = {one.run.family: one for one in map(Answerer.open, given())}
+chosen = list({question.sample.task: question for question in questions(scene)}.values())
 rows = []
-for family, (model, _) in found.items():
-    run = Run(family, f"{family}-tiny", (STAGE,), WORDS, layout="agnostic", precision="no")
-    said = answer_all(model, run, eyes, test, samples, SIDE, "cpu")
-    hits = sum(right(sample, answer) for sample, answer in zip(samples, said, strict=True))
-    low, high = wilson(hits, HELDOUT)
-    rows.append({"model": NAMES[family], "right": hits / HELDOUT, "low": low, "high": high, "chance": 1 / 16})
-display(pd.DataFrame(rows).set_index("model").style.format("{:.3f}"))
+for question in chosen:
+    row = {"question": question.text, "right answer": question.example.answer.strip()}
+    for family, model in models.items():
+        row[NAMES[family]] = ask(model, picture, question).said.strip()
+    rows.append(row)
+with pd.option_context("display.max_colwidth", None):
+    display(pd.DataFrame(rows).set_index("question"))
 
 # %% [markdown]
-# ## Where do they look?
+# ## What is looked up: what a patch shows, or where it stands?
 #
-# `vlm.information_flow.layer_flows` tells how much an answer reads from each patch: of a Transformer its
-# attention (the mean over heads), of Mamba the **hidden attention** of notebook 03, the weight of each token
-# in the output of an SSM. Below is what the position that must name the word reads, in the layer of each
-# model that reads the word most, for three held-out pictures.
+# Both models find most objects. Do they find them in the same way? An encoder's patch says *what* is there,
+# and, because it has seen the whole picture, *where* that is. So there are two ways to answer "where is the
+# red star?": find the patch that shows one and read from it where it is; or find out at which place of the
+# row it stands. In every picture the two agree. We make them differ: two objects with one patch each change
+# places *in the row of patches*, after the encoder has seen the picture.
 
 
 # %%
-def glances(family, index):
-    """layer -> (8, 8) what the answer's position reads from the patches, summing to 1 over the picture."""
-    model = found[family][0]
-    ids, labels = layout.sequence(source[index].chunks, words.encode, SIDE, "agnostic", markers=words.markers)
-    ids = torch.tensor([ids])
-    first = next(i for i, label in enumerate(labels) if label != layout.IGNORE) - 1
-    flows = layer_flows(model, ids, eyes.get(source, [str(index)]), at=[first])
-    assert patch_places(ids).shape[1] == SIDE**2
-    maps = {layer: flow.attention.mean(2)[0, 0].view(SIDE, SIDE) for layer, flow in flows.items()}
-    return {layer: (seen / seen.sum()).numpy() for layer, seen in maps.items()}
+PICTURES = 150
+source = Scenes("grounding", PICTURES, "heldout").build(answers=False)
 
 
-def on_word(index, seen):
-    """Share of a map that lies on the patches that show the scene's word."""
-    labels, _ = annotation(sample_scene(0, "heldout", index), SIDE)
-    return float(seen[labels["kind"].reshape(SIDE, SIDE) == 3].sum())
+def swap(sample):
+    """The patches of the object asked for and of another shape, and that one's box; None if not one each."""
+    shown, target = source.scene(sample.image), tuple(sample.target["box"])
+    patches = owners(shown, SIDE).reshape(-1)
+    where = {item.box: np.flatnonzero(patches == k) for k, item in enumerate(shown.objects)}
+    others = [item.box for item in shown.shapes if item.box != target and len(where[item.box]) == 1]
+    if len(where[target]) != 1 or not others:
+        return None
+    return int(where[target][0]), int(where[others[0]][0]), others[0]
 
 
-SEEN = range(60)  # scenes
-shares = {
-    family: pd.DataFrame(
-        [{layer: on_word(i, seen) for layer, seen in glances(family, i).items()} for i in SEEN]
-    )
-    for family in FAMILIES
-}
-covered = np.mean([on_word(i, np.full((SIDE, SIDE), 1 / SIDE**2)) for i in SEEN])
-best = {family: int(shares[family].mean().idxmax()) for family in FAMILIES}
+swaps = {i: found for i in range(PICTURES) if (found := swap(source[i])) is not None}
+pictures = [source.picture(source[i].image) for i in swaps]
 
-figure, axes = plt.subplots(len(FAMILIES), 3, figsize=(6.6, 4.6))
-for line, family in zip(axes, FAMILIES, strict=True):
-    for ax, index in zip(line, SEEN, strict=False):
-        shown = sample_scene(0, "heldout", index)
-        edge = (-0.5, shown.size - 0.5, shown.size - 0.5, -0.5)
-        ax.imshow(render(shown))
-        ax.imshow(glances(family, index)[best[family]], extent=edge, cmap="magma", alpha=0.65, vmin=0)
-        (word,) = (item for item in shown.objects if item.kind == "word")
-        x0, y0, x1, y1 = word.box
-        frame = (x0 - 1, y0 - 1), x1 - x0 + 1, y1 - y0 + 1
-        ax.add_patch(plt.Rectangle(*frame, fill=False, ec="white", lw=1.5))
-        ax.set(xticks=[], yticks=[])
-        ax.grid(False)
-    line[0].set_ylabel(f"{NAMES[family]}, layer {best[family]}", fontsize=9)
-figure.suptitle("what the answer reads (bright), and the word (white frame)", fontsize=9)
+
+def boxes(model, change):
+    """(N, 4) boxes that a model answers, as shares of the side; NaN for an answer that is none."""
+    seen = torch.cat([model.features([picture]) for picture in pictures])
+    if change:
+        for row, (mine, other, _) in zip(seen, swaps.values(), strict=True):
+            row[[mine, other]] = row[[other, mine]]
+    prompts = [model.ids(source[i].chunks) for i in swaps]
+    said = answer_prompts(model.model, model.run, prompts, lambda numbers: seen[numbers], "cpu")
+    return np.array([parse_box(words, 1, 1) or (np.nan,) * 4 for words in said])
+
+
+content = np.array([source[i].target["box"] for i in swaps]) / scene.size  # what the patch says
+place = np.array([box for _, _, box in swaps.values()]) / scene.size  # where it stands now
+before = {family: boxes(model, change=False) for family, model in models.items()}
+after = {family: boxes(model, change=True) for family, model in models.items()}
+
+rows = []
+for family in FAMILIES:
+    row = {
+        "model": NAMES[family],
+        "right before": above_half(iou(before[family], content)).mean(),
+        "as before": above_half(iou(after[family], content)).mean(),
+        "the other object's": above_half(iou(after[family], place)).mean(),
+    }
+    for axis, edge in enumerate(("left", "top")):
+        apart = np.abs(content - place)[:, axis] > 0.15  # where the two can be told apart
+        for name, wanted in (("content", content), ("place", place)):
+            near = np.abs(after[family] - wanted)[apart, axis] < 0.07
+            row[f"{edge} edge by {name}"] = near.mean()
+    rows.append(row)
+display(pd.DataFrame(rows).set_index("model").style.format("{:.2f}"))
+
+# %%
+most = np.abs(content - place)[:, :2].min(axis=1).argmax()  # the pair that is furthest apart
+figure, axes = plt.subplots(1, 2, figsize=(6.4, 3.6))
+for ax, family in zip(axes, FAMILIES, strict=True):
+    framed = [
+        (tuple(scene.size * content[most]), RIGHT, "asked for"),
+        (tuple(scene.size * place[most]), WRONG, "its patch now"),
+        (tuple(scene.size * np.nan_to_num(after[family][most])), SAID, "answer"),
+    ]
+    ax.imshow(draw(pictures[most], framed, zoom=3))
+    ax.set_axis_off()
+    ax.set_title(NAMES[family], color=family_colors()[family], fontsize=9)
+figure.suptitle("".join(chunk.text for chunk in source[list(swaps)[most]].chunks).strip(), fontsize=8)
 plt.show()
-looked = {family: mean_interval(shares[family][best[family]], bounds=(0, 1)) for family in FAMILIES}
-say(
-    f"The word covers {covered:.3f} of the patches on average. "
-    + " ".join(
-        f"Of what the answer of the {NAMES[family]} model reads from the picture, {mean:.2f} "
-        f"[{low:.2f}, {high:.2f}] lies on it."
-        for family, (mean, low, high) in looked.items()
-    )
-    + f" (Means over {len(SEEN)} pictures, 95 % intervals.)"
-)
 
 # %% [markdown]
-# ## With more training, and real eyes
+# *How to read it.* Green is the box of the object that is asked for, red the one whose patch it has changed
+# places with, blue the answer. An answer by content is the green box, one by place the red one; the table has
+# the shares of boxes and of single edges. A model that goes by place for one edge and by content for the
+# other answers a box that belongs to no object. Attention asks *which patch is a red star*, and reads the
+# rest from it; a state has mixed what a patch shows with where it came in. Which edge Mamba takes from where
+# differs between trained models. The study has eight seeds of each, and of a hybrid, which stands between.
 #
-# What you have seen is one seed and a hundred steps. The study
-# [`studies/vlm_cpu`](../studies/vlm_cpu/README.md) trains both families on everything that `vlm.scenes` asks,
-# with an encoder that reads pixels, three seeds each. Its table is in the repository:
+# ## Eight seeds
+#
+# The study [`studies/vlm_retrieval`](../studies/vlm_retrieval/README.md) trains both families on questions
+# that look something up, with the text in different places. These models began with language models that knew
+# scenes in words with the question before and behind them. The study's table is in the repository:
 
 # %%
-study = pd.read_parquet("../studies/vlm_cpu/results.parquet")
-main = study[study["metric"].isin(["accuracy", "iou@0.5"]) & (study["image_size"] == 64)]
-tasks = list(dict.fromkeys(main["task"]))
+study = by_patch(pd.read_parquet("../studies/vlm_retrieval/results.parquet"))
+study = study[(study["patch"] == PIXELS // SIDE) & ~study["run"].str.contains("-base-")]
+tasks = list(dict.fromkeys(study["task"]))
 
-figure, axes = plt.subplots(1, 3, figsize=(8.6, 3.8), sharey=True)
-for ax, place in zip(axes, LAYOUTS, strict=True):
+figure, axes = plt.subplots(1, len(LAYOUTS), figsize=(8.6, 3.8), sharey=True)
+for ax, where in zip(axes, LAYOUTS, strict=True):
     for k, task in enumerate(tasks):
-        part = main[(main["task"] == task) & (main["layout"] == place)]
+        part = study[(study["task"] == task) & (study["layout"] == where)]
         ax.plot([best_guess(part)] * 2, [k - 0.4, k + 0.4], color="0.3", ls=":")
         for shift, family in ((-0.15, "transformer"), (0.15, "mamba")):
             values, color = part.loc[part["family"] == family, "value"], family_colors()[family]
             ax.plot(values, [k + shift] * len(values), "|", ms=7, mew=1.5, color=color)
             ax.plot(values.mean(), k + shift, "o", ms=5, color=color)
-    ax.set_title(place, fontsize=9)
-    ax.set(xlim=(0, 1), xlabel="right answers")
+    ax.set_title(where, fontsize=9)
+    ax.set(xlim=(0, 1.02), xlabel="right answers")
 axes[0].set_yticks(range(len(tasks)), tasks, fontsize=8)
 axes[0].invert_yaxis()
 looks = {NAMES[family]: dict(marker="o", ls="", color=family_colors()[family]) for family in FAMILIES}
 legend(figure, looks | {GUESSED: dict(ls=":", color="0.3")}, width=2.4)
-figure.suptitle("measured: studies/vlm_cpu, 64 px", fontsize=8)
+figure.suptitle("measured: studies/vlm_retrieval", fontsize=8)
 plt.show()
 
 # %% [markdown]
 # *How to read it.* Strokes are seeds, dots their means. Dotted is what a guess gets that does not see the
-# picture, or sees it and ignores which object is asked for: of an attribute it says the commonest value, of
-# boxes that of any shape (of new combinations, any that may be asked for). Four things to see:
+# picture, or sees it and ignores which object is asked for. "Combination" means colours with shapes that no
+# training picture shows, and no scene in words.
 #
-# * **Attributes** are below that guess in every run, and questions of yes or no near chance.
-# * **Grounding** is where the two differ most, and where seeds do: two Transformers find about half of the
-#   objects, the third never began to; every Mamba finds about a quarter.
-# * **The question before the picture** makes Mamba a little better at it in every seed and the Transformer
-#   worse. What the states do then is in the study, with `vlm.information_flow` as above.
-# * **Captions**, which are not in this figure, say nothing of the two: one caption for all pictures scores
-#   higher than every model.
+# * **Finding.** The Transformer finds somewhat more of what it knows and names more attributes, but for the
+#   seeds that lost their lookups on the way to pictures.
+# * **New combinations.** Mamba finds a red star as well if it has never seen one. The Transformer hardly does
+#   better than any box that may be asked for. This is so wherever the text stands.
+# * **The question before the picture** changes little for either: no difference in boxes is resolved.
 #
 # ## Try it
 #
-# * `learn("mamba", "query-first")`: does the question help when it is always the same? (Why should it not?)
-# * `Scenes("attribute", 4000)` instead of `"reading-word"`: now the question differs from picture to picture,
-#   and the answer must look up *where* before it can say *what*. How many steps does that take?
-# * The whole of it with an encoder that reads pixels: `python -m vlm.train vlm/configs/cpu_tiny.py`.
+# * `Scenes("locate", 2000)` instead of `"reading-word"`: now the question differs from picture to picture,
+#   and the answer must look up *where*. How many steps does that take, from language and from nothing?
+# * `ALONE = 0`: is the connector's own stage worth its steps?
+# * Exchange patches with the question before the picture: `python -m vlm.train` with `layout="query-first"`.
+# * The whole quick start: `python -m vlm.train vlm/configs/cpu_tiny.py`.

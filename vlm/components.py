@@ -217,7 +217,8 @@ def model(run: Run, width: int) -> VLM:
     if run.init is None:
         lm = models.build(run.model, seed=run.seed, **{"vocab_size": words, **run.model_overrides})
     else:
-        lm = models.load(pretrained.folder(run.family) if run.init == pretrained.SCENES else run.init)
+        given = run.init in (pretrained.SCENES, pretrained.ANY_ORDER)
+        lm = models.load(pretrained.folder(run.family, run.init) if given else run.init)
         if models.architecture_of(lm.config).name != run.family:
             raise UserError(
                 f"init={run.init!r} of run {run.name!r} is no {run.family}, as model={run.model!r} says; "

@@ -123,8 +123,9 @@ class Run:
         stages: Run one after the other; none with `checkpoint`.
         evaluation: Sources by name.
         model_overrides: Options that differ from the preset's.
-        init: Pretrained weights of the language model: "scenes", the one of its family that comes with the
-            toolkit (`vlm.pretrained`), whose shape decides, or a name or folder for `models.load`.
+        init: Pretrained weights of the language model: "scenes" or "scenes-any-order", those of its family
+            that come with the toolkit (`vlm.pretrained`), whose shape decides, or a name or folder for
+            `models.load`.
         encoder: "scenes", "scenes-16px" or "scenes-32px" (trained on rendered scenes on first use); "words",
             scenes in words (`vlm.scenes.words`); or a name of timm, whose weights are downloaded
             (`vlm.encoder.build`).
@@ -214,8 +215,8 @@ class Run:
         said: Any = {"version": TRAINING_VERSION} | {
             name: getattr(self, name) for name in ("model", "model_overrides", "init", "seed", "precision")
         }
-        if self.init == pretrained.SCENES:
-            said["init"] = f"{self.init}-{pretrained.digest(self.family)}"
+        if self.init in (pretrained.SCENES, pretrained.ANY_ORDER):
+            said["init"] = f"{self.init}-{pretrained.digest(self.family, self.init)}"
         said["encoder"] = encoder.key(self.encoder) if self.encoder in encoder.ENCODERS else self.encoder
         if self.tokenizer == tokenizer.OWN:
             said["tokenizer"] = f"own-{components.text_of(self).digest()}"

@@ -3,8 +3,9 @@
     python -m vlm.train vlm/configs/words.py             # pretrains one language model of each family
     python -m vlm.pretrained --encoder scenes-32px       # writes them to vlm/scenes/pretrained
 
-A run with init="scenes" begins with the language model of its family, which knows scenes in words. An encoder
-that is there is not trained again.
+A run with init="scenes" begins with the language model of its family, which knows scenes in words, the
+questions behind them; init="scenes-any-order" with one that has seen questions before them as well. An
+encoder that is there is not trained again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -24,17 +25,21 @@ from ssm_retrieval.cli import guarded, parse
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.training import store
 
+if TYPE_CHECKING:
+    from vlm.config import Run
+
 FOLDER = Path(__file__).parent / "scenes" / "pretrained"
-SCENES = "scenes"  # the `init` of a run that begins with a model of this folder
+SCENES, ANY_ORDER = "scenes", "scenes-any-order"  # the `init` of a run that begins with a model of FOLDER
 CONFIG = Path(__file__).parent / "configs" / "words.py"
 MADE = "made.json"  # beside the weights: what they were made of
 
 
-def folder(family: str) -> Path:
+def folder(family: str, init: str = SCENES) -> Path:
     """Return the folder of a family's language model.
 
     Args:
         family: Architecture of the language model, such as "mamba".
+        init: SCENES or ANY_ORDER.
 
     Returns:
         The folder, for `models.load`.
@@ -42,18 +47,27 @@ def folder(family: str) -> Path:
     Raises:
         UserError: If there is no such model.
     """
-    if not (FOLDER / family / MADE).exists():
-        known = ", ".join(sorted(path.parent.name for path in FOLDER.glob(f"*/{MADE}")))
+    kind = init.removeprefix(SCENES)  # a suffix of folders
+    if not (FOLDER / f"{family}{kind}" / MADE).exists():
+        suffix = ANY_ORDER.removeprefix(SCENES)
+        names = {path.parent.name for path in FOLDER.glob(f"*/{MADE}")}
+        both = {name for name in names if name.endswith(suffix)}
+        known = ", ".join(sorted(name.removesuffix(suffix) for name in (both if kind else names - both)))
         raise UserError(
-            f"init={SCENES!r}: no language model of {family!r} was pretrained, only of {known or 'none'}; "
+            f"init={init!r}: no language model of {family!r} was pretrained, only of {known or 'none'}; "
             "leave init out, or add a run to vlm/configs/words.py"
         )
-    return FOLDER / family
+    return FOLDER / f"{family}{kind}"
 
 
-def digest(family: str) -> str:
-    """Return a hash of the weights of a family's language model."""
-    content = (folder(family) / store.WEIGHTS).read_bytes()
+def kind_of(run: Run) -> str:
+    """Return the `init` of runs that begin with a pretrained run: of several layouts, or one."""
+    return ANY_ORDER if len(run.stages[-1].layouts) > 1 else SCENES
+
+
+def digest(family: str, init: str = SCENES) -> str:
+    """Return a hash of the weights of a family's language model, as for `folder`."""
+    content = (folder(family, init) / store.WEIGHTS).read_bytes()
     return hashlib.sha256(content).hexdigest()[:16]
 
 
@@ -101,7 +115,7 @@ def write(options: Options) -> int:
             "commit": folders.commit(options.out / stage), "parameters": lm.num_parameters(),
             "steps": [one.steps for one in spent], "seconds": [round(one.seconds) for one in spent],
         }  # fmt: skip
-        place = options.to / run.family
+        place = options.to / f"{run.family}{kind_of(run).removeprefix(SCENES)}"
         options.to.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=options.to) as temporary:
             models.save(lm, Path(temporary) / "model")

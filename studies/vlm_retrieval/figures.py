@@ -58,7 +58,7 @@ def layouts(found: pd.DataFrame) -> Any:
     """Right answers of the paper's two families by where the image stands: means, 95 % intervals, seeds."""
     import matplotlib.pyplot as plt
 
-    cells = [cell for cell in ("base", *summary.LAYOUTS) if (found["cell"] == cell).any()]
+    cells = [cell for cell in (summary.FIRST, *summary.LAYOUTS) if (found["cell"] == cell).any()]
     figure, axes = plt.subplots(1, len(SHOWN), figsize=(DOUBLE * 1.25, 3.0), sharey=True)
     for ax, (task, title) in zip(axes, SHOWN.items(), strict=True):
         _guess(ax, [_best(found, task)] * len(cells))
@@ -71,8 +71,7 @@ def layouts(found: pd.DataFrame) -> Any:
                 mean, low, high = mean_interval(mine.to_numpy())
                 ax.plot([x] * mine.size, mine, ".", ms=3, color=color, alpha=0.4)
                 ax.errorbar(x, mean, [[mean - low], [high - mean]], fmt="o", ms=4, color=color, lw=1.2)
-        names = ["image first" if cell == "base" else cell for cell in cells]
-        ax.set_xticks(range(len(cells)), names, rotation=35, ha="right", fontsize=7)
+        ax.set_xticks(range(len(cells)), cells, rotation=35, ha="right", fontsize=7)
         ax.set_title(title, fontsize=8)
         ax.set_ylim(0, 102)
     axes[0].set_ylabel("right answers, per cent")

@@ -38,7 +38,7 @@ from vlm.scenes.scene import Box, Scene
 
 HERE = Path(__file__).parent
 Array = npt.NDArray[np.float64]
-PROBED = ("base", "query-first")
+PROBED = ("base", "image-first", "query-first")
 QUESTIONS = 200
 FAR, NEAR = 0.15, 0.07  # of edges, in shares of the side: half a patch, a fifth of one
 CHANGES = ("intact", "target empty", "other empty", "exchanged")
@@ -159,8 +159,9 @@ def places(one: Run, out: Path) -> pd.DataFrame:
 
 
 def _about(one: Run, table: pd.DataFrame) -> pd.DataFrame:
-    """The table with columns family, layout and seed before its own."""
-    about: dict[str, Any] = {"family": one.family, "layout": one.layout, "seed": one.seed}
+    """The table with columns family, cell and seed before its own."""
+    cell = next(cell for cell in CELLS if run(cell, one.family, one.seed).name == one.name)
+    about: dict[str, Any] = {"family": one.family, "cell": cell.name, "seed": one.seed}
     for name, value in reversed(about.items()):
         table.insert(0, name, value)
     return table
@@ -176,7 +177,8 @@ def main(out: Path) -> None:
         made["changed"].append(changed(one, out))
         made["places"].append(places(one, out))
         if one.family != "gated-deltanet":  # information_flow knows attention and selective scans
-            made["looks"].append(target_ratios(target_table(one, out, QUESTIONS)))
+            looks = target_ratios(target_table(one, out, QUESTIONS))
+            made["looks"].append(_about(one, looks.drop(columns=["family", "seed"])))
         print(one.name)
     for name, tables in made.items():
         text = pd.concat(tables).to_csv(index=False, float_format="%.5g")

@@ -36,16 +36,17 @@ from vlm.results import GUESSES, table_path
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.parquet"
 FAMILIES = (*PAPER, *OTHERS)
-LAYOUTS = ("query-first", "instruction-first", "two-pass")
+FIRST = "image-first"  # the cell that the other layouts are compared with
+LAYOUTS = ("instruction-first", "query-first", "two-pass")
 BY_PATCHES = {9: "base", 16: "16 patches", 36: "36 patches"}
 BY_SHAPES = {2: "grounding-2shapes", 4: "grounding-4shapes", 6: "grounding"}
 TASKS = tuple(EVALUATION)
 FACTS = 8  # of an object: colour, name, size, texture and four corners
 VOCABULARY = 300  # tokens of the tokenizer, rounded up
 WORST = 2.13  # the constant of Mamba on mqar in studies/capacity, far above the published one
-# What the page asks, all of it decided before the runs: families in every cell and task; layouts against the
-# base, in every task; and resolution (36 against 16 patches), in every task.
-COMPARISONS = (len(CELLS) + 2 * len(LAYOUTS) + 2) * len(TASKS)
+# What the page asks: families in every cell and task; of both families layouts against the image first, in
+# every task; and resolution (36 against 16 patches), in every task.
+COMPARISONS = (len(CELLS) + len(PAPER) * (len(LAYOUTS) + 1)) * len(TASKS)
 
 
 def main(runs: Path | None) -> None:
@@ -61,8 +62,7 @@ def main(runs: Path | None) -> None:
 
     with theme():
         save(figures.held(found), HERE / "held")
-        if set(LAYOUTS) <= set(found["cell"]):
-            save(figures.layouts(found), HERE / "layouts")
+        save(figures.layouts(found), HERE / "layouts")
     path = HERE / "README.md"
     store.write_bytes(path, filled(path.read_text(encoding="utf-8")).encode())
 
@@ -80,6 +80,7 @@ def filled(text: str) -> str:
         "resolution": resolution(found),
         "cost": cost(results, FAMILIES),
         "state": state(found),
+        "orders": orders(pd.read_csv(HERE / "orders.csv")),
         "changed": changed(pd.read_csv(HERE / "changed.csv")),
         "edges": edges(pd.read_csv(HERE / "changed.csv")),
         "places": places(pd.read_csv(HERE / "places.csv")),
@@ -198,6 +199,8 @@ def patches(found: pd.DataFrame) -> str:
     """Grounding among six shapes by the number of patches."""
     lines = []
     for number, cell in BY_PATCHES.items():
+        if not (found["cell"] == cell).any():
+            continue
         values = {family: of(found, cell, family, "grounding") for family in FAMILIES}
         gap = difference(values["transformer"], values["mamba"])
         lines.append([number, *(level(values[family]) for family in FAMILIES), gap])
@@ -205,11 +208,11 @@ def patches(found: pd.DataFrame) -> str:
 
 
 def layouts(found: pd.DataFrame) -> str:
-    """What a layout adds to the base cell: layouts and families across, tasks down."""
-    pairs = [(layout, family) for layout in LAYOUTS for family in PAPER]
-    pairs += [("query-first", family) for family in OTHERS]
+    """What a layout adds to the image first: layouts and families across, tasks down."""
+    known = set(found["cell"])
+    pairs = [(layout, family) for layout in LAYOUTS if layout in known for family in PAPER]
     lines = [
-        [task, *(difference(of(found, cell, f, task), of(found, "base", f, task)) for cell, f in pairs)]
+        [task, *(difference(of(found, cell, f, task), of(found, FIRST, f, task)) for cell, f in pairs)]
         for task in TASKS
     ]
     return markdown(["task", *(f"{NAMES[family]}, {cell}" for cell, family in pairs)], lines)
@@ -231,52 +234,52 @@ def resolution(found: pd.DataFrame) -> str:
 
 
 def _cells(table: pd.DataFrame) -> list[tuple[str, str]]:
-    """(family, layout) of a table of probes, in the order of the page."""
-    order = ("agnostic", *LAYOUTS)
-    found = set(zip(table["family"], table["layout"], strict=True))
-    return sorted(found, key=lambda cell: (order.index(cell[1]), FAMILIES.index(cell[0])))
+    """(family, cell) of a table of probes, in the order of the page."""
+    order = [cell.name for cell in CELLS]
+    found = set(zip(table["family"], table["cell"], strict=True))
+    return sorted(found, key=lambda pair: (order.index(pair[1]), FAMILIES.index(pair[0])))
 
 
 def changed(table: pd.DataFrame) -> str:
     """Boxes answered after each change of the patches: the target's and, if exchanged, the other object's."""
     lines = []
-    for family, layout in _cells(table):
-        part = table[(table["family"] == family) & (table["layout"] == layout)]
-        row = [NAMES[family], layout]
+    for family, cell in _cells(table):
+        part = table[(table["family"] == family) & (table["cell"] == cell)]
+        row = [NAMES[family], cell]
         for how in ("intact", "other empty", "target empty", "exchanged"):
             row.append(level(100 * part.loc[part["change"] == how, "target"]))
         lines.append([*row, level(100 * part.loc[part["change"] == "exchanged", "other"])])
     head = ["intact", "another object's patch empty", "its own patch empty", "the two exchanged"]
-    return markdown(["model", "layout", *head, "exchanged: the other object's box"], lines)
+    return markdown(["model", "cell", *head, "exchanged: the other object's box"], lines)
 
 
 def edges(table: pd.DataFrame) -> str:
     """After the exchange: does an edge of the answer follow what the patch shows, or where it stands?"""
     rows = table[table["change"] == "exchanged"]
     lines = []
-    for family, layout in _cells(table):
-        part = rows[(rows["family"] == family) & (rows["layout"] == layout)]
+    for family, cell in _cells(table):
+        part = rows[(rows["family"] == family) & (rows["cell"] == cell)]
         values = [level(100 * part[name]) for name in ("target_x", "other_x", "target_y", "other_y")]
-        lines.append([NAMES[family], layout, *values])
+        lines.append([NAMES[family], cell, *values])
     head = ["left edge by content", "left edge by place", "top edge by content", "top edge by place"]
-    return markdown(["model", "layout", *head], lines)
+    return markdown(["model", "cell", *head], lines)
 
 
 def places(table: pd.DataFrame) -> str:
     """Right boxes by the place of the object, of three rows and columns in the order of reading."""
     lines = []
-    for family, layout in _cells(table):
-        part = table[(table["family"] == family) & (table["layout"] == layout)]
+    for family, cell in _cells(table):
+        part = table[(table["family"] == family) & (table["cell"] == cell)]
         means = [100 * part.loc[part["place"] == place, "right"].mean() for place in range(9)]
-        lines.append([NAMES[family], layout, *(f"{mean:.0f}" for mean in means)])
-    return markdown(["model", "layout", *(f"row {i // 3 + 1}, {i % 3 + 1}" for i in range(9))], lines)
+        lines.append([NAMES[family], cell, *(f"{mean:.0f}" for mean in means)])
+    return markdown(["model", "cell", *(f"row {i // 3 + 1}, {i % 3 + 1}" for i in range(9))], lines)
 
 
 def looks(table: pd.DataFrame) -> str:
     """Patches of the object asked for over those of others, by layer: read at the answer, and written."""
     lines = []
-    for family, layout in _cells(table):
-        part = table[(table["family"] == family) & (table["layout"] == layout)]
+    for family, cell in _cells(table):
+        part = table[(table["family"] == family) & (table["cell"] == cell)]
         for quantity, at, word in (("attention", "answer", "read"), ("write", "patch", "written")):
             mine = part[(part["quantity"] == quantity) & (part["at"] == at)]
             said = []
@@ -284,8 +287,18 @@ def looks(table: pd.DataFrame) -> str:
                 values = mine.loc[mine["layer"] == layer, "ratio"]
                 said.append(f"{layer}: {between(*geometric_mean_interval(values), 2)}")
             if said:
-                lines.append([NAMES[family], layout, word, "; ".join(said)])
-    return markdown(["model", "layout", "", "by layer"], lines)
+                lines.append([NAMES[family], cell, word, "; ".join(said)])
+    return markdown(["model", "cell", "", "by layer"], lines)
+
+
+def orders(table: pd.DataFrame) -> str:
+    """What the language models know of scenes in words: layouts across, in per cent."""
+    lines = []
+    for (family, init, task), part in table.groupby(["family", "init", "task"], sort=False):
+        right = part["right"]
+        shares = [f"{100 * share:.1f}" for share in right]
+        lines.append([NAMES[str(family)], init, task, *shares])
+    return markdown(["model", "begins with", "task", *table["layout"].unique()], lines)
 
 
 def state(found: pd.DataFrame) -> str:

@@ -21,14 +21,11 @@ from ssm_retrieval.models.planning import device_peak
 from studies.learnability import report
 from studies.learnability.run import BASE, DIETS, VARIANTS, grid, tuning
 from studies.retrieval_cpu import report as retrieval
-from studies.vlm_cpu import summary
 from studies.why_mamba_lags import contrasts
 from synthetic import memory, sweep
 from synthetic.config import RunConfig, plan
 from synthetic.grid import Group, group, load
 from synthetic.results import config_columns
-from vlm.config import read_file
-from vlm.results import COLUMNS
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -104,7 +101,7 @@ def test_sweep_file_of_the_documents(tmp_path):
     assert {"Transformer", "Mamba", "Mamba-2", "Hybrid"} < set(names["laws"]["variant"])
 
 
-@pytest.mark.parametrize("script", [retrieval, contrasts, summary], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("script", [retrieval, contrasts], ids=lambda script: script.__name__)
 def test_tables_of_a_study_are_its_results(script):
     """If not: run the script."""
     text = (script.HERE / "README.md").read_text(encoding="utf-8")
@@ -134,33 +131,6 @@ def test_results_of_the_retrieval_study_are_all_of_its_runs_and_no_others():
     assert set(table.loc[table["purpose"] == "validation", "run"]) == tuning
     for kind, part in table.groupby("kind"):
         assert kind == "during" or not part["run"].duplicated().any()
-
-
-def test_results_of_the_vlm_study_are_all_of_its_runs_and_no_others():
-    folder = ROOT / "studies" / "vlm_cpu"
-    table = pd.read_parquet(folder / "results.parquet")
-    younger = {"evaluation", "tokenizer"}  # than the study
-    known = [name for name in COLUMNS if name not in younger or name in table]
-    assert list(table.columns) == known and not table.duplicated(["run", "task", "metric"]).any()
-    wanted = {run.name: run for run in read_file(folder / "runs.py")}
-    assert set(table["run"]) == set(wanted)
-    for name, part in table.groupby("run"):
-        run = wanted[name]
-        assert set(part["task"]) == set(run.evaluation)
-        # not the stages' names: those of the study's date knew less of what decides the weights
-        settled = (
-            run.family,
-            run.model,
-            run.layout,
-            run.image_size,
-            run.seed,
-            sum(s.steps for s in run.stages),
-        )
-        columns = ["family", "model", "layout", "image_size", "seed", "steps"]
-        assert set(part[columns].itertuples(index=False, name=None)) == {settled}
-        assert part["stage"].nunique() == 1
-    assert table["stage"].nunique() == len(wanted)
-    assert set(pd.read_csv(folder / "looks.csv")["run"]) == set(wanted)
 
 
 def test_figures_of_the_retrieval_study_come_from_its_results(tmp_path):

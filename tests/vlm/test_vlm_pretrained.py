@@ -64,6 +64,33 @@ def test_a_run_begins_with_the_language_model_of_its_family(own, model):
     assert made["parameters"] == sum(p.numel() for p in trained.parameters())
 
 
+def test_a_model_that_has_seen_several_orders_stands_beside_the_other(own):
+    """It is another model, with a name of its own in the ids of stages."""
+    stage = dataclasses.replace(STAGE, layouts=("agnostic", "query-first"))
+    run = told(stages=(stage,))
+    stages.train_stage(run, 0, own / "runs", train.accelerate([run]))
+    config = own / "orders.py"
+    config.write_text(
+        "import dataclasses\nfrom test_vlm_pretrained import STAGE, told\n"
+        "def get_config():\n"
+        "    stage = dataclasses.replace(STAGE, layouts=('agnostic', 'query-first'))\n"
+        "    return [told(stages=(stage,))]\n"
+    )
+    assert pretrained.main([str(config), "--out", str(own / "runs"), "--to", str(own / "pretrained")]) == 0
+    begun = {
+        init: Run("a", "mamba-tiny", (STAGE,), {}, init=init)
+        for init in (pretrained.SCENES, pretrained.ANY_ORDER)
+    }
+    lms = [components.model(one, 16).lm for one in begun.values()]
+    wanted = [answering.load(one, own / "runs").lm for one in (told(), run)]
+    for lm, trained in zip(lms, wanted, strict=True):
+        assert torch.equal(lm.embedding.weight, trained.embedding.weight)
+    assert not torch.equal(lms[0].embedding.weight, lms[1].embedding.weight)
+    assert len({one.stage_ids()[0] for one in begun.values()}) == 2
+    with pytest.raises(ValueError, match="of 'transformer' was pretrained, only of mamba;"):
+        pretrained.folder("transformer", pretrained.ANY_ORDER)
+
+
 def test_the_name_of_a_stage_knows_the_weights_it_begins_with(own):
     run = Run("a", "mamba-tiny", (STAGE,), {}, init="scenes")
     before = run.stage_ids()
@@ -124,7 +151,7 @@ def test_words_are_asked_and_scored_as_pictures_are(own):
 def test_the_models_of_the_toolkit_are_those_of_the_config():
     """They load, are small, have the shape that the config names, and the tokenizer of scenes."""
     for run in read_file(pretrained.CONFIG):
-        place = pretrained.folder(run.family)
+        place = pretrained.folder(run.family, pretrained.kind_of(run))
         lm = models.load(place)
         wanted = models.config(
             run.model, **{"vocab_size": len(components.text("scenes")), **run.model_overrides}

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm.config import Run, Scenes, Stage
+from vlm.prompts import LAYOUTS, Layout
 from vlm.scenes.scene import MOST_SHAPES
 
 SCENES, HELDOUT, SEED = 200_000, 200, 1  # another seed than that of pictures
@@ -68,6 +69,7 @@ def practice(
     lr: float = LR,
     shapes: Mapping[str, int] | None = None,
     until: Mapping[str, float] | None = None,
+    layouts: tuple[Layout, ...] = (),
 ) -> Stage:
     """Return a stage in which each task is a source of its own.
 
@@ -81,6 +83,7 @@ def practice(
         lr: Peak learning rate.
         shapes: Shapes of the scenes of a task; all where a task is not named.
         until: As for `Stage`.
+        layouts: As for `Stage`; with several, they take turns every two batches.
 
     Returns:
         The stage.
@@ -90,8 +93,8 @@ def practice(
         for task in weights
     }
     return Stage(
-        data, weights=weights, steps=steps, batch_size=batch_size, lr=lr, box_spread=1.5, group=8,
-        until=until or {},
+        data, weights=weights, steps=steps, batch_size=batch_size, lr=lr, box_spread=1.5,
+        group=2 if layouts else 8, until=until or {}, layouts=layouts,
     )  # fmt: skip
 
 
@@ -166,6 +169,16 @@ def transformer_stages() -> tuple[Stage, ...]:
     )  # fmt: skip
 
 
+FIND = {
+    "attribute": 3, "existence": 1.5, "locate": 3, "describe": 1, "reading-digit": 0.5, "reading-word": 0.75,
+}  # fmt: skip
+EVERYTHING = {
+    "existence": 0.5, "count": 1, "attribute": 1.5, "comparison": 0.7, "spatial": 2, "placed": 1.5,
+    "grounding": 1.5, "locate": 1.5, "pointing": 2, "point": 2, "describe": 0.7,
+    "reading-digit": 0.7, "reading-word": 0.8, "caption": 1.3,
+}  # fmt: skip
+
+
 def one_question_stages(lr: float, first: Stage) -> tuple[Stage, ...]:
     """Return stages with one question a sample, for models with a state: with several they forget lookups.
 
@@ -179,29 +192,20 @@ def one_question_stages(lr: float, first: Stage) -> tuple[Stage, ...]:
     Returns:
         The stages.
     """
-    find = {
-        "attribute": 3, "existence": 1.5, "locate": 3, "describe": 1,
-        "reading-digit": 0.5, "reading-word": 0.75,
-    }  # fmt: skip
     found = {task: 0.08 for task in ("attribute", "existence")} | dict.fromkeys(READING, 0.1)
     more = {"placed": 2.5, "point": 2, "count": 1.5, "comparison": 1, "caption": 1}
-    everything = {
-        "existence": 0.5, "count": 1, "attribute": 1.5, "comparison": 0.7, "spatial": 2, "placed": 1.5,
-        "grounding": 1.5, "locate": 1.5, "pointing": 2, "point": 2, "describe": 0.7,
-        "reading-digit": 0.7, "reading-word": 0.8, "caption": 1.3,
-    }  # fmt: skip
     return (
         first,
         practice(
-            find | {"placed": 2}, 2500, lr=lr, shapes=dict.fromkeys((*find, "placed"), 2),
+            FIND | {"placed": 2}, 2500, lr=lr, shapes=dict.fromkeys((*FIND, "placed"), 2),
             until=found | {"locate": 0.72},
         ),
         practice(
-            find | {"placed": 2, "point": 1}, 2000, lr=lr,
-            shapes=dict.fromkeys(find, 4) | {"placed": 2, "point": 2}, until=found | {"locate": 0.75},
+            FIND | {"placed": 2, "point": 1}, 2000, lr=lr,
+            shapes=dict.fromkeys(FIND, 4) | {"placed": 2, "point": 2}, until=found | {"locate": 0.75},
         ),
-        practice(find | more, 2500, lr=lr, shapes={"placed": 4, "point": 2}),
-        practice(everything, 2500, lr=0.8 * lr, shapes={"point": 3}),
+        practice(FIND | more, 2500, lr=lr, shapes={"placed": 4, "point": 2}),
+        practice(EVERYTHING, 2500, lr=0.8 * lr, shapes={"point": 3}),
     )  # fmt: skip
 
 
@@ -221,25 +225,87 @@ def hybrid_stages() -> tuple[Stage, ...]:
     return one_question_stages(1.5e-3, READ)
 
 
+def any_order_stages(lr: float, before: tuple[Stage, ...] = ()) -> tuple[Stage, ...]:
+    """Return stages that follow a family's own, with the question before the scene, behind it, or both.
+
+    For comparisons of layouts: a model that has only seen questions behind scenes would have to learn the
+    other orders from pictures.
+
+    Args:
+        lr: Peak learning rate; that of the last stage is four fifths of it.
+        before: Stages before the last one.
+
+    Returns:
+        Lookups among two shapes, `before`, then everything.
+    """
+    # By steps: running losses go up and down with the layouts that take turns.
+    return (
+        practice(FIND, 1000, lr=lr, shapes=dict.fromkeys(FIND, 2), layouts=LAYOUTS),
+        *before,
+        practice(EVERYTHING, 1500, lr=0.8 * lr, shapes={"point": 3}, layouts=LAYOUTS),
+    )
+
+
+def mostly_before(shapes: int, steps: int) -> Stage:
+    """Return lookups with most questions before the scene, where the Transformer learns them last.
+
+    Args:
+        shapes: Shapes of a scene.
+        steps: Most steps; the stage ends when attributes and boxes are found.
+
+    Returns:
+        The stage.
+    """
+    return practice(
+        FIND, steps, lr=LR, shapes=dict.fromkeys(FIND, shapes),
+        layouts=("query-first", "query-first", "agnostic"),
+        until={"attribute": 0.15, "existence": 0.12, "locate": 0.74 if shapes == 2 else 0.77},
+    )  # fmt: skip
+
+
 STAGES = {
     "transformer-tiny": transformer_stages, "mamba-tiny": mamba_stages,
     "hybrid-tiny": hybrid_stages,
 }  # fmt: skip
 
 
+ANY_ORDER = {
+    "transformer-tiny": any_order_stages(
+        LR, (mostly_before(2, 4000), mostly_before(4, 2500), mostly_before(6, 2500))
+    ),
+    "mamba-tiny": any_order_stages(1.2e-3),
+}
+
+
+def pretraining(name: str, model: str, stages: tuple[Stage, ...]) -> Run:
+    """Return the run of a language model.
+
+    Args:
+        name: Name of the run; another than the quick start's, whose results may be in the same folder.
+        model: One of MODELS or OTHERS.
+        stages: Its stages.
+
+    Returns:
+        The run.
+    """
+    return Run(
+        name=name,
+        model=model,
+        model_overrides=(MODELS | OTHERS)[model],
+        stages=stages,
+        evaluation={task: Scenes(task, HELDOUT, "heldout") for task in TASKS},
+        encoder="words",
+        image_size=96,
+        max_new_tokens=64,
+    )
+
+
 def get_config() -> list[Run]:
-    """Return one run per family."""
-    return [
-        Run(
-            # not the name of the quick start's run, whose results may be in the same folder
-            name=model.replace("-tiny", "-words"),
-            model=model,
-            model_overrides=overrides,
-            stages=STAGES[model](),
-            evaluation={task: Scenes(task, HELDOUT, "heldout") for task in TASKS},
-            encoder="words",
-            image_size=96,
-            max_new_tokens=64,
-        )
-        for model, overrides in (MODELS | OTHERS).items()
+    """Return one run per family, and one that goes on with questions in any order."""
+    runs = [
+        pretraining(model.replace("-tiny", "-words"), model, STAGES[model]()) for model in MODELS | OTHERS
+    ]
+    return runs + [
+        pretraining(model.replace("-tiny", "-words-any-order"), model, STAGES[model]() + stages)
+        for model, stages in ANY_ORDER.items()
     ]
