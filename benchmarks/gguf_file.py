@@ -139,9 +139,9 @@ def _describe(writer: Any, config: Any) -> None:
 
 
 def tensors(model: models.LanguageModel) -> Iterator[tuple[str, Tensor]]:
-    """Yield a model's tensors as llama.cpp names and shapes them; a tied head only once."""
+    """Yield a model's tensors as llama.cpp names and shapes them; the tied head of an SSM is left out."""
     config: Any = model.config
-    tied = config.tie_word_embeddings
+    tied = config.tie_word_embeddings and not isinstance(config, TransformerConfig)
     for key, value in model.state_dict().items():
         if key in OUTER:
             if not (tied and OUTER[key] == "output.weight"):
@@ -196,6 +196,8 @@ class LlamaCpp:
         llama_cpp.llama_backend_init()
         loading = llama_cpp.llama_model_default_params()
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), loading)
+        if not self.model:
+            raise ValueError(f"llama.cpp cannot load {path}")
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = context, context, batch
         params.n_threads = params.n_threads_batch = threads

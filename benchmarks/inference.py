@@ -45,6 +45,8 @@ def build(name: str) -> models.LanguageModel:
     """A model with random weights in bfloat16, made without a float32 copy."""
     model = models.build(name, device="meta", dtype=torch.bfloat16)
     model = model.to_empty(device="cpu").eval().requires_grad_(False)
+    if model.config.tie_word_embeddings:  # `to_empty` parts what was tied
+        model.head.weight = model.embedding.weight
     generator = torch.Generator().manual_seed(0)
     for key, parameter in model.named_parameters():
         if key.endswith("A_log"):  # decay rates 1 .. d_state (Mamba), 1 .. 16 (Mamba-2), as initialised

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import common, gguf_file, limits, turns
+from benchmarks import common, gguf_file, inference, limits, turns
 from ssm_retrieval import models
 
 
@@ -79,6 +79,7 @@ SHAPES = {
     "mamba-tiny": dict(n_layer=2, d_model=64),
     "mamba2-tiny": dict(n_layer=2, d_model=64, headdim=32, d_state=16),
     "pythia-160m": dict(n_layer=2, d_model=64, n_head=2, vocab_size=96),
+    "transformer-tiny": dict(n_layer=1, d_model=64, n_head=2),  # tied
 }
 
 
@@ -87,14 +88,26 @@ def test_a_gguf_file_has_every_number_of_a_model(name):
     """Each tensor is one of the model's, moved at most; all of them are there once."""
     model = models.build(name, seed=0, **SHAPES[name])
     found = dict(gguf_file.tensors(model))
-    assert sum(value.numel() for value in found.values()) == model.num_parameters()
+    twice = model.embedding.weight.numel() if name == "transformer-tiny" else 0  # llama.cpp wants a head
+    assert sum(value.numel() for value in found.values()) == model.num_parameters() + twice
     for key, value in found.items():
         if key.endswith("ssm_a"):
             continue
         sums = [float(p.detach().double().sum()) for p in model.parameters() if p.numel() == value.numel()]
         assert min(abs(float(value.detach().double().sum()) - s) for s in sums) < 1e-9, key
     rates = [value for key, value in found.items() if key.endswith("ssm_a")]
-    assert all((value < 0).all() for value in rates) and len(rates) == (0 if "pythia" in name else 2)
+    assert all((value < 0).all() for value in rates) and len(rates) == (2 if "mamba" in name else 0)
+
+
+@pytest.mark.parametrize("name", ["mamba-tiny", "mamba2-tiny", "transformer-tiny"])
+def test_models_that_are_raced_are_whole(name):
+    """As large as any of their kind, in bfloat16, with finite numbers: what is tied stays tied."""
+    model, usual = inference.build(name), models.build(name)
+    assert model.num_parameters() == usual.num_parameters()
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert all(p.isfinite().all() for p in model.parameters())
+    if usual.config.tie_word_embeddings:
+        assert len(list(model.parameters())) == len(list(usual.parameters()))
 
 
 def test_queries_keys_and_values_of_all_heads_stand_together():
