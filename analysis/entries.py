@@ -64,7 +64,7 @@ def of_paper(width: float, studies: bool = True) -> Iterator[Entry | str]:
         "fig2_tasks", "What each task asks and answers", DRAWN, asked, lambda: diagrams.task_overview(asked)
     )
     if studies:
-        yield from of_vlm(STUDIES / VLM / "results.parquet", f"measured: studies/{VLM}", width, "-base-")
+        yield from of_vlm(STUDIES / VLM / "results.parquet", f"measured: studies/{VLM}", width)
     else:
         yield f"{VLM_FIGURES}: left out, the paper gives their numbers only as figures; draw your own RUNS"
     yield Entry("fig5_synthetic_task", "The synthetic retrieval task", DRAWN, tokens,
@@ -122,15 +122,13 @@ def _published(width: float) -> Iterator[Entry]:
 # --- VLMs -------------------------------------------------------------------------------------------------
 
 
-def of_vlm(place: Path, source: str, width: float, without: str = "") -> Iterator[Entry | str]:
+def of_vlm(place: Path, source: str, width: float) -> Iterator[Entry | str]:
     """Yield Figs. 3 and 4 from results of `vlm.evaluate`.
 
     Args:
         place: Folder of runs, or a Parquet file of their results.
         source: What the figures say of whose numbers they show.
         width: Their width in inches.
-        without: Leaves out runs whose names contain it, if not empty: those that began with other weights
-            than the runs of the other layouts.
 
     Yields:
         Entries, and lines that say what is left out and why.
@@ -142,8 +140,6 @@ def of_vlm(place: Path, source: str, width: float, without: str = "") -> Iterato
     if found is None or "metric" not in found:
         yield f"{VLM_FIGURES}: left out, {place} has no results of vlm.evaluate"
         return
-    if without:
-        found = found[~found["run"].str.contains(without, regex=False)]
     for name, title, what, make, draw in (
         ("fig3_resolution", "Resolution", "resolution", vlm_plots.resolution_table, vlm_plots.resolution),
         ("fig4_layouts", "Layouts against agnostic", "layout", vlm_plots.layout_table, vlm_plots.layouts),

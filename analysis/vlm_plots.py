@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 LIGHTEST = 0.45  # opacity of a family's first bar; the last one is opaque
 GUESSED = "best guess that looks nothing up"  # in legends
+ALIKE = ["family", "model", "init", "patch"]  # columns in which runs that are compared do not differ
 MAIN = ("accuracy", "iou@0.5", "vqa_accuracy", "anls")  # the metric of a task that figures show
 
 
@@ -131,28 +132,29 @@ def patch_pixels(image_size: int, image_tokens: int, layout: str) -> int:
 
 
 def by_patch(results: pd.DataFrame) -> pd.DataFrame:
-    """Tell encoders of other patches apart.
+    """Tell encoders of other patches apart, and models that began with other weights.
 
     Args:
         results: Columns `vlm.results.COLUMNS`.
 
     Returns:
-        The main rows, and in the column `patch` the pixels of a patch's side.
+        The main rows, with `patch`, the pixels of a patch's side, and "" in `init` where it is missing.
     """
     rows = main_rows(results)
     columns = (rows[name] for name in ("image_size", "image_tokens", "layout"))
-    return rows.assign(patch=[patch_pixels(*values) for values in zip(*columns, strict=True)])
+    patch = [patch_pixels(*values) for values in zip(*columns, strict=True)]
+    return rows.assign(patch=patch, init=rows["init"].fillna("") if "init" in rows else "")
 
 
 def resolution_table(results: pd.DataFrame) -> pd.DataFrame:
     """Return right answers by task, model and resolution (Fig. 3), agnostic; empty for one resolution."""
     rows = by_patch(results)
     rows = rows[rows["layout"] == "agnostic"]
-    sizes: Any = rows.groupby(["family", "model", "patch"])["image_size"]
+    sizes: Any = rows.groupby(ALIKE)["image_size"]
     rows = rows[sizes.transform("nunique") > 1]
     if rows.empty:
         return rows
-    table = over_seeds(rows, ["task", "family", "model", "patch", "image_size"], (0, 1))
+    table = over_seeds(rows, ["task", *ALIKE, "image_size"], (0, 1))
     facts = rows.astype(dict.fromkeys(GUESSES, float)).groupby("task", as_index=False)[list(GUESSES)].mean()
     return table.merge(facts, on="task", how="left")
 
@@ -160,18 +162,18 @@ def resolution_table(results: pd.DataFrame) -> pd.DataFrame:
 def layout_table(results: pd.DataFrame) -> pd.DataFrame:
     """Return the relative difference of other layouts to the agnostic one (Fig. 4), seed by seed.
 
-    The difference is (value - agnostic) / agnostic of runs of equal model, patches, resolution and seed. The
+    The difference is (value - agnostic) / agnostic of runs that are ALIKE, of equal resolution and seed. The
     table is empty if there is no other layout to compare.
     """
     rows = by_patch(results)
-    keys = ["task", "family", "model", "patch", "image_size", "seed"]
+    keys = ["task", *ALIKE, "image_size", "seed"]
     base = rows[rows["layout"] == "agnostic"].set_index(keys)["value"]
     others = rows[rows["layout"] != "agnostic"].join(base.rename("agnostic"), on=keys)
     others = others[others["agnostic"] > 0]
     if others.empty:
         return others
     others = others.assign(value=(others["value"] - others["agnostic"]) / others["agnostic"])
-    return over_seeds(others, ["task", "family", "model", "patch", "image_size", "layout"])
+    return over_seeds(others, ["task", *ALIKE, "image_size", "layout"])
 
 
 def resolution(table: pd.DataFrame, width: float = DOUBLE) -> Figure:
@@ -192,13 +194,15 @@ def layouts(table: pd.DataFrame, width: float = DOUBLE) -> Figure:
 
 
 def _said(key: str, row: pd.Series) -> str:
+    if key == "init":
+        return f"from {row[key] or 'nothing'}"
     return f"patches of {row[key]} px" if key == "patch" else str(row[key])
 
 
 def _bars(
     table: pd.DataFrame, name: Callable[[pd.Series], str], label: str, width: float, chance: bool
 ) -> Figure:
-    """A bar a row, named by name(row) and, of several models or patches in a family, by these as well."""
+    """A bar a row, named by name(row) and by what else is not the same in all of a family's rows."""
     import matplotlib.pyplot as plt
 
     families = [name for name in NAMES if name in set(table["family"])]
@@ -213,7 +217,7 @@ def _bars(
     colours = family_colors()
     for ax, family in zip(axes[:, 0], families, strict=True):
         mine = table[table["family"] == family]
-        also = [key for key in ("model", "patch") if mine[key].nunique() > 1]
+        also = [key for key in ALIKE if mine[key].nunique() > 1]
         named = [", ".join([*(_said(key, row) for key in also), name(row)]) for _, row in mine.iterrows()]
         names = list(dict.fromkeys(named))
         bar = 0.8 / len(names)

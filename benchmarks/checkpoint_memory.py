@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from benchmarks.common import command, finish, fresh, machine, parse
+from benchmarks.peers import hollow
 from ssm_retrieval import models
 from ssm_retrieval.models.checkpoints import load, save
 from ssm_retrieval.models.hub_configs import write_config
@@ -37,11 +38,8 @@ def memory(name: str) -> float:
 
 
 def random_model(name: str) -> models.LanguageModel:
-    """A preset in bfloat16, made without a float32 copy of it."""
-    model = models.build(name, device="meta", dtype=torch.bfloat16).to_empty(device="cpu")
-    embedding, head = model.embedding, model.head
-    if model.config.tie_word_embeddings:  # `to_empty` parts what was tied
-        head.weight = embedding.weight
+    """A preset in bfloat16 with random weights."""
+    model = hollow(name)
     generator = torch.Generator().manual_seed(SEED)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import os
 import platform
 import resource
 import sys
 import time
 import tracemalloc
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from statistics import median
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-PACKAGES = ("torch", "numba", "numpy", "transformers", "mambapy", "llama-cpp-python", "transformer-lens")
+PEERS = ("transformers", "mambapy", "llama-cpp-python", "transformer-lens")
 
 
 def command(doc: str | None) -> argparse.ArgumentParser:
@@ -206,20 +206,17 @@ def machine() -> str:
 
 
 def where() -> dict[str, Any]:
-    """Where the numbers come from: processor, vector instructions, threads, versions, day."""
+    """Where the numbers come from: what runs note of a machine, the processor, peers' versions, the day."""
+    from ssm_retrieval.training import store
+
     versions = {}
-    for name in PACKAGES:
-        try:
+    for name in PEERS:
+        with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return {
+    return store.environment(torch.get_num_threads()) | {
         "processor": processor(),
         "vectors": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": versions,
+        "peers": versions,
         "day": time.strftime("%Y-%m-%d"),
     }
 

@@ -12,7 +12,9 @@ Weights are random and the same on both sides. Peers, each at its best setting h
 Each side has a process of its own; sides take turns (benchmarks.turns). Matrices are in bfloat16 on all
 sides. "8bit" is our `models.quantize` against llama.cpp's Q8_0, and against our bfloat16. Before anything is
 timed, the logits after the context are compared. Peaks are those of the processes. The last lines are ratios:
-how many times as fast this project is. A peer that is not installed is left out, and a line says so.
+how many times as fast this project is. A peer that is not installed is left out, and a line says so:
+
+    pip install transformers gguf llama-cpp-python    # the last compiles for minutes
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from torch import Tensor
 
 from benchmarks.common import Ratio, command, finish, machine, parse
 from benchmarks.gguf_file import LlamaCpp, write
-from benchmarks.peers import library
+from benchmarks.peers import hollow, library
 from benchmarks.turns import Calls, Side, race
 from ssm_retrieval import models
 
@@ -42,11 +44,8 @@ CALLS = ("prefill", "decode")
 
 
 def build(name: str) -> models.LanguageModel:
-    """A model with random weights in bfloat16, made without a float32 copy."""
-    model = models.build(name, device="meta", dtype=torch.bfloat16)
-    model = model.to_empty(device="cpu").eval().requires_grad_(False)
-    if model.config.tie_word_embeddings:  # `to_empty` parts what was tied
-        model.head.weight = model.embedding.weight
+    """A model with random weights in bfloat16."""
+    model = hollow(name).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for key, parameter in model.named_parameters():
         if key.endswith("A_log"):  # decay rates 1 .. d_state (Mamba), 1 .. 16 (Mamba-2), as initialised

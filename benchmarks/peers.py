@@ -1,4 +1,4 @@
-"""Models of other libraries with the weights of ours."""
+"""Models with room for weights, and models of other libraries with the weights of ours."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ import torch
 
 from ssm_retrieval import models
 from ssm_retrieval.models.hub_configs import write_config
+
+
+def hollow(name: str) -> models.LanguageModel:
+    """Return a preset in bfloat16 on the CPU whose weights are not set, made without a float32 copy."""
+    model = models.build(name, device="meta", dtype=torch.bfloat16).to_empty(device="cpu")
+    if model.config.tie_word_embeddings:  # `to_empty` parts what was tied
+        model.head.weight = model.embedding.weight
+    return model
 
 
 def library(model: models.LanguageModel, **options: Any) -> Any:

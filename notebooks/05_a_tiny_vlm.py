@@ -40,7 +40,7 @@ from vlm.config import Run, Scenes, Stage
 from vlm.configs.words import MODELS
 from vlm.data.loader import batches
 from vlm.data.mixture import Mixture
-from vlm.demo.__main__ import given
+from vlm.demo import given
 from vlm.demo.asking import ask, questions
 from vlm.evaluate import answer_all
 from vlm.metrics.boxes import above_half, iou
@@ -335,7 +335,7 @@ plt.show()
 
 # %%
 study = by_patch(pd.read_parquet("../studies/vlm_retrieval/results.parquet"))
-study = study[(study["patch"] == PIXELS // SIDE) & ~study["run"].str.contains("-base-")]
+study = study[(study["patch"] == PIXELS // SIDE) & (study["init"] == "scenes-any-order")]
 tasks = list(dict.fromkeys(study["task"]))
 
 figure, axes = plt.subplots(1, len(LAYOUTS), figsize=(8.6, 3.8), sharey=True)

@@ -217,7 +217,7 @@ def model(run: Run, width: int) -> VLM:
     if run.init is None:
         lm = models.build(run.model, seed=run.seed, **{"vocab_size": words, **run.model_overrides})
     else:
-        given = run.init in (pretrained.SCENES, pretrained.ANY_ORDER)
+        given = run.init in pretrained.INITS
         lm = models.load(pretrained.folder(run.family, run.init) if given else run.init)
         if models.architecture_of(lm.config).name != run.family:
             raise UserError(

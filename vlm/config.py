@@ -215,7 +215,7 @@ class Run:
         said: Any = {"version": TRAINING_VERSION} | {
             name: getattr(self, name) for name in ("model", "model_overrides", "init", "seed", "precision")
         }
-        if self.init in (pretrained.SCENES, pretrained.ANY_ORDER):
+        if self.init in pretrained.INITS:
             said["init"] = f"{self.init}-{pretrained.digest(self.family, self.init)}"
         said["encoder"] = encoder.key(self.encoder) if self.encoder in encoder.ENCODERS else self.encoder
         if self.tokenizer == tokenizer.OWN:

@@ -159,6 +159,7 @@ def evaluate(
         evaluation=results.fingerprint(run),
         family=run.family,
         model=run.model,
+        init=run.init or "",
         layout=run.layout,
         image_size=run.image_size,
         image_tokens=len(image_ids(side)) * readings(run.layout),

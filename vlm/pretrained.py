@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from vlm.config import Run
 
 FOLDER = Path(__file__).parent / "scenes" / "pretrained"
-SCENES, ANY_ORDER = "scenes", "scenes-any-order"  # the `init` of a run that begins with a model of FOLDER
+INITS = SCENES, ANY_ORDER = "scenes", "scenes-any-order"  # of runs that begin with a model of FOLDER
 CONFIG = Path(__file__).parent / "configs" / "words.py"
 MADE = "made.json"  # beside the weights: what they were made of
 

@@ -30,6 +30,7 @@ COLUMNS = {
     "evaluation": ("string", "hash of what was asked, how, and how it was scored"),
     "family": ("string", "mamba, transformer, ..."),
     "model": ("string", "preset"),
+    "init": ("string", "pretrained language model that it began with; empty = none"),
     "layout": ("string", "where the image stands: `vlm.prompts.LAYOUTS`"),
     "image_size": ("int64", "pixels a side that the encoder sees"),
     "image_tokens": ("int64", "places of an image in the sequence"),

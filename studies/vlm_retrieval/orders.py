@@ -17,14 +17,14 @@ from typing import Any
 import pandas as pd
 import torch
 
+from analysis.vlm_plots import MAIN
 from ssm_retrieval.training import store
 from studies.vlm_retrieval.runs import PAPER
 from vlm import answering, components, pretrained
 from vlm.config import Run, Scenes, read_file
 from vlm.evaluate import answer_all
-from vlm.metrics.boxes import above_half, iou
-from vlm.prompts import LAYOUTS, parse_box
-from vlm.results import right
+from vlm.prompts import LAYOUTS
+from vlm.results import score
 
 HERE = Path(__file__).parent
 QUESTIONS = 400
@@ -43,12 +43,7 @@ def asked(run: Run, out: Path) -> list[dict[str, Any]]:
             samples = [source[i] for i in range(QUESTIONS)]
             other = dataclasses.replace(run, layout=layout, max_new_tokens=24)
             said = answer_all(model, other, told, source, samples, side, "cpu")
-            if task == "grounding":
-                boxes = [parse_box(words, 1, 1) or (0.0,) * 4 for words in said]
-                wanted = [[x / one.target["width"] for x in one.target["box"]] for one in samples]
-                share = float(above_half(iou(boxes, wanted)).mean())
-            else:
-                share = sum(bool(right(*pair)) for pair in zip(samples, said, strict=True)) / QUESTIONS
+            (share,) = (row["value"] for row in score(samples, said) if row["metric"] in MAIN)
             about = {"family": run.family, "init": pretrained.kind_of(run)}
             rows.append(about | {"layout": layout, "task": task, "right": share, "questions": QUESTIONS})
     return rows

@@ -151,6 +151,22 @@ def test_encoders_of_other_patches_are_not_averaged():
     assert "patches of 32 px, two-pass, 96 px" in names
 
 
+def test_models_that_began_with_other_weights_are_not_averaged():
+    """Layouts are compared among equal beginnings; a table from before there were any has none."""
+    results = own().assign(init="scenes-any-order")
+    others = own(layouts=("agnostic",)).assign(init="scenes", value=0.1)
+    both = pd.concat([results, others])
+    pd.testing.assert_frame_equal(vlm_plots.layout_table(both), vlm_plots.layout_table(results))
+    sizes = vlm_plots.resolution_table(both)
+    assert sizes.loc[sizes["init"] == "scenes", "mean"].tolist() == pytest.approx([0.1] * 8)
+    names = vlm_plots.resolution(sizes).axes[0].get_legend_handles_labels()[1]
+    assert "from scenes, 64 px" in names and "from scenes-any-order, 64 px" in names
+    older = vlm_plots.layout_table(own().drop(columns="init"))
+    assert set(older["init"]) == {""} and older["mean"].tolist() == pytest.approx(
+        vlm_plots.layout_table(results)["mean"].tolist()
+    )
+
+
 def test_models_of_one_family_are_not_averaged():
     """Relative differences +0.10, -0.10 and 0: nothing but their mean would be left of three presets."""
     rows = []

@@ -72,7 +72,7 @@ def test_a_benchmark_writes_what_it_prints(tmp_path, capsys):
     assert capsys.readouterr().out == "ratio a 2\nratio b 3 [2.5, 4]\n"
     found = json.loads((tmp_path / "a.json").read_text())
     assert found["ratios"] == {"a": 2.0, "b": [3.0, 2.5, 4.0]} and found["facts"] == {"x": 1}
-    assert found["machine"]["versions"]["torch"] == torch.__version__ and not found["quick"]
+    assert found["machine"]["packages"]["torch"] == torch.__version__ and not found["quick"]
 
 
 SHAPES = {

@@ -22,7 +22,7 @@ pytest.importorskip("PIL", reason="pillow is not installed; .ci/run installs it"
 import vlm_runs
 from PIL import Image
 
-from vlm import components, information_flow, predict
+from vlm import components, demo, information_flow, predict
 from vlm.answering import Answerer
 from vlm.demo import __main__ as command
 from vlm.demo import asking, drawing
@@ -43,12 +43,12 @@ def folders(tmp_path_factory):
 
 
 def test_the_models_of_the_toolkit_open_without_training():
-    left, right = (Answerer.open(folder) for folder in command.given())
+    left, right = (Answerer.open(folder) for folder in demo.given())
     assert (left.run.family, right.run.family) == ("transformer", "mamba")
     scene = sample_scene(0, "heldout", 3)
     asked = [q for q in asking.questions(scene) if q.sample.task == "attribute"]
     assert all(asking.ask(left, render(scene), question).right for question in asked)
-    assert not list(command.MODELS.glob("encoders"))  # nothing is written into the package
+    assert not list(demo.MODELS.glob("encoders"))  # nothing is written into the package
 
 
 # --- what is asked ------------------------------------------------------------------------------------------

@@ -150,6 +150,10 @@ def test_an_encoder_that_is_given_is_not_trained(tmp_path, monkeypatch):
 def test_words_are_asked_and_scored_as_pictures_are(own):
     rows, answers = evaluate.evaluate(told(), own / "runs", device="cpu")
     assert {row["metric"] for row in rows} == {"accuracy"} and len(answers) == 4
+    assert {row["init"] for row in rows} == {""}
+    begun = dataclasses.replace(told(), init="scenes", model_overrides={})
+    stages.train_stage(begun, 0, own / "runs", train.accelerate([begun]))
+    assert {row["init"] for row in evaluate.evaluate(begun, own / "runs", device="cpu")[0]} == {"scenes"}
 
 
 def test_the_models_of_the_toolkit_are_those_of_the_config():

@@ -13,8 +13,8 @@ import tyro
 from ssm_retrieval.cli import guarded, parse, use_threads
 from ssm_retrieval.errors import MissingPackage, UserError
 from vlm.answering import Answerer
+from vlm.demo import given
 
-MODELS = Path(__file__).parent / "models"
 HELP = 'the demo needs gradio: pip install -e ".[demo]"'
 
 
@@ -62,11 +62,6 @@ def serve(options: Options) -> int:
     except OSError:
         raise UserError(f"--port {options.port} is not free; choose another one") from None
     return 0
-
-
-def given() -> list[Path]:
-    """Return the folders of the two models that come with the toolkit, the Transformer first."""
-    return sorted((path.parent for path in MODELS.glob("*/stage.json")), reverse=True)
 
 
 if __name__ == "__main__":
