@@ -4,7 +4,8 @@
 
 The last lines are ratios: how many times as fast this project is, how many times less memory it needs at its
 peak (memory), and the largest deviation of the cost per token from its median over lengths 256 to 16,384
-(linearity; 0.1 is 10 %).
+(linearity; 0.1 is 10 %). "scan_idle_share_N_cores" is counted, not timed: the share of N cores that goes
+unused in the backward pass of one sequence of width 2,560, because its tasks do not divide by N.
 
 PyTorch on Linux returns large freed blocks to the kernel and pays for fresh pages at the next allocation. The
 headline ratio is taken in such a process; "_kept_memory" is measured after
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import Ratio, command, finish, machine, paired, parse, peak_memory, seconds, take_turns
+from ssm_retrieval.ops import LANES, scan_group
 from ssm_retrieval.ops.memory import keep_freed_memory
 from ssm_retrieval.ops.selective_scan import selective_scan
 
@@ -78,6 +80,19 @@ def library_mixer(batch: int, length: int) -> Callable[[], Any]:
     return _mixer_step(MambaMixer(MambaConfig(hidden_size=D_INNER // 2), layer_idx=0), batch, length)
 
 
+def idle_share(cores: int, batch: int, d_inner: int) -> float:
+    """Return the share of the cores' time that no task of the scan's backward pass fills.
+
+    Args:
+        cores: Cores, each of which takes one task after another.
+        batch: Sequences.
+        d_inner: Channels.
+    """
+    blocks = -(-d_inner // LANES)
+    tasks = batch * -(-blocks // scan_group(batch, blocks))
+    return 1 - tasks / (cores * -(-tasks // cores))
+
+
 def main() -> None:
     """Run the benchmark."""
     full = dict(batch=8, length=1024, repeats=9, layers=3, lengths=LENGTHS, reach=4096, warmup=5)
@@ -116,6 +131,8 @@ def main() -> None:
     ratios["scan_memory_vs_mambapy"] = memory["mambapy"] / memory["ours"]
     ratios["mixer_vs_transformers"] = paired(m["transformers"], m["ours"])
     ratios["scan_linearity_deviation"] = worst
+    for cores in (16, 32):
+        ratios[f"scan_idle_share_{cores}_cores"] = idle_share(cores, 1, 2 * 2560)
     finish(sizes, ratios)
 
 

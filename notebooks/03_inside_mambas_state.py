@@ -66,9 +66,9 @@ say(
 )
 
 # %% [markdown]
-# With the query first Mamba needs fewer tokens and gets further. (That this is so in every seed, and the
-# other way round for Transformers, is shown in notebook 02.) Room cannot be what the other one lacks:
-# thousands of numbers could hold a dozen symbols and places many times over.
+# With the query first Mamba needs fewer tokens and gets further; so it does in every seed of the study of
+# notebook 02, with positions. Room cannot be what the other one lacks: thousands of numbers could hold a
+# dozen symbols and places many times over.
 #
 # ## Recording a state
 #
@@ -130,8 +130,7 @@ plain_log(bar.ax.yaxis)
 plt.show()
 
 # %% [markdown]
-# One sequence can mislead: a symbol may have a large step because it is *that symbol*, or because of where it
-# stands. The next figure averages over many sequences and compares like with like.
+# One sequence can mislead: a symbol may have a large step for its own sake, or for its place.
 #
 # ## Is the target treated differently?
 #
@@ -245,10 +244,9 @@ say(
 # symbol, but nothing has learned to notice. What the solid lines do beyond those is **learned selectivity**:
 # with the query first, the model treats some token at or behind the target unlike any other.
 #
-# Which token? Look at *where* the solid peaks stand. Each Mamba layer has, before the recurrence, a short
-# convolution over the last four tokens, so a layer can act on a match one to three tokens later, and the next
-# layer again later. If you had measured at the target alone (offset 0), you would have missed most of the
-# effect: the table has both.
+# Which token? Look at *where* the solid peaks stand. The convolution before each recurrence reads the last
+# four tokens, so a layer can act on a match one to three tokens later. At the target alone (offset 0) one
+# would miss most of it: the table has both.
 #
 # One model of one seed. The study [`why_mamba_lags`](../studies/why_mamba_lags/README.md) has three seeds of
 # models with two layers and positions, at 64 symbols, measured at the target itself: with the query first the
@@ -288,23 +286,21 @@ legend(figure, looks | {"untrained weights": dict(color="0.6", ls=":", lw=1.4)})
 plt.show()
 
 # %% [markdown]
-# Steady forgetting would be a straight line that falls towards the left: each further token costs the same
-# factor. The untrained weights are near that. Where a trained curve lies above such a line at the left end,
-# the layer has learned to protect the first symbols; where it lies low in the middle, those are what it gives
-# up. Compare with the accuracy by place in notebook 01. With the query first, solid and dashed part:
-# what a target itself wrote is often kept *worse*. The large step behind it that writes the mark also erases,
-# its own write included.
+# Steady forgetting is a straight line that falls towards the left; the untrained weights are near that. Where
+# a trained curve lies above such a line at the left end, the layer protects the first symbols; where it is
+# low in the middle, those are what it gives up. With the query first, what a target itself wrote is often
+# kept *worse* (solid) than what others wrote (dashed): the large step behind it that writes the mark also
+# erases.
 #
-# A share of, say, a tenth is not the same as "gone": what is left of a write is exactly as informative as the
-# write, if nothing else lies on top of it. What matters is whether anything downstream can tell it from the
-# rest. So the next question is not how much is left but what can be *read* from it.
+# A share of a tenth is not "gone": what is left of a write says as much as the write, if nothing else lies on
+# top of it. So the next question is not how much is left but what can be *read* from it.
 #
 # ## What can be read off the state?
 #
 # A **linear probe** is trained to say, from the state at the moment the answer is due, *which symbol stood at
 # place k*. If it can, a linear map of the state has the information. There are 12 symbols, so chance is 1 /
-# 12. The usual trap is that a probe with thousands of inputs can learn a lot by itself, so two controls
-# come along:
+# 12. The usual trap is that a probe with thousands of inputs can learn a lot by itself, so two controls come
+# along:
 #
 # * **untrained weights**: what a random state already gives away;
 # * **shuffled labels**: the same probe on labels dealt to sequences at random, which must end at chance.
@@ -372,32 +368,19 @@ for (layout, weights), curves in read.items():
     accuracy, shuffled = one["accuracy"], one["shuffled"].mean()
     count = ((accuracy - chance) / (1 - chance)).sum()
     rows.append((TITLES[layout], weights, layer, accuracy.mean(), shuffled, chance, count))
-column = f"symbols readable, of {N}"
-names = ["query", "weights", "best layer", "accuracy, mean over places", "shuffled labels", "chance", column]
-summary = pd.DataFrame(rows, columns=names).set_index(["query", "weights"])
+names = ["query", "weights", "best layer", "accuracy, mean over places", "shuffled labels", "chance"]
+summary = pd.DataFrame(rows, columns=[*names, f"symbols readable, of {N}"]).set_index(["query", "weights"])
 display(summary.round(3))
 
 # %% [markdown]
-# *Reading the table.* "Symbols readable" adds up, over the places, how far the accuracy lies above chance, so
-# that guessing counts nothing. The probe cannot guess the context, which is what the shuffled labels show. So
-# the comparison that counts here is with the *untrained* weights.
-
-# %%
-last, first = summary.loc[("query last", "trained")], summary.loc[("query first", "trained")]
-base = summary.loc[("query last", "untrained")][column]
-say(
-    f"The state of the model that is told the query last gives up {last[column]:.1f} symbols of {N} to a "
-    f"linear reader, {last[column] - base:+.1f} against untrained weights; that of the model told first, "
-    f"{first[column]:.1f}. Told last, the model itself is right about "
-    f"{runs['suffix'].result['accuracy'] * N:.1f} places of {N}."
-)
+# "Symbols readable" adds up, over the places, how far the accuracy lies above chance, so that guessing counts
+# nothing. The comparison that counts is with the *untrained* weights.
 
 # %% [markdown]
-# With the query *last* every symbol may be asked for, so a good state holds as many as possible. With the
-# query *first* only one matters, and a state may throw the rest away. Compare the two sums with that
-# expectation. And compare the crosses with the curves on the left: where the model is right more often than a
-# linear map can read, the information is there in a form that the probe is too simple for. A linear probe
-# gives a *lower bound* of what a state holds, never an upper one.
+# With the query *last* every symbol may be asked for, so a good state holds as many as possible; with the
+# query *first* it may throw the rest away. Where the model is right more often (crosses) than a linear map
+# can read, the information has a form that the probe is too simple for: it gives a *lower bound* of what a
+# state holds.
 #
 # ## What was seen, and what not
 #

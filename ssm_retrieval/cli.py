@@ -21,6 +21,7 @@ from typing import Annotated, NoReturn, TypeVar
 
 import tyro
 
+from ssm_retrieval import __version__
 from ssm_retrieval.errors import UserError
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
@@ -40,7 +41,8 @@ Imports = Annotated[
 def parse(options: type[Options], argv: Sequence[str] | None, prog: str) -> Options:
     """Command-line arguments as an instance of a dataclass.
 
-    Unknown options and values print an error and exit with status 2.
+    Unknown options and values print an error and exit with status 2. `--version` alone prints the version and
+    exits with status 0.
 
     Args:
         options: The dataclass.
@@ -53,6 +55,9 @@ def parse(options: type[Options], argv: Sequence[str] | None, prog: str) -> Opti
     write_anything()
     try:
         try:
+            if list(sys.argv[1:] if argv is None else argv) == ["--version"]:
+                print(f"ssm-retrieval {__version__}")
+                sys.exit(0)
             return tyro.cli(options, args=argv, prog=prog)
         finally:
             sys.stdout.flush()  # here, where a closed pipe can be told, and not when Python ends

@@ -20,7 +20,7 @@ from analysis.plots import sweep
 from analysis.tables import agreed, between, by_seed, fill, share
 from ssm_retrieval.statistics import bootstrap_median_time
 from ssm_retrieval.style import NAMES
-from ssm_retrieval.tables import markdown
+from ssm_retrieval.tables import markdown, read
 from ssm_retrieval.training import store
 from ssm_retrieval.training.outcomes import reachable_length
 from studies.capacity import report as capacity
@@ -28,12 +28,21 @@ from studies.retrieval_cpu import default_run
 from studies.vlm_pretrained import summary as quick_start
 from studies.vlm_retrieval import summary as retrieval
 from studies.what_mamba_lacks import report as lacks
+from studies.what_mamba_lacks.config import LENGTH
 from studies.why_mamba_lags import contrasts
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "claims.md"
 RETRIEVAL = ROOT / "studies" / "retrieval_cpu"
 PAIRS = {"1 B / 790 M": "1B and 790M", "1.4 B": "1.4B", "2.8 B": "2.8B"}  # as the page calls them
+# Claims, the study that tests them, its results.
+STUDIES = (
+    ("1, 2, 9, 11, 12", "retrieval_cpu", "results.parquet"),
+    ("3, 6, 8", "vlm_retrieval", "results.parquet"),
+    ("4, 13, 15", "capacity", "measured.csv"),
+    ("5", "vlm_pretrained", "results.parquet"),
+    ("13, 14", "what_mamba_lacks", "results.parquet"),
+)
 CLAIM = re.compile(r"^## (?P<title>\d+\. [^\n]+)$(?P<body>.*?)(?=^## |\Z)", flags=re.MULTILINE | re.DOTALL)
 VERDICT = re.compile(r"\*\*Verdict: (?P<word>[^.*]+)\.\*\*")
 VERDICTS = (
@@ -228,6 +237,40 @@ def probes() -> pd.DataFrame:
     return pd.read_parquet(contrasts.MEASURED)
 
 
+# --- studies/what_mamba_lacks ------------------------------------------------------------------------------
+
+
+def ingredients() -> str:
+    """Mamba and Mamba-2 with everything, and with one ingredient removed, at the shorter length."""
+    runs = lacks.finished()
+    return lacks.removed(runs[runs["model"].isin(("mamba", "mamba2")) & runs["seq_len"].eq(LENGTH)])
+
+
+# --- what it costs -----------------------------------------------------------------------------------------
+
+
+def costs() -> str:
+    """Runs of every study, those that choose rates included, and how long they took."""
+    rows = [
+        [
+            "1",
+            "[the default run](../README.md)",
+            *_spent(pd.read_csv(default_run.MEASURED), ["model", "seed"], 2),
+        ]
+    ]
+    for claims, name, path in STUDIES:
+        file = ROOT / "studies" / name / path
+        table = pd.read_csv(file) if file.suffix == ".csv" else read(file)
+        rows.append([claims, f"[{name}](../studies/{name}/README.md)", *_spent(table, ["run"], 1)])
+    return markdown(["claims", "study", "runs", "minutes", "threads of a run"], rows)
+
+
+def _spent(table: pd.DataFrame, by: list[str], threads: int) -> list[str]:
+    """Number of runs, their minutes in all, and threads; a run's last row has its whole time."""
+    seconds = table.groupby(by)["seconds"].max()
+    return [f"{len(seconds):,}", f"{seconds.sum() / 60:,.0f}", str(threads)]
+
+
 # --- pieces ------------------------------------------------------------------------------------------------
 
 
@@ -266,10 +309,14 @@ def rewritten(text: str) -> str:
     """The page with its tables made anew."""
     table = evaluations()
     found = retrieval.scores(pd.read_parquet(retrieval.RESULTS))
-    held = pd.read_csv(capacity.MEASURED)
-    held = held[held["model"].isin(capacity.LAW) & held["task"].eq("position")]
+    law = pd.read_csv(capacity.MEASURED)
+    law = law[law["model"].isin(capacity.LAW)]
+    held = law[law["task"].eq("position")]
     made = {
         "verdicts": verdicts(text),
+        "costs": costs(),
+        "ingredients": ingredients(),
+        "recall-law": capacity.fits_table(capacity.learned(law[law["task"].eq("mqar")])),
         "published-groups": published_groups(),
         "published-scale": published_scale(),
         "lengths": lengths(table),

@@ -15,12 +15,14 @@ from vlm.results import COLUMNS, table_path
 
 
 def collect(runs: Sequence[Run], out: Path, to: Path) -> None:
-    """Write the scores of runs as one table.
+    """Write the scores of runs as one table. Runs of an earlier table that are not among them stay.
+
+    So a study can be measured in parts, on machines that do not share a folder.
 
     Args:
-        runs: The study's runs, all of them evaluated.
+        runs: Runs of the study, all of them evaluated.
         out: What `vlm.evaluate --out` named.
-        to: Parquet file with the columns `vlm.results.COLUMNS`.
+        to: Parquet file with the columns `vlm.results.COLUMNS`, there already or not.
 
     Raises:
         SystemExit: If a run has no results; one line says which.
@@ -33,7 +35,11 @@ def collect(runs: Sequence[Run], out: Path, to: Path) -> None:
         raise SystemExit(f"error: {out} has no results of {missing[0]}; run vlm.train and vlm.evaluate first")
     found = concatenated([table_path(out, run.name) for run in runs])
     assert found is not None
-    store.write_bytes(to, to_parquet(rows_of(found), COLUMNS))
+    rows = rows_of(found)
+    if to.exists():
+        new = {run.name for run in runs}
+        rows = [row for row in rows_of(pd.read_parquet(to)) if row["run"] not in new] + rows
+    store.write_bytes(to, to_parquet(rows, COLUMNS))
 
 
 def cost(results: pd.DataFrame, families: Sequence[str]) -> str:

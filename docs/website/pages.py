@@ -1,7 +1,7 @@
 """What of the repository is a page of the site, and where a link between two files leads there.
 
-The site has what docs/ has, and beside it README.md (the home page), CONTRIBUTING.md and the studies. Their
-links are those of the repository, so both views work: on the site a link to a page leads to that page, one to
+The site has what docs/ has, and beside it README.md (the home page), CONTRIBUTING.md, CHANGELOG.md and the
+studies. Their links are those of the repository, so both views work: on the site a link to a page leads to that page, one to
 a folder to its page or to a list of its files, and any other file goes along as a download.
 """
 
@@ -21,7 +21,7 @@ LINK = re.compile(r"\]\((?![a-z]+:|#|/)(?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?
 def own() -> list[str]:
     """Paths, relative to the repository, of the files that are pages: README.md first."""
     found = [path for pattern in ("docs/*.md", "studies/*/README.md") for path in sorted(ROOT.glob(pattern))]
-    return [HOME, "CONTRIBUTING.md", *(path.relative_to(ROOT).as_posix() for path in found)]
+    return [HOME, "CONTRIBUTING.md", "CHANGELOG.md", *(path.relative_to(ROOT).as_posix() for path in found)]
 
 
 def uri(path: str) -> str:

@@ -38,6 +38,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ssm_retrieval import __version__
 from ssm_retrieval.errors import UserError
 from ssm_retrieval.files import collect, replacing, write_bytes
 from ssm_retrieval.training import records
@@ -302,6 +303,7 @@ def environment(threads: int) -> Row:
         except metadata.PackageNotFoundError:
             versions[package] = None
     return {
+        "version": __version__,
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "cpus": os.cpu_count(),

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import all as every
 from benchmarks import common, data
 from synthetic import tasks
 
@@ -31,6 +32,7 @@ NAMES = {  # of one ratio that each benchmark ends with
     "probes": "patch_grid_vs_transformer_lens",
     "scan": "scan_memory_vs_mambapy",
     "scenes": "scenes_vs_matplotlib",
+    "start": "help_vs_import_torch",
     "train_step": "memory_mamba_tiny_float32_vs_mambapy",
 }
 MISSING = {  # what few machines have: without it a benchmark says so
@@ -41,7 +43,8 @@ MISSING = {  # what few machines have: without it a benchmark says so
 
 def test_every_benchmark_has_a_quick_run():
     files = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
-    assert set(NAMES) == files - {"__init__", "common", "turns", "gguf_file", "peers"}
+    assert set(NAMES) == files - {"__init__", "all", "common", "gguf_file", "page", "peers", "turns"}
+    assert set(every.NAMES) == set(NAMES) - {"cuda"}  # which is for another machine
 
 
 @pytest.mark.slow

@@ -273,6 +273,50 @@ def test_words_about_the_quick_start():
     assert wide["spatial", "accuracy", "mamba"].max() < 0.52
 
 
+def test_words_about_the_convolution_and_the_recall_law():
+    """What claims 14 and 15 say in words."""
+    body = " ".join(BODIES["14. Mamba's convolution keeps it from recall"].split())
+    assert "no seed of Mamba learns" in body and "Mamba-2 learns with the published convolution" in body
+    rows = table("ingredients").reset_index().set_index(["model", "ingredients"])["seeds at 0.95 [95 %]"]
+    learned = rows.map(lambda cell: numbers(cell)[0])
+    for name in ("with all four ingredients", "without a convolution"):
+        assert learned["Mamba", name] == 5
+    for name in (
+        "without positions",
+        "with the published convolution",
+        "with the published memory",
+        "with C apart from B",
+    ):
+        assert learned["Mamba", name] == 0
+    steps = table("ingredients").reset_index().set_index(["model", "ingredients"])["median steps to it"]
+    assert learned["Mamba-2", "with the published convolution"] == 5
+    slow, fast = (
+        numbers(steps["Mamba-2", name])[0]
+        for name in ("with the published convolution", "with all four ingredients")
+    )
+    assert slow > fast
+    law = table("recall-law").reset_index().set_index("model")["a [95 %]"].map(numbers)
+    assert law["Mamba"][1] > law["Linear SSM"][2]  # Mamba's whole interval above that of the linear model
+
+
+def test_costs_are_the_seconds_of_the_runs():
+    shown = table("costs").reset_index().set_index("study")
+    default = pd.read_csv(ROOT / "studies" / "retrieval_cpu" / "default_run.csv")
+    one = default.drop_duplicates(["model", "seed"])["seconds"].sum() / 60
+    row = shown.loc["[the default run](../README.md)"]
+    assert (int(row["runs"]), float(row["minutes"])) == (6, pytest.approx(one, abs=0.5))
+    runs = pd.read_parquet(ROOT / "studies" / "vlm_retrieval" / "results.parquet").drop_duplicates("run")
+    row = shown.loc["[vlm_retrieval](../studies/vlm_retrieval/README.md)"]
+    assert int(row["runs"]) == len(runs)
+    assert float(row["minutes"]) == pytest.approx(runs["seconds"].sum() / 60, abs=0.5)
+
+
+def test_the_rule_says_when_each_verdict_is_given():
+    rule = PAGE.split("| verdict | when |\n| --- | --- |\n")[1].split("\n\n")[0]
+    said = {line.split("|")[1].strip() for line in rule.splitlines()}
+    assert said == {verdict.removesuffix(" at this size") for verdict in claims.VERDICTS}
+
+
 def test_seeds_that_agree_stand_beside_what_chance_gives():
     """Three architectures of three pairs: coins agree once in four. One table in forty is above 97.5 %."""
     by_chance = PAGE.split("<!-- layouts-by-chance -->\n")[1].splitlines()[0]
@@ -288,7 +332,7 @@ def test_seeds_that_agree_stand_beside_what_chance_gives():
 
 
 def test_every_claim_says_the_four_things():
-    assert len(BODIES) == 13
+    assert len(BODIES) == 15
     for title, body in BODIES.items():
         for part in ("**Stated**", "**Measured", "**Verdict: ", "**What would change it:**"):
             assert body.count(part) == 1, (title, part)

@@ -39,5 +39,12 @@ def test_a_notebook_is_an_execution_of_its_source(source):
     assert source.with_suffix(".ipynb").stat().st_size < 600_000
 
 
-def test_there_are_notebooks():
-    assert {path.name[:2] for path in PAIRS} >= {"01", "02", "03", "04", "05", "06"}
+def test_there_are_notebooks_and_the_list_names_each():
+    assert {path.name[:2] for path in PAIRS} >= {f"{number:02}" for number in range(1, 9)}
+    listed = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| \[\d\d\]\((.*?)\.ipynb\)", listed, re.M) == [path.stem for path in PAIRS]
+
+
+@pytest.mark.parametrize("source", PAIRS, ids=lambda path: path.stem)
+def test_a_notebook_can_be_read_in_one_sitting(source):
+    assert len(source.read_text(encoding="utf-8").splitlines()) <= 400

@@ -31,8 +31,8 @@ from synthetic.results import config_columns
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_of_the_documents_can_be_planned(command, tmp_path):
     """With a small checkpoint of the same kind in place of one on the hub."""
-    if "--help" in command or "--import" in command:
-        return  # test_run.py looks at it, and test_extending.py has the modules
+    if "--help" in command or "--version" in command or "--import" in command:
+        return  # test_run.py and test_cli.py look at it, and test_extending.py has the modules
     config = parsed(command)
     if config.init is not None:
         small = models.build(f"{config.model[0]}-tiny", vocab_size=40)
@@ -59,11 +59,11 @@ def test_a_command_for_a_gpu_fits_the_gpu_that_its_comment_names(line):
         assert peak < gib * 2**30
 
 
-def test_the_speed_table_has_the_rows_that_lose():
+def test_the_page_on_speed_has_the_rows_that_lose():
     """As docs/scale.md measured them."""
-    scale = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    scale, speed = ((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("scale", "speed"))
     faster, slower = re.findall(r"times as fast\*?\*? \| \*?\*?([\d.]+)\*?\*? \| \*?\*?([\d.]+)", scale)
-    rows = re.findall(r"^\|.*2\.8 B in bfloat16.*\n\|.*decoding 32 tokens.*$", README, re.M)
+    rows = re.findall(r"^\|.*2\.8 B in bfloat16.*\n\|.*decoding 32 tokens.*$", speed, re.M)
     for row, measured in zip(rows, (faster, slower), strict=True):
         assert re.findall(r"\*?\*?([\d.]+)\*?\*? \|$", row, re.M) == list(measured)
 
@@ -178,14 +178,17 @@ def test_snippets_of_the_probes_page():
 
 def test_readme_starts_with_the_two_commands():
     first, second = re.search(r"```bash\n(.*?)\n(.*?)\n```", README).groups()
-    assert first.endswith("&& python -m synthetic.run") and "pip install -c constraints.txt" in first
-    assert second == "python -m pytest"
+    assert first.endswith("&& pip install -c constraints.txt -e . && python -m synthetic.run")
+    assert second == 'pip install -c constraints.txt -e ".[dev]" && python -m pytest'
+    install, run = (ROOT / ".ci" / "run").read_text(encoding="utf-8"), "\npython -m pytest\n"
+    assert '-c constraints.txt -e ".[dev,docs]"' in install and run in install
 
 
-def test_python_snippet_of_the_readme_runs(monkeypatch, capsys, tmp_path):
+def test_python_snippet_of_the_tour_runs(monkeypatch, capsys, tmp_path):
     """With the arguments of its last line defined, and a run of one step."""
     monkeypatch.chdir(tmp_path)
-    (snippet,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    tour = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n(.*?)```", tour, flags=re.DOTALL)
     shorter = {"steps=200": "steps=1, eval_examples=4, final_eval_examples=8"}
     for old, new in (shorter | {'build("mamba-130m")': 'build("mamba-130m", device="meta")'}).items():
         assert old in snippet

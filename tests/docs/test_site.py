@@ -84,12 +84,12 @@ def test_ci_builds_the_site_strictly():
     assert set(CONFIG["validation"].values()) == {"warn"}
 
 
-def test_getting_started_names_every_extra():
+def test_the_page_on_installing_names_every_extra():
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("[project.optional-dependencies]")[1]
     extras = set(re.findall(r"^([\w-]+) = \[", text.split("\n[tool")[0], flags=re.MULTILINE))
-    page = (ROOT / "docs" / "getting-started.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (`.*?) \|", page.split("\n## ")[1], flags=re.MULTILINE)
-    assert set(re.findall(r"`([\w-]+)`", " ".join(rows))) == extras - {"dev"} and "docs" in extras
+    assert set(re.findall(r"`([\w-]+)`", " ".join(rows))) == extras and "docs" in extras
 
 
 def test_snippet_of_getting_started(monkeypatch, capsys, tmp_path):
@@ -115,7 +115,7 @@ def test_snippet_of_getting_started(monkeypatch, capsys, tmp_path):
         ("README.md", "[a](studies/retrieval_cpu/README.md)", "[a](studies/retrieval_cpu.md)"),
         ("README.md", "[a](studies/retrieval_cpu)", "[a](studies/retrieval_cpu.md)"),
         ("docs/vlm.md", "![a](images/scenes.png)", "![a](images/scenes.png)"),
-        ("docs/vlm.md", "[a](../README.md#gpus)", "[a](index.md#gpus)"),
+        ("docs/vlm.md", "[a](../README.md#how-fast)", "[a](index.md#how-fast)"),
         ("docs/vlm.md", "[a](../studies/learnability/grid.csv)", "[a](studies/learnability/grid.csv)"),
         ("studies/why_mamba_lags/README.md", "[a](../../docs/tasks.md)", "[a](../tasks.md)"),
         ("studies/retrieval_cpu/README.md", "[a](figures/)", "[a](retrieval_cpu/figures/index.md)"),

@@ -1,6 +1,7 @@
 """Exit statuses and one-line errors that all commands share."""
 
 import errno
+import importlib
 import os
 import signal
 import stat
@@ -9,6 +10,7 @@ import sys
 
 import pytest
 
+import ssm_retrieval
 from ssm_retrieval import cli
 from ssm_retrieval.errors import MissingPackage, UserError
 from ssm_retrieval.training import store
@@ -20,6 +22,22 @@ def raised(error, out="results"):
         raise error
 
     return cli.guarded(command, out=out)
+
+
+@pytest.mark.parametrize(
+    "module", ["synthetic.run", "synthetic.sweep", "analysis.figures", "analysis.report.__main__", "probes.run",
+               "vlm.train", "vlm.evaluate", "vlm.demo.__main__"],
+)  # fmt: skip
+def test_every_command_says_its_version(module, capsys):
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(module).main(["--version"])
+    said = capsys.readouterr()
+    assert ended.value.code == 0 and not said.err
+    assert said.out == f"ssm-retrieval {ssm_retrieval.__version__}\n"
+
+
+def test_a_run_notes_the_version():
+    assert store.environment(1)["version"] == ssm_retrieval.__version__
 
 
 @pytest.mark.parametrize("kind", [UserError, MissingPackage])

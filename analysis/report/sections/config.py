@@ -113,7 +113,7 @@ def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, An
 
 def _made(run: Run) -> Iterator[tuple[str, Any]]:
     """What a reader of the numbers may want to know of the machine."""
-    names = ("python", "platform", "cpus", "threads", "gpu", "commit")
+    names = ("version", "python", "platform", "cpus", "threads", "gpu", "commit")
     yield from ((f"environment.{name}", run.environment.get(name)) for name in names)
     yield "environment.torch", run.environment.get("packages", {}).get("torch")
 
