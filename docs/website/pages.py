@@ -1,8 +1,8 @@
 """What of the repository is a page of the site, and where a link between two files leads there.
 
 The site has what docs/ has, and beside it README.md (the home page), CONTRIBUTING.md, CHANGELOG.md and the
-studies. Their links are those of the repository, so both views work: on the site a link to a page leads to that page, one to
-a folder to its page or to a list of its files, and any other file goes along as a download.
+studies. Their links are those of the repository, so both views work: on the site a link to a page leads to
+that page, one to a folder to its page or to a list of its files, and any other file goes along as a download.
 """
 
 from __future__ import annotations

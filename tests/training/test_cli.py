@@ -25,8 +25,8 @@ def raised(error, out="results"):
 
 
 @pytest.mark.parametrize(
-    "module", ["synthetic.run", "synthetic.sweep", "analysis.figures", "analysis.report.__main__", "probes.run",
-               "vlm.train", "vlm.evaluate", "vlm.demo.__main__"],
+    "module", ["synthetic.run", "synthetic.sweep", "analysis.figures", "analysis.report.__main__",
+               "probes.run", "vlm.train", "vlm.evaluate", "vlm.demo.__main__"],
 )  # fmt: skip
 def test_every_command_says_its_version(module, capsys):
     with pytest.raises(SystemExit) as ended:
