@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 THRESHOLD = 0.95
 UNITS = {"examples": "training sequences", "tokens": "training tokens"}
-PANEL = 2.6  # inches
+PANEL, COLUMNS = 2.6, 3  # inches, and panels side by side
 PLACE, PLACE_UNIT = "place of the target (0 = first, 1 = last)", "final held-out accuracy"
 KEYS = ["variant", "setting", "model", "position"]
 
@@ -38,33 +38,37 @@ def accuracy_table(evaluations: pd.DataFrame) -> pd.DataFrame:
 
 
 def accuracy_curves(table: pd.DataFrame) -> Figure:
-    """A panel per setting and length: thin lines are runs, thick ones their mean.
+    """A panel per setting and length that has runs: thin lines are runs, thick ones their mean.
 
     A run that stopped early keeps its last accuracy in the mean.
     """
-    looks, lengths = settings.looks(table), sorted(table["seq_len"].unique())
-    rows = sorted(table["setting"].unique(), key=_setting_order)
-    figure, axes = panels(len(rows), len(lengths), (PANEL, PANEL), sharex=True, sharey=True)
-    for i, j in np.ndindex(axes.shape):
-        ax, part = axes[i, j], table[(table["setting"] == rows[i]) & (table["seq_len"] == lengths[j])]
+    looks = settings.looks(table)
+    pairs = table[["setting", "seq_len"]].drop_duplicates().itertuples(index=False, name=None)
+    cells = sorted(pairs, key=lambda pair: (_setting_order(pair[0]), pair[1]))
+    columns = min(COLUMNS, len(cells))
+    rows = -(-len(cells) // columns)
+    figure, axes = panels(rows, columns, (PANEL, PANEL), sharex=True, sharey=True)
+    for k, ax in enumerate(axes.flat):
+        if k >= len(cells):
+            ax.set_visible(False)
+            continue
+        setting, length = cells[k]
+        part = table[(table["setting"] == setting) & (table["seq_len"] == length)]
         for name, cell in part.groupby("variant"):
             look = looks[str(name)]
             for _, run in cell.groupby("run"):
                 ax.plot(run["examples"], run["accuracy"], lw=0.7, alpha=0.45, color=look["color"])
             mean = carried(cell, "examples").mean(axis=1)
             ax.plot(mean.index, mean, lw=2, color=look["color"], linestyle=look["linestyle"])
-        if part.empty:
-            _empty(ax, "not run")
-        else:
-            _chance(ax, float(part["chance"].iloc[0]))
+        _chance(ax, float(part["chance"].iloc[0]))
         ax.set(xscale="log", ylim=SHARES)
-        _counts(ax.xaxis)
-        if i == 0:
-            ax.set_title(f"length {lengths[j]}")
-        if j == 0:
-            ax.set_ylabel(f"{rows[i]}\nheld-out accuracy")
-        if i == len(rows) - 1:
+        ax.set_title(f"{setting}\nlength {length}", fontsize=9)
+        _counts(ax.xaxis, subs=(1.0, 3.0))
+        if k % columns == 0:
+            ax.set_ylabel("held-out accuracy")
+        if k + columns >= len(cells):  # nothing below
             ax.set_xlabel("training sequences")
+            ax.tick_params(labelbottom=True)
     _legend(figure, looks)
     return figure
 
@@ -317,10 +321,6 @@ def _chance(ax: Axes, chance: float) -> None:
     ax.text(0.02, chance + 0.02, "chance", transform=ax.get_yaxis_transform(), fontsize=7, color="0.4")
 
 
-def _empty(ax: Axes, words: str) -> None:
-    ax.text(0.5, 0.5, words, transform=ax.transAxes, ha="center", va="center", color="0.5")
-
-
 def _powers_of_two(axis: Any, values: Any) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -332,8 +332,8 @@ def _powers_of_two(axis: Any, values: Any) -> None:
         getattr(axis.axes, f"set_{axis.axis_name}lim")(ticks[0] / 1.5, ticks[0] * 1.5)
 
 
-def _counts(axis: Any) -> None:
-    """Ticks of a log axis at 1, 2 and 5 times powers of ten, written as 20k or 1M."""
+def _counts(axis: Any, subs: tuple[float, ...] = (1.0, 2.0, 5.0)) -> None:
+    """Ticks of a log axis at `subs` times powers of ten, written as 20k or 1M."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     def words(value: float, _: int) -> str:
@@ -342,6 +342,6 @@ def _counts(axis: Any) -> None:
                 return f"{value / size:g}{unit}"
         return f"{value:g}"
 
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+    axis.set_major_locator(LogLocator(subs=subs, numticks=12))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(words))

@@ -173,3 +173,20 @@ def test_bad_input_is_one_clear_line(call, message):
     with pytest.raises(ValueError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+def test_only_what_was_run_has_a_panel():
+    """Four cells of the six that two settings and three lengths would make; each panel says which it is."""
+    runs = [
+        run_rows("mamba", seq_len, 0, [0.2, 0.9], layout=layout)
+        for layout, seq_len in (("suffix", 16), ("suffix", 32), ("suffix", 64), ("prefix", 64))
+    ]
+    evaluations, _ = result_tables.tables(runs)
+    figure = sweep.accuracy_curves(sweep.accuracy_table(evaluations))
+    shown = [ax for ax in figure.axes if ax.get_visible()]
+    titles = [ax.get_title() for ax in shown]
+    assert len(titles) == len(set(titles)) == 4
+    assert sorted(title.split("length ")[1] for title in titles) == ["16", "32", "64", "64"]
+    for ax in shown:
+        assert len(ax.lines) >= 3  # a run, the mean, chance
+        assert {tuple(line.get_ydata()) for line in ax.lines} >= {(0.2, 0.9)}
