@@ -183,6 +183,38 @@ def test_lens_and_retention(report, probed_run):
         assert len(lines(panel)) == 3 * 4  # target and distractors, and the target untrained, by layer
 
 
+@pytest.mark.parametrize("family, name", [("transformer", "Transformer"), ("mamba", "Mamba")])
+def test_what_can_still_be_asked_at_every_step_of_its_slider(report, probed_run, family, name):
+    rows = table(probed_run, "capacity", family)
+    (view,) = views(report.text)["capacity"]
+    assert view["slider"]["texts"] == [f"{n} of {N} symbols read" for n in (2, 4, N)]
+    assert view["slider"]["start"] == 2
+    block = next(block for block in view["blocks"] if name in block["panels"][0]["title"])
+    by_place, counted = block["panels"]
+    assert [trace["name"] for trace in by_place["figure"]["data"] if "name" in trace][-1] == "chance"
+    drawn = [trace for trace in by_place["figure"]["data"]]
+    for weights in ("trained", "untrained"):
+        mine = rows[(rows["part"] == "place") & (rows["weights"] == weights)]
+        (i,) = (k for k, trace in enumerate(drawn) if trace.get("name") == f"{name}, {weights}")
+        steps = {move["path"]: move["rows"] for move in by_place["moves"] if move["trace"] == i}
+        for k, n in enumerate((2, 4, N)):
+            part = mine[mine["shown"] == n].sort_values("place")
+            assert len(part) == n
+            same(steps["x"][k][:n], part["place"] + 1)
+            same(steps["y"][k][:n], part["value"])
+            same(steps["error_y.array"][k][:n], part["high"] - part["value"])
+            assert pd.isna(steps["y"][k][n:]).all()
+        facts = rows[(rows["part"] == "facts") & (rows["weights"] == weights)].sort_values("shown")
+        same(lines(counted)[f"{name}, {weights}"]["y"], facts["value"])
+    chance = next(
+        move for move in by_place["moves"] if move["path"] == "y" and move["trace"] == len(drawn) - 1
+    )
+    same([row[0] for row in chance["rows"]], [1 / 2, 1 / 4, 1 / N])
+    same(lines(counted)["all of them"]["y"], [2, 4, N])
+    (mark,) = counted["marks"]
+    same(mark["low"], [-0.4, 0.6, 1.6])
+
+
 # --- what is compared, and what is not there ----------------------------------------------------------------
 
 

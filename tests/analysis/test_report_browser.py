@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from report_pages import panels, same, table, views
 
-FIGURES = ("learning", "position", "updates", "retention", "attention", "patch", "linear", "lens")
+FIGURES = ("learning", "position", "updates", "retention", "capacity", "attention", "patch", "linear", "lens")
 MEBIBYTE = 2**20
 
 

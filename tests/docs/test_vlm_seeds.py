@@ -8,10 +8,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from studies.scores import collect
 from studies.vlm_pretrained import summary
 from vlm import pretrained
 from vlm.config import read_file
-from vlm.results import COLUMNS
+from vlm.results import COLUMNS, table_path
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +71,23 @@ def test_goals_are_counted_by_seed():
 def test_the_demo_has_the_first_seed_of_the_study(results):
     shown = {path.name for path in (Path(summary.HERE).parents[1] / "vlm" / "demo" / "models").iterdir()}
     assert shown == set(results.loc[results["seed"] == 0, "stage"])
+
+
+def test_scores_of_earlier_runs_stay(results, tmp_path):
+    """A study that is measured in parts: new runs are added, those measured again are replaced."""
+    known = results[results["run"].isin(sorted(set(results["run"]))[:3])]
+    first, again, other = (part for _, part in known.groupby("run"))
+    runs = [run for run in read_file(summary.HERE / "runs.py") if run.name in set(known["run"])]
+    by_name = {run.name: run for run in runs}
+    to = tmp_path / "results.parquet"
+    pd.concat([first, again.assign(value=0.0)]).to_parquet(to)
+    for part in (again, other):
+        path = table_path(tmp_path, part["run"].iloc[0])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.to_parquet(path)
+    collect([by_name[part["run"].iloc[0]] for part in (again, other)], tmp_path, to)
+    found = pd.read_parquet(to)
+    assert list(found.columns) == list(COLUMNS) and len(found) == len(known)
+    both = found.merge(known, on=["run", "task", "metric"], suffixes=("", "_known"))
+    assert len(both) == len(known) and (both["value"] == both["value_known"]).all()
+    assert both["image_only"].isna().tolist() == both["image_only_known"].isna().tolist()

@@ -8,6 +8,7 @@ from analysis.report.parts import Section
 from analysis.report.runs import Run
 from analysis.report.sections import (
     attention,
+    capacity,
     config,
     learning,
     lens,
@@ -24,6 +25,7 @@ SECTIONS: tuple[Callable[[Sequence[Run]], Section], ...] = (
     position.section,
     updates.section,
     retention.section,
+    capacity.section,
     attention.section,
     patch.section,
     linear.section,
