@@ -181,7 +181,7 @@ def test_readme_starts_with_the_two_commands():
     assert first.endswith("&& pip install -c constraints.txt -e . && python -m synthetic.run")
     assert second == 'pip install -c constraints.txt -e ".[dev]" && python -m pytest'
     install, run = (ROOT / ".ci" / "run").read_text(encoding="utf-8"), "\npython -m pytest\n"
-    assert '-c constraints.txt -e ".[dev,docs]"' in install and run in install
+    assert '-c constraints.txt -e ".[dev,docs,ray]"' in install and run in install
 
 
 def test_python_snippet_of_the_tour_runs(monkeypatch, capsys, tmp_path):

@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -24,16 +25,35 @@ def raised(error, out="results"):
     return cli.guarded(command, out=out)
 
 
-@pytest.mark.parametrize(
-    "module", ["synthetic.run", "synthetic.sweep", "analysis.figures", "analysis.report.__main__",
-               "probes.run", "vlm.train", "vlm.evaluate", "vlm.demo.__main__"],
-)  # fmt: skip
+ROOT = Path(__file__).parents[2]
+COMMANDS = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for package in ("ssm_retrieval", "synthetic", "probes", "analysis", "vlm")
+    for path in sorted((ROOT / package).rglob("*.py"))
+    if '\nif __name__ == "__main__":' in path.read_text(encoding="utf-8")
+]
+
+
+@pytest.mark.parametrize("module", COMMANDS)
 def test_every_command_says_its_version(module, capsys):
     with pytest.raises(SystemExit) as ended:
         importlib.import_module(module).main(["--version"])
     said = capsys.readouterr()
     assert ended.value.code == 0 and not said.err
     assert said.out == f"ssm-retrieval {ssm_retrieval.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "module", ["synthetic.run", "synthetic.sweep", "analysis.figures", "analysis.report"]
+)
+def test_the_version_is_said_before_torch_is_loaded(module):
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = [{module!r}, '--version']\n"
+        f"try: runpy.run_module({module!r}, run_name='__main__')\n"
+        "except SystemExit as ended: sys.exit(ended.code or 'torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
 
 
 def test_a_run_notes_the_version():
