@@ -3,12 +3,12 @@
     python -m benchmarks.all [--quick] [--only scan train_step] [--again]
 
 Each runs in a process of its own and writes benchmarks/results/MACHINE/NAME.json; MACHINE is the processor
-and the number of threads. What is there already, of this commit, is not run again without --again, so the
-command resumes. A peer that is not installed is left out by its benchmark, which says so. `benchmarks.probes`
-needs transformer-lens, which wants an environment of its own (its docstring says which): run it there with
-`--json benchmarks/results/MACHINE/probes.json`. At the end docs/speed.md and README's table are made anew
-(`python -m benchmarks.page` does only that). With --quick every benchmark shows within minutes that it runs;
-nothing is kept. Exit status 1 if one failed.
+and the number of threads. What is there already, of this commit and with no options of its own, is not run
+again without --again, so the command resumes. A peer that is not installed is left out by its benchmark,
+which says so. `benchmarks.probes` needs transformer-lens, which wants an environment of its own (its
+docstring says which): run it there with `--json benchmarks/results/MACHINE/probes.json`. At the end
+docs/speed.md and README's table are made anew (`python -m benchmarks.page` does only that). With --quick
+every benchmark shows within minutes that it runs; nothing is kept. Exit status 1 if one failed.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ def slug(machine: dict[str, Any]) -> str:
 
 
 def current(path: Path, commit: str | None) -> bool:
-    """Whether a file has the results of a commit, measured in full."""
+    """Whether a file has the results of a commit, measured in full: not --quick, nor with other options."""
     if not path.exists():
         return False
     found = json.loads(path.read_text(encoding="utf-8"))
-    return not found["quick"] and found["machine"]["commit"] == commit
+    return not found["quick"] and found.get("given") == {} and found["machine"]["commit"] == commit
 
 
 def run(name: str, path: Path, quick: bool) -> int:
@@ -72,7 +72,7 @@ def main() -> int:
         for name in options.only:
             path = folder / f"{name}.json"
             if not options.again and current(path, machine["commit"]):
-                print(f"{name}: measured before, at this commit", flush=True)
+                print(f"{name}: measured before, at commit {machine['commit']}", flush=True)
                 continue
             print(f"{name}:", flush=True)
             started = time.perf_counter()

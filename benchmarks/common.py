@@ -6,6 +6,7 @@ import argparse
 import multiprocessing
 import platform
 import resource
+import subprocess
 import sys
 import time
 import tracemalloc
@@ -18,7 +19,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+ROOT = Path(__file__).resolve().parents[1]
 PEERS = ("transformers", "mambapy", "llama-cpp-python", "transformer-lens")
+WRITTEN = ("README.md", "docs/speed.md", "benchmarks/results")  # what results are written into
 
 
 def command(doc: str | None) -> argparse.ArgumentParser:
@@ -41,14 +44,20 @@ def parse(
         argv: Arguments; None for those of the process.
 
     Returns:
-        The arguments and sizes.
+        The arguments and sizes; and `given`, those arguments that are not as in `full` or `quick`, as text.
     """
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run? (not a measurement)")
     parser.add_argument("--json", type=Path, help="file to write the ratios to as well")
     parser.set_defaults(**full)
     if parser.parse_args(argv).quick:
         parser.set_defaults(**quick)
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    options.given = {
+        name: " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        for name, value in vars(options).items()
+        if name not in ("quick", "json") and value != parser.get_default(name)
+    }
+    return options
 
 
 class Ratio(NamedTuple):
@@ -94,7 +103,8 @@ def finish(options: argparse.Namespace, ratios: Mapping[str, float | Ratio], **m
     if options.json is not None:
         from ssm_retrieval.training import store
 
-        store.write_json(options.json, {"machine": where(), "quick": options.quick, "ratios": ratios} | more)
+        asked = {"machine": where(), "quick": options.quick, "given": options.given}
+        store.write_json(options.json, asked | {"ratios": ratios} | more)
 
 
 def take_turns(
@@ -213,12 +223,25 @@ def where() -> dict[str, Any]:
     for name in PEERS:
         with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    return store.environment(torch.get_num_threads()) | {
+    about = store.environment(torch.get_num_threads())
+    return about | {
+        "commit": about["commit"] if changed() else (about["commit"] or "").removesuffix("+") or None,
         "processor": processor(),
         "vectors": torch.backends.cpu.get_cpu_capability(),
         "peers": versions,
         "day": time.strftime("%Y-%m-%d"),
     }
+
+
+def changed() -> bool:
+    """Whether the working tree differs from its commit in more than results and the pages made of them."""
+    but = [f":!{path}" for path in WRITTEN]
+    command = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", *but]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return True
+    return bool(done.stdout.strip())
 
 
 def processor() -> str:

@@ -12,7 +12,7 @@ Weights are random and the same on both sides. Peers, each at its best setting h
 Each side has a process of its own; sides take turns (benchmarks.turns). Matrices are in bfloat16 on all
 sides. "8bit" is our `models.quantize` against llama.cpp's Q8_0, and against our bfloat16. Before anything is
 timed, the logits after the context are compared. Peaks are those of the processes. The last lines are ratios:
-how many times as fast this project is. A peer that is not installed is left out, and a line says so:
+how many times as fast this project is. A peer that fails or is not installed is left out, and a line says so:
 
     pip install transformers gguf llama-cpp-python    # the last compiles for minutes
 """
@@ -33,7 +33,7 @@ from torch import Tensor
 from benchmarks.common import Ratio, command, finish, machine, parse
 from benchmarks.gguf_file import LlamaCpp, write
 from benchmarks.peers import hollow, library
-from benchmarks.turns import Calls, Side, race
+from benchmarks.turns import Calls, Failed, Side, race
 from ssm_retrieval import models
 
 MODELS = ("mamba-130m", "mamba2-130m", "pythia-160m", "mamba-2.8b", "pythia-2.8b")
@@ -170,11 +170,14 @@ def compare(title: str, sides: Sequence[Side], sizes: Any) -> tuple[dict[str, Ra
         sizes: Options of the command.
 
     Returns:
-        Ratio by call; and seconds, peaks and the distance of the logits.
+        Ratio by call; and seconds, peaks and the distance of our logits from the peer's.
+
+    Raises:
+        Failed: If a side could not be made or called.
     """
     raced = race(sides, CALLS, sizes.pairs, threads=torch.get_num_threads(), checked=("logits",))
     mine, peer = (side.name for side in sides)
-    kl = distance(*(raced.answers[name]["logits"] for name in (mine, peer)))
+    kl = distance(*(raced.answers[name]["logits"] for name in (peer, mine)))
     print(f"{title}: KL of the next token {kl:.1e}")
     work = {"prefill": sizes.length, "decode": sizes.tokens}
     for name in (mine, peer):
@@ -227,14 +230,20 @@ def main() -> None:
             print(f"{peer} is not installed and left out")
     ratios: dict[str, float | Ratio] = {}
     facts: dict[str, Any] = {}
+    left_out: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in sizes.models:
             for end, sides in rows(name, sizes, Path(folder)):
-                found, facts[end] = compare(end.replace("_", " "), sides, sizes)
+                try:
+                    found, facts[end] = compare(end.replace("_", " "), sides, sizes)
+                except Failed as error:
+                    left_out[end] = error.reason()
+                    print(f"{end.replace('_', ' ')}: left out, {left_out[end]}", flush=True)
+                    continue
                 ratios |= {f"{call}_{end}": ratio for call, ratio in found.items()}
                 if end.endswith("8bit_vs_bfloat16"):
                     print(f"  perplexity of bfloat16's tokens: +{100 * math.expm1(facts[end]['kl']):.3f} %")
-    finish(sizes, ratios, facts=facts)
+    finish(sizes, ratios, facts=facts, left_out=left_out)
 
 
 if __name__ == "__main__":

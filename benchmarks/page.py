@@ -7,84 +7,20 @@ results, benchmarks/results/MACHINE/NAME.json. Those of --quick are no measureme
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from analysis.tables import fill
+from benchmarks.goals import CALLS, GOALS, Outcome, Results, middle, outcome, peer, verdict
 from ssm_retrieval.tables import markdown
 from ssm_retrieval.training import store
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).with_name("results")
 MISSING = "not measured"
-Results = Mapping[str, Any]  # benchmark -> what it wrote
-
-
-@dataclass(frozen=True)
-class Goal:
-    """A row of the table of goals.
-
-    Attributes:
-        row: What is measured, against whom.
-        benchmark: Its file of results.
-        ratios: Names of ratios, one for each peer; the smallest counts.
-        goal: What the ratio is to reach.
-        most: Whether the goal is the most that the number may be, instead of the least.
-        unit: Behind the number.
-    """
-
-    row: str
-    benchmark: str
-    ratios: tuple[str, ...]
-    goal: float
-    most: bool = False
-    unit: str = ""
-
-    def reached(self, value: float) -> bool:
-        """Whether a number reaches the goal."""
-        return value <= self.goal if self.most else value >= self.goal
-
-
-CALLS = {"prefill": "reading 1,024 tokens", "decode": "writing 128 tokens"}
-
-
-def _steps(family: str, dtype: str, peers: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(f"step_{family}_tiny_{dtype}_vs_{peer}" for peer in peers)
-
-
-def _calls(call: str, model: str, *peers: str) -> tuple[str, ...]:
-    return tuple(f"{call}_{model}_vs_{peer}" for peer in peers)
-
-
-STEP, STATES = "training step, width 128", "states_at_64_vs_transformer_lens_eager_scan_2048"
-MAMBA_PEERS, NEOX_PEERS = ("mambapy", "compiled"), ("eager", "compiled")
-LARGE = {"Mamba 2.8 B": ("mamba-2.8b", 1.5, 1.0), "Pythia 2.8 B": ("pythia-2.8b", 1.0, 1.0)}
-SMALL = {"Mamba 130 M": ("mamba-130m", 1.5, 1.0), "Pythia 160 M": ("pythia-160m", 1.0, 1.0)}
-GOALS = (
-    Goal("selective scan, forward + backward", "scan", ("scan_vs_mambapy_kept_memory",), 35),
-    Goal(f"Mamba {STEP}, float32", "train_step", _steps("mamba", "float32", MAMBA_PEERS), 10),
-    Goal(f"Mamba {STEP}, bfloat16", "train_step", _steps("mamba", "bf16", MAMBA_PEERS), 10),
-    Goal(f"GPT-NeoX {STEP}, float32", "train_step", _steps("transformer", "float32", NEOX_PEERS), 1.15),
-    Goal(f"GPT-NeoX {STEP}, bfloat16", "train_step", _steps("transformer", "bf16", NEOX_PEERS), 1.15),
-    *(
-        Goal(f"{title}, {words}", "inference", _calls(call, model, "transformers", "llama_cpp"), goal)
-        for title, (model, *aims) in (LARGE | SMALL).items()
-        for (call, words), goal in zip(CALLS.items(), aims, strict=True)
-    ),
-    *(
-        Goal(f"{title}, 8 bits against 16, {CALLS['decode']}", "inference",
-             (f"decode_{model}_8bit_vs_bfloat16",), 1.7)
-        for title, (model, *_) in (LARGE | SMALL).items()
-    ),
-    Goal("states at 64 of 2,048 positions", "probes", (STATES,), 5),
-    Goal("a grid of patches, GPT-NeoX", "probes", ("patch_grid_vs_transformer_lens_neox",), 10),
-    Goal("a grid of patches, Mamba", "probes", ("patch_grid_vs_transformer_lens",), 40),
-    Goal("idle share of 32 cores, backward scan", "scan", ("scan_idle_share_32_cores",), 0, True),
-    Goal("first training step, kernels compiled", "start", ("first_step_compiling_seconds",), 15, True, " s"),
-    Goal("`synthetic.run --help`", "start", ("help_seconds",), 0.3, True, " s"),
-)  # fmt: skip
 
 
 def read(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
@@ -101,6 +37,11 @@ def read(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
     return found
 
 
+def digits(value: float) -> str:
+    """Return a number with three digits, or all before the point."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
 def number(ratio: Any, unit: str = "") -> str:
     """Return a ratio, with the range of its pairs if it has one.
 
@@ -108,49 +49,84 @@ def number(ratio: Any, unit: str = "") -> str:
         ratio: A number, or median, low and high.
         unit: Behind it.
     """
-    if isinstance(ratio, list):
-        median, low, high = (f"{value:.3g}" for value in ratio)
-        return f"{median}{unit} ({low} to {high})" if low != high else f"{median}{unit}"
-    return f"{ratio:.3g}{unit}"
+    if not isinstance(ratio, list):
+        return digits(ratio) + unit
+    center, low, high = (digits(value) for value in ratio)
+    return f"{center}{unit} ({low} to {high})" if low != high else center + unit
 
 
-def middle(ratio: Any) -> float:
-    """Return the median of a ratio, or the number itself."""
-    return float(ratio[0] if isinstance(ratio, list) else ratio)
+def against(found: Outcome) -> str:
+    """Return the best peer of a row, and the others that it has no number of."""
+    why = [f"{name} {MISSING}" for name in found.missing] + [f"{name} failed" for name in found.left_out]
+    return peer(found.name) + (f" ({'; '.join(why)})" if why else "")
 
 
-def worst(goal: Goal, results: Results) -> tuple[str, Any] | None:
-    """Return name and value of a goal's smallest ratio, that to its best peer; None if there is none."""
-    ratios = results.get(goal.benchmark, {}).get("ratios", {})
-    there = [(name, ratios[name]) for name in goal.ratios if name in ratios]
-    return min(there, key=lambda pair: middle(pair[1]), default=None)
-
-
-def peer(name: str) -> str:
-    """Return whom a ratio compares with, from its name; "" if nobody."""
-    known = {"transformer lens": "transformer-lens", "llama cpp": "llama.cpp", "eager": "transformers",
-             "compiled": "transformers, compiled", "bfloat16": ""}  # fmt: skip
-    said = name.partition("_vs_")[2].replace("_", " ").removesuffix(" kept memory")
-    return next((words for key, words in known.items() if said.startswith(key)), said)
+# --- tables of one machine --------------------------------------------------------------------------------
 
 
 def goals(results: Results) -> str:
-    """Return the table of goals of one machine."""
+    """Return the table of goals."""
     rows = []
     for goal in GOALS:
-        found = worst(goal, results)
+        found = outcome(goal, results)
         wanted = f"{'≤' if goal.most else '≥'} {goal.goal:g}{goal.unit}"
         if found is None:
             rows.append([goal.row, wanted, MISSING, "", ""])
         else:
-            name, value = found
-            reached = "yes" if goal.reached(middle(value)) else "**no**"
-            rows.append([goal.row, wanted, number(value, goal.unit), peer(name), reached])
+            measured = number(found.value, goal.unit)
+            rows.append([goal.row, wanted, measured, against(found), verdict(goal, found)])
     return markdown(["what", "goal", "measured", "best peer", "reached"], rows)
 
 
+def speeds(results: Results) -> str:
+    """Return tokens a second, memory and distance of the logits of every side of benchmarks.inference."""
+    rows = []
+    for name, fact in results.get("inference", {}).get("facts", {}).items():
+        for side, calls in fact["seconds"].items():
+            rates = [digits(fact["work"][call] / median(calls[call])) for call in CALLS]
+            peak = f"{fact['peak_mib'][side] / 1024:.2f}"
+            rows.append([f"`{name}`", side, *rates, peak, f"{fact['kl']:.1e}"])
+    head = ["comparison", "side", "reading, tokens/s", "writing, tokens/s", "peak, GiB", "KL of the sides"]
+    return markdown(head, rows) if rows else MISSING.capitalize() + "."
+
+
+def growth(results: Results) -> str:
+    """Return what a training step costs by length, batch, width and threads."""
+    found = results.get("train_step", {}).get("facts", {}).get("growth", {})
+    rows = [
+        [title, f"{row['microseconds_per_token']:.1f}", f"{row['peak_mib'] / 1024:.2f}"]
+        for title, row in sorted(found.items(), key=lambda pair: _shape(pair[0]))
+    ]
+    head = ["training step", "microseconds a token", "peak, GiB"]
+    return markdown(head, rows) if rows else MISSING.capitalize() + "."
+
+
+def _shape(title: str) -> list[Any]:
+    """The order of a shape, such as "mamba 1 x 256, width 128, threads 2": by family, then by the numbers."""
+    return [title.partition(" ")[0], *map(int, re.findall(r"\d+", title.partition(" ")[2]))]
+
+
+def shares(results: Results) -> str:
+    """Return how near operators come to what the machine can do at most."""
+    found = results.get("limits")
+    if found is None:
+        return MISSING.capitalize() + "."
+    rate = {name: digits(value / 1e9) for name, value in found["rates"].items()}
+    text = (
+        f"Products {rate['float32']} GFLOP/s in float32 and {rate['bfloat16']} in bfloat16; "
+        f"copies {rate['copy']} GB/s, reading {rate['read']} GB/s; {rate['exp']} billion exponentials/s."
+    )
+    rows = [
+        [name, f"{1e3 * row['seconds']:.2f}", f"{1e3 * row['floor']:.2f}", row["by"],
+         f"{row['floor'] / row['seconds']:.0%}"]
+        for name, row in found["facts"].items()
+    ]  # fmt: skip
+    head = ["operator", "time, ms", "floor, ms", "bound by", "share"]
+    return f"{text}\n\n{markdown(head, rows)}"
+
+
 def every(results: Results) -> str:
-    """Return all ratios of one machine."""
+    """Return all ratios."""
     rows = [
         [name, f"`{ratio}`", number(value)]
         for name, result in results.items()
@@ -159,56 +135,62 @@ def every(results: Results) -> str:
     return markdown(["benchmark", "ratio", "number (range of pairs)"], rows)
 
 
-def growth(results: Results) -> str:
-    """Return what a training step costs by length, batch and width, of one machine; "" if not measured."""
-    found = results.get("train_step", {}).get("facts", {}).get("growth", {})
-    rows = [
-        [title, f"{row['microseconds_per_token']:.1f}", f"{row['peak_mib'] / 1024:.2f}"]
-        for title, row in found.items()
-    ]
-    return markdown(["training step", "microseconds a token", "peak, GiB"], rows) if rows else MISSING + "."
+def origins(results: Results) -> str:
+    """Return when, at which commit and with what each benchmark ran."""
+    rows = []
+    for name, result in results.items():
+        about = result["machine"]
+        versions = {"torch": about["packages"]["torch"], **about["peers"]}
+        software = ", ".join(f"{package} {version}" for package, version in versions.items())
+        options = ", ".join(f"{key} {value}" for key, value in result.get("given", {}).items())
+        commit = about["commit"] or "?"
+        rows.append([name, about["day"], commit[:8] + "+" * commit.endswith("+"), software, options])
+    return markdown(["benchmark", "day", "commit", "with", "options"], rows)
 
 
-def machine(results: Results) -> str:
-    """Return the line that says where numbers come from."""
+# --- pages ------------------------------------------------------------------------------------------------
+
+
+def heading(results: Results) -> str:
+    """Return a machine's name."""
     about = next(iter(results.values()))["machine"]
-    versions = {"torch": about["packages"]["torch"], **about["peers"]}
-    commits = sorted({(result["machine"]["commit"] or "?")[:8] for result in results.values()})
-    days = sorted({result["machine"]["day"] for result in results.values()})
-    software = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return (
-        f"{about['processor']}, {about['vectors']}, {about['threads']} threads; {software}; "
-        f"commit {', '.join(commits)}; {', '.join(days)}."
-    )
+    return f"{about['processor']}, {about['vectors']}, {about['threads']} threads"
+
+
+TABLES = {
+    "Goals": goals,
+    "Reading and writing": speeds,
+    "Cost of a training step by shape": growth,
+    "Share of what the machine can do": shares,
+    "All ratios": every,
+    "Versions": origins,
+}
 
 
 def sections(found: Mapping[str, Results]) -> Iterator[str]:
     """Yield Markdown for every machine."""
-    for name, results in found.items():
-        yield f"## {name}\n\n{machine(results)}\n\n### Goals\n\n{goals(results)}"
-        yield f"### Cost of a training step by shape\n\n{growth(results)}"
-        yield f"### All ratios\n\n{every(results)}"
+    for results in found.values():
+        yield f"## {heading(results)}"
+        for title, table in TABLES.items():
+            yield f"### {title}\n\n{table(results)}"
 
 
 def short(found: Mapping[str, Results]) -> str:
     """Return README's table: how many times as fast as the best peer, a column for each machine."""
     rows = []
-    for goal in (goal for goal in GOALS if not goal.most):
-        each = [worst(goal, results) for results in found.values()]
+    for goal in (goal for goal in GOALS if goal.short):
+        each = [outcome(goal, results) for results in found.values()]
         if any(each):
-            rows.append([goal.row, *(MISSING if one is None else _cell(*one) for one in each)])
-    heads = [next(iter(results.values()))["machine"] for results in found.values()]
-    return markdown(["times as fast as the best peer", *(_head(about) for about in heads)], rows)
+            rows.append([goal.row, *(MISSING if one is None else _cell(one) for one in each)])
+    if not rows:
+        return MISSING.capitalize() + "."
+    return markdown(["times as fast as the best peer", *map(heading, found.values())], rows)
 
 
-def _cell(name: str, value: Any) -> str:
-    """A ratio in bold if it is below 1, and whom it compares with."""
-    text = f"**{number(value)}**" if middle(value) < 1 else number(value)
-    return f"{text} {peer(name)}".rstrip()
-
-
-def _head(about: Mapping[str, Any]) -> str:
-    return f"{about['processor']}, {about['vectors']}, {about['threads']} threads"
+def _cell(found: Outcome) -> str:
+    """A ratio, in bold if it is below 1, and whom it compares with."""
+    text = number(found.value)
+    return f"{f'**{text}**' if middle(found.value) < 1 else text} {against(found)}".rstrip()
 
 
 def filled(text: str, found: Mapping[str, Results]) -> str:
@@ -218,15 +200,17 @@ def filled(text: str, found: Mapping[str, Results]) -> str:
         text: One of the two.
         found: From `read`.
     """
-    made = {"speed": short(found), "results": "\n\n".join(sections(found)) or f"{MISSING.capitalize()}."}
+    made = {"speed": short(found), "results": "\n\n".join(sections(found)) or MISSING.capitalize() + "."}
     return fill(text, {name: table for name, table in made.items() if f"<!-- {name} -->" in text})
 
 
 def main() -> None:
-    """Write both pages."""
+    """Write those pages that change."""
     found = read()
     for path in (ROOT / "README.md", ROOT / "docs" / "speed.md"):
-        store.write_bytes(path, filled(path.read_text(encoding="utf-8"), found).encode())
+        text = path.read_text(encoding="utf-8")
+        if (made := filled(text, found)) != text:
+            store.write_bytes(path, made.encode())
 
 
 if __name__ == "__main__":

@@ -19,9 +19,10 @@ of every layer is recorded by
                  every one of them
 
 and the grid of residual patches, layers x positions, is measured with the peer's `get_act_patch_resid_pre`
-and with `probes.patching.trace`, on the same sequences, cells and metric. Peaks of memory are those of fresh
-processes; model and inputs are not counted. The last lines are ratios: how many times faster ours is, or how
-many times smaller ("_memory_"). Exit status 2 if transformer-lens is missing.
+and with `probes.patching.trace`, on the same sequences, cells and metric. Both keep freed memory, as
+`probes.run` does. Peaks of memory are those of fresh processes; model and inputs are not counted. The last
+lines are ratios: how many times faster ours is, or how many times smaller ("_memory_"). Exit status 2 if
+transformer-lens is missing.
 """
 
 from __future__ import annotations
@@ -48,11 +49,12 @@ from probes.patch_cells import Cell
 from probes.retention import hidden_attention
 from probes.scan import Scan
 from ssm_retrieval import models
+from ssm_retrieval.ops.memory import keep_freed_memory
 from synthetic import tasks
 
 D_MODEL, N_LAYER, N_HEAD, D_STATE = 128, 4, 4, 16
 SHORT, LENGTHS = 48, (64, 128, 256, 512, 1024, 2048)
-GRID_PAIRS = 4
+GRID_LENGTH, GRID_PAIRS = 1024, 4
 SEQ_LEN = 2048
 
 
@@ -294,7 +296,7 @@ def main() -> int:
     """Run the benchmark, and return its exit status."""
     parser = command(__doc__)
     parser.add_argument("--memory-gib", type=float, help="what the peer may use (default: %(default)s)")
-    full = dict(memory_gib=8.0, lengths=LENGTHS, grid_length=1024, grid_positions=16, repeats=5)
+    full = dict(memory_gib=8.0, lengths=LENGTHS, grid_length=GRID_LENGTH, grid_positions=16, repeats=5)
     quick = dict(lengths=LENGTHS[:1], grid_length=64, grid_positions=4, repeats=1)
     options = parse(parser, full, quick)
     try:
@@ -306,6 +308,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
+    keep_freed_memory()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("transformer-lens", "transformers"))

@@ -7,9 +7,9 @@ peak (memory), and the largest deviation of the cost per token from its median o
 (linearity; 0.1 is 10 %). "scan_idle_share_N_cores" is counted, not timed: the share of N cores that goes
 unused in the backward pass of one sequence of width 2,560, because its tasks do not divide by N.
 
-PyTorch on Linux returns large freed blocks to the kernel and pays for fresh pages at the next allocation. The
-headline ratio is taken in such a process; "_kept_memory" is measured after
-`ssm_retrieval.ops.memory.keep_freed_memory()`, which helps the peer more, because it allocates more.
+PyTorch on Linux returns large freed blocks to the kernel and pays for fresh pages at the next allocation. So
+does this benchmark, except for "_kept_memory", which is measured after
+`ssm_retrieval.ops.memory.keep_freed_memory()`; that helps the peer more, because it allocates more.
 """
 
 from __future__ import annotations

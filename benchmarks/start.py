@@ -4,8 +4,9 @@
 
 Every number is the wall time of a process of its own. "first step" ends when a Mamba of the default run's
 shape has been updated once: with an empty NUMBA_CACHE_DIR, so that numba compiles the kernels, and again with
-what the first process left there. "help" is `python -m synthetic.run --help`, beside a Python that imports
-torch. The last lines are seconds, and how many times as fast the help is as that import.
+what the first process left there. "help" is `python -m synthetic.run --help`, beside a Python that does
+nothing ("python") and one that imports torch. The last lines are seconds, and how many times as fast the help
+is as that import.
 """
 
 from __future__ import annotations
@@ -63,14 +64,16 @@ def main() -> None:
             cache = {"NUMBA_CACHE_DIR": folder}
             first.append(took(*step, environment=cache))
             again.append(took(*step, environment=cache))
-    helped, imported = [], []
+    bare, helped, imported = [], [], []
     for _ in range(sizes.repeats):
+        bare.append(took("-c", "pass"))
         helped.append(took(*HELP))
         imported.append(took("-c", "import torch"))
     ones = [1.0]
     ratios: dict[str, float | Ratio] = {
         "first_step_compiling_seconds": paired(first, ones * len(first)),
         "first_step_cached_seconds": paired(again, ones * len(again)),
+        "python_seconds": paired(bare, ones * len(bare)),
         "help_seconds": paired(helped, ones * len(helped)),
         "help_vs_import_torch": paired(imported, helped),
     }

@@ -157,13 +157,15 @@ def main() -> None:
     print(machine())
     ratios: dict[str, float | Ratio] = {}
     facts: dict[str, Any] = {}
+    left_out: dict[str, str] = {}
     for name, family, size, bf16, peer, kept in comparisons(sizes):
         shape = {"family": family, "size": size, "bf16": bf16}
         sides = (Side("ours", ours, shape), Side(peer, theirs, {**shape, "peer": peer}))
         try:
             raced = race(sides, ("step",), sizes.pairs, threads=threads, kept=kept, checked=("loss",))
         except Failed as error:
-            print(f"{name}: left out, {str(error).strip().splitlines()[-1]}")
+            left_out[name] = error.reason()
+            print(f"{name}: left out, {left_out[name]}", flush=True)
             continue
         ratios[f"step_{name}"] = raced.ratio("step", "ours", peer)
         if kept:
@@ -176,7 +178,7 @@ def main() -> None:
         print(f"{name}: {took}; losses {losses[0]:.5f} and {losses[1]:.5f}", flush=True)
         facts[name] = {"seconds": raced.seconds, "peak_mib": raced.peak_mib, "losses": losses}
     facts["growth"] = growth(sizes.families, sizes.pairs, threads, sizes.growth)
-    finish(sizes, ratios, facts=facts)
+    finish(sizes, ratios, facts=facts, left_out=left_out)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,26 @@ class Raced:
 
 
 class Failed(RuntimeError):
-    """A side could not be made or called; the text is its traceback."""
+    """A side could not be made or called.
+
+    Args:
+        side: Its name.
+        text: What happened, such as its traceback.
+    """
+
+    def __init__(self, side: str, text: str):
+        super().__init__(text)
+        self.side = side
+
+    def reason(self) -> str:
+        """Return why a peer is left out, in one line.
+
+        Raises:
+            Failed: If the side is ours: that is a bug, which keeps its traceback.
+        """
+        if self.side.startswith("ours"):
+            raise self
+        return str(self).strip().splitlines()[-1]
 
 
 class Process:
@@ -111,9 +130,9 @@ class Process:
         try:
             good, found = self._pipe.recv()
         except EOFError:
-            raise Failed(f"the process of {self.side.name} died") from None
+            raise Failed(self.side.name, f"the process of {self.side.name} died") from None
         if not good:
-            raise Failed(f"{self.side.name}:\n{found}")
+            raise Failed(self.side.name, f"{self.side.name}:\n{found}")
         return found
 
 

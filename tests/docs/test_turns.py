@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -52,6 +54,46 @@ def test_a_side_that_fails_says_why(tmp_path):
         turns.race([side], ("die",), 1, threads=1)
 
 
+def test_a_peer_that_fails_is_left_out_and_our_own_failure_is_a_bug():
+    assert turns.Failed("compiled", "compiled:\nTraceback\nValueError: x\n").reason() == "ValueError: x"
+    with pytest.raises(turns.Failed, match="no kernel"):
+        turns.Failed("ours, 16 bits", "no kernel").reason()
+
+
+def test_inference_goes_on_without_a_peer_that_fails(tmp_path, monkeypatch, capsys):
+    def compare(title, sides, sizes):
+        if "vs transformers" in title:
+            raise turns.Failed("transformers", "Traceback\nImportError: gone")
+        return {"decode": common.Ratio(2.0, 1.5, 2.5)}, {"kl": 0.0}
+
+    monkeypatch.setattr(inference, "compare", compare)
+    path = tmp_path / "a.json"
+    command = f"inference --quick --peers transformers compiled --models mamba-tiny --json {path}"
+    monkeypatch.setattr(sys, "argv", command.split())
+    inference.main()
+    found = json.loads(path.read_text())
+    assert found["left_out"] == {"mamba-tiny_vs_transformers": "ImportError: gone"}
+    assert found["ratios"] == {f"decode_mamba-tiny_{end}": [2.0, 1.5, 2.5]
+                               for end in ("vs_compiled", "8bit_vs_bfloat16")}  # fmt: skip
+    assert found["given"] == {"models": "mamba-tiny", "peers": "transformers compiled"}
+    assert "mamba-tiny vs transformers: left out, ImportError: gone" in capsys.readouterr().out
+
+
+def test_distance_is_what_ours_loses_of_the_peers_distribution(monkeypatch, capsys):
+    """KL(peer, ours), which is by how much the logarithm of the perplexity of its tokens grows."""
+    p, q = np.array([0.5, 0.25, 0.25]), np.array([0.2, 0.2, 0.6])
+    logits = {"peer": np.log(p), "ours": np.log(q)}
+    raced = turns.Raced(
+        {name: {"prefill": [1.0], "decode": [1.0]} for name in logits},
+        {name: {"logits": value} for name, value in logits.items()},
+        dict.fromkeys(logits, 1.0),
+    )
+    monkeypatch.setattr(inference, "race", lambda *arguments, **options: raced)
+    sizes = argparse.Namespace(pairs=1, length=8, tokens=2)
+    _, facts = inference.compare("x", [turns.Side("ours", counting), turns.Side("peer", counting)], sizes)
+    assert facts["kl"] == pytest.approx(float((p * np.log(p / q)).sum()))
+
+
 def test_ratios_are_of_pairs():
     """A slow spell that doubles both sides of a pair changes nothing."""
     ours, theirs = [1.0, 2.0, 1.0, 1.0], [3.0, 6.0, 2.0, 4.0]
@@ -73,6 +115,7 @@ def test_a_benchmark_writes_what_it_prints(tmp_path, capsys):
     found = json.loads((tmp_path / "a.json").read_text())
     assert found["ratios"] == {"a": 2.0, "b": [3.0, 2.5, 4.0]} and found["facts"] == {"x": 1}
     assert found["machine"]["packages"]["torch"] == torch.__version__ and not found["quick"]
+    assert found["given"] == {}
 
 
 SHAPES = {
