@@ -13,7 +13,6 @@ every benchmark shows within minutes that it runs; nothing is kept. Exit status 
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import subprocess
@@ -23,9 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import where
+from benchmarks.common import RESULTS, command, where
 
-RESULTS = Path(__file__).with_name("results")
 NAMES = (
     "start", "scan", "limits", "delta", "train_step", "inference", "probes", "hooks", "data", "scenes",
     "checkpoint_memory", "plan",
@@ -52,15 +50,13 @@ def current(path: Path, commit: str | None) -> bool:
 
 def run(name: str, path: Path, quick: bool) -> int:
     """Run a benchmark, which writes its results to `path`; returns its exit status."""
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--json", str(path)]
-    return subprocess.run(command + ["--quick"] * quick).returncode
+    words = [sys.executable, "-m", f"benchmarks.{name}", "--json", str(path)]
+    return subprocess.run(words + ["--quick"] * quick).returncode
 
 
 def main() -> int:
     """Run the benchmarks of the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command(__doc__)
     parser.add_argument("--quick", action="store_true", help="does each run? (not a measurement)")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="these alone")
     parser.add_argument("--again", action="store_true", help="measure what is there already as well")

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 PEERS = ("transformers", "mambapy", "llama-cpp-python", "transformer-lens")
 WRITTEN = ("README.md", "docs/speed.md", "benchmarks/results")  # what results are written into
 
@@ -71,6 +72,11 @@ class Ratio(NamedTuple):
     high: float
 
 
+def spread(values: Sequence[float]) -> Ratio:
+    """Return the median of some numbers, and the lowest and highest of them."""
+    return Ratio(median(values), min(values), max(values))
+
+
 def paired(theirs: Sequence[float], ours: Sequence[float]) -> Ratio:
     """Return how many times as fast ours is.
 
@@ -81,8 +87,7 @@ def paired(theirs: Sequence[float], ours: Sequence[float]) -> Ratio:
     Returns:
         The ratio of times.
     """
-    ratios = sorted(other / mine for other, mine in zip(theirs, ours, strict=True))
-    return Ratio(median(ratios), ratios[0], ratios[-1])
+    return spread([other / mine for other, mine in zip(theirs, ours, strict=True)])
 
 
 def finish(options: argparse.Namespace, ratios: Mapping[str, float | Ratio], **more: Any) -> None:

@@ -14,12 +14,11 @@ from statistics import median
 from typing import Any
 
 from analysis.tables import fill
+from benchmarks.common import RESULTS, ROOT
 from benchmarks.goals import CALLS, GOALS, Outcome, Results, middle, outcome, peer, verdict
 from ssm_retrieval.tables import markdown
 from ssm_retrieval.training import store
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = Path(__file__).with_name("results")
 MISSING = "not measured"
 
 

@@ -17,12 +17,11 @@ import gc
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
-from statistics import median
 from typing import Any
 
 import torch
 
-from benchmarks.common import Ratio, command, finish, fresh, machine, parse, peak
+from benchmarks.common import command, finish, fresh, machine, parse, peak, spread
 from ssm_retrieval.ops.memory import keep_freed_memory, return_freed_memory
 from ssm_retrieval.registry import ARCHITECTURES
 from synthetic.config import Plan, RunConfig, plan
@@ -148,7 +147,7 @@ def main() -> None:
     longest = rows[-1]["seq_len"]
     kept = [compare(case, keep=True) for case in rows if len(case) == 4 and case["seq_len"] == longest]
     found = {"plan_memory": ratios, "plan_memory_kept": kept}
-    finish(asked, {name: Ratio(median(r), min(r), max(r)) for name, r in found.items() if r})
+    finish(asked, {name: spread(r) for name, r in found.items() if r})
 
 
 if __name__ == "__main__":

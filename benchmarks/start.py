@@ -17,11 +17,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
-from benchmarks.common import Ratio, command, finish, machine, paired, parse
+from benchmarks.common import ROOT, Ratio, command, finish, machine, paired, parse, spread
 
-ROOT = Path(__file__).resolve().parents[1]
 HELP = ("-m", "synthetic.run", "--help")
 
 
@@ -69,12 +67,11 @@ def main() -> None:
         bare.append(took("-c", "pass"))
         helped.append(took(*HELP))
         imported.append(took("-c", "import torch"))
-    ones = [1.0]
     ratios: dict[str, float | Ratio] = {
-        "first_step_compiling_seconds": paired(first, ones * len(first)),
-        "first_step_cached_seconds": paired(again, ones * len(again)),
-        "python_seconds": paired(bare, ones * len(bare)),
-        "help_seconds": paired(helped, ones * len(helped)),
+        "first_step_compiling_seconds": spread(first),
+        "first_step_cached_seconds": spread(again),
+        "python_seconds": spread(bare),
+        "help_seconds": spread(helped),
         "help_vs_import_torch": paired(imported, helped),
     }
     finish(sizes, ratios)

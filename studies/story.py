@@ -11,7 +11,6 @@ import pandas as pd
 
 from analysis.capacity_law import CONSTANTS, fit_constants
 from analysis.tables import between, fill
-from ssm_retrieval.statistics import mean_interval
 from ssm_retrieval.training import store
 from studies.capacity import report as capacity
 from studies.retrieval_cpu import default_run
@@ -75,8 +74,7 @@ def pictures() -> str:
     found = retrieval.scores(pd.read_parquet(retrieval.RESULTS))
 
     def points(task: str, sign: int) -> str:
-        differences = sign * retrieval.gap(found, "base", task).dropna()
-        return between(*mean_interval(differences, 1 - 0.05 / retrieval.COMPARISONS), 1)
+        return retrieval.difference(sign * retrieval.gap(found, "base", task))
 
     seeds = found.loc[found["cell"] == "base", "seed"].nunique()
     return (

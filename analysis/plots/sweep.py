@@ -48,11 +48,9 @@ def accuracy_curves(table: pd.DataFrame) -> Figure:
     columns = min(COLUMNS, len(cells))
     rows = -(-len(cells) // columns)
     figure, axes = panels(rows, columns, (PANEL, PANEL), sharex=True, sharey=True)
-    for k, ax in enumerate(axes.flat):
-        if k >= len(cells):
-            ax.set_visible(False)
-            continue
-        setting, length = cells[k]
+    for ax in axes.flat[len(cells) :]:
+        ax.set_visible(False)
+    for k, (ax, (setting, length)) in enumerate(zip(axes.flat, cells, strict=False)):
         part = table[(table["setting"] == setting) & (table["seq_len"] == length)]
         for name, cell in part.groupby("variant"):
             look = looks[str(name)]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from analysis.report.parts import Key
+from analysis.report.parts import Key, Move
 from ssm_retrieval.style import CONTROLS, FAMILIES, family_colors
 
 ACCENT = "#e6308a"  # of marks on maps
@@ -180,6 +180,25 @@ def curve(
         **extra,
     )
     return [*traces, line]
+
+
+def line_moves(trace: int, rows: Mapping[str, np.ndarray]) -> list[Move]:
+    """What a slider changes in a line of `curve` with bars.
+
+    Args:
+        trace: Its number in the panel.
+        rows: value, low and high, each (steps, points).
+
+    Returns:
+        The changes of its values, of what hovering shows, and of its bars.
+    """
+    value, low, high = (rows[name] for name in ("value", "low", "high"))
+    return [
+        Move(trace, "y", value),
+        Move(trace, "customdata", np.stack([low, high], -1)),
+        Move(trace, "error_y.array", high - value),
+        Move(trace, "error_y.arrayminus", value - low),
+    ]
 
 
 def chance_line(at: float, ends: tuple[float, float], axis: str) -> go.Scatter:

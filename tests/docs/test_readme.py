@@ -184,6 +184,19 @@ def test_readme_starts_with_the_two_commands():
     assert '-c constraints.txt -e ".[dev,docs,ray]"' in install and run in install
 
 
+def test_sizes_of_the_default_models():
+    """Weights, and what each keeps: a state of one size, or keys and values of every token."""
+    said = {}
+    for family in ("transformer", "mamba"):
+        settled = plan(RunConfig(), family)
+        said[family] = models.build(settled.model, device="meta", **settled.model_overrides)
+    transformer, mamba = (said[family].num_parameters() for family in said)
+    assert f"a Transformer ({transformer:,} weights) and a Mamba ({mamba:,})" in README
+    kept = {models.state_size(said["mamba"].config, length) for length in (2, 1024)}
+    assert f"Mamba's one layer keeps {kept.pop():,} numbers" in README and not kept
+    assert 500_000 < models.state_size(said["transformer"].config, 1024) < 550_000  # half a million
+
+
 def test_python_snippet_of_the_tour_runs(monkeypatch, capsys, tmp_path):
     """With the arguments of its last line defined, and a run of one step."""
     monkeypatch.chdir(tmp_path)

@@ -172,7 +172,8 @@ def test_goals_ask_for_numbers_that_benchmarks_write(monkeypatch, tmp_path):
             known |= {f"{call}_{end}" for call in inference.CALLS}
         known.add(f"perplexity_{model}")
     known.add(f"states_at_64_vs_transformer_lens_eager_scan_{probes.GRID_LENGTH}")
-    known |= set(re.findall(r'"(\w+)": paired', Path(start.__file__).read_text(encoding="utf-8")))
+    source = Path(start.__file__).read_text(encoding="utf-8")
+    known |= set(re.findall(r'"(\w+)": (?:paired|spread)\(', source))
     known |= {"scan_vs_mambapy_kept_memory", "scan_idle_share_32_cores"}
     known |= {f"patch_grid_vs_transformer_lens{end}" for end in ("", "_neox")}
     for goal in goals.GOALS:

@@ -13,7 +13,7 @@ from analysis.plots.common import BELOW, SHARES, families
 from analysis.report.parts import Block, Figure, Key, Mark, Move, Panel, Section, Slider, View
 from analysis.report.runs import Run
 from analysis.report.sections.probed import label, tables
-from analysis.report.traces import ACCENT, color_of, control, control_key, curve, frame, plot
+from analysis.report.traces import ACCENT, color_of, control, control_key, curve, frame, line_moves, plot
 from ssm_retrieval.style import NAMES
 
 READING = (
@@ -77,28 +77,25 @@ def by_place(table: pd.DataFrame, family: str, weights: str, times: np.ndarray) 
     return columns
 
 
+def _look(family: str, weights: str) -> dict[str, Any]:
+    """In the family's colour; untrained weights dotted and hollow."""
+    if weights == "trained":
+        return dict(color=color_of(family))
+    return control("untrained weights") | dict(color=color_of(family), symbol="circle-open")
+
+
 def _by_place(family: str, table: pd.DataFrame, times: np.ndarray) -> Panel:
     traces: list[Any] = []
     moves: list[Move] = []
     there = set(table.loc[table["family"] == family, "weights"])
     for weights in (name for name in BELOW if name in there):
         rows = by_place(table, family, weights, times)
-        trained = weights == "trained"
-        look: Any = (
-            dict(symbol="circle") if trained else control("untrained weights") | dict(symbol="circle-open")
-        )
         traces += curve(
             f"{NAMES[family]}, {weights}", rows["x"][-1], rows["value"][-1], (PLACE, UNITS["place"]),
-            **(look | dict(color=color_of(family))), low=rows["low"][-1], high=rows["high"][-1], bars=True,
+            **_look(family, weights), low=rows["low"][-1], high=rows["high"][-1], bars=True,
         )  # fmt: skip
         index = len(traces) - 1
-        moves += [
-            Move(index, "x", rows["x"]),
-            Move(index, "y", rows["value"]),
-            Move(index, "customdata", np.stack([rows["low"], rows["high"]], -1)),
-            Move(index, "error_y.array", rows["high"] - rows["value"]),
-            Move(index, "error_y.arrayminus", rows["value"] - rows["low"]),
-        ]
+        moves += [Move(index, "x", rows["x"]), *line_moves(index, rows)]
     rows = by_place(table, family, "trained", times)
     traces += curve(
         "chance",
@@ -126,13 +123,9 @@ def _facts(family: str, table: pd.DataFrame, times: np.ndarray) -> Panel:
     steps, traces = np.arange(len(times)), []
     for weights, rows in facts.groupby("weights", sort=False):
         at = np.searchsorted(times, rows["shown"])
-        trained = weights == "trained"
-        look: Any = (
-            dict(symbol="circle") if trained else control("untrained weights") | dict(symbol="circle-open")
-        )
         traces += curve(
             f"{NAMES[family]}, {weights}", at, rows["value"], (AXES["facts"], FOUND),
-            **(look | dict(color=color_of(family))), low=rows["low"], high=rows["high"], bars=True,
+            **_look(family, str(weights)), low=rows["low"], high=rows["high"], bars=True,
             more={"shown": rows["shown"], "numbers kept": rows["numbers"]},
         )  # fmt: skip
     asked = facts.groupby("shown")["asked"].mean().reindex(times)

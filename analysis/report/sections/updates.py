@@ -13,7 +13,7 @@ from analysis.plots.updates import LINEAR, QUANTITIES
 from analysis.report.parts import Block, Figure, Key, Mark, Move, Panel, Section, Slider, View
 from analysis.report.runs import Run
 from analysis.report.sections.probed import label, tables
-from analysis.report.traces import ACCENT, color_of, curve, frame, heat, plot, viridis
+from analysis.report.traces import ACCENT, color_of, curve, frame, heat, line_moves, plot, viridis
 from ssm_retrieval.style import NAMES, NEUTRAL
 
 READING = (
@@ -138,14 +138,7 @@ def _profile(
             dash="solid" if weights == "trained" else "dot",
             symbol=symbol,
         )
-        index = len(traces) - 1
-        bounds = np.stack([rows["low"], rows["high"]], -1)
-        moves += [
-            Move(index, "y", rows["value"]),
-            Move(index, "customdata", bounds),
-            Move(index, "error_y.array", rows["high"] - rows["value"]),
-            Move(index, "error_y.arrayminus", rows["value"] - rows["low"]),
-        ]
+        moves += line_moves(len(traces) - 1, rows)
     ends = np.log10(limits) if log else np.asarray(limits)
     room = 0.06 * (ends[1] - ends[0])
     y: Any = {"range": [float(ends[0] - room), float(ends[1] + room)], "type": "log" if log else "linear"}
